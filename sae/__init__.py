@@ -1,0 +1,3 @@
+"""Sparse autoencoders on language-model activations."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,310 @@
+"""The activation cache on disk: its manifest, opening it, reading it, verifying it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sae.errors import CacheError
+from sae.tokens import SPLITS, TRAIN, TokenPolicy
+
+FORMAT = "sae-activations"
+FORMAT_VERSION = 1
+MANIFEST, DOCUMENTS = "manifest.json", "documents.json"
+
+
+class FileEntry(BaseModel):
+    """A shard as the manifest knows it."""
+
+    model_config = ConfigDict(extra="forbid")
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class HookEntry(BaseModel):
+    """A hook point: its width, and sums over the eligible training tokens harvested so far, in float64."""
+
+    model_config = ConfigDict(extra="forbid")
+    d_in: int
+    tokens: int = 0
+    sum: list[float] = []
+    sum_of_squares: float = 0.0
+
+
+class Manifest(BaseModel):
+    """Everything that says what a cache holds. `model`, `data` and `tokens` decide whether it fits a request."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    complete: bool = False
+    model: dict[str, Any]
+    data: dict[str, Any]
+    tokens: dict[str, Any]
+    context_length: int
+    shard_contexts: int
+    dtype: str
+    rows: dict[str, int]
+    text_sha256: str
+    hooks: dict[str, HookEntry]
+    files: dict[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Over the eligible training tokens of one hook point.
+
+    Attributes:
+        tokens: how many they are.
+        mean: E[x].
+        mean_squared_norm: E‖x‖².
+    """
+
+    tokens: int
+    mean: Float[Tensor, " d_in"]
+    mean_squared_norm: float
+
+
+@dataclass(frozen=True)
+class ContextBatch:
+    """Consecutive contexts of a split. `first_row` + position in the flattened batch is a token's row.
+
+    Attributes:
+        tokens: ids.
+        documents: index into `ActivationCache.documents(split)`.
+        eligible: False for tokens masked out of training, statistics and evaluation.
+        activations: as stored, converted to float32; None where no hook point was asked for.
+    """
+
+    first_row: int
+    tokens: Int[Tensor, "context seq"]
+    documents: Int[Tensor, "context seq"]
+    eligible: Bool[Tensor, "context seq"]
+    activations: Float[Tensor, "context seq d_in"] | None
+
+
+def shard_name(folder: str, split: str, number: int) -> str:
+    """Path of a shard inside the cache; `folder` is `tokens` or a hook point."""
+    return f"{folder}/{split}-{number:05d}.safetensors"
+
+
+class ActivationCache:
+    """A harvested cache, opened for reading; shards are mapped into memory, not read.
+
+    Args:
+        path: the cache's folder, or the run folder that holds it.
+
+    Raises:
+        CacheError: there is no complete cache, or a file's size is not the manifest's.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = find_cache(path)
+        self.manifest = read_manifest(self.path)
+        if not self.manifest.complete:
+            raise CacheError(
+                f"cache {str(self.path)!r}: the harvest is unfinished; run the same 'sae harvest' to finish it"
+            )
+        for name, entry in self.manifest.files.items():
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry.bytes:
+                state = "is missing" if size is None else f"has {size:,} bytes instead of {entry.bytes:,}"
+                raise CacheError(
+                    f"cache {str(self.path)!r}: {name} {state}; delete it and run the same 'sae harvest' to restore it"
+                )
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Hook points in the cache."""
+        return tuple(self.manifest.hooks)
+
+    @property
+    def policy(self) -> TokenPolicy:
+        """Which tokens count."""
+        return TokenPolicy.from_json(self.manifest.tokens)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens per context."""
+        return self.manifest.context_length
+
+    def rows(self, split: str = TRAIN) -> int:
+        """Tokens in a split, masked ones included."""
+        return self.manifest.rows[split]
+
+    def d_in(self, hook: str) -> int:
+        """Width of the activations at `hook`."""
+        return self._hook(hook).d_in
+
+    def statistics(self, hook: str) -> Statistics:
+        """Mean and mean squared norm of the training activations at `hook`."""
+        entry = self._hook(hook)
+        mean = torch.tensor(entry.sum, dtype=torch.float64) / entry.tokens
+        return Statistics(entry.tokens, mean.float(), entry.sum_of_squares / entry.tokens)
+
+    def documents(self, split: str = TRAIN) -> list[str]:
+        """Names of the split's documents, in order."""
+        return json.loads((self.path / DOCUMENTS).read_text(encoding="utf-8"))[split]
+
+    def shards(self, split: str = TRAIN) -> int:
+        """Number of shards of a split."""
+        return -(-self.rows(split) // (self.manifest.shard_contexts * self.context_length))
+
+    def token_shard(self, split: str, number: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+        """Tokens and document indices of a shard, int32."""
+        file = self._open(shard_name("tokens", split, number))
+        return file.get_tensor("tokens"), file.get_tensor("documents")
+
+    def eligible_shard(self, split: str, number: int) -> Bool[Tensor, " rows"]:
+        """Which rows of a shard count."""
+        tokens, _ = self.token_shard(split, number)
+        return eligible_rows(tokens, self.policy, self.context_length)
+
+    def activation_shard(self, hook: str, split: str, number: int) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
+        """Activations `[rows, d_in]` of a shard as stored, mapped into memory, and the scale per row where dtype is int8."""
+        self._hook(hook)
+        file = self._open(shard_name(hook, split, number))
+        scale = file.get_tensor("scale") if self.manifest.dtype == "int8" else None
+        return file.get_tensor("activations"), scale
+
+    def contexts(
+        self, split: str = TRAIN, hook: str | None = None, *, batch_contexts: int = 64, max_tokens: int | None = None
+    ) -> Iterator[ContextBatch]:
+        """A split in text order, a few contexts at a time; `max_tokens` stops before the context that would exceed it.
+
+        A last context that is shorter than the others comes alone.
+        """
+        length, left = self.context_length, self.rows(split) if max_tokens is None else max_tokens
+        first_row = 0
+        for number in range(self.shards(split)):
+            tokens, documents = self.token_shard(split, number)
+            eligible = eligible_rows(tokens, self.policy, length)
+            activations, scale = self.activation_shard(hook, split, number) if hook else (None, None)
+            for start, stop in _batch_ranges(len(tokens), length, batch_contexts):
+                stop = min(stop, start + left // length * length if left < stop - start else stop)  # noqa: PLW2901
+                if stop <= start:
+                    return
+                seq = min(length, stop - start)
+                x = None
+                if activations is not None:
+                    x = dequantise(activations[start:stop], None if scale is None else scale[start:stop])
+                    x = x.view(-1, seq, x.shape[-1])
+                yield ContextBatch(
+                    first_row + start,
+                    tokens[start:stop].view(-1, seq).long(),
+                    documents[start:stop].view(-1, seq).long(),
+                    eligible[start:stop].view(-1, seq),
+                    x,
+                )
+                left -= stop - start
+            first_row += len(tokens)
+
+    def _hook(self, hook: str) -> HookEntry:
+        if hook not in self.manifest.hooks:
+            raise CacheError(f"cache {str(self.path)!r}: hook {hook!r} is not in it; it holds {', '.join(self.hooks)}")
+        return self.manifest.hooks[hook]
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019  a cache is opened once a run
+    def _open(self, name: str) -> Any:
+        try:
+            return safe_open(self.path / name, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CacheError(
+                f"cache {str(self.path)!r}: {name} is damaged ({error}); delete it and run the same 'sae harvest' to restore it"
+            ) from error
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{count:,} {split}" for split, count in self.manifest.rows.items())
+        return f"ActivationCache({str(self.path)!r}: {rows} tokens, {', '.join(self.hooks)}, {self.manifest.dtype})"
+
+
+def eligible_rows(tokens: Int[Tensor, " rows"], policy: TokenPolicy, context_length: int) -> Bool[Tensor, " rows"]:
+    """Which rows count, for rows that begin at a context's start and may end inside one."""
+    whole = len(tokens) // context_length * context_length
+    parts = [tokens[:whole].view(-1, context_length)]
+    if whole < len(tokens):
+        parts.append(tokens[whole:].view(1, -1))
+    return torch.cat([policy.eligible(part).flatten() for part in parts])
+
+
+def dequantise(activations: Tensor, scale: Tensor | None) -> Float[Tensor, "rows d_in"]:
+    """Stored activations as float32."""
+    return activations.float() if scale is None else activations.float() * scale[:, None]
+
+
+def verify(path: str | Path) -> tuple[int, list[str]]:
+    """Compare every file of a cache with its checksum.
+
+    Returns:
+        How many files were read, and a line for each that is missing or differs.
+    """
+    folder = find_cache(path)
+    manifest = read_manifest(folder)
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(lambda item: _check(folder, *item), manifest.files.items())
+        return len(manifest.files), [problem for problem in problems if problem]
+
+
+def find_cache(path: str | Path) -> Path:
+    """The cache's folder, given that or a run folder.
+
+    Raises:
+        CacheError: neither holds a manifest.
+    """
+    folder = Path(path).expanduser()
+    for candidate in (folder, folder / "activations"):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    raise CacheError(f"cache {str(path)!r}: no {MANIFEST} there; make one with 'sae harvest'")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        CacheError: not a manifest of this format, or of a newer version.
+    """
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except ValidationError as error:
+        raise CacheError(f"cache {str(folder)!r}: {MANIFEST} is damaged ({error.errors()[0]['msg']})") from error
+    if manifest.format != FORMAT or manifest.format_version > FORMAT_VERSION or set(manifest.rows) != set(SPLITS):
+        raise CacheError(
+            f"cache {str(folder)!r}: format {manifest.format!r} version {manifest.format_version}; this package reads "
+            f"{FORMAT!r} up to version {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def _batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple[int, int]]:
+    whole = rows // length * length
+    for start in range(0, whole, batch_contexts * length):
+        yield start, min(start + batch_contexts * length, whole)
+    if whole < rows:
+        yield whole, rows
+
+
+def _check(folder: Path, name: str, entry: FileEntry) -> str | None:
+    file = folder / name
+    if not file.is_file():
+        return f"{name}: missing"
+    if file.stat().st_size != entry.bytes:
+        return f"{name}: {file.stat().st_size:,} bytes instead of {entry.bytes:,}"
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256") if hasattr(hashlib, "file_digest") else None
+        actual = digest.hexdigest() if digest else hashlib.sha256(content.read()).hexdigest()
+    return None if actual == entry.sha256 else f"{name}: checksum differs; the file was changed after the harvest"

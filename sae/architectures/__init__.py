@@ -1,0 +1,49 @@
+"""The dictionary family, and loading a saved member of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae.architectures.relu import ReLU
+from sae.architectures.topk import TopK
+from sae.dictionary import Dictionary, read_saved
+from sae.errors import FormatError
+
+ARCHITECTURES: dict[str, type[Dictionary]] = {"relu": ReLU, "topk": TopK}
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
+    """Load a saved dictionary, from its folder or from the run folder that holds it.
+
+    Returns:
+        A dictionary in evaluation mode that takes raw activations `[..., d_in]`.
+
+    Raises:
+        FormatError: nothing there, not this format, a newer version, a pickle, damaged or ill-shaped weights.
+    """
+    saved = read_saved(path, device)
+    config: dict[str, Any] = saved.config
+    architecture = ARCHITECTURES.get(config.get("architecture", ""))
+    if architecture is None:
+        known = ", ".join(ARCHITECTURES)
+        raise FormatError(
+            f"dictionary {str(path)!r}: architecture {config.get('architecture')!r} is not one of {known}"
+        )
+    try:
+        settings = {key: config[key] for key in architecture.setting_names}
+        dictionary = architecture(config["d_in"], config["d_sae"], metadata=config.get("metadata"), **settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"dictionary {str(path)!r}: config.json is incomplete or wrong ({error})") from error
+    try:
+        dictionary.load_state_dict(saved.tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise FormatError(f"dictionary {str(path)!r}: weights do not fit config.json ({reason})") from error
+    dtype = saved.tensors["W_dec"].dtype
+    return dictionary.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+__all__ = ["ARCHITECTURES", "Dictionary", "ReLU", "TopK", "load"]

@@ -1,0 +1,184 @@
+"""What a dictionary is: encode, decode, parameters, save, load."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sae.errors import FormatError
+from sae.files import write_json, write_tensors
+from sae.sparse import decode_sparse
+
+FORMAT = "sae-dictionary"
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse codes: the features that fire for each input, strongest first.
+
+    Attributes:
+        values: activations ≥ 0; rows with fewer active features than the widest are padded with 0.
+        indices: the features they belong to; where the value is 0, the index has no meaning.
+    """
+
+    values: Float[Tensor, "*batch k"]
+    indices: Int[Tensor, "*batch k"]
+
+    def __iter__(self):
+        return iter((self.values, self.indices))
+
+
+class Dictionary(nn.Module, ABC):
+    """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
+
+    Subclasses define `act`. Shapes of inputs are `[..., d_in]`, of features `[..., d_sae]`.
+
+    Attributes:
+        W_enc: `[d_in, d_sae]`.
+        b_enc: `[d_sae]`.
+        W_dec: `[d_sae, d_in]`, rows of norm 1: row j is the direction of feature j.
+        b_dec: `[d_in]`.
+        metadata: JSON-able facts saved beside the weights: model, hook point, token policy, training, evaluation.
+    """
+
+    architecture: ClassVar[str]
+    setting_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, d_in: int, d_sae: int, metadata: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.d_in, self.d_sae = d_in, d_sae
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @abstractmethod
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
+        """The features that fire, as values and indices `[..., k]`, strongest first."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the constructor needs beside d_in and d_sae."""
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """(x − b_dec) W_enc + b_enc."""
+        return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations, dense: zero where a feature does not fire."""
+        values, indices = self.encode_sparse(x)
+        return values.new_zeros(*values.shape[:-1], self.d_sae).scatter_add(-1, indices, values)
+
+    def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction from dense features."""
+        return features @ self.W_dec + self.b_dec
+
+    def decode_sparse(self, codes: Codes) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction from sparse codes; equal to `decode` of the same features."""
+        return decode_sparse(codes.values, codes.indices, self.W_dec) + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction x̂ of x."""
+        return self.decode_sparse(self.encode_sparse(x))
+
+    @torch.no_grad()
+    def fold_normalisation_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+        """Rewrite weights that were trained on (x − mean)·scale so that they take raw x.
+
+        Decoder rows keep their norm, so activations come out in the units of x: divided by `scale`.
+        """
+        self.b_enc /= scale
+        self.b_dec.copy_(self.b_dec / scale + mean)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `weights.safetensors`, all that is needed to use the dictionary again.
+
+        Raises:
+            CacheError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.named_parameters()}
+        write_tensors(folder / WEIGHTS_FILE, tensors)
+        write_json(folder / CONFIG_FILE, self.config())
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "architecture": self.architecture,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            **self.settings(),
+            "dtype": str(self.W_dec.dtype).removeprefix("torch."),
+            "metadata": self.metadata,
+        }
+
+    def extra_repr(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.settings().items())
+        return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
+
+
+@dataclass(frozen=True)
+class SavedDictionary:
+    """A dictionary's two files, read and checked, before an architecture makes an object of them."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+
+def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDictionary:
+    """Read a dictionary folder (or a run folder that holds one).
+
+    Raises:
+        FormatError: nothing there, not this format, a newer version, a pickle, damaged or ill-shaped weights.
+    """
+    folder = Path(path).expanduser()
+    if folder.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
+        raise FormatError(
+            f"dictionary {str(path)!r}: pickled files are not read, since they can run code; "
+            f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    if not (folder / CONFIG_FILE).is_file() and (folder / "dictionary" / CONFIG_FILE).is_file():
+        folder = folder / "dictionary"
+    if not (folder / CONFIG_FILE).is_file():
+        raise FormatError(f"dictionary {str(path)!r}: no {CONFIG_FILE} there; give a dictionary folder or a run folder")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"dictionary {str(folder / CONFIG_FILE)!r}: not JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise FormatError(f"dictionary {str(folder)!r}: {CONFIG_FILE} is not of this toolkit (no format {FORMAT!r})")
+    if config.get("format_version", 0) > FORMAT_VERSION:
+        raise FormatError(
+            f"dictionary {str(folder)!r}: format version {config['format_version']} is newer than this package reads "
+            f"({FORMAT_VERSION}); update the package"
+        )
+    weights = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(weights, device=str(device))
+    except FileNotFoundError as error:
+        raise FormatError(f"dictionary {str(folder)!r}: {WEIGHTS_FILE} is missing") from error
+    except (SafetensorError, OSError) as error:
+        kind = "a pickle" if _is_pickle(weights) else f"damaged ({error})"
+        raise FormatError(f"dictionary {str(weights)!r}: {kind}, not a safetensors file; save it again") from error
+    return SavedDictionary(config, tensors)
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start == b"PK\x03\x04"

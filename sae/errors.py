@@ -1,0 +1,42 @@
+"""Every error this package raises on purpose.
+
+    SaeError
+    ├── ConfigError    a setting is unknown, of the wrong type, or contradicts another
+    ├── DataError      the text cannot be read, or there is too little of it
+    ├── ModelError     the language model or the hook point cannot be had
+    ├── CacheError     the activation cache is missing, damaged, of another model, or cannot be written
+    ├── FormatError    a saved dictionary or feature store cannot be read
+    └── TrainingError  training cannot go on
+
+Each message names the value, what was expected, and the way out; the command line prints it alone on one line.
+"""
+
+from __future__ import annotations
+
+
+class SaeError(Exception):
+    """Root of all errors of this package."""
+
+
+class ConfigError(SaeError):
+    """A setting is unknown, of the wrong type, or contradicts another."""
+
+
+class DataError(SaeError):
+    """The text cannot be read, or there is too little of it."""
+
+
+class ModelError(SaeError):
+    """The language model or the hook point cannot be had."""
+
+
+class CacheError(SaeError):
+    """The activation cache is missing, damaged, of another model, or cannot be written."""
+
+
+class FormatError(SaeError):
+    """A saved dictionary or feature store cannot be read."""
+
+
+class TrainingError(SaeError):
+    """Training cannot go on: not-a-number values, activations of the wrong width, no data."""

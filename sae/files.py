@@ -1,0 +1,64 @@
+"""Files that are either whole or not there: written under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from sae.errors import CacheError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any instant leaves the old content or the new, never a part.
+
+    Raises:
+        CacheError: the folder cannot be written, or the disk is full; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CacheError(_explain(path, len(content), error)) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, indented, atomically."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file atomically. The same tensors give the same bytes."""
+    write_bytes(path, save(dict(tensors)))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explain(path: Path, size: int, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"disk full: {str(path)!r} needs {size:,} bytes; nothing is damaged: "
+            "free some space and run the same command again to go on"
+        )
+    return f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or change its permissions"

@@ -1,0 +1,355 @@
+"""The language model: read a hook point, replace one, unembed. The only file that knows transformer-lens."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.config import ModelConfig
+from sae.errors import ModelError
+from sae.tokens import TokenPolicy
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo"
+RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+INNER_HOOKS = ("attn.hook_z", "mlp.hook_post")
+_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+Replacement = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Identity of a language model: two with equal info give equal activations.
+
+    Attributes:
+        name: as the user gave it, or the file's or folder's name where that was a path.
+        revision: git commit of a hub model.
+        weights_sha256: over all weights, as loaded and before any processing.
+        weight_processing: what was done to them then.
+        dtype: number type of the computation.
+        tokenizer_sha256: over vocabulary and special tokens.
+    """
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    weight_processing: str
+    dtype: str
+    tokenizer_sha256: str
+    d_model: int
+    n_layers: int
+    max_context: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class LanguageModel:
+    """A causal language model whose hook points can be read and replaced.
+
+    Args:
+        config: which model, and how.
+        device: where it runs.
+
+    Raises:
+        ModelError: the model cannot be found, downloaded or understood.
+
+    Attributes:
+        bridge: transformer-lens's `TransformerBridge`.
+        tokenizer: the Hugging Face tokenizer.
+        info: the model's identity.
+    """
+
+    def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
+        model, self.tokenizer, label, revision = _load(config)
+        if model.config.bos_token_id is None and self.tokenizer.bos_token_id is None:
+            model.config.bos_token_id = self.tokenizer.eos_token_id
+        weights_sha256 = _hash_weights(model)
+        self.device = torch.device(device)
+        self.bridge = _boot(model.to(self.device).eval(), self.tokenizer, label, config)
+        cfg = self.bridge.cfg
+        self.info = ModelInfo(
+            name=label,
+            revision=revision,
+            weights_sha256=weights_sha256,
+            weight_processing=config.weight_processing,
+            dtype=config.dtype,
+            tokenizer_sha256=_hash_tokenizer(self.tokenizer),
+            d_model=cfg.d_model,
+            n_layers=cfg.n_layers,
+            max_context=cfg.n_ctx,
+        )
+
+    @property
+    def bos(self) -> int | None:
+        """The id that opens a context: BOS, or end-of-text for tokenizers that have no BOS."""
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in ids if token is not None), None)
+
+    @property
+    def separator(self) -> int | None:
+        """The id that ends a document: EOS, or BOS for tokenizers that have no EOS."""
+        ids = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+        return next((token for token in ids if token is not None), None)
+
+    def token_policy(self, *, prepend_bos: bool, mask_first_position: bool, mask_special_tokens: bool) -> TokenPolicy:
+        """Which tokens count, with this tokenizer's special tokens.
+
+        Raises:
+            ModelError: BOS is asked for and the tokenizer has neither BOS nor EOS.
+        """
+        if prepend_bos and self.bos is None:
+            raise ModelError(
+                f"model {self.info.name!r}: its tokenizer has no BOS or EOS token; set data.prepend_bos=false"
+            )
+        ids = {*self.tokenizer.all_special_ids, *(token for token in (self.bos, self.separator) if token is not None)}
+        return TokenPolicy(prepend_bos, mask_first_position, tuple(sorted(ids)) if mask_special_tokens else ())
+
+    def check_context_length(self, context_length: int) -> None:
+        """Raise ModelError where the model's positions end before the context does."""
+        if context_length > self.info.max_context:
+            raise ModelError(
+                f"data.context_length={context_length}: {self.info.name} reads at most {self.info.max_context} tokens"
+            )
+
+    def check_hook(self, hook: str) -> tuple[int, str]:
+        """Block number and kind of a hook point.
+
+        Raises:
+            ModelError: not a hook point of this model; the message has the valid ones.
+        """
+        match = _HOOK.fullmatch(hook)
+        kinds = RESIDUAL_HOOKS + INNER_HOOKS
+        if match is None or match[2] not in kinds:
+            near = difflib.get_close_matches(match[2] if match else hook, kinds, 1, 0.5)
+            example = f"; did you mean blocks.{match[1] if match else 0}.{near[0]}?" if near else ""
+            raise ModelError(f"hook {hook!r}: expected blocks.N. and one of {', '.join(kinds)}{example}")
+        layer = int(match[1])
+        if layer >= self.info.n_layers:
+            raise ModelError(f"hook {hook!r}: {self.info.name} has blocks 0 to {self.info.n_layers - 1}")
+        return layer, match[2]
+
+    def is_residual(self, hook: str) -> bool:
+        """Whether activations at `hook` live in the residual stream's space, which the unembedding reads."""
+        return self.check_hook(hook)[1] in RESIDUAL_HOOKS
+
+    @torch.no_grad()
+    def activations(
+        self, tokens: Int[Tensor, "context seq"], hooks: Sequence[str]
+    ) -> dict[str, Float[Tensor, "context seq d_in"]]:
+        """Activations at several hook points from one pass that stops at the last of them. Heads are concatenated."""
+        if len(hooks) == 1 and (layer := self._entering_block(hooks[0])) is not None:
+            return {hooks[0]: self.bridge(tokens, stop_at_layer=layer)}
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook_function(activation: Tensor, hook: Any) -> None:
+                found[name] = activation.detach().flatten(2)
+                if len(found) == len(hooks):
+                    raise _AllFoundError
+
+            return hook_function
+
+        last = max(self.check_hook(hook)[0] for hook in hooks)
+        stop = last + 1 if last + 1 < self.info.n_layers else None
+        with contextlib.suppress(_AllFoundError):
+            self.bridge.run_with_hooks(tokens, fwd_hooks=[(hook, keep(hook)) for hook in hooks], stop_at_layer=stop)
+        self.bridge.reset_hooks()
+        return found
+
+    @torch.no_grad()
+    def logits(self, tokens: Int[Tensor, "context seq"]) -> Float[Tensor, "context seq vocab"]:
+        """Next-token logits, float32."""
+        return self.bridge(tokens).float()
+
+    @torch.no_grad()
+    def replaced_logits(
+        self, tokens: Int[Tensor, "context seq"], hook: str, replacements: Sequence[Replacement]
+    ) -> Iterator[Float[Tensor, "context seq vocab"]]:
+        """Logits with the hook point's activations `[context, seq, d_in]` replaced, for one function after another.
+
+        At residual-stream hooks the blocks before are computed once for all replacements.
+        """
+        self._check_replaceable(hook)
+        layer = self._entering_block(hook)
+        if layer is not None:
+            resid = self.bridge(tokens, stop_at_layer=layer)
+            for replacement in replacements:
+                yield self.bridge(replacement(resid), start_at_layer=layer).float()
+            return
+        for replacement in replacements:
+            with self.replacing(hook, replacement):
+                yield self.bridge(tokens).float()
+
+    @contextlib.contextmanager
+    def replacing(
+        self, hook: str, replacement: Callable[[Tensor], Tensor] | Callable[[Tensor, Tensor | None], Tensor],
+        *, with_tokens: bool = False,
+    ) -> Iterator[None]:  # fmt: skip
+        """While open, every forward pass of `bridge` has the hook point's activations replaced.
+
+        Args:
+            hook: hook point.
+            replacement: from activations `[context, seq, d_in]` to the same shape; with `with_tokens` it also gets the
+                tokens `[context, seq]`, or None in passes that begin in the middle of the model.
+        """
+        self._check_replaceable(hook)
+        seen: list[Tensor | None] = [None]
+
+        def remember(tokens: Tensor, hook: Any) -> None:
+            seen[0] = tokens
+
+        def replace(activation: Tensor, hook: Any) -> Tensor:
+            flat = activation.flatten(2)
+            tokens = seen[0] if seen[0] is not None and seen[0].shape == flat.shape[:2] else None
+            new = replacement(flat, tokens) if with_tokens else replacement(flat)  # type: ignore[call-arg]
+            return new.to(activation.dtype).view_as(activation)
+
+        with self.bridge.hooks(fwd_hooks=[("embed.hook_in", remember), (hook, replace)]):
+            yield
+
+    def unembedding(self) -> Float[Tensor, "d_model vocab"]:
+        """Logit effect of a residual direction: the final norm's gain (and centring) times the unembedding.
+
+        The final norm's division by the token's own norm is left out, so effects are right up to a positive factor.
+        """
+        norm = self.bridge.ln_final
+        W_U = self.bridge.W_U.detach().float()
+        gain = getattr(norm, "weight", None)
+        if gain is not None:
+            W_U = gain.detach().float()[:, None] * W_U
+        if not self.bridge.cfg.uses_rms_norm:
+            W_U = W_U - W_U.mean(0, keepdim=True)
+        return W_U
+
+    def _entering_block(self, hook: str) -> int | None:
+        """The block whose input the hook point is, where the bridge can stop before it and start from it."""
+        layer, kind = self.check_hook(hook)
+        block = layer if kind == "hook_resid_pre" else layer + 1 if kind == "hook_resid_post" else None
+        return block if block is not None and block < self.info.n_layers else None
+
+    def _check_replaceable(self, hook: str) -> None:
+        if self.check_hook(hook)[1] == "hook_resid_mid":
+            raise ModelError(
+                f"hook {hook!r}: transformer-lens can read hook_resid_mid but not replace it (the skip connection would "
+                "keep the original); use hook_resid_pre, hook_resid_post, hook_attn_out or hook_mlp_out"
+            )
+
+
+def next_token_losses(
+    logits: Float[Tensor, "context seq vocab"], tokens: Int[Tensor, "context seq"]
+) -> Float[Tensor, "context seq-1"]:
+    """Cross-entropy in nats of predicting token t + 1 at position t."""
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return losses.view(tokens.shape[0], -1)
+
+
+class _AllFoundError(Exception):
+    """Ends a forward pass in which every hook point has been read."""
+
+
+def _load(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
+    """Model, tokenizer, label, revision."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ModelError("language models need the package's extra: pip install 'sae[lm]'") from error
+    path = DEMO_FOLDER if config.name == DEMO else Path(config.name).expanduser()
+    arguments: dict[str, Any] = {}
+    if path.is_file() and path.suffix == ".gguf":
+        source, arguments = path.parent, {"gguf_file": path.name, "local_files_only": True}
+    elif path.is_dir():
+        source, arguments = path, {"local_files_only": True}
+    elif config.name.startswith((".", "/", "~")) or config.name.endswith(".gguf"):
+        raise ModelError(f"model {config.name!r}: no such folder or file")
+    else:
+        source, arguments = config.name, {"revision": config.revision or "main"}
+    local = isinstance(source, Path)
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype), **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+        if local:
+            raise ModelError(f"model {config.name!r}: cannot be loaded ({reason})") from error
+        raise ModelError(
+            f"model {config.name!r}: neither a folder nor a .gguf file here, and the hub did not give it ({reason}). "
+            "Check the name and the network, or give a local folder, a .gguf file, or 'demo'"
+        ) from error
+    label = config.name if not local or config.name == DEMO else path.name
+    return model, tokenizer, label, getattr(model.config, "_commit_hash", None)
+
+
+def _boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        with _quiet():
+            bridge = TransformerBridge.boot_transformers(
+                label, hf_model=model, tokenizer=tokenizer, dtype=getattr(torch, config.dtype)
+            )
+            if config.weight_processing != "none":
+                centre = config.weight_processing == "center_and_fold"
+                bridge.process_weights(fold_ln=True, center_writing_weights=centre, center_unembed=centre)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model {config.name!r}: transformer-lens cannot bridge {type(model).__name__} ({reason})"
+        ) from error
+    return bridge.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' warnings and progress bars off the user's terminal."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _hash_weights(model: Any) -> str:
+    """One digest over all weights, name by name; tensors are hashed side by side."""
+    tensors = sorted(model.state_dict().items())
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return (
+            hashlib.sha256(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()).digest()
+            + hashlib.sha256(content).digest()
+        )
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()
+
+
+def _hash_tokenizer(tokenizer: Any) -> str:
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr((vocabulary, sorted(tokenizer.all_special_ids))).encode()).hexdigest()

@@ -1,0 +1,219 @@
+"""Documents in, packed contexts of tokens out; and the one rule for which tokens count."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sae.config import DataConfig
+from sae.corpus import Document, is_held_out, read_documents
+from sae.errors import DataError
+
+TRAIN, HELD_OUT = "train", "held_out"
+SPLITS = (TRAIN, HELD_OUT)
+_CHARACTERS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class TokenPolicy:
+    """Which tokens are part of training, statistics and evaluation: decided once, recorded, used everywhere.
+
+    The first position and BOS have norms far above the rest in many models and would dominate every mean.
+
+    Attributes:
+        prepend_bos: every context begins with the BOS token.
+        mask_first_position: position 0 of every context is left out.
+        masked_ids: tokens of these ids are left out.
+    """
+
+    prepend_bos: bool
+    mask_first_position: bool
+    masked_ids: tuple[int, ...]
+
+    def eligible(self, tokens: Int[Tensor, "context seq"]) -> Bool[Tensor, "context seq"]:
+        """True where a token counts."""
+        masked = torch.isin(tokens, torch.tensor(self.masked_ids, dtype=tokens.dtype, device=tokens.device))
+        if self.mask_first_position:
+            masked[:, 0] = True
+        return ~masked
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prepend_bos": self.prepend_bos,
+            "mask_first_position": self.mask_first_position,
+            "masked_ids": list(self.masked_ids),
+        }
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> TokenPolicy:
+        return TokenPolicy(record["prepend_bos"], record["mask_first_position"], tuple(record["masked_ids"]))
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A run of consecutive rows of one split: tokens in text order, and the document each belongs to."""
+
+    tokens: Int[np.ndarray, " rows"]
+    documents: Int[np.ndarray, " rows"]
+
+
+class Packer:
+    """Packs one split's documents into contexts, and stops at an exact number of rows.
+
+    A context opens with BOS (if `bos` is given) and goes on with documents, each followed by the separator. Row i
+    belongs to context i // context_length; only the very last context may be shorter.
+    """
+
+    def __init__(self, rows: int, context_length: int, bos: int | None, separator: int | None) -> None:
+        self.rows, self.context_length, self.bos, self.separator = rows, context_length, bos, separator
+        self.names: list[str] = []
+        self._packed = 0
+        self._tokens: list[np.ndarray] = []
+        self._documents: list[np.ndarray] = []
+        self._waiting = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether all rows asked for are packed or waiting to be."""
+        return self._packed + self._rows_from(self._waiting) >= self.rows
+
+    @property
+    def available(self) -> int:
+        """Rows that the documents so far amount to."""
+        return min(self.rows, self._packed + self._rows_from(self._waiting))
+
+    def add(self, name: str, ids: Sequence[int]) -> None:
+        """Append a document's tokens."""
+        ids = [*ids, self.separator] if self.separator is not None else list(ids)
+        self._tokens.append(np.array(ids, dtype=np.int32))
+        self._documents.append(np.full(len(ids), len(self.names), dtype=np.int32))
+        self.names.append(name)
+        self._waiting += len(ids)
+
+    def take(self, contexts: int) -> PackedRows | None:
+        """The next `contexts` contexts, or the last ones when full; None until there are enough tokens."""
+        rows = min(contexts * self.context_length, self.rows - self._packed)
+        if rows == 0 or self._rows_from(self._waiting) < rows:
+            return None
+        text_rows = rows - -(-rows // self.context_length) * (self.bos is not None)
+        tokens, documents = self._pop(text_rows)
+        self._packed += rows
+        if self.bos is not None:
+            starts = np.arange(0, text_rows, self.context_length - 1)
+            tokens = np.insert(tokens, starts, self.bos)
+            documents = np.insert(documents, starts, documents[starts])
+        return PackedRows(tokens, documents)
+
+    def _rows_from(self, text_tokens: int) -> int:
+        """Rows that so many text tokens make, with a BOS row for every context begun."""
+        if self.bos is None:
+            return text_tokens
+        return text_tokens + -(-text_tokens // (self.context_length - 1))
+
+    def _pop(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, documents = np.concatenate(self._tokens), np.concatenate(self._documents)
+        self._tokens, self._documents = [tokens[count:]], [documents[count:]]
+        self._waiting -= count
+        return tokens[:count], documents[:count]
+
+
+def packed_shards(
+    config: DataConfig, tokenizer: Any, shard_contexts: int, packers: dict[str, Packer]
+) -> Iterator[tuple[str, PackedRows]]:
+    """Read, tokenise and pack the text of `config`; yields a split's name and a shard's rows, as soon as one is full.
+
+    Raises:
+        DataError: the text cannot be read, or ends before every split has the tokens asked for.
+    """
+    documents = prepared_documents(config)
+    while not all(packer.full for packer in packers.values()):
+        batch = list(_take_characters(documents))
+        if not batch:
+            break
+        wanted = [(name, text, split) for name, text, split in batch if not packers[split].full]
+        for (name, _, split), ids in zip(wanted, _token_ids(tokenizer, [text for _, text, _ in wanted]), strict=True):
+            packers[split].add(name, ids)
+        for split, packer in packers.items():
+            while (rows := packer.take(shard_contexts)) is not None:
+                yield split, rows
+    for split, packer in packers.items():
+        if not packer.full:
+            raise DataError(_too_little(config, split, packer))
+
+
+def prepared_documents(config: DataConfig) -> Iterator[tuple[str, str, str]]:
+    """(name, text, split) of every document that is not empty: cut into sections and shuffled as asked."""
+    documents = read_documents(
+        config.source, split=config.split, subset=config.subset, column=config.column, streaming=config.streaming
+    )
+    sections = (
+        (section.name, section.text, HELD_OUT if held_out else TRAIN)
+        for document in documents
+        for held_out in (is_held_out(document.name, config.holdout_seed, config.holdout_fraction),)
+        for section in _sections(document, config.section_characters)
+        if section.text.strip()
+    )
+    return _shuffled(sections, config.shuffle_documents) if config.shuffle_documents else sections
+
+
+def _sections(document: Document, characters: int | None) -> Iterator[Document]:
+    if characters is None or len(document.text) <= characters:
+        yield document
+        return
+    start, number = 0, 0
+    while start < len(document.text):
+        end = start + characters
+        newline = document.text.find("\n", end)
+        end = len(document.text) if newline < 0 or newline + 1 >= len(document.text) else newline + 1
+        yield Document(f"{document.name}#{number}", document.text[start:end])
+        start, number = end, number + 1
+
+
+def _shuffled(items: Iterable[tuple[str, str, str]], buffer_size: int) -> Iterator[tuple[str, str, str]]:
+    """A streaming shuffle: each item leaves from a random place of the buffer. Always the same order."""
+    rng = random.Random(0)
+    items = iter(items)
+    buffer = list(itertools.islice(items, buffer_size))
+    for item in items:
+        place = rng.randrange(len(buffer))
+        yield buffer[place]
+        buffer[place] = item
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _take_characters(documents: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    count = 0
+    for document in documents:
+        yield document
+        count += len(document[1])
+        if count >= _CHARACTERS_AT_ONCE:
+            return
+
+
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids without special tokens; fast tokenizers spread a batch over all cores."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _too_little(config: DataConfig, split: str, packer: Packer) -> str:
+    setting = "data.tokens" if split == TRAIN else "data.held_out_tokens"
+    found = f"data source {config.source!r}: the {split.replace('_', '-')} documents hold {packer.available:,} tokens"
+    if packer.available == 0:
+        way_out = (
+            f"; holdout_fraction={config.holdout_fraction} put no document there: change it or data.holdout_seed"
+            if config.holdout_fraction
+            else ""
+        )
+        return f"{found}, {setting}={packer.rows:,} were asked for{way_out or ': the text is empty'}"
+    return f"{found}, {setting}={packer.rows:,} were asked for: lower it, or add text"
