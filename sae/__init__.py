@@ -1,3 +1,49 @@
-"""Sparse autoencoders on language-model activations."""
+"""Sparse autoencoders on language-model activations: cache, train, evaluate, look at features, reuse.
+
+Heavy parts (transformer-lens, datasets, matplotlib) are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "ActivationCache": "sae.activations",
+    "ActivationLoader": "sae.activations.loader",
+    "Codes": "sae.dictionary",
+    "Dictionary": "sae.dictionary",
+    "DictionaryConfig": "sae.config",
+    "Features": "sae.features",
+    "IterableSource": "sae.training",
+    "LanguageModel": "sae.language_model",
+    "ModelConfig": "sae.config",
+    "ReLU": "sae.architectures",
+    "RunConfig": "sae.config",
+    "SaeError": "sae.errors",
+    "TopK": "sae.architectures",
+    "TrainConfig": "sae.config",
+    "collect_features": "sae.pipeline",
+    "evaluate": "sae.evaluation",
+    "harvest": "sae.pipeline",
+    "load": "sae.architectures",
+    "load_config": "sae.config",
+    "run": "sae.pipeline",
+    "splice": "sae.splicing",
+    "train": "sae.training",
+    "verify": "sae.activations",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sae' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -25,15 +25,15 @@ class ModelConfig(_Settings):
     """Which language model the activations come from."""
 
     name: str = Field(
-        "demo",
+        default="demo",
         description="`demo` (embedded), a local folder, a .gguf file, or a name on the Hugging Face hub such as `gpt2`",
     )
-    revision: str | None = Field(None, description="git revision of a hub model; null: the newest")
-    dtype: ComputeDtype = Field("float32", description="number type the model computes in")
+    revision: str | None = Field(default=None, description="git revision of a hub model; null: the newest")
+    dtype: ComputeDtype = Field(default="float32", description="number type the model computes in")
     weight_processing: Literal["none", "fold_ln", "center_and_fold"] = Field(
-        "none",
+        default="none",
         description="`none`: weights as published; `fold_ln`: layer norms' gains folded into the next weights; "
-        "`center_and_fold`: also centred writing weights and unembedding, as transformer-lens's old class did by default",
+        "`center_and_fold`: also centred writing weights and unembedding, the default of transformer-lens before 4",
     )
 
 
@@ -41,128 +41,151 @@ class DataConfig(_Settings):
     """Which text is read, and how it is cut into contexts."""
 
     source: str = Field(
-        "stdlib",
+        default="stdlib",
         description="`stdlib` (Python's standard library), a .txt/.md/.jsonl/.parquet file, a folder of them, a folder "
         "saved by `datasets`, or a hub data set",
     )
-    subset: str | None = Field(None, description="configuration name of a hub data set")
-    split: str = Field("train", description="split of a hub or saved data set")
-    column: str = Field("text", description="field that holds the text in .jsonl, .parquet and data sets")
-    streaming: bool = Field(True, description="read a hub data set while it downloads")
+    subset: str | None = Field(default=None, description="configuration name of a hub data set")
+    split: str = Field(default="train", description="split of a hub or saved data set")
+    column: str = Field(default="text", description="field that holds the text in .jsonl, .parquet and data sets")
+    streaming: bool = Field(default=True, description="read a hub data set while it downloads")
     section_characters: PositiveInt | None = Field(
-        None,
-        description="cut longer documents at line ends into sections of about so many characters, each a document of its "
-        "own; sections of one document stay on one side of the held-out split; null: documents stay whole",
+        default=None,
+        description="cut longer documents at line ends into sections of about so many characters, each a document of "
+        "its own; sections of one document stay on one side of the held-out split; null: documents stay whole",
     )
     shuffle_documents: PositiveInt | None = Field(
-        None, description="draw documents at random from a buffer of so many; null: in the order of the source"
+        default=None, description="draw documents at random from a buffer of so many; null: in the order of the source"
     )
-    tokens: PositiveInt = Field(1_000_000, description="training tokens to cache, exactly")
-    held_out_tokens: PositiveInt = Field(100_000, description="evaluation tokens to cache, exactly")
+    tokens: PositiveInt = Field(default=1_000_000, description="training tokens to cache, exactly")
+    held_out_tokens: PositiveInt = Field(default=100_000, description="evaluation tokens to cache, exactly")
     holdout_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of the documents set aside for evaluation, by a hash of their names"
+        default=0.1, gt=0, lt=1, description="share of the documents set aside for evaluation, by a hash of their names"
     )
-    holdout_seed: int = Field(0, description="seed of that hash; independent of `seed`")
-    context_length: int = Field(128, ge=2, description="tokens the model sees at once, the BOS token included")
-    prepend_bos: bool = Field(True, description="begin every context with the tokenizer's BOS token")
+    holdout_seed: int = Field(default=0, description="seed of that hash; independent of `seed`")
+    context_length: int = Field(default=128, ge=2, description="tokens the model sees at once, the BOS token included")
+    prepend_bos: bool = Field(default=True, description="begin every context with the tokenizer's BOS token")
 
 
 class HarvestConfig(_Settings):
     """What is cached, and in which form."""
 
     hooks: tuple[str, ...] = Field(
-        ("blocks.2.hook_resid_pre",), min_length=1, description="hook points to cache, by transformer-lens's names"
+        default=("blocks.2.hook_resid_pre",),
+        min_length=1,
+        description="hook points to cache, by transformer-lens's names",
     )
-    dtype: StorageDtype = Field("float16", description="number type on disk; `int8` keeps one scale per token")
-    batch_contexts: PositiveInt = Field(32, description="contexts per forward pass")
-    shard_contexts: PositiveInt = Field(1024, description="contexts per shard file; a kill loses at most one shard")
+    dtype: StorageDtype = Field(default="float16", description="number type on disk; `int8` keeps one scale per token")
+    batch_contexts: PositiveInt = Field(default=32, description="contexts per forward pass")
+    shard_contexts: PositiveInt = Field(
+        default=1024, description="contexts per shard file; a kill loses at most one shard"
+    )
     mask_first_position: bool = Field(
-        True, description="keep the first position of every context out of training, statistics and evaluation"
+        default=True, description="keep the first position of every context out of training, statistics and evaluation"
     )
     mask_special_tokens: bool = Field(
-        True, description="keep BOS, EOS, padding and other special tokens out of training, statistics and evaluation"
+        default=True,
+        description="keep BOS, EOS, padding and other special tokens out of training, statistics and evaluation",
     )
-    cache: str | None = Field(None, description="folder of the activation cache; null: `activations` in the run folder")
+    cache: str | None = Field(
+        default=None, description="folder of the activation cache; null: `activations` in the run folder"
+    )
 
 
 class DictionaryConfig(_Settings):
     """The shape of the dictionary."""
 
-    architecture: Literal["relu", "topk"] = Field("topk", description="`relu` (with an L1 penalty) or `topk`")
-    hook: str | None = Field(None, description="hook point to train on; null: the first of harvest.hooks")
-    d_sae: PositiveInt = Field(4096, description="number of features")
-    k: PositiveInt = Field(32, description="features active per token; topk only")
+    architecture: Literal["relu", "topk"] = Field(default="topk", description="`relu` (with an L1 penalty) or `topk`")
+    hook: str | None = Field(default=None, description="hook point to train on; null: the first of harvest.hooks")
+    d_sae: PositiveInt = Field(default=4096, description="number of features")
+    k: PositiveInt = Field(default=32, description="features active per token; topk only")
 
 
 class TrainConfig(_Settings):
     """How the dictionary is trained."""
 
-    tokens: PositiveInt | None = Field(None, description="training tokens; more than cached: several epochs; null: one")
-    batch_size: PositiveInt = Field(2048, description="tokens per step")
-    lr: float | None = Field(None, gt=0, description="peak learning rate of Adam; null: 1.2e-3 · √(4096 / d_sae)")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="Adam's decay of the second moment")
-    warmup_fraction: float = Field(0.02, ge=0, le=1, description="share of the steps with a rising learning rate")
-    decay_fraction: float = Field(0.2, ge=0, le=1, description="share of the steps, at the end, with a falling one")
+    tokens: PositiveInt | None = Field(
+        default=None, description="training tokens; more than cached: several epochs; null: one"
+    )
+    batch_size: PositiveInt = Field(default=2048, description="tokens per step")
+    lr: float | None = Field(
+        default=None, gt=0, description="peak learning rate of Adam; null: 1.2e-3 · √(4096 / d_sae)"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Adam's decay of the second moment")
+    warmup_fraction: float = Field(
+        default=0.02, ge=0, le=1, description="share of the steps with a rising learning rate"
+    )
+    decay_fraction: float = Field(
+        default=0.2, ge=0, le=1, description="share of the steps, at the end, with a falling one"
+    )
     l1_coefficient: float = Field(
-        5.0, ge=0, description="weight of Σ|f| against ‖x − x̂‖², with inputs of E‖x‖² = d_in; relu only"
+        default=5.0, ge=0, description="weight of Σ|f| against ‖x − x̂‖², with inputs of E‖x‖² = d_in; relu only"
     )
     l1_warmup_fraction: float = Field(
-        0.05, ge=0, le=1, description="share of the steps with a rising L1 weight; relu only"
+        default=0.05, ge=0, le=1, description="share of the steps with a rising L1 weight; relu only"
     )
     aux_coefficient: float = Field(
-        1 / 32, ge=0, description="weight of the AuxK loss that revives dead features; topk only"
+        default=1 / 32, ge=0, description="weight of the AuxK loss that revives dead features; topk only"
     )
-    k_aux: PositiveInt | None = Field(None, description="dead features used by AuxK; null: half of d_in; topk only")
+    k_aux: PositiveInt | None = Field(
+        default=None, description="dead features used by AuxK; null: half of d_in; topk only"
+    )
     dead_after_tokens: PositiveInt = Field(
-        200_000, description="a feature that has not fired for so many tokens counts as dead"
+        default=200_000, description="a feature that has not fired for so many tokens counts as dead"
     )
     center: bool = Field(
-        False, description="subtract the mean activation before training (folded into the saved biases)"
+        default=False, description="subtract the mean activation before training (folded into the saved biases)"
     )
-    pool_tokens: PositiveInt = Field(262_144, description="tokens shuffled together in memory")
-    log_every: PositiveInt = Field(50, description="steps between lines in metrics.jsonl")
-    checkpoint_every: PositiveInt = Field(500, description="steps between checkpoints")
-    keep_checkpoints: PositiveInt = Field(2, description="checkpoints kept, newest first")
+    pool_tokens: PositiveInt = Field(default=262_144, description="tokens shuffled together in memory")
+    log_every: PositiveInt = Field(default=50, description="steps between lines in metrics.jsonl")
+    checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(default=2, description="checkpoints kept, newest first")
 
 
 class EvaluationConfig(_Settings):
     """How much is evaluated."""
 
-    tokens: PositiveInt | None = Field(None, description="held-out tokens for reconstruction and sparsity; null: all")
-    downstream_tokens: PositiveInt | None = Field(
-        None, description="held-out tokens for the language-model loss; null: as many as `tokens`"
+    tokens: PositiveInt | None = Field(
+        default=None, description="held-out tokens for reconstruction and sparsity; null: all"
     )
-    batch_contexts: PositiveInt = Field(16, description="contexts per forward pass")
+    downstream_tokens: PositiveInt | None = Field(
+        default=None, description="held-out tokens for the language-model loss; null: as many as `tokens`"
+    )
+    batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
 
 
 class FeaturesConfig(_Settings):
     """What is kept of every feature."""
 
-    tokens: PositiveInt | None = Field(None, description="training tokens to scan; null: all that are cached")
-    top: PositiveInt = Field(16, description="strongest activations kept per feature, at most one a document")
-    quantiles: PositiveInt = Field(4, description="equal shares into which a feature's non-zero activations are cut")
-    per_quantile: PositiveInt = Field(4, description="random activations kept from each share")
-    before: int = Field(16, ge=0, description="tokens of context kept before the activating one")
-    after: int = Field(8, ge=0, description="tokens of context kept after it")
-    logits: PositiveInt = Field(10, description="tokens kept that the feature raises most, and lowers most")
-    neighbours: PositiveInt = Field(8, description="features kept with the most similar decoder directions")
+    tokens: PositiveInt | None = Field(default=None, description="training tokens to scan; null: all that are cached")
+    top: PositiveInt = Field(default=16, description="strongest activations kept per feature, at most one a document")
+    quantiles: PositiveInt = Field(
+        default=4, description="equal shares into which a feature's non-zero activations are cut"
+    )
+    per_quantile: PositiveInt = Field(default=4, description="random activations kept from each share")
+    before: int = Field(default=16, ge=0, description="tokens of context kept before the activating one")
+    after: int = Field(default=8, ge=0, description="tokens of context kept after it")
+    logits: PositiveInt = Field(default=10, description="tokens kept that the feature raises most, and lowers most")
+    neighbours: PositiveInt = Field(default=8, description="features kept with the most similar decoder directions")
 
 
 class WandbConfig(_Settings):
     """Logging to Weights & Biases, beside metrics.jsonl."""
 
-    project: str | None = Field(None, description="project to log to; null: wandb is not used")
-    name: str | None = Field(None, description="name of the run; null: the run folder's")
-    mode: Literal["online", "offline"] = Field("online", description="`offline` writes locally, for `wandb sync`")
+    project: str | None = Field(default=None, description="project to log to; null: wandb is not used")
+    name: str | None = Field(default=None, description="name of the run; null: the run folder's")
+    mode: Literal["online", "offline"] = Field(
+        default="online", description="`offline` writes locally, for `wandb sync`"
+    )
 
 
 class RunConfig(_Settings):
     """Everything that determines a run."""
 
-    out: str = Field("runs/default", description="run folder")
-    seed: int = Field(0, ge=0, description="seed of initialisation and shuffling")
-    device: str = Field("auto", description="`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`")
+    out: str = Field(default="runs/default", description="run folder")
+    seed: int = Field(default=0, ge=0, description="seed of initialisation and shuffling")
+    device: str = Field(default="auto", description="`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     harvest: HarvestConfig = HarvestConfig()
@@ -232,7 +255,7 @@ def _check_together(config: RunConfig) -> None:
     dictionary = config.dictionary
     if dictionary.architecture == "topk" and dictionary.k > dictionary.d_sae:
         raise ConfigError(
-            f"dictionary.k={dictionary.k} exceeds dictionary.d_sae={dictionary.d_sae}: at most every feature can be active"
+            f"dictionary.k={dictionary.k} exceeds dictionary.d_sae={dictionary.d_sae}: lower k or raise d_sae"
         )
     if config.hook not in config.harvest.hooks:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -130,6 +131,16 @@ class Dictionary(nn.Module, ABC):
     def extra_repr(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.settings().items())
         return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
+
+
+def weights_sha256(dictionary: Dictionary) -> str:
+    """Identity of a dictionary's weights, whatever device they are on."""
+    digest = hashlib.sha256(dictionary.architecture.encode())
+    for name, parameter in sorted(dictionary.named_parameters()):
+        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

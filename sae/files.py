@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.errors import CacheError
+from sae.errors import CacheError, FormatError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -62,3 +62,15 @@ def _explain(path: Path, size: int, error: OSError) -> str:
             "free some space and run the same command again to go on"
         )
     return f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or change its permissions"
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FormatError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read {str(path)!r}: {error}; delete it to have it made again") from error

@@ -244,8 +244,8 @@ class LanguageModel:
     def _check_replaceable(self, hook: str) -> None:
         if self.check_hook(hook)[1] == "hook_resid_mid":
             raise ModelError(
-                f"hook {hook!r}: transformer-lens can read hook_resid_mid but not replace it (the skip connection would "
-                "keep the original); use hook_resid_pre, hook_resid_post, hook_attn_out or hook_mlp_out"
+                f"hook {hook!r}: transformer-lens can read hook_resid_mid but not replace it (the skip connection "
+                "would keep the original); use hook_resid_pre, hook_resid_post, hook_attn_out or hook_mlp_out"
             )
 
 
@@ -340,7 +340,7 @@ def _hash_weights(model: Any) -> str:
 
     def digest(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
-        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return (
             hashlib.sha256(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()).digest()
             + hashlib.sha256(content).digest()

@@ -18,7 +18,7 @@ from sae.corpus import Document, is_held_out, read_documents
 from sae.errors import DataError
 
 TRAIN, HELD_OUT = "train", "held_out"
-SPLITS = (TRAIN, HELD_OUT)
+SPLITS: tuple[str, ...] = (TRAIN, HELD_OUT)
 _CHARACTERS_AT_ONCE = 4_000_000
 
 

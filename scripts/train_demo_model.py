@@ -54,9 +54,8 @@ def train_tokenizer(train: list[Document]) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, texts: list[Document]) -> np.ndarray:
     """All documents as one token stream, an end-of-text token (id 0) behind each."""
-    stream: list[np.ndarray] = []
-    for encoding in tokenizer.encode_batch([document.text for document in texts]):
-        stream.append(np.array([*encoding.ids, 0], dtype=np.int64))
+    encodings = tokenizer.encode_batch([document.text for document in texts])
+    stream = [np.array([*encoding.ids, 0], dtype=np.int64) for encoding in encodings]
     return np.concatenate(stream)
 
 
@@ -105,7 +104,7 @@ def train_model(stream: np.ndarray, steps: int, checkpoint: Path) -> GPT2LMHeadM
         )
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    model.to(torch.device(device))
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".h." in name)]
     optimizers = [

@@ -175,7 +175,7 @@ class ActivationCache:
         return eligible_rows(tokens, self.policy, self.context_length)
 
     def activation_shard(self, hook: str, split: str, number: int) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
-        """Activations `[rows, d_in]` of a shard as stored, mapped into memory, and the scale per row where dtype is int8."""
+        """Activations `[rows, d_in]` of a shard as stored, mapped into memory; and the scale per row for int8."""
         self._hook(hook)
         file = self._open(shard_name(hook, split, number))
         scale = file.get_tensor("scale") if self.manifest.dtype == "int8" else None
@@ -224,7 +224,8 @@ class ActivationCache:
             return safe_open(self.path / name, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CacheError(
-                f"cache {str(self.path)!r}: {name} is damaged ({error}); delete it and run the same 'sae harvest' to restore it"
+                f"cache {str(self.path)!r}: {name} is damaged ({error}); delete it and run the same 'sae harvest' to "
+                "restore it"
             ) from error
 
     def __repr__(self) -> str:
@@ -305,6 +306,11 @@ def _check(folder: Path, name: str, entry: FileEntry) -> str | None:
     if file.stat().st_size != entry.bytes:
         return f"{name}: {file.stat().st_size:,} bytes instead of {entry.bytes:,}"
     with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256") if hasattr(hashlib, "file_digest") else None
-        actual = digest.hexdigest() if digest else hashlib.sha256(content.read()).hexdigest()
-    return None if actual == entry.sha256 else f"{name}: checksum differs; the file was changed after the harvest"
+        digest = hashlib.sha256()
+        while chunk := content.read(1 << 24):
+            digest.update(chunk)
+    return (
+        None
+        if digest.hexdigest() == entry.sha256
+        else f"{name}: checksum differs; the file was changed after the harvest"
+    )

@@ -1,0 +1,344 @@
+"""Language model in, activation cache out: exactly the tokens asked for, resumable after a kill at any instant."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from sae.activations.cache import (
+    DOCUMENTS,
+    MANIFEST,
+    ActivationCache,
+    FileEntry,
+    HookEntry,
+    Manifest,
+    eligible_rows,
+    read_manifest,
+    shard_name,
+)
+from sae.config import RunConfig
+from sae.errors import CacheError
+from sae.files import write_bytes, write_json
+from sae.language_model import LanguageModel
+from sae.tokens import HELD_OUT, SPLITS, TRAIN, PackedRows, Packer, TokenPolicy, packed_shards
+
+Progress = Callable[[int, int], None]
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_SHARDS_IN_FLIGHT = 2
+
+
+def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress | None = None) -> ActivationCache:
+    """Cache the activations that `config` asks for, or go on with a harvest that was interrupted.
+
+    Args:
+        config: `model`, `data` and `harvest` matter, and the cache's folder.
+        language_model: the model named in `config.model`.
+        progress: called with (tokens done, tokens in all).
+
+    Raises:
+        CacheError: the folder holds another cache, cannot be written or is full; activations overflow the number type.
+        DataError: the text cannot be read, or there is too little of it.
+        ModelError: a hook point does not exist, or contexts are longer than the model reads.
+    """
+    folder = config.cache_folder
+    for hook in config.harvest.hooks:
+        language_model.check_hook(hook)
+    language_model.check_context_length(config.data.context_length)
+    with _locked(folder):
+        if (folder / MANIFEST).is_file():
+            manifest = read_manifest(folder)
+            check_same_request(folder, manifest, config)
+            check_same_model(folder, manifest, language_model)
+        else:
+            manifest = _write_tokens(folder, config, language_model)
+        _check_space(folder, manifest)
+        _Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
+    return ActivationCache(folder)
+
+
+def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> None:
+    """Raise CacheError where the cache was made with other settings than `config`'s."""
+    asked = {
+        "model.name": config.model.name if not Path(config.model.name).exists() else Path(config.model.name).name,
+        "model.weight_processing": config.model.weight_processing,
+        "model.dtype": config.model.dtype,
+        **{f"data.{key}": value for key, value in _data_identity(config).items()},
+        "data.tokens": config.data.tokens,
+        "data.held_out_tokens": config.data.held_out_tokens,
+        "data.context_length": config.data.context_length,
+        "data.prepend_bos": config.data.prepend_bos,
+        "harvest.hooks": list(config.harvest.hooks),
+        "harvest.dtype": config.harvest.dtype,
+        "harvest.shard_contexts": config.harvest.shard_contexts,
+        "harvest.mask_first_position": config.harvest.mask_first_position,
+        "harvest.mask_special_tokens": config.harvest.mask_special_tokens,
+    }
+    held = {
+        **{f"model.{key}": manifest.model[key] for key in ("name", "weight_processing", "dtype")},
+        **{f"data.{key}": value for key, value in manifest.data.items()},
+        "data.tokens": manifest.rows[TRAIN],
+        "data.held_out_tokens": manifest.rows[HELD_OUT],
+        "data.context_length": manifest.context_length,
+        "data.prepend_bos": manifest.tokens["prepend_bos"],
+        "harvest.hooks": list(manifest.hooks),
+        "harvest.dtype": manifest.dtype,
+        "harvest.shard_contexts": manifest.shard_contexts,
+        "harvest.mask_first_position": manifest.tokens["mask_first_position"],
+        "harvest.mask_special_tokens": bool(manifest.tokens["masked_ids"]),
+    }
+    for key, value in asked.items():
+        if held[key] != value:
+            raise CacheError(
+                f"cache {str(folder)!r}: made with {key}={held[key]!r}, now {value!r} is asked for; "
+                "set harvest.cache to another folder, or delete this one"
+            )
+
+
+def check_same_model(folder: Path, manifest: Manifest, language_model: LanguageModel) -> None:
+    """Raise CacheError where the cache was made by another model, revision, weight processing or tokenizer."""
+    for key, value in language_model.info.to_json().items():
+        if manifest.model[key] != value:
+            raise CacheError(
+                f"cache {str(folder)!r}: of another model: {key} is {manifest.model[key]!r} there and {value!r} in "
+                f"{language_model.info.name!r}; use that model, or set harvest.cache to another folder"
+            )
+
+
+def _data_identity(config: RunConfig) -> dict[str, Any]:
+    keys = ("source", "subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction")
+    return {key: getattr(config.data, key) for key in (*keys, "holdout_seed")}
+
+
+def _write_tokens(folder: Path, config: RunConfig, language_model: LanguageModel) -> Manifest:
+    """First stage: text to token shards, then the manifest. Repeated from the start when interrupted."""
+    data, harvest_config = config.data, config.harvest
+    policy = language_model.token_policy(
+        prepend_bos=data.prepend_bos,
+        mask_first_position=harvest_config.mask_first_position,
+        mask_special_tokens=harvest_config.mask_special_tokens,
+    )
+    bos = language_model.bos if data.prepend_bos else None
+    rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
+    packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
+    files: dict[str, FileEntry] = {}
+    counts = dict.fromkeys(SPLITS, 0)
+    for split, packed in packed_shards(data, language_model.tokenizer, harvest_config.shard_contexts, packers):
+        name = shard_name("tokens", split, counts[split])
+        files[name] = _write_shard(folder / name, _token_tensors(packed))
+        counts[split] += 1
+    write_json(folder / DOCUMENTS, {split: packer.names for split, packer in packers.items()})
+    files = dict(sorted(files.items()))
+    text = hashlib.sha256("".join(entry.sha256 for entry in files.values()).encode()).hexdigest()
+    example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
+    widths = {hook: x.shape[-1] for hook, x in language_model.activations(example, harvest_config.hooks).items()}
+    manifest = Manifest(
+        model=language_model.info.to_json(),
+        data=_data_identity(config),
+        tokens=policy.to_json(),
+        context_length=data.context_length,
+        shard_contexts=harvest_config.shard_contexts,
+        dtype=harvest_config.dtype,
+        rows=rows,
+        text_sha256=text,
+        hooks={hook: HookEntry(d_in=widths[hook]) for hook in harvest_config.hooks},
+        files=files,
+    )
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+class _Harvester:
+    """Second stage: a shard after another through the model; files are written behind the model's back.
+
+    A shard enters the manifest only when its files are on the disk, in order, so that sums and files always agree.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, model: LanguageModel, batch_contexts: int, progress: Progress | None
+    ) -> None:
+        self.folder, self.manifest, self.model = folder, manifest, model
+        self.batch_contexts, self.progress = batch_contexts, progress
+        self.policy = TokenPolicy.from_json(manifest.tokens)
+        self.total = sum(manifest.rows.values())
+        self.done = 0
+
+    def run(self) -> None:
+        writing: deque[tuple[list[tuple[str, Future[FileEntry]]], dict[str, tuple[Tensor, float, int]]]] = deque()
+        with ThreadPoolExecutor(2) as pool:
+            for split, number in self._shards():
+                tokens = load_file(self.folder / shard_name("tokens", split, number))["tokens"].long()
+                names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
+                if all(self._is_whole(name) for name in names.values()):
+                    self._advance(len(tokens))
+                    continue
+                stored, sums = self._forward(tokens, split)
+                futures = [
+                    (names[hook], pool.submit(_write_shard, self.folder / names[hook], tensors))
+                    for hook, tensors in stored.items()
+                ]
+                writing.append((futures, sums))
+                if len(writing) > _SHARDS_IN_FLIGHT:
+                    self._record(*writing.popleft())
+            while writing:
+                self._record(*writing.popleft())
+        if not self.manifest.complete:
+            self.manifest.complete = True
+            _write_manifest(self.folder, self.manifest)
+
+    def _shards(self) -> Iterator[tuple[str, int]]:
+        shard_rows = self.manifest.shard_contexts * self.manifest.context_length
+        for split in SPLITS:
+            for number in range(-(-self.manifest.rows[split] // shard_rows)):
+                yield split, number
+
+    def _is_whole(self, name: str) -> bool:
+        entry, path = self.manifest.files.get(name), self.folder / name
+        return entry is not None and path.is_file() and path.stat().st_size == entry.bytes
+
+    def _forward(
+        self, tokens: Tensor, split: str
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[Tensor, float, int]]]:
+        """A shard's activations as they will be stored, and each hook's sums over the eligible tokens of TRAIN."""
+        hooks, length = list(self.manifest.hooks), self.manifest.context_length
+        eligible = eligible_rows(tokens, self.policy, length)
+        stored = {hook: _empty(len(tokens), self.manifest.hooks[hook].d_in, self.manifest.dtype) for hook in hooks}
+        sums = {hook: (torch.zeros(self.manifest.hooks[hook].d_in, dtype=torch.float64), 0.0, 0) for hook in hooks}
+        step = self.batch_contexts * length
+        whole = len(tokens) // length * length
+        ranges = [(start, min(start + step, whole)) for start in range(0, whole, step)]
+        ranges += [(whole, len(tokens))] if whole < len(tokens) else []
+        for start, stop in ranges:
+            batch = tokens[start:stop].view(-1, min(length, stop - start)).to(self.model.device)
+            for hook, x in self.model.activations(batch, hooks).items():
+                rows = x.flatten(0, 1)
+                self._store(stored[hook], start, rows, hook)
+                if split == TRAIN:
+                    sums[hook] = _add_sums(sums[hook], rows, eligible[start:stop])
+            self._advance(stop - start)
+        return stored, sums
+
+    def _store(self, stored: dict[str, Tensor], start: int, rows: Float[Tensor, "rows d_in"], hook: str) -> None:
+        stop = start + len(rows)
+        if "scale" in stored:
+            scale = rows.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny).float() / 127
+            stored["scale"][start:stop] = scale
+            finite = bool(scale.isfinite().all())
+            rows = (rows / scale[:, None]).round() if finite else rows
+        else:
+            converted = rows.to(stored["activations"].dtype)
+            finite, rows = bool(converted.isfinite().all()), converted
+        if not finite:
+            raise CacheError(_not_finite(hook, self.manifest, bool(rows.float().isnan().any())))
+        stored["activations"][start:stop] = rows
+
+    def _record(self, futures: list[tuple[str, Future[FileEntry]]], sums: dict[str, tuple[Tensor, float, int]]) -> None:
+        """Take a written shard into the manifest; a shard that was there before must have come out the same."""
+        known = all(name in self.manifest.files for name, _ in futures)
+        for name, future in futures:
+            entry = future.result()
+            before = self.manifest.files.setdefault(name, entry)
+            if before.sha256 != entry.sha256:
+                raise CacheError(
+                    f"cache {str(self.folder)!r}: {name} was harvested again and differs from its checksum: other "
+                    "hardware or library versions; delete the cache and harvest it anew"
+                )
+        if not known:
+            for hook, (total, squares, count) in sums.items():
+                entry = self.manifest.hooks[hook]
+                previous = torch.tensor(entry.sum, dtype=torch.float64) if entry.sum else torch.zeros_like(total)
+                entry.sum = (previous + total).tolist()
+                entry.sum_of_squares += squares
+                entry.tokens += count
+            _write_manifest(self.folder, self.manifest)
+
+    def _advance(self, tokens: int) -> None:
+        self.done += tokens
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _add_sums(
+    sums: tuple[Tensor, float, int], rows: Float[Tensor, "rows d_in"], eligible: Bool[Tensor, " rows"]
+) -> tuple[Tensor, float, int]:
+    total, squares, count = sums
+    x = rows[eligible.to(rows.device)].double()
+    return total + x.sum(0).cpu(), squares + float(x.square().sum()), count + len(x)
+
+
+def _token_tensors(packed: PackedRows) -> dict[str, Tensor]:
+    return {"tokens": torch.from_numpy(packed.tokens), "documents": torch.from_numpy(packed.documents)}
+
+
+def _empty(rows: int, d_in: int, dtype: str) -> dict[str, Tensor]:
+    tensors = {"activations": torch.empty(rows, d_in, dtype=getattr(torch, dtype))}
+    return {**tensors, "scale": torch.empty(rows)} if dtype == "int8" else tensors
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
+    content = save(tensors)
+    write_bytes(path, content)
+    rows = next(iter(tensors.values())).shape[0]
+    return FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    manifest.files = dict(sorted(manifest.files.items()))
+    write_bytes(folder / MANIFEST, (json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _check_space(folder: Path, manifest: Manifest) -> None:
+    """Refuse to begin what cannot end: bytes still to write against bytes free."""
+    per_row = sum(entry.d_in * _BYTES[manifest.dtype] for entry in manifest.hooks.values())
+    per_row += 4 * len(manifest.hooks) * (manifest.dtype == "int8")
+    written = sum(entry.bytes for name, entry in manifest.files.items() if not name.startswith("tokens/"))
+    needed, free = sum(manifest.rows.values()) * per_row - written, shutil.disk_usage(folder).free
+    if needed > free:
+        raise CacheError(
+            f"disk full: the rest of cache {str(folder)!r} needs {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free; "
+            "what is there is kept: free some space and run the same command again, or use harvest.dtype=int8 or "
+            "fewer data.tokens in another folder"
+        )
+
+
+def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
+    if not is_nan and manifest.dtype == "float16":
+        return (
+            f"hook {hook!r}: activations exceed what float16 can hold (65,504); "
+            "set harvest.dtype=bfloat16 (and harvest.cache to a new folder)"
+        )
+    return (
+        f"hook {hook!r}: the model gives values that are not finite (NaN or infinity); "
+        "set model.dtype=float32, and check the model's weights"
+    )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One harvest at a time in a folder; the lock goes when the process does, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise CacheError(
+            f"cannot write {str(folder)!r}: {error.strerror or error}; choose another folder or change its permissions"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CacheError(f"cache {str(folder)!r}: another harvest is writing it; wait for it or stop it") from error
+        yield

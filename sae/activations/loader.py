@@ -1,0 +1,177 @@
+"""Shuffled batches from a cache: every eligible token once an epoch, in an order that (seed, position) determines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.activations.cache import ActivationCache, Statistics, dequantise
+from sae.errors import CacheError
+from sae.tokens import TRAIN
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Rows of many random blocks, already in random order."""
+
+    activations: Tensor
+    scale: Tensor | None
+
+
+class ActivationLoader:
+    """Batches `[batch_size, d_in]` of float32 activations, shuffled over tokens, without end.
+
+    The cache is cut into blocks of consecutive rows. An epoch permutes the blocks, gathers them into pools of about
+    `pool_tokens` rows from all over the cache, and permutes the rows of each pool. One number, the rows consumed so
+    far, is the whole state: a loader set to it goes on exactly there. The next pool fills while the present one is
+    used, so `pool_bytes` counts two.
+
+    Args:
+        cache: where the activations are.
+        hook: hook point.
+        batch_size: rows per batch.
+        seed: of the shuffle.
+        pool_tokens: rows shuffled together.
+        block_tokens: consecutive rows read together; smaller mixes more finely, larger reads faster.
+        device: where batches go; they travel as stored and become float32 there.
+
+    Raises:
+        CacheError: the hook point is not in the cache, or no token is eligible.
+    """
+
+    def __init__(
+        self,
+        cache: ActivationCache,
+        hook: str,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        pool_tokens: int = 262_144,
+        block_tokens: int = 64,
+        device: str | torch.device = "cpu",
+        split: str = TRAIN,
+    ) -> None:
+        self.cache, self.hook, self.split = cache, hook, split
+        self.d_in = cache.d_in(hook)
+        self.batch_size, self.seed, self.block_tokens = batch_size, seed, block_tokens
+        self.device = torch.device(device)
+        self.position = 0
+        self._shard, self._start, self._eligible = self._find_blocks()
+        self.tokens_per_epoch = int(self._eligible.sum())
+        if self.tokens_per_epoch == 0:
+            raise CacheError(
+                f"cache {str(cache.path)!r}: all {cache.rows(split):,} tokens are masked; nothing to train on"
+            )
+        self.pool_tokens = min(pool_tokens, self.tokens_per_epoch)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Mean and mean squared norm of what is loaded, from the cache's manifest."""
+        return self.cache.statistics(self.hook)
+
+    @property
+    def pool_bytes(self) -> int:
+        """Memory of both pools."""
+        shard, scale = self.cache.activation_shard(self.hook, self.split, 0)
+        per_row = self.d_in * shard.element_size() + (4 if scale is not None else 0)
+        return 2 * per_row * self.pool_tokens
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a cursor; takes effect on the next `iter`."""
+        self.position = state["position"]
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
+        parts: list[Tensor] = []
+        missing = self.batch_size
+        for pool in self._pools():
+            start, rows = 0, len(pool.activations)
+            while start < rows:
+                stop = min(start + missing, rows)
+                parts.append(self._rows(pool, start, stop))
+                missing -= stop - start
+                start = stop
+                if missing == 0:
+                    self.position += self.batch_size
+                    yield parts[0] if len(parts) == 1 else torch.cat(parts)
+                    parts, missing = [], self.batch_size
+
+    def _rows(self, pool: _Pool, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
+        scale = None if pool.scale is None else pool.scale[start:stop].to(self.device)
+        rows = pool.activations[start:stop].to(self.device)
+        converted = dequantise(rows, scale)
+        return converted.clone() if converted.data_ptr() == pool.activations[start:stop].data_ptr() else converted
+
+    def _pools(self) -> Iterator[_Pool]:
+        """Pools from the present position on, epoch after epoch; the first is cut to begin at it."""
+        with ThreadPoolExecutor(1) as executor:
+            plans = self._plans()
+            blocks, order, skip = next(plans)
+            filling: Future[_Pool] = executor.submit(self._fill, blocks, order)
+            for blocks, order, _ in plans:
+                pool = filling.result()
+                filling = executor.submit(self._fill, blocks, order)
+                yield _Pool(pool.activations[skip:], None if pool.scale is None else pool.scale[skip:])
+                skip = 0
+
+    def _plans(self) -> Iterator[tuple[np.ndarray, Tensor, int]]:
+        """(blocks, where each of their rows goes, rows to skip) of every pool from the present position on."""
+        epoch, offset = divmod(self.position, self.tokens_per_epoch)
+        while True:
+            blocks = np.random.default_rng([self.seed, epoch]).permutation(len(self._eligible))
+            ends = np.cumsum(self._eligible[blocks])
+            cuts = [0]
+            while cuts[-1] < len(blocks):
+                filled = ends[cuts[-1] - 1] if cuts[-1] else 0
+                cuts.append(max(int(np.searchsorted(ends, filled + self.pool_tokens, side="right")), cuts[-1] + 1))
+            for number, (first, last) in enumerate(pairwise(cuts)):
+                before = int(ends[first - 1]) if first else 0
+                rows = int(ends[last - 1]) - before
+                if offset >= before + rows:
+                    continue
+                order = np.random.default_rng([self.seed, epoch, number]).permutation(rows)
+                yield blocks[first:last], torch.from_numpy(order), max(offset - before, 0)
+            epoch, offset = epoch + 1, 0
+
+    def _fill(self, blocks: np.ndarray, order: Int[Tensor, " rows"]) -> _Pool:
+        """Read blocks in the cache's order, each row straight to its place in the shuffled pool."""
+        example, example_scale = self.cache.activation_shard(self.hook, self.split, 0)
+        pool = torch.empty(len(order), self.d_in, dtype=example.dtype)
+        scales = None if example_scale is None else torch.empty(len(order))
+        offset = 0
+        blocks = np.sort(blocks)
+        shards = self._shard[blocks]
+        for number in np.unique(shards):
+            activations, scale = self.cache.activation_shard(self.hook, self.split, int(number))
+            starts = torch.from_numpy(self._start[blocks[shards == number]])
+            eligible = self.cache.eligible_shard(self.split, int(number))
+            rows = (starts[:, None] + torch.arange(self.block_tokens)).flatten()
+            rows = rows[rows < len(activations)]
+            rows = rows[eligible[rows]]
+            places = order[offset : offset + len(rows)]
+            pool.index_copy_(0, places, activations.index_select(0, rows))
+            if scales is not None and scale is not None:
+                scales.index_copy_(0, places, scale[rows])
+            offset += len(rows)
+        return _Pool(pool, scales)
+
+    def _find_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shard, first row in it, and eligible rows of every block."""
+        shards, starts, counts = [], [], []
+        for number in range(self.cache.shards(self.split)):
+            eligible = self.cache.eligible_shard(self.split, number).numpy()
+            first = np.arange(0, len(eligible), self.block_tokens)
+            shards.append(np.full(len(first), number))
+            starts.append(first)
+            counts.append(np.add.reduceat(eligible.astype(np.int64), first))
+        return np.concatenate(shards), np.concatenate(starts), np.concatenate(counts)

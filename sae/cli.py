@@ -1,0 +1,215 @@
+"""The command line: verbs only; each calls one function of the package."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import sae
+from sae.config import describe_keys, load_config
+from sae.errors import SaeError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Keys(click.Command):
+    """A command whose help ends with every configuration key."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_epilog(ctx, formatter)
+        with formatter.section("Keys, for the file and as KEY=VALUE"):
+            formatter.write_dl([(f"{key}={default}", text) for key, default, text in describe_keys()], col_max=34)
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(sae.__version__, prog_name="sae")
+@click.option("--debug", is_flag=True, help="Show the stack trace of an error.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.pass_context
+def cli(context: click.Context, debug: bool, quiet: bool) -> None:
+    """Sparse autoencoders on language-model activations: cache, train, evaluate, look at features, reuse."""
+    context.obj = {"debug": debug, "quiet": quiet}
+
+
+def _config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
+    return click.argument("config", type=click.Path(path_type=Path))(command)
+
+
+@cli.command(cls=_Keys)
+@_config_arguments
+@click.pass_obj
+def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
+    """Harvest, train, evaluate and collect features, skipping what is done already.
+
+    CONFIG is a YAML file. A run that was interrupted goes on where it stopped.
+    """
+    from rich.console import Console
+
+    from sae import pipeline
+    from sae.progress import progress_bars
+
+    settings = load_config(config, overrides)
+    with progress_bars(quiet=options["quiet"]) as progress:
+        whole = pipeline.Run(settings, progress)
+        whole.harvest()
+        whole.train()
+        report = whole.evaluate()
+        features = whole.features()
+    _show_report(report)
+    folder = str(whole.folder)
+    Console().print(
+        f"\n{len(features):,} features in [bold]{folder}[/]: "
+        f"'sae features {folder}' lists them, 'sae features {folder} --page page.html' makes a page",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@cli.command(cls=_Keys)
+@_config_arguments
+@click.pass_obj
+def harvest(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
+    """Run text through the language model and cache its activations on disk."""
+    from sae import pipeline
+    from sae.progress import progress_bars
+
+    settings = load_config(config, overrides)
+    with progress_bars(quiet=options["quiet"]) as progress:
+        cache = pipeline.Run(settings, progress).harvest()
+    click.echo(cache)
+
+
+@cli.command(cls=_Keys)
+@_config_arguments
+@click.pass_obj
+def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
+    """Train a dictionary on a cache that 'sae harvest' made; resumes from the newest checkpoint."""
+    from sae import pipeline
+    from sae.progress import progress_bars
+
+    settings = load_config(config, overrides)
+    with progress_bars(quiet=options["quiet"]) as progress:
+        dictionary = pipeline.Run(settings, progress).train()
+    click.echo(f"{dictionary} in {settings.folder / 'dictionary'}")
+
+
+@cli.command("eval")
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.pass_obj
+def evaluate(options: dict[str, bool], path: Path, overrides: tuple[str, ...]) -> None:
+    """Measure a run's dictionary on held-out text; writes eval.json and eval.md into the run folder."""
+    from sae import pipeline
+    from sae.progress import progress_bars
+
+    with progress_bars(quiet=options["quiet"]) as progress:
+        report = pipeline.Run.open(path, overrides, progress).evaluate()
+    _show_report(report)
+
+
+@cli.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("indices", nargs=-1, type=int, metavar="[FEATURE]...")
+@click.option("--sort", default="density", show_default=True, help="Order of the list.")
+@click.option("--limit", default=40, show_default=True, type=click.IntRange(1), help="Features in the list or page.")
+@click.option("--page", type=click.Path(path_type=Path), help="Write a self-contained HTML page of the features here.")
+@click.pass_obj
+def features(
+    options: dict[str, bool], path: Path, indices: tuple[int, ...], sort: str, limit: int, page: Path | None
+) -> None:
+    """Show features: a list, or the contexts in which the given ones fire, or a page.
+
+    RUN is a run folder (its features are collected if they are not there yet) or a feature store.
+    """
+    from rich.console import Console
+
+    from sae import pipeline
+    from sae.features import Features
+    from sae.progress import progress_bars
+    from sae.viewer import print_feature, print_features, write_page
+
+    if (path / pipeline.CONFIG_YAML).is_file():
+        with progress_bars(quiet=options["quiet"]) as progress:
+            store = pipeline.Run.open(path, (), progress).features()
+    else:
+        store = Features(path)
+    console = Console()
+    if page is not None:
+        chosen = list(indices) or store.sorted_by(sort)[:limit]
+        write_page(store, chosen, page)
+        click.echo(f"{len(chosen):,} features in {page}")
+    elif indices:
+        for index in indices:
+            print_feature(store[index], console)
+    else:
+        print_features(store, console, sort=sort, limit=limit)
+
+
+@cli.command()
+@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
+def verify(path: Path) -> None:
+    """Compare every file of an activation cache with its checksum, and name the bad ones."""
+    from sae.activations import verify as verify_cache
+
+    files, problems = verify_cache(path)
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        raise SaeError(
+            f"{len(problems)} of {files} files are damaged: delete them and run the same 'sae harvest' to restore them"
+        )
+    click.echo(f"{files} files are as they were harvested")
+
+
+def _show_report(report: Any) -> None:
+    from rich.console import Console
+
+    from sae.evaluation import report_table
+
+    Console().print(report_table(report))
+
+
+def main() -> None:
+    """Run the command line: errors of this package become one line and exit status 1; Ctrl-C gives 130."""
+    from sae.training.loop import Interrupted
+
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted; run the same command again to go on", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Interrupted as error:
+        _fail(str(error), 130)
+    except SaeError as error:
+        if debug:
+            raise
+        _fail(f"Error: {error}", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if debug:
+            raise
+        _fail(
+            f"Error: unexpected {type(error).__name__}: {' '.join(str(error).split())} ('sae --debug ...' shows more)",
+            1,
+        )
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(message, err=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

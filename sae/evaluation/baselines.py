@@ -1,0 +1,84 @@
+"""What a dictionary is compared with: principal components, a random dictionary, the identity."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.activations.cache import ActivationCache
+from sae.architectures.topk import TopK
+from sae.dictionary import Codes
+from sae.evaluation.estimate import double
+from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_dictionary
+from sae.evaluation.streams import Progress, training_blocks
+
+PCA_TOKENS, GAIN_TOKENS = 200_000, 16_384
+
+
+def identity() -> Reconstructor:
+    """x̂ = x: what a perfect reconstruction scores."""
+    return Reconstructor("identity: x̂ = x", 0, Reconstruction)
+
+
+def fit_pca(
+    cache: ActivationCache, hook: str, components: int, device: str | torch.device = "cpu",
+    progress: Progress | None = None, max_tokens: int = PCA_TOKENS,
+) -> Reconstructor:  # fmt: skip
+    """x̂ = μ + V Vᵀ (x − μ), V the leading eigenvectors of the training activations' covariance: of all affine maps of that
+    rank, the one of least mse (Eckart and Young 1936).
+
+    μ and the covariance come from up to `max_tokens` eligible training tokens, streamed in float64.
+
+    Raises:
+        CacheError: a training activation is not finite.
+    """
+    components = min(components, cache.d_in(hook))
+    shift = cache.statistics(hook).mean.double()
+    tokens, total, products = 0, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
+    for x in training_blocks(cache, hook, max_tokens):
+        centred = double(x.to(device)) - shift.to(x.device if str(device) == "mps" else device)
+        tokens += len(x)
+        total += centred.sum(0).cpu()
+        products += (centred.T @ centred).cpu()
+        if progress is not None:
+            progress("principal components", tokens, min(max_tokens, cache.statistics(hook).tokens))
+    offset = total / tokens
+    vectors = torch.linalg.eigh(products / tokens - torch.outer(offset, offset)).eigenvectors
+    V = vectors.flip(-1)[:, :components].float().to(device)
+    mean = (shift + offset).float().to(device)
+
+    def reconstruct(x: Float[Tensor, "rows d_in"]) -> Reconstruction:
+        values = (x - mean) @ V
+        indices = torch.arange(components, device=x.device).expand(values.shape)
+        return Reconstruction(values @ V.T + mean, Codes(values, indices))
+
+    return Reconstructor(
+        f"PCA: {components} principal components, fitted on {tokens:,} tokens", components, reconstruct
+    )
+
+
+def fit_random_dictionary(
+    cache: ActivationCache, hook: str, d_sae: int, k: int, device: str | torch.device = "cpu", seed: int = 0
+) -> Reconstructor:
+    """x̂ = b + f W with f = topk_k(ReLU(g · W (x − b))): unit rows of W drawn from the sphere, b the training mean.
+
+    The k features with the largest inner products are kept as they are, without matching pursuit; since random rows overlap,
+    one gain g = Σ(x − b)·y / Σ‖y‖², with y the reconstruction of x − b at g = 1, is fitted by least squares on training tokens.
+    Without it, overlap would overshoot and score worse than the mean.
+    """
+    d_in = cache.d_in(hook)
+    dictionary = TopK(d_in, d_sae, k=k).requires_grad_(False)
+    rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+    dictionary.W_dec.copy_(rows / rows.norm(dim=-1, keepdim=True))
+    dictionary.W_enc.copy_(dictionary.W_dec.T)
+    dictionary.b_dec.copy_(cache.statistics(hook).mean)
+    dictionary.to(device)
+    product = power = 0.0
+    for x in training_blocks(cache, hook, GAIN_TOKENS):
+        target = double(x.to(device) - dictionary.b_dec)
+        y = double(dictionary(x.to(device)) - dictionary.b_dec)
+        product, power = product + float((target * y).sum()), power + float(y.square().sum())
+    gain = product / power if power > 0 else 1.0
+    dictionary.W_enc.mul_(gain)
+    return from_dictionary(dictionary, f"random: {d_sae:,} random directions, top {k}, one fitted gain ({gain:.3g})")

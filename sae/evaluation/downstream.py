@@ -1,0 +1,181 @@
+"""What the language model loses when it reads reconstructions: cross-entropy and KL divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.activations.cache import ActivationCache, ContextBatch
+from sae.config import EvaluationConfig
+from sae.errors import ConfigError
+from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, ratio, to_json
+from sae.evaluation.reconstruction import Reconstructor
+from sae.evaluation.streams import Progress
+from sae.language_model import LanguageModel, Replacement, next_token_losses
+from sae.tokens import HELD_OUT
+
+_NAMES = (
+    "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_ce", "ce_recovered_zero", "ce_recovered_mean", "kl"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DownstreamScores:
+    """Nats per token, over every eligible position that has a next token in its context.
+
+    The loss at position t is that of predicting token t + 1. Whether t counts depends on token t alone, whose activation is
+    the one replaced; token t + 1 may be a masked one. Zero, x̄ and x̂ replace the same eligible positions, and the others
+    keep the model's own activations. Differences are taken per token, so their standard errors are paired.
+
+    Attributes:
+        tokens: positions that count.
+        documents: documents they are from.
+        ce_clean: next-token loss with the hook point untouched.
+        ce_spliced: replaced by x̂.
+        ce_zero: replaced by 0.
+        ce_mean: replaced by x̄, the mean of the evaluated tokens.
+        delta_ce: spliced − clean.
+        ce_recovered_zero: (zero − spliced) / (zero − clean): 1 loses nothing, 0 is as bad as 0.
+        ce_recovered_mean: (mean − spliced) / (mean − clean), the same against x̄.
+        kl: KL(clean ‖ spliced) of the next-token distributions.
+    """
+
+    tokens: int
+    documents: int
+    ce_clean: Estimate
+    ce_spliced: Estimate
+    ce_zero: Estimate
+    ce_mean: Estimate
+    delta_ce: Estimate
+    ce_recovered_zero: Estimate
+    ce_recovered_mean: Estimate
+    kl: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        return to_json(self, _NAMES)
+
+
+NO_DOWNSTREAM: dict[str, None] = dict.fromkeys(_NAMES)
+
+
+def measure_downstream(
+    language_model: LanguageModel, cache: ActivationCache, hook: str, reconstructors: Mapping[str, Reconstructor],
+    mean: Float[Tensor, " d_in"], settings: EvaluationConfig, device: str | torch.device, progress: Progress,
+) -> dict[str, DownstreamScores]:  # fmt: skip
+    """Losses with the hook point replaced in turn by 0, x̄ and every reconstruction, in one pass over held-out contexts.
+
+    Returns:
+        Scores by the reconstructors' names, and `identity`, whose scores are the clean ones by construction.
+
+    Raises:
+        ConfigError: too few tokens to hold one position that counts.
+        ModelError: the hook point cannot be replaced.
+    """
+    names = [column for name in reconstructors for column in (_ce(name), _kl(name))]
+    sums = DocumentSums(len(cache.documents(HELD_OUT)), ("clean", "zero", "mean", *names))
+    limit = settings.downstream_tokens or settings.tokens
+    rows, of = 0, min(cache.rows(HELD_OUT), limit or cache.rows(HELD_OUT))
+    for batch in cache.contexts(HELD_OUT, batch_contexts=settings.batch_contexts, max_tokens=limit):
+        rows += batch.tokens.numel()
+        counted = batch.eligible[:, :-1]
+        if counted.any():
+            values = _measure_batch(language_model, batch, hook, reconstructors, mean, torch.device(device))
+            sums.add_(batch.documents[:, :-1][counted], values)
+        progress("language model", rows, of)
+    if sums.tokens == 0:
+        raise ConfigError(
+            f"evaluation.downstream_tokens={limit}: no eligible position with a next token in them; "
+            f"set at least one context ({cache.context_length}), or null"
+        )
+    scores = {name: _scores(sums, sums[_ce(name)], sums[_kl(name)]) for name in reconstructors}
+    return {**scores, "identity": _scores(sums, sums["clean"], torch.zeros_like(sums["clean"]))}
+
+
+def _measure_batch(
+    language_model: LanguageModel, batch: ContextBatch, hook: str, reconstructors: Mapping[str, Reconstructor],
+    mean: Float[Tensor, " d_in"], device: torch.device,
+) -> dict[str, Float[Tensor, " rows"]]:  # fmt: skip
+    """Numbers of each counted position, by column name."""
+    tokens = batch.tokens.to(language_model.device)
+    eligible = batch.eligible.to(language_model.device)
+
+    def reconstructed_by(reconstructor: Reconstructor) -> Callable[[Tensor], Tensor]:
+        return lambda x: reconstructor(x.float().to(device)).x_hat
+
+    constants: dict[str, Replacement] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
+    spliced = {name: reconstructed_by(reconstructor) for name, reconstructor in reconstructors.items()}
+    replacements = [_at(eligible, new) for new in (*constants.values(), *spliced.values())]
+    logits = language_model.replaced_logits(tokens, hook, [lambda x: x, *replacements])
+    clean = next(logits)
+    values = {"clean": _losses(clean, tokens, eligible)}
+    for name in (*constants, *spliced):
+        replaced = next(logits)
+        values[name if name in constants else _ce(name)] = _losses(replaced, tokens, eligible)
+        if name in spliced:
+            values[_kl(name)] = _divergences(clean, replaced, eligible)
+        del replaced
+    return values
+
+
+def _at(eligible: Bool[Tensor, "context seq"], new: Callable[[Tensor], Tensor]) -> Replacement:
+    """Replace the activations of eligible positions, all others stay."""
+
+    def replace(x: Float[Tensor, "context seq d_in"]) -> Float[Tensor, "context seq d_in"]:
+        out = x.clone()
+        out[eligible] = new(x[eligible]).to(x)
+        return out
+
+    return replace
+
+
+def _losses(
+    logits: Float[Tensor, "context seq vocab"],
+    tokens: Int[Tensor, "context seq"],
+    eligible: Bool[Tensor, "context seq"],
+) -> Float[Tensor, " rows"]:
+    """Next-token losses of the counted positions; one context at a time, as a copy of all logits would be large."""
+    losses = [
+        next_token_losses(logits[i : i + 1], tokens[i : i + 1])[0][eligible[i, :-1]] for i in range(tokens.shape[0])
+    ]
+    return double(torch.cat(losses))
+
+
+def _divergences(
+    clean: Float[Tensor, "context seq vocab"], replaced: Float[Tensor, "context seq vocab"],
+    eligible: Bool[Tensor, "context seq"],
+) -> Float[Tensor, " rows"]:  # fmt: skip
+    """KL(clean ‖ replaced) of the counted positions: float32 log-probabilities, summed over the vocabulary in float64."""
+    divergences = []
+    for one, other, counted in zip(clean, replaced, eligible, strict=True):
+        log_p, log_q = (logits[:-1][counted[:-1]].log_softmax(-1) for logits in (one, other))
+        divergences.append(double(log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(divergences)
+
+
+def _scores(sums: DocumentSums, spliced: Tensor, kl: Tensor) -> DownstreamScores:
+    clean, zero, mean, tokens = sums["clean"], sums["zero"], sums["mean"], sums[TOKENS]
+    return DownstreamScores(
+        tokens=sums.tokens,
+        documents=sums.documents,
+        ce_clean=ratio(clean, tokens),
+        ce_spliced=ratio(spliced, tokens),
+        ce_zero=ratio(zero, tokens),
+        ce_mean=ratio(mean, tokens),
+        delta_ce=ratio(spliced - clean, tokens),
+        ce_recovered_zero=ratio(zero - spliced, zero - clean),
+        ce_recovered_mean=ratio(mean - spliced, mean - clean),
+        kl=ratio(kl, tokens),
+    )
+
+
+def _ce(name: str) -> str:
+    return f"ce {name}"
+
+
+def _kl(name: str) -> str:
+    return f"kl {name}"

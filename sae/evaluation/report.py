@@ -1,0 +1,169 @@
+"""The result of an evaluation, for programs: `Report` and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sae
+from sae.dictionary import Dictionary
+from sae.evaluation.downstream import NO_DOWNSTREAM, DownstreamScores
+from sae.evaluation.reconstruction import ReconstructionScores
+from sae.evaluation.sparsity import SparsityScores
+from sae.evaluation.streams import NormHistogram
+from sae.files import write_bytes, write_json
+from sae.tokens import TokenPolicy
+
+FORMAT, FORMAT_VERSION = "sae-evaluation", 1
+JSON_FILE, MARKDOWN_FILE, FIGURE_FOLDER = "eval.json", "eval.md", "figures"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything measured of one reconstructor.
+
+    Attributes:
+        description: what it is, in a line.
+        reconstruction: against the activations.
+        sparsity: of its codes; None for the identity.
+        downstream: in the language model; None where none was given.
+    """
+
+    description: str
+    reconstruction: ReconstructionScores
+    sparsity: SparsityScores | None
+    downstream: DownstreamScores | None = None
+
+    def with_downstream(self, downstream: DownstreamScores) -> Scores:
+        """The same with language-model losses."""
+        return dataclasses.replace(self, downstream=downstream)
+
+    def to_json(self) -> dict[str, Any]:
+        """Metrics by the names of the definitions; null where one was not measured."""
+        sparsity = self.sparsity.to_json() if self.sparsity else dict.fromkeys(SPARSITY_NAMES)
+        downstream = self.downstream.to_json() if self.downstream else NO_DOWNSTREAM
+        return {**self.reconstruction.to_json(), **sparsity, **downstream}
+
+
+SPARSITY_NAMES = ("l0", "l0_quantiles", "l1", "density", "dead", "dense")
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation.
+
+    Attributes:
+        dictionary: its architecture, shape, settings, number type and a hash of its weights.
+        hook: hook point.
+        model: identity of the language model the activations come from.
+        data: identity of the text.
+        policy: which tokens count.
+        tokens: held-out tokens evaluated.
+        masked: held-out tokens among them that the policy leaves out.
+        documents: documents with an evaluated token: the sample size of every standard error.
+        scores: the dictionary's; `scores.sparsity.density` is the density of every feature.
+        baselines: `pca`, `random`, `identity`.
+        dead_in_training: features that had not fired for `tokens` tokens when training ended; None where it is not known.
+        norms: of the activations, eligible and masked.
+        seconds: it took.
+    """
+
+    dictionary: dict[str, Any]
+    hook: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    policy: TokenPolicy
+    tokens: int
+    masked: int
+    documents: int
+    scores: Scores
+    baselines: dict[str, Scores]
+    dead_in_training: dict[str, Any] | None
+    norms: NormHistogram
+    seconds: float
+
+    @property
+    def columns(self) -> dict[str, Scores]:
+        """The dictionary and its baselines, in the order of the tables."""
+        return {"dictionary": self.scores, **self.baselines}
+
+    def to_json(self) -> dict[str, Any]:
+        """What `eval.json` holds: the dictionary's metrics at the top, the baselines' under `baselines`."""
+        downstream = self.scores.downstream
+        metrics = self.scores.to_json()
+        metrics["dead"] = {**metrics["dead"], "in_training": self.dead_in_training}
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "sae_version": sae.__version__,
+            "dictionary": self.dictionary,
+            "hook": self.hook,
+            "model": self.model,
+            "data": self.data,
+            "token_policy": self.policy.to_json(),
+            "evaluated": {
+                "tokens": self.tokens,
+                "masked_tokens": self.masked,
+                "documents": self.documents,
+                "downstream_tokens": downstream.tokens if downstream else None,
+                "downstream_documents": downstream.documents if downstream else None,
+            },
+            **metrics,
+            "baselines": {
+                name: {"description": scores.description, **scores.to_json()} for name, scores in self.baselines.items()
+            },
+            "activation_norms": self.norms.to_json(),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def table(self):
+        """The metrics as a `rich.table.Table`, for the terminal."""
+        from sae.evaluation.render import terminal_table
+
+        return terminal_table(self)
+
+
+def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:
+    """Write `eval.json`, `eval.md` and, where matplotlib is installed, `figures/*.png`.
+
+    Args:
+        report: what to write.
+        folder: where; the run folder, as a rule.
+        metrics_path: `metrics.jsonl` of the training, for its curves; None: no curves.
+
+    Returns:
+        The files, `eval.json` first.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    from sae.evaluation.figures import draw_figures
+    from sae.evaluation.render import markdown
+
+    folder = Path(folder).expanduser()
+    figures = draw_figures(report, Path(metrics_path).expanduser() if metrics_path is not None else None)
+    paths = [folder / JSON_FILE, folder / MARKDOWN_FILE]
+    write_json(paths[0], report.to_json())
+    for figure in figures or []:
+        paths.append(folder / FIGURE_FOLDER / figure.file)
+        write_bytes(paths[-1], figure.png)
+    write_bytes(paths[1], markdown(report, figures).encode())
+    return paths
+
+
+def identify(dictionary: Dictionary) -> dict[str, Any]:
+    """What tells a dictionary from another: its configuration without metadata, and a hash of its weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(dictionary.named_parameters()):
+        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(content)
+    kept = {
+        key: value for key, value in dictionary.config().items() if key not in ("format", "format_version", "metadata")
+    }
+    return {**kept, "weights_sha256": digest.hexdigest()}

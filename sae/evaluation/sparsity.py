@@ -1,0 +1,114 @@
+"""How sparse codes are: L0, L1, firing densities, dead and dense features."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.dictionary import Codes
+from sae.evaluation.estimate import DocumentSums, Estimate, double
+
+DENSE_ABOVE = 0.1
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+BINS_PER_DECADE = 4
+
+
+@dataclass(frozen=True)
+class SparsityScores:
+    """Over the evaluated tokens.
+
+    Attributes:
+        tokens: how many they are; whether a feature counts as dead depends on it.
+        l0: mean count of non-zero features per token.
+        l0_counts: tokens by their L0: entry j is the number of tokens with j features.
+        l1: mean Σ|f|.
+        firings: tokens each feature fires on.
+    """
+
+    tokens: int
+    l0: Estimate
+    l0_counts: Int[Tensor, " counts"]
+    l1: Estimate
+    firings: Int[Tensor, " d_sae"]
+
+    @property
+    def density(self) -> Float[Tensor, " d_sae"]:
+        """Share of the tokens each feature fires on, float64."""
+        return self.firings.double() / self.tokens
+
+    @property
+    def dead(self) -> int:
+        """Features that fire on none of the tokens."""
+        return int((self.firings == 0).sum())
+
+    @property
+    def dense(self) -> int:
+        """Features that fire on more than a tenth of the tokens."""
+        return int((self.density > DENSE_ABOVE).sum())
+
+    @property
+    def l0_quantiles(self) -> dict[str, int]:
+        """The smallest L0 that at least this share of the tokens do not exceed."""
+        cumulative = self.l0_counts.cumsum(0)
+        ranks = [max(1, math.ceil(quantile * self.tokens)) for quantile in QUANTILES]
+        return {f"{q:g}": int((cumulative < rank).sum()) for q, rank in zip(QUANTILES, ranks, strict=True)}
+
+    def density_histogram(self) -> tuple[list[float], list[int]]:
+        """Edges in log10 density, from the decade of one firing up to 0, and features in each bin; dead ones in none."""
+        lowest = -math.ceil(math.log10(self.tokens)) if self.tokens > 1 else -1
+        bins = -lowest * BINS_PER_DECADE
+        edges = [lowest + number / BINS_PER_DECADE for number in range(bins + 1)]
+        alive = self.density[self.firings > 0].log10()
+        place = torch.bucketize(alive, torch.tensor(edges, dtype=torch.float64), right=True) - 1
+        return edges, torch.bincount(place.clamp(0, bins - 1), minlength=bins).tolist()
+
+    def to_json(self) -> dict[str, Any]:
+        density = self.density
+        edges, counts = self.density_histogram()
+        return {
+            "l0": self.l0.to_json(),
+            "l0_quantiles": self.l0_quantiles,
+            "l1": self.l1.to_json(),
+            "density": {
+                "mean": float(density.mean()),
+                "median": float(density.median()),
+                "max": float(density.max()),
+                "log10_histogram": {"edges": edges, "features": counts},
+            },
+            "dead": {"features": self.dead, "share": self.dead / len(density), "tokens": self.tokens},
+            "dense": {"features": self.dense, "density_above": DENSE_ABOVE},
+        }
+
+
+class SparsityCounts:
+    """Streams codes and ends in `SparsityScores`.
+
+    Args:
+        documents: how many documents the split has.
+        features: how many features the codes index.
+    """
+
+    def __init__(self, documents: int, features: int) -> None:
+        self.sums = DocumentSums(documents, ("l0", "l1"))
+        self.firings = torch.zeros(features, dtype=torch.long)
+        self.l0_counts = torch.zeros(1, dtype=torch.long)
+
+    def add_(self, codes: Codes, documents: Tensor) -> None:
+        """Add a block of tokens."""
+        fires = codes.values != 0
+        l0 = fires.sum(-1).cpu()
+        self.firings += torch.bincount(codes.indices[fires].cpu(), minlength=len(self.firings))
+        counts = torch.bincount(l0, minlength=len(self.l0_counts))
+        counts[: len(self.l0_counts)] += self.l0_counts
+        self.l0_counts = counts
+        self.sums.add_(documents, {"l0": l0.double(), "l1": double(codes.values).abs().sum(-1)})
+
+    def scores(self) -> SparsityScores:
+        """The scores of everything added."""
+        sums = self.sums
+        return SparsityScores(sums.tokens, sums.mean("l0"), self.l0_counts, sums.mean("l1"), self.firings)

@@ -1,0 +1,164 @@
+"""The cache's eligible tokens in blocks of one size, so that no result depends on how the cache is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.activations.cache import ActivationCache, dequantise
+from sae.config import EvaluationConfig
+from sae.errors import CacheError, ConfigError
+from sae.tokens import HELD_OUT, TRAIN
+
+BLOCK_TOKENS = 2048
+NORM_DECADES, BINS_PER_DECADE = (-4, 8), 20
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Eligible tokens: their activations, and the index of the document each belongs to."""
+
+    x: Float[Tensor, "rows d_in"]
+    documents: Int[Tensor, " rows"]
+
+
+@dataclass(frozen=True)
+class NormHistogram:
+    """How many tokens have which ‖x‖, eligible and masked ones apart.
+
+    Attributes:
+        edges: of the bins, log10 ‖x‖, ascending; norms beyond the ends are in the end bins.
+    """
+
+    edges: Float[Tensor, " edges"]
+    eligible: Int[Tensor, " bins"]
+    masked: Int[Tensor, " bins"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the empty bins at both ends."""
+        filled = (self.eligible + self.masked).nonzero().flatten()
+        first, last = int(filled[0]), int(filled[-1]) + 1
+        return {
+            "log10_edges": [round(edge, 6) for edge in self.edges[first : last + 1].tolist()],
+            "eligible": self.eligible[first:last].tolist(),
+            "masked": self.masked[first:last].tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class ActivationSummary:
+    """What one pass over the held-out activations finds before anything is reconstructed.
+
+    Attributes:
+        tokens: eligible tokens: the ones evaluated.
+        masked: tokens beside them that the policy leaves out.
+        documents: documents with an eligible token.
+        all_documents: documents of the split.
+        mean: x̄, over the eligible tokens, float64.
+        norms: ‖x‖ of both kinds of token.
+    """
+
+    tokens: int
+    masked: int
+    documents: int
+    all_documents: int
+    mean: Float[Tensor, " d_in"]
+    norms: NormHistogram
+
+
+def summarise(cache: ActivationCache, hook: str, settings: EvaluationConfig, progress: Progress) -> ActivationSummary:
+    """Count the held-out tokens that are evaluated, average their activations, and collect norms.
+
+    Raises:
+        CacheError: an eligible activation is not finite.
+        ConfigError: no token is left to evaluate.
+    """
+    edges = torch.linspace(*NORM_DECADES, (NORM_DECADES[1] - NORM_DECADES[0]) * BINS_PER_DECADE + 1)
+    histograms = torch.zeros(2, len(edges) - 1, dtype=torch.long)
+    names = cache.documents(HELD_OUT)
+    seen = torch.zeros(len(names), dtype=torch.bool)
+    total = torch.zeros(cache.d_in(hook), dtype=torch.float64)
+    tokens = rows = 0
+    of = min(cache.rows(HELD_OUT), settings.tokens or cache.rows(HELD_OUT))
+    for batch in cache.contexts(HELD_OUT, hook, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens):
+        assert batch.activations is not None
+        x = batch.activations[batch.eligible]
+        check_finite(x, cache, hook)
+        norms = batch.activations.nan_to_num().double().norm(dim=-1)
+        bins = torch.bucketize(norms.clamp_min(1e-30).log10(), edges.double(), right=True).sub_(1)
+        for which, chosen in enumerate((batch.eligible, ~batch.eligible)):
+            histograms[which] += torch.bincount(bins[chosen].clamp(0, len(edges) - 2), minlength=len(edges) - 1)
+        total += x.double().sum(0)
+        seen[batch.documents[batch.eligible]] = True
+        tokens, rows = tokens + len(x), rows + batch.tokens.numel()
+        progress("activations", rows, of)
+    if tokens == 0:
+        raise ConfigError(_nothing_left(cache, settings, rows))
+    norms = NormHistogram(edges, histograms[0], histograms[1])
+    return ActivationSummary(tokens, rows - tokens, int(seen.sum()), len(names), total / tokens, norms)
+
+
+def held_out_blocks(cache: ActivationCache, hook: str, settings: EvaluationConfig) -> Iterator[Block]:
+    """Eligible held-out tokens in text order, in blocks of one size whatever `batch_contexts` is; the last is shorter."""
+    waiting: list[Block] = []
+    count = 0
+    for batch in cache.contexts(HELD_OUT, hook, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens):
+        assert batch.activations is not None
+        waiting.append(Block(batch.activations[batch.eligible], batch.documents[batch.eligible]))
+        count += len(waiting[-1].documents)
+        if count >= BLOCK_TOKENS:
+            x = torch.cat([block.x for block in waiting]).split(BLOCK_TOKENS)
+            documents = torch.cat([block.documents for block in waiting]).split(BLOCK_TOKENS)
+            blocks = [Block(*pair) for pair in zip(x, documents, strict=True)]
+            whole = count // BLOCK_TOKENS
+            yield from blocks[:whole]
+            waiting, count = blocks[whole:], count % BLOCK_TOKENS
+    if count:
+        yield Block(torch.cat([block.x for block in waiting]), torch.cat([block.documents for block in waiting]))
+
+
+def training_blocks(cache: ActivationCache, hook: str, max_tokens: int) -> Iterator[Float[Tensor, "rows d_in"]]:
+    """Eligible training tokens from whole contexts, evenly spaced over the cache so that at most `max_tokens` come.
+
+    Raises:
+        CacheError: one is not finite.
+    """
+    length = cache.context_length
+    stride = max(1, -(-cache.rows(TRAIN) // max(max_tokens, length)))
+    first_context = 0
+    for number in range(cache.shards(TRAIN)):
+        eligible = cache.eligible_shard(TRAIN, number)
+        context = first_context + torch.arange(len(eligible)) // length
+        activations, scale = cache.activation_shard(hook, TRAIN, number)
+        for chosen in (eligible & (context % stride == 0)).nonzero().flatten().split(BLOCK_TOKENS):
+            if len(chosen):
+                x = dequantise(activations[chosen], None if scale is None else scale[chosen])
+                check_finite(x, cache, hook)
+                yield x
+        first_context += -(-len(eligible) // length)
+
+
+def check_finite(x: Tensor, cache: ActivationCache, hook: str) -> None:
+    """Raise CacheError where an activation is infinite or not a number."""
+    bad = int((~torch.isfinite(x).all(-1)).sum())
+    if bad:
+        raise CacheError(
+            f"cache {str(cache.path)!r}: {bad:,} of {len(x):,} tokens at {hook!r} have activations that are infinite or not a "
+            f"number (stored as {cache.manifest.dtype}); harvest again with harvest.dtype=bfloat16 or float32"
+        )
+
+
+def _nothing_left(cache: ActivationCache, settings: EvaluationConfig, rows: int) -> str:
+    if rows == 0:
+        return (
+            f"evaluation.tokens={settings.tokens}: less than one context of {cache.context_length} tokens; "
+            f"set at least {cache.context_length}"
+        )
+    return f"evaluation: all {rows:,} held-out tokens read are masked by the token policy; raise evaluation.tokens"

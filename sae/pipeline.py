@@ -1,0 +1,291 @@
+"""The five steps as functions of one configuration, and all of them in order: each skips what is already done."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import sae
+from sae.activations.cache import ActivationCache, find_cache, read_manifest
+from sae.activations.harvest import check_same_model, check_same_request
+from sae.activations.harvest import harvest as harvest_activations
+from sae.activations.loader import ActivationLoader
+from sae.architectures import load
+from sae.config import RunConfig, load_config
+from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
+from sae.errors import CacheError, ConfigError, FormatError
+from sae.evaluation import Report, evaluate, write_report
+from sae.features import Features, collect
+from sae.files import read_json, write_bytes
+from sae.language_model import LanguageModel
+from sae.training.loop import train
+from sae.training.sinks import METRICS_FILE, Wandb
+
+CONFIG_YAML = "config.yaml"
+Progress = Callable[[str, int, int], None]
+
+
+def _no_progress(stage: str, done: int, total: int) -> None: ...
+
+
+class Run:
+    """A run folder and its configuration; the language model is loaded when a step needs it, once.
+
+    Args:
+        config: the configuration.
+        progress: called with (stage, tokens done, tokens in all).
+    """
+
+    def __init__(self, config: RunConfig, progress: Progress = _no_progress) -> None:
+        self.config, self.progress = config, progress
+        self.folder = config.folder
+        self.device = choose_device(config.device)
+
+    @staticmethod
+    def open(folder: str | Path, overrides: tuple[str, ...] = (), progress: Progress = _no_progress) -> Run:
+        """The run of an existing folder, by its `config.yaml`.
+
+        Raises:
+            ConfigError: the folder is not a run folder.
+        """
+        path = Path(folder).expanduser()
+        if not (path / CONFIG_YAML).is_file():
+            raise ConfigError(
+                f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}'"
+            )
+        return Run(load_config(path / CONFIG_YAML, [f"out={path}", *overrides]), progress)
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The model of `config.model`."""
+        return LanguageModel(self.config.model, self.device)
+
+    def harvest(self) -> ActivationCache:
+        """The activation cache, harvested as far as it is missing."""
+        self._write_config()
+        folder = self.config.cache_folder
+        if (folder / "manifest.json").is_file() and (manifest := read_manifest(folder)).complete:
+            check_same_request(folder, manifest, self.config)
+            if all((folder / name).is_file() for name in manifest.files):
+                return ActivationCache(folder)
+        return harvest_activations(
+            self.config, self.language_model, lambda done, total: self.progress("harvest", done, total)
+        )
+
+    def cache(self) -> ActivationCache:
+        """The activation cache, which must be there.
+
+        Raises:
+            CacheError: it is missing, unfinished, or made with other settings.
+        """
+        cache = ActivationCache(self.config.cache_folder)
+        check_same_request(cache.path, cache.manifest, self.config)
+        return cache
+
+    def train(self) -> Dictionary:
+        """The dictionary, trained (or trained to the end) where it is not there yet."""
+        cache = self.cache()
+        self._write_config()
+        if (self.folder / "dictionary" / CONFIG_FILE).is_file():
+            return self._trained_already(cache)
+        settings = self.config.train
+        loader = ActivationLoader(
+            cache,
+            self.config.hook,
+            batch_size=settings.batch_size,
+            seed=self.config.seed,
+            pool_tokens=settings.pool_tokens,
+            device=self.device,
+        )
+        sinks = [Wandb(self.config.wandb, self.folder, self.config.model_dump())] if self.config.wandb.project else []
+        try:
+            dictionary = train(
+                loader,
+                self.config.dictionary,
+                settings,
+                seed=self.config.seed,
+                device=self.device,
+                folder=self.folder,
+                metadata=dictionary_metadata(cache, self.config.hook),
+                sinks=sinks,
+                progress=lambda done, total, _: self.progress("train", done, total),
+            )
+        finally:
+            for sink in sinks:
+                sink.close()
+        dictionary.save(self.folder / "dictionary")
+        return dictionary
+
+    def evaluate(self) -> Report:
+        """The report on the run's dictionary, as `eval.json` and `eval.md`; measured anew where it is stale."""
+        cache, dictionary = self.cache(), self.dictionary()
+        check_same_model(cache.path, cache.manifest, self.language_model)
+        report = evaluate(
+            dictionary,
+            cache,
+            hook=self.config.hook,
+            language_model=self.language_model,
+            settings=self.config.evaluation,
+            device=self.device,
+            progress=lambda stage, done, total: self.progress(f"evaluate: {stage}", done, total),
+        )
+        write_report(report, self.folder, self.folder / METRICS_FILE)
+        return report
+
+    def features(self) -> Features:
+        """The feature store; collected anew where it is missing or of another dictionary, cache or setting."""
+        cache, dictionary = self.cache(), self.dictionary()
+        folder = self.folder / "features"
+        if (folder / "features.json").is_file() and self._is_fresh(
+            read_json(folder / "features.json"), cache, dictionary
+        ):
+            return Features(folder)
+        check_same_model(cache.path, cache.manifest, self.language_model)
+        return collect(
+            dictionary,
+            cache,
+            folder,
+            self.config.features,
+            hook=self.config.hook,
+            language_model=self.language_model,
+            tokenizer=self.language_model.tokenizer,
+            seed=self.config.seed,
+            device=self.device,
+            progress=lambda done, total: self.progress("features", done, total),
+        )
+
+    def dictionary(self) -> Dictionary:
+        """The trained dictionary, on the run's device."""
+        return load(self.folder, device=self.device)
+
+    def _is_fresh(self, record: dict[str, Any], cache: ActivationCache, dictionary: Dictionary) -> bool:
+        return (
+            record.get("dictionary_sha256") == weights_sha256(dictionary)
+            and record.get("text_sha256") == cache.manifest.text_sha256
+            and record.get("settings") == self.config.features.model_dump()
+        )
+
+    def _trained_already(self, cache: ActivationCache) -> Dictionary:
+        """The dictionary that is there, if it is the one asked for."""
+        dictionary = self.dictionary()
+        trained = dictionary.metadata.get("trained", {})
+        asked = {
+            **self.config.dictionary.model_dump(exclude={"hook"}),
+            **self.config.train.model_dump(exclude={"log_every", "checkpoint_every", "keep_checkpoints"}),
+            "seed": self.config.seed,
+            "hook": self.config.hook,
+            "text_sha256": cache.manifest.text_sha256,
+        }
+        held = {
+            **trained,
+            "hook": dictionary.metadata.get("hook"),
+            "text_sha256": dictionary.metadata.get("text_sha256"),
+        }
+        for key, value in asked.items():
+            if held.get(key) != value:
+                raise FormatError(
+                    f"dictionary {str(self.folder / 'dictionary')!r}: made with {key}={held.get(key)!r}, now {value!r} "
+                    "is asked for; choose another run folder (out=...), or delete the dictionary and checkpoints there"
+                )
+        return dictionary
+
+    def _write_config(self) -> None:
+        """The resolved configuration, loadable again, under a line that says what made it."""
+        settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        commit = _git_commit()
+        made_by = f"sae {sae.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+        header = f"# {made_by}{f', commit {commit}' if commit else ''}\n"
+        write_bytes(self.folder / CONFIG_YAML, (header + settings).encode())
+
+
+def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
+    """Harvest, train, evaluate, collect features: everything that is not there yet.
+
+    Returns:
+        The run, whose `dictionary()`, `evaluate()` and `features()` read what was made.
+    """
+    whole = Run(config, progress)
+    whole.harvest()
+    whole.train()
+    whole.evaluate()
+    whole.features()
+    return whole
+
+
+def harvest(config: RunConfig, progress: Progress = _no_progress) -> ActivationCache:
+    """Cache the activations that `config` asks for; see `sae.activations.harvest.harvest`."""
+    return Run(config, progress).harvest()
+
+
+def collect_features(folder: str | Path, progress: Progress = _no_progress) -> Features:
+    """The feature store of a run folder, collected where it is missing or stale."""
+    return Run.open(folder, progress=progress).features()
+
+
+def dictionary_metadata(cache: ActivationCache, hook: str) -> dict[str, Any]:
+    """What a dictionary must know of its origin to be reused: model, hook point, token policy, text."""
+    manifest = cache.manifest
+    return {
+        "model": manifest.model,
+        "hook": hook,
+        "tokens": manifest.tokens,
+        "context_length": manifest.context_length,
+        "data": manifest.data,
+        "text_sha256": manifest.text_sha256,
+        "activation_dtype": manifest.dtype,
+    }
+
+
+def check_fits(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
+    """Raise CacheError where a cache's activations are not those the dictionary was trained on."""
+    if cache.d_in(hook) != dictionary.d_in:
+        raise CacheError(
+            f"cache {str(cache.path)!r}: activations at {hook} are {cache.d_in(hook)} wide, the dictionary takes "
+            f"{dictionary.d_in}; give the cache of its own model"
+        )
+    trained_on = dictionary.metadata.get("model")
+    held = cache.manifest.model
+    if not trained_on:
+        return
+    for key in ("weights_sha256", "weight_processing"):
+        if trained_on[key] != held[key]:
+            raise CacheError(
+                f"cache {str(cache.path)!r}: of another model ({held['name']!r}, {key}={held[key]!r}) than the "
+                f"dictionary's ({trained_on['name']!r}, {trained_on[key]!r}); give the cache of its own model"
+            )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one.
+
+    Raises:
+        ConfigError: torch does not know the device, or it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ConfigError(f"device {name!r}: not available here ({reason}); use device=auto or device=cpu") from error
+    return device
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory, if that is a git checkout."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+__all__ = ["Run", "check_fits", "choose_device", "collect_features", "find_cache", "harvest", "run"]

@@ -1,0 +1,40 @@
+"""Progress bars with tokens per second and time left."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _TokensPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
+
+
+@contextlib.contextmanager
+def progress_bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (stage, tokens done, tokens in all) that keeps one bar a stage on the terminal's standard error."""
+    if quiet:
+        yield lambda stage, done, total: None
+        return
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        _TokensPerSecond(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    tasks = {}
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show

@@ -1,0 +1,56 @@
+"""Resumable training states on disk: each with the dictionary as it was, ready to use."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae.dictionary import Dictionary
+from sae.errors import TrainingError
+from sae.files import write_bytes
+
+STATE_FILE = "state.pt"
+_NAME = re.compile(r"step-(\d+)")
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: Dictionary, keep: int) -> Path:
+    """Write `step-N/` under `folder`: the folded dictionary, then the state, whose presence makes it whole.
+
+    Older ones beyond `keep` are deleted.
+    """
+    path = folder / f"step-{step:08d}"
+    dictionary.save(path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path / STATE_FILE, buffer.getvalue())
+    for old in list_checkpoints(folder)[:-keep]:
+        (old / STATE_FILE).unlink()
+        shutil.rmtree(old)
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a state; nothing in it can run code.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    try:
+        return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TrainingError(
+            f"checkpoint {str(path)!r}: damaged ({error}); delete it, and training goes on from the one before"
+        ) from error

@@ -1,0 +1,49 @@
+"""Which features are alive: tokens since each last fired, counted once for every architecture."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class FiringRecord:
+    """Counts, on the training device and without waiting for it, the tokens since each feature last fired.
+
+    Args:
+        d_sae: number of features.
+        dead_after: a feature that has not fired for so many tokens is dead (Gao et al. 2024 use 10 million).
+        refresh_every: steps between two listings of the dead features, the only moment that waits for the device.
+    """
+
+    def __init__(self, d_sae: int, dead_after: int, device: torch.device, refresh_every: int = 16) -> None:
+        self.dead_after, self.refresh_every = dead_after, refresh_every
+        self.silent_tokens: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.fired_since_log: Bool[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.bool, device=device)
+        self.candidates: Int[Tensor, " candidates"] = torch.zeros(0, dtype=torch.int64, device=device)
+
+    @property
+    def dead(self) -> Bool[Tensor, " d_sae"]:
+        """Features that are dead now."""
+        return self.silent_tokens >= self.dead_after
+
+    def update(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], step: int) -> None:
+        """Take a batch's codes into account; zeros do not count as firing."""
+        fired = torch.zeros_like(self.fired_since_log)
+        fired.index_put_((indices.flatten(),), (values > 0).flatten(), accumulate=True)
+        self.record(fired, len(values), step)
+
+    def record(self, fired: Bool[Tensor, " d_sae"], tokens: int, step: int) -> None:
+        """Take into account that exactly the features in `fired` fired in a batch of so many tokens."""
+        self.fired_since_log |= fired
+        self.silent_tokens += tokens
+        self.silent_tokens.masked_fill_(fired, 0)
+        if step % self.refresh_every == 0:
+            self.candidates = self.dead.nonzero().flatten()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"silent_tokens": self.silent_tokens, "candidates": self.candidates}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.silent_tokens.copy_(state["silent_tokens"])
+        self.candidates = state["candidates"].to(self.silent_tokens.device)

@@ -1,0 +1,83 @@
+"""Where logged numbers go: metrics.jsonl always, Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from sae.config import WandbConfig
+from sae.errors import ConfigError, TrainingError
+from sae.files import write_bytes
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Takes a line of numbers every `train.log_every` steps."""
+
+    def log(self, metrics: dict[str, float | int]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line. Lines after `resume_step` belong to steps that will be repeated, and are dropped."""
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        self.path = folder / METRICS_FILE
+        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if resume_step else []
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, metrics: dict[str, float | int]) -> None:
+        try:
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write {str(self.path)!r}: {error.strerror}; training stops at the last checkpoint: "
+                "free some space and run the same command again"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Wandb:
+    """A Weights & Biases run; the configuration is logged with it."""
+
+    def __init__(self, settings: WandbConfig, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("wandb.project is set, and wandb is not installed: pip install 'sae[wandb]'") from error
+        self._run = wandb.init(
+            project=settings.project,
+            name=settings.name or folder.name,
+            id=f"{folder.name}-{config['seed']}",
+            resume="allow",
+            dir=folder,
+            mode=settings.mode,
+            config=config,
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, metrics: dict[str, float | int]) -> None:
+        self._run.log(dict(metrics), step=int(metrics["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
