@@ -177,7 +177,7 @@ def _show_report(report: Any) -> None:
 
 def main() -> None:
     """Run the command line: errors of this package become one line and exit status 1; Ctrl-C gives 130."""
-    from sae.training.loop import Interrupted
+    from sae.training.loop import TrainingInterrupted
 
     debug = "--debug" in sys.argv
     try:
@@ -189,7 +189,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except Interrupted as error:
+    except TrainingInterrupted as error:
         _fail(str(error), 130)
     except SaeError as error:
         if debug:

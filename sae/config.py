@@ -183,7 +183,7 @@ class WandbConfig(_Settings):
 class RunConfig(_Settings):
     """Everything that determines a run."""
 
-    out: str = Field(default="runs/default", description="run folder")
+    out: str = Field(default="runs/default", description="run folder: everything that is made goes there")
     seed: int = Field(default=0, ge=0, description="seed of initialisation and shuffling")
     device: str = Field(default="auto", description="`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`")
     model: ModelConfig = ModelConfig()

@@ -126,20 +126,24 @@ def _file(path: Path, name: str, column: str) -> Iterator[Document]:
 def _text(path: Path, name: str) -> Iterator[Document]:
     try:
         yield Document(name, path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"data source {str(path)!r}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(_unreadable(path, error)) from error
 
 
 def _jsonl(path: Path, name: str, column: str) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"data source {str(path)!r}: line {number} is not JSON ({error.msg})") from error
-            yield Document(f"{name}:{number}", _field(record, column, f"{path}, line {number}"))
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line.decode("utf-8"))
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    reason = error.msg if isinstance(error, json.JSONDecodeError) else error.reason
+                    raise DataError(f"data source {str(path)!r}: line {number} is not JSON ({reason})") from error
+                yield Document(f"{name}:{number}", _field(record, column, f"{path}, line {number}"))
+    except OSError as error:
+        raise DataError(_unreadable(path, error)) from error
 
 
 def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
@@ -154,14 +158,17 @@ def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
     row = 0
     for batch in table.iter_batches(columns=[column], batch_size=1024):
         for text in batch.column(0).to_pylist():
-            yield Document(f"{name}:{row}", text or "")
+            yield Document(f"{name}:{row}", str(text or ""))
             row += 1
 
 
 def _saved_dataset(path: Path, split: str, column: str) -> Iterator[Document]:
     import datasets
 
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"data source {str(path)!r}: not a whole saved data set ({_first_line(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"data source {str(path)!r}: no split {split!r}; it has {', '.join(map(str, loaded))}")
@@ -175,23 +182,42 @@ def _hub_dataset(source: str, split: str, subset: str | None, column: str, strea
     try:
         loaded = datasets.load_dataset(source, subset, split=split, streaming=streaming)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"data source {source!r}: neither a file nor a folder here, and the hub did not give it ({reason[:200]}). "
-            "Check the name and the network, or give a local file, a folder, or 'stdlib'"
+            f"data source {source!r}: neither a file nor a folder here, and the hub did not give it "
+            f"({_first_line(error)}). Check the name and the network, or give a local file, a folder, or 'stdlib'"
         ) from error
     return _rows(loaded, source, column)
 
 
 def _rows(rows: Any, source: str, column: str) -> Iterator[Document]:
-    for number, record in enumerate(rows):
+    rows, number = iter(rows), 0
+    while True:
+        try:
+            record = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # a streamed data set can fail at any row
+            raise DataError(
+                f"data source {source!r}: row {number} could not be read ({_first_line(error)}); check the network"
+            ) from error
         yield Document(f"{number}", _field(record, column, f"{source}, row {number}"))
+        number += 1
 
 
 def _field(record: Any, column: str, where: str) -> str:
     if not isinstance(record, dict) or column not in record:
         raise DataError(_no_column(where, column, list(record) if isinstance(record, dict) else []))
     return str(record[column] or "")
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"data source {str(path)!r}: not UTF-8 text ({error.reason} at byte {error.start})"
+    return f"data source {str(path)!r}: cannot be read ({error.strerror or error})"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _no_column(where: str, column: str, names: list[str]) -> str:

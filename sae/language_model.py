@@ -188,11 +188,12 @@ class LanguageModel:
         if layer is not None:
             resid = self.bridge(tokens, stop_at_layer=layer)
             for replacement in replacements:
-                yield self.bridge(replacement(resid), start_at_layer=layer).float()
+                yield self.bridge(replacement(resid).to(resid.dtype), start_at_layer=layer).float()
             return
         for replacement in replacements:
             with self.replacing(hook, replacement):
-                yield self.bridge(tokens).float()
+                logits = self.bridge(tokens).float()
+            yield logits  # outside: what the caller does in between must find the model as it is
 
     @contextlib.contextmanager
     def replacing(
@@ -214,7 +215,8 @@ class LanguageModel:
 
         def replace(activation: Tensor, hook: Any) -> Tensor:
             flat = activation.flatten(2)
-            tokens = seen[0] if seen[0] is not None and seen[0].shape == flat.shape[:2] else None
+            tokens, seen[0] = seen[0], None  # a later pass that begins in the middle must not find them
+            tokens = tokens if tokens is not None and tokens.shape == flat.shape[:2] else None
             new = replacement(flat, tokens) if with_tokens else replacement(flat)  # type: ignore[call-arg]
             return new.to(activation.dtype).view_as(activation)
 
@@ -247,6 +249,13 @@ class LanguageModel:
                 f"hook {hook!r}: transformer-lens can read hook_resid_mid but not replace it (the skip connection "
                 "would keep the original); use hook_resid_pre, hook_resid_post, hook_attn_out or hook_mlp_out"
             )
+
+
+def model_label(name: str) -> str:
+    """What a model is known by: hub names as they are, of paths the last part, so that a folder can be moved."""
+    path = Path(name).expanduser()
+    is_path = path.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    return path.resolve().name if is_path and name != DEMO else name
 
 
 def next_token_losses(
@@ -291,8 +300,7 @@ def _load(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
             f"model {config.name!r}: neither a folder nor a .gguf file here, and the hub did not give it ({reason}). "
             "Check the name and the network, or give a local folder, a .gguf file, or 'demo'"
         ) from error
-    label = config.name if not local or config.name == DEMO else path.name
-    return model, tokenizer, label, getattr(model.config, "_commit_hash", None)
+    return model, tokenizer, model_label(config.name), getattr(model.config, "_commit_hash", None)
 
 
 def _boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:

@@ -103,26 +103,22 @@ class Packer:
         rows = min(contexts * self.context_length, self.rows - self._packed)
         if rows == 0 or self._rows_from(self._waiting) < rows:
             return None
-        text_rows = rows - -(-rows // self.context_length) * (self.bos is not None)
-        tokens, documents = self._pop(text_rows)
+        begun = -(-rows // self.context_length) if self.bos is not None else 0
+        tokens, documents = np.concatenate(self._tokens), np.concatenate(self._documents)
+        text_rows = rows - begun
+        self._tokens, self._documents = [tokens[text_rows:]], [documents[text_rows:]]
+        self._waiting -= text_rows
         self._packed += rows
-        if self.bos is not None:
-            starts = np.arange(0, text_rows, self.context_length - 1)
-            tokens = np.insert(tokens, starts, self.bos)
-            documents = np.insert(documents, starts, documents[starts])
-        return PackedRows(tokens, documents)
+        starts = np.arange(begun) * (self.context_length - 1)
+        of_starts = documents[starts]  # a last context of BOS alone belongs to the document that would follow
+        tokens, documents = tokens[:text_rows], documents[:text_rows]
+        return PackedRows(np.insert(tokens, starts, self.bos or 0), np.insert(documents, starts, of_starts))
 
     def _rows_from(self, text_tokens: int) -> int:
         """Rows that so many text tokens make, with a BOS row for every context begun."""
         if self.bos is None:
             return text_tokens
         return text_tokens + -(-text_tokens // (self.context_length - 1))
-
-    def _pop(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens, documents = np.concatenate(self._tokens), np.concatenate(self._documents)
-        self._tokens, self._documents = [tokens[count:]], [documents[count:]]
-        self._waiting -= count
-        return tokens[:count], documents[:count]
 
 
 def packed_shards(
@@ -140,7 +136,8 @@ def packed_shards(
             break
         wanted = [(name, text, split) for name, text, split in batch if not packers[split].full]
         for (name, _, split), ids in zip(wanted, _token_ids(tokenizer, [text for _, text, _ in wanted]), strict=True):
-            packers[split].add(name, ids)
+            if not packers[split].full:
+                packers[split].add(name, ids)
         for split, packer in packers.items():
             while (rows := packer.take(shard_contexts)) is not None:
                 yield split, rows

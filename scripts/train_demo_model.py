@@ -104,7 +104,7 @@ def train_model(stream: np.ndarray, steps: int, checkpoint: Path) -> GPT2LMHeadM
         )
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(torch.device(device))
+    torch.nn.Module.to(model, device)
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".h." in name)]
     optimizers = [

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae.errors import CacheError
-from sae.tokens import SPLITS, TRAIN, TokenPolicy
+from sae.tokens import TRAIN, TokenPolicy
 
 FORMAT = "sae-activations"
 FORMAT_VERSION = 1
@@ -194,8 +194,9 @@ class ActivationCache:
             tokens, documents = self.token_shard(split, number)
             eligible = eligible_rows(tokens, self.policy, length)
             activations, scale = self.activation_shard(hook, split, number) if hook else (None, None)
-            for start, stop in _batch_ranges(len(tokens), length, batch_contexts):
-                stop = min(stop, start + left // length * length if left < stop - start else stop)  # noqa: PLW2901
+            for start, whole_stop in _batch_ranges(len(tokens), length, batch_contexts):
+                cut_short = left < whole_stop - start
+                stop = start + left // length * length if cut_short else whole_stop
                 if stop <= start:
                     return
                 seq = min(length, stop - start)
@@ -210,6 +211,8 @@ class ActivationCache:
                     eligible[start:stop].view(-1, seq),
                     x,
                 )
+                if cut_short:
+                    return
                 left -= stop - start
             first_row += len(tokens)
 
@@ -279,16 +282,23 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CacheError: not a manifest of this format, or of a newer version.
     """
+    damaged = f"cache {str(folder)!r}: {MANIFEST} is damaged"
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except ValidationError as error:
-        raise CacheError(f"cache {str(folder)!r}: {MANIFEST} is damaged ({error.errors()[0]['msg']})") from error
-    if manifest.format != FORMAT or manifest.format_version > FORMAT_VERSION or set(manifest.rows) != set(SPLITS):
+        record = json.loads((folder / MANIFEST).read_bytes())
+        written_as = (record["format"], record["format_version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{damaged} ({error}); delete the cache and harvest it anew") from error
+    if written_as[0] != FORMAT or written_as[1] > FORMAT_VERSION:
         raise CacheError(
-            f"cache {str(folder)!r}: format {manifest.format!r} version {manifest.format_version}; this package reads "
+            f"cache {str(folder)!r}: format {written_as[0]!r} version {written_as[1]}; this package reads "
             f"{FORMAT!r} up to version {FORMAT_VERSION}"
         )
-    return manifest
+    try:
+        return Manifest.model_validate(record)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        reason = f"{where}: {error.errors()[0]['msg']}"
+        raise CacheError(f"{damaged} ({reason}); delete the cache and harvest it anew") from error
 
 
 def _batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple[int, int]]:

@@ -31,8 +31,8 @@ from sae.activations.cache import (
 )
 from sae.config import RunConfig
 from sae.errors import CacheError
-from sae.files import write_bytes, write_json
-from sae.language_model import LanguageModel
+from sae.files import write_bytes
+from sae.language_model import LanguageModel, model_label
 from sae.tokens import HELD_OUT, SPLITS, TRAIN, PackedRows, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]
@@ -63,8 +63,10 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
             manifest = read_manifest(folder)
             check_same_request(folder, manifest, config)
             check_same_model(folder, manifest, language_model)
+            if not all(_is_whole(folder, manifest, name) for name in manifest.files if _is_text(name)):
+                _write_text(folder, config, language_model, manifest.files)
         else:
-            manifest = _write_tokens(folder, config, language_model)
+            manifest = _begin(folder, config, language_model)
         _check_space(folder, manifest)
         _Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
     return ActivationCache(folder)
@@ -73,7 +75,7 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
 def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> None:
     """Raise CacheError where the cache was made with other settings than `config`'s."""
     asked = {
-        "model.name": config.model.name if not Path(config.model.name).exists() else Path(config.model.name).name,
+        "model.name": model_label(config.model.name),
         "model.weight_processing": config.model.weight_processing,
         "model.dtype": config.model.dtype,
         **{f"data.{key}": value for key, value in _data_identity(config).items()},
@@ -98,7 +100,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
         "harvest.dtype": manifest.dtype,
         "harvest.shard_contexts": manifest.shard_contexts,
         "harvest.mask_first_position": manifest.tokens["mask_first_position"],
-        "harvest.mask_special_tokens": bool(manifest.tokens["masked_ids"]),
+        "harvest.mask_special_tokens": manifest.tokens["mask_special_tokens"],
     }
     for key, value in asked.items():
         if held[key] != value:
@@ -123,36 +125,46 @@ def _data_identity(config: RunConfig) -> dict[str, Any]:
     return {key: getattr(config.data, key) for key in (*keys, "holdout_seed")}
 
 
-def _write_tokens(folder: Path, config: RunConfig, language_model: LanguageModel) -> Manifest:
-    """First stage: text to token shards, then the manifest. Repeated from the start when interrupted."""
+def _write_text(
+    folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry]
+) -> dict[str, FileEntry]:
+    """Text to token shards and the documents' names. Repeated from the start when interrupted."""
+    data = config.data
+    bos = language_model.bos if data.prepend_bos else None
+    rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
+    packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
+    files: dict[str, FileEntry] = {}
+    counts = dict.fromkeys(SPLITS, 0)
+    for split, packed in packed_shards(data, language_model.tokenizer, config.harvest.shard_contexts, packers):
+        name = shard_name("tokens", split, counts[split])
+        files[name] = _write(folder, name, save(_token_tensors(packed)), len(packed.tokens), expected.get(name))
+        counts[split] += 1
+    names = {split: packer.names for split, packer in packers.items()}
+    content = (json.dumps(names, indent=1, ensure_ascii=False) + "\n").encode()
+    files[DOCUMENTS] = _write(folder, DOCUMENTS, content, sum(map(len, names.values())), expected.get(DOCUMENTS))
+    return dict(sorted(files.items()))
+
+
+def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Manifest:
+    """First stage: everything but activations, the manifest last."""
     data, harvest_config = config.data, config.harvest
     policy = language_model.token_policy(
         prepend_bos=data.prepend_bos,
         mask_first_position=harvest_config.mask_first_position,
         mask_special_tokens=harvest_config.mask_special_tokens,
     )
-    bos = language_model.bos if data.prepend_bos else None
-    rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
-    packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
-    files: dict[str, FileEntry] = {}
-    counts = dict.fromkeys(SPLITS, 0)
-    for split, packed in packed_shards(data, language_model.tokenizer, harvest_config.shard_contexts, packers):
-        name = shard_name("tokens", split, counts[split])
-        files[name] = _write_shard(folder / name, _token_tensors(packed))
-        counts[split] += 1
-    write_json(folder / DOCUMENTS, {split: packer.names for split, packer in packers.items()})
-    files = dict(sorted(files.items()))
+    files = _write_text(folder, config, language_model, expected={})
     text = hashlib.sha256("".join(entry.sha256 for entry in files.values()).encode()).hexdigest()
     example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
     widths = {hook: x.shape[-1] for hook, x in language_model.activations(example, harvest_config.hooks).items()}
     manifest = Manifest(
         model=language_model.info.to_json(),
         data=_data_identity(config),
-        tokens=policy.to_json(),
+        tokens={**policy.to_json(), "mask_special_tokens": harvest_config.mask_special_tokens},
         context_length=data.context_length,
         shard_contexts=harvest_config.shard_contexts,
         dtype=harvest_config.dtype,
-        rows=rows,
+        rows={TRAIN: data.tokens, HELD_OUT: data.held_out_tokens},
         text_sha256=text,
         hooks={hook: HookEntry(d_in=widths[hook]) for hook in harvest_config.hooks},
         files=files,
@@ -182,14 +194,12 @@ class _Harvester:
             for split, number in self._shards():
                 tokens = load_file(self.folder / shard_name("tokens", split, number))["tokens"].long()
                 names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
-                if all(self._is_whole(name) for name in names.values()):
+                missing = {hook: name for hook, name in names.items() if not self._is_whole(name)}
+                if not missing:
                     self._advance(len(tokens))
                     continue
                 stored, sums = self._forward(tokens, split)
-                futures = [
-                    (names[hook], pool.submit(_write_shard, self.folder / names[hook], tensors))
-                    for hook, tensors in stored.items()
-                ]
+                futures = [(name, pool.submit(self._write, name, stored[hook])) for hook, name in missing.items()]
                 writing.append((futures, sums))
                 if len(writing) > _SHARDS_IN_FLIGHT:
                     self._record(*writing.popleft())
@@ -206,8 +216,11 @@ class _Harvester:
                 yield split, number
 
     def _is_whole(self, name: str) -> bool:
-        entry, path = self.manifest.files.get(name), self.folder / name
-        return entry is not None and path.is_file() and path.stat().st_size == entry.bytes
+        return _is_whole(self.folder, self.manifest, name)
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> FileEntry:
+        rows = len(tensors["activations"])
+        return _write(self.folder, name, save(tensors), rows, self.manifest.files.get(name))
 
     def _forward(
         self, tokens: Tensor, split: str
@@ -234,7 +247,7 @@ class _Harvester:
     def _store(self, stored: dict[str, Tensor], start: int, rows: Float[Tensor, "rows d_in"], hook: str) -> None:
         stop = start + len(rows)
         if "scale" in stored:
-            scale = rows.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny).float() / 127
+            scale = (rows.abs().amax(-1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
             stored["scale"][start:stop] = scale
             finite = bool(scale.isfinite().all())
             rows = (rows / scale[:, None]).round() if finite else rows
@@ -246,17 +259,11 @@ class _Harvester:
         stored["activations"][start:stop] = rows
 
     def _record(self, futures: list[tuple[str, Future[FileEntry]]], sums: dict[str, tuple[Tensor, float, int]]) -> None:
-        """Take a written shard into the manifest; a shard that was there before must have come out the same."""
+        """Take a written shard into the manifest, unless it is there and was only restored."""
         known = all(name in self.manifest.files for name, _ in futures)
-        for name, future in futures:
-            entry = future.result()
-            before = self.manifest.files.setdefault(name, entry)
-            if before.sha256 != entry.sha256:
-                raise CacheError(
-                    f"cache {str(self.folder)!r}: {name} was harvested again and differs from its checksum: other "
-                    "hardware or library versions; delete the cache and harvest it anew"
-                )
+        written = {name: future.result() for name, future in futures}
         if not known:
+            self.manifest.files |= written
             for hook, (total, squares, count) in sums.items():
                 entry = self.manifest.hooks[hook]
                 previous = torch.tensor(entry.sum, dtype=torch.float64) if entry.sum else torch.zeros_like(total)
@@ -288,11 +295,28 @@ def _empty(rows: int, d_in: int, dtype: str) -> dict[str, Tensor]:
     return {**tensors, "scale": torch.empty(rows)} if dtype == "int8" else tensors
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
-    content = save(tensors)
-    write_bytes(path, content)
-    rows = next(iter(tensors.values())).shape[0]
-    return FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+def _write(folder: Path, name: str, content: bytes, rows: int, expected: FileEntry | None) -> FileEntry:
+    """Write a file of the cache; one that restores a lost file must come out the same."""
+    entry = FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    if expected is not None and entry != expected:
+        cause = (
+            "the text has changed" if _is_text(name) else "other hardware, library versions or harvest.batch_contexts"
+        )
+        raise CacheError(
+            f"cache {str(folder)!r}: {name} was made again and differs from its checksum ({cause}); "
+            "delete the cache and harvest it anew"
+        )
+    write_bytes(folder / name, content)
+    return entry
+
+
+def _is_text(name: str) -> bool:
+    return name == DOCUMENTS or name.startswith("tokens/")
+
+
+def _is_whole(folder: Path, manifest: Manifest, name: str) -> bool:
+    entry, path = manifest.files.get(name), folder / name
+    return entry is not None and path.is_file() and path.stat().st_size == entry.bytes
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -304,11 +328,12 @@ def _check_space(folder: Path, manifest: Manifest) -> None:
     """Refuse to begin what cannot end: bytes still to write against bytes free."""
     per_row = sum(entry.d_in * _BYTES[manifest.dtype] for entry in manifest.hooks.values())
     per_row += 4 * len(manifest.hooks) * (manifest.dtype == "int8")
-    written = sum(entry.bytes for name, entry in manifest.files.items() if not name.startswith("tokens/"))
+    files = [name for name in manifest.files if not _is_text(name) and _is_whole(folder, manifest, name)]
+    written = sum(manifest.files[name].bytes for name in files)
     needed, free = sum(manifest.rows.values()) * per_row - written, shutil.disk_usage(folder).free
     if needed > free:
         raise CacheError(
-            f"disk full: the rest of cache {str(folder)!r} needs {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free; "
+            f"disk full: cache {str(folder)!r} needs {needed / 1e9:,.2f} GB more, {free / 1e9:,.2f} GB are free: "
             "what is there is kept: free some space and run the same command again, or use harvest.dtype=int8 or "
             "fewer data.tokens in another folder"
         )

@@ -31,7 +31,7 @@ class ActivationLoader:
     The cache is cut into blocks of consecutive rows. An epoch permutes the blocks, gathers them into pools of about
     `pool_tokens` rows from all over the cache, and permutes the rows of each pool. One number, the rows consumed so
     far, is the whole state: a loader set to it goes on exactly there. The next pool fills while the present one is
-    used, so `pool_bytes` counts two.
+    used, so `pool_bytes` counts two. Beside them a loader keeps one byte a row of the cache: whether it is eligible.
 
     Args:
         cache: where the activations are.
@@ -60,9 +60,10 @@ class ActivationLoader:
     ) -> None:
         self.cache, self.hook, self.split = cache, hook, split
         self.d_in = cache.d_in(hook)
-        self.batch_size, self.seed, self.block_tokens = batch_size, seed, block_tokens
+        self.batch_size, self.seed, self.block_tokens = batch_size, seed, min(block_tokens, pool_tokens)
         self.device = torch.device(device)
         self.position = 0
+        self._eligible_rows = [cache.eligible_shard(split, number) for number in range(cache.shards(split))]
         self._shard, self._start, self._eligible = self._find_blocks()
         self.tokens_per_epoch = int(self._eligible.sum())
         if self.tokens_per_epoch == 0:
@@ -117,10 +118,12 @@ class ActivationLoader:
         with ThreadPoolExecutor(1) as executor:
             plans = self._plans()
             blocks, order, skip = next(plans)
-            filling: Future[_Pool] = executor.submit(self._fill, blocks, order)
+            memory, other = self._new_pool(), self._new_pool()
+            filling: Future[_Pool] = executor.submit(self._fill, memory, blocks, order)
             for blocks, order, _ in plans:
                 pool = filling.result()
-                filling = executor.submit(self._fill, blocks, order)
+                memory, other = other, memory  # the pool before this one is used up: its memory takes the next
+                filling = executor.submit(self._fill, memory, blocks, order)
                 yield _Pool(pool.activations[skip:], None if pool.scale is None else pool.scale[skip:])
                 skip = 0
 
@@ -143,18 +146,22 @@ class ActivationLoader:
                 yield blocks[first:last], torch.from_numpy(order), max(offset - before, 0)
             epoch, offset = epoch + 1, 0
 
-    def _fill(self, blocks: np.ndarray, order: Int[Tensor, " rows"]) -> _Pool:
+    def _new_pool(self) -> _Pool:
+        example, scale = self.cache.activation_shard(self.hook, self.split, 0)
+        pool = torch.empty(self.pool_tokens, self.d_in, dtype=example.dtype)
+        return _Pool(pool, None if scale is None else torch.empty(self.pool_tokens))
+
+    def _fill(self, memory: _Pool, blocks: np.ndarray, order: Int[Tensor, " rows"]) -> _Pool:
         """Read blocks in the cache's order, each row straight to its place in the shuffled pool."""
-        example, example_scale = self.cache.activation_shard(self.hook, self.split, 0)
-        pool = torch.empty(len(order), self.d_in, dtype=example.dtype)
-        scales = None if example_scale is None else torch.empty(len(order))
+        pool = memory.activations[: len(order)]
+        scales = None if memory.scale is None else memory.scale[: len(order)]
         offset = 0
         blocks = np.sort(blocks)
         shards = self._shard[blocks]
         for number in np.unique(shards):
             activations, scale = self.cache.activation_shard(self.hook, self.split, int(number))
             starts = torch.from_numpy(self._start[blocks[shards == number]])
-            eligible = self.cache.eligible_shard(self.split, int(number))
+            eligible = self._eligible_rows[number]
             rows = (starts[:, None] + torch.arange(self.block_tokens)).flatten()
             rows = rows[rows < len(activations)]
             rows = rows[eligible[rows]]
@@ -168,10 +175,9 @@ class ActivationLoader:
     def _find_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shard, first row in it, and eligible rows of every block."""
         shards, starts, counts = [], [], []
-        for number in range(self.cache.shards(self.split)):
-            eligible = self.cache.eligible_shard(self.split, number).numpy()
+        for number, eligible in enumerate(self._eligible_rows):
             first = np.arange(0, len(eligible), self.block_tokens)
             shards.append(np.full(len(first), number))
             starts.append(first)
-            counts.append(np.add.reduceat(eligible.astype(np.int64), first))
+            counts.append(np.add.reduceat(eligible.numpy(), first, dtype=np.int64))
         return np.concatenate(shards), np.concatenate(starts), np.concatenate(counts)

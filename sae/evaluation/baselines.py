@@ -22,11 +22,11 @@ def identity() -> Reconstructor:
 
 
 def fit_pca(
-    cache: ActivationCache, hook: str, components: int, device: str | torch.device = "cpu",
+    cache: ActivationCache, hook: str, components: int, device: str | torch.device = "cpu", *,
     progress: Progress | None = None, max_tokens: int = PCA_TOKENS,
 ) -> Reconstructor:  # fmt: skip
-    """x̂ = μ + V Vᵀ (x − μ), V the leading eigenvectors of the training activations' covariance: of all affine maps of that
-    rank, the one of least mse (Eckart and Young 1936).
+    """x̂ = μ + V Vᵀ (x − μ), V the leading eigenvectors of the training activations' covariance: of all affine maps of
+    that rank, the one of least mse (Eckart and Young 1936).
 
     μ and the covariance come from up to `max_tokens` eligible training tokens, streamed in float64.
 
@@ -36,8 +36,9 @@ def fit_pca(
     components = min(components, cache.d_in(hook))
     shift = cache.statistics(hook).mean.double()
     tokens, total, products = 0, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
-    for x in training_blocks(cache, hook, max_tokens):
-        centred = double(x.to(device)) - shift.to(x.device if str(device) == "mps" else device)
+    for block in training_blocks(cache, hook, max_tokens):
+        x = double(block.to(device))
+        centred = x - shift.to(x.device)
         tokens += len(x)
         total += centred.sum(0).cpu()
         products += (centred.T @ centred).cpu()
@@ -59,13 +60,13 @@ def fit_pca(
 
 
 def fit_random_dictionary(
-    cache: ActivationCache, hook: str, d_sae: int, k: int, device: str | torch.device = "cpu", seed: int = 0
+    cache: ActivationCache, hook: str, d_sae: int, k: int, device: str | torch.device = "cpu", *, seed: int = 0
 ) -> Reconstructor:
     """x̂ = b + f W with f = topk_k(ReLU(g · W (x − b))): unit rows of W drawn from the sphere, b the training mean.
 
-    The k features with the largest inner products are kept as they are, without matching pursuit; since random rows overlap,
-    one gain g = Σ(x − b)·y / Σ‖y‖², with y the reconstruction of x − b at g = 1, is fitted by least squares on training tokens.
-    Without it, overlap would overshoot and score worse than the mean.
+    The k features with the largest inner products are kept as they are, without matching pursuit. Random rows overlap,
+    so their sum overshoots; one gain g = Σ(x − b)·y / Σ‖y‖², with y the reconstruction of x − b at g = 1, is fitted to
+    training tokens by least squares. Without it the baseline could score worse than the mean.
     """
     d_in = cache.d_in(hook)
     dictionary = TopK(d_in, d_sae, k=k).requires_grad_(False)

@@ -19,7 +19,7 @@ from sae.evaluation.streams import Progress
 from sae.language_model import LanguageModel, Replacement, next_token_losses
 from sae.tokens import HELD_OUT
 
-_NAMES = (
+DOWNSTREAM_NAMES = (
     "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_ce", "ce_recovered_zero", "ce_recovered_mean", "kl"
 )  # fmt: skip
 
@@ -28,9 +28,9 @@ _NAMES = (
 class DownstreamScores:
     """Nats per token, over every eligible position that has a next token in its context.
 
-    The loss at position t is that of predicting token t + 1. Whether t counts depends on token t alone, whose activation is
-    the one replaced; token t + 1 may be a masked one. Zero, x̄ and x̂ replace the same eligible positions, and the others
-    keep the model's own activations. Differences are taken per token, so their standard errors are paired.
+    The loss at position t is that of predicting token t + 1. Whether t counts depends on token t alone, whose
+    activation is the one replaced; token t + 1 may be a masked one. Zero, x̄ and x̂ replace the same eligible positions,
+    and the others keep the model's own activations. Differences are paired, per token.
 
     Attributes:
         tokens: positions that count.
@@ -57,14 +57,11 @@ class DownstreamScores:
     kl: Estimate
 
     def to_json(self) -> dict[str, Any]:
-        return to_json(self, _NAMES)
-
-
-NO_DOWNSTREAM: dict[str, None] = dict.fromkeys(_NAMES)
+        return to_json(self, DOWNSTREAM_NAMES)
 
 
 def measure_downstream(
-    language_model: LanguageModel, cache: ActivationCache, hook: str, reconstructors: Mapping[str, Reconstructor],
+    language_model: LanguageModel, cache: ActivationCache, hook: str, reconstructors: Mapping[str, Reconstructor], *,
     mean: Float[Tensor, " d_in"], settings: EvaluationConfig, device: str | torch.device, progress: Progress,
 ) -> dict[str, DownstreamScores]:  # fmt: skip
     """Losses with the hook point replaced in turn by 0, x̄ and every reconstruction, in one pass over held-out contexts.
@@ -84,7 +81,7 @@ def measure_downstream(
         rows += batch.tokens.numel()
         counted = batch.eligible[:, :-1]
         if counted.any():
-            values = _measure_batch(language_model, batch, hook, reconstructors, mean, torch.device(device))
+            values = _measure_batch(language_model, batch, hook, reconstructors, mean=mean, device=torch.device(device))
             sums.add_(batch.documents[:, :-1][counted], values)
         progress("language model", rows, of)
     if sums.tokens == 0:
@@ -97,7 +94,7 @@ def measure_downstream(
 
 
 def _measure_batch(
-    language_model: LanguageModel, batch: ContextBatch, hook: str, reconstructors: Mapping[str, Reconstructor],
+    language_model: LanguageModel, batch: ContextBatch, hook: str, reconstructors: Mapping[str, Reconstructor], *,
     mean: Float[Tensor, " d_in"], device: torch.device,
 ) -> dict[str, Float[Tensor, " rows"]]:  # fmt: skip
     """Numbers of each counted position, by column name."""
@@ -149,7 +146,7 @@ def _divergences(
     clean: Float[Tensor, "context seq vocab"], replaced: Float[Tensor, "context seq vocab"],
     eligible: Bool[Tensor, "context seq"],
 ) -> Float[Tensor, " rows"]:  # fmt: skip
-    """KL(clean ‖ replaced) of the counted positions: float32 log-probabilities, summed over the vocabulary in float64."""
+    """KL(clean ‖ replaced) of the counted positions: float32 log-probabilities, float64 sum over the vocabulary."""
     divergences = []
     for one, other, counted in zip(clean, replaced, eligible, strict=True):
         log_p, log_q = (logits[:-1][counted[:-1]].log_softmax(-1) for logits in (one, other))

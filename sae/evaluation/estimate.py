@@ -38,7 +38,8 @@ class Estimate:
             return f"{_short(self.value)} ± {'–' if error is None else '0'}"
         decimals = 1 - math.floor(math.log10(error))
         if decimals > 7:
-            return f"{self.value:.2g} ± {error:.1g}"
+            digits = max(0, math.floor(math.log10(abs(self.value) or error)) + decimals)
+            return f"{self.value:.{digits}e} ± {error:.1e}"
         return f"{self.value:,.{max(decimals, 0)}f} ± {error:,.{max(decimals, 0)}f}"
 
 
@@ -87,8 +88,8 @@ def ratio(numerator: Float[Tensor, " documents"], denominator: Float[Tensor, " d
 
     Documents are the independent draws; tokens of one document are not. With n documents,
     SE = √(n/(n−1) · Σ(a_i − R b_i)²) / |Σb|: the linearised ("delta method") variance of a ratio estimator
-    (Cochran 1977, "Sampling Techniques", §6.3). Where b_i counts tokens, R is the mean over tokens; where a and b come from
-    the same tokens, their covariance is part of it, so differences are paired.
+    (Cochran 1977, "Sampling Techniques", ch. 6). Where b_i counts tokens, R is the mean over tokens. a and b come from
+    the same documents, and their covariance is part of it.
     """
     total = float(denominator.sum())
     if total == 0:

@@ -14,7 +14,7 @@ from sae.activations.cache import ActivationCache
 from sae.activations.harvest import check_same_model
 from sae.config import EvaluationConfig
 from sae.dictionary import Dictionary
-from sae.errors import ConfigError, FormatError
+from sae.errors import CacheError, ConfigError, FormatError
 from sae.evaluation.baselines import fit_pca, fit_random_dictionary, identity
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, from_dictionary
@@ -22,6 +22,7 @@ from sae.evaluation.report import Report, Scores, identify
 from sae.evaluation.sparsity import SparsityCounts
 from sae.evaluation.streams import ActivationSummary, Progress, held_out_blocks, summarise
 from sae.language_model import LanguageModel
+from sae.tokens import TokenPolicy
 
 
 @torch.no_grad()
@@ -37,8 +38,8 @@ def evaluate(
 ) -> Report:
     """Score a dictionary on a cache's held-out tokens, beside PCA, a random dictionary and the identity.
 
-    Only tokens that the cache's token policy leaves are evaluated. Everything is streamed, summed per document in float64,
-    and independent of `settings.batch_contexts`.
+    Only tokens that the cache's token policy leaves are evaluated. Everything is streamed, summed per document in
+    float64, and independent of `settings.batch_contexts`.
 
     Args:
         dictionary: takes raw activations; it is not changed, and copied where it is not on `device`.
@@ -65,14 +66,17 @@ def evaluate(
     summary = summarise(cache, hook, settings, report_progress)
 
     def score(name: str, reconstructor: Reconstructor) -> Scores:
-        return _score(reconstructor, cache, hook, settings, summary, lambda *done: report_progress(name, *done), device)
+        return _score(
+            reconstructor, cache, hook, settings,
+            summary=summary, progress=lambda *done: report_progress(name, *done), device=device,
+        )  # fmt: skip
 
     dictionary = dictionary if dictionary.W_dec.device == torch.device(device) else _copy_to(dictionary, device)
     own = from_dictionary(dictionary, _describe(dictionary))
     scores = {"dictionary": score("dictionary", own)}
     k = baseline_size(dictionary, scores["dictionary"])
     baselines = {
-        "pca": fit_pca(cache, hook, k, device, report_progress),
+        "pca": fit_pca(cache, hook, k, device, progress=report_progress),
         "random": fit_random_dictionary(cache, hook, dictionary.d_sae, min(k, dictionary.d_sae), device),
         "identity": identity(),
     }
@@ -80,15 +84,20 @@ def evaluate(
     if language_model is not None:
         spliced = {"dictionary": own, "pca": baselines["pca"], "random": baselines["random"]}
         downstream = measure_downstream(
-            language_model, cache, hook, spliced, summary.mean, settings, device, report_progress
-        )
+            language_model, cache, hook, spliced,
+            mean=summary.mean, settings=settings, device=device, progress=report_progress,
+        )  # fmt: skip
         scores = {name: scores[name].with_downstream(downstream[name]) for name in scores}
+    trained_with = dictionary.metadata.get("tokens")
     return Report(
         dictionary=identify(dictionary),
         hook=hook,
         model=cache.manifest.model,
         data=cache.manifest.data,
+        text_sha256=cache.manifest.text_sha256,
+        settings=settings,
         policy=cache.policy,
+        training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,
         tokens=summary.tokens,
         masked=summary.masked,
         documents=summary.documents,
@@ -101,13 +110,13 @@ def evaluate(
 
 
 def baseline_size(dictionary: Dictionary, scores: Scores) -> int:
-    """Components and features given to the baselines: the dictionary's k, or its mean L0, rounded, where it has no k."""
+    """Components and features given to the baselines: the dictionary's k, or its mean L0 rounded where it has no k."""
     assert scores.sparsity is not None
     return max(1, int(dictionary.settings().get("k", round(scores.sparsity.l0.value or 0))))
 
 
 def _score(
-    reconstructor: Reconstructor, cache: ActivationCache, hook: str, settings: EvaluationConfig,
+    reconstructor: Reconstructor, cache: ActivationCache, hook: str, settings: EvaluationConfig, *,
     summary: ActivationSummary, progress: Callable[[int, int], None], device: str | torch.device,
 ) -> Scores:  # fmt: skip
     """One pass over the held-out tokens."""
@@ -131,6 +140,13 @@ def _check_dictionary(dictionary: Dictionary, cache: ActivationCache, hook: str)
         raise ConfigError(
             f"hook {hook!r}: the dictionary was trained on {trained_on!r}; evaluate it there, with a cache that has it"
         )
+    trained_model = dictionary.metadata.get("model") or {}
+    for key in ("weights_sha256", "weight_processing"):
+        if key in trained_model and trained_model[key] != cache.manifest.model.get(key):
+            raise CacheError(
+                f"cache {str(cache.path)!r}: of another model than the dictionary's: {key} is "
+                f"{cache.manifest.model.get(key)!r} there and {trained_model[key]!r} in training: harvest with that one"
+            )
     if cache.d_in(hook) != dictionary.d_in:
         raise ConfigError(
             f"hook {hook!r}: activations have {cache.d_in(hook):,} numbers, the dictionary takes {dictionary.d_in:,}; "
@@ -139,7 +155,8 @@ def _check_dictionary(dictionary: Dictionary, cache: ActivationCache, hook: str)
     for name, parameter in dictionary.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise FormatError(
-                f"dictionary: {name} has values that are infinite or not a number; take an earlier checkpoint, or train again"
+                f"dictionary: {name} has values that are infinite or not a number; take an earlier checkpoint, or "
+                "train again"
             )
 
 
@@ -153,8 +170,12 @@ def _describe(dictionary: Dictionary) -> str:
 
 
 def _dead_in_training(dictionary: Dictionary) -> dict[str, Any] | None:
+    """What training counted, where it was long enough for a feature to count as dead."""
     trained = dictionary.metadata.get("trained", {})
-    if "dead" not in trained or "dead_after_tokens" not in trained:
+    if (
+        not {"dead", "dead_after_tokens", "tokens"} <= trained.keys()
+        or trained["tokens"] < trained["dead_after_tokens"]
+    ):
         return None
     return {"features": trained["dead"], "tokens": trained["dead_after_tokens"]}
 

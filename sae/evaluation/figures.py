@@ -15,7 +15,7 @@ from sae.training.sinks import read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREY = "#2b6ca3", "#d97b29", "#6b7280"
+_BLUE, _ORANGE, _GREY, _INK = "#2b6ca3", "#d97b29", "#6b7280", "#374151"
 _CURVES = {
     "fvu": "fraction of variance unexplained",
     "loss": "loss",
@@ -25,6 +25,7 @@ _CURVES = {
     "tokens_per_second": "tokens per second",
 }
 _LOG_CURVES = ("fvu", "loss")
+_COUNTS = ("l0", "dead", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,24 @@ def draw_training_curves(lines: list[dict[str, Any]]) -> Figure | None:
     canvas = _Canvas(rows, columns, (3.3 * columns, 2.3 * rows + 0.2))
     for axes, (key, points) in zip(canvas.axes, series.items(), strict=False):
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=_BLUE, linewidth=1.4)
-        axes.set_title(_CURVES[key], fontsize=9, loc="left")
+        axes.plot(x, y, color=_BLUE, linewidth=1.3)
+        axes.set_title(_CURVES[key], fontsize=9, loc="left", color=_INK)
+        axes.margins(x=0.01)
+        axes.xaxis.set_major_formatter(_engineering())
         if key in _LOG_CURVES and min(y) > 0 and max(y) / min(y) > 3:
-            axes.set_yscale("log")
+            _logarithmic(axes, "y", (min(y), max(y)))
         elif min(y) >= 0:
             axes.set_ylim(0, max(y) * 1.08 or 1)
-        axes.xaxis.set_major_formatter(_engineering())
-        axes.margins(x=0.01)
+        if key in _COUNTS:
+            axes.yaxis.set_major_locator(_whole_numbers())
+            axes.yaxis.set_major_formatter(_engineering())
     for axes in canvas.axes[len(series) :]:
         axes.set_visible(False)
     unit = "tokens" if all("tokens" in line for line in lines) else "steps"
     for axes in canvas.axes[max(0, len(series) - columns) : len(series)]:
-        axes.set_xlabel(f"training {unit}", fontsize=8, color=_GREY)
+        axes.set_xlabel(
+            f"training {unit}",
+        )
     return Figure("training.png", "Training curves", "What training logged, on training activations.", canvas.png())
 
 
@@ -92,7 +98,9 @@ def _density(sparsity: SparsityScores) -> Figure:
     axes.stairs(counts, edges, fill=True, color=_BLUE, alpha=0.9)
     axes.axvline(math.log10(DENSE_ABOVE), color=_ORANGE, linewidth=1.2, linestyle="--")
     axes.set_xlim(edges[0], 0)
-    axes.set_ylim(0, max(max(counts), 1) * 1.18)
+    axes.yaxis.set_major_locator(_whole_numbers())
+    axes.yaxis.set_major_formatter(_thousands())
+    axes.set_ylim(0, max(*counts, 1) * 1.18)
     axes.set_xticks(range(int(edges[0]), 1), [_power_of_ten(power) for power in range(int(edges[0]), 1)])
     axes.set_xlabel("share of tokens a feature fires on")
     axes.set_ylabel("features")
@@ -112,7 +120,7 @@ def _density(sparsity: SparsityScores) -> Figure:
         color=_ORANGE,
     )
     caption = (
-        "How often features fire; features that never fire are counted in the corner, dense ones lie right of the line."
+        "How often features fire. Those that never do are counted in the corner; dense ones lie right of the line."
     )
     return Figure("density.png", "Feature densities", caption, canvas.png())
 
@@ -130,8 +138,8 @@ def _l0(sparsity: SparsityScores) -> Figure:
     mean, median = sparsity.l0.value or 0.0, sparsity.l0_quantiles["0.5"]
     axes.axvline(mean, color=_ORANGE, linewidth=1.2, linestyle="--")
     if len(starts) < 8:
-        axes.set_xlim(first - 5, last + 5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlim(max(-1, first - 6), last + 6)
+    axes.xaxis.set_major_locator(_whole_numbers())
     axes.yaxis.set_major_formatter(_percent())
     axes.set_ylim(0, max(heights) * 1.18)
     axes.set_xlabel("features that fire on a token (L0)")
@@ -153,19 +161,16 @@ def _norms(report: Report) -> Figure:
     kinds = (("evaluated", norms.eligible, _BLUE, report.tokens), ("masked", norms.masked, _ORANGE, report.masked))
     for label, counts, color, tokens in kinds:
         if tokens:
-            heights = (counts[first:last].double() / tokens).tolist()
+            heights = (counts[first:last].double() / counts.max()).tolist()
             axes.stairs(heights, edges, fill=True, color=color, alpha=0.75, label=f"{label} ({tokens:,} tokens)")
-    axes.set_xscale("log")
+    _logarithmic(axes, "x", (edges[0], edges[-1]))
     axes.set_xlim(edges[0], edges[-1])
-    axes.xaxis.set_major_formatter(_plain_numbers())
-    axes.yaxis.set_major_formatter(_percent())
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.28)
+    axes.set_yticks([0, 0.5, 1])
     axes.set_xlabel("norm of the activation")
-    axes.set_ylabel("share of their kind")
-    axes.legend(frameon=False, fontsize=9)
-    caption = (
-        "Norms of the tokens that are evaluated and of those the token policy leaves out, each kind adding up to 100 %."
-    )
+    axes.set_ylabel("tokens, against the peak of their kind")
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper center", ncols=2)
+    caption = "Norms of the tokens evaluated and of those the token policy leaves out; each kind has its own height."
     return Figure("norms.png", "Activation norms", caption, canvas.png())
 
 
@@ -180,7 +185,9 @@ class _Canvas:
         for axes in self.axes:
             axes.spines[["top", "right"]].set_visible(False)
             axes.spines[["left", "bottom"]].set_color(_GREY)
-            axes.tick_params(labelsize=8, color=_GREY, labelcolor="#374151")
+            axes.tick_params(labelsize=8, color=_GREY, labelcolor=_INK, which="both")
+            axes.xaxis.label.set(size=9, color=_INK)
+            axes.yaxis.label.set(size=9, color=_INK)
             axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
             axes.set_axisbelow(True)
 
@@ -191,6 +198,12 @@ class _Canvas:
         content = io.BytesIO()
         FigureCanvasAgg(self.figure).print_png(content, metadata={"Software": None})
         return content.getvalue()
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(6, integer=True, steps=[1, 2, 5, 10])
 
 
 def _engineering() -> Any:
@@ -205,10 +218,23 @@ def _percent() -> Any:
     return PercentFormatter(1.0)
 
 
-def _plain_numbers() -> Any:
+def _thousands() -> Any:
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda value, _: f"{value:,.10g}")
+
+
+def _logarithmic(axes: Axes, which: str, limits: tuple[float, float]) -> None:
+    """A log scale whose ticks are plain numbers, also between the powers of ten where the range is short."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}scale": "log"})
+    decades = math.log10(limits[1] / limits[0])
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if decades < 1 else (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(_thousands())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _power_of_ten(power: int) -> str:

@@ -58,14 +58,17 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def terminal_table(report: Report) -> Table:
+def report_table(report: Report) -> Table:
     """The metrics, dictionary and baselines side by side."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{report.hook}: {report.tokens:,} held-out tokens of {report.documents:,} documents")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{report.hook}: {report.tokens:,} held-out tokens of {report.documents:,} documents"
+    )
     table.add_column("metric", no_wrap=True)
     for name in report.columns:
-        table.add_column(_HEADINGS[name], justify="right", no_wrap=True)
+        table.add_column(_HEADINGS[name], justify="right")
     section = len(_RECONSTRUCTION)
     for number, (label, _, *cells) in enumerate(_rows(report)):
         if number in (section, section + len(_SPARSITY) + 2):
@@ -111,11 +114,13 @@ def _subject(report: Report) -> str:
         masks.append(f"special tokens (ids {ids})")
     masked = f"; left out are {report.masked:,} tokens: {' and '.join(masks)}" if masks else ""
     description = report.scores.description.removeprefix("dictionary: ")
+    other = report.training_policy not in (None, policy)
+    note = " **Training left out other tokens than this evaluation: see `token_policy` in eval.json.**" if other else ""
     return (
         f"Dictionary `{dictionary['weights_sha256'][:12]}` ({description}) on `{report.hook}` of "
         f"`{report.model.get('name', 'unknown model')}`, text `{report.data.get('source', 'unknown')}`.\n\n"
         f"Evaluated on {report.tokens:,} held-out tokens of {report.documents:,} documents{masked}. "
-        f"It took {report.seconds:,.1f} s."
+        f"It took {report.seconds:,.1f} s.{note}"
     )
 
 
@@ -145,9 +150,10 @@ def _sparsity(report: Report) -> str:
     sparsity = report.scores.sparsity
     assert sparsity is not None
     features = len(sparsity.firings)
-    quantiles = ", ".join(f"{share}: {count:,}" for share, count in sparsity.l0_quantiles.items())
+    quantiles = sparsity.l0_quantiles
     lines = [
-        f"- L0 quantiles over tokens: {quantiles}.",
+        f"- L0 over tokens: from {quantiles['0']:,} to {quantiles['1']:,}, half of them {quantiles['0.5']:,} or fewer, "
+        f"the middle 90 % {quantiles['0.05']:,} to {quantiles['0.95']:,}.",
         f"- {sparsity.dead:,} of {features:,} features ({sparsity.dead / features:.1%}) fire on none of the "
         f"{sparsity.tokens:,} tokens; the more tokens, the fewer.",
         f"- {sparsity.dense:,} features fire on more than 10 % of the tokens.",
@@ -155,12 +161,14 @@ def _sparsity(report: Report) -> str:
     if report.dead_in_training is not None:
         lines.insert(
             2,
-            f"- {report.dead_in_training['features']:,} had not fired for {report.dead_in_training['tokens']:,} tokens when "
-            "training ended.",
+            f"- {report.dead_in_training['features']:,} had not fired for {report.dead_in_training['tokens']:,} tokens "
+            "when training ended.",
         )
     return "\n".join(lines)
 
 
 def _pipe_table(head: Sequence[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
     rule = [":--" if number < 2 else "--:" for number in range(len(head))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, rule, *rows)
+    )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import sae
-from sae.dictionary import Dictionary
-from sae.evaluation.downstream import NO_DOWNSTREAM, DownstreamScores
+from sae.config import EvaluationConfig
+from sae.dictionary import Dictionary, weights_sha256
+from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
 from sae.evaluation.reconstruction import ReconstructionScores
 from sae.evaluation.sparsity import SparsityScores
 from sae.evaluation.streams import NormHistogram
@@ -45,8 +43,8 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """Metrics by the names of the definitions; null where one was not measured."""
-        sparsity = self.sparsity.to_json() if self.sparsity else dict.fromkeys(SPARSITY_NAMES)
-        downstream = self.downstream.to_json() if self.downstream else NO_DOWNSTREAM
+        sparsity: dict[str, Any] = self.sparsity.to_json() if self.sparsity else dict.fromkeys(SPARSITY_NAMES)
+        downstream: dict[str, Any] = self.downstream.to_json() if self.downstream else dict.fromkeys(DOWNSTREAM_NAMES)
         return {**self.reconstruction.to_json(), **sparsity, **downstream}
 
 
@@ -62,13 +60,16 @@ class Report:
         hook: hook point.
         model: identity of the language model the activations come from.
         data: identity of the text.
+        text_sha256: over the cache's tokens.
+        settings: how much was asked for.
         policy: which tokens count.
+        training_policy: which tokens counted in training; None where unknown.
         tokens: held-out tokens evaluated.
         masked: held-out tokens among them that the policy leaves out.
         documents: documents with an evaluated token: the sample size of every standard error.
         scores: the dictionary's; `scores.sparsity.density` is the density of every feature.
         baselines: `pca`, `random`, `identity`.
-        dead_in_training: features that had not fired for `tokens` tokens when training ended; None where it is not known.
+        dead_in_training: features that had not fired for `tokens` tokens when training ended; None where unknown.
         norms: of the activations, eligible and masked.
         seconds: it took.
     """
@@ -77,7 +78,10 @@ class Report:
     hook: str
     model: dict[str, Any]
     data: dict[str, Any]
+    text_sha256: str
+    settings: EvaluationConfig
     policy: TokenPolicy
+    training_policy: TokenPolicy | None
     tokens: int
     masked: int
     documents: int
@@ -105,7 +109,10 @@ class Report:
             "hook": self.hook,
             "model": self.model,
             "data": self.data,
+            "text_sha256": self.text_sha256,
+            "settings": self.settings.model_dump(),
             "token_policy": self.policy.to_json(),
+            "training_token_policy": self.training_policy.to_json() if self.training_policy else None,
             "evaluated": {
                 "tokens": self.tokens,
                 "masked_tokens": self.masked,
@@ -120,12 +127,6 @@ class Report:
             "activation_norms": self.norms.to_json(),
             "seconds": round(self.seconds, 3),
         }
-
-    def table(self):
-        """The metrics as a `rich.table.Table`, for the terminal."""
-        from sae.evaluation.render import terminal_table
-
-        return terminal_table(self)
 
 
 def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:
@@ -158,12 +159,6 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
 
 def identify(dictionary: Dictionary) -> dict[str, Any]:
     """What tells a dictionary from another: its configuration without metadata, and a hash of its weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(dictionary.named_parameters()):
-        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(content)
-    kept = {
-        key: value for key, value in dictionary.config().items() if key not in ("format", "format_version", "metadata")
-    }
-    return {**kept, "weights_sha256": digest.hexdigest()}
+    left_out = ("format", "format_version", "metadata")
+    kept = {key: value for key, value in dictionary.config().items() if key not in left_out}
+    return {**kept, "weights_sha256": weights_sha256(dictionary)}

@@ -59,7 +59,7 @@ class SparsityScores:
         return {f"{q:g}": int((cumulative < rank).sum()) for q, rank in zip(QUANTILES, ranks, strict=True)}
 
     def density_histogram(self) -> tuple[list[float], list[int]]:
-        """Edges in log10 density, from the decade of one firing up to 0, and features in each bin; dead ones in none."""
+        """Edges in log10 density, from the decade of one firing up to 0; features in each bin, dead ones in none."""
         lowest = -math.ceil(math.log10(self.tokens)) if self.tokens > 1 else -1
         bins = -lowest * BINS_PER_DECADE
         edges = [lowest + number / BINS_PER_DECADE for number in range(bins + 1)]

@@ -16,7 +16,7 @@ from sae.errors import CacheError, ConfigError
 from sae.tokens import HELD_OUT, TRAIN
 
 BLOCK_TOKENS = 2048
-NORM_DECADES, BINS_PER_DECADE = (-4, 8), 20
+NORM_DECADES, BINS_PER_DECADE = (-4, 8), 50
 
 Progress = Callable[[str, int, int], None]
 
@@ -106,7 +106,7 @@ def summarise(cache: ActivationCache, hook: str, settings: EvaluationConfig, pro
 
 
 def held_out_blocks(cache: ActivationCache, hook: str, settings: EvaluationConfig) -> Iterator[Block]:
-    """Eligible held-out tokens in text order, in blocks of one size whatever `batch_contexts` is; the last is shorter."""
+    """Eligible held-out tokens in text order, in blocks of one size whatever `batch_contexts`; the last is shorter."""
     waiting: list[Block] = []
     count = 0
     for batch in cache.contexts(HELD_OUT, hook, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens):
@@ -150,8 +150,8 @@ def check_finite(x: Tensor, cache: ActivationCache, hook: str) -> None:
     bad = int((~torch.isfinite(x).all(-1)).sum())
     if bad:
         raise CacheError(
-            f"cache {str(cache.path)!r}: {bad:,} of {len(x):,} tokens at {hook!r} have activations that are infinite or not a "
-            f"number (stored as {cache.manifest.dtype}); harvest again with harvest.dtype=bfloat16 or float32"
+            f"cache {str(cache.path)!r}: {bad:,} of {len(x):,} tokens at {hook!r} have infinite or not-a-number "
+            f"activations (stored as {cache.manifest.dtype}); harvest again with harvest.dtype=bfloat16 or float32"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sae.training.loop import Interrupted, train
+from sae.training.loop import TrainingInterrupted, train
 from sae.training.source import BatchSource, IterableSource
 
-__all__ = ["BatchSource", "Interrupted", "IterableSource", "train"]
+__all__ = ["BatchSource", "IterableSource", "TrainingInterrupted", "train"]

@@ -32,7 +32,7 @@ from sae.training.source import BatchSource
 Progress = Callable[[int, int, dict[str, float | int]], None]
 
 
-class Interrupted(SaeError):
+class TrainingInterrupted(SaeError):  # noqa: N818  it is no error
     """Ctrl-C: the state is saved, and the same command goes on."""
 
 
@@ -76,7 +76,7 @@ def train(
         The dictionary, normalisation folded in, in evaluation mode: it takes raw activations.
 
     Raises:
-        Interrupted: Ctrl-C, after the state was saved.
+        TrainingInterrupted: Ctrl-C, after the state was saved.
         TrainingError: fewer tokens than a batch; NaN; a checkpoint of other settings.
     """
     settings = settings or TrainConfig()
@@ -140,7 +140,7 @@ class _Run:
                 if self.step % self.settings.checkpoint_every == 0 or last or stop.is_set():
                     self._checkpoint()
                 if stop.is_set() and not last:
-                    raise Interrupted(self._interrupted())
+                    raise TrainingInterrupted(self._interrupted())
         return self.folded()
 
     def folded(self) -> Dictionary:

@@ -46,9 +46,9 @@ Objective = Callable[[Dictionary, Tensor, Context], Losses]
 
 
 def pre_activations(dictionary: Dictionary, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-    """(x − b_dec) W_enc + b_enc, as x W_enc + (b_enc − b_dec W_enc): b_dec's gradient then costs a matrix times a vector.
+    """(x − b_dec) W_enc + b_enc, computed as x W_enc + (b_enc − b_dec W_enc).
 
-    The two are equal but for rounding; differentiating the first form would need the dense gradient of x.
+    Equal but for rounding; b_dec's gradient then costs a matrix times a vector instead of the dense gradient of x.
     """
     return x @ dictionary.W_enc + (dictionary.b_enc - dictionary.b_dec @ dictionary.W_enc)
 

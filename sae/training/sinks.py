@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sae.config import WandbConfig
 from sae.errors import ConfigError, TrainingError
@@ -13,6 +13,7 @@ from sae.files import write_bytes
 METRICS_FILE = "metrics.jsonl"
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Takes a line of numbers every `train.log_every` steps."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor
 from sae.activations.cache import Statistics
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """What the loop asks of its input. `ActivationLoader` is one; `IterableSource` makes one of any iterable."""
 

@@ -1,0 +1,284 @@
+"""Speed of harvesting and of loading, on this machine.
+
+    python benchmarks/harvest.py --json harvest.json
+
+Harvest: tokens per second of `sae.activations.harvest.harvest` against the bare loop `bridge(tokens, stop_at_layer=L)`
+over the same batches, in one process, in turns. Target: at least 0.9 of the bare loop.
+
+Loader: bytes per second, as stored, that `ActivationLoader` delivers shuffled over tokens from a cache in the page
+cache, float16 of width 768. Target: at least 500 MB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from sae.activations import ActivationCache
+from sae.activations.cache import (
+    DOCUMENTS,
+    MANIFEST,
+    FileEntry,
+    HookEntry,
+    Manifest,
+    shard_name,
+)
+from sae.activations.harvest import harvest
+from sae.activations.loader import ActivationLoader
+from sae.config import ModelConfig, RunConfig, parse_config
+from sae.language_model import DEMO_FOLDER, LanguageModel
+
+HOOK = "blocks.0.hook_resid_pre"
+
+
+@dataclass(frozen=True)
+class HarvestSpeed:
+    """Medians over the repeats, in tokens per second; the ratio is the median of the repeats' own ratios."""
+
+    model: str
+    hook: str
+    tokens: int
+    bare: float
+    harvest: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class LoaderSpeed:
+    """Median over the repeats; `first_batch` is the seconds until a new loader gives its first batch."""
+
+    rows: int
+    batch_size: int
+    pool_tokens: int
+    pool_bytes: int
+    first_batch: float
+    megabytes_per_second: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model to harvest; default: random weights in GPT-2 small's shape")
+    parser.add_argument("--tokenizer", type=Path, help="folder of its tokenizer; default: the demo's, or a new one")
+    parser.add_argument("--layer", type=int, default=8, help="block whose input is harvested")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per harvest")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of bare loop and harvest")
+    parser.add_argument("--loader-rows", type=int, default=524_288, help="rows of the synthetic cache")
+    parser.add_argument("--loader-batches", type=int, default=400, help="batches timed per repeat")
+    parser.add_argument("--pool-tokens", type=int, default=131_072, help="rows shuffled together")
+    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--only", choices=("harvest", "loader"))
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    arguments = parser.parse_args()
+
+    results: dict[str, Any] = {"machine": describe_machine()}
+    print(results["machine"])
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.only != "loader":
+            harvest_speed = time_harvest(Path(folder), arguments)
+            results["harvest"] = asdict(harvest_speed)
+            print_table(results["harvest"])
+        if arguments.only != "harvest":
+            loader_speed = time_loader(Path(folder), arguments)
+            results["loader"] = asdict(loader_speed)
+            print_table(results["loader"])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def time_harvest(folder: Path, arguments: argparse.Namespace) -> HarvestSpeed:
+    """Bare loop and harvest in turns, over the same batches of the same text."""
+    model = arguments.model or str(write_random_gpt2(folder / "gpt2-shape", arguments.tokenizer))
+    language_model = LanguageModel(ModelConfig(name=model))
+    config = harvest_config(model, arguments, folder / "run")
+    bare_rates, harvest_rates = [], []
+    for turn in range(arguments.repeats + 1):  # the first warms up and is not counted
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        cache, harvest_seconds = timed_harvest(config, language_model)
+        bare_seconds = time_bare_loop(cache, language_model, config, arguments.layer)
+        if turn:
+            rows = cache.rows("train") + cache.rows("held_out")
+            harvest_rates.append(rows / harvest_seconds)
+            bare_rates.append(rows / bare_seconds)
+    return HarvestSpeed(
+        model=language_model.info.name,
+        hook=config.harvest.hooks[0],
+        tokens=config.data.tokens + config.data.held_out_tokens,
+        bare=statistics.median(bare_rates),
+        harvest=statistics.median(harvest_rates),
+        ratio=statistics.median(ours / bare for ours, bare in zip(harvest_rates, bare_rates, strict=True)),
+    )
+
+
+def timed_harvest(config: RunConfig, language_model: LanguageModel) -> tuple[ActivationCache, float]:
+    """A whole harvest and its seconds from the first forward pass on: reading text is the same for everybody."""
+    begun: list[float] = []
+    original = language_model.activations
+
+    def activations(tokens: torch.Tensor, hooks: Any) -> dict[str, torch.Tensor]:
+        if tokens.shape[1] > 2 and not begun:  # two tokens: the width is being asked for
+            begun.append(time.perf_counter())
+        return original(tokens, hooks)
+
+    language_model.activations = activations
+    try:
+        cache = harvest(config, language_model)
+    finally:
+        del language_model.activations
+    return cache, time.perf_counter() - begun[0]
+
+
+def time_bare_loop(cache: ActivationCache, model: LanguageModel, config: RunConfig, layer: int) -> float:
+    """Seconds of the same batches through the model, with nothing done to the result."""
+    length, batch = config.data.context_length, config.harvest.batch_contexts
+    batches = []
+    for split in ("train", "held_out"):
+        for number in range(cache.shards(split)):
+            tokens = load_file(cache.path / shard_name("tokens", split, number))["tokens"].long()
+            batches += [part.view(-1, length) for part in tokens.split(batch * length)]
+    begun = time.perf_counter()
+    with torch.no_grad():
+        for tokens in batches:
+            model.bridge(tokens, stop_at_layer=layer)
+    return time.perf_counter() - begun
+
+
+def harvest_config(model: str, arguments: argparse.Namespace, out: Path) -> RunConfig:
+    context_length, batch_contexts = 128, 16
+    held_out = context_length * batch_contexts
+    return parse_config(
+        {
+            "out": str(out),
+            "model": {"name": model},
+            "data": {"tokens": arguments.tokens, "held_out_tokens": held_out, "context_length": context_length},
+            "harvest": {
+                "hooks": [f"blocks.{arguments.layer}.hook_resid_pre"],
+                "batch_contexts": batch_contexts,
+                "shard_contexts": 2 * batch_contexts,
+            },
+        }
+    )
+
+
+def write_random_gpt2(folder: Path, tokenizer_folder: Path | None) -> Path:
+    """Twelve blocks of width 768 with random weights; the tokenizer only has to make ids."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    if tokenizer_folder is None and (DEMO_FOLDER / "tokenizer.json").is_file():
+        tokenizer_folder = DEMO_FOLDER
+    if tokenizer_folder is not None:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    else:
+        from tokenizers import ByteLevelBPETokenizer
+
+        from sae.corpus import standard_library
+
+        bpe = ByteLevelBPETokenizer()
+        texts = (document.text for document, _ in zip(standard_library(), range(200), strict=False))
+        bpe.train_from_iterator(texts, vocab_size=4096, special_tokens=["<|endoftext|>"], show_progress=False)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+        )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def time_loader(folder: Path, arguments: argparse.Namespace) -> LoaderSpeed:
+    """Batches from a warm cache; every repeat goes over several pools, the filling of which is part of the time."""
+    cache = ActivationCache(write_synthetic_cache(folder / "synthetic", arguments.loader_rows))
+    for name in cache.manifest.files:  # into the page cache
+        (cache.path / name).read_bytes()
+    rates, firsts, loader = [], [], None
+    for turn in range(arguments.repeats + 1):
+        begun = time.perf_counter()
+        loader = ActivationLoader(
+            cache, HOOK, batch_size=arguments.batch_size, seed=turn, pool_tokens=arguments.pool_tokens
+        )
+        batches = iter(loader)
+        next(batches)
+        firsts.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        for _ in range(arguments.loader_batches):
+            next(batches)
+        seconds = time.perf_counter() - begun
+        if turn:
+            rates.append(arguments.loader_batches * arguments.batch_size * loader.d_in * 2 / seconds / 1e6)
+        batches.close()  # type: ignore[attr-defined]
+    assert loader is not None
+    return LoaderSpeed(
+        rows=cache.rows(),
+        batch_size=arguments.batch_size,
+        pool_tokens=loader.pool_tokens,
+        pool_bytes=loader.pool_bytes,
+        first_batch=statistics.median(firsts[1:]),
+        megabytes_per_second=statistics.median(rates),
+    )
+
+
+def write_synthetic_cache(folder: Path, rows: int, d_in: int = 768, context_length: int = 128) -> Path:
+    """A complete float16 cache with random activations and one BOS a context."""
+    shard_contexts = 1024
+    shard_rows = shard_contexts * context_length
+    noise = torch.randn(shard_rows, d_in).half()
+    files = {}
+    for number, first in enumerate(range(0, rows, shard_rows)):
+        count = min(shard_rows, rows - first)
+        tokens = torch.arange(count, dtype=torch.int32) % context_length
+        for kind, tensors in (
+            ("tokens", {"tokens": tokens, "documents": torch.zeros_like(tokens)}),
+            (HOOK, {"activations": noise[:count].roll(number, 0)}),
+        ):
+            name = shard_name(kind, "train", number)
+            files[name] = write_entry(folder / name, save(tensors), count)
+    files[DOCUMENTS] = write_entry(folder / DOCUMENTS, b'{"train": ["noise"], "held_out": []}', 1)
+    manifest = Manifest(
+        complete=True,
+        model={"name": "synthetic"},
+        data={},
+        tokens={"prepend_bos": True, "mask_first_position": True, "masked_ids": [0]},
+        context_length=context_length,
+        shard_contexts=shard_contexts,
+        dtype="float16",
+        rows={"train": rows, "held_out": 0},
+        text_sha256="",
+        hooks={HOOK: HookEntry(d_in=d_in)},
+        files=files,
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+    return folder
+
+
+def write_entry(path: Path, content: bytes, rows: int) -> FileEntry:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def describe_machine() -> str:
+    load = os.getloadavg()[0]
+    return f"{os.cpu_count()} cores ({platform.machine()}), load {load:.1f}, torch {torch.__version__}"
+
+
+def print_table(numbers: dict[str, Any]) -> None:
+    print()
+    for key, value in numbers.items():
+        print(f"{key:>22}  {value:,.3f}" if isinstance(value, float) else f"{key:>22}  {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""What a dictionary's features are: collect examples in one pass, keep them in a store, look at them."""
+
+from __future__ import annotations
+
+from sae.features.collect import collect
+from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
+from sae.features.store import Features, Summary, UnknownFeatureError
+
+__all__ = [
+    "Example",
+    "Feature",
+    "Features",
+    "Histogram",
+    "Neighbour",
+    "Summary",
+    "TokenLogit",
+    "UnknownFeatureError",
+    "collect",
+]

@@ -1,0 +1,108 @@
+"""Firings of some consecutive contexts, sorted by feature: counting, comparing and cutting windows become local."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+LARGEST_FLOAT16 = 65504.0
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a window extends around its token, and the contexts it never leaves.
+
+    Attributes:
+        before: tokens before it.
+        after: tokens after it.
+        context_length: rows per context; row r belongs to context r // context_length.
+    """
+
+    before: int
+    after: int
+    context_length: int
+
+    @property
+    def width(self) -> int:
+        """Tokens in a whole window."""
+        return self.before + 1 + self.after
+
+
+@dataclass(frozen=True)
+class Block:
+    """Non-zero activations, ordered by feature and then by row.
+
+    Attributes:
+        feature: which feature fired.
+        row: on which token.
+        value: how strongly, > 0.
+        document: the document the token belongs to.
+        place: feature and row in one number that rises along the block: tokens of one feature and one context differ in
+            it by their distance, all others by more than a window reaches.
+    """
+
+    feature: Int[np.ndarray, " firings"]
+    row: Int[np.ndarray, " firings"]
+    value: Float[np.ndarray, " firings"]
+    document: Int[np.ndarray, " firings"]
+    place: Int[np.ndarray, " firings"]
+
+    def __len__(self) -> int:
+        return len(self.feature)
+
+    def windows(self, chosen: Int[np.ndarray, " n"], reach: Reach) -> Float[np.ndarray, "n width"]:
+        """The feature's activation on each token around the chosen firings; column `reach.before` is their own.
+
+        Neighbours of a firing stand beside it in the block, so only tokens that fire are visited.
+        """
+        window = np.zeros((len(chosen), reach.width), dtype=np.float16)
+        window[:, reach.before] = np.minimum(self.value[chosen], LARGEST_FLOAT16)
+        for step, furthest in ((-1, reach.before), (1, reach.after)):
+            active, position = np.arange(len(chosen)), chosen
+            while len(active):
+                position = position + step
+                within = (position >= 0) & (position < len(self))
+                active, position = active[within], position[within]
+                distance = self.place[position] - self.place[chosen[active]]
+                within = np.abs(distance) <= furthest
+                active, position, distance = active[within], position[within], distance[within]
+                window[active, reach.before + distance] = np.minimum(self.value[position], LARGEST_FLOAT16)
+        return window
+
+
+def make_block(
+    feature: Int[np.ndarray, " firings"],
+    row: Int[np.ndarray, " firings"],
+    value: Float[np.ndarray, " firings"],
+    documents: Int[np.ndarray, " rows"],
+    first_row: int,
+    reach: Reach,
+) -> Block:
+    """Sort firings, given in the order of their rows.
+
+    Args:
+        feature: which feature fired.
+        row: on which token.
+        value: how strongly.
+        documents: the document of every row from `first_row` on, which begins a context.
+        first_row: the block's first row.
+        reach: the windows that will be cut.
+    """
+    order = stable_order(feature)
+    feature, row, value = feature[order].astype(np.int64), row[order], value[order]
+    offset = row - first_row
+    gap = max(reach.before, reach.after)
+    spread = offset + offset // reach.context_length * gap
+    stride = len(documents) + (len(documents) // reach.context_length + 2) * gap
+    return Block(feature, row, value, documents[offset], feature * stride + spread)
+
+
+def stable_order(feature: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Argsort that keeps equal features in their order, by 16 bits at a time: numpy sorts those by radix."""
+    order = np.argsort((feature & 0xFFFF).astype(np.uint16), kind="stable")
+    high = feature >> 16
+    if not high.any():
+        return order
+    return order[np.argsort(high[order].astype(np.uint16), kind="stable")]

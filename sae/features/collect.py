@@ -1,0 +1,226 @@
+"""One streaming pass over cached activations: dictionary and cache in, feature store out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from sae.activations.cache import ActivationCache, ContextBatch
+from sae.config import FeaturesConfig
+from sae.dictionary import Dictionary
+from sae.errors import CacheError, ConfigError
+from sae.features.best import Best
+from sae.features.block import Block, Reach, make_block
+from sae.features.examples import pick_examples, reservoir_size
+from sae.features.histogram import FINE_BINS, bin_edges, coarsen, fine_bins
+from sae.features.logits import LogitEffects, logit_effects
+from sae.features.neighbours import nearest_neighbours
+from sae.features.store import Features
+from sae.features.vocabulary import Vocabulary
+from sae.features.write import Collected, write_store
+from sae.tokens import TRAIN
+
+if TYPE_CHECKING:
+    from sae.language_model import LanguageModel
+
+BLOCK_FIRINGS = 1 << 21
+_ENCODED_AT_ONCE = 1 << 26
+_FLOAT_BITS = 0xFFFFFFFF
+
+
+def collect(
+    dictionary: Dictionary,
+    cache: ActivationCache,
+    folder: str | Path,
+    settings: FeaturesConfig,
+    *,
+    hook: str,
+    tokenizer: Any,
+    language_model: LanguageModel | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    batch_contexts: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """Scan the cache's training tokens once and write a feature store.
+
+    Every token is encoded once; windows are cut from the codes while these are in memory. Memory does not grow with the
+    number of tokens. The result does not depend on `batch_contexts` (beyond the rounding of matrix products).
+
+    Args:
+        dictionary: takes raw activations at `hook`.
+        cache: its training split is read.
+        folder: where the store is written; an older store there is replaced.
+        settings: what is kept.
+        hook: the hook point whose activations are encoded.
+        tokenizer: of the model that the cache was harvested from; its vocabulary goes into the store.
+        language_model: for the logits each feature raises and lowers; None: the store has none.
+        seed: of the random samples.
+        device: where tokens are encoded.
+        batch_contexts: contexts encoded at once; None: about 2²⁶ / d_sae tokens.
+        progress: called with tokens done and tokens in all.
+
+    Raises:
+        CacheError: the hook point is not in the cache, or of another width; or the store cannot be written.
+        ConfigError: `settings.tokens` is less than one context.
+    """
+    check_width(dictionary, cache, hook)
+    dictionary = dictionary.to(device)
+    collected = scan(dictionary, cache, settings, hook, seed, batch_contexts, progress)
+    vocabulary = Vocabulary.of(tokenizer)
+    return write_store(
+        Path(folder),
+        dictionary,
+        cache,
+        collected,
+        settings,
+        hook=hook,
+        seed=seed,
+        vocabulary=vocabulary,
+        logits=_logits(dictionary, language_model, hook, settings, len(vocabulary)),
+        neighbours=nearest_neighbours(dictionary.W_dec.detach(), settings.neighbours),
+    )
+
+
+def scan(
+    dictionary: Dictionary,
+    cache: ActivationCache,
+    settings: FeaturesConfig,
+    hook: str,
+    seed: int = 0,
+    batch_contexts: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Collected:
+    """The streaming pass alone, in memory.
+
+    Raises:
+        ConfigError: `settings.tokens` is less than one context.
+    """
+    scale = cache.statistics(hook).mean_squared_norm ** 0.5 or 1.0
+    collector = _Collector(dictionary.d_sae, settings, cache.context_length, scale, seed)
+    total = min(cache.rows(TRAIN), settings.tokens or cache.rows(TRAIN))
+    at_once = batch_contexts or max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
+    for batch in cache.contexts(TRAIN, hook, batch_contexts=at_once, max_tokens=settings.tokens):
+        collector.add(batch, *_encode(dictionary, batch))
+        if progress:
+            progress(batch.first_row + batch.tokens.numel(), total)
+    if collector.rows == 0:
+        raise ConfigError(
+            f"features.tokens={settings.tokens}: less than one context of {cache.context_length} tokens; raise it"
+        )
+    return collector.finish()
+
+
+def check_width(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
+    """Raise CacheError unless the dictionary takes the activations cached at `hook`."""
+    if cache.d_in(hook) != dictionary.d_in:
+        raise CacheError(
+            f"cache {str(cache.path)!r}: {hook} has {cache.d_in(hook)} numbers per token, the dictionary takes "
+            f"{dictionary.d_in}; name the hook point it was trained on"
+        )
+
+
+@torch.no_grad()
+def _encode(dictionary: Dictionary, batch: ContextBatch) -> tuple[Int[np.ndarray, " t"], np.ndarray, np.ndarray]:
+    """Rows of the batch that are eligible, and their codes `[t, k]`."""
+    assert batch.activations is not None
+    eligible = batch.eligible.flatten()
+    x = batch.activations.flatten(0, 1)[eligible].to(dictionary.W_enc.device)
+    values, indices = dictionary.encode_sparse(x)
+    return eligible.nonzero().flatten().numpy(), values.float().cpu().numpy(), indices.int().cpu().numpy()
+
+
+def _logits(
+    dictionary: Dictionary, language_model: LanguageModel | None, hook: str, settings: FeaturesConfig, tokens: int
+) -> LogitEffects | None:
+    """None where there is no model, or the hook point is not in the space that the unembedding reads."""
+    if language_model is None or not language_model.is_residual(hook):
+        return None
+    return logit_effects(dictionary.W_dec.detach(), language_model.unembedding()[:, :tokens], settings.logits)
+
+
+class _Collector:
+    """Running counts and the firings kept so far; firings wait until a block is full."""
+
+    def __init__(self, d_sae: int, settings: FeaturesConfig, context_length: int, scale: float, seed: int) -> None:
+        self.d_sae, self.settings, self.scale, self.seed = d_sae, settings, scale, seed
+        self.reach = Reach(settings.before, settings.after, context_length)
+        self.top = Best(d_sae, settings.top, self.reach, one_per_document=True)
+        self.sample = Best(d_sae, reservoir_size(settings), self.reach, one_per_document=False)
+        self.count = np.zeros(d_sae, dtype=np.int64)
+        self.sum = np.zeros(d_sae, dtype=np.float64)
+        self.histogram = np.zeros((d_sae, FINE_BINS), dtype=np.int64)
+        self.rows = self.tokens = self.first_row = self.waiting = 0
+        self.firings: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.documents: list[np.ndarray] = []
+        self.runs: list[tuple[np.ndarray, np.ndarray]] = []
+        self.last_document = -1
+
+    def add(self, batch: ContextBatch, offsets: np.ndarray, values: np.ndarray, indices: np.ndarray) -> None:
+        """Take in a batch's codes `[t, k]` of its eligible rows `offsets`; padding and zeros are dropped."""
+        fires = values > 0
+        rows = np.repeat(batch.first_row + offsets, fires.sum(1))
+        self.firings.append((indices[fires], rows, values[fires]))
+        documents = batch.documents.flatten().numpy()
+        self._note_documents(documents)
+        self.documents.append(documents)
+        self.rows += len(documents)
+        self.tokens += len(offsets)
+        self.waiting += len(rows)
+        if self.waiting >= BLOCK_FIRINGS:
+            self._flush()
+
+    def finish(self) -> Collected:
+        """Everything after the last batch."""
+        self._flush()
+        starts, documents = (np.concatenate(parts) for parts in zip(*self.runs, strict=True))
+        return Collected(
+            rows=self.rows,
+            tokens=self.tokens,
+            count=self.count,
+            mean=(self.sum / np.maximum(self.count, 1)).astype(np.float32),
+            max=np.where(self.count > 0, self.top.value[:, 0], 0).astype(np.float32),
+            histogram=coarsen(self.histogram),
+            edges=bin_edges(self.scale),
+            examples=pick_examples(self.top, self.sample, self.histogram, self.scale, self.settings),
+            document_start=starts,
+            document=documents,
+        )
+
+    def _note_documents(self, documents: Int[np.ndarray, " rows"]) -> None:
+        begins = np.flatnonzero(np.diff(documents, prepend=self.last_document))
+        self.runs.append((self.rows + begins, documents[begins]))
+        self.last_document = int(documents[-1])
+
+    def _flush(self) -> None:
+        if not self.documents:
+            return
+        feature, row, value = (np.concatenate(parts) for parts in zip(*self.firings, strict=True))
+        block = make_block(feature, row, value, np.concatenate(self.documents), self.first_row, self.reach)
+        self.count += np.bincount(block.feature, minlength=self.d_sae)
+        self.sum += np.bincount(block.feature, weights=block.value, minlength=self.d_sae)
+        bins = block.feature * FINE_BINS + fine_bins(block.value, self.scale)
+        self.histogram += np.bincount(bins, minlength=self.histogram.size).reshape(self.histogram.shape)
+        self.top.offer(block, _FLOAT_BITS - block.value.view(np.uint32).astype(np.int64))
+        self.sample.offer(block, random_keys(block, self.seed))
+        self.first_row, self.waiting = self.rows, 0
+        self.firings, self.documents = [], []
+
+
+def random_keys(block: Block, seed: int) -> Int[np.ndarray, " firings"]:
+    """A number in [0, 2³²) for every firing that depends on seed, row and feature alone, and looks random."""
+    row = block.row.astype(np.uint64) + np.uint64(seed % (1 << 32)) * np.uint64(0x9E3779B97F4A7C15)
+    row = _mix((row ^ (row >> np.uint64(32))).astype(np.uint32))
+    return _mix(row ^ (block.feature.astype(np.uint32) * np.uint32(0x9E3779B1))).astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Spread every input bit over all 32 output bits (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))

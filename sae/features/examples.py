@@ -1,0 +1,93 @@
+"""From the firings kept in the pass to the examples that are stored: the strongest, and a sample of every quantile."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sae.config import FeaturesConfig
+from sae.features.best import WORST, Best, rank_within
+from sae.features.histogram import fine_bins
+
+_SPREAD = 4.0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Firings kept, by feature, then by group, strongest first.
+
+    Attributes:
+        feature: ascending.
+        group: 0 for the strongest of all, 1 for the strongest quantile, … for the weakest.
+        row: token that fired.
+        value: how strongly.
+        window: the feature's activations around it.
+    """
+
+    feature: Int[np.ndarray, " n"]
+    group: Int[np.ndarray, " n"]
+    row: Int[np.ndarray, " n"]
+    value: Float[np.ndarray, " n"]
+    window: Float[np.ndarray, "n width"]
+
+
+def reservoir_size(settings: FeaturesConfig) -> int:
+    """Random firings to keep per feature so that hardly ever a quantile has fewer than `per_quantile` of them.
+
+    The number m expected in one quantile solves m − 4√m = per_quantile: four standard deviations are to spare.
+    """
+    root = (_SPREAD + math.sqrt(_SPREAD**2 + 4 * settings.per_quantile)) / 2
+    return settings.quantiles * math.ceil(root**2)
+
+
+def pick_examples(
+    top: Best, sample: Best, histogram: Int[np.ndarray, "d_sae fine"], scale: float, settings: FeaturesConfig
+) -> Examples:
+    """The strongest firings, and `per_quantile` random ones from each equal-count share of the non-zero activations.
+
+    A sampled firing's rank among all firings of its feature is known from the histogram up to its bin, and within the
+    bin from its rank among the sampled ones there. Where a feature fired no more often than the reservoir holds, that
+    is its exact rank, and the shares are exact.
+    """
+    kept = np.nonzero(top.key < WORST)
+    sampled = np.nonzero(sample.key < WORST)
+    value, row, key = sample.value[sampled], sample.row[sampled], sample.key[sampled]
+    share = _shares(sampled[0], value, row, histogram, scale, settings.quantiles)
+    group = settings.quantiles - share
+    order = np.lexsort((row, key, group, sampled[0]))
+    slot = (sampled[0] * (settings.quantiles + 1) + group)[order]
+    order = order[rank_within(slot) < settings.per_quantile]
+
+    feature = np.concatenate([kept[0], sampled[0][order]])
+    groups = np.concatenate([np.zeros_like(kept[0]), group[order]])
+    values = np.concatenate([top.value[kept], value[order]])
+    rows = np.concatenate([top.row[kept], row[order]])
+    windows = np.concatenate([top.window[kept], sample.window[sampled[0][order], sampled[1][order]]])
+    final = np.lexsort((rows, -values, groups, feature))
+    return Examples(feature[final], groups[final], rows[final], values[final], windows[final])
+
+
+def _shares(
+    feature: Int[np.ndarray, " n"],
+    value: Float[np.ndarray, " n"],
+    row: Int[np.ndarray, " n"],
+    histogram: Int[np.ndarray, "d_sae fine"],
+    scale: float,
+    quantiles: int,
+) -> Int[np.ndarray, " n"]:
+    """The equal-count share of its feature's non-zero activations that each belongs to; 0 holds the weakest."""
+    order = np.lexsort((row, value, feature))
+    bins = fine_bins(value, scale)[order]
+    features, fine = feature[order], histogram.shape[1]
+    cell = features * fine + bins
+    members = np.bincount(cell, minlength=histogram.size)[cell]
+    below = (histogram.cumsum(1) - histogram).reshape(-1)[cell]
+    number = histogram.reshape(-1)[cell]
+    rank = rank_within(cell)
+    count = histogram.sum(1)[features]
+    share = np.empty_like(feature)
+    share[order] = (2 * below * members + (2 * rank + 1) * number) * quantiles // (2 * count * members)
+    return share

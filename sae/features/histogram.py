@@ -1,0 +1,32 @@
+"""Histograms of activations whose bins are known before the data: octaves of a fixed scale, cut into equal parts.
+
+A bin is the exponent and the leading bits of value / scale, so that it costs a shift and is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+
+LOWEST_OCTAVE, OCTAVES = -12, 16
+FINE_PER_OCTAVE, PER_OCTAVE = 16, 4
+FINE_BINS, BINS = OCTAVES * FINE_PER_OCTAVE, OCTAVES * PER_OCTAVE
+_SHIFT = 23 - 4
+_LOWEST = (127 + LOWEST_OCTAVE) * FINE_PER_OCTAVE
+
+
+def fine_bins(value: Float[np.ndarray, " n"], scale: float) -> Int[np.ndarray, " n"]:
+    """Fine bin of every positive value; what lies beyond the range falls into the first bin or the last."""
+    bits = (value.astype(np.float32) * np.float32(1 / scale)).view(np.int32)
+    return np.clip((bits >> _SHIFT) - _LOWEST, 0, FINE_BINS - 1).astype(np.int64)
+
+
+def coarsen(histogram: Int[np.ndarray, "d_sae fine"]) -> Int[np.ndarray, "d_sae bins"]:
+    """Counts in the bins that are stored."""
+    return histogram.reshape(len(histogram), BINS, FINE_PER_OCTAVE // PER_OCTAVE).sum(-1)
+
+
+def bin_edges(scale: float) -> Float[np.ndarray, " edges"]:
+    """Edges of the stored bins, from scale · 2⁻¹² to scale · 2⁴."""
+    octave, part = np.divmod(np.arange(BINS + 1), PER_OCTAVE)
+    return scale * 2.0 ** (octave + LOWEST_OCTAVE) * (1 + part / PER_OCTAVE)

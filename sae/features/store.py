@@ -1,0 +1,255 @@
+"""Open a feature store and look at features. Needs neither the language model nor the activations."""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae.errors import ConfigError, FormatError, SaeError
+from sae.features import layout
+from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
+from sae.features.vocabulary import CONTEXT_BEFORE, Vocabulary
+
+SORT_COLUMNS = ("density", "max", "count", "index", "mean")
+
+
+class UnknownFeatureError(SaeError, IndexError):
+    """The dictionary has no feature of that number."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One number per feature and column, for sorting and plotting; `density` is per eligible token."""
+
+    index: Int[Tensor, " d_sae"]
+    count: Int[Tensor, " d_sae"]
+    density: Float[Tensor, " d_sae"]
+    max: Float[Tensor, " d_sae"]
+    mean: Float[Tensor, " d_sae"]
+    dead: Bool[Tensor, " d_sae"]
+
+
+class Features:
+    """A feature store, opened for reading: `features[123]` is a `Feature`.
+
+    Args:
+        path: the store's folder, or the run folder that holds it as `features/`.
+
+    Raises:
+        FormatError: there is no store, it is of a newer version, or damaged.
+
+    Attributes:
+        path: the store's folder.
+        info: what `features.json` holds: hook point, model, dictionary, settings, tokens scanned.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = _find_store(path)
+        self.info = _read_index(self.path)
+        self._columns = _read(self.path / layout.COLUMNS, load_file)
+        self._text = _read(self.path / layout.TOKENS, functools.partial(safe_open, framework="pt"))
+        self._check()
+        self._runs = self._text.get_tensor("document_start")
+        self._document = self._text.get_tensor("document")
+        counts = self._columns["window_count"].long()
+        self._window_end = counts.cumsum(0)
+
+    def __len__(self) -> int:
+        return self.info["d_sae"]
+
+    def __iter__(self) -> Iterator[Feature]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Feature:
+        """Feature `index`, from 0.
+
+        Raises:
+            UnknownFeatureError: (an IndexError) there is no such feature.
+        """
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise UnknownFeatureError(f"feature {index}: the store has features 0 to {len(self) - 1}")
+        count = int(self._columns["count"][index])
+        groups = self._examples(index)
+        return Feature(
+            index=index,
+            density=count / max(1, self.info["tokens"]),
+            count=count,
+            dead=count == 0,
+            max=float(self._columns["max"][index]),
+            mean=float(self._columns["mean"][index]),
+            histogram=self._histogram(index),
+            top=groups[0],
+            quantiles=groups[1:],
+            promoted=self._tokens_and_logits("promoted", index),
+            suppressed=self._tokens_and_logits("suppressed", index),
+            neighbours=self._neighbours(index),
+        )
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the store knows the logits features raise and lower: only in the residual stream, with a model."""
+        return "promoted" in self._columns
+
+    def summary(self) -> Summary:
+        """Columns over all features."""
+        count = self._columns["count"]
+        density = count.double() / max(1, self.info["tokens"])
+        return Summary(torch.arange(len(self)), count, density, self._columns["max"], self._columns["mean"], count == 0)
+
+    def sorted_by(self, column: str, *, descending: bool | None = None) -> list[int]:
+        """Indices of all features in the order of a column, dead ones last; ties by index.
+
+        Args:
+            column: density, max, count, index or mean.
+            descending: by default, everything but `index` is.
+
+        Raises:
+            ConfigError: there is no such column.
+        """
+        if column not in SORT_COLUMNS:
+            raise ConfigError(f"column {column!r}: features are sorted by {', '.join(SORT_COLUMNS)}")
+        summary = self.summary()
+        down = column != "index" if descending is None else descending
+        order = getattr(summary, column).argsort(stable=True, descending=down)
+        return order[summary.dead[order].int().argsort(stable=True)].tolist()
+
+    @functools.cached_property
+    def documents(self) -> list[str]:
+        """Names of the documents scanned."""
+        return _read(self.path / layout.DOCUMENTS, _read_json)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What the tokens look like."""
+        return Vocabulary.from_json(_read(self.path / layout.VOCABULARY, _read_json))
+
+    def __repr__(self) -> str:
+        dead = int((self._columns["count"] == 0).sum())
+        return (
+            f"Features({str(self.path)!r}: {len(self):,} features of {self.info['hook']}, {dead:,} dead in "
+            f"{self.info['tokens']:,} tokens)"
+        )
+
+    def _examples(self, index: int) -> list[list[Example]]:
+        """Strongest examples, then those of each quantile."""
+        groups: list[list[Example]] = [[] for _ in range(1 + self.info["settings"]["quantiles"])]
+        start, end = self._columns["example_start"][index : index + 2].tolist()
+        for number, group in enumerate(self._columns["example_group"][start:end].tolist(), start):
+            groups[group].append(self._example(number))
+        return groups
+
+    def _example(self, number: int) -> Example:
+        settings, length = self.info["settings"], self.info["context_length"]
+        row = int(self._columns["example_row"][number])
+        value = float(self._columns["example_value"][number])
+        context = row // length * length
+        first = max(context, row - settings["before"])
+        last = min(context + length, row + settings["after"] + 1, self.info["rows"])
+        activations = [0.0] * (last - first)
+        end = int(self._window_end[number])
+        begin = end - int(self._columns["window_count"][number])
+        shift = row - settings["before"] - first
+        for offset, activation in zip(
+            self._columns["window_offset"][begin:end].tolist(),
+            self._columns["window_value"][begin:end].tolist(),
+            strict=True,
+        ):
+            activations[offset + shift] = activation
+        activations[row - first] = value
+        early = max(context, first - CONTEXT_BEFORE)
+        tokens = self._text.get_slice("tokens")[early:last].tolist()
+        run = int(torch.searchsorted(self._runs, row, right=True)) - 1
+        return Example(
+            value=value,
+            document=self.documents[int(self._document[run])],
+            row=row,
+            tokens=self.vocabulary.pieces(tokens, skip=first - early),
+            activations=activations,
+            position=row - first,
+        )
+
+    def _histogram(self, index: int) -> Histogram:
+        counts = self._columns["histogram"][index]
+        filled = counts.nonzero().flatten().tolist()
+        if not filled:
+            return Histogram([], [])
+        first, last = filled[0], filled[-1] + 1
+        return Histogram(self.info["histogram_edges"][first : last + 1], counts[first:last].tolist())
+
+    def _tokens_and_logits(self, name: str, index: int) -> list[TokenLogit] | None:
+        if not self.has_logits:
+            return None
+        tokens, logits = self._columns[name][index].tolist(), self._columns[f"{name}_logits"][index].tolist()
+        return [TokenLogit(self.vocabulary.text(token), logit) for token, logit in zip(tokens, logits, strict=True)]
+
+    def _neighbours(self, index: int) -> list[Neighbour]:
+        near = self._columns["neighbour"][index]
+        dead = (self._columns["count"][near.long()] == 0).tolist()
+        cosines = self._columns["neighbour_cosine"][index].tolist()
+        return [Neighbour(*entry) for entry in zip(near.tolist(), cosines, dead, strict=True)]
+
+    def _check(self) -> None:
+        """Columns must be those of `features.json`, or the files are from two collections."""
+        d_sae, rows = self.info["d_sae"], self.info["rows"]
+        for name in layout.MEANINGS[layout.COLUMNS]:
+            if name not in self._columns and not name.startswith(("promoted", "suppressed")):
+                raise FormatError(_damaged(self.path / layout.COLUMNS, f"column {name!r} is missing"))
+        found = len(self._columns["count"]), self._text.get_slice("tokens").get_shape()[0]
+        if found != (d_sae, rows):
+            raise FormatError(
+                _damaged(self.path, f"{found[0]:,} features and {found[1]:,} tokens, not {d_sae:,} and {rows:,}")
+            )
+
+
+def _find_store(path: str | Path) -> Path:
+    folder = Path(path).expanduser()
+    for candidate in (folder, folder / "features"):
+        if (candidate / layout.INDEX).is_file():
+            return candidate
+    raise FormatError(f"features {str(path)!r}: no {layout.INDEX} there; make a store with 'sae features'")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    info = _read(folder / layout.INDEX, _read_json)
+    if not isinstance(info, dict) or info.get("format") != layout.FORMAT:
+        raise FormatError(
+            f"features {str(folder)!r}: {layout.INDEX} is not of this toolkit (no format {layout.FORMAT!r})"
+        )
+    if info.get("format_version", 0) > layout.FORMAT_VERSION:
+        raise FormatError(
+            f"features {str(folder)!r}: format version {info['format_version']} is newer than this package reads "
+            f"({layout.FORMAT_VERSION}); update the package"
+        )
+    needed = ("d_sae", "hook", "rows", "tokens", "context_length", "settings", "histogram_edges")
+    if missing := [key for key in needed if key not in info]:
+        raise FormatError(_damaged(folder / layout.INDEX, f"{missing[0]!r} is missing"))
+    return info
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read(path: Path, reader: Any) -> Any:
+    try:
+        return reader(path)
+    except FileNotFoundError as error:
+        raise FormatError(_damaged(path, "missing")) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FormatError(_damaged(path, " ".join(str(error).split()))) from error
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"features {str(path)!r}: {reason}; run the same 'sae features' to make the store again"

@@ -1,0 +1,203 @@
+"""Write a feature store: what a pass collected, logits, neighbours, and the scanned text as tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.activations.cache import ActivationCache
+from sae.config import FeaturesConfig
+from sae.dictionary import Dictionary
+from sae.errors import CacheError
+from sae.features import layout
+from sae.features.examples import Examples
+from sae.features.logits import LogitEffects
+from sae.features.neighbours import Neighbours
+from sae.features.store import Features
+from sae.features.vocabulary import Vocabulary
+from sae.files import write_json, write_tensors
+from sae.tokens import TRAIN
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one pass found out about every feature.
+
+    Attributes:
+        rows: tokens scanned, masked ones included.
+        tokens: eligible tokens among them.
+        count: tokens on which the feature fired.
+        mean: of its non-zero activations; 0 where it never fired.
+        max: the largest of them.
+        histogram: how many of them lie between each two `edges`.
+        edges: the first and last bin also hold everything beyond.
+        examples: the firings kept.
+        document_start: first row of every run of rows of one document.
+        document: the document each run belongs to.
+    """
+
+    rows: int
+    tokens: int
+    count: Int[np.ndarray, " d_sae"]
+    mean: Float[np.ndarray, " d_sae"]
+    max: Float[np.ndarray, " d_sae"]
+    histogram: Int[np.ndarray, "d_sae bins"]
+    edges: Float[np.ndarray, " edges"]
+    examples: Examples
+    document_start: Int[np.ndarray, " runs"]
+    document: Int[np.ndarray, " runs"]
+
+
+def write_store(
+    folder: Path,
+    dictionary: Dictionary,
+    cache: ActivationCache,
+    collected: Collected,
+    settings: FeaturesConfig,
+    *,
+    hook: str,
+    seed: int,
+    vocabulary: Vocabulary,
+    logits: LogitEffects | None,
+    neighbours: Neighbours,
+) -> Features:
+    """Write all files, `features.json` last: a folder without it is no store.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    _remove_index(folder)
+    write_tensors(folder / layout.COLUMNS, _columns(collected, logits, neighbours))
+    _write_tokens(folder / layout.TOKENS, cache, collected)
+    used = int(collected.document.max(initial=-1)) + 1
+    write_json(folder / layout.DOCUMENTS, cache.documents(TRAIN)[:used])
+    write_json(folder / layout.VOCABULARY, vocabulary.to_json())
+    record = {
+        "format": layout.FORMAT,
+        "format_version": layout.FORMAT_VERSION,
+        "d_sae": dictionary.d_sae,
+        "hook": hook,
+        "model": cache.manifest.model.get("name"),
+        "dictionary_sha256": dictionary_sha256(dictionary),
+        "text_sha256": cache.manifest.text_sha256,
+        "rows": collected.rows,
+        "tokens": collected.tokens,
+        "context_length": cache.context_length,
+        "seed": seed,
+        "settings": settings.model_dump(),
+        "histogram_edges": [float(f"{edge:.6g}") for edge in collected.edges],
+        "columns": layout.MEANINGS,
+    }
+    write_json(folder / layout.INDEX, record)
+    return Features(folder)
+
+
+def dictionary_sha256(dictionary: Dictionary) -> str:
+    """One digest over all weights, by name."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(dictionary.named_parameters()):
+        content = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(content.shape)} {content.dtype} ".encode())
+        digest.update(content.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _columns(collected: Collected, logits: LogitEffects | None, neighbours: Neighbours) -> dict[str, Tensor]:
+    columns = {
+        "count": torch.from_numpy(collected.count),
+        "mean": torch.from_numpy(collected.mean),
+        "max": torch.from_numpy(collected.max),
+        "histogram": torch.from_numpy(_narrow(collected.histogram)),
+        "neighbour": neighbours.index.int(),
+        "neighbour_cosine": neighbours.cosine.float(),
+        **_example_columns(collected.examples, len(collected.count)),
+    }
+    if logits is not None:
+        columns |= {
+            "promoted": logits.promoted.int(),
+            "promoted_logits": logits.promoted_logits,
+            "suppressed": logits.suppressed.int(),
+            "suppressed_logits": logits.suppressed_logits,
+        }
+    return {name: tensor.contiguous() for name, tensor in columns.items()}
+
+
+def _example_columns(examples: Examples, d_sae: int) -> dict[str, Tensor]:
+    """Examples as pointers; of their windows only what is not zero."""
+    example, offset = np.nonzero(examples.window)
+    columns = {
+        "example_start": np.searchsorted(examples.feature, np.arange(d_sae + 1)),
+        "example_group": _narrow(examples.group, small=True),
+        "example_row": _narrow(examples.row),
+        "example_value": examples.value,
+        "window_count": _narrow(np.bincount(example, minlength=len(examples.row)), small=True),
+        "window_offset": _narrow(offset, small=True),
+        "window_value": examples.window[example, offset],
+    }
+    return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+
+
+def _narrow(column: np.ndarray, *, small: bool = False) -> np.ndarray:
+    """Non-negative integers in 4 bytes where they fit, or in 1 where `small` and they fit."""
+    largest = int(column.max(initial=0))
+    if small and largest < 1 << 8:
+        return column.astype(np.uint8)
+    return column.astype(np.int32 if largest < 1 << 31 else np.int64)
+
+
+def _remove_index(folder: Path) -> None:
+    try:
+        (folder / layout.INDEX).unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(f"cannot write {str(folder)!r}: {error.strerror}; choose another folder") from error
+
+
+def _write_tokens(path: Path, cache: ActivationCache, collected: Collected) -> None:
+    """A safetensors file written piece by piece: the scanned text need not fit into memory."""
+    runs, end, header = len(collected.document), 0, {}
+    for name, kind, size, length in (
+        ("document_start", "I64", 8, runs), ("document", "I32", 4, runs), ("tokens", "I32", 4, collected.rows)
+    ):  # fmt: skip
+        header[name] = {"dtype": kind, "shape": [length], "data_offsets": [end, end + size * length]}
+        end += size * length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def chunks() -> Iterator[bytes]:
+        yield struct.pack("<Q", len(text)) + text
+        yield collected.document_start.astype("<i8").tobytes()
+        yield collected.document.astype("<i4").tobytes()
+        for batch in cache.contexts(TRAIN, batch_contexts=4096, max_tokens=collected.rows):
+            yield batch.tokens.numpy().astype("<i4").tobytes()
+
+    _write_chunks(path, chunks())
+
+
+def _write_chunks(path: Path, chunks: Iterator[bytes]) -> None:
+    """As `sae.files.write_bytes`, for content that comes in pieces."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CacheError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; free some space or choose another folder, "
+            "then run the same command again"
+        ) from error

@@ -1,0 +1,130 @@
+"""Any set of features as one static page: no network, no server, nothing beside the file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sae.features.feature import Example, Feature, TokenLogit
+from sae.features.store import Features
+from sae.files import write_bytes
+
+_LENGTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+_LONG = "-"
+_PEEK = 6
+
+
+def write_page(features: Features, indices: Iterable[int], path: str | Path, title: str) -> None:
+    """Write the features `indices` as one HTML file.
+
+    Token text is data in the page: it stands in a JSON block that cannot end early, and the script shows it as text
+    only. The page's policy forbids it to load anything or to run any script but its own.
+
+    Raises:
+        UnknownFeatureError: an index is not in the store.
+        CacheError: the file cannot be written.
+    """
+    style, script = _asset("page.css"), _asset("page.js")
+    parts = {
+        "title": html.escape(title),
+        "policy": f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; "
+        "base-uri 'none'; form-action 'none'",
+        "style": style,
+        "script": script,
+        "data": embeddable_json(page_data(features, indices, title)),
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+    write_bytes(Path(path), page.encode())
+
+
+def page_data(features: Features, indices: Iterable[int], title: str) -> dict[str, Any]:
+    """What the page's script reads; names are short, since there may be thousands of features."""
+    documents: dict[str, int] = {}
+    entries = [_feature(features[index], documents) for index in dict.fromkeys(indices)]
+    return {
+        "title": title,
+        "hook": features.info["hook"],
+        "model": features.info.get("model"),
+        "tokens": features.info["tokens"],
+        "d_sae": len(features),
+        "lengths": _LENGTHS,
+        "edges": features.info["histogram_edges"],
+        "documents": list(documents),
+        "features": entries,
+    }
+
+
+def embeddable_json(content: Any) -> str:
+    """Compact JSON that is safe inside a script element: nothing in it can end the element or open another."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def token_lengths(tokens: list[str]) -> str:
+    """Lengths of the tokens in UTF-16 units, a letter each; `-` adds another 61."""
+    letters = []
+    for token in tokens:
+        longs, rest = divmod(len(token.encode("utf-16-le", "surrogatepass")) // 2, len(_LENGTHS) - 1)
+        letters.append(_LONG * longs + _LENGTHS[rest])
+    return "".join(letters)
+
+
+def _feature(feature: Feature, documents: dict[str, int]) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "i": feature.index,
+        "n": [[near.feature, _short(near.cosine), int(near.dead)] for near in feature.neighbours],
+    }
+    if feature.promoted is not None and feature.suppressed is not None:
+        entry |= {"u": _logits(feature.promoted), "l": _logits(feature.suppressed)}
+    if feature.dead:
+        return entry
+    return entry | {
+        "d": _short(feature.density),
+        "c": feature.count,
+        "x": _short(feature.max, 5),
+        "m": _short(feature.mean, 5),
+        "p": feature.peek[:_PEEK],
+        "h": [feature.histogram.edges, feature.histogram.counts],
+        "t": [_example(example, documents) for example in feature.top],
+        "q": [[_example(example, documents) for example in group] for group in feature.quantiles],
+    }
+
+
+def _example(example: Example, documents: dict[str, int]) -> list[Any]:
+    """Activation, document, row, position, text, lengths of its tokens, and (position, activation) where not zero."""
+    firing = [(place, value) for place, value in enumerate(example.activations) if value > 0]
+    return [
+        _short(example.value, 4),
+        documents.setdefault(example.document, len(documents)),
+        example.row,
+        example.position,
+        "".join(example.tokens),
+        token_lengths(example.tokens),
+        [number for place, value in firing for number in (place, _short(value))],
+    ]
+
+
+def _logits(entries: list[TokenLogit]) -> list[Any]:
+    return [part for entry in entries for part in (entry.token, _short(entry.logit))]
+
+
+def _short(number: float, digits: int = 3) -> float | int:
+    short = float(f"{number:.{digits}g}")
+    return int(short) if short.is_integer() else short
+
+
+def _asset(name: str) -> str:
+    return resources.files("sae.viewer").joinpath(name).read_text(encoding="utf-8")
+
+
+def _source(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -1,0 +1,139 @@
+"""Features in the terminal: one in full, or many in a table."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from sae.features.feature import Example, Feature, TokenLogit
+from sae.features.store import Features
+
+HOT = (214, 102, 16)
+PALE = (72, 48, 32)
+_VISIBLE = {ord("\n"): "↵", ord("\r"): "␍", ord("\t"): "→"}
+_HARMFUL = dict.fromkeys([*range(32), *range(127, 160), *range(8234, 8239), *range(8294, 8298)], "�")
+_PART_OF_CHARACTER = "◌"
+
+
+def print_feature(feature: Feature, console: Console | None = None) -> None:
+    """Print a feature: its numbers, logits and neighbours, then its strongest contexts and those of each quantile.
+
+    Token text is printed as it is, never as markup; control characters are shown and not obeyed.
+    """
+    console = console or Console()
+    console.print(_header(feature))
+    if feature.promoted is not None and feature.suppressed is not None:
+        console.print(_labelled("raises", _logits(feature.promoted)))
+        console.print(_labelled("lowers", _logits(feature.suppressed)))
+    if feature.neighbours:
+        console.print(_labelled("near", _neighbours(feature)))
+    if feature.dead:
+        console.print(Text("\nIt never fired in the tokens scanned: there are no examples.", style="dim"))
+        return
+    console.print(_contexts("Strongest, one per document", feature.top, feature.max))
+    for number, examples in enumerate(feature.quantiles):
+        if examples:
+            console.print(_contexts(quantile_title(number, len(feature.quantiles)), examples, feature.max))
+
+
+def print_features(
+    features: Features, console: Console | None = None, sort: str = "density", limit: int | None = 50
+) -> None:
+    """Print a table of the first `limit` features in the order of `sort`, dead ones last.
+
+    Raises:
+        ConfigError: `sort` is not a column to sort by.
+    """
+    console = console or Console()
+    order = features.sorted_by(sort)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("feature", "density", "max", "mean"):
+        table.add_column(column, justify="right")
+    table.add_column("fires on", no_wrap=True, overflow="ellipsis")
+    for index in order[:limit]:
+        feature = features[index]
+        if feature.dead:
+            table.add_row(str(index), "dead", "", "", "", style="dim")
+        else:
+            tokens = Text(" ").join(Text(visible(token), style="on grey23") for token in feature.peek[:8])
+            numbers = (density_text(feature.density), f"{feature.max:.3g}", f"{feature.mean:.3g}")
+            table.add_row(str(index), *numbers, tokens)
+    console.print(table)
+    dead = int(features.summary().dead.sum())
+    shown = len(order[:limit])
+    console.print(
+        Text(
+            f"{shown:,} of {len(features):,} features by {sort}; {dead:,} dead in {features.info['tokens']:,} tokens",
+            "dim",
+        )
+    )
+
+
+def quantile_title(number: int, quantiles: int) -> str:
+    """Heading of a share of the non-zero activations; number 0 is the strongest."""
+    high, low = 100 * (quantiles - number) / quantiles, 100 * (quantiles - number - 1) / quantiles
+    return f"Random from the {low:.3g}–{high:.3g} % quantile of non-zero activations"
+
+
+def density_text(density: float) -> str:
+    """A density as a percentage with two digits."""
+    return f"{100 * density:.2g} %" if density < 0.1 else f"{100 * density:.0f} %"
+
+
+def visible(token: str) -> str:
+    """A token's text on one line: line ends and tabs as signs, control characters replaced."""
+    return (token or _PART_OF_CHARACTER).translate(_HARMFUL | _VISIBLE)
+
+
+def _header(feature: Feature) -> Text:
+    text = Text(f"Feature {feature.index}", style="bold")
+    if feature.dead:
+        return text.append("  dead", style="bold red")
+    rarity = f"1 in {1 / feature.density:,.0f} tokens" if feature.density < 0.5 else "most tokens"
+    numbers = f"  density {density_text(feature.density)} ({rarity})   max {feature.max:.4g}   mean {feature.mean:.4g}"
+    return text.append(numbers + f"   firings {feature.count:,}", style="not bold")
+
+
+def _labelled(label: str, content: Text) -> Padding:
+    line = Table.grid(padding=(0, 1))
+    line.add_column(width=7, style="dim")
+    line.add_column()
+    line.add_row(label, content)
+    return Padding(line, (0, 0, 0, 2))
+
+
+def _logits(entries: list[TokenLogit]) -> Text:
+    parts = [Text.assemble((visible(entry.token), "on grey23"), (f" {entry.logit:+.2f}", "dim")) for entry in entries]
+    return Text("  ").join(parts)
+
+
+def _neighbours(feature: Feature) -> Text:
+    parts = [
+        Text.assemble(str(near.feature), (f" {near.cosine:.2f}{' dead' if near.dead else ''}", "dim"))
+        for near in feature.neighbours
+    ]
+    return Text("  ").join(parts)
+
+
+def _contexts(title: str, examples: list[Example], largest: float) -> Group:
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for example in examples:
+        table.add_row(f"{example.value:.3g}", _context(example, largest))
+    return Group(Text(f"\n{title}", style="underline"), table)
+
+
+def _context(example: Example, largest: float) -> Text:
+    text = Text()
+    for position, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True)):
+        if activation <= 0:
+            text.append(visible(token) if token else "")
+            continue
+        share = min(1.0, activation / largest)
+        red, green, blue = (round(low + share * (high - low)) for low, high in zip(PALE, HOT, strict=True))
+        peak = "bold underline " if position == example.position else ""
+        text.append(visible(token), style=f"{peak}white on rgb({red},{green},{blue})")
+    return text

@@ -1,0 +1,243 @@
+"""The command line: the whole road on a tiny model, and one clear line for every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sae
+from sae import cli
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = {
+        "model": {"name": str(tiny_model)},
+        "data": {
+            "source": str(text_folder), "tokens": 3000, "held_out_tokens": 600, "holdout_fraction": 0.25,
+            "context_length": 16,
+        },
+        "harvest": {"hooks": ["blocks.1.hook_resid_pre"], "shard_contexts": 32},
+        "dictionary": {"d_sae": 64, "k": 4},
+        "train": {"batch_size": 64, "pool_tokens": 512, "tokens": 6000, "log_every": 5, "checkpoint_every": 20},
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished_run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder in which everything is done. Read only."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    sae.run(sae.load_config(config_file, [f"out={out}"]))
+    return out
+
+
+@pytest.fixture
+def own_run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(finished_run, tmp_path / "own"))
+
+
+class Outcome:
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sae", "--quiet", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return call
+
+
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    """One line that says what is wrong, and status 1."""
+    assert outcome.status == 1, outcome.out + outcome.err
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("Error: ")
+    for part in parts:
+        assert part in lines[0], lines[0]
+    assert "Traceback" not in outcome.err
+
+
+def test_a_run_is_self_contained_and_readable(finished_run: Path) -> None:
+    names = {path.name for path in finished_run.iterdir()}
+    assert {"config.yaml", "activations", "dictionary", "checkpoints", "metrics.jsonl"} <= names
+    assert {"eval.json", "eval.md", "features"} <= names
+    resolved = sae.load_config(finished_run / "config.yaml")
+    assert resolved.dictionary.k == 4
+    assert (finished_run / "config.yaml").read_text().startswith(f"# sae {sae.__version__}, torch")
+    lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "tokens", "loss", "mse", "fvu", "l0", "dead", "lr", "tokens_per_second"} <= set(lines[-1])
+    metadata = json.loads((finished_run / "dictionary" / "config.json").read_text())["metadata"]
+    assert metadata["hook"] == "blocks.1.hook_resid_pre"
+    assert metadata["tokens"]["mask_first_position"] is True
+    assert metadata["trained"]["tokens"] == 93 * 64
+    assert metadata["sae_version"] == sae.__version__
+
+
+def test_repeating_a_finished_run_makes_nothing_anew(config_file: Path, own_run: Path, command) -> None:
+    def times() -> dict[str, int]:
+        kept = list(own_run.rglob("*.safetensors"))
+        return {str(path): path.stat().st_mtime_ns for path in kept}
+
+    before = times()
+    outcome = command("run", config_file, f"out={own_run}")
+    assert outcome.status == 0, outcome.err
+    assert "64 features in" in outcome.out
+    assert times() == before
+
+
+def test_eval_prints_the_table(own_run: Path, command) -> None:
+    outcome = command("eval", own_run)
+    assert outcome.status == 0, outcome.err
+    assert "fvu" in outcome.out.lower()
+
+
+def test_features_are_listed_shown_and_written_to_a_page(own_run: Path, command, tmp_path: Path) -> None:
+    listed = command("features", own_run, "--limit", 5)
+    assert listed.status == 0, listed.err
+    features = sae.Features(own_run)
+    alive = features.sorted_by("density")[0]
+    assert str(alive) in listed.out
+    shown = command("features", own_run, alive)
+    assert shown.status == 0, shown.err
+    assert str(alive) in shown.out
+    page = tmp_path / "page.html"
+    assert command("features", own_run, "--page", page, "--limit", 10).status == 0
+    assert page.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html>")
+
+
+def test_verify_passes_a_good_cache_and_names_a_flipped_byte(own_run: Path, command) -> None:
+    assert command("verify", own_run).status == 0
+    shard = own_run / "activations" / "blocks.1.hook_resid_pre" / "train-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    outcome = command("verify", own_run)
+    assert outcome.status == 1
+    assert outcome.err.splitlines()[0].startswith("blocks.1.hook_resid_pre/train-00001.safetensors: checksum differs")
+
+
+def test_unknown_key(config_file: Path, command) -> None:
+    assert_refused(command("run", config_file, "dictionary.kk=3"), "unknown setting", "did you mean dictionary.k?")
+
+
+def test_wrong_hook(config_file: Path, tmp_path: Path, command) -> None:
+    out = f"out={tmp_path / 'r'}"
+    outcome = command("harvest", config_file, out, "harvest.hooks=[blocks.12.hook_resid_pre]")
+    assert_refused(outcome, "hook 'blocks.12.hook_resid_pre'", "has blocks 0 to 2")
+    outcome = command("harvest", config_file, out, "harvest.hooks=[blocks.1.hook_resid]")
+    assert_refused(outcome, "did you mean blocks.1.hook_resid_pre?")
+
+
+def test_empty_text(config_file: Path, tmp_path: Path, command) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "empty.txt").write_text("\n")
+    outcome = command("harvest", config_file, f"out={tmp_path / 'r'}", f"data.source={tmp_path / 'text'}")
+    assert_refused(outcome, "hold 0 tokens")
+    (tmp_path / "none").mkdir()
+    outcome = command("harvest", config_file, f"out={tmp_path / 'r'}", f"data.source={tmp_path / 'none'}")
+    assert_refused(outcome, "the folder holds no .txt")
+
+
+def test_missing_files(config_file: Path, tmp_path: Path, command) -> None:
+    assert_refused(command("run", tmp_path / "none.yaml"), "no such file")
+    assert_refused(command("harvest", config_file, f"out={tmp_path / 'r'}", "data.source=./none.txt"), "no such file")
+    assert_refused(command("harvest", config_file, f"out={tmp_path / 'r'}", "model.name=./none"), "no such folder")
+    assert_refused(command("train", config_file, f"out={tmp_path / 'empty'}"), "make one with 'sae harvest'")
+    assert_refused(command("eval", tmp_path / "no-run"), "no config.yaml there")
+    assert_refused(command("verify", tmp_path / "no-cache"), "no manifest.json there")
+
+
+def test_k_above_the_width(config_file: Path, command) -> None:
+    assert_refused(command("train", config_file, "dictionary.k=65"), "dictionary.k=65 exceeds dictionary.d_sae=64")
+
+
+def test_cache_of_another_model(config_file: Path, own_run: Path, tiny_model: Path, tmp_path: Path, command) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other" / tiny_model.name))
+    weights = load_file(other / "model.safetensors")
+    first = next(name for name in weights if name.endswith("mlp.c_fc.weight"))
+    weights[first] = weights[first] + 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    outcome = command("eval", own_run, f"model.name={other}")
+    assert_refused(outcome, "of another model", "weights_sha256")
+
+
+def test_cache_of_other_settings(config_file: Path, own_run: Path, command) -> None:
+    outcome = command("harvest", config_file, f"out={own_run}", "data.tokens=2000")
+    assert_refused(outcome, "made with data.tokens=3000, now 2000 is asked for", "harvest.cache")
+
+
+def test_dictionary_of_other_settings(config_file: Path, own_run: Path, command) -> None:
+    outcome = command("train", config_file, f"out={own_run}", "dictionary.k=7")
+    assert_refused(outcome, "made with k=4, now 7", "out=")
+
+
+def test_truncated_shard(config_file: Path, own_run: Path, command) -> None:
+    shard = own_run / "activations" / "blocks.1.hook_resid_pre" / "train-00000.safetensors"
+    os.truncate(shard, shard.stat().st_size - 100)
+    outcome = command("train", config_file, f"out={own_run}")
+    assert_refused(outcome, "train-00000.safetensors has", "run the same 'sae harvest' to restore it")
+    shard.unlink()
+    assert command("harvest", config_file, f"out={own_run}").status == 0
+    assert command("verify", own_run).status == 0
+
+
+def test_pickle_instead_of_safetensors(own_run: Path, command) -> None:
+    (own_run / "dictionary" / "weights.safetensors").write_bytes(pickle.dumps({"W_enc": [1.0]}))
+    assert_refused(command("eval", own_run), "a pickle, not a safetensors file")
+
+
+def test_nan_in_the_activations(config_file: Path, tiny_model: Path, tmp_path: Path, command) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["transformer.wte.weight"][5:] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    outcome = command("harvest", config_file, f"out={tmp_path / 'r'}", f"model.name={broken}")
+    assert_refused(outcome, "not finite (NaN or infinity)", "check the model's weights")
+
+
+def test_unwritable_folder(config_file: Path, tmp_path: Path, command) -> None:
+    (tmp_path / "file").write_text("in the way")
+    outcome = command("harvest", config_file, f"out={tmp_path / 'file' / 'run'}")
+    assert_refused(outcome, "cannot write", "choose another folder")
+
+
+def test_unknown_feature_and_wrong_usage(own_run: Path, command) -> None:
+    assert_refused(command("features", own_run, 64), "64", "0 to 63")
+    outcome = command("features", own_run, "--sort", "beauty")
+    assert_refused(outcome, "beauty", "density")
+    assert command("frobnicate").status == 2
+    assert command("features", own_run, "x").status == 2
+
+
+def test_help_lists_every_key(command) -> None:
+    outcome = command("train", "--help")
+    assert outcome.status == 0
+    for key, _, _ in sae.config.describe_keys():
+        assert key in outcome.out, key

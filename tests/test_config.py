@@ -1,0 +1,112 @@
+"""Configuration: YAML and overrides, and what a wrong one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from sae.config import RunConfig, describe_keys, load_config, parse_config
+from sae.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    return str(caught.value)
+
+
+def test_overrides_win_over_the_file_and_are_yaml(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("dictionary: {k: 8, d_sae: 100}\nharvest: {hooks: [blocks.0.hook_resid_pre]}\n")
+    config = load_config(
+        tmp_path / "c.yaml",
+        ["dictionary.k=16", "harvest.hooks=[blocks.1.hook_mlp_out]", "train.lr=1e-3", "train.tokens=null"],
+    )
+    assert (config.dictionary.k, config.dictionary.d_sae) == (16, 100)
+    assert config.harvest.hooks == ("blocks.1.hook_mlp_out",)
+    assert config.hook == "blocks.1.hook_mlp_out"
+    assert config.train.lr == 1e-3
+    assert config.train.tokens is None
+
+
+def test_numbers_in_scientific_notation_without_a_point_are_numbers() -> None:
+    """YAML 1.1 reads 1e-3 as a string; a user means a number."""
+    assert load_config(None, ["train.lr=1e-3"]).train.lr == 0.001
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "c.yaml") == RunConfig()
+
+
+def test_the_configuration_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        RunConfig().seed = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("dictionary.kk=3", "unknown setting 'dictionary.kk': did you mean dictionary.k?"),
+        ("k=3", "unknown setting 'k': did you mean dictionary.k?"),
+        ("train.lerning_rate=1", "unknown setting 'train.lerning_rate'"),
+        ("train.batchsize=1", "unknown setting 'train.batchsize': did you mean train.batch_size?"),
+        ("modle.name=x", "unknown setting 'modle'"),
+        ("zzzz=1", "unknown setting 'zzzz': 'sae train --help' lists every key"),
+    ],
+)
+def test_unknown_keys_are_refused_and_the_nearest_is_named(override: str, hint: str) -> None:
+    assert refusal(override).startswith(hint)
+
+
+def test_values_that_do_not_fit_are_refused() -> None:
+    assert refusal("dictionary.k=-1") == "setting dictionary.k=-1: input should be greater than 0"
+    assert "train.tokens='many'" in refusal("train.tokens=many")
+    assert "harvest.dtype='float8'" in refusal("harvest.dtype=float8")
+    assert "'float32', 'float16', 'bfloat16' or 'int8'" in refusal("harvest.dtype=float8")
+    assert refusal("dictionary.k").startswith("override 'dictionary.k': expected key=value")
+    assert "not a YAML value" in refusal("out=[")
+    assert refusal("seed.x=1", "seed=3", "seed.x=1").startswith("override seed.x: seed is a value, not a section")
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    message = "dictionary.k=5000 exceeds dictionary.d_sae=4096: lower k or raise d_sae"
+    assert refusal("dictionary.k=5000") == message
+    assert "is not harvested; harvest.hooks has blocks.2.hook_resid_pre" in refusal(
+        "dictionary.hook=blocks.0.hook_mlp_out"
+    )
+    assert "exceed 1" in refusal("train.warmup_fraction=0.9", "train.decay_fraction=0.2")
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
+    def of_file(content: bytes) -> str:
+        (tmp_path / "c.yaml").write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / "c.yaml")
+        return str(caught.value)
+
+    assert "expected keys and values" in of_file(b"- a\n- b\n")
+    assert "not YAML" in of_file(b"a: [1\n")
+    assert "cannot be read" in of_file(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"config .*nothing\.yaml': no such file"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_a_written_configuration_reads_back_the_same() -> None:
+    config = load_config(None, ["train.lr=0.1", "harvest.hooks=[blocks.0.hook_resid_pre]"])
+    assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    load_config(path)
+
+
+def test_every_key_is_described() -> None:
+    keys = list(describe_keys())
+    assert len(keys) > 40
+    assert all(len(text) >= 10 for _, _, text in keys), [key for key, _, text in keys if len(text) < 10]

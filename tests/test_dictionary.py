@@ -1,0 +1,161 @@
+"""Dictionaries: shapes, sparse against dense, folding, saving, and what is refused on loading."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sae
+from sae.architectures import ReLU, TopK
+from sae.dictionary import Dictionary
+from sae.errors import FormatError
+
+
+def filled(cls: type[Dictionary], **settings: int) -> Dictionary:
+    dictionary = cls(8, 30, metadata={"hook": "blocks.1.hook_resid_pre"}, **settings)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in dictionary.parameters():
+            parameter.normal_()
+    return dictionary.eval().requires_grad_(False)
+
+
+BOTH = [pytest.param(filled(TopK, k=5), id="topk"), pytest.param(filled(ReLU), id="relu")]
+
+
+@pytest.mark.parametrize("dictionary", BOTH)
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (7, 8), (2, 3, 8), (0, 8)])
+def test_shapes(dictionary: Dictionary, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    features = dictionary.encode(x)
+    assert features.shape == (*shape[:-1], 30)
+    assert dictionary.decode(features).shape == shape
+    assert dictionary(x).shape == shape
+    values, indices = dictionary.encode_sparse(x)
+    assert values.shape == indices.shape
+    assert values.shape[:-1] == shape[:-1]
+
+
+@pytest.mark.parametrize("dictionary", BOTH)
+def test_sparse_and_dense_agree(dictionary: Dictionary) -> None:
+    x = torch.randn(50, 8)
+    codes, features = dictionary.encode_sparse(x), dictionary.encode(x)
+    torch.testing.assert_close(dictionary.decode_sparse(codes), dictionary.decode(features))
+    torch.testing.assert_close(dictionary(x), dictionary.decode(features))
+    rebuilt = torch.zeros_like(features).scatter_add_(1, codes.indices, codes.values)
+    assert torch.equal(rebuilt, features)
+    assert (codes.values[:, :-1] >= codes.values[:, 1:]).all(), "strongest first"
+
+
+def test_topk_is_the_k_largest_positive_pre_activations() -> None:
+    dictionary, x = filled(TopK, k=5), torch.randn(100, 8)
+    for row, features in zip(x, dictionary.encode(x), strict=True):
+        pre = [float((row - dictionary.b_dec) @ dictionary.W_enc[:, j] + dictionary.b_enc[j]) for j in range(30)]
+        kept = sorted(range(30), key=lambda j: -pre[j])[:5]
+        expected = torch.tensor([max(pre[j], 0.0) if j in kept else 0.0 for j in range(30)])
+        torch.testing.assert_close(features, expected)
+
+
+def test_topk_with_fewer_positive_pre_activations_than_k() -> None:
+    dictionary = filled(TopK, k=30)
+    x = torch.randn(40, 8)
+    torch.testing.assert_close(dictionary.encode(x), dictionary.pre_activations(x).relu())
+
+
+def test_an_all_zero_row_survives() -> None:
+    for dictionary in (filled(TopK, k=5), filled(ReLU)):
+        assert torch.isfinite(dictionary(torch.zeros(3, 8))).all()
+
+
+@pytest.mark.parametrize("cls", [TopK, ReLU])
+def test_folding_the_normalisation_is_exact(cls: type[Dictionary]) -> None:
+    settings = {"k": 5} if cls is TopK else {}
+    trained = filled(cls, **settings).double()
+    folded = filled(cls, **settings).double()
+    mean, scale = torch.randn(8, dtype=torch.float64), 0.37
+    folded.fold_normalisation_(mean, scale)
+    x = torch.randn(20, 8, dtype=torch.float64) * 5
+    torch.testing.assert_close(folded(x), trained((x - mean) * scale) / scale + mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(folded.encode(x), trained.encode((x - mean) * scale) / scale, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dictionary", BOTH)
+def test_saved_and_loaded_is_the_same(dictionary: Dictionary, tmp_path: Path) -> None:
+    dictionary.save(tmp_path / "d")
+    loaded = sae.load(tmp_path / "d")
+    x = torch.randn(9, 8)
+    assert torch.equal(loaded(x), dictionary(x))
+    assert type(loaded) is type(dictionary)
+    assert loaded.metadata == dictionary.metadata
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["config.json", "weights.safetensors"]
+
+
+def test_loads_from_the_run_folder_too(tmp_path: Path) -> None:
+    filled(TopK, k=5).save(tmp_path / "run" / "dictionary")
+    assert sae.load(tmp_path / "run").settings() == {"k": 5}
+
+
+def test_weights_are_plain_safetensors_with_the_documented_names(tmp_path: Path) -> None:
+    filled(TopK, k=5).save(tmp_path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "weights.safetensors").items()}
+    assert shapes == {"W_enc": (8, 30), "b_enc": (30,), "W_dec": (30, 8), "b_dec": (8,)}
+
+
+def test_half_precision_weights_stay_half_precision(tmp_path: Path) -> None:
+    filled(TopK, k=5).bfloat16().save(tmp_path)
+    loaded = sae.load(tmp_path)
+    assert loaded.W_dec.dtype is torch.bfloat16
+    assert loaded(torch.randn(4, 8)).dtype is torch.bfloat16
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_what_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path) -> None:
+    def fresh() -> Path:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        filled(TopK, k=5).save(folder)
+        return folder
+
+    def refusal(path: Path) -> str:
+        with pytest.raises(FormatError) as caught:
+            sae.load(path)
+        return str(caught.value)
+
+    assert "no config.json there; give a dictionary folder or a run folder" in refusal(tmp_path / "nothing")
+    folder = fresh()
+    (folder / "weights.safetensors").write_bytes(pickle.dumps({"W_enc": [1.0]}))
+    assert "a pickle, not a safetensors file" in refusal(folder)
+    torch.save({"W_enc": torch.ones(2)}, folder / "weights.safetensors")
+    assert "a pickle, not a safetensors file" in refusal(folder)
+    torch.save({}, folder / "sae.pt")
+    assert "pickled files are not read" in refusal(folder / "sae.pt")
+    folder = fresh()
+    content = (folder / "weights.safetensors").read_bytes()
+    (folder / "weights.safetensors").write_bytes(content[: len(content) // 2])
+    assert "damaged" in refusal(folder)
+    (folder / "weights.safetensors").unlink()
+    assert "weights.safetensors is missing" in refusal(folder)
+    folder = fresh()
+    save_file({"W_enc": torch.ones(3, 3)}, folder / "weights.safetensors")
+    assert "weights do not fit config.json" in refusal(folder)
+    folder = fresh()
+    edit_config(folder, architecture="transcendental")
+    assert "architecture 'transcendental' is not one of relu, topk" in refusal(folder)
+    folder = fresh()
+    edit_config(folder, format_version=99)
+    assert "format version 99 is newer than this package reads" in refusal(folder)
+    folder = fresh()
+    edit_config(folder, k=0)
+    assert "k=0: expected 1 ≤ k ≤ d_sae=30" in refusal(folder)
+    folder = fresh()
+    (folder / "config.json").write_text("{")
+    assert "not JSON" in refusal(folder)

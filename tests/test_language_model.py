@@ -1,0 +1,2 @@
+def test_x(tiny_cache):
+    print(tiny_cache)

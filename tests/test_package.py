@@ -1,0 +1,140 @@
+"""The package as a whole: public names, the direction of imports, what a bare training machine needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import sae
+
+ROOT = Path(sae.__file__).parent
+
+# Rooms in the order of the flow; a file may import its own room and those before it.
+FLOW = [
+    ["errors", "files"],
+    ["config"],
+    ["corpus"],
+    ["tokens"],
+    ["sparse"],
+    ["dictionary"],
+    ["architectures"],
+    ["activations.cache", "activations.loader", "activations"],
+    ["training"],
+    ["language_model"],
+    ["activations.harvest"],
+    ["splicing"],
+    ["evaluation"],
+    ["features"],
+    ["viewer"],
+    ["pipeline", "progress"],
+    ["cli", "__main__"],
+]
+CORE = {"errors", "files", "config", "corpus", "tokens", "sparse", "dictionary", "architectures", "training"}
+CORE_LIBRARIES = {"torch", "einops", "safetensors", "numpy", "pydantic", "pydantic_core", "yaml", "jaxtyping", "sae"}
+
+
+def place(module: str) -> int:
+    """Position in FLOW of a module's longest matching room."""
+    matches = [
+        (len(room), number)
+        for number, rooms in enumerate(FLOW)
+        for room in rooms
+        if module == room or module.startswith(room + ".")
+    ]
+    assert matches, f"sae.{module} is in no room of the flow"
+    return max(matches)[1]
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Absolute imports of a file, and whether each stands at the top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = set(map(id, tree.body))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, id(node) in top))
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    names = []
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names.append((".".join(part for part in parts if part != "__init__"), path))
+    return [(name, path) for name, path in names if name]
+
+
+def test_imports_go_one_way() -> None:
+    wrong = [
+        f"sae.{name} imports {target}"
+        for name, path in modules()
+        for target, _ in imports(path)
+        if target.startswith("sae.") and place(target.removeprefix("sae.")) > place(name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_training_core_needs_few_libraries() -> None:
+    allowed = CORE_LIBRARIES | set(sys.stdlib_module_names)
+    wrong = [
+        f"sae.{name} imports {target}"
+        for name, path in modules()
+        if name.split(".")[0] in CORE or name in ("activations.cache", "activations.loader", "activations")
+        for target, at_top in imports(path)
+        if at_top and target.split(".")[0] not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_training_runs_where_the_language_model_libraries_are_missing() -> None:
+    code = """
+import sys
+for name in ("transformer_lens", "transformers", "datasets", "wandb", "matplotlib", "pyarrow", "rich"):
+    sys.modules[name] = None
+import torch, sae
+from sae.config import TrainConfig, DictionaryConfig
+source = sae.IterableSource([torch.randn(32, 8) for _ in range(4)])
+d = sae.train(source, DictionaryConfig(d_sae=16, k=2), TrainConfig(tokens=320))
+assert d(torch.randn(3, 8)).shape == (3, 8)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_importing_the_package_is_quick() -> None:
+    """Less than a second after torch; and nothing heavy comes along."""
+    code = """
+import time, torch
+start = time.perf_counter()
+import sae
+sae.load, sae.train, sae.ActivationCache
+elapsed = time.perf_counter() - start
+import sys
+heavy = {"transformer_lens", "transformers", "datasets", "wandb", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+print(elapsed)
+"""
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 1.0, times
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    assert sae.__all__ == sorted(sae.__all__)
+    for name in sae.__all__:
+        assert getattr(sae, name).__doc__, name
+    assert set(sae.__all__) <= set(dir(sae))
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    try:
+        sae.lode  # noqa: B018
+    except AttributeError as error:
+        assert "load" in str(error)
+    else:
+        raise AssertionError("sae.lode exists")

@@ -1,0 +1,216 @@
+"""The loop: it learns, normalises, resumes bit for bit, stops cleanly, and says why when it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import sae
+from sae.config import DictionaryConfig, TrainConfig
+from sae.errors import TrainingError
+from sae.training import IterableSource, TrainingInterrupted, train
+from sae.training.checkpoint import list_checkpoints
+
+D_IN, D_SAE, K, BATCH = 16, 48, 3, 64
+SHAPE = DictionaryConfig(d_sae=D_SAE, k=K)
+
+
+def planted(batches: int, scale: float = 1.0, shift: float = 0.0, features: int = 24) -> list[Tensor]:
+    """Samples of two of a fixed set of unit directions, with positive weights."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(features, D_IN, generator=generator), dim=1)
+    out = []
+    for _ in range(batches):
+        chosen = torch.rand(BATCH, features, generator=generator).topk(2, dim=1).indices
+        active = torch.zeros(BATCH, features).scatter_(1, chosen, 1.0)
+        codes = active * (0.5 + torch.rand(BATCH, features, generator=generator))
+        out.append(scale * (codes @ directions + 0.01 * torch.randn(BATCH, D_IN, generator=generator)) + shift)
+    return out
+
+
+def settings(steps: int, **changes: object) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {"tokens": steps * BATCH, "batch_size": BATCH, "log_every": 10, "checkpoint_every": 25,
+         "dead_after_tokens": 20 * BATCH, **changes}
+    )  # fmt: skip
+
+
+def fvu(dictionary: sae.Dictionary, x: Tensor) -> float:
+    return float((x - dictionary(x)).square().sum() / (x - x.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize(("architecture", "most"), [("topk", 0.05), ("relu", 0.25)])
+def test_training_recovers_planted_features(architecture: str, most: float) -> None:
+    data = planted(100)
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    dictionary = train(IterableSource(data), shape, settings(1500, lr=3e-3, l1_coefficient=0.5))
+    assert fvu(dictionary, torch.cat(data)) < most
+    torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(D_SAE), atol=1e-5, rtol=0)
+
+
+def test_saved_dictionary_takes_raw_activations() -> None:
+    """Scaling and shifting the data must change the dictionary's units, and nothing else."""
+    plain = train(IterableSource(planted(50)), SHAPE, settings(100, center=True))
+    moved = train(IterableSource(planted(50, scale=37.0, shift=500.0)), SHAPE, settings(100, center=True))
+    x = torch.cat(planted(5))
+    torch.testing.assert_close(moved(37.0 * x + 500.0), 37.0 * plain(x) + 500.0, rtol=1e-3, atol=2e-2)
+    torch.testing.assert_close(moved.encode(37.0 * x + 500.0), 37.0 * plain.encode(x), rtol=1e-2, atol=0.5)
+
+
+def test_every_checkpoint_holds_a_usable_dictionary(tmp_path: Path) -> None:
+    data = planted(20, scale=12.0)
+    final = train(IterableSource(data), SHAPE, settings(60, keep_checkpoints=5), folder=tmp_path)
+    checkpoints = list_checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step-00000025", "step-00000050", "step-00000060"]
+    scores = [fvu(sae.load(path), torch.cat(data)) for path in checkpoints]
+    assert scores[0] > scores[-1]
+    assert all(score < 1 for score in scores)
+    loaded = sae.load(checkpoints[-1])
+    for (name, ours), theirs in zip(final.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
+    train(IterableSource(planted(20)), SHAPE, settings(100, keep_checkpoints=2), folder=tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000075", "step-00000100"]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_interrupted_and_resumed_training_gives_the_same_weights(tmp_path: Path, architecture: str) -> None:
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    whole = train(IterableSource(planted(30)), shape, settings(110), folder=tmp_path / "whole")
+
+    class Stop:
+        def log(self, metrics: dict[str, float | int]) -> None:
+            if metrics["step"] in (30, 70):
+                signal.raise_signal(signal.SIGINT)
+
+        def close(self) -> None: ...
+
+    for _ in range(2):
+        with pytest.raises(
+            TrainingInterrupted, match=r"stopped at step \d0 of 110; the state is saved in .* run the same"
+        ):
+            train(IterableSource(planted(30)), shape, settings(110), folder=tmp_path / "parts", sinks=[Stop()])
+    parts = train(IterableSource(planted(30)), shape, settings(110), folder=tmp_path / "parts")
+    for (name, ours), theirs in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs[1]), name
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(10, 111, 10)), "the log of a resumed run has gaps or repetitions"
+
+
+SCRIPT = """
+    import sys, time, torch
+    sys.path.insert(0, {tests!r})
+    from test_loop import SHAPE, planted, settings
+    from sae.training import IterableSource, train
+
+    class Slow(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.002)
+                yield batch
+
+    print("ready", flush=True)
+    train(IterableSource(Slow(planted(30))), SHAPE, settings(200, checkpoint_every=7), folder=sys.argv[1])
+"""
+
+
+def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    """kill -9 at ten random moments; only whole checkpoints may count."""
+    whole = train(IterableSource(planted(30)), SHAPE, settings(200, checkpoint_every=7), folder=tmp_path / "whole")
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent))))
+    rng = random.Random(0)
+    kills = 0
+    for _ in range(10):
+        with subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "parts")], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0.02, 0.35))
+            kills += process.poll() is None
+            process.kill()
+    assert kills >= 5, "training ended before it could be killed"
+    parts = train(IterableSource(planted(30)), SHAPE, settings(200, checkpoint_every=7), folder=tmp_path / "parts")
+    for (name, ours), theirs in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs[1]), name
+
+
+def test_seeds_matter_and_repeat() -> None:
+    def weights(seed: int) -> Tensor:
+        return train(IterableSource(planted(20)), SHAPE, settings(40), seed=seed).W_dec
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.allclose(weights(1), weights(2), atol=0.1)
+
+
+def test_metrics_are_those_of_the_batches(tmp_path: Path) -> None:
+    """With learning rates of nearly nothing, the logged FVU is the initial dictionary's FVU of those batches."""
+    data = planted(10)
+    lines = settings(10, lr=1e-12)
+    dictionary = train(IterableSource(data), SHAPE, lines, folder=tmp_path)
+    metrics = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    expected = sum(fvu(dictionary, batch) for batch in data) / 10
+    assert metrics["fvu"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["l0"] == pytest.approx(
+        float((dictionary.encode(torch.cat(data)) > 0).sum(1).float().mean()), rel=1e-4
+    )
+    assert metrics["tokens"] == 10 * BATCH
+
+
+def test_nan_in_the_activations_stops_with_the_step_and_the_way_out(tmp_path: Path) -> None:
+    data = planted(60)
+    data[32][5, 3] = float("nan")
+    source = IterableSource(data)
+    with pytest.raises(TrainingError) as caught:
+        train(source, SHAPE, settings(60), folder=tmp_path)
+    message = str(caught.value)
+    assert message.startswith(
+        "NaN at step 33, batch 32 (tokens 2,048 to 2,112): the activations themselves are not finite"
+    )
+    assert "sae verify" in message
+    assert "step-00000025" in message
+    assert all(torch.isfinite(p).all() for p in sae.load(tmp_path / "checkpoints" / "step-00000025").parameters())
+
+
+def test_divergence_stops_and_names_the_learning_rate() -> None:
+    with pytest.raises(TrainingError, match=r"training diverged; lower train\.lr \(now 1e\+30\)"):
+        train(IterableSource(planted(60)), SHAPE, settings(60, lr=1e30))
+
+
+def test_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    train(IterableSource(planted(20)), SHAPE, settings(30), folder=tmp_path)
+    with pytest.raises(TrainingError, match=r"made with k=3, now 5; choose another run folder"):
+        train(IterableSource(planted(20)), DictionaryConfig(d_sae=D_SAE, k=5), settings(30), folder=tmp_path)
+
+
+def test_fewer_tokens_than_a_batch_is_refused() -> None:
+    with pytest.raises(TrainingError, match=r"10 training tokens are fewer than one batch of 64"):
+        train(IterableSource(planted(5)), SHAPE, TrainConfig(tokens=10))
+
+
+def test_activations_that_are_all_zero_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"mean squared norm is 0\.0"):
+        train(IterableSource([torch.zeros(BATCH, D_IN)] * 9), SHAPE, settings(9))
+
+
+def test_pure_forward_pass() -> None:
+    dictionary = train(IterableSource(planted(20)), SHAPE, settings(20))
+    before = {name: value.clone() for name, value in dictionary.state_dict().items()}
+    dictionary.train()
+    dictionary(planted(1)[0])
+    assert all(torch.equal(before[name], value) for name, value in dictionary.state_dict().items())

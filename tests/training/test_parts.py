@@ -1,0 +1,101 @@
+"""Firing record, initialisation, decoder norm and schedules against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sae.architectures import TopK
+from sae.training.firing import FiringRecord
+from sae.training.initialise import geometric_median, initialise_, normalise_decoder_, project_decoder_gradient_
+from sae.training.schedules import default_learning_rate, l1_weight, learning_rate
+
+
+def test_dead_features_are_counted_in_tokens() -> None:
+    record = FiringRecord(3, dead_after=100, device=torch.device("cpu"), refresh_every=1)
+    for step, fired in enumerate([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 1]], 1):
+        record.record(torch.tensor(fired, dtype=torch.bool), 40, step)
+    assert record.silent_tokens.tolist() == [0, 120, 0]
+    assert record.dead.tolist() == [False, True, False]
+    assert record.candidates.tolist() == [1]
+
+
+def test_firing_record_survives_a_checkpoint() -> None:
+    record = FiringRecord(4, dead_after=10, device=torch.device("cpu"), refresh_every=1)
+    record.record(torch.tensor([True, False, False, True]), 12, 1)
+    other = FiringRecord(4, dead_after=10, device=torch.device("cpu"), refresh_every=1)
+    other.load_state_dict(record.state_dict())
+    assert other.dead.tolist() == [False, True, True, False]
+    assert other.candidates.tolist() == [1, 2]
+
+
+def test_geometric_median_of_known_configurations() -> None:
+    line = torch.tensor([[0.0], [1.0], [10.0]])
+    assert float(geometric_median(line, 200)) == pytest.approx(1.0, abs=1e-3)
+    square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    torch.testing.assert_close(geometric_median(square), torch.tensor([0.5, 0.5]))
+    triangle = torch.tensor([[math.cos(a), math.sin(a)] for a in (0.3, 0.3 + 2 * math.pi / 3, 0.3 + 4 * math.pi / 3)])
+    torch.testing.assert_close(geometric_median(triangle), torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_geometric_median_when_the_estimate_is_one_of_the_points() -> None:
+    points = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    assert torch.equal(geometric_median(points), torch.zeros(2))
+    same = torch.full((5, 3), 2.0)
+    assert torch.equal(geometric_median(same), torch.full((3,), 2.0))
+
+
+def test_geometric_median_has_a_smaller_sum_of_distances_than_the_mean() -> None:
+    points = torch.from_numpy(np.random.default_rng(0).standard_cauchy((200, 5))).float()
+
+    def cost(centre: torch.Tensor) -> float:
+        return float((points - centre).norm(dim=1).sum())
+
+    best = geometric_median(points, 200)
+    assert cost(best) < cost(points.mean(0))
+    for direction in torch.eye(5):
+        assert cost(best) <= cost(best + 0.05 * direction) + 1e-3
+
+
+def test_initialisation_has_unit_rows_and_a_transposed_encoder() -> None:
+    dictionary = TopK(8, 32, k=4)
+    sample = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) + 3
+    initialise_(dictionary, sample, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(32))
+    assert torch.equal(dictionary.W_enc, dictionary.W_dec.T)
+    assert torch.equal(dictionary.b_enc, torch.zeros(32))
+    torch.testing.assert_close(dictionary.b_dec.data, geometric_median(sample))
+
+
+def test_projected_gradient_is_orthogonal_to_the_rows() -> None:
+    W_dec = torch.nn.Parameter(torch.randn(10, 4, dtype=torch.float64))
+    normalise_decoder_(W_dec)
+    W_dec.grad = torch.randn(10, 4, dtype=torch.float64)
+    project_decoder_gradient_(W_dec)
+    torch.testing.assert_close((W_dec.grad * W_dec).sum(1), torch.zeros(10, dtype=torch.float64), atol=1e-14, rtol=0)
+
+
+def test_learning_rate_schedule_at_its_corners() -> None:
+    def rate(step: int) -> float:
+        return learning_rate(step, 100, 2.0, 0.1, 0.2)
+
+    assert rate(0) == pytest.approx(0.2)
+    assert rate(9) == pytest.approx(2.0)
+    assert rate(50) == 2.0
+    assert rate(80) == pytest.approx(2.0)
+    assert rate(90) == pytest.approx(1.0)
+    assert rate(99) == pytest.approx(0.1)
+    assert learning_rate(0, 100, 2.0, 0.0, 0.0) == 2.0
+
+
+def test_l1_weight_warms_up_from_nothing() -> None:
+    assert [l1_weight(step, 100, 4.0, 0.1) for step in (0, 5, 10, 99)] == [0.0, 2.0, 4.0, 4.0]
+    assert l1_weight(0, 100, 4.0, 0.0) == 4.0
+
+
+def test_default_learning_rate_falls_with_the_root_of_the_width() -> None:
+    assert default_learning_rate(4096) == pytest.approx(1.2e-3)
+    assert default_learning_rate(4 * 4096) == pytest.approx(0.6e-3)
