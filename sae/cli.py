@@ -50,6 +50,7 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     CONFIG is a YAML file. A run that was interrupted goes on where it stopped.
     """
     from rich.console import Console
+    from rich.markdown import Markdown
 
     from sae import pipeline
     from sae.progress import progress_bars
@@ -59,9 +60,12 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
         whole = pipeline.Run(settings, progress)
         whole.harvest()
         whole.train()
-        report = whole.evaluate()
+        report = None if whole.is_evaluated() else whole.evaluate()
         features = whole.features()
-    _show_report(report)
+    if report is None:
+        Console().print(Markdown((whole.folder / "eval.md").read_text(encoding="utf-8").partition("## Figures")[0]))
+    else:
+        _show_report(report)
     folder = str(whole.folder)
     Console().print(
         f"\n{len(features):,} features in [bold]{folder}[/]: "

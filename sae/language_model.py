@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -157,7 +158,7 @@ class LanguageModel:
 
         def keep(name: str) -> Callable[..., None]:
             def hook_function(activation: Tensor, hook: Any) -> None:
-                found[name] = activation.detach().flatten(2)
+                found[name] = rearrange(activation.detach(), "context seq ... -> context seq (...)")
                 if len(found) == len(hooks):
                     raise _AllFoundError
 
@@ -214,7 +215,7 @@ class LanguageModel:
             seen[0] = tokens
 
         def replace(activation: Tensor, hook: Any) -> Tensor:
-            flat = activation.flatten(2)
+            flat = rearrange(activation, "context seq ... -> context seq (...)")
             tokens, seen[0] = seen[0], None  # a later pass that begins in the middle must not find them
             tokens = tokens if tokens is not None and tokens.shape == flat.shape[:2] else None
             new = replacement(flat, tokens) if with_tokens else replacement(flat)  # type: ignore[call-arg]
@@ -262,8 +263,10 @@ def next_token_losses(
     logits: Float[Tensor, "context seq vocab"], tokens: Int[Tensor, "context seq"]
 ) -> Float[Tensor, "context seq-1"]:
     """Cross-entropy in nats of predicting token t + 1 at position t."""
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return losses.view(tokens.shape[0], -1)
+    losses = torch.nn.functional.cross_entropy(
+        rearrange(logits[:, :-1], "context seq vocab -> (context seq) vocab"), tokens[:, 1:].flatten(), reduction="none"
+    )
+    return rearrange(losses, "(context seq) -> context seq", context=len(tokens))
 
 
 class _AllFoundError(Exception):

@@ -13,14 +13,14 @@ import torch
 import yaml
 
 import sae
-from sae.activations.cache import ActivationCache, find_cache, read_manifest
+from sae.activations.cache import ActivationCache, read_manifest
 from sae.activations.harvest import check_same_model, check_same_request
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.loader import ActivationLoader
 from sae.architectures import load
 from sae.config import RunConfig, load_config
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
-from sae.errors import CacheError, ConfigError, FormatError
+from sae.errors import ConfigError, FormatError
 from sae.evaluation import Report, evaluate, write_report
 from sae.features import Features, collect
 from sae.files import read_json, write_bytes
@@ -124,9 +124,8 @@ class Run:
         return dictionary
 
     def evaluate(self) -> Report:
-        """The report on the run's dictionary, as `eval.json` and `eval.md`; measured anew where it is stale."""
+        """The report on the run's dictionary, also written as `eval.json` and `eval.md`."""
         cache, dictionary = self.cache(), self.dictionary()
-        check_same_model(cache.path, cache.manifest, self.language_model)
         report = evaluate(
             dictionary,
             cache,
@@ -139,13 +138,24 @@ class Run:
         write_report(report, self.folder, self.folder / METRICS_FILE)
         return report
 
+    def is_evaluated(self) -> bool:
+        """Whether `eval.json` is there and of this dictionary, text and settings."""
+        path = self.folder / "eval.json"
+        if not path.is_file():
+            return False
+        record = read_json(path)
+        return (
+            record.get("sae_version") == sae.__version__
+            and record.get("dictionary", {}).get("weights_sha256") == weights_sha256(self.dictionary())
+            and record.get("text_sha256") == self.cache().manifest.text_sha256
+            and record.get("settings") == self.config.evaluation.model_dump()
+        )
+
     def features(self) -> Features:
         """The feature store; collected anew where it is missing or of another dictionary, cache or setting."""
         cache, dictionary = self.cache(), self.dictionary()
         folder = self.folder / "features"
-        if (folder / "features.json").is_file() and self._is_fresh(
-            read_json(folder / "features.json"), cache, dictionary
-        ):
+        if (folder / "features.json").is_file() and self._is_collected(folder, cache, dictionary):
             return Features(folder)
         check_same_model(cache.path, cache.manifest, self.language_model)
         return collect(
@@ -165,7 +175,8 @@ class Run:
         """The trained dictionary, on the run's device."""
         return load(self.folder, device=self.device)
 
-    def _is_fresh(self, record: dict[str, Any], cache: ActivationCache, dictionary: Dictionary) -> bool:
+    def _is_collected(self, folder: Path, cache: ActivationCache, dictionary: Dictionary) -> bool:
+        record = read_json(folder / "features.json")
         return (
             record.get("dictionary_sha256") == weights_sha256(dictionary)
             and record.get("text_sha256") == cache.manifest.text_sha256
@@ -175,7 +186,7 @@ class Run:
     def _trained_already(self, cache: ActivationCache) -> Dictionary:
         """The dictionary that is there, if it is the one asked for."""
         dictionary = self.dictionary()
-        trained = dictionary.metadata.get("trained", {})
+        trained = dictionary.metadata.get("trained", {}).get("settings", {})
         asked = {
             **self.config.dictionary.model_dump(exclude={"hook"}),
             **self.config.train.model_dump(exclude={"log_every", "checkpoint_every", "keep_checkpoints"}),
@@ -214,7 +225,8 @@ def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
     whole = Run(config, progress)
     whole.harvest()
     whole.train()
-    whole.evaluate()
+    if not whole.is_evaluated():
+        whole.evaluate()
     whole.features()
     return whole
 
@@ -243,25 +255,6 @@ def dictionary_metadata(cache: ActivationCache, hook: str) -> dict[str, Any]:
     }
 
 
-def check_fits(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
-    """Raise CacheError where a cache's activations are not those the dictionary was trained on."""
-    if cache.d_in(hook) != dictionary.d_in:
-        raise CacheError(
-            f"cache {str(cache.path)!r}: activations at {hook} are {cache.d_in(hook)} wide, the dictionary takes "
-            f"{dictionary.d_in}; give the cache of its own model"
-        )
-    trained_on = dictionary.metadata.get("model")
-    held = cache.manifest.model
-    if not trained_on:
-        return
-    for key in ("weights_sha256", "weight_processing"):
-        if trained_on[key] != held[key]:
-            raise CacheError(
-                f"cache {str(cache.path)!r}: of another model ({held['name']!r}, {key}={held[key]!r}) than the "
-                f"dictionary's ({trained_on['name']!r}, {trained_on[key]!r}); give the cache of its own model"
-            )
-
-
 def choose_device(name: str) -> torch.device:
     """`auto` takes a GPU where there is one.
 
@@ -288,4 +281,4 @@ def _git_commit() -> str | None:
     return answer.stdout.strip()
 
 
-__all__ = ["Run", "check_fits", "choose_device", "collect_features", "find_cache", "harvest", "run"]
+__all__ = ["Run", "choose_device", "collect_features", "harvest", "run"]

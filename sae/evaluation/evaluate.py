@@ -71,7 +71,7 @@ def evaluate(
             summary=summary, progress=lambda *done: report_progress(name, *done), device=device,
         )  # fmt: skip
 
-    dictionary = dictionary if dictionary.W_dec.device == torch.device(device) else _copy_to(dictionary, device)
+    dictionary = _on(dictionary, device)
     own = from_dictionary(dictionary, _describe(dictionary))
     scores = {"dictionary": score("dictionary", own)}
     k = baseline_size(dictionary, scores["dictionary"])
@@ -160,8 +160,9 @@ def _check_dictionary(dictionary: Dictionary, cache: ActivationCache, hook: str)
             )
 
 
-def _copy_to(dictionary: Dictionary, device: str | torch.device) -> Dictionary:
-    return copy.deepcopy(dictionary).to(device)
+def _on(dictionary: Dictionary, device: str | torch.device) -> Dictionary:
+    here = dictionary.W_dec.device == torch.empty(0, device=device).device
+    return dictionary if here else copy.deepcopy(dictionary).to(device)
 
 
 def _describe(dictionary: Dictionary) -> str:

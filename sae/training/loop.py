@@ -157,7 +157,7 @@ class _Run:
                 "normalisation_scale": self.normalisation.scale,
                 "dead": int((silent >= self.settings.dead_after_tokens).sum()),
                 "dead_after_tokens": self.settings.dead_after_tokens,
-                **self.identity,
+                "settings": self.identity,
             },
         }
         return copied

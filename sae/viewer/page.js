@@ -26,6 +26,7 @@ function drawing(name, attributes, text) {
 const isDead = feature => feature.c === undefined;
 const count = number => number.toLocaleString("en");
 const digits = number => Number(number.toPrecision(3)).toLocaleString("en", {maximumSignificantDigits: 3});
+const rounded = number => number < 1000 ? number.toPrecision(3) : count(Math.round(number));
 const percent = share => `${share >= 0.1 ? Math.round(share * 100) : Number((share * 100).toPrecision(2))} %`;
 
 const SIGNS = {"\n": "↵", "\t": "→", "\r": "␍", " ": "·", "\u00a0": "⍽"};
@@ -35,7 +36,9 @@ function visible(text) {
   return (text || "◌").replace(signs, sign => SIGNS[sign]).replace(CONTROL, "�");
 }
 
-function tokenChip(text) { return element("span", "tok", visible(text)); }
+function tokenChip(text) {
+  return element("span", "tok", /^ +$/.test(text) ? "·".repeat(text.length) : visible(text));
+}
 
 function pieces(text, lengths) {
   const found = [];
@@ -62,7 +65,7 @@ function contextText(feature, [, , , position, text, lengths, firing]) {
     }
     const token = element("span", place === position ? "fires peak" : "fires", ...marked(piece || "◌"));
     token.style.setProperty("--share", (0.12 + 0.88 * Math.min(1, activation / feature.x)).toFixed(3));
-    token.title = digits(activation);
+    token.title = rounded(activation);
     line.append(token);
   });
   return line;
@@ -70,14 +73,14 @@ function contextText(feature, [, , , position, text, lengths, firing]) {
 
 function marked(piece) {
   return visible(piece).split(/([↵→␍·⍽]+)/).filter(Boolean)
-    .map(part => /^[↵→␍·⍽]/.test(part) ? element("span", "sign", part) : part);
+    .flatMap(part => /^[↵→␍·⍽]/.test(part) ? [element("span", "sign", part), element("wbr")] : [part]);
 }
 
 function exampleList(title, note, feature, examples) {
   const rows = examples.map(example => {
     const where = element("span", "where", element("bdi", "", data.documents[example[1]]));
     where.title = `${data.documents[example[1]]}, row ${count(example[2])}`;
-    return element("li", "", element("span", "value", digits(example[0])), contextText(feature, example), where);
+    return element("li", "", element("span", "value", rounded(example[0])), contextText(feature, example), where);
   });
   const heading = element("h3", "", element("b", "", title), note);
   return element("section", "examples", heading, element("ol", "", ...rows));
@@ -105,10 +108,11 @@ function statsCard(feature) {
   const rows = [
     ["density", percent(feature.d)],
     ["fires on", feature.d > 0.5 ? "most tokens" : `1 in ${count(Math.round(1 / feature.d))} tokens`],
-    ["firings", count(feature.c)], ["max", digits(feature.x)], ["mean", digits(feature.m)],
+    ["firings", count(feature.c)], ["max", rounded(feature.x)], ["mean", rounded(feature.m)],
   ];
   const list = element("dl", "stats", ...rows.flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]));
-  return element("section", "card", element("h3", "", "Activations"), list, histogram(feature.h));
+  return element("section", "card", element("h3", "", "Activations"), list,
+    element("figure", "", histogram(feature.h), element("figcaption", "", "firings by activation, log scale")));
 }
 
 function logitList(entries, kind) {
@@ -150,7 +154,7 @@ function showFeature(feature) {
     parts.push(exampleList("Strongest", " · one per document", feature, feature.t));
     feature.q.forEach((examples, number) => {
       const share = 100 / feature.q.length, low = Math.round(100 - (number + 1) * share), high = Math.round(100 - number * share);
-      const range = examples.length ? ` · ${digits(examples.at(-1)[0])} to ${digits(examples[0][0])}` : "";
+      const range = examples.length ? ` · ${rounded(examples.at(-1)[0])} to ${rounded(examples[0][0])}` : "";
       if (examples.length) parts.push(exampleList(`${low}–${high} %`, ` of non-zero activations, random${range}`, feature, examples));
     });
   }
@@ -186,7 +190,7 @@ function refreshList() {
   order.sort((a, b) => isDead(a) - isDead(b) || sign * ((a[key] ?? 0) - (b[key] ?? 0)) || a.i - b.i);
   controls.list.replaceChildren(...order.map(feature => {
     const row = item(feature);
-    row.querySelector(".amount").textContent = isDead(feature) ? "" : key === "x" || key === "m" ? digits(feature[key]) : percent(feature.d);
+    row.querySelector(".amount").textContent = isDead(feature) ? "" : key === "x" || key === "m" ? rounded(feature[key]) : percent(feature.d);
     return row;
   }));
   const dead = data.features.filter(isDead).length;

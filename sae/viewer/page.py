@@ -24,8 +24,8 @@ _PEEK = 6
 def write_page(features: Features, indices: Iterable[int], path: str | Path, title: str) -> None:
     """Write the features `indices` as one HTML file.
 
-    Token text is data in the page: it stands in a JSON block that cannot end early, and the script shows it as text
-    only. The page's policy forbids it to load anything or to run any script but its own.
+    Token text is data in the page: it stands in a JSON block that cannot end early, and the script shows it as
+    text only. The page's policy forbids it to load anything or to run any script but its own.
 
     Raises:
         UnknownFeatureError: an index is not in the store.

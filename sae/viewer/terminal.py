@@ -58,7 +58,7 @@ def print_features(
             table.add_row(str(index), "dead", "", "", "", style="dim")
         else:
             tokens = Text(" ").join(Text(visible(token), style="on grey23") for token in feature.peek[:8])
-            numbers = (density_text(feature.density), f"{feature.max:.3g}", f"{feature.mean:.3g}")
+            numbers = (density_text(feature.density), number_text(feature.max), number_text(feature.mean))
             table.add_row(str(index), *numbers, tokens)
     console.print(table)
     dead = int(features.summary().dead.sum())
@@ -82,6 +82,11 @@ def density_text(density: float) -> str:
     return f"{100 * density:.2g} %" if density < 0.1 else f"{100 * density:.0f} %"
 
 
+def number_text(number: float) -> str:
+    """A number with three digits, zeros at the end included."""
+    return f"{number:#.3g}".rstrip(".") if 1e-3 <= number < 1000 else f"{number:.3g}"
+
+
 def visible(token: str) -> str:
     """A token's text on one line: line ends and tabs as signs, control characters replaced."""
     return (token or _PART_OF_CHARACTER).translate(_HARMFUL | _VISIBLE)
@@ -92,7 +97,8 @@ def _header(feature: Feature) -> Text:
     if feature.dead:
         return text.append("  dead", style="bold red")
     rarity = f"1 in {1 / feature.density:,.0f} tokens" if feature.density < 0.5 else "most tokens"
-    numbers = f"  density {density_text(feature.density)} ({rarity})   max {feature.max:.4g}   mean {feature.mean:.4g}"
+    numbers = f"  density {density_text(feature.density)} ({rarity})   max {number_text(feature.max)}   "
+    numbers += f"mean {number_text(feature.mean)}"
     return text.append(numbers + f"   firings {feature.count:,}", style="not bold")
 
 
@@ -122,7 +128,7 @@ def _contexts(title: str, examples: list[Example], largest: float) -> Group:
     table.add_column(justify="right", style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for example in examples:
-        table.add_row(f"{example.value:.3g}", _context(example, largest))
+        table.add_row(number_text(example.value), _context(example, largest))
     return Group(Text(f"\n{title}", style="underline"), table)
 
 

@@ -87,7 +87,9 @@ def make_cache(
             ids = {"tokens": tokens[part].int(), "documents": documents[part].int()}
             write(shard_name("tokens", split, number), ids)
             write(shard_name(HOOK, split, number), {"activations": x[part].float()})
-    names = {split: [f"{n}.txt" for n in range(int(documents.max()) + 1)] for split, (_, _, documents) in splits.items()}
+    names = {
+        split: [f"{n}.txt" for n in range(int(documents.max()) + 1)] for split, (_, _, documents) in splits.items()
+    }
     (folder / DOCUMENTS).write_text(json.dumps(names))
     x, tokens, _ = splits["train"]
     x = x[eligible_rows(tokens, policy, context_length)].double()

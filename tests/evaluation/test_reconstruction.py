@@ -14,8 +14,8 @@ from sae.activations.cache import ActivationCache, eligible_rows
 from sae.architectures import TopK
 from sae.config import EvaluationConfig
 from sae.errors import CacheError, ConfigError, FormatError
-from sae.evaluation import evaluate
-from sae.evaluation.streams import BLOCK_TOKENS, held_out_blocks
+from sae.evaluation import evaluate, streams
+from sae.evaluation.streams import held_out_blocks
 
 D_IN = 6
 ROWS = random_rows(150, D_IN, 9)  # 18 contexts of 8, and one of 6
@@ -47,7 +47,14 @@ def test_mean_predictor_scores_fvu_1(tmp_path: Path) -> None:
 
 def test_identity_scores_zero_error(tmp_path: Path) -> None:
     scores = _scores(tmp_path, lambda x: x)
-    expected = {"mse": 0, "fvu": 0, "explained_variance": 1, "cosine": 1, "l2_ratio": 1, "relative_reconstruction_bias": 1}
+    expected = {
+        "mse": 0,
+        "fvu": 0,
+        "explained_variance": 1,
+        "cosine": 1,
+        "l2_ratio": 1,
+        "relative_reconstruction_bias": 1,
+    }
     for name, value in expected.items():
         assert scores[name]["value"] == pytest.approx(value, abs=1e-14), name
         assert scores["baselines"]["identity"][name] == scores[name]
@@ -134,22 +141,27 @@ def _random_topk(dtype: torch.dtype = torch.float32) -> TopK:
     return dictionary.to(dtype)
 
 
-def _long_rows() -> tuple[Tensor, Tensor, Tensor]:
-    return random_rows(2 * BLOCK_TOKENS + 77, D_IN, 40, seed=5)
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Blocks small enough for a test's cache to have several."""
+    monkeypatch.setattr(streams, "BLOCK_TOKENS", 100)
+    return 100
 
 
-def test_blocks_are_the_same_however_the_cache_is_read(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path, _long_rows())
-    x, documents = _eligible(_long_rows())
+def test_blocks_are_the_same_however_the_cache_is_read(tmp_path: Path, small_blocks: int) -> None:
+    rows = random_rows(377, D_IN, 20)
+    cache = make_cache(tmp_path, rows)
+    x, documents = _eligible(rows)
     for batch_contexts in (1, 3, 16, 10_000):
         blocks = list(held_out_blocks(cache, HOOK, EvaluationConfig(batch_contexts=batch_contexts)))
-        assert [len(block.x) for block in blocks[:-1]] == [BLOCK_TOKENS] * (len(blocks) - 1)
+        assert [len(block.x) for block in blocks[:-1]] == [small_blocks] * (len(blocks) - 1)
         assert torch.equal(torch.cat([block.x for block in blocks]), x)
         assert torch.equal(torch.cat([block.documents for block in blocks]), documents)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_batch_size_changes_nothing(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path, _long_rows())
+    cache = make_cache(tmp_path, random_rows(377, D_IN, 20))
     reports = [
         evaluate(_random_topk(), cache, hook=HOOK, settings=EvaluationConfig(batch_contexts=n)).to_json()
         for n in (1, 3, 16)
@@ -161,8 +173,9 @@ def test_batch_size_changes_nothing(tmp_path: Path) -> None:
         assert other == pytest.approx(first, rel=1e-12)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_order_of_contexts_changes_nothing(tmp_path: Path) -> None:
-    x, tokens, documents = (part[: 4096 + 64].view(-1, 8, *part.shape[1:]) for part in random_rows(4160, D_IN, 40))
+    x, tokens, documents = (part.view(-1, 8, *part.shape[1:]) for part in random_rows(400, D_IN, 20))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     straight = (x.flatten(0, 1), tokens.flatten(), documents.flatten())
     shuffled = (x[order].flatten(0, 1), tokens[order].flatten(), documents[order].flatten())
@@ -218,7 +231,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         evaluate(broken, cache, hook=HOOK)
     x = ROWS[0].clone()
     x[1, 2] = float("inf")
-    with pytest.raises(CacheError, match=r"1 of 46 tokens .* infinite or not-a-number .* harvest\.dtype=bfloat16"):
+    with pytest.raises(CacheError, match=r"1 of 20 tokens .* infinite or not-a-number .* harvest\.dtype=bfloat16"):
         evaluate(_random_topk(), _infinite(tmp_path / "b", x), hook=HOOK, settings=EvaluationConfig(batch_contexts=7))
     all_masked = make_cache(tmp_path / "c", (ROWS[0], torch.zeros(150), ROWS[2]), ROWS)
     with pytest.raises(ConfigError, match="all 150 held-out tokens read are masked by the token policy"):

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sae.activations import ActivationCache
+from sae.activations.loader import ActivationLoader
+from sae.errors import CacheError
+
+HOOK = "blocks.0.hook_resid_pre"
+CONTEXT = 8
+
+
+@pytest.fixture
+def marked(write_cache: Callable[..., ActivationCache]) -> tuple[ActivationCache, list[int]]:
+    """A cache whose activations are the numbers of their rows, and the rows that count."""
+    return mark_rows(write_cache, 1003)
+
+
+def mark_rows(
+    write_cache: Callable[..., ActivationCache], rows: int, **options: Any
+) -> tuple[ActivationCache, list[int]]:
+    tokens = torch.randint(0, 5, (rows,), generator=torch.Generator().manual_seed(0))
+    x = torch.arange(rows).float()[:, None].expand(rows, 3)
+    cache = write_cache(x, tokens, context_length=CONTEXT, **options)
+    return cache, [row for row in range(rows) if row % CONTEXT and tokens[row] != 0]
+
+
+def drawn(loader: ActivationLoader, batches: int) -> list[int]:
+    """Row numbers in the order in which they come."""
+    taken = list(itertools.islice(loader, batches))
+    for batch in taken:
+        assert batch.shape == (loader.batch_size, loader.d_in)
+        assert batch.dtype == torch.float32
+    x = torch.cat(taken)
+    assert (x == x[:, :1]).all()
+    return x[:, 0].long().tolist()
+
+
+@pytest.mark.parametrize("block_tokens", [1, 5, 64, 5000])
+@pytest.mark.parametrize("pool_tokens", [1, 50, 333, 10**6])
+def test_every_eligible_row_once_an_epoch_and_no_other(
+    marked: tuple[ActivationCache, list[int]], pool_tokens: int, block_tokens: int
+) -> None:
+    cache, eligible = marked
+    loader = ActivationLoader(cache, HOOK, batch_size=7, pool_tokens=pool_tokens, block_tokens=block_tokens, seed=3)
+    assert loader.tokens_per_epoch == len(eligible)
+    rows = drawn(loader, -(-3 * len(eligible) // 7))
+    epochs = [rows[start : start + len(eligible)] for start in range(0, 3 * len(eligible), len(eligible))]
+    for epoch in epochs:
+        assert sorted(epoch) == eligible
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_batch_can_be_larger_than_pool_and_epoch(marked: tuple[ActivationCache, list[int]]) -> None:
+    cache, eligible = marked
+    loader = ActivationLoader(cache, HOOK, batch_size=2 * len(eligible) + 5, pool_tokens=64)
+    rows = drawn(loader, 1)
+    assert sorted(rows[: len(eligible)]) == sorted(rows[len(eligible) : -5]) == eligible
+    assert loader.state_dict() == {"position": 2 * len(eligible) + 5}
+
+
+def test_order_is_a_function_of_the_seed(marked: tuple[ActivationCache, list[int]]) -> None:
+    cache, _ = marked
+    first, again, other = (
+        drawn(ActivationLoader(cache, HOOK, batch_size=10, pool_tokens=100, seed=seed), 40) for seed in (0, 0, 1)
+    )
+    assert first == again
+    agreement = sum(a == b for a, b in zip(first, other, strict=True))
+    assert agreement < 10  # by chance one in about seven hundred
+
+
+@pytest.mark.parametrize("batches", [0, 1, 9, 70, 71, 200])
+@pytest.mark.parametrize("pool_tokens", [100, 10**6])
+def test_a_loader_goes_on_from_any_position(
+    marked: tuple[ActivationCache, list[int]], batches: int, pool_tokens: int
+) -> None:
+    cache, _ = marked
+    make = lambda: ActivationLoader(cache, HOOK, batch_size=10, pool_tokens=pool_tokens, seed=5)  # noqa: E731
+    whole = drawn(make(), batches + 30)
+    before = make()
+    used = drawn(before, batches)
+    after = make()
+    after.load_state_dict(before.state_dict())
+    assert used + drawn(after, 30) == whole
+    assert after.state_dict() == {"position": 10 * (batches + 30)}
+    assert drawn(before, 30) == whole[10 * batches :]  # the same object iterated anew goes on as well
+
+
+def test_neighbours_in_a_batch_are_not_neighbours_in_the_text(write_cache: Callable[..., ActivationCache]) -> None:
+    """Rows of consecutive batch elements: uncorrelated, and seldom from one context, with a pool of 1/10 of the cache.
+
+    The correlation of n independent pairs has a standard error of 1/√n. Two rows of one pool are in the same context
+    with probability ~ (7 − 1)/pool rows if whole blocks of 16 rows are read.
+    """
+    cache, eligible = mark_rows(write_cache, 40_000, shard_contexts=512)
+    loader = ActivationLoader(cache, HOOK, batch_size=100, pool_tokens=len(eligible) // 10, block_tokens=16, seed=1)
+    rows = np.array(drawn(loader, len(eligible) // 100))
+    n = len(rows)
+    assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 4 / n**0.5
+    same_context = (rows[:-1] // CONTEXT == rows[1:] // CONTEXT).mean()
+    assert same_context < 3 * CONTEXT / loader.pool_tokens
+    # the first pool alone covers the cache evenly: quantiles of its rows are those of all rows
+    pool = np.sort(rows[: loader.pool_tokens])
+    expected = np.quantile(eligible, [0.1, 0.25, 0.5, 0.75, 0.9])
+    blocks = loader.pool_tokens / 12
+    assert np.abs(np.quantile(pool, [0.1, 0.25, 0.5, 0.75, 0.9]) - expected).max() < 4 * 40_000 * 0.5 / blocks**0.5
+
+
+def test_pools_are_as_large_as_they_say(
+    write_cache: Callable[..., ActivationCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 4000
+    for dtype, per_row in ((torch.float16, 2 * 6), (torch.int8, 6 + 4), (torch.float32, 4 * 6)):
+        scale = torch.ones(rows) if dtype == torch.int8 else None
+        cache = write_cache(torch.ones(rows, 6).to(dtype), torch.ones(rows), scale=scale, context_length=CONTEXT)
+        for pool_tokens in (1, 10, 500, 10**6):
+            loader = ActivationLoader(cache, HOOK, batch_size=64, pool_tokens=pool_tokens)
+            made: list[int] = []
+            original = loader._new_pool
+
+            def watched(original: Any = original, made: list[int] = made) -> Any:
+                pool = original()
+                made.append(sum(x.nbytes for x in (pool.activations, pool.scale) if x is not None))
+                return pool
+
+            monkeypatch.setattr(loader, "_new_pool", watched)
+            list(itertools.islice(loader, 200))
+            assert sum(made) == loader.pool_bytes == 2 * per_row * min(pool_tokens, loader.tokens_per_epoch)
+
+
+def test_int8_is_multiplied_by_its_tokens_scale(write_cache: Callable[..., ActivationCache]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randint(-127, 128, (400, 5), generator=generator, dtype=torch.int8)
+    scale = torch.rand(400, generator=generator) + 0.1
+    cache = write_cache(stored, torch.arange(400) + 1, scale=scale, masked_ids=(), mask_first_position=False)
+    loader = ActivationLoader(cache, HOOK, batch_size=400, pool_tokens=64)
+    expected = stored.numpy().astype(np.float32) * scale.numpy()[:, None]
+    ours = next(iter(loader)).numpy()
+    assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, expected.tolist()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_comes_as_float32(write_cache: Callable[..., ActivationCache], dtype: torch.dtype) -> None:
+    stored = torch.randn(64, 5).to(dtype)
+    cache = write_cache(stored, torch.arange(64), masked_ids=(), mask_first_position=False)
+    ours = next(iter(ActivationLoader(cache, HOOK, batch_size=64)))
+    assert ours.dtype == torch.float32
+    assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, stored.double().tolist()))
+
+
+def test_batches_may_be_changed_in_place(marked: tuple[ActivationCache, list[int]]) -> None:
+    cache, _ = marked
+    changed, untouched = (ActivationLoader(cache, HOOK, batch_size=50, pool_tokens=10**6) for _ in range(2))
+    for batch, expected in itertools.islice(zip(changed, untouched, strict=True), 60):
+        assert torch.equal(batch, expected)
+        batch.fill_(-1)
+
+
+def test_held_batches_are_not_overwritten_by_later_pools(marked: tuple[ActivationCache, list[int]]) -> None:
+    cache, _ = marked
+    taken: list[Tensor] = []
+    copies: list[Tensor] = []
+    for batch in itertools.islice(ActivationLoader(cache, HOOK, batch_size=10, pool_tokens=30), 50):
+        taken.append(batch)
+        copies.append(batch.clone())
+    assert torch.equal(torch.cat(taken), torch.cat(copies))
+
+
+def test_harvested_cache_is_loaded_as_it_is(tiny_cache: ActivationCache) -> None:
+    hook = tiny_cache.hooks[1]
+    loader = ActivationLoader(tiny_cache, hook, batch_size=1, split="held_out")
+    expected = torch.cat([batch.activations[batch.eligible] for batch in tiny_cache.contexts("held_out", hook)])
+    assert loader.tokens_per_epoch == len(expected)
+    ours = torch.cat(list(itertools.islice(loader, len(expected))))
+    assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, expected.tolist()))
+
+
+def test_nothing_to_load_is_an_error(write_cache: Callable[..., ActivationCache]) -> None:
+    cache = write_cache(torch.ones(20, 3), torch.zeros(20))
+    with pytest.raises(CacheError, match=r"all 20 tokens are masked; nothing to train on"):
+        ActivationLoader(cache, HOOK, batch_size=4)
+    with pytest.raises(
+        CacheError, match=r"hook 'blocks.5.hook_resid_pre' is not in it; it holds blocks.0.hook_resid_pre"
+    ):
+        ActivationLoader(cache, "blocks.5.hook_resid_pre", batch_size=4)
+
+
+def test_a_shard_lost_while_loading_is_named(marked: tuple[ActivationCache, list[int]]) -> None:
+    cache, _ = marked
+    loader = ActivationLoader(cache, HOOK, batch_size=10, pool_tokens=100)
+    (cache.path / HOOK / "train-00003.safetensors").unlink()
+    with pytest.raises(CacheError, match=r"blocks.0.hook_resid_pre/train-00003.safetensors is damaged \(.*restore it"):
+        drawn(loader, 100)

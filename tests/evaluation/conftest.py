@@ -1,0 +1,31 @@
+"""A cache of the tiny model whose held-out split has many documents, so that standard errors exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sae.activations import ActivationCache
+from sae.activations.harvest import harvest
+from sae.config import parse_config
+from sae.language_model import LanguageModel
+
+
+@pytest.fixture(scope="session")
+def many_documents(
+    tiny_model: Path, text_folder: Path, language_model: LanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> ActivationCache:
+    """Float32, two hook points, 246 held-out tokens in short sections, the last context ragged. Read only."""
+    settings = {
+        "out": str(tmp_path_factory.mktemp("many") / "run"),
+        "model": {"name": str(tiny_model)},
+        "data": {
+            "source": str(text_folder), "tokens": 1000, "held_out_tokens": 246, "context_length": 16,
+            "section_characters": 80, "holdout_fraction": 0.25,
+        },
+        "harvest": {
+            "hooks": ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"], "dtype": "float32", "shard_contexts": 8,
+        },
+    }  # fmt: skip
+    return harvest(parse_config(settings), language_model)

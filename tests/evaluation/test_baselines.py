@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
+
+from sae.activations.cache import eligible_rows
+from sae.architectures import TopK
+from sae.evaluation import evaluate
+from sae.evaluation.baselines import fit_pca, fit_random_dictionary
+from sae.evaluation.streams import training_blocks
+
+TRAIN = random_rows(700, 6, 12, seed=1)
+HELD_OUT = random_rows(150, 6, 9, seed=2)
+
+
+def _train_x() -> torch.Tensor:
+    x, tokens, _ = TRAIN
+    return x[eligible_rows(tokens, POLICY, 8)].double()
+
+
+@pytest.mark.parametrize("components", [1, 3, 6, 50])
+def test_pca_is_the_truncated_singular_value_decomposition(tmp_path: Path, components: int) -> None:
+    cache = make_cache(tmp_path, HELD_OUT, TRAIN)
+    pca = fit_pca(cache, HOOK, components)
+    x = _train_x()
+    centred = x - x.mean(0)
+    U, S, Vh = torch.linalg.svd(centred, full_matrices=False)
+    S[components:] = 0
+    expected = U @ torch.diag(S) @ Vh + x.mean(0)
+    assert torch.allclose(pca(x.float()).x_hat.double(), expected, atol=2e-5)
+    codes = pca(x.float()).codes
+    assert codes is not None and codes.values.shape[1] == min(components, 6) == pca.features
+
+
+def test_pca_on_training_tokens_has_the_residual_variance_of_the_eigenvalues(tmp_path: Path) -> None:
+    report = evaluate(TopK(6, 24, k=2).requires_grad_(False), make_cache(tmp_path, TRAIN), hook=HOOK)
+    S = torch.linalg.svdvals(_train_x() - _train_x().mean(0))
+    fvu = report.baselines["pca"].reconstruction.fvu.value
+    assert fvu == pytest.approx(float(S[2:].square().sum() / S.square().sum()), rel=1e-5)
+    assert "2 principal components" in report.baselines["pca"].description
+    assert report.to_json()["baselines"]["pca"]["l0"]["value"] == 2
+
+
+def test_the_gain_of_the_random_dictionary_is_least_squares(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, HELD_OUT, TRAIN)
+    random = fit_random_dictionary(cache, HOOK, 64, 4)
+    x = _train_x()
+    x_hat = random(x.float()).x_hat.double()
+    b = cache.statistics(HOOK).mean.double()
+    error = (x - x_hat).square().sum()
+    for factor in (0.98, 1.02):
+        assert (x - (b + factor * (x_hat - b))).square().sum() > error
+    assert error < (x - b).square().sum()
+    codes = random(x.float()).codes
+    assert codes is not None and int((codes.values > 0).sum(-1).max()) <= 4
+    again = fit_random_dictionary(cache, HOOK, 64, 4)
+    assert torch.equal(random(x.float()).x_hat, again(x.float()).x_hat)
+
+
+def test_baselines_get_k_or_the_mean_l0(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, HELD_OUT, TRAIN)
+    report = evaluate(Fixed(6, 5, lambda x: x), cache, hook=HOOK)  # fires on every positive number
+    assert report.scores.sparsity is not None
+    k = round(report.scores.sparsity.l0.value or 0)
+    assert f"{k} principal components" in report.baselines["pca"].description
+    assert f"5 random directions, top {k}" in report.baselines["random"].description
+
+
+def test_training_tokens_are_spread_over_the_cache(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, HELD_OUT, TRAIN)
+    x, tokens, _ = TRAIN
+    eligible = eligible_rows(tokens, POLICY, 8)
+    assert torch.equal(torch.cat(list(training_blocks(cache, HOOK, 10_000))), x[eligible])
+    some = torch.cat(list(training_blocks(cache, HOOK, 200)))
+    fourth = torch.arange(700) // 8 % 4 == 0
+    assert torch.equal(some, x[eligible & fourth])
+    assert len(torch.cat(list(training_blocks(cache, HOOK, 1)))) <= 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_the_same_scores(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, HELD_OUT, TRAIN)
+    dictionary = TopK(6, 24, k=2).requires_grad_(False)
+    dictionary.W_enc.copy_(torch.randn(6, 24, generator=torch.Generator().manual_seed(0)))
+    dictionary.W_dec.copy_(torch.nn.functional.normalize(dictionary.W_enc.T, dim=-1))
+    cpu, gpu = (evaluate(dictionary, cache, hook=HOOK, device=device).columns for device in ("cpu", "cuda"))
+    for name, scores in cpu.items():
+        for metric in ("mse", "fvu", "cosine", "l2_ratio"):
+            one, other = getattr(scores.reconstruction, metric), getattr(gpu[name].reconstruction, metric)
+            assert other.value == pytest.approx(one.value, rel=1e-4, abs=1e-9), (name, metric)
+    assert dictionary.W_dec.device.type == "cpu"

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import evaluation_reference as reference
+import pytest
+import torch
+from evaluation_cache import Fixed
+from torch import Tensor
+
+from sae.activations import ActivationCache
+from sae.config import EvaluationConfig, ModelConfig
+from sae.errors import CacheError, ConfigError, ModelError
+from sae.evaluation import evaluate
+from sae.language_model import LanguageModel
+from sae.tokens import HELD_OUT
+
+HOOK = "blocks.1.hook_resid_pre"
+
+
+def _evaluate(
+    cache: ActivationCache, language_model: LanguageModel, reconstruct: Any, **settings: Any
+) -> dict[str, Any]:
+    dictionary = Fixed(32, 8, reconstruct)
+    return evaluate(
+        dictionary, cache, hook=HOOK, language_model=language_model, settings=EvaluationConfig(**settings)
+    ).to_json()
+
+
+def _direct(cache: ActivationCache, language_model: LanguageModel, new: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, log-probabilities, documents of the counted positions; x: by a plain hook on the Hugging Face model."""
+    model = language_model.bridge.original_model
+    losses, log_probabilities, documents, activations = [], [], [], []
+    for batch in cache.contexts(HELD_OUT, batch_contexts=1):
+
+        def replace(module: Any, arguments: Any, eligible: Tensor = batch.eligible) -> Any:
+            x = arguments[0].clone()
+            activations.append(x[eligible])
+            x[eligible] = new(x[eligible]).to(x)
+            return (x, *arguments[1:])
+
+        handle = model.transformer.h[1].register_forward_pre_hook(replace)
+        with torch.no_grad():
+            log_p = model(batch.tokens).logits[0, :-1].log_softmax(-1)
+        handle.remove()
+        counted = batch.eligible[0, :-1]
+        losses.append(-log_p[torch.arange(len(counted)), batch.tokens[0, 1:]][counted])
+        log_probabilities.append(log_p[counted])
+        documents.append(batch.documents[0, :-1][counted])
+    return (
+        torch.cat(losses).double(),
+        torch.cat(log_probabilities).double(),
+        torch.cat(documents),
+        torch.cat(activations),
+    )
+
+
+def test_identity_loses_nothing(many_documents: ActivationCache, language_model: LanguageModel) -> None:
+    scores = _evaluate(many_documents, language_model, lambda x: x)
+    assert scores["ce_spliced"] == scores["ce_clean"]
+    assert scores["delta_ce"] == {"value": 0, "standard_error": 0}
+    assert scores["kl"] == {"value": 0, "standard_error": 0}
+    assert scores["ce_recovered_zero"]["value"] == scores["ce_recovered_mean"]["value"] == 1
+    for name in ("ce_clean", "ce_spliced", "delta_ce", "ce_recovered_zero", "ce_recovered_mean", "kl"):
+        assert scores["baselines"]["identity"][name] == scores[name], name
+
+
+def test_losses_equal_plain_hooks_on_the_hugging_face_model(
+    many_documents: ActivationCache, language_model: LanguageModel
+) -> None:
+    def reconstruct(x: Tensor) -> Tensor:
+        return 0.5 * x + 0.1
+
+    scores = _evaluate(many_documents, language_model, reconstruct)
+    clean, log_p, documents, x = _direct(many_documents, language_model, lambda x: x)
+    zero, *_ = _direct(many_documents, language_model, torch.zeros_like)
+    mean, *_ = _direct(many_documents, language_model, lambda part: x.double().mean(0).expand_as(part))
+    spliced, log_q, *_ = _direct(many_documents, language_model, reconstruct)
+    one, origin = torch.ones_like(clean), documents.numpy()
+    expected = {
+        "ce_clean": (clean, one),
+        "ce_zero": (zero, one),
+        "ce_mean": (mean, one),
+        "ce_spliced": (spliced, one),
+        "delta_ce": (spliced - clean, one),
+        "ce_recovered_zero": (zero - spliced, zero - clean),
+        "ce_recovered_mean": (mean - spliced, mean - clean),
+        "kl": ((log_p.exp() * (log_p - log_q)).sum(-1), one),
+    }
+    assert float((zero - clean).abs().mean()) > 0.05, "the test's model must mind"
+    for name, (a, b) in expected.items():
+        value, error = reference.ratio(a.numpy(), b.numpy(), origin)
+        tolerance = 1e-2 if "recovered" in name else 1e-4  # these divide by a small difference of float32 losses
+        assert scores[name]["value"] == pytest.approx(value, rel=tolerance, abs=1e-6), name
+        assert scores[name]["standard_error"] == pytest.approx(error, rel=10 * tolerance, abs=1e-6), name
+    assert scores["evaluated"]["downstream_tokens"] == len(clean)
+    assert scores["evaluated"]["downstream_documents"] == len(set(origin.tolist()))
+
+
+def test_mean_and_zero_reconstructions_are_the_ablations(
+    many_documents: ActivationCache, language_model: LanguageModel
+) -> None:
+    scores = _evaluate(many_documents, language_model, torch.zeros_like)
+    assert scores["ce_spliced"] == scores["ce_zero"]
+    assert scores["ce_recovered_zero"]["value"] == 0
+    assert scores["baselines"]["pca"]["ce_zero"] == scores["ce_zero"]
+    assert scores["baselines"]["pca"]["ce_spliced"] != scores["ce_spliced"]
+
+
+def test_paired_error_is_far_below_that_of_either_loss(
+    many_documents: ActivationCache, language_model: LanguageModel
+) -> None:
+    scores = _evaluate(many_documents, language_model, lambda x: 0.99 * x)
+    assert 0 < scores["delta_ce"]["standard_error"] < scores["ce_clean"]["standard_error"] / 5
+
+
+def test_batch_size_and_other_hook_points(many_documents: ActivationCache, language_model: LanguageModel) -> None:
+    hook = "blocks.2.hook_mlp_out"
+    results = []
+    for batch_contexts in (2, 5):
+        settings = EvaluationConfig(batch_contexts=batch_contexts)
+        dictionary = Fixed(32, 8, lambda x: 0.5 * x)
+        results.append(
+            evaluate(dictionary, many_documents, hook=hook, language_model=language_model, settings=settings)
+        )
+    names = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")
+    first = results[0].to_json()
+    for other in results[1:]:
+        for name in names:
+            assert other.to_json()[name]["value"] == pytest.approx(first[name]["value"], rel=1e-5, abs=1e-7), name
+
+
+def test_downstream_tokens_limit(many_documents: ActivationCache, language_model: LanguageModel) -> None:
+    scores = _evaluate(many_documents, language_model, lambda x: x, downstream_tokens=40)
+    assert scores["evaluated"]["tokens"] > scores["evaluated"]["downstream_tokens"]
+    assert 0 < scores["evaluated"]["downstream_tokens"] <= 2 * 14
+    with pytest.raises(ConfigError, match=r"evaluation\.downstream_tokens=3: .* set at least one context \(16\)"):
+        _evaluate(many_documents, language_model, lambda x: x, downstream_tokens=3)
+
+
+def test_another_model_or_an_unreplaceable_hook_is_an_error(
+    many_documents: ActivationCache, tiny_model: Path, language_model: LanguageModel
+) -> None:
+    folded = LanguageModel(ModelConfig(name=str(tiny_model), weight_processing="fold_ln"))
+    with pytest.raises(CacheError, match="weight_processing"):
+        _evaluate(many_documents, folded, lambda x: x)
+    hook = "blocks.1.hook_resid_mid"
+    many_documents.manifest.hooks[hook] = many_documents.manifest.hooks[HOOK]
+    try:
+        with pytest.raises(ModelError, match="can read hook_resid_mid but not replace it"):
+            evaluate(Fixed(32, 8, lambda x: x), many_documents, hook=hook, language_model=language_model)
+    finally:
+        del many_documents.manifest.hooks[hook]

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_cache import HOOK, make_cache, random_rows
+from rich.console import Console
+
+from sae.activations import ActivationCache
+from sae.architectures import ReLU, TopK
+from sae.evaluation import Report, evaluate, report_table, write_report
+from sae.language_model import LanguageModel
+
+DEFINITIONS = (
+    "mse", "fvu", "explained_variance", "cosine", "l2_ratio", "relative_reconstruction_bias", "l0", "l0_quantiles",
+    "l1", "density", "dead", "dense", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_ce", "ce_recovered_zero",
+    "ce_recovered_mean", "kl",
+)  # fmt: skip
+
+
+def _topk(d_in: int = 32) -> TopK:
+    dictionary = TopK(d_in, 64, k=4).requires_grad_(False)
+    dictionary.W_dec.copy_(torch.nn.functional.normalize(torch.randn(64, d_in), dim=-1))
+    dictionary.W_enc.copy_(dictionary.W_dec.T)
+    return dictionary
+
+
+@pytest.fixture(scope="module")
+def report(many_documents: ActivationCache, language_model: LanguageModel) -> Report:
+    return evaluate(_topk(), many_documents, hook=HOOK, language_model=language_model)
+
+
+def _metrics_file(folder: Path) -> Path:
+    lines = [{"step": n, "tokens": 64 * n, "fvu": 1 / n, "l0": 4, "dead": 0, "lr": 1e-3} for n in range(1, 30)]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"step": 30, "tok'
+    (folder / "metrics.jsonl").write_text(text)
+    return folder / "metrics.jsonl"
+
+
+def test_json_has_every_definition_by_its_name_for_all_columns(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    written = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert written == report.to_json()
+    assert set(written["baselines"]) == {"pca", "random", "identity"}
+    for column in (written, *written["baselines"].values()):
+        assert set(DEFINITIONS) <= set(column)
+    for name in set(DEFINITIONS) - {"l0_quantiles", "density", "dead", "dense"}:
+        assert written[name]["standard_error"] is not None, name
+    assert written["token_policy"] == {"prepend_bos": True, "mask_first_position": True, "masked_ids": [0]}
+    assert written["dictionary"]["k"] == 4 and len(written["dictionary"]["weights_sha256"]) == 64
+
+
+def test_files_and_their_links(report: Report, tmp_path: Path) -> None:
+    paths = write_report(report, tmp_path, _metrics_file(tmp_path))
+    names = [str(path.relative_to(tmp_path)) for path in paths]
+    figures = [f"figures/{name}.png" for name in ("training", "density", "l0", "norms")]
+    assert names == ["eval.json", "eval.md", *figures]
+    text = (tmp_path / "eval.md").read_text()
+    for figure in figures:
+        assert f"]({figure})" in text
+        content = (tmp_path / figure).read_bytes()
+        width, height = struct.unpack(">II", content[16:24])
+        assert content[:8] == b"\x89PNG\r\n\x1a\n" and width > 800 and height > 400
+    before = {path: path.read_bytes() for path in paths}
+    assert {path: path.read_bytes() for path in write_report(report, tmp_path, tmp_path / "metrics.jsonl")} == before
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_markdown_tables_are_rectangular_and_state_the_policy(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    text = (tmp_path / "eval.md").read_text()
+    assert f"Evaluated on {report.tokens:,} held-out tokens of {report.documents:,} documents" in text
+    assert "the first position of every context and special tokens (ids 0)" in text
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 2
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    row = next(line for line in tables[0] if line.startswith("| `fvu`"))
+    assert f" {report.scores.reconstruction.fvu} |" in row and "±" in row
+    assert "training" not in {Path(line).stem for line in text.splitlines()} and "training.png" not in text
+
+
+def test_terminal_table(report: Report) -> None:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(report_table(report))
+    console.file.close()
+    text = console.export_text()
+    for name in ("fvu", "cosine", "l0", "dead", "delta_ce", "kl", "PCA", "random", "identity"):
+        assert name in text
+    assert str(report.scores.reconstruction.fvu) in text
+
+
+def test_without_language_model_or_documents_there_are_dashes_not_nans(tmp_path: Path) -> None:
+    x, tokens, _ = random_rows(64, 32, 3)
+    cache = make_cache(tmp_path / "cache", (x, tokens, torch.zeros(64)))
+    dictionary = ReLU(32, 16).requires_grad_(False)
+    report = evaluate(dictionary, cache, hook=HOOK)
+    write_report(report, tmp_path / "out")
+    written: dict[str, Any] = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert written["ce_clean"] is None and written["evaluated"]["downstream_tokens"] is None
+    assert written["fvu"]["standard_error"] is None
+    text = (tmp_path / "out" / "eval.md").read_text()
+    assert "± –" in text and "nan" not in text.lower() and "Not measured: no language model was given." in text
+
+
+def test_no_matplotlib_no_figures(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    paths = write_report(report, tmp_path, _metrics_file(tmp_path))
+    assert [path.name for path in paths] == ["eval.json", "eval.md"]
+    assert "pip install 'sae[figures]'" in (tmp_path / "eval.md").read_text()
+
+
+def test_other_masking_in_training_is_said(many_documents: ActivationCache, tmp_path: Path) -> None:
+    dictionary = _topk()
+    dictionary.metadata["tokens"] = {**many_documents.manifest.tokens, "mask_first_position": False}
+    write_report(evaluate(dictionary, many_documents, hook=HOOK), tmp_path)
+    assert "Training left out other tokens" in (tmp_path / "eval.md").read_text()
+
+
+def test_evaluation_leaves_the_dictionary_alone_and_reports_progress(many_documents: ActivationCache) -> None:
+    dictionary = _topk()
+    before = {name: tensor.clone() for name, tensor in dictionary.state_dict().items()}
+    seen: dict[str, list[tuple[int, int]]] = {}
+    evaluate(
+        dictionary,
+        many_documents,
+        hook=HOOK,
+        progress=lambda stage, done, of: seen.setdefault(stage, []).append((done, of)),
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in dictionary.state_dict().items())
+    for stage in ("activations", "dictionary", "pca", "random", "identity"):
+        done, of = seen[stage][-1]
+        assert done == of, stage

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fake_cache import FakeTokenizer
+
+from sae.features import UnknownFeatureError
+from sae.viewer import write_page
+from sae.viewer.page import embeddable_json, page_data, token_lengths
+
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+class Elements(HTMLParser):
+    """Elements of a page, and what stands in its scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.scripts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        if self.names and self.names[-1] == "script":
+            self.scripts.append(data)
+
+
+def write(make_features, folder: Path, title: str = "A page", **settings) -> str:
+    write_page(make_features(**settings), range(4), folder / "page.html", title)
+    return (folder / "page.html").read_text(encoding="utf-8")
+
+
+def test_json_in_a_script_element_cannot_end_it() -> None:
+    content = {"text": "</script><!-- &lt; \u2028\u2029"}
+    text = embeddable_json(content)
+    assert not re.search("[<>&\u2028\u2029]", text)
+    assert json.loads(text) == content
+
+
+def test_hostile_tokens_and_titles_stay_data(make_features, tmp_path: Path) -> None:
+    page = write(make_features, tmp_path, title="</title><script>alert(1)</script>{{data}}")
+    elements = Elements(page)
+    assert elements.names.count("script") == 2
+    assert "img" not in elements.names
+    data = next(json.loads(script) for script in elements.scripts if script.startswith("{"))
+    assert any("</script><img" in example[4] for example in data["features"][0]["t"])
+
+
+def test_the_page_needs_nothing_else(make_features, tmp_path: Path) -> None:
+    page = write(make_features, tmp_path)
+    elements = Elements(page)
+    assert not {"link", "iframe", "img", "base", "object"} & set(elements.names)
+    assert not [name for name, _ in elements.attributes if name in ("src", "href") or name.startswith("on")]
+    assert "default-src 'none'" in page
+    assert "unsafe" not in page
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page)
+
+
+def test_lengths_cut_the_text_into_its_tokens() -> None:
+    assert token_lengths(["", "a", "é€", "😀"]) == "ABCC"
+    assert token_lengths(["x" * 60, "x" * 61, "x" * 130]) == "8-A--I"
+
+
+def test_pages_hold_the_features_asked_for_once(make_features, tmp_path: Path) -> None:
+    features = make_features()
+    assert [entry["i"] for entry in page_data(features, [2, 0, 2], "t")["features"]] == [2, 0]
+    dead = page_data(features, [3], "t")["features"][0]
+    assert set(dead) == {"i", "n", "u", "l"}, "a dead feature has no numbers and no examples"
+    with pytest.raises(UnknownFeatureError, match="feature 4: the store has features 0 to 3"):
+        write_page(features, [4], tmp_path / "page.html", "t")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM.exists():
+        pytest.skip("chromium is not installed")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, make_features, tmp_path: Path):
+    """The page in a browser, with everything it complained about or tried to load."""
+    write(make_features, tmp_path)
+    page = browser.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: problems.append("dialog"))
+    page.on("request", lambda request: None if request.url.startswith("file:") else problems.append(request.url))
+    page.goto(f"{(tmp_path / 'page.html').as_uri()}#0")
+    yield page
+    assert problems == []
+    page.close()
+
+
+def test_hostile_tokens_are_shown_as_text(opened) -> None:
+    assert opened.locator("h2").inner_text() == "Feature 0"
+    peak = opened.locator(".text .peak").first
+    assert peak.inner_text().startswith("</script><img src=x onerror=document.body.remove()>")
+    assert peak.get_attribute("title") == "2.38"
+    assert opened.locator("img").count() == 0
+
+
+def test_contexts_are_cut_and_coloured_as_stored(opened, make_features) -> None:
+    feature = make_features("word")[0]
+    shares = (
+        opened.locator(".examples")
+        .first.locator("li")
+        .first.locator(".fires")
+        .evaluate_all("nodes => nodes.map(node => Number(getComputedStyle(node).getPropertyValue('--share')))")
+    )
+    firing = [activation for activation in feature.top[0].activations if activation > 0]
+    assert shares == [pytest.approx(0.12 + 0.88 * activation / feature.max, abs=2e-3) for activation in firing]
+
+
+def test_keys_and_addresses_choose_features(opened) -> None:
+    opened.keyboard.press("j")
+    opened.wait_for_function("document.querySelector('h2').textContent === 'Feature 1'")
+    assert opened.url.endswith("#1")
+    opened.keyboard.press("k")
+    opened.wait_for_function("document.querySelector('h2').textContent === 'Feature 0'")
+    opened.evaluate("location.hash = '2'")
+    opened.wait_for_function("document.querySelector('h2').textContent === 'Feature 2'")
+    assert "◌" in opened.locator(".text").first.inner_text()
+    opened.evaluate("location.hash = '77'")
+    opened.wait_for_function("document.querySelector('.empty').textContent === 'Feature 77 is not on this page.'")
+
+
+def test_search_and_dead_features(opened) -> None:
+    assert opened.locator("#list li").count() == 3
+    opened.locator("#dead").check()
+    assert opened.locator("#list li .number").all_text_contents() == ["0", "1", "2", "3"]
+    opened.locator("#list a").last.click()
+    opened.wait_for_function("document.querySelector('h2').textContent === 'Feature 3'")
+    assert opened.locator(".badge").inner_text() == "dead"
+    assert opened.locator(".examples").count() == 0
+    opened.locator("#search").fill("ONERROR")
+    assert "0" in opened.locator("#list li .number").all_text_contents()
+    opened.locator("#search").fill("#1")
+    assert opened.locator("#list li .number").all_text_contents() == ["1"]
+    assert opened.locator("#found").inner_text() == "1 of 4 features"
+
+
+def test_spaces_become_visible_when_asked(opened) -> None:
+    assert "·" not in opened.locator(".text").first.inner_text()
+    opened.locator("#space").check()
+    assert "·" in opened.locator(".text").first.inner_text()
+
+
+def test_page_data_is_small(make_features, tmp_path: Path) -> None:
+    features = make_features("word")
+    live = page_data(features, range(3), "t")["features"]
+    examples = sum(len(entry["t"]) + sum(map(len, entry["q"])) for entry in live)
+    assert len(embeddable_json(live)) / examples < 250, "32 examples a feature stay below 8 kB"
+
+
+def test_fake_tokens_fit(make_features) -> None:
+    assert len(make_features("word").vocabulary) == len(FakeTokenizer("word").names)
