@@ -146,7 +146,7 @@ def features(
     console = Console()
     if page is not None:
         chosen = list(indices) or store.sorted_by(sort)[:limit]
-        write_page(store, chosen, page)
+        write_page(store, chosen, page, f"Features of {path.name}")
         click.echo(f"{len(chosen):,} features in {page}")
     elif indices:
         for index in indices:

@@ -6,7 +6,8 @@
     ├── ModelError     the language model or the hook point cannot be had
     ├── CacheError     the activation cache is missing, damaged, of another model, or cannot be written
     ├── FormatError    a saved dictionary or feature store cannot be read
-    └── TrainingError  training cannot go on
+    ├── TrainingError  training cannot go on
+    └── UnknownFeatureError  the dictionary has no feature of that number
 
 Each message names the value, what was expected, and the way out; the command line prints it alone on one line.
 """
@@ -40,3 +41,7 @@ class FormatError(SaeError):
 
 class TrainingError(SaeError):
     """Training cannot go on: not-a-number values, activations of the wrong width, no data."""
+
+
+class UnknownFeatureError(SaeError, IndexError):
+    """The dictionary has no feature of that number."""

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,23 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         CacheError: the folder cannot be written, or the disk is full; the old file is untouched.
     """
+    write_chunks(path, [content])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+    """`write_bytes` for content that comes in pieces and need not fit into memory.
+
+    Raises:
+        CacheError: the folder cannot be written, or the disk is full; the old file is untouched.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
+    written = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content)
+            for chunk in chunks:
+                written += len(chunk)
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -34,7 +46,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CacheError(_explain(path, len(content), error)) from error
+        raise CacheError(_explain(path, written, error)) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -58,7 +70,7 @@ def _sync_folder(folder: Path) -> None:
 def _explain(path: Path, size: int, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"disk full: {str(path)!r} needs {size:,} bytes; nothing is damaged: "
+            f"disk full: {str(path)!r} needs {size:,} bytes or more; nothing is damaged: "
             "free some space and run the same command again to go on"
         )
     return f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or change its permissions"

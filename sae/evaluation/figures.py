@@ -70,7 +70,7 @@ def draw_training_curves(lines: list[dict[str, Any]]) -> Figure | None:
     canvas = _Canvas(rows, columns, (3.3 * columns, 2.3 * rows + 0.2))
     for axes, (key, points) in zip(canvas.axes, series.items(), strict=False):
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=_BLUE, linewidth=1.3)
+        axes.plot(x, y, color=_BLUE, linewidth=1.3, clip_on=False)
         axes.set_title(_CURVES[key], fontsize=9, loc="left", color=_INK)
         axes.margins(x=0.01)
         axes.xaxis.set_major_formatter(_engineering())

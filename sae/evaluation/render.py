@@ -150,10 +150,14 @@ def _sparsity(report: Report) -> str:
     sparsity = report.scores.sparsity
     assert sparsity is not None
     features = len(sparsity.firings)
-    quantiles = sparsity.l0_quantiles
+    low, high = sparsity.l0_quantiles["0"], sparsity.l0_quantiles["1"]
+    quantiles = {share: f"{count:,}" for share, count in sparsity.l0_quantiles.items()}
+    spread = (
+        f"from {low:,} to {high:,}, half of them {quantiles['0.5']} or fewer, the middle 90 % {quantiles['0.05']} to "
+        f"{quantiles['0.95']}"
+    )
     lines = [
-        f"- L0 over tokens: from {quantiles['0']:,} to {quantiles['1']:,}, half of them {quantiles['0.5']:,} or fewer, "
-        f"the middle 90 % {quantiles['0.05']:,} to {quantiles['0.95']:,}.",
+        f"- L0 over tokens: {f'{low:,} for each of them' if low == high else spread}.",
         f"- {sparsity.dead:,} of {features:,} features ({sparsity.dead / features:.1%}) fire on none of the "
         f"{sparsity.tokens:,} tokens; the more tokens, the fewer.",
         f"- {sparsity.dense:,} features fire on more than 10 % of the tokens.",

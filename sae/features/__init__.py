@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sae.features.collect import collect
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
-from sae.features.store import Features, Summary, UnknownFeatureError
+from sae.features.store import Features, Summary
 
 __all__ = [
     "Example",
@@ -14,6 +14,5 @@ __all__ = [
     "Neighbour",
     "Summary",
     "TokenLogit",
-    "UnknownFeatureError",
     "collect",
 ]

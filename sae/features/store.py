@@ -16,16 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.errors import ConfigError, FormatError, SaeError
+from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
 from sae.features.vocabulary import CONTEXT_BEFORE, Vocabulary
 
 SORT_COLUMNS = ("density", "max", "count", "index", "mean")
-
-
-class UnknownFeatureError(SaeError, IndexError):
-    """The dictionary has no feature of that number."""
 
 
 @dataclass(frozen=True)

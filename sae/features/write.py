@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.config import FeaturesConfig
-from sae.dictionary import Dictionary
+from sae.dictionary import Dictionary, weights_sha256
 from sae.errors import CacheError
 from sae.features import layout
 from sae.features.examples import Examples
@@ -26,7 +23,7 @@ from sae.features.logits import LogitEffects
 from sae.features.neighbours import Neighbours
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
-from sae.files import write_json, write_tensors
+from sae.files import write_chunks, write_json, write_tensors
 from sae.tokens import TRAIN
 
 
@@ -89,7 +86,7 @@ def write_store(
         "d_sae": dictionary.d_sae,
         "hook": hook,
         "model": cache.manifest.model.get("name"),
-        "dictionary_sha256": dictionary_sha256(dictionary),
+        "dictionary_sha256": weights_sha256(dictionary),
         "text_sha256": cache.manifest.text_sha256,
         "rows": collected.rows,
         "tokens": collected.tokens,
@@ -101,16 +98,6 @@ def write_store(
     }
     write_json(folder / layout.INDEX, record)
     return Features(folder)
-
-
-def dictionary_sha256(dictionary: Dictionary) -> str:
-    """One digest over all weights, by name."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(dictionary.named_parameters()):
-        content = parameter.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(content.shape)} {content.dtype} ".encode())
-        digest.update(content.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _columns(collected: Collected, logits: LogitEffects | None, neighbours: Neighbours) -> dict[str, Tensor]:
@@ -181,23 +168,4 @@ def _write_tokens(path: Path, cache: ActivationCache, collected: Collected) -> N
         for batch in cache.contexts(TRAIN, batch_contexts=4096, max_tokens=collected.rows):
             yield batch.tokens.numpy().astype("<i4").tobytes()
 
-    _write_chunks(path, chunks())
-
-
-def _write_chunks(path: Path, chunks: Iterator[bytes]) -> None:
-    """As `sae.files.write_bytes`, for content that comes in pieces."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CacheError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; free some space or choose another folder, "
-            "then run the same command again"
-        ) from error
+    write_chunks(path, chunks())

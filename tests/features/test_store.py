@@ -8,8 +8,8 @@ import torch
 from feature_case import D_SAE, DEAD, SETTINGS, Case
 from safetensors.torch import load_file
 
-from sae.errors import CacheError, ConfigError, FormatError, SaeError
-from sae.features import Features, UnknownFeatureError
+from sae.errors import CacheError, ConfigError, FormatError, SaeError, UnknownFeatureError
+from sae.features import Features
 
 
 def test_a_store_opens_by_itself_and_by_its_run_folder(features: Features) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fake_cache import FakeTokenizer
 
-from sae.features import UnknownFeatureError
+from sae.errors import UnknownFeatureError
 from sae.viewer import write_page
 from sae.viewer.page import embeddable_json, page_data, token_lengths
 

@@ -1,0 +1,413 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae.activations import ActivationCache, verify
+from sae.activations.cache import dequantise
+from sae.activations.harvest import harvest
+from sae.config import ModelConfig, RunConfig
+from sae.errors import CacheError, DataError, ModelError
+from sae.language_model import LanguageModel
+from sae.tokens import HELD_OUT, SPLITS, TRAIN
+
+HOOKS = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
+Config = Callable[..., RunConfig]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, hidden ones as well."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def slow_activations(model: LanguageModel, cache: ActivationCache, hook: str, split: str) -> Iterator[Tensor]:
+    """In batches unlike the harvest's, through transformer-lens's own cache."""
+    for batch in cache.contexts(split, batch_contexts=16):
+        _, found = model.bridge.run_with_cache(batch.tokens, names_filter=[hook])
+        yield found[hook].flatten(0, 1)
+
+
+@pytest.fixture(scope="module")
+def truth(tiny_cache: ActivationCache, language_model: LanguageModel) -> dict[tuple[str, str], Tensor]:
+    """What the model itself computes, per hook and split."""
+    return {
+        (hook, split): torch.cat(list(slow_activations(language_model, tiny_cache, hook, split)))
+        for hook in HOOKS
+        for split in SPLITS
+    }
+
+
+def stored(cache: ActivationCache, hook: str, split: str) -> Tensor:
+    return torch.cat(
+        [dequantise(*cache.activation_shard(hook, split, number)) for number in range(cache.shards(split))]
+    )
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_stored_activations_are_the_models(
+    tiny_cache: ActivationCache, truth: dict[tuple[str, str], Tensor], hook: str, split: str
+) -> None:
+    ours = stored(tiny_cache, hook, split)
+    assert ours.shape == (tiny_cache.rows(split), 32)
+    torch.testing.assert_close(ours, truth[hook, split], rtol=1e-5, atol=1e-5)
+
+
+def test_float32_is_bit_for_bit_what_the_model_gave(
+    tiny_config: Config, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, list[Tensor]] = {hook: [] for hook in HOOKS}
+    original = language_model.activations
+
+    def watched(tokens: Tensor, hooks: Any) -> dict[str, Tensor]:
+        found = original(tokens, hooks)
+        if tokens.shape[1] > 2:
+            for hook, x in found.items():
+                given[hook].append(x.flatten(0, 1).clone())
+        return found
+
+    monkeypatch.setattr(language_model, "activations", watched)
+    cache = harvest(tiny_config(harvest__hooks=HOOKS), language_model)
+    for hook in HOOKS:
+        ours = torch.cat([stored(cache, hook, split) for split in SPLITS])
+        assert torch.equal(ours, torch.cat(given[hook]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_rounding_is_that_of_the_number_type(
+    dtype: str, tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel
+) -> None:
+    """Half a unit in the last place: 2⁻¹¹ and 2⁻⁸ of the value; int8: half a 127th of the row's largest."""
+    cache = harvest(tiny_config(harvest__dtype=dtype, harvest__hooks=HOOKS), language_model)
+    for hook in HOOKS:
+        for split in SPLITS:
+            exact = stored(tiny_cache, hook, split).double()
+            error = (stored(cache, hook, split).double() - exact).abs()
+            bound = {
+                "float16": exact.abs() * 2.0**-11 + 2.0**-25,
+                "bfloat16": exact.abs() * 2.0**-8,
+                "int8": exact.abs().amax(1, keepdim=True) / 127 / 2 * (1 + 1e-5),
+            }[dtype].expand_as(exact)
+            assert (error <= bound).all()
+            assert error.max() > 0.2 * bound.max()
+            if dtype != "int8":
+                reference = exact.float().to(getattr(torch, dtype))
+                assert torch.equal(stored(cache, hook, split), reference.float())
+    assert verify(cache.path)[1] == []
+
+
+def test_rows_of_zeros_survive_int8(tiny_config: Config, language_model: LanguageModel, monkeypatch) -> None:
+    original = language_model.activations
+    monkeypatch.setattr(
+        language_model, "activations", lambda tokens, hooks: {h: 0 * x for h, x in original(tokens, hooks).items()}
+    )
+    cache = harvest(tiny_config(harvest__dtype="int8"), language_model)
+    assert stored(cache, HOOKS[0], TRAIN).abs().max() == 0
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_statistics_are_those_of_float64(
+    tiny_cache: ActivationCache, truth: dict[tuple[str, str], Tensor], language_model: LanguageModel, hook: str
+) -> None:
+    tokens = np.concatenate([batch.tokens.numpy().ravel() for batch in tiny_cache.contexts()])
+    counts = (tokens != language_model.bos) & (np.arange(1000) % 16 != 0)
+    x = truth[hook, TRAIN].numpy().astype(np.float64)[counts]
+    ours = tiny_cache.statistics(hook)
+    assert ours.tokens == counts.sum() == len(x)
+    np.testing.assert_allclose(ours.mean.numpy(), x.mean(0), rtol=1e-5, atol=1e-6)
+    assert ours.mean_squared_norm == pytest.approx((x**2).sum(1).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "held_out"), [(1, 1), (16, 17), (127, 33), (128, 129), (257, 128)])
+def test_exactly_the_tokens_asked_for(
+    tiny_config: Config, language_model: LanguageModel, tokens: int, held_out: int
+) -> None:
+    cache = harvest(tiny_config(data__tokens=tokens, data__held_out_tokens=held_out), language_model)
+    for split, rows in ((TRAIN, tokens), (HELD_OUT, held_out)):
+        assert cache.rows(split) == rows
+        assert len(stored(cache, HOOKS[0], split)) == rows
+        assert sum(batch.tokens.numel() for batch in cache.contexts(split)) == rows
+        assert sum(len(cache.token_shard(split, number)[0]) for number in range(cache.shards(split))) == rows
+
+
+def test_one_pass_for_two_hooks_equals_one_pass_each(
+    tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel
+) -> None:
+    for hook in HOOKS:
+        cache = harvest(tiny_config(harvest__hooks=[hook]), language_model)
+        for split in SPLITS:
+            torch.testing.assert_close(
+                stored(cache, hook, split), stored(tiny_cache, hook, split), rtol=1e-6, atol=1e-6
+            )
+        shutil.rmtree(cache.path)
+
+
+def test_progress_counts_every_token_once(tiny_config: Config, language_model: LanguageModel) -> None:
+    seen: list[tuple[int, int]] = []
+    harvest(tiny_config(), language_model, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (1200, 1200)
+    assert seen == sorted(set(seen))
+    seen.clear()
+    harvest(tiny_config(), language_model, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (1200, 1200)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            {"data__tokens": 999},
+            r"made with data.tokens=1000, now 999 is asked for; set harvest.cache to another folder",
+        ),
+        ({"data__context_length": 32}, r"made with data.context_length=16, now 32"),
+        ({"data__source": "stdlib"}, r"made with data.source='.*corpus', now 'stdlib'"),
+        ({"data__section_characters": 100}, r"made with data.section_characters=None, now 100"),
+        ({"data__prepend_bos": False}, r"made with data.prepend_bos=True, now False"),
+        ({"harvest__hooks": HOOKS}, r"made with harvest.hooks=\['blocks.1.hook_resid_pre'\], now \["),
+        ({"harvest__dtype": "int8"}, r"made with harvest.dtype='float32', now 'int8'"),
+        ({"harvest__mask_first_position": False}, r"made with harvest.mask_first_position=True, now False"),
+        ({"harvest__mask_special_tokens": False}, r"made with harvest.mask_special_tokens=True, now False"),
+        ({"model__weight_processing": "fold_ln"}, r"made with model.weight_processing='none', now 'fold_ln'"),
+        ({"model__name": "gpt2"}, r"made with model.name='tiny', now 'gpt2'"),
+    ],
+)
+def test_a_cache_of_other_settings_is_refused(
+    override: dict[str, Any], message: str, tiny_config: Config, tiny_cache: ActivationCache,
+    language_model: LanguageModel, tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = tmp_path / "cache"
+    shutil.copytree(tiny_cache.path, folder)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    del manifest["hooks"][HOOKS[1]]
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith(HOOKS[1])}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    before = contents(folder)
+    harvest(tiny_config(harvest__cache=str(folder)), language_model)
+    assert contents(folder) == before
+    with pytest.raises(CacheError, match=message):
+        harvest(tiny_config(harvest__cache=str(folder), **override), language_model)
+    assert contents(folder) == before
+
+
+def test_a_cache_of_another_model_is_refused(
+    tiny_config: Config, tiny_model: Path, language_model: LanguageModel, tmp_path: Path
+) -> None:
+    harvest(tiny_config(), language_model)
+    copy = shutil.copytree(tiny_model, tmp_path / "other" / "tiny")
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.h.0.ln_1.weight"][0] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CacheError, match=r"of another model: weights_sha256 is '[0-9a-f]+' there and '[0-9a-f]+' in 't"
+    ):
+        harvest(tiny_config(model__name=str(copy)), LanguageModel(ModelConfig(name=str(copy))))
+
+
+def test_model_named_from_the_home_folder_goes_on(
+    tiny_config: Config, tiny_model: Path, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tiny_model.parent))
+    for _ in range(2):
+        harvest(tiny_config(model__name=f"~/{tiny_model.name}"), language_model)
+
+
+def test_tokenizer_without_special_tokens_goes_on(
+    tiny_config: Config, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain:
+        bos_token_id, eos_token_id, all_special_ids = None, None, ()
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+    monkeypatch.setattr(language_model, "tokenizer", Plain())
+    for _ in range(2):
+        cache = harvest(tiny_config(data__prepend_bos=False), language_model)
+    assert cache.policy.masked_ids == ()
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        [f"{HOOKS[0]}/train-00003.safetensors"],
+        [f"{HOOKS[1]}/held_out-00001.safetensors", f"{HOOKS[0]}/train-00000.safetensors"],
+        ["tokens/train-00001.safetensors"],
+        ["documents.json"],
+        ["tokens/held_out-00000.safetensors", f"{HOOKS[1]}/held_out-00000.safetensors"],
+    ],
+)
+@pytest.mark.parametrize("truncated", [False, True])
+def test_lost_files_are_restored_with_the_same_bytes(
+    lost: list[str], truncated: bool, tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = shutil.copytree(tiny_cache.path, tmp_path / "cache")
+    before = contents(folder)
+    for name in lost:
+        if truncated:
+            (folder / name).write_bytes(before[name][:-7])
+        else:
+            (folder / name).unlink()
+    cache = harvest(tiny_config(harvest__cache=str(folder), harvest__hooks=HOOKS), language_model)
+    assert contents(cache.path) == before
+
+
+def test_restoring_what_has_changed_is_refused_and_touches_nothing(
+    tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel, tmp_path: Path, monkeypatch
+) -> None:
+    folder = shutil.copytree(tiny_cache.path, tmp_path / "cache")
+    config = tiny_config(harvest__cache=str(folder), harvest__hooks=HOOKS)
+    shard = f"{HOOKS[0]}/train-00003.safetensors"
+    (folder / shard).unlink()
+    before = contents(folder)
+    original = language_model.activations
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            language_model, "activations", lambda t, hooks: {h: x + 1e-3 for h, x in original(t, hooks).items()}
+        )
+        with pytest.raises(CacheError, match=rf"{shard} was made again and differs from its checksum \(other hardware"):
+            harvest(config, language_model)
+    assert contents(folder) == before
+    harvest(config, language_model)
+    (folder / "tokens/train-00003.safetensors").unlink()
+    monkeypatch.setattr("sae.tokens.is_held_out", lambda name, seed, fraction: name > "030")
+    with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed\); delete the cache"):
+        harvest(config, language_model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_nan_weights_are_an_error(dtype: str, tiny_config: Config, language_model: LanguageModel) -> None:
+    weight = language_model.bridge.original_model.transformer.h[0].mlp
+    bias = next(parameter for name, parameter in weight.named_parameters() if name.endswith("bias"))
+    kept = bias.detach().clone()
+    try:
+        bias.data[0] = float("nan")
+        with pytest.raises(
+            CacheError, match=rf"hook '{HOOKS[0]}': the model gives values that are not finite \(NaN or"
+        ):
+            harvest(tiny_config(harvest__dtype=dtype), language_model)
+    finally:
+        bias.data.copy_(kept)
+
+
+def test_float16_overflow_names_the_way_out(tiny_config: Config, language_model: LanguageModel) -> None:
+    parameters = language_model.bridge.original_model.transformer.h[0].mlp.named_parameters()
+    biases = [parameter for name, parameter in parameters if name.endswith("bias") and parameter.shape == (32,)]
+    kept = biases[0].detach().clone()
+    try:
+        biases[0].data[3] = 70_000
+        with pytest.raises(CacheError, match=r"exceed what float16 can hold \(65,504\); set harvest.dtype=bfloat16"):
+            harvest(tiny_config(harvest__dtype="float16"), language_model)
+        shutil.rmtree(tiny_config().cache_folder)
+        cache = harvest(tiny_config(harvest__dtype="bfloat16"), language_model)
+        assert stored(cache, HOOKS[0], TRAIN)[:, 3].min() > 65_504
+    finally:
+        biases[0].data.copy_(kept)
+
+
+def test_unwritable_folder(tiny_config: Config, language_model: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for folder in (tmp_path / "file" / "cache", Path("/proc/cache")):
+        with pytest.raises(CacheError, match=rf"cannot write '{folder}': .*; choose another folder or change"):
+            harvest(tiny_config(harvest__cache=str(folder)), language_model)
+
+
+def test_two_harvests_in_one_folder(tiny_config: Config, language_model: LanguageModel) -> None:
+    def second(done: int, total: int) -> None:
+        with pytest.raises(CacheError, match=r"another harvest is writing it; wait for it or stop it"):
+            harvest(tiny_config(), language_model)
+
+    harvest(tiny_config(), language_model, second)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ({"harvest__hooks": ["blocks.9.hook_resid_pre"]}, ModelError, r"tiny has blocks 0 to 2"),
+        ({"data__context_length": 65}, ModelError, r"reads at most 64 tokens"),
+        ({"data__tokens": 10**7}, DataError, r"the train documents hold [\d,]+ tokens, data.tokens=10,000,000"),
+    ],
+)
+def test_impossible_requests(
+    override: dict[str, Any], error: type[Exception], message: str, tiny_config: Config, language_model: LanguageModel
+) -> None:
+    with pytest.raises(error, match=message):
+        harvest(tiny_config(**override), language_model)
+    harvest(tiny_config(), language_model)  # what the refused request left behind is in nobody's way
+
+
+@pytest.mark.parametrize("writes", [0, 3, 11, 14, 20])
+def test_disk_full_then_resumed_gives_the_same_bytes(
+    writes: int, tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel, monkeypatch
+) -> None:
+    """The disk is full from the given number of syncs on; then there is space again."""
+    done = [0]
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        done[0] += 1
+        if done[0] > 2 * writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    config = tiny_config(harvest__hooks=HOOKS)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            CacheError, match=r"disk full: '.*' needs [\d,]+ bytes; nothing is damaged: free some space"
+        ):
+            harvest(config, language_model)
+    assert not [name for name in contents(config.cache_folder) if name.endswith(".tmp")]
+    assert contents(harvest(config, language_model).path) == contents(tiny_cache.path)
+
+
+def test_a_harvest_that_cannot_fit_is_not_begun(
+    tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,200 rows of two hooks of 32 float32: 307,200 bytes."""
+    Usage = namedtuple("Usage", "total used free")
+    config = tiny_config(harvest__hooks=HOOKS)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 307_199))
+        with pytest.raises(
+            CacheError, match=r"disk full: .*/activations' needs 0.00 GB more, 0.00 GB are free: .*int8"
+        ):
+            harvest(config, language_model)
+        assert not list(config.cache_folder.glob("blocks.*/*"))
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 307_200))
+        cache = harvest(config, language_model)
+    assert contents(cache.path) == contents(tiny_cache.path)
+
+
+def test_killed_harvests_end_with_the_same_bytes(tiny_model: Path, text_folder: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, and at steps of the file system, then resumed to the end."""
+    script = Path(__file__).with_name("killed_harvest.py")
+    command = [sys.executable, str(script), str(tiny_model), str(text_folder), str(tmp_path), "10"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=one_thread)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    report = json.loads(answer.stdout.splitlines()[-1])
+    where = [state for _, killed, state in report["states"] if killed]
+    assert where.count("text") >= 3, report
+    assert where.count("activations") >= 8, report
+    runs = sorted(path for path in tmp_path.iterdir() if path.name != "whole")
+    assert len(runs) >= 15
+    whole = contents(tmp_path / "whole")
+    assert len(whole) == 2 * 10 + 10 + 3  # two hooks and tokens in 8 + 2 shards; documents, manifest, lock
+    for run in runs:
+        assert contents(run) == whole, run.name
+    assert verify(tmp_path / "whole") == (31, [])
