@@ -193,8 +193,7 @@ def write_random_gpt2(folder: Path, tokenizer_folder: Path | None) -> Path:
         )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = GPT2Config(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
     return folder
 
 

@@ -1,5 +1,4 @@
 """What all tests share: shapes checked, no network, a tiny language model, text, and a cache of its activations."""
-# ruff: noqa: E402  the import hook comes before the imports it hooks
 
 from __future__ import annotations
 
@@ -32,11 +31,11 @@ from sae.language_model import LanguageModel
 torch.set_num_threads(1)  # with tensors this small, threads only wait for each other
 
 SPECIAL = "<|endoftext|>"
-WORDS = ""
-the a one every this river stone house letter winter garden engine mother number silver road window question 
-of in under over beside against after before finds keeps opens breaks carries remembers follows answers writes 
+WORDS = """
+the a one every this river stone house letter winter garden engine mother number silver road window question
+of in under over beside against after before finds keeps opens breaks carries remembers follows answers writes
 slowly never often quietly again and but because while although red old heavy bright small certain
-""".split()  # noqa: SIM905
+""".split()
 
 TinyConfig = Callable[..., RunConfig]
 

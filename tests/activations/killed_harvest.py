@@ -2,9 +2,9 @@
 
     python killed_harvest.py MODEL TEXT OUT KILLS
 
-Everything is imported once; each harvest is a fork, for which torch must have one thread only (OMP_NUM_THREADS=1). Kills come in two kinds: by the clock, at random moments of the
-whole harvest, and at file-system steps: right before or after a sync or a rename. Prints JSON: the state of the folder
-at every kill.
+Everything is imported once; each harvest is a fork, so torch must have one thread only (OMP_NUM_THREADS=1). Kills come
+in two kinds: by the clock, at random moments of the whole harvest, and at file-system steps: right before or after a
+sync or a rename. Prints JSON: the state of the folder at every kill.
 """
 
 from __future__ import annotations
