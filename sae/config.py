@@ -109,7 +109,7 @@ class TrainConfig(_Settings):
     )
     batch_size: PositiveInt = Field(default=2048, description="tokens per step")
     lr: float | None = Field(
-        default=None, gt=0, description="peak learning rate of Adam; null: 1.2e-3 · √(4096 / d_sae)"
+        default=None, gt=0, description="peak learning rate of Adam; null: 2.4e-3 · √(4096 / d_sae)"
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the first moment")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Adam's decay of the second moment")
@@ -257,6 +257,9 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError(
             f"dictionary.k={dictionary.k} exceeds dictionary.d_sae={dictionary.d_sae}: lower k or raise d_sae"
         )
+    repeated = sorted({hook for hook in config.harvest.hooks if config.harvest.hooks.count(hook) > 1})
+    if repeated:
+        raise ConfigError(f"harvest.hooks names {', '.join(repeated)} more than once: name each hook point once")
     if config.hook not in config.harvest.hooks:
         raise ConfigError(
             f"dictionary.hook={config.hook!r} is not harvested; harvest.hooks has {', '.join(config.harvest.hooks)}"

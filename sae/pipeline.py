@@ -73,7 +73,7 @@ class Run:
         folder = self.config.cache_folder
         if (folder / "manifest.json").is_file() and (manifest := read_manifest(folder)).complete:
             check_same_request(folder, manifest, self.config)
-            if all((folder / name).is_file() for name in manifest.files):
+            if all(manifest.is_whole(folder, name) for name in manifest.files):
                 return ActivationCache(folder)
         return harvest_activations(
             self.config, self.language_model, lambda done, total: self.progress("harvest", done, total)

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -21,7 +21,7 @@ def write_random_gpt2(tokenizer_folder: Path, out: Path, seed: int = 0) -> None:
     """12 layers, d_model 768, 50,257 tokens, 124 million random parameters."""
     torch.manual_seed(seed)
     GPT2LMHeadModel(GPT2Config()).save_pretrained(out)
-    tokenizer = GPT2TokenizerFast(
+    tokenizer = GPT2Tokenizer(
         vocab=str(tokenizer_folder / "encoder.json"),
         merges=str(tokenizer_folder / "vocab.bpe"),
         bos_token=END_OF_TEXT,

@@ -79,6 +79,8 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert "is not harvested; harvest.hooks has blocks.2.hook_resid_pre" in refusal(
         "dictionary.hook=blocks.0.hook_mlp_out"
     )
+    repeated = "harvest.hooks=[blocks.0.hook_mlp_out, blocks.0.hook_mlp_out]"
+    assert "names blocks.0.hook_mlp_out more than once" in refusal(repeated)
     assert "exceed 1" in refusal("train.warmup_fraction=0.9", "train.decay_fraction=0.2")
 
 

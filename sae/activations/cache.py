@@ -62,6 +62,11 @@ class Manifest(BaseModel):
     hooks: dict[str, HookEntry]
     files: dict[str, FileEntry]
 
+    def is_whole(self, folder: Path, name: str) -> bool:
+        """Whether a file is there and of the size it was written with."""
+        entry, path = self.files.get(name), folder / name
+        return entry is not None and path.is_file() and path.stat().st_size == entry.bytes
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -151,8 +156,14 @@ class ActivationCache:
         return self._hook(hook).d_in
 
     def statistics(self, hook: str) -> Statistics:
-        """Mean and mean squared norm of the training activations at `hook`."""
+        """Mean and mean squared norm of the training activations at `hook`.
+
+        Raises:
+            CacheError: the hook point is not in the cache, or every training token is masked.
+        """
         entry = self._hook(hook)
+        if entry.tokens == 0:
+            raise CacheError(f"cache {str(self.path)!r}: every training token is masked, so there are no statistics")
         mean = torch.tensor(entry.sum, dtype=torch.float64) / entry.tokens
         return Statistics(entry.tokens, mean.float(), entry.sum_of_squares / entry.tokens)
 

@@ -63,7 +63,7 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
             manifest = read_manifest(folder)
             check_same_request(folder, manifest, config)
             check_same_model(folder, manifest, language_model)
-            if not all(_is_whole(folder, manifest, name) for name in manifest.files if _is_text(name)):
+            if not all(manifest.is_whole(folder, name) for name in manifest.files if _is_text(name)):
                 _write_text(folder, config, language_model, manifest.files)
         else:
             manifest = _begin(folder, config, language_model)
@@ -194,7 +194,7 @@ class _Harvester:
             for split, number in self._shards():
                 tokens = load_file(self.folder / shard_name("tokens", split, number))["tokens"].long()
                 names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
-                missing = {hook: name for hook, name in names.items() if not self._is_whole(name)}
+                missing = {hook: name for hook, name in names.items() if not self.manifest.is_whole(self.folder, name)}
                 if not missing:
                     self._advance(len(tokens))
                     continue
@@ -214,9 +214,6 @@ class _Harvester:
         for split in SPLITS:
             for number in range(-(-self.manifest.rows[split] // shard_rows)):
                 yield split, number
-
-    def _is_whole(self, name: str) -> bool:
-        return _is_whole(self.folder, self.manifest, name)
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> FileEntry:
         rows = len(tensors["activations"])
@@ -314,11 +311,6 @@ def _is_text(name: str) -> bool:
     return name == DOCUMENTS or name.startswith("tokens/")
 
 
-def _is_whole(folder: Path, manifest: Manifest, name: str) -> bool:
-    entry, path = manifest.files.get(name), folder / name
-    return entry is not None and path.is_file() and path.stat().st_size == entry.bytes
-
-
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     manifest.files = dict(sorted(manifest.files.items()))
     write_bytes(folder / MANIFEST, (json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n").encode())
@@ -328,7 +320,7 @@ def _check_space(folder: Path, manifest: Manifest) -> None:
     """Refuse to begin what cannot end: bytes still to write against bytes free."""
     per_row = sum(entry.d_in * _BYTES[manifest.dtype] for entry in manifest.hooks.values())
     per_row += 4 * len(manifest.hooks) * (manifest.dtype == "int8")
-    files = [name for name in manifest.files if not _is_text(name) and _is_whole(folder, manifest, name)]
+    files = [name for name in manifest.files if not _is_text(name) and manifest.is_whole(folder, name)]
     written = sum(manifest.files[name].bytes for name in files)
     needed, free = sum(manifest.rows.values()) * per_row - written, shutil.disk_usage(folder).free
     if needed > free:

@@ -19,5 +19,5 @@ def l1_weight(step: int, steps: int, weight: float, warmup_fraction: float) -> f
 
 
 def default_learning_rate(d_sae: int) -> float:
-    """1.2e-3 · √(4096 / d_sae): falls with the square root of the width, as in Gao et al. 2024, appendix A.3."""
-    return 1.2e-3 * (4096 / d_sae) ** 0.5
+    """2.4e-3 · √(4096 / d_sae): falls with the square root of the width, as in Gao et al. 2024, appendix A.3."""
+    return 2.4e-3 * (4096 / d_sae) ** 0.5

@@ -97,5 +97,5 @@ def test_l1_weight_warms_up_from_nothing() -> None:
 
 
 def test_default_learning_rate_falls_with_the_root_of_the_width() -> None:
-    assert default_learning_rate(4096) == pytest.approx(1.2e-3)
-    assert default_learning_rate(4 * 4096) == pytest.approx(0.6e-3)
+    assert default_learning_rate(4096) == pytest.approx(2.4e-3)
+    assert default_learning_rate(4 * 4096) == pytest.approx(1.2e-3)

@@ -1,0 +1,57 @@
+"""metrics.jsonl and wandb as places for the logged numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sae.config import WandbConfig
+from sae.errors import ConfigError
+from sae.training.sinks import JsonLines, Wandb, read_metrics
+
+
+def test_json_lines_drop_what_will_be_repeated(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path)
+    for step in (10, 20, 30):
+        sink.log({"step": step, "loss": 1.0 / step})
+    sink.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # cut short by a kill
+    resumed = JsonLines(tmp_path, resume_step=20)
+    resumed.log({"step": 30, "loss": 0.5})
+    resumed.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 10, "loss": 0.1}, {"step": 20, "loss": 0.05}, {"step": 30, "loss": 0.5},
+    ]  # fmt: skip
+
+
+def test_a_new_run_starts_an_empty_log(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    JsonLines(tmp_path).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_takes_the_numbers_offline(tmp_path: Path) -> None:
+    """A real offline run; its file is read back with wandb's own reader."""
+    sink = Wandb(
+        WandbConfig(project="sae-tests", mode="offline"), tmp_path / "run", {"seed": 0, "dictionary": {"k": 4}}
+    )
+    sink.log({"step": 50, "fvu": 0.25})
+    sink.log({"step": 100, "fvu": 0.125})
+    sink.close()
+    [log] = (tmp_path / "run").rglob("*.wandb")
+    content = log.read_bytes()
+    assert b"fvu" in content
+    assert b"0.125" in content
+    assert b"sae-tests" in content
+
+
+def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"wandb is not installed: pip install 'sae\[wandb\]'"):
+        Wandb(WandbConfig(project="p"), tmp_path, {"seed": 0})
