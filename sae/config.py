@@ -80,8 +80,11 @@ class HarvestConfig(_Settings):
     shard_contexts: PositiveInt = Field(
         default=1024, description="contexts per shard file; a kill loses at most one shard"
     )
-    mask_first_position: bool = Field(
-        default=True, description="keep the first position of every context out of training, statistics and evaluation"
+    masked_positions: int = Field(
+        default=1,
+        ge=0,
+        description="keep so many positions at the start of every context out of training, statistics and evaluation: "
+        "many models put norms a hundred times the rest there",
     )
     mask_special_tokens: bool = Field(
         default=True,

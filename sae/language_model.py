@@ -107,7 +107,7 @@ class LanguageModel:
         ids = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
         return next((token for token in ids if token is not None), None)
 
-    def token_policy(self, *, prepend_bos: bool, mask_first_position: bool, mask_special_tokens: bool) -> TokenPolicy:
+    def token_policy(self, *, prepend_bos: bool, masked_positions: int, mask_special_tokens: bool) -> TokenPolicy:
         """Which tokens count, with this tokenizer's special tokens.
 
         Raises:
@@ -118,7 +118,7 @@ class LanguageModel:
                 f"model {self.info.name!r}: its tokenizer has no BOS or EOS token; set data.prepend_bos=false"
             )
         ids = {*self.tokenizer.all_special_ids, *(token for token in (self.bos, self.separator) if token is not None)}
-        return TokenPolicy(prepend_bos, mask_first_position, tuple(sorted(ids)) if mask_special_tokens else ())
+        return TokenPolicy(prepend_bos, masked_positions, tuple(sorted(ids)) if mask_special_tokens else ())
 
     def check_context_length(self, context_length: int) -> None:
         """Raise ModelError where the model's positions end before the context does."""

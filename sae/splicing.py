@@ -59,7 +59,7 @@ def splice(
             return new
         eligible = policy.eligible(tokens)
         if tokens.shape[1] == 1:
-            eligible = TokenPolicy(policy.prepend_bos, False, policy.masked_ids).eligible(tokens)
+            eligible = TokenPolicy(policy.prepend_bos, 0, policy.masked_ids).eligible(tokens)
         return torch.where(eligible[..., None], new, x)
 
     with language_model.replacing(hook, replacement, with_tokens=True):

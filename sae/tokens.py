@@ -30,31 +30,30 @@ class TokenPolicy:
 
     Attributes:
         prepend_bos: every context begins with the BOS token.
-        mask_first_position: position 0 of every context is left out.
+        masked_positions: so many positions at the start of every context are left out.
         masked_ids: tokens of these ids are left out.
     """
 
     prepend_bos: bool
-    mask_first_position: bool
+    masked_positions: int
     masked_ids: tuple[int, ...]
 
     def eligible(self, tokens: Int[Tensor, "context seq"]) -> Bool[Tensor, "context seq"]:
         """True where a token counts."""
         masked = torch.isin(tokens, torch.tensor(self.masked_ids, dtype=tokens.dtype, device=tokens.device))
-        if self.mask_first_position:
-            masked[:, 0] = True
+        masked[:, : self.masked_positions] = True
         return ~masked
 
     def to_json(self) -> dict[str, Any]:
         return {
             "prepend_bos": self.prepend_bos,
-            "mask_first_position": self.mask_first_position,
+            "masked_positions": self.masked_positions,
             "masked_ids": list(self.masked_ids),
         }
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> TokenPolicy:
-        return TokenPolicy(record["prepend_bos"], record["mask_first_position"], tuple(record["masked_ids"]))
+        return TokenPolicy(record["prepend_bos"], record["masked_positions"], tuple(record["masked_ids"]))
 
 
 @dataclass(frozen=True)

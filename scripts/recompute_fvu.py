@@ -37,7 +37,7 @@ for context in tokens.split(length):
     with torch.no_grad():
         model(context[None])
     handle.remove()
-    keep = ~torch.isin(context, masked) & (torch.arange(len(context)) > 0)
+    keep = ~torch.isin(context, masked) & (torch.arange(len(context)) >= manifest["tokens"]["masked_positions"])
     out = captured[0][0] if isinstance(captured[0], tuple) else captured[0]
     rows.append(out.reshape(len(context), -1)[keep])
 x = torch.cat(rows)

@@ -91,7 +91,7 @@ def test_a_run_is_self_contained_and_readable(finished_run: Path) -> None:
     assert {"step", "tokens", "loss", "mse", "fvu", "l0", "dead", "lr", "tokens_per_second"} <= set(lines[-1])
     metadata = json.loads((finished_run / "dictionary" / "config.json").read_text())["metadata"]
     assert metadata["hook"] == "blocks.1.hook_resid_pre"
-    assert metadata["tokens"]["mask_first_position"] is True
+    assert metadata["tokens"]["masked_positions"] == 1
     assert metadata["trained"]["tokens"] == 93 * 64
     assert metadata["sae_version"] == sae.__version__
 

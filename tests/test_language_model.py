@@ -293,10 +293,10 @@ def test_labels_are_the_last_part_of_paths_only(tmp_path: Path, monkeypatch: pyt
 
 def test_token_policy_has_the_tokenizers_special_tokens(language_model: LanguageModel) -> None:
     special = language_model.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    policy = language_model.token_policy(prepend_bos=True, mask_first_position=False, mask_special_tokens=True)
+    policy = language_model.token_policy(prepend_bos=True, masked_positions=0, mask_special_tokens=True)
     assert policy.masked_ids == (special,)
     assert language_model.bos == language_model.separator == special
-    policy = language_model.token_policy(prepend_bos=True, mask_first_position=True, mask_special_tokens=False)
+    policy = language_model.token_policy(prepend_bos=True, masked_positions=1, mask_special_tokens=False)
     assert policy.masked_ids == ()
 
 
@@ -305,8 +305,8 @@ def test_tokenizer_without_bos_refuses_to_prepend_it(
 ) -> None:
     nothing_special = SimpleNamespace(bos_token_id=None, eos_token_id=None, all_special_ids=[])
     monkeypatch.setattr(language_model, "tokenizer", nothing_special)
-    assert language_model.token_policy(
-        prepend_bos=False, mask_first_position=True, mask_special_tokens=True
-    ) == TokenPolicy(False, True, ())
+    assert language_model.token_policy(prepend_bos=False, masked_positions=1, mask_special_tokens=True) == TokenPolicy(
+        False, True, ()
+    )
     with pytest.raises(ModelError, match=r"model 'tiny': its tokenizer has no BOS or EOS token; set data.prepend_bos="):
-        language_model.token_policy(prepend_bos=True, mask_first_position=True, mask_special_tokens=True)
+        language_model.token_policy(prepend_bos=True, masked_positions=1, mask_special_tokens=True)

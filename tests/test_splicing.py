@@ -24,7 +24,7 @@ def tokens(language_model: LanguageModel) -> Tensor:
 
 
 def make_dictionary(language_model: LanguageModel, kind: type[Dictionary] = TopK, d_in: int = 32, **metadata: Any):
-    policy = language_model.token_policy(prepend_bos=True, mask_first_position=True, mask_special_tokens=True)
+    policy = language_model.token_policy(prepend_bos=True, masked_positions=1, mask_special_tokens=True)
     metadata = {"hook": HOOK, "model": language_model.info.to_json(), "tokens": policy.to_json(), **metadata}
     dictionary = kind(d_in, 64, metadata=metadata, **({"k": 4} if kind is TopK else {}))
     generator = torch.Generator().manual_seed(2)

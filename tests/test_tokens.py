@@ -140,14 +140,13 @@ def test_empty_side_of_the_split_says_how_to_fill_it(tmp_path: Path, language_mo
         packed(config, language_model)
 
 
-@pytest.mark.parametrize("mask_first", [True, False])
+@pytest.mark.parametrize("masked_positions", [0, 1, 3])
 @pytest.mark.parametrize("ids", [(), (0,), (0, 3)])
-def test_policy_masks_by_id_and_by_position(mask_first: bool, ids: tuple[int, ...]) -> None:
-    policy = TokenPolicy(True, mask_first, ids)
+def test_policy_masks_by_id_and_by_position(masked_positions: int, ids: tuple[int, ...]) -> None:
+    policy = TokenPolicy(True, masked_positions, ids)
     tokens = torch.tensor([[0, 1, 3, 2], [3, 0, 0, 1]])
     expected = [
-        [token not in ids and not (mask_first and place == 0) for place, token in enumerate(row)]
-        for row in tokens.tolist()
+        [token not in ids and place >= masked_positions for place, token in enumerate(row)] for row in tokens.tolist()
     ]
     assert policy.eligible(tokens).tolist() == expected
     assert policy.eligible(tokens.int()).tolist() == expected

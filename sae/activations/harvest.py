@@ -86,7 +86,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
         "harvest.hooks": list(config.harvest.hooks),
         "harvest.dtype": config.harvest.dtype,
         "harvest.shard_contexts": config.harvest.shard_contexts,
-        "harvest.mask_first_position": config.harvest.mask_first_position,
+        "harvest.masked_positions": config.harvest.masked_positions,
         "harvest.mask_special_tokens": config.harvest.mask_special_tokens,
     }
     held = {
@@ -99,7 +99,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
         "harvest.hooks": list(manifest.hooks),
         "harvest.dtype": manifest.dtype,
         "harvest.shard_contexts": manifest.shard_contexts,
-        "harvest.mask_first_position": manifest.tokens["mask_first_position"],
+        "harvest.masked_positions": manifest.tokens["masked_positions"],
         "harvest.mask_special_tokens": manifest.tokens["mask_special_tokens"],
     }
     for key, value in asked.items():
@@ -150,7 +150,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     data, harvest_config = config.data, config.harvest
     policy = language_model.token_policy(
         prepend_bos=data.prepend_bos,
-        mask_first_position=harvest_config.mask_first_position,
+        masked_positions=harvest_config.masked_positions,
         mask_special_tokens=harvest_config.mask_special_tokens,
     )
     files = _write_text(folder, config, language_model, expected={})

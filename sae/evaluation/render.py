@@ -107,8 +107,9 @@ def _count(scores: Scores, name: str) -> str:
 def _subject(report: Report) -> str:
     policy, dictionary = report.policy, report.dictionary
     masks = []
-    if policy.mask_first_position:
-        masks.append("the first position of every context")
+    if policy.masked_positions:
+        count = policy.masked_positions
+        masks.append(f"the first {'position' if count == 1 else f'{count} positions'} of every context")
     if policy.masked_ids:
         ids = ", ".join(map(str, policy.masked_ids[:8])) + (", …" if len(policy.masked_ids) > 8 else "")
         masks.append(f"special tokens (ids {ids})")

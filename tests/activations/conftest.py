@@ -26,7 +26,7 @@ def write_synthetic_cache(
     context_length: int = 8,
     shard_contexts: int = 4,
     masked_ids: tuple[int, ...] = (0,),
-    mask_first_position: bool = True,
+    masked_positions: int = 1,
 ) -> ActivationCache:
     """`activations [rows, d_in]` of the training split at the hook `blocks.0.hook_resid_pre`."""
     shard_rows = context_length * shard_contexts
@@ -51,7 +51,7 @@ def write_synthetic_cache(
         complete=True,
         model={"name": "synthetic"},
         data={},
-        tokens={"prepend_bos": True, "mask_first_position": mask_first_position, "masked_ids": list(masked_ids)},
+        tokens={"prepend_bos": True, "masked_positions": masked_positions, "masked_ids": list(masked_ids)},
         context_length=context_length,
         shard_contexts=shard_contexts,
         dtype=str(activations.dtype).removeprefix("torch."),

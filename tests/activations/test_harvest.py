@@ -179,7 +179,7 @@ def test_progress_counts_every_token_once(tiny_config: Config, language_model: L
         ({"data__prepend_bos": False}, r"made with data.prepend_bos=True, now False"),
         ({"harvest__hooks": HOOKS}, r"made with harvest.hooks=\['blocks.1.hook_resid_pre'\], now \["),
         ({"harvest__dtype": "int8"}, r"made with harvest.dtype='float32', now 'int8'"),
-        ({"harvest__mask_first_position": False}, r"made with harvest.mask_first_position=True, now False"),
+        ({"harvest__masked_positions": 0}, r"made with harvest.masked_positions=1, now 0"),
         ({"harvest__mask_special_tokens": False}, r"made with harvest.mask_special_tokens=True, now False"),
         ({"model__weight_processing": "fold_ln"}, r"made with model.weight_processing='none', now 'fold_ln'"),
         ({"model__name": "gpt2"}, r"made with model.name='tiny', now 'gpt2'"),

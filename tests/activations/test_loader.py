@@ -139,7 +139,7 @@ def test_int8_is_multiplied_by_its_tokens_scale(write_cache: Callable[..., Activ
     generator = torch.Generator().manual_seed(0)
     stored = torch.randint(-127, 128, (400, 5), generator=generator, dtype=torch.int8)
     scale = torch.rand(400, generator=generator) + 0.1
-    cache = write_cache(stored, torch.arange(400) + 1, scale=scale, masked_ids=(), mask_first_position=False)
+    cache = write_cache(stored, torch.arange(400) + 1, scale=scale, masked_ids=(), masked_positions=0)
     loader = ActivationLoader(cache, HOOK, batch_size=400, pool_tokens=64)
     expected = stored.numpy().astype(np.float32) * scale.numpy()[:, None]
     ours = next(iter(loader)).numpy()
@@ -149,7 +149,7 @@ def test_int8_is_multiplied_by_its_tokens_scale(write_cache: Callable[..., Activ
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_comes_as_float32(write_cache: Callable[..., ActivationCache], dtype: torch.dtype) -> None:
     stored = torch.randn(64, 5).to(dtype)
-    cache = write_cache(stored, torch.arange(64), masked_ids=(), mask_first_position=False)
+    cache = write_cache(stored, torch.arange(64), masked_ids=(), masked_positions=0)
     ours = next(iter(ActivationLoader(cache, HOOK, batch_size=64)))
     assert ours.dtype == torch.float32
     assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, stored.double().tolist()))

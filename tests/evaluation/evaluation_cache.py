@@ -25,7 +25,7 @@ from sae.dictionary import Codes, Dictionary
 from sae.tokens import TokenPolicy
 
 HOOK = "blocks.1.hook_resid_pre"
-POLICY = TokenPolicy(prepend_bos=True, mask_first_position=True, masked_ids=(0,))
+POLICY = TokenPolicy(prepend_bos=True, masked_positions=1, masked_ids=(0,))
 
 
 class Fixed(Dictionary):

@@ -51,7 +51,7 @@ def test_json_has_every_definition_by_its_name_for_all_columns(report: Report, t
         assert set(DEFINITIONS) <= set(column)
     for name in set(DEFINITIONS) - {"l0_quantiles", "density", "dead", "dense"}:
         assert written[name]["standard_error"] is not None, name
-    assert written["token_policy"] == {"prepend_bos": True, "mask_first_position": True, "masked_ids": [0]}
+    assert written["token_policy"] == {"prepend_bos": True, "masked_positions": 1, "masked_ids": [0]}
     assert written["dictionary"]["k"] == 4 and len(written["dictionary"]["weights_sha256"]) == 64
 
 
@@ -117,7 +117,7 @@ def test_no_matplotlib_no_figures(report: Report, tmp_path: Path, monkeypatch: p
 
 def test_other_masking_in_training_is_said(many_documents: ActivationCache, tmp_path: Path) -> None:
     dictionary = _topk()
-    dictionary.metadata["tokens"] = {**many_documents.manifest.tokens, "mask_first_position": False}
+    dictionary.metadata["tokens"] = {**many_documents.manifest.tokens, "masked_positions": 0}
     write_report(evaluate(dictionary, many_documents, hook=HOOK), tmp_path)
     assert "Training left out other tokens" in (tmp_path / "eval.md").read_text()
 
