@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from sae.errors import ConfigError
 
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_scientific(cls, settings: Any) -> Any:
+        """1e8 as a number, which YAML 1.1 takes for text."""
+        if not isinstance(settings, dict):
+            return settings
+        numbers = {
+            key: float(value)
+            for key, value in settings.items()
+            if isinstance(value, str) and _SCIENTIFIC.fullmatch(value)
+            if (field := cls.model_fields.get(key)) and not _is_text(field)
+        }
+        return {**settings, **numbers}
 
 
 class ModelConfig(_Settings):
@@ -51,11 +68,12 @@ class DataConfig(_Settings):
     streaming: bool = Field(default=True, description="read a hub data set while it downloads")
     section_characters: PositiveInt | None = Field(
         default=None,
-        description="cut longer documents at line ends into sections of about so many characters, each a document of "
-        "its own; sections of one document stay on one side of the held-out split; null: documents stay whole",
+        description="cut longer documents at line ends into sections of about so many characters, which are shuffled "
+        "one by one and remain one document for the held-out split and for standard errors; null: documents stay whole",
     )
     shuffle_documents: PositiveInt | None = Field(
-        default=None, description="draw documents at random from a buffer of so many; null: in the order of the source"
+        default=None,
+        description="draw documents (or sections) at random from a buffer of so many; null: in the order of the source",
     )
     tokens: PositiveInt = Field(default=1_000_000, description="training tokens to cache, exactly")
     held_out_tokens: PositiveInt = Field(default=100_000, description="evaluation tokens to cache, exactly")
@@ -73,7 +91,7 @@ class HarvestConfig(_Settings):
     hooks: tuple[str, ...] = Field(
         default=("blocks.2.hook_resid_pre",),
         min_length=1,
-        description="hook points to cache, by transformer-lens's names",
+        description="hook points to cache, by transformer-lens's names; one needs no list",
     )
     dtype: StorageDtype = Field(default="float16", description="number type on disk; `int8` keeps one scale per token")
     batch_contexts: PositiveInt = Field(default=32, description="contexts per forward pass")
@@ -93,6 +111,11 @@ class HarvestConfig(_Settings):
     cache: str | None = Field(
         default=None, description="folder of the activation cache; null: `activations` in the run folder"
     )
+
+    @field_validator("hooks", mode="before")
+    @classmethod
+    def _one_hook(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class DictionaryConfig(_Settings):
@@ -188,7 +211,7 @@ class RunConfig(_Settings):
 
     out: str = Field(default="runs/default", description="run folder: everything that is made goes there")
     seed: int = Field(default=0, ge=0, description="seed of initialisation and shuffling")
-    device: str = Field(default="auto", description="`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`")
+    device: str = Field(default="auto", description="`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     harvest: HarvestConfig = HarvestConfig()
@@ -215,7 +238,10 @@ class RunConfig(_Settings):
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply `key.subkey=value` overrides, whose values are YAML too.
+    """Read a YAML file and apply `key.subkey=value` overrides.
+
+    Values are YAML too, except of settings that hold text: these are taken as they stand (`out=2024-11-23` is no date
+    there), and `null` or nothing is None.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key does not exist, or a value does not fit.
@@ -225,7 +251,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r}: expected key=value, such as dictionary.k=64")
-        _set(settings, key.strip().split("."), _parse_value(value, override))
+        _set(settings, key.strip().split("."), _parse_value(key.strip(), value.strip(), override))
     return parse_config(settings)
 
 
@@ -243,15 +269,24 @@ def parse_config(settings: dict[str, Any]) -> RunConfig:
     return config
 
 
-def describe_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def describe_keys() -> Iterator[tuple[str, str, str]]:
     """Every key with its default and its meaning, in the order of the file."""
+    for key, field in _fields(RunConfig):
+        default = yaml.safe_dump(_plain(field.default), default_flow_style=True).replace("\n...", "").strip()
+        yield key, default, field.description or ""
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from describe_keys(kind, f"{prefix}{name}.")
+            yield from _fields(kind, f"{prefix}{name}.")
         else:
-            default = yaml.safe_dump(_plain(field.default), default_flow_style=True).replace("\n...", "").strip()
-            yield f"{prefix}{name}", default, field.description or ""
+            yield f"{prefix}{name}", field
+
+
+def _is_text(field: FieldInfo) -> bool:
+    return field.annotation in (str, str | None)
 
 
 def _check_together(config: RunConfig) -> None:
@@ -287,7 +322,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _parse_value(value: str, override: str) -> Any:
+def _parse_value(key: str, value: str, override: str) -> Any:
+    field = dict(_fields(RunConfig)).get(key)
+    if field is not None and _is_text(field):
+        is_null = not value or (value == "null" and field.annotation is not str)
+        return None if is_null else value
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -316,6 +355,8 @@ def _explain(error: ErrorDetails) -> str:
         hint = f"did you mean {named[near[0]]}?" if near else "'sae train --help' lists every key"
         return f"unknown setting {key!r}: {hint}"
     message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "string_type" and error["input"] is not None:
+        message += "; put it in quotes"
     return f"setting {key}={error['input']!r}: {message}"
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from sae.errors import DataError
 
 STANDARD_LIBRARY = "stdlib"
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+SINGLE_TEXT_SUFFIXES = (".txt", ".md")
+TEXT_SUFFIXES = (*SINGLE_TEXT_SUFFIXES, ".jsonl", ".parquet")
 # Character maps are tables of numbers; topics.py is read topic by topic instead of as source.
 _STDLIB_SKIPPED = ("site-packages", "dist-packages", "__pycache__", "encodings", "cjkencodings")
 _STDLIB_SHORTEST = 400
@@ -207,7 +208,8 @@ def _rows(rows: Any, source: str, column: str) -> Iterator[Document]:
 def _field(record: Any, column: str, where: str) -> str:
     if not isinstance(record, dict) or column not in record:
         raise DataError(_no_column(where, column, list(record) if isinstance(record, dict) else []))
-    return str(record[column] or "")
+    text = str(record[column] or "")
+    return text.encode("utf-8", "replace").decode()  # JSON may escape lone surrogates, which no tokenizer takes
 
 
 def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:

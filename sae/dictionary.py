@@ -51,7 +51,7 @@ class Dictionary(nn.Module, ABC):
         b_enc: `[d_sae]`.
         W_dec: `[d_sae, d_in]`, rows of norm 1: row j is the direction of feature j.
         b_dec: `[d_in]`.
-        metadata: JSON-able facts saved beside the weights: model, hook point, token policy, training, evaluation.
+        metadata: JSON-able facts saved beside the weights: model, hook point, token policy, training.
     """
 
     architecture: ClassVar[str]

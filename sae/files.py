@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,32 @@ def _explain(path: Path, size: int, error: OSError) -> str:
             "free some space and run the same command again to go on"
         )
     return f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or change its permissions"
+
+
+@contextlib.contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """One process at a time in a folder; the lock goes when the process does, however it ends.
+
+    Args:
+        folder: made where it is missing.
+        doing: what the process does there, for the message to a second one.
+
+    Raises:
+        CacheError: the folder cannot be written, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise CacheError(_explain(folder, 0, error)) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CacheError(
+                f"folder {str(folder)!r}: another {doing} is writing it; wait for it or stop it"
+            ) from error
+        yield
 
 
 def read_json(path: Path) -> Any:

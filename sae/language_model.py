@@ -26,6 +26,7 @@ from sae.tokens import TokenPolicy
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 INNER_HOOKS = ("attn.hook_z", "mlp.hook_post")
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 
@@ -39,6 +40,8 @@ class ModelInfo:
     Attributes:
         name: as the user gave it, or the file's or folder's name where that was a path.
         revision: git commit of a hub model.
+        requested_revision: the revision asked for, which may be a branch or a tag.
+        fingerprint: quick hash of a local model's files.
         weights_sha256: over all weights, as loaded and before any processing.
         weight_processing: what was done to them then.
         dtype: number type of the computation.
@@ -47,6 +50,8 @@ class ModelInfo:
 
     name: str
     revision: str | None
+    requested_revision: str | None
+    fingerprint: str | None
     weights_sha256: str
     weight_processing: str
     dtype: str
@@ -86,6 +91,8 @@ class LanguageModel:
         self.info = ModelInfo(
             name=label,
             revision=revision,
+            requested_revision=config.revision,
+            fingerprint=fingerprint(config.name),
             weights_sha256=weights_sha256,
             weight_processing=config.weight_processing,
             dtype=config.dtype,
@@ -167,9 +174,8 @@ class LanguageModel:
 
         last = max(self.check_hook(hook)[0] for hook in hooks)
         stop = last + 1 if last + 1 < self.info.n_layers else None
-        with contextlib.suppress(_AllFoundError):
-            self.bridge.run_with_hooks(tokens, fwd_hooks=[(hook, keep(hook)) for hook in hooks], stop_at_layer=stop)
-        self.bridge.reset_hooks()
+        with contextlib.suppress(_AllFoundError), self.bridge.hooks(fwd_hooks=[(hook, keep(hook)) for hook in hooks]):
+            self.bridge(tokens, stop_at_layer=stop)
         return found
 
     @torch.no_grad()
@@ -232,9 +238,11 @@ class LanguageModel:
         """
         norm = self.bridge.ln_final
         W_U = self.bridge.W_U.detach().float()
-        gain = getattr(norm, "weight", None)
-        if gain is not None:
-            W_U = gain.detach().float()[:, None] * W_U
+        weight = getattr(norm, "weight", None)
+        if weight is not None:
+            # Gemma's RMSNorm multiplies by 1 + weight.
+            offset = float(getattr(norm, "uses_weight_offset", self.bridge.cfg.rmsnorm_uses_offset))
+            W_U = (offset + weight.detach().float())[:, None] * W_U
         if not self.bridge.cfg.uses_rms_norm:
             W_U = W_U - W_U.mean(0, keepdim=True)
         return W_U
@@ -258,6 +266,27 @@ def model_label(name: str) -> str:
     path = Path(name).expanduser()
     is_path = path.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf")
     return path.resolve().name if is_path and name != DEMO else name
+
+
+def fingerprint(name: str) -> str | None:
+    """A quick hash of a local model's weight files, from their sizes and samples all over them: a swap shows
+    without loading anything.
+
+    None for hub models.
+    """
+    path = DEMO_FOLDER if name == DEMO else Path(name).expanduser()
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES)
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size} ".encode())
+        with file.open("rb") as content:
+            for place in range(0, size, max(size // 64, 1 << 16)):
+                content.seek(place)
+                digest.update(content.read(1 << 12))
+    return digest.hexdigest()
 
 
 def next_token_losses(

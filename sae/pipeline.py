@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from sae.activations.loader import ActivationLoader
 from sae.architectures import load
 from sae.config import RunConfig, load_config
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
-from sae.errors import ConfigError, FormatError
+from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation import Report, evaluate, write_report
 from sae.features import Features, collect
-from sae.files import read_json, write_bytes
+from sae.files import locked, read_json, write_bytes
 from sae.language_model import LanguageModel
-from sae.training.loop import train
+from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
+from sae.training.loop import TrainingInterrupted, train
 from sae.training.sinks import METRICS_FILE, Wandb
 
 CONFIG_YAML = "config.yaml"
@@ -46,11 +48,10 @@ class Run:
     def __init__(self, config: RunConfig, progress: Progress = _no_progress) -> None:
         self.config, self.progress = config, progress
         self.folder = config.folder
-        self.device = choose_device(config.device)
 
     @staticmethod
     def open(folder: str | Path, overrides: tuple[str, ...] = (), progress: Progress = _no_progress) -> Run:
-        """The run of an existing folder, by its `config.yaml`.
+        """The run of an existing folder, by its `config.yaml`; the folder may have been moved.
 
         Raises:
             ConfigError: the folder is not a run folder.
@@ -60,7 +61,13 @@ class Run:
             raise ConfigError(
                 f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}'"
             )
-        return Run(load_config(path / CONFIG_YAML, [f"out={path}", *overrides]), progress)
+        config = load_config(path / CONFIG_YAML, overrides)
+        return Run(config.model_copy(update={"out": str(path)}), progress)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the run computes."""
+        return choose_device(self.config.device)
 
     @cached_property
     def language_model(self) -> LanguageModel:
@@ -69,15 +76,16 @@ class Run:
 
     def harvest(self) -> ActivationCache:
         """The activation cache, harvested as far as it is missing."""
-        self._write_config()
         folder = self.config.cache_folder
-        if (folder / "manifest.json").is_file() and (manifest := read_manifest(folder)).complete:
+        if (folder / "manifest.json").is_file():
+            manifest = read_manifest(folder)
             check_same_request(folder, manifest, self.config)
-            if all(manifest.is_whole(folder, name) for name in manifest.files):
+            if manifest.complete and all(manifest.is_whole(folder, name) for name in manifest.files):
                 return ActivationCache(folder)
-        return harvest_activations(
-            self.config, self.language_model, lambda done, total: self.progress("harvest", done, total)
-        )
+        with self._configured():
+            return harvest_activations(
+                self.config, self.language_model, lambda done, total: self.progress("harvest", done, total)
+            )
 
     def cache(self) -> ActivationCache:
         """The activation cache, which must be there.
@@ -92,35 +100,11 @@ class Run:
     def train(self) -> Dictionary:
         """The dictionary, trained (or trained to the end) where it is not there yet."""
         cache = self.cache()
-        self._write_config()
         if (self.folder / "dictionary" / CONFIG_FILE).is_file():
             return self._trained_already(cache)
-        settings = self.config.train
-        loader = ActivationLoader(
-            cache,
-            self.config.hook,
-            batch_size=settings.batch_size,
-            seed=self.config.seed,
-            pool_tokens=settings.pool_tokens,
-            device=self.device,
-        )
-        sinks = [Wandb(self.config.wandb, self.folder, self.config.model_dump())] if self.config.wandb.project else []
-        try:
-            dictionary = train(
-                loader,
-                self.config.dictionary,
-                settings,
-                seed=self.config.seed,
-                device=self.device,
-                folder=self.folder,
-                metadata=dictionary_metadata(cache, self.config.hook),
-                sinks=sinks,
-                progress=lambda done, total, _: self.progress("train", done, total),
-            )
-        finally:
-            for sink in sinks:
-                sink.close()
-        dictionary.save(self.folder / "dictionary")
+        with locked(self.folder, "training"), self._configured():
+            dictionary = self._train(cache)
+            dictionary.save(self.folder / "dictionary")
         return dictionary
 
     def evaluate(self) -> Report:
@@ -139,27 +123,31 @@ class Run:
         return report
 
     def is_evaluated(self) -> bool:
-        """Whether `eval.json` is there and of this dictionary, text and settings."""
+        """Whether `eval.json` and `eval.md` are there and of this dictionary, cache and settings."""
         path = self.folder / "eval.json"
-        if not path.is_file():
+        if not path.is_file() or not path.with_suffix(".md").is_file():
             return False
         record = read_json(path)
         return (
             record.get("sae_version") == sae.__version__
-            and record.get("dictionary", {}).get("weights_sha256") == weights_sha256(self.dictionary())
-            and record.get("text_sha256") == self.cache().manifest.text_sha256
+            and record.get("dictionary", {}).get("weights_sha256") == weights_sha256(self.dictionary("cpu"))
+            and record.get("activations") == self.cache().manifest.identity(self.config.hook)
             and record.get("settings") == self.config.evaluation.model_dump()
         )
 
     def features(self) -> Features:
-        """The feature store; collected anew where it is missing or of another dictionary, cache or setting."""
-        cache, dictionary = self.cache(), self.dictionary()
+        """The feature store; collected anew where it is missing, damaged, or of another dictionary, cache or setting.
+
+        A store of this dictionary is enough where the activations have been deleted.
+        """
         folder = self.folder / "features"
-        if (folder / "features.json").is_file() and self._is_collected(folder, cache, dictionary):
-            return Features(folder)
+        with contextlib.suppress(FormatError):
+            if (folder / "features.json").is_file() and self._is_collected(folder):
+                return Features(folder)
+        cache = self.cache()
         check_same_model(cache.path, cache.manifest, self.language_model)
         return collect(
-            dictionary,
+            self.dictionary(),
             cache,
             folder,
             self.config.features,
@@ -171,34 +159,66 @@ class Run:
             progress=lambda done, total: self.progress("features", done, total),
         )
 
-    def dictionary(self) -> Dictionary:
-        """The trained dictionary, on the run's device."""
-        return load(self.folder, device=self.device)
+    def dictionary(self, device: str | torch.device | None = None) -> Dictionary:
+        """The trained dictionary, on the run's device or another."""
+        return load(self.folder, device=device or self.device)
 
-    def _is_collected(self, folder: Path, cache: ActivationCache, dictionary: Dictionary) -> bool:
-        record = read_json(folder / "features.json")
-        return (
-            record.get("dictionary_sha256") == weights_sha256(dictionary)
-            and record.get("text_sha256") == cache.manifest.text_sha256
-            and record.get("settings") == self.config.features.model_dump()
+    def _train(self, cache: ActivationCache) -> Dictionary:
+        settings = self.config.train
+        loader = ActivationLoader(
+            cache,
+            self.config.hook,
+            batch_size=settings.batch_size,
+            seed=self.config.seed,
+            pool_tokens=settings.pool_tokens,
+            device=self.device,
         )
+        resumes = bool(list_checkpoints(self.folder / CHECKPOINTS))
+        sinks = (
+            [Wandb(self.config.wandb, self.folder, self.config.model_dump(), resume=resumes)]
+            if self.config.wandb.project
+            else []
+        )
+        failed = True
+        try:
+            dictionary = train(
+                loader,
+                self.config.dictionary,
+                settings,
+                seed=self.config.seed,
+                device=self.device,
+                folder=self.folder,
+                metadata=dictionary_metadata(cache, self.config.hook),
+                sinks=sinks,
+                progress=lambda done, total, _: self.progress("train", done, total),
+            )
+            failed = False
+        finally:
+            for sink in sinks:
+                sink.close(failed=failed)
+        return dictionary
+
+    def _is_collected(self, folder: Path) -> bool:
+        record = read_json(folder / "features.json")
+        if record.get("dictionary_sha256") != weights_sha256(self.dictionary("cpu")):
+            return False
+        if not (self.config.cache_folder / "manifest.json").is_file():
+            return True
+        identity = self.cache().manifest.identity(self.config.hook)
+        return record.get("activations") == identity and record.get("settings") == self.config.features.model_dump()
 
     def _trained_already(self, cache: ActivationCache) -> Dictionary:
         """The dictionary that is there, if it is the one asked for."""
         dictionary = self.dictionary()
-        trained = dictionary.metadata.get("trained", {}).get("settings", {})
+        held = dictionary.metadata.get("trained", {}).get("settings", {})
         asked = {
+            "hook": self.config.hook,
             **self.config.dictionary.model_dump(exclude={"hook"}),
             **self.config.train.model_dump(exclude={"log_every", "checkpoint_every", "keep_checkpoints"}),
             "seed": self.config.seed,
-            "hook": self.config.hook,
-            "text_sha256": cache.manifest.text_sha256,
+            "activations": cache.manifest.identity(self.config.hook),
         }
-        held = {
-            **trained,
-            "hook": dictionary.metadata.get("hook"),
-            "text_sha256": dictionary.metadata.get("text_sha256"),
-        }
+        held = {**held, "hook": dictionary.metadata.get("hook")}
         for key, value in asked.items():
             if held.get(key) != value:
                 raise FormatError(
@@ -207,13 +227,28 @@ class Run:
                 )
         return dictionary
 
-    def _write_config(self) -> None:
+    @contextlib.contextmanager
+    def _configured(self) -> Iterator[None]:
+        """Write `config.yaml` before a step; a step that is refused leaves the one that was there."""
+        path = self.folder / CONFIG_YAML
+        before = path.read_bytes() if path.is_file() else None
+        if before is None or yaml.safe_load(before) != self.config.model_dump(mode="json"):
+            self._write_config(path)
+        try:
+            yield
+        except TrainingInterrupted:
+            raise
+        except SaeError:
+            if before is not None:
+                write_bytes(path, before)
+            raise
+
+    def _write_config(self, path: Path) -> None:
         """The resolved configuration, loadable again, under a line that says what made it."""
         settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         commit = _git_commit()
-        made_by = f"sae {sae.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-        header = f"# {made_by}{f', commit {commit}' if commit else ''}\n"
-        write_bytes(self.folder / CONFIG_YAML, (header + settings).encode())
+        made_by = f"sae {sae.__version__}{f' ({commit})' if commit else ''}, torch {torch.__version__}"
+        write_bytes(path, f"# {made_by}, Python {platform.python_version()}\n{settings}".encode())
 
 
 def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
@@ -250,7 +285,7 @@ def dictionary_metadata(cache: ActivationCache, hook: str) -> dict[str, Any]:
         "tokens": manifest.tokens,
         "context_length": manifest.context_length,
         "data": manifest.data,
-        "text_sha256": manifest.text_sha256,
+        "activations": manifest.identity(hook),
         "activation_dtype": manifest.dtype,
     }
 
@@ -259,23 +294,24 @@ def choose_device(name: str) -> torch.device:
     """`auto` takes a GPU where there is one.
 
     Raises:
-        ConfigError: torch does not know the device, or it is not there.
+        ConfigError: torch does not know the device, it is not there, or it has no float64 for the sums (mps).
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:120]
         raise ConfigError(f"device {name!r}: not available here ({reason}); use device=auto or device=cpu") from error
     return device
 
 
 def _git_commit() -> str | None:
-    """The commit of the working directory, if that is a git checkout."""
+    """The commit of this package, where it runs from a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5)
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()

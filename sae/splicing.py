@@ -40,14 +40,14 @@ def splice(
             `error_term` the reconstruction's error is that of the unedited features.
 
     Raises:
-        ModelError: another model than the dictionary's, no hook point known, or one of another width.
+        ModelError: another model than the dictionary's, no hook point known, or one of another width; or the
+            dictionary's record of masked tokens cannot be read.
     """
     hook = hook or dictionary.metadata.get("hook")
-    if hook is None:
+    if not isinstance(hook, str):
         raise ModelError("the dictionary does not say which hook point it belongs to: give hook='blocks.N.…'")
     _check_model(language_model, dictionary)
-    tokens_record = dictionary.metadata.get("tokens")
-    policy = TokenPolicy.from_json(tokens_record) if tokens_record else None
+    policy = _token_policy(dictionary)
 
     def replacement(x: Tensor, tokens: Tensor | None) -> Tensor:
         if x.shape[-1] != dictionary.d_in:
@@ -75,14 +75,30 @@ def _reconstruct(dictionary: Dictionary, x: Tensor, error_term: bool, edit: Edit
     return edited + (x - dictionary.decode(features)).detach() if error_term else edited
 
 
+def _token_policy(dictionary: Dictionary) -> TokenPolicy | None:
+    record = dictionary.metadata.get("tokens")
+    if not record:
+        return None
+    try:
+        policy = TokenPolicy.from_json(record)
+        policy.eligible(torch.zeros(1, 1, dtype=torch.int64))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the dictionary's metadata has tokens={record!r}: expected prepend_bos, masked_positions and masked_ids; "
+            "set dictionary.metadata['tokens'] = None to replace every position"
+        ) from error
+    return policy
+
+
 def _check_model(language_model: LanguageModel, dictionary: Dictionary) -> None:
+    """Compare what the metadata says of the model; what it does not say is not checked."""
     trained_on = dictionary.metadata.get("model")
-    if not trained_on:
+    if not isinstance(trained_on, dict):
         return
     for key in ("weights_sha256", "weight_processing"):
-        here = getattr(language_model.info, key)
-        if trained_on[key] != here:
+        there, here = trained_on.get(key), getattr(language_model.info, key)
+        if there not in (None, here):
             raise ModelError(
-                f"the dictionary was trained on {trained_on['name']!r} with {key}={trained_on[key]!r}; "
+                f"the dictionary was trained on {trained_on.get('name')!r} with {key}={there!r}; "
                 f"{language_model.info.name!r} has {here!r}: load the model it was trained on"
             )

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae.config import DataConfig
-from sae.corpus import Document, is_held_out, read_documents
+from sae.corpus import SINGLE_TEXT_SUFFIXES, is_held_out, read_documents
 from sae.errors import DataError
 
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS: tuple[str, ...] = (TRAIN, HELD_OUT)
 _CHARACTERS_AT_ONCE = 4_000_000
+_SECTION_OF_SINGLE_FILE = 10_000
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,16 @@ class Packer:
 
     def __init__(self, rows: int, context_length: int, bos: int | None, separator: int | None) -> None:
         self.rows, self.context_length, self.bos, self.separator = rows, context_length, bos, separator
-        self.names: list[str] = []
+        self._numbers: dict[str, int] = {}
         self._packed = 0
         self._tokens: list[np.ndarray] = []
         self._documents: list[np.ndarray] = []
         self._waiting = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Documents so far, in the order of their numbers."""
+        return list(self._numbers)
 
     @property
     def full(self) -> bool:
@@ -90,11 +97,11 @@ class Packer:
         return min(self.rows, self._packed + self._rows_from(self._waiting))
 
     def add(self, name: str, ids: Sequence[int]) -> None:
-        """Append a document's tokens."""
+        """Append the tokens of a document, or of a section of one."""
         ids = [*ids, self.separator] if self.separator is not None else list(ids)
+        document = self._numbers.setdefault(name, len(self._numbers))
         self._tokens.append(np.array(ids, dtype=np.int32))
-        self._documents.append(np.full(len(ids), len(self.names), dtype=np.int32))
-        self.names.append(name)
+        self._documents.append(np.full(len(ids), document, dtype=np.int32))
         self._waiting += len(ids)
 
     def take(self, contexts: int) -> PackedRows | None:
@@ -146,31 +153,39 @@ def packed_shards(
 
 
 def prepared_documents(config: DataConfig) -> Iterator[tuple[str, str, str]]:
-    """(name, text, split) of every document that is not empty: cut into sections and shuffled as asked."""
+    """(document's name, text, split), cut into sections and shuffled as asked; nothing that is empty.
+
+    Sections keep the name of their document, so they fall on one side of the held-out split and count as one document
+    in standard errors. A single text file is the exception: there every section is a document of its own.
+    """
     documents = read_documents(
         config.source, split=config.split, subset=config.subset, column=config.column, streaming=config.streaming
     )
-    sections = (
-        (section.name, section.text, HELD_OUT if held_out else TRAIN)
-        for document in documents
-        for held_out in (is_held_out(document.name, config.holdout_seed, config.holdout_fraction),)
-        for section in _sections(document, config.section_characters)
-        if section.text.strip()
-    )
-    return _shuffled(sections, config.shuffle_documents) if config.shuffle_documents else sections
+    path = Path(config.source).expanduser()
+    alone = path.is_file() and path.suffix in SINGLE_TEXT_SUFFIXES
+    characters = config.section_characters or (_SECTION_OF_SINGLE_FILE if alone else None)
+
+    def prepared() -> Iterator[tuple[str, str, str]]:
+        for document in documents:
+            for number, text in enumerate(_sections(document.text, characters)):
+                name = f"{document.name}#{number}" if alone else document.name
+                if text.strip():
+                    held_out = is_held_out(name, config.holdout_seed, config.holdout_fraction)
+                    yield name, text, HELD_OUT if held_out else TRAIN
+
+    return _shuffled(prepared(), config.shuffle_documents) if config.shuffle_documents else prepared()
 
 
-def _sections(document: Document, characters: int | None) -> Iterator[Document]:
-    if characters is None or len(document.text) <= characters:
-        yield document
+def _sections(text: str, characters: int | None) -> Iterator[str]:
+    if characters is None or len(text) <= characters:
+        yield text
         return
-    start, number = 0, 0
-    while start < len(document.text):
-        end = start + characters
-        newline = document.text.find("\n", end)
-        end = len(document.text) if newline < 0 or newline + 1 >= len(document.text) else newline + 1
-        yield Document(f"{document.name}#{number}", document.text[start:end])
-        start, number = end, number + 1
+    start = 0
+    while start < len(text):
+        newline = text.find("\n", start + characters)
+        end = len(text) if newline < 0 or newline + 1 >= len(text) else newline + 1
+        yield text[start:end]
+        start = end
 
 
 def _shuffled(items: Iterable[tuple[str, str, str]], buffer_size: int) -> Iterator[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -86,7 +87,8 @@ def test_a_run_is_self_contained_and_readable(finished_run: Path) -> None:
     assert {"eval.json", "eval.md", "features"} <= names
     resolved = sae.load_config(finished_run / "config.yaml")
     assert resolved.dictionary.k == 4
-    assert (finished_run / "config.yaml").read_text().startswith(f"# sae {sae.__version__}, torch")
+    first_line = (finished_run / "config.yaml").read_text().splitlines()[0]
+    assert re.fullmatch(rf"# sae {sae.__version__}( \([0-9a-f]{{40}}\))?, torch \S+, Python \S+", first_line)
     lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "tokens", "loss", "mse", "fvu", "l0", "dead", "lr", "tokens_per_second"} <= set(lines[-1])
     metadata = json.loads((finished_run / "dictionary" / "config.json").read_text())["metadata"]
@@ -192,8 +194,56 @@ def test_cache_of_other_settings(config_file: Path, own_run: Path, command) -> N
 
 
 def test_dictionary_of_other_settings(config_file: Path, own_run: Path, command) -> None:
+    before = (own_run / "config.yaml").read_bytes()
     outcome = command("train", config_file, f"out={own_run}", "dictionary.k=7")
     assert_refused(outcome, "made with k=4, now 7", "out=")
+    assert_refused(command("run", config_file, f"out={own_run}", "seed=1"), "made with seed=0, now 1")
+    shutil.rmtree(own_run / "dictionary")
+    assert_refused(
+        command("train", config_file, f"out={own_run}", "dictionary.k=7"), "checkpoint", "made with k=4, now 7"
+    )
+    assert (own_run / "config.yaml").read_bytes() == before, "a refused command changed the run's configuration"
+
+
+def test_dictionary_of_other_activations(config_file: Path, own_run: Path, tmp_path: Path, command) -> None:
+    """The same text with another token policy is another cache: neither dictionary nor checkpoint may pass for it."""
+    other = [f"harvest.cache={tmp_path / 'other'}", "harvest.masked_positions=0", f"out={own_run}"]
+    assert command("harvest", config_file, *other).status == 0
+    assert_refused(command("train", config_file, *other), "made with activations=")
+    shutil.rmtree(own_run / "dictionary")
+    assert_refused(command("train", config_file, *other), "checkpoint", "made with activations=")
+
+
+def test_a_report_cut_short_is_written_again(config_file: Path, own_run: Path, command) -> None:
+    (own_run / "eval.md").unlink()
+    assert command("run", config_file, f"out={own_run}").status == 0
+    assert (own_run / "eval.md").is_file()
+
+
+def test_a_damaged_feature_store_is_collected_again(config_file: Path, own_run: Path, command) -> None:
+    os.truncate(own_run / "features" / "features.safetensors", 100)
+    assert command("features", own_run, 3).status == 0
+
+
+def test_features_can_be_looked_at_without_the_activations(own_run: Path, command) -> None:
+    shutil.rmtree(own_run / "activations")
+    outcome = command("features", own_run, 3)
+    assert outcome.status == 0, outcome.err
+
+
+def test_a_moved_run_still_works(own_run: Path, tmp_path: Path, command) -> None:
+    moved = tmp_path / "2024-11-23"
+    own_run.rename(moved)
+    assert command("features", moved, 3).status == 0
+    assert command("verify", moved).status == 0
+
+
+def test_two_trainings_in_one_folder_are_refused(config_file: Path, own_run: Path, command) -> None:
+    from sae.files import locked
+
+    shutil.rmtree(own_run / "dictionary")
+    with locked(own_run, "training"):
+        assert_refused(command("train", config_file, f"out={own_run}"), "another training is writing it")
 
 
 def test_truncated_shard(config_file: Path, own_run: Path, command) -> None:

@@ -38,6 +38,48 @@ def test_numbers_in_scientific_notation_without_a_point_are_numbers() -> None:
     assert load_config(None, ["train.lr=1e-3"]).train.lr == 0.001
 
 
+@pytest.mark.parametrize("text", ["2024-11-23", "001", "runs/a #1", "1e5", "yes", "[", "a: b", "null"])
+def test_text_is_taken_as_it_stands(text: str) -> None:
+    """YAML would make dates, numbers, booleans and comments of these."""
+    assert load_config(None, [f"out={text}"]).out == text
+    revision = load_config(None, [f"model.revision={text}"]).model.revision
+    assert revision == (None if text == "null" else text)
+
+
+def test_text_in_a_file_that_yaml_takes_for_something_else_wants_quotes(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("out: 2024-11-23\n")
+    with pytest.raises(ConfigError, match=r"^setting out=.*: input should be a valid string; put it in quotes$"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("out: '2024-11-23'\nmodel: {revision: 1e5}\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.out, config.model.revision) == ("2024-11-23", "1e5")
+
+
+def test_an_optional_text_can_be_taken_back(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("wandb: {project: p}\n")
+    for nothing in ("null", ""):
+        assert load_config(tmp_path / "c.yaml", [f"wandb.project={nothing}"]).wandb.project is None
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e8", 10**8), ("300e6", 3 * 10**8), ("1.5e+6", 1_500_000)])
+def test_whole_numbers_may_be_in_scientific_notation(tmp_path: Path, text: str, number: int) -> None:
+    (tmp_path / "c.yaml").write_text(f"train: {{tokens: {text}}}\ndata: {{tokens: {text}}}\n")
+    for config in (
+        load_config(tmp_path / "c.yaml"),
+        load_config(None, [f"train.tokens={text}", f"data.tokens={text}"]),
+    ):
+        assert (config.train.tokens, config.data.tokens) == (number, number)
+        assert isinstance(config.data.tokens, int)
+    assert "setting seed=0.15: input should be a valid integer" in refusal("seed=1.5e-1")
+
+
+def test_one_hook_needs_no_list(tmp_path: Path) -> None:
+    hook = "blocks.1.hook_resid_pre"
+    (tmp_path / "c.yaml").write_text(f"harvest: {{hooks: {hook}}}\n")
+    assert load_config(tmp_path / "c.yaml").harvest.hooks == (hook,)
+    assert load_config(None, [f"harvest.hooks={hook}"]).harvest.hooks == (hook,)
+
+
 def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "c.yaml") == RunConfig()
@@ -69,7 +111,8 @@ def test_values_that_do_not_fit_are_refused() -> None:
     assert "harvest.dtype='float8'" in refusal("harvest.dtype=float8")
     assert "'float32', 'float16', 'bfloat16' or 'int8'" in refusal("harvest.dtype=float8")
     assert refusal("dictionary.k").startswith("override 'dictionary.k': expected key=value")
-    assert "not a YAML value" in refusal("out=[")
+    assert "not a YAML value" in refusal("seed=[")
+    assert refusal("out=") == "setting out=None: input should be a valid string"
     assert refusal("seed.x=1", "seed=3", "seed.x=1").startswith("override seed.x: seed is a value, not a section")
 
 

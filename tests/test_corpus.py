@@ -38,6 +38,12 @@ def test_jsonl_names_documents_by_line_and_skips_blank_ones(tmp_path: Path) -> N
     assert documents == [Document(f"a.jsonl:{line}", text) for line, text in zip((1, 3, 5), TEXTS, strict=True)]
 
 
+def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
+    """JSON may escape half a character, which has no UTF-8; both halves together are one."""
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}' + "\n" + r'{"text": "\ud83d\ude00"}', encoding="utf-8")
+    assert [document.text for document in read_documents(str(tmp_path / "a.jsonl"))] == ["a?b", "\U0001f600"]
+
+
 def test_parquet_reads_null_as_empty(tmp_path: Path) -> None:
     documents = list(read_documents(str(write_parquet(tmp_path / "a.parquet"))))
     assert documents == [Document(f"a.parquet:{row}", text) for row, text in enumerate([*TEXTS, ""])]

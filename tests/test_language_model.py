@@ -196,6 +196,46 @@ def test_weight_processing_keeps_probabilities_and_unembedding(
     close(by_hand.log_softmax(-1), hf_model(tokens).logits.log_softmax(-1))
 
 
+@pytest.mark.parametrize("processing", ["none", "fold_ln", "center_and_fold"])
+def test_unembedding_of_a_norm_whose_gain_is_one_plus_its_weight(
+    processing: Any, tiny_model: Path, tokens: Tensor, tmp_path: Path
+) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    folder = shutil.copytree(tiny_model, tmp_path / "gemma")  # for the tokenizer
+    config = Gemma2Config(
+        vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=32, final_logit_softcapping=None,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        gemma = Gemma2ForCausalLM(config).eval().requires_grad_(False)
+        gemma.model.norm.weight += torch.randn(16)
+    gemma.save_pretrained(folder)
+    model = LanguageModel(ModelConfig(name=str(folder), weight_processing=processing))
+    hook = "blocks.1.hook_resid_post"
+    resid = model.activations(tokens, [hook])[hook]
+    by_hand = resid @ model.unembedding() / (resid.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    logits = gemma(tokens).logits
+    assert logits.std() > 0.01
+    close(by_hand.log_softmax(-1), logits.log_softmax(-1))
+
+
+def test_reading_activations_leaves_others_hooks_and_takes_its_own_away(
+    language_model: LanguageModel, tokens: Tensor
+) -> None:
+    clean = language_model.logits(tokens)
+    with language_model.replacing("blocks.1.hook_mlp_out", torch.zeros_like):
+        zeroed = language_model.logits(tokens)
+        for hooks in (["blocks.0.hook_mlp_out", "blocks.2.hook_attn_out"], ["blocks.2.hook_resid_post"]):
+            assert set(language_model.activations(tokens, hooks)) == set(hooks)
+            torch.testing.assert_close(language_model.logits(tokens), zeroed, rtol=0, atol=0)
+    assert (zeroed - clean).abs().max() > 0.01
+    torch.testing.assert_close(language_model.logits(tokens), clean, rtol=0, atol=0)
+    assert not any(point.fwd_hooks for point in language_model.bridge.hook_dict.values())
+
+
 def test_losses_are_the_negative_log_probabilities_of_the_next_token(
     language_model: LanguageModel, tokens: Tensor
 ) -> None:

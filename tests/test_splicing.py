@@ -150,6 +150,16 @@ def test_edit_changes_the_features(language_model: LanguageModel, tokens: Tensor
     assert (logits - by_hand(language_model, tokens, base)).abs().max() > 0.01
 
 
+def test_reading_activations_inside_leaves_the_splice(language_model: LanguageModel, tokens: Tensor) -> None:
+    clean = language_model.logits(tokens)
+    with splice(language_model, make_dictionary(language_model)):
+        spliced = language_model.logits(tokens)
+        language_model.activations(tokens, [HOOK, "blocks.2.hook_mlp_out"])
+        torch.testing.assert_close(language_model.logits(tokens), spliced, rtol=0, atol=0)
+    assert (spliced - clean).abs().max() > 0.05
+    torch.testing.assert_close(language_model.logits(tokens), clean, rtol=0, atol=0)
+
+
 def test_the_hook_can_be_another_one(language_model: LanguageModel, tokens: Tensor) -> None:
     dictionary = make_dictionary(language_model, tokens=None)
     with splice(language_model, dictionary, hook="blocks.2.hook_resid_post"):
@@ -184,8 +194,40 @@ def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
     assert message == f"hook {HOOK!r}: activations are 32 wide, the dictionary takes 16"
     message = refusal(language_model, make_dictionary(language_model, hook=None), tokens)
     assert "does not say which hook point" in message
+    message = refusal(language_model, make_dictionary(language_model, hook=3), tokens)
+    assert "does not say which hook point" in message
+    message = refusal(language_model, make_dictionary(language_model, model={"weights_sha256": "0" * 64}), tokens)
+    assert "was trained on None with weights_sha256='000" in message
     message = refusal(language_model, make_dictionary(language_model), tokens, hook="blocks.1.hook_resid_mid")
     assert "not replace it" in message
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", {}, {"name": "gpt2"}, {"weights_sha256": None}])
+def test_what_the_metadata_does_not_say_of_the_model_is_not_checked(
+    language_model: LanguageModel, tokens: Tensor, model: Any
+) -> None:
+    with splice(language_model, make_dictionary(language_model)):
+        expected = language_model.logits(tokens)
+    with splice(language_model, make_dictionary(language_model, model=model)):
+        torch.testing.assert_close(language_model.logits(tokens), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "all",
+        {"prepend_bos": True},
+        {"prepend_bos": True, "masked_positions": 1, "masked_ids": 3},
+        {"prepend_bos": True, "masked_positions": 1, "masked_ids": ["a"]},
+        {"prepend_bos": True, "masked_positions": "1", "masked_ids": []},
+    ],
+)
+def test_record_of_masked_tokens_that_cannot_be_read(
+    language_model: LanguageModel, tokens: Tensor, record: Any
+) -> None:
+    message = refusal(language_model, make_dictionary(language_model, tokens=record), tokens)
+    assert message.startswith(f"the dictionary's metadata has tokens={record!r}: expected prepend_bos, ")
+    assert message.endswith("set dictionary.metadata['tokens'] = None to replace every position")
 
 
 def test_unpublished_dictionary_fits_any_model(language_model: LanguageModel, tokens: Tensor, tiny_model: Path) -> None:

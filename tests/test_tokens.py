@@ -152,3 +152,37 @@ def test_policy_masks_by_id_and_by_position(masked_positions: int, ids: tuple[in
     assert policy.eligible(tokens.int()).tolist() == expected
     assert tokens[0, 0] == 0
     assert TokenPolicy.from_json(policy.to_json()) == policy
+
+
+def test_sections_of_a_file_remain_one_document(text_folder: Path) -> None:
+    config = DataConfig(source=str(text_folder), section_characters=60, shuffle_documents=1000, holdout_fraction=0.25)
+    splits: dict[str, set[str]] = {}
+    texts: dict[str, list[str]] = {}
+    for name, text, split in prepared_documents(config):
+        splits.setdefault(name, set()).add(split)
+        texts.setdefault(name, []).append(text)
+    assert set(splits) == {path.name for path in text_folder.iterdir()}
+    assert all(len(sides) == 1 for sides in splits.values())
+    assert max(map(len, texts.values())) > 3, "nothing was cut"
+    for name, parts in texts.items():
+        assert sum(map(len, parts)) == len((text_folder / name).read_text(encoding="utf-8"))
+    packer = Packer(40, 8, bos=0, separator=0)
+    for name, ids in [("a", [1] * 10), ("b", [2] * 10), ("a", [3] * 10), ("b", [4] * 10)]:
+        packer.add(name, ids)
+    rows = packer.take(5)
+    assert rows is not None
+    assert packer.names == ["a", "b"]
+    assert rows.documents[rows.tokens == 3].tolist() == [0] * 10
+
+
+def test_a_single_text_file_has_held_out_sections(text_folder: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("".join(path.read_text(encoding="utf-8") for path in sorted(text_folder.iterdir())) * 4)
+    for config in (
+        DataConfig(source=str(book), holdout_fraction=0.3),
+        DataConfig(source=str(book), section_characters=500),
+    ):
+        found = list(prepared_documents(config))
+        assert {split for _, _, split in found} == {"train", "held_out"}
+        assert len({name for name, _, _ in found}) == len(found), "every section is a document of its own"
+        assert "".join(text for _, text, _ in found) == book.read_text()

@@ -62,6 +62,12 @@ class Manifest(BaseModel):
     hooks: dict[str, HookEntry]
     files: dict[str, FileEntry]
 
+    def identity(self, hook: str) -> str:
+        """A hash of all that decides the activations at `hook` and which of them count: equal only for equal caches."""
+        model = {key: value for key, value in self.model.items() if key not in ("name", "fingerprint")}
+        facts = [model, self.data, self.tokens, self.context_length, self.dtype, self.rows, self.text_sha256, hook]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     def is_whole(self, folder: Path, name: str) -> bool:
         """Whether a file is there and of the size it was written with."""
         entry, path = self.files.get(name), folder / name

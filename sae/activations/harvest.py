@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -31,8 +29,8 @@ from sae.activations.cache import (
 )
 from sae.config import RunConfig
 from sae.errors import CacheError
-from sae.files import write_bytes
-from sae.language_model import LanguageModel, model_label
+from sae.files import locked, write_bytes
+from sae.language_model import LanguageModel, fingerprint, model_label
 from sae.tokens import HELD_OUT, SPLITS, TRAIN, PackedRows, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]
@@ -58,7 +56,7 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
     for hook in config.harvest.hooks:
         language_model.check_hook(hook)
     language_model.check_context_length(config.data.context_length)
-    with _locked(folder):
+    with locked(folder, "harvest"):
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             check_same_request(folder, manifest, config)
@@ -75,7 +73,7 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
 def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> None:
     """Raise CacheError where the cache was made with other settings than `config`'s."""
     asked = {
-        "model.name": model_label(config.model.name),
+        "model.revision": config.model.revision,
         "model.weight_processing": config.model.weight_processing,
         "model.dtype": config.model.dtype,
         **{f"data.{key}": value for key, value in _data_identity(config).items()},
@@ -89,34 +87,45 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
         "harvest.masked_positions": config.harvest.masked_positions,
         "harvest.mask_special_tokens": config.harvest.mask_special_tokens,
     }
+    model = manifest.model
     held = {
-        **{f"model.{key}": manifest.model[key] for key in ("name", "weight_processing", "dtype")},
+        "model.revision": model.get("requested_revision"),
+        **{f"model.{key}": model.get(key) for key in ("weight_processing", "dtype")},
         **{f"data.{key}": value for key, value in manifest.data.items()},
-        "data.tokens": manifest.rows[TRAIN],
-        "data.held_out_tokens": manifest.rows[HELD_OUT],
+        "data.tokens": manifest.rows.get(TRAIN),
+        "data.held_out_tokens": manifest.rows.get(HELD_OUT),
         "data.context_length": manifest.context_length,
-        "data.prepend_bos": manifest.tokens["prepend_bos"],
+        "data.prepend_bos": manifest.tokens.get("prepend_bos"),
         "harvest.hooks": list(manifest.hooks),
         "harvest.dtype": manifest.dtype,
         "harvest.shard_contexts": manifest.shard_contexts,
-        "harvest.masked_positions": manifest.tokens["masked_positions"],
-        "harvest.mask_special_tokens": manifest.tokens["mask_special_tokens"],
+        "harvest.masked_positions": manifest.tokens.get("masked_positions"),
+        "harvest.mask_special_tokens": manifest.tokens.get("mask_special_tokens"),
     }
+    files = fingerprint(config.model.name)
+    if files is None or model.get("fingerprint") is None:
+        asked["model.name"], held["model.name"] = model_label(config.model.name), model.get("name")
+    elif files != model["fingerprint"]:
+        raise CacheError(
+            f"cache {str(folder)!r}: of another model: the weights of {config.model.name!r} are not those it was made "
+            f"with ({model.get('name')!r}); use that model, or set harvest.cache to another folder"
+        )
     for key, value in asked.items():
-        if held[key] != value:
+        if held.get(key) != value:
             raise CacheError(
-                f"cache {str(folder)!r}: made with {key}={held[key]!r}, now {value!r} is asked for; "
+                f"cache {str(folder)!r}: made with {key}={held.get(key)!r}, now {value!r} is asked for; "
                 "set harvest.cache to another folder, or delete this one"
             )
 
 
 def check_same_model(folder: Path, manifest: Manifest, language_model: LanguageModel) -> None:
-    """Raise CacheError where the cache was made by another model, revision, weight processing or tokenizer."""
-    for key, value in language_model.info.to_json().items():
-        if manifest.model[key] != value:
+    """Raise CacheError where the cache was made by other weights, weight processing or tokenizer; names may differ."""
+    info = language_model.info.to_json()
+    for key in ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256"):
+        if manifest.model.get(key) != info[key]:
             raise CacheError(
-                f"cache {str(folder)!r}: of another model: {key} is {manifest.model[key]!r} there and {value!r} in "
-                f"{language_model.info.name!r}; use that model, or set harvest.cache to another folder"
+                f"cache {str(folder)!r}: of another model: {key} is {manifest.model.get(key)!r} there and "
+                f"{info[key]!r} in {language_model.info.name!r}; use that model, or set harvest.cache to another folder"
             )
 
 
@@ -341,21 +350,3 @@ def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
         f"hook {hook!r}: the model gives values that are not finite (NaN or infinity); "
         "set model.dtype=float32, and check the model's weights"
     )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One harvest at a time in a folder; the lock goes when the process does, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise CacheError(
-            f"cannot write {str(folder)!r}: {error.strerror or error}; choose another folder or change its permissions"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CacheError(f"cache {str(folder)!r}: another harvest is writing it; wait for it or stop it") from error
-        yield

@@ -108,8 +108,8 @@ class ActivationLoader:
                     parts, missing = [], self.batch_size
 
     def _rows(self, pool: _Pool, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
-        scale = None if pool.scale is None else pool.scale[start:stop].to(self.device)
-        rows = pool.activations[start:stop].to(self.device)
+        scale = None if pool.scale is None else pool.scale[start:stop].to(self.device, non_blocking=True)
+        rows = pool.activations[start:stop].to(self.device, non_blocking=True)
         converted = dequantise(rows, scale)
         return converted.clone() if converted.data_ptr() == pool.activations[start:stop].data_ptr() else converted
 
@@ -122,6 +122,8 @@ class ActivationLoader:
             filling: Future[_Pool] = executor.submit(self._fill, memory, blocks, order)
             for blocks, order, _ in plans:
                 pool = filling.result()
+                if self.device.type == "cuda":  # copies from the pool before this one must end before it is refilled
+                    torch.cuda.current_stream(self.device).synchronize()
                 memory, other = other, memory  # the pool before this one is used up: its memory takes the next
                 filling = executor.submit(self._fill, memory, blocks, order)
                 yield _Pool(pool.activations[skip:], None if pool.scale is None else pool.scale[skip:])
@@ -131,7 +133,7 @@ class ActivationLoader:
         """(blocks, where each of their rows goes, rows to skip) of every pool from the present position on."""
         epoch, offset = divmod(self.position, self.tokens_per_epoch)
         while True:
-            blocks = np.random.default_rng([self.seed, epoch]).permutation(len(self._eligible))
+            blocks = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self._eligible))
             ends = np.cumsum(self._eligible[blocks])
             cuts = [0]
             while cuts[-1] < len(blocks):
@@ -142,14 +144,15 @@ class ActivationLoader:
                 rows = int(ends[last - 1]) - before
                 if offset >= before + rows:
                     continue
-                order = np.random.default_rng([self.seed, epoch, number]).permutation(rows)
+                order = np.random.default_rng([self.seed, epoch, number + 1]).permutation(rows)
                 yield blocks[first:last], torch.from_numpy(order), max(offset - before, 0)
             epoch, offset = epoch + 1, 0
 
     def _new_pool(self) -> _Pool:
         example, scale = self.cache.activation_shard(self.hook, self.split, 0)
-        pool = torch.empty(self.pool_tokens, self.d_in, dtype=example.dtype)
-        return _Pool(pool, None if scale is None else torch.empty(self.pool_tokens))
+        pinned = self.device.type == "cuda"
+        pool = torch.empty(self.pool_tokens, self.d_in, dtype=example.dtype, pin_memory=pinned)
+        return _Pool(pool, None if scale is None else torch.empty(self.pool_tokens, pin_memory=pinned))
 
     def _fill(self, memory: _Pool, blocks: np.ndarray, order: Int[Tensor, " rows"]) -> _Pool:
         """Read blocks in the cache's order, each row straight to its place in the shuffled pool."""

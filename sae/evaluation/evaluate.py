@@ -94,7 +94,7 @@ def evaluate(
         hook=hook,
         model=cache.manifest.model,
         data=cache.manifest.data,
-        text_sha256=cache.manifest.text_sha256,
+        activations=cache.manifest.identity(hook),
         settings=settings,
         policy=cache.policy,
         training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,

@@ -60,7 +60,7 @@ class Report:
         hook: hook point.
         model: identity of the language model the activations come from.
         data: identity of the text.
-        text_sha256: over the cache's tokens.
+        activations: hash of all that decides the cache's activations: model, text, token policy, number type.
         settings: how much was asked for.
         policy: which tokens count.
         training_policy: which tokens counted in training; None where unknown.
@@ -78,7 +78,7 @@ class Report:
     hook: str
     model: dict[str, Any]
     data: dict[str, Any]
-    text_sha256: str
+    activations: str
     settings: EvaluationConfig
     policy: TokenPolicy
     training_policy: TokenPolicy | None
@@ -109,7 +109,7 @@ class Report:
             "hook": self.hook,
             "model": self.model,
             "data": self.data,
-            "text_sha256": self.text_sha256,
+            "activations": self.activations,
             "settings": self.settings.model_dump(),
             "token_policy": self.policy.to_json(),
             "training_token_policy": self.training_policy.to_json() if self.training_policy else None,
@@ -149,11 +149,11 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
     folder = Path(folder).expanduser()
     figures = draw_figures(report, Path(metrics_path).expanduser() if metrics_path is not None else None)
     paths = [folder / JSON_FILE, folder / MARKDOWN_FILE]
-    write_json(paths[0], report.to_json())
     for figure in figures or []:
         paths.append(folder / FIGURE_FOLDER / figure.file)
         write_bytes(paths[-1], figure.png)
     write_bytes(paths[1], markdown(report, figures).encode())
+    write_json(paths[0], report.to_json())  # last: where it is, the rest is
     return paths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ def collect(
         ConfigError: `settings.tokens` is less than one context.
     """
     check_width(dictionary, cache, hook)
-    dictionary = dictionary.to(device)
+    if dictionary.W_dec.device != torch.device(device):
+        dictionary = copy.deepcopy(dictionary).to(device)
     collected = scan(dictionary, cache, settings, hook, seed, batch_contexts, progress)
     vocabulary = Vocabulary.of(tokenizer)
     return write_store(

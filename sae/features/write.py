@@ -87,7 +87,7 @@ def write_store(
         "hook": hook,
         "model": cache.manifest.model.get("name"),
         "dictionary_sha256": weights_sha256(dictionary),
-        "text_sha256": cache.manifest.text_sha256,
+        "activations": cache.manifest.identity(hook),
         "rows": collected.rows,
         "tokens": collected.tokens,
         "context_length": cache.context_length,

@@ -15,13 +15,14 @@ from sae.errors import TrainingError
 from sae.files import write_bytes
 
 STATE_FILE = "state.pt"
+CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step-(\d+)")
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: Dictionary, keep: int) -> Path:
     """Write `step-N/` under `folder`: the folded dictionary, then the state, whose presence makes it whole.
 
-    Older ones beyond `keep` are deleted.
+    Older ones beyond `keep` are deleted, and what a kill left half written.
     """
     path = folder / f"step-{step:08d}"
     dictionary.save(path)
@@ -30,7 +31,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: 
     write_bytes(path / STATE_FILE, buffer.getvalue())
     for old in list_checkpoints(folder)[:-keep]:
         (old / STATE_FILE).unlink()
-        shutil.rmtree(old)
+    for other in folder.iterdir():
+        if _NAME.fullmatch(other.name) and not (other / STATE_FILE).is_file():
+            shutil.rmtree(other)
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -19,7 +19,6 @@ class FiringRecord:
     def __init__(self, d_sae: int, dead_after: int, device: torch.device, refresh_every: int = 16) -> None:
         self.dead_after, self.refresh_every = dead_after, refresh_every
         self.silent_tokens: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self.fired_since_log: Bool[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.bool, device=device)
         self.candidates: Int[Tensor, " candidates"] = torch.zeros(0, dtype=torch.int64, device=device)
 
     @property
@@ -27,15 +26,8 @@ class FiringRecord:
         """Features that are dead now."""
         return self.silent_tokens >= self.dead_after
 
-    def update(self, values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], step: int) -> None:
-        """Take a batch's codes into account; zeros do not count as firing."""
-        fired = torch.zeros_like(self.fired_since_log)
-        fired.index_put_((indices.flatten(),), (values > 0).flatten(), accumulate=True)
-        self.record(fired, len(values), step)
-
     def record(self, fired: Bool[Tensor, " d_sae"], tokens: int, step: int) -> None:
         """Take into account that exactly the features in `fired` fired in a batch of so many tokens."""
-        self.fired_since_log |= fired
         self.silent_tokens += tokens
         self.silent_tokens.masked_fill_(fired, 0)
         if step % self.refresh_every == 0:

@@ -21,7 +21,7 @@ from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
-from sae.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, load_checkpoint, save_checkpoint
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_, normalise_decoder_, project_decoder_gradient_
 from sae.training.objectives import OBJECTIVES, Context, Losses
@@ -68,7 +68,7 @@ def train(
         seed: of the initialisation.
         device: where to train.
         folder: run folder for `metrics.jsonl` and `checkpoints/`, from whose newest it resumes; None: keep nothing.
-        metadata: saved with the dictionary.
+        metadata: saved with the dictionary; `activations` in it names the data: resuming on others is refused.
         sinks: further places for the logged numbers.
         progress: called after every logged step with (tokens done, tokens in all, metrics).
 
@@ -99,7 +99,7 @@ class _Run:
         self.source, self.settings, self.device = source, settings, device
         self.folder = Path(folder).expanduser() if folder is not None else None
         self.metadata, self.architecture = metadata, shape.architecture
-        self.identity = _identity(source, shape, settings, seed)
+        self.identity = {**_identity(source, shape, settings, seed), "activations": metadata.get("activations")}
         self.total_tokens = _total_tokens(source, settings)
         self.steps = self.total_tokens // source.batch_size
         self.step = 0
@@ -139,7 +139,7 @@ class _Run:
                         progress(self.step * self.source.batch_size, self.total_tokens, metrics)
                 if self.step % self.settings.checkpoint_every == 0 or last or stop.is_set():
                     self._checkpoint()
-                if stop.is_set() and not last:
+                if stop.is_set():
                     raise TrainingInterrupted(self._interrupted())
         return self.folded()
 
@@ -214,7 +214,7 @@ class _Run:
         way_out = (
             "check the cache with 'sae verify'" if bool(self.bad_input) else f"lower train.lr (now {self.rate:.2g})"
         )
-        kept = list_checkpoints(self.folder / "checkpoints") if self.folder else []
+        kept = list_checkpoints(self.folder / CHECKPOINTS) if self.folder else []
         last = f"the last good checkpoint is {str(kept[-1])!r}" if kept else "there is no checkpoint yet"
         raise TrainingError(f"NaN at step {step}, {rows}: {cause}; {way_out}; {last}")
 
@@ -233,10 +233,10 @@ class _Run:
             "scale": self.normalisation.scale,
             "generator": self.generator.get_state(),
         }
-        save_checkpoint(self.folder / "checkpoints", self.step, state, self.folded(), self.settings.keep_checkpoints)
+        save_checkpoint(self.folder / CHECKPOINTS, self.step, state, self.folded(), self.settings.keep_checkpoints)
 
     def _resume(self) -> None:
-        kept = list_checkpoints(self.folder / "checkpoints") if self.folder else []
+        kept = list_checkpoints(self.folder / CHECKPOINTS) if self.folder else []
         if not kept:
             return
         state = load_checkpoint(kept[-1])
@@ -275,7 +275,7 @@ class _Meter:
     @torch.no_grad()
     def add(self, x: Float[Tensor, "batch d_in"], losses: Losses) -> None:
         error = (x - losses.reconstruction).square().sum()
-        fvu = error / (x - x.mean(0)).square().sum()
+        fvu = error / (x - x.mean(0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
         for name, value in {"loss": losses.total.detach(), **losses.terms, "fvu": fvu, "l0": losses.l0}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1

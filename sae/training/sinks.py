@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ from sae.errors import ConfigError, TrainingError
 from sae.files import write_bytes
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb-id.txt"
 
 
 @runtime_checkable
@@ -46,9 +48,16 @@ class JsonLines:
 
 
 class Wandb:
-    """A Weights & Biases run; the configuration is logged with it."""
+    """A Weights & Biases run; the configuration is logged with it.
 
-    def __init__(self, settings: WandbConfig, folder: Path, config: dict[str, Any]) -> None:
+    Args:
+        settings: project, name, mode.
+        folder: run folder; the wandb run's id is kept there.
+        config: what is logged as the run's configuration.
+        resume: go on with the wandb run whose id the folder has, because training goes on from a checkpoint.
+    """
+
+    def __init__(self, settings: WandbConfig, folder: Path, config: dict[str, Any], *, resume: bool = False) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -56,7 +65,7 @@ class Wandb:
         self._run = wandb.init(
             project=settings.project,
             name=settings.name or folder.name,
-            id=f"{folder.name}-{config['seed']}",
+            id=_wandb_id(folder, resume),
             resume="allow",
             dir=folder,
             mode=settings.mode,
@@ -67,8 +76,17 @@ class Wandb:
     def log(self, metrics: dict[str, float | int]) -> None:
         self._run.log(dict(metrics), step=int(metrics["step"]))
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool = False) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _wandb_id(folder: Path, resume: bool) -> str:
+    path = folder / WANDB_ID_FILE
+    if resume and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    new = secrets.token_hex(8)
+    write_bytes(path, f"{new}\n".encode())
+    return new
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.activations.cache import Statistics
+from sae.errors import ConfigError, TrainingError
 
 
 @runtime_checkable
@@ -49,18 +50,34 @@ class IterableSource:
     Statistics come from the first batches. To resume, the iterable is started anew and the batches already used are
     passed over, so it must repeat itself: a list, or an object whose `__iter__` starts from the beginning.
 
+    The first batch sets `batch_size`. Shorter ones, such as the last of a `DataLoader`, are left out, so that steps
+    times `batch_size` is the number of tokens.
+
     Args:
         batches: iterated once per epoch.
         estimate_from: number of batches the statistics are taken from.
+
+    Raises:
+        ConfigError: `batches` can be iterated only once.
+        TrainingError: there is no batch, or one that is not `[batch, d_in]`.
     """
 
     tokens_per_epoch: int | None = None
 
-    def __init__(self, batches: Iterable[Float[Tensor, "batch d_in"]], estimate_from: int = 8) -> None:
+    def __init__(self, batches: Iterable[Float[Tensor, "_ d_in"]], estimate_from: int = 8) -> None:
+        if isinstance(batches, Iterator):
+            raise ConfigError(
+                f"batches is a {type(batches).__name__}, which can be read only once; training starts anew with every "
+                "epoch and to resume: pass a list, or an object whose __iter__ starts anew"
+            )
+        first = list(itertools.islice(batches, estimate_from))
+        for batch in first:
+            _check(batch, like=first[0])
+        if not first or not len(first[0]):
+            raise TrainingError("the batches are empty: expected at least one of shape [batch, d_in]")
         self._batches = batches
-        sample = torch.cat(list(itertools.islice(batches, estimate_from))).double()
-        self.d_in = sample.shape[1]
-        self.batch_size = len(next(iter(batches)))
+        self.batch_size, self.d_in = first[0].shape
+        sample = torch.cat(first).double()
         self.statistics = Statistics(len(sample), sample.mean(0).float(), float(sample.square().sum(1).mean()))
         self._used = 0
 
@@ -69,6 +86,12 @@ class IterableSource:
         while True:
             empty = True
             for batch in self._batches:
+                if len(batch) < self.batch_size:
+                    continue
+                if len(batch) > self.batch_size:
+                    raise TrainingError(
+                        f"a batch has {len(batch)} rows, the first had {self.batch_size}: make batches of one size"
+                    )
                 empty = False
                 if skip:
                     skip -= 1
@@ -83,3 +106,16 @@ class IterableSource:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._used = state["used"]
+
+
+def _check(batch: Any, like: Any) -> None:
+    if not isinstance(batch, Tensor):
+        raise TrainingError(
+            f"a batch is a {type(batch).__name__}: expected a tensor [batch, d_in]; of a DataLoader's data set pass "
+            "the tensor itself, not a TensorDataset"
+        )
+    if batch.ndim != 2 or batch.shape[1] != like.shape[1]:
+        raise TrainingError(
+            f"a batch has shape {list(batch.shape)}: expected [batch, d_in], with d_in the same in all; "
+            "flatten contexts with x.flatten(0, -2)"
+        )

@@ -23,7 +23,7 @@ def test_the_index_says_what_the_store_is(case: Case, features: Features) -> Non
     assert info["format"] == "sae-features"
     assert info["hook"] == "blocks.1.hook_resid_pre"
     assert info["model"] == "fake"
-    assert info["text_sha256"] == case.cache.manifest.text_sha256
+    assert info["activations"] == case.cache.manifest.identity(info["hook"])
     assert info["rows"] == 403
     assert info["tokens"] == case.reference.tokens
     assert info["settings"] == SETTINGS.model_dump()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,37 @@ def test_wandb_takes_the_numbers_offline(tmp_path: Path) -> None:
     assert b"fvu" in content
     assert b"0.125" in content
     assert b"sae-tests" in content
+
+
+@pytest.fixture
+def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A wandb that notes how its runs were opened and closed."""
+    runs: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> Any:
+        runs.append(options)
+        return SimpleNamespace(finish=options.update)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
+    return runs
+
+
+def test_wandb_runs_are_one_only_where_training_goes_on(tmp_path: Path, wandb_runs: list[dict[str, Any]]) -> None:
+    a, b = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for folder, resume in ((a, False), (b, False), (a, True), (a, False), (a, True), (b, True), (b / "new", True)):
+        Wandb(WandbConfig(project="p"), folder, {"seed": 0}, resume=resume).close()
+    a1, b1, a2, a3, a4, b2, new = (run["id"] for run in wandb_runs)
+    assert a1 == a2
+    assert a3 == a4
+    assert b1 == b2
+    assert len({a1, a3, b1, new}) == 4
+    assert all(run["resume"] == "allow" for run in wandb_runs)
+
+
+@pytest.mark.parametrize(("failed", "code"), [(False, 0), (True, 1)])
+def test_wandb_is_told_of_a_failure(tmp_path: Path, wandb_runs: list[dict[str, Any]], failed: bool, code: int) -> None:
+    Wandb(WandbConfig(project="p"), tmp_path, {}).close(failed)
+    assert wandb_runs[0]["exit_code"] == code
 
 
 def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

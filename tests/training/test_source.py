@@ -1,0 +1,82 @@
+"""A source of any iterable: what it takes, what it leaves out, what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.errors import ConfigError, SaeError, TrainingError
+from sae.training import IterableSource
+
+
+class Batches:
+    """Starts anew each time, and is no list, whose items the tests' type checker would look at."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+
+def numbered(*sizes: int) -> list[Tensor]:
+    """Batches of those sizes; the first column counts the rows."""
+    rows = torch.stack([torch.arange(sum(sizes)).float(), torch.ones(sum(sizes))], dim=1)
+    return list(rows.split(sizes))
+
+
+def first_rows(source: IterableSource, batches: int) -> list[float]:
+    return [float(batch[0, 0]) for batch in itertools.islice(source, batches)]
+
+
+def test_statistics_come_from_the_first_batches() -> None:
+    source = IterableSource(numbered(2, 2, 2), estimate_from=2)
+    assert (source.batch_size, source.d_in, source.statistics.tokens) == (2, 2, 4)
+    assert source.statistics.mean.tolist() == [1.5, 1.0]
+    assert source.statistics.mean_squared_norm == (1 + 2 + 5 + 10) / 4
+
+
+def test_shorter_last_batches_are_left_out_in_every_epoch() -> None:
+    source = IterableSource(torch.utils.data.DataLoader(numbered(10)[0], batch_size=4))  # type: ignore[arg-type]
+    assert source.batch_size == 4
+    assert first_rows(source, 5) == [0, 4, 0, 4, 0]
+
+
+def test_a_place_counts_the_batches_that_were_given() -> None:
+    source = IterableSource(numbered(4, 4, 2))
+    assert first_rows(source, 3) == [0, 4, 0]
+    again = IterableSource(numbered(4, 4, 2))
+    again.load_state_dict(source.state_dict())
+    assert first_rows(again, 3) == [4, 0, 4]
+
+
+def refusal(kind: type[SaeError], batches: Any, take: int = 0) -> str:
+    with pytest.raises(kind) as caught:
+        list(itertools.islice(IterableSource(batches), take))
+    return str(caught.value)
+
+
+def test_iterators_are_refused_before_they_lose_a_batch() -> None:
+    batches = (batch for batch in numbered(2, 2))
+    message = refusal(ConfigError, batches)
+    assert message.startswith("batches is a generator, which can be read only once;")
+    assert message.endswith("pass a list, or an object whose __iter__ starts anew")
+    assert len(list(batches)) == 2
+
+
+def test_batches_of_the_wrong_kind_are_refused() -> None:
+    assert "the batches are empty: expected at least one of shape [batch, d_in]" in refusal(TrainingError, Batches())
+    assert "the batches are empty" in refusal(TrainingError, Batches(torch.zeros(0, 3)))
+    assert "a batch has shape [2, 3, 4]: expected [batch, d_in]" in refusal(TrainingError, Batches(torch.ones(2, 3, 4)))
+    assert "a batch has shape [3]: expected [batch, d_in]" in refusal(TrainingError, Batches(torch.ones(3)))
+    assert "a batch has shape []: expected [batch, d_in]" in refusal(TrainingError, Batches(torch.tensor(1.0)))
+    two_widths = Batches(torch.ones(2, 3), torch.ones(2, 4))
+    assert "a batch has shape [2, 4]: expected [batch, d_in], with d_in the same" in refusal(TrainingError, two_widths)
+    assert "a batch is a list: expected a tensor [batch, d_in]" in refusal(TrainingError, Batches([torch.ones(2, 3)]))
+    longer = Batches(torch.ones(2, 3), torch.ones(5, 3))
+    assert refusal(TrainingError, longer, take=2) == ("a batch has 5 rows, the first had 2: make batches of one size")
