@@ -122,10 +122,23 @@ def evaluate(options: dict[str, bool], path: Path, overrides: tuple[str, ...]) -
 @click.argument("indices", nargs=-1, type=int, metavar="[FEATURE]...")
 @click.option("--sort", default="density", show_default=True, help="Order of the list.")
 @click.option("--limit", default=40, show_default=True, type=click.IntRange(1), help="Features in the list or page.")
+@click.option(
+    "--max-density",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Leave out features that fire on a larger share of tokens.",
+)
 @click.option("--page", type=click.Path(path_type=Path), help="Write a self-contained HTML page of the features here.")
 @click.pass_obj
 def features(
-    options: dict[str, bool], path: Path, indices: tuple[int, ...], sort: str, limit: int, page: Path | None
+    options: dict[str, bool],
+    path: Path,
+    indices: tuple[int, ...],
+    sort: str,
+    limit: int,
+    max_density: float,
+    page: Path | None,
 ) -> None:
     """Show features: a list, or the contexts in which the given ones fire, or a page.
 
@@ -145,14 +158,14 @@ def features(
         store = Features(path)
     console = Console()
     if page is not None:
-        chosen = list(indices) or store.sorted_by(sort)[:limit]
+        chosen = list(indices) or store.sorted_by(sort, max_density=max_density)[:limit]
         write_page(store, chosen, page, f"Features of {path.name}")
         click.echo(f"{len(chosen):,} features in {page}")
     elif indices:
         for index in indices:
             print_feature(store[index], console)
     else:
-        print_features(store, console, sort=sort, limit=limit)
+        print_features(store, console, sort=sort, limit=limit, max_density=max_density)
 
 
 @cli.command()

@@ -122,6 +122,9 @@ def test_features_are_listed_shown_and_written_to_a_page(own_run: Path, command,
     features = sae.Features(own_run)
     alive = features.sorted_by("density")[0]
     assert str(alive) in listed.out
+    rare = command("features", own_run, "--max-density", features[alive].density / 2)
+    assert rare.status == 0, rare.err
+    assert all(line.split()[:1] != [str(alive)] for line in rare.out.splitlines())
     shown = command("features", own_run, alive)
     assert shown.status == 0, shown.err
     assert str(alive) in shown.out

@@ -104,12 +104,13 @@ class Features:
         density = count.double() / max(1, self.info["tokens"])
         return Summary(torch.arange(len(self)), count, density, self._columns["max"], self._columns["mean"], count == 0)
 
-    def sorted_by(self, column: str, *, descending: bool | None = None) -> list[int]:
-        """Indices of all features in the order of a column, dead ones last; ties by index.
+    def sorted_by(self, column: str, *, descending: bool | None = None, max_density: float = 1.0) -> list[int]:
+        """Indices of features in the order of a column, dead ones last; ties by index.
 
         Args:
             column: density, max, count, index or mean.
             descending: by default, everything but `index` is.
+            max_density: features that fire on a larger share of tokens are left out.
 
         Raises:
             ConfigError: there is no such column.
@@ -119,6 +120,7 @@ class Features:
         summary = self.summary()
         down = column != "index" if descending is None else descending
         order = getattr(summary, column).argsort(stable=True, descending=down)
+        order = order[summary.density[order] <= max_density]
         return order[summary.dead[order].int().argsort(stable=True)].tolist()
 
     @functools.cached_property

@@ -39,15 +39,21 @@ def print_feature(feature: Feature, console: Console | None = None) -> None:
 
 
 def print_features(
-    features: Features, console: Console | None = None, sort: str = "density", limit: int | None = 50
+    features: Features,
+    console: Console | None = None,
+    sort: str = "density",
+    limit: int | None = 50,
+    max_density: float = 1.0,
 ) -> None:
     """Print a table of the first `limit` features in the order of `sort`, dead ones last.
+
+    Features that fire on a larger share of tokens than `max_density` are left out.
 
     Raises:
         ConfigError: `sort` is not a column to sort by.
     """
     console = console or Console()
-    order = features.sorted_by(sort)
+    order = features.sorted_by(sort, max_density=max_density)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("feature", "density", "max", "mean"):
         table.add_column(column, justify="right")
