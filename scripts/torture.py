@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
     "data.tokens=400000", "data.held_out_tokens=20000", "harvest.shard_contexts=64", "dictionary.d_sae=1024",
-    "train.checkpoint_every=20", "train.tokens=400000", "train.dead_after_tokens=50000",
+    "train.checkpoint_every=20", "train.tokens=1200000", "train.dead_after_tokens=50000",
 ]  # fmt: skip
 
 
@@ -41,12 +41,17 @@ def digests(folder: Path, pattern: str) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def kill_at_random(command: list[str], kills: int, longest: float, rng: random.Random) -> int:
-    """Start the command `kills` times and kill each at a random moment; how many were still running."""
+def kill_at_random(command: list[str], kills: int, idle: float, busy: float, rng: random.Random) -> int:
+    """Start the command `kills` times and kill each at a random moment; how many were still running.
+
+    Args:
+        idle: seconds the command takes where there is nothing left to do.
+        busy: seconds that its work takes; a kill comes within the first fifth of it, so that ten fit before the end.
+    """
     hit = 0
     for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.3 * longest, longest))
+        time.sleep(idle + rng.uniform(0, 0.2 * busy))
         hit += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -62,8 +67,8 @@ def harvest_and_training(work: Path, kills: int, rng: random.Random) -> bool:
     whole, parts = work / "whole", work / "parts"
     results = []
     for verb, folder, pattern in (("harvest", "activations", "*"), ("train", "dictionary", "weights.safetensors")):
-        took = seconds(sae(verb, whole))
-        hit = kill_at_random(sae(verb, parts), kills, 0.8 * took, rng)
+        took, idle = seconds(sae(verb, whole)), seconds(sae(verb, whole))
+        hit = kill_at_random(sae(verb, parts), kills, idle, took - idle, rng)
         subprocess.run(sae(verb, parts), check=True, stdout=subprocess.DEVNULL)
         expected, found = digests(whole / folder, pattern), digests(parts / folder, pattern)
         same = expected == found and bool(expected)
