@@ -45,9 +45,9 @@ def _config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
 @_config_arguments
 @click.pass_obj
 def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
-    """Harvest, train, evaluate and collect features, skipping what is done already.
+    """Harvest, train, evaluate, collect features.
 
-    CONFIG is a YAML file. A run that was interrupted goes on where it stopped.
+    CONFIG is a YAML file. What is done already is skipped. A run that was interrupted goes on where it stopped.
     """
     from rich.console import Console
     from rich.markdown import Markdown
@@ -79,7 +79,10 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
 @_config_arguments
 @click.pass_obj
 def harvest(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
-    """Run text through the language model and cache its activations on disk."""
+    """Cache a language model's activations.
+
+    CONFIG is a YAML file. A harvest that was interrupted goes on where it stopped.
+    """
     from sae import pipeline
     from sae.progress import progress_bars
 
@@ -93,7 +96,10 @@ def harvest(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) 
 @_config_arguments
 @click.pass_obj
 def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
-    """Train a dictionary on a cache that 'sae harvest' made; resumes from the newest checkpoint."""
+    """Train a dictionary on cached activations.
+
+    CONFIG is a YAML file, the cache one that 'sae harvest' made. Resumes from the newest checkpoint.
+    """
     from sae import pipeline
     from sae.progress import progress_bars
 
@@ -108,7 +114,10 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.pass_obj
 def evaluate(options: dict[str, bool], path: Path, overrides: tuple[str, ...]) -> None:
-    """Measure a run's dictionary on held-out text; writes eval.json and eval.md into the run folder."""
+    """Measure a dictionary on held-out text.
+
+    RUN is a run folder; eval.json, eval.md and figures are written into it.
+    """
     from sae import pipeline
     from sae.progress import progress_bars
 
@@ -140,7 +149,9 @@ def features(
     max_density: float,
     page: Path | None,
 ) -> None:
-    """Show features: a list, or the contexts in which the given ones fire, or a page.
+    """Show what features fire on.
+
+    Without numbers a list; with them, the contexts in which those features fire; with --page, a page.
 
     RUN is a run folder (its features are collected if they are not there yet) or a feature store.
     """
@@ -171,7 +182,10 @@ def features(
 @cli.command()
 @click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
 def verify(path: Path) -> None:
-    """Compare every file of an activation cache with its checksum, and name the bad ones."""
+    """Check every file of an activation cache.
+
+    CACHE is a cache or run folder. Files that are missing or differ from their checksum are named.
+    """
     from sae.activations import verify as verify_cache
 
     files, problems = verify_cache(path)
@@ -179,7 +193,8 @@ def verify(path: Path) -> None:
         click.echo(problem, err=True)
     if problems:
         raise SaeError(
-            f"{len(problems)} of {files} files are damaged: delete them and run the same 'sae harvest' to restore them"
+            f"{len(problems)} of {files} files missing or damaged: delete what is damaged, and run the same "
+            "'sae harvest' to restore it"
         )
     click.echo(f"{files} files are as they were harvested")
 

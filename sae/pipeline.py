@@ -61,6 +61,10 @@ class Run:
             raise ConfigError(
                 f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}'"
             )
+        if not (path / CONFIG_YAML).read_text(encoding="utf-8").strip():
+            raise ConfigError(
+                f"run {str(folder)!r}: {CONFIG_YAML} is empty; run the same 'sae run' again to write it anew"
+            )
         config = load_config(path / CONFIG_YAML, overrides)
         return Run(config.model_copy(update={"out": str(path)}), progress)
 

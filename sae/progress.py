@@ -12,7 +12,7 @@ from rich.text import Text
 
 class _TokensPerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
+        speed = task.completed / task.elapsed if task.elapsed else None
         return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
 
 
@@ -32,9 +32,16 @@ def progress_bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], 
     tasks = {}
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
 
+        def finish() -> None:
+            """A stage ends where the next begins, though it may stop short of a last partial batch."""
+            for task in tasks.values():
+                bars.update(task, completed=bars.tasks[task].total)
+
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
+                finish()
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show
+        finish()

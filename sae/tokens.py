@@ -149,7 +149,8 @@ def packed_shards(
                 yield split, rows
     for split, packer in packers.items():
         if not packer.full:
-            raise DataError(_too_little(config, split, packer))
+            empty = all(other.available == 0 for other in packers.values())
+            raise DataError(_too_little(config, split, packer, empty))
 
 
 def prepared_documents(config: DataConfig) -> Iterator[tuple[str, str, str]]:
@@ -217,14 +218,14 @@ def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _too_little(config: DataConfig, split: str, packer: Packer) -> str:
+def _too_little(config: DataConfig, split: str, packer: Packer, empty: bool) -> str:
     setting = "data.tokens" if split == TRAIN else "data.held_out_tokens"
     found = f"data source {config.source!r}: the {split.replace('_', '-')} documents hold {packer.available:,} tokens"
+    if empty:
+        return f"{found}, {setting}={packer.rows:,} were asked for: the text is empty"
     if packer.available == 0:
-        way_out = (
-            f"; holdout_fraction={config.holdout_fraction} put no document there: change it or data.holdout_seed"
-            if config.holdout_fraction
-            else ""
+        return (
+            f"{found}, {setting}={packer.rows:,} were asked for; holdout_fraction={config.holdout_fraction} put no "
+            "document there: change it or data.holdout_seed"
         )
-        return f"{found}, {setting}={packer.rows:,} were asked for{way_out or ': the text is empty'}"
     return f"{found}, {setting}={packer.rows:,} were asked for: lower it, or add text"

@@ -160,7 +160,7 @@ def test_empty_text(config_file: Path, tmp_path: Path, command) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "empty.txt").write_text("\n")
     outcome = command("harvest", config_file, f"out={tmp_path / 'r'}", f"data.source={tmp_path / 'text'}")
-    assert_refused(outcome, "hold 0 tokens")
+    assert_refused(outcome, "hold 0 tokens", "the text is empty")
     (tmp_path / "none").mkdir()
     outcome = command("harvest", config_file, f"out={tmp_path / 'r'}", f"data.source={tmp_path / 'none'}")
     assert_refused(outcome, "the folder holds no .txt")

@@ -71,7 +71,7 @@ def test_the_readme_snippets_run(
         exec(compile(snippet, "README.md", "exec"), names)
     assert isinstance(names["spliced"], torch.Tensor)
     assert capsys.readouterr().out
-    assert sae.load(workplace / "my-dictionary").d_sae == 512
+    assert sae.load(workplace / "runs" / "my-dictionary").d_sae == 512
 
 
 def test_the_readme_lists_every_file() -> None:

@@ -87,6 +87,6 @@ class Feature:
         """The tokens it fires on in its strongest examples, the largest total activation first."""
         totals: dict[str, float] = {}
         for example in self.top:
-            token = example.tokens[example.position]
+            token = example.tokens[example.position] or "◌"  # a part of a character
             totals[token] = totals.get(token, 0.0) + example.value
-        return sorted(filter(None, totals), key=lambda token: -totals[token])
+        return sorted(totals, key=lambda token: -totals[token])

@@ -216,7 +216,7 @@ def _find_store(path: str | Path) -> Path:
     for candidate in (folder, folder / "features"):
         if (candidate / layout.INDEX).is_file():
             return candidate
-    raise FormatError(f"features {str(path)!r}: no {layout.INDEX} there; make a store with 'sae features'")
+    raise FormatError(f"features {str(path)!r}: no {layout.INDEX} there; make them with 'sae run CONFIG out=...'")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

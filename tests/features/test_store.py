@@ -82,7 +82,7 @@ def test_a_feature_that_is_not_there(features: Features, index: int) -> None:
 
 
 def test_no_store(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"no features\.json there; make a store with 'sae features'"):
+    with pytest.raises(FormatError, match=r"no features\.json there; make them with 'sae run"):
         Features(tmp_path)
 
 
