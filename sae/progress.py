@@ -12,7 +12,8 @@ from rich.text import Text
 
 class _TokensPerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
-        speed = task.completed / task.elapsed if task.elapsed else None
+        seconds = task.finished_time or task.elapsed
+        speed = task.completed / seconds if seconds else None
         return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
 
 
