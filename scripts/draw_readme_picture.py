@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/features.png"))
     arguments = parser.parse_args()
     store = sae.Features(arguments.run)
-    shown = list(dict.fromkeys([arguments.feature, *store.sorted_by("density", max_density=0.01)[:300]]))
+    shown = list(dict.fromkeys([arguments.feature, *store.sorted_by("density", max_density=0.01)[:1000]]))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page_path = Path(folder) / "page.html"
         write_page(store, shown, page_path, f"Features of {arguments.run.name}")
