@@ -27,7 +27,7 @@ from sae.features import Features, collect
 from sae.files import locked, read_json, write_bytes
 from sae.language_model import LanguageModel
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
-from sae.training.loop import TrainingInterrupted, train
+from sae.training.loop import TrainingInterrupted, chosen_settings, train
 from sae.training.sinks import METRICS_FILE, Wandb
 
 CONFIG_YAML = "config.yaml"
@@ -217,8 +217,7 @@ class Run:
         held = dictionary.metadata.get("trained", {}).get("settings", {})
         asked = {
             "hook": self.config.hook,
-            **self.config.dictionary.model_dump(exclude={"hook"}),
-            **self.config.train.model_dump(exclude={"log_every", "checkpoint_every", "keep_checkpoints"}),
+            **chosen_settings(self.config.dictionary, self.config.train),
             "seed": self.config.seed,
             "activations": cache.manifest.identity(self.config.hook),
         }

@@ -294,13 +294,17 @@ def _build(shape: DictionaryConfig, d_in: int) -> Dictionary:
     return cls(d_in, shape.d_sae, **{name: getattr(shape, name) for name in cls.setting_names})
 
 
+def chosen_settings(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the weights; how often to log and to save is not among them."""
+    presentation = {"log_every", "checkpoint_every", "keep_checkpoints"}
+    return {**shape.model_dump(exclude={"hook"}), **settings.model_dump(exclude=presentation)}
+
+
 def _identity(source: BatchSource, shape: DictionaryConfig, settings: TrainConfig, seed: int) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption."""
-    presentation = {"log_every", "checkpoint_every", "keep_checkpoints"}
     return {
         "d_in": source.d_in,
-        **shape.model_dump(exclude={"hook"}),
-        **settings.model_dump(exclude=presentation),
+        **chosen_settings(shape, settings),
         "batch_size": source.batch_size,
         "seed": seed,
     }
