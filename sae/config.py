@@ -121,10 +121,13 @@ class HarvestConfig(_Settings):
 class DictionaryConfig(_Settings):
     """The shape of the dictionary."""
 
-    architecture: Literal["relu", "topk"] = Field(default="topk", description="`relu` (with an L1 penalty) or `topk`")
+    architecture: Literal["relu", "topk", "batch_topk"] = Field(
+        default="topk",
+        description="`relu` (with an L1 penalty), `topk` (k per token) or `batch_topk` (k per token on average)",
+    )
     hook: str | None = Field(default=None, description="hook point to train on; null: the first of harvest.hooks")
     d_sae: PositiveInt = Field(default=4096, description="number of features")
-    k: PositiveInt = Field(default=32, description="features active per token; topk only")
+    k: PositiveInt = Field(default=32, description="features active per token; not for relu")
 
 
 class TrainConfig(_Settings):
@@ -152,16 +155,20 @@ class TrainConfig(_Settings):
         default=0.05, ge=0, le=1, description="share of the steps with a rising L1 weight; relu only"
     )
     aux_coefficient: float = Field(
-        default=1 / 32, ge=0, description="weight of the AuxK loss that revives dead features; topk only"
+        default=1 / 32, ge=0, description="weight of the AuxK loss that revives dead features; not for relu"
     )
     k_aux: PositiveInt | None = Field(
-        default=None, description="dead features used by AuxK; null: half of d_in; topk only"
+        default=None, description="dead features used by AuxK; null: half of d_in; not for relu"
     )
     dead_after_tokens: PositiveInt = Field(
         default=200_000, description="a feature that has not fired for so many tokens counts as dead"
     )
     center: bool = Field(
         default=False, description="subtract the mean activation before training (folded into the saved biases)"
+    )
+    products: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="precision of the encoder's large product; weights stay float32; `auto`: bfloat16 on a GPU",
     )
     pool_tokens: PositiveInt = Field(default=262_144, description="tokens shuffled together in memory")
     log_every: PositiveInt = Field(default=50, description="steps between lines in metrics.jsonl")
@@ -291,7 +298,7 @@ def _is_text(field: FieldInfo) -> bool:
 
 def _check_together(config: RunConfig) -> None:
     dictionary = config.dictionary
-    if dictionary.architecture == "topk" and dictionary.k > dictionary.d_sae:
+    if dictionary.architecture != "relu" and dictionary.k > dictionary.d_sae:
         raise ConfigError(
             f"dictionary.k={dictionary.k} exceeds dictionary.d_sae={dictionary.d_sae}: lower k or raise d_sae"
         )

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from sae.errors import FormatError
 from sae.files import write_json, write_tensors
-from sae.sparse import decode_sparse
+from sae.kernels.interface import Selection
+from sae.kernels.pattern import Pattern
+from sae.sparse import decode, encode_at, padded
 
 FORMAT = "sae-dictionary"
 FORMAT_VERSION = 1
@@ -44,10 +46,11 @@ class Codes:
 class Dictionary(nn.Module, ABC):
     """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
 
-    Subclasses define `act`. Shapes of inputs are `[..., d_in]`, of features `[..., d_sae]`.
+    Subclasses define `act`, by the features it lets through: `select`. Shapes of inputs are `[..., d_in]`, of features
+    `[..., d_sae]`.
 
     Attributes:
-        W_enc: `[d_in, d_sae]`.
+        W_enc: `[d_in, d_sae]`; in memory it lies by feature, as the transpose of a contiguous `[d_sae, d_in]`.
         b_enc: `[d_sae]`.
         W_dec: `[d_sae, d_in]`, rows of norm 1: row j is the direction of feature j.
         b_dec: `[d_in]`.
@@ -61,14 +64,14 @@ class Dictionary(nn.Module, ABC):
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
         self.metadata: dict[str, Any] = dict(metadata or {})
-        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     @abstractmethod
-    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
-        """The features that fire, as values and indices `[..., k]`, strongest first."""
+    def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
+        """The features that may fire on each row, and their pre-activations; negative ones do not fire."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -77,6 +80,13 @@ class Dictionary(nn.Module, ABC):
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """(x − b_dec) W_enc + b_enc."""
         return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
+        """The features that fire, as values and indices `[..., k]`, strongest first."""
+        pattern, values = self._encode_rows(x)
+        rows_values, rows_indices = padded(pattern, values)
+        shape = (*x.shape[:-1], rows_values.shape[1])
+        return Codes(rows_values.reshape(shape), rows_indices.reshape(shape))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Feature activations, dense: zero where a feature does not fire."""
@@ -89,11 +99,20 @@ class Dictionary(nn.Module, ABC):
 
     def decode_sparse(self, codes: Codes) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction from sparse codes; equal to `decode` of the same features."""
-        return decode_sparse(codes.values, codes.indices, self.W_dec) + self.b_dec
+        values, indices = codes
+        batch, k = values.shape[:-1], values.shape[-1]
+        pattern = Pattern.from_indices(indices.reshape(-1, k), self.d_sae)
+        return decode(pattern, values.reshape(-1), self.W_dec).reshape(*batch, self.d_in) + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction x̂ of x."""
-        return self.decode_sparse(self.encode_sparse(x))
+        pattern, values = self._encode_rows(x)
+        return decode(pattern, values, self.W_dec).reshape(x.shape) + self.b_dec
+
+    def _encode_rows(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
+        rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
+        selection = self.select(rows)
+        return selection.pattern, encode_at(rows, self.b_dec, self.W_enc.T, self.b_enc, selection).relu()
 
     @torch.no_grad()
     def fold_normalisation_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:

@@ -1,23 +1,224 @@
-"""Linear algebra on sparse codes: values and indices in, dense vectors out."""
+"""Sparse codes in autograd: encode only what is selected, decode only what fires, gradients in factors.
+
+A code has a `Pattern` (which features fire in which row) and values, one for each pair. The matrices are by feature:
+`encoder = W_enc.T` and `decoder = W_dec`, both `[d_sae, d_in]`. What computes is `sae.kernels`.
+
+Without a `GradientSink`, gradients of the matrices are dense tensors as from any PyTorch function. With one, they go
+there in factors, for an optimiser that uses them a few features at a time and never holds them whole.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sae.kernels import kernels_for
+from sae.kernels.interface import Block, Gradient, Selection, Subset, Term
+from sae.kernels.pattern import Pattern
 
 
-def decode_sparse(
-    values: Float[Tensor, "*batch k"], indices: Int[Tensor, "*batch k"], W_dec: Float[Tensor, "d_sae d_in"]
-) -> Float[Tensor, "*batch d_in"]:
-    """Σ_j values_j · W_dec[indices_j]: the product with W_dec that touches only the active rows.
+@dataclass
+class GradientSink:
+    """Collects the gradient of one `[d_sae, d_in]` matrix in factors, over a backward pass."""
 
-    Differentiable in `values` and `W_dec`.
+    terms: list[Term] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+
+    def take(self, dense: Float[Tensor, "d_sae d_in"] | None = None) -> Gradient:
+        """What was collected, with what autograd left in `.grad`; the sink is empty again."""
+        gradient = Gradient(tuple(self.terms), tuple(self.blocks), dense)
+        self.terms, self.blocks = [], []
+        return gradient
+
+
+def decode(
+    pattern: Pattern,
+    values: Float[Tensor, " pairs"],
+    decoder: Float[Tensor, "d_sae d_in"],
+    sink: GradientSink | None = None,
+) -> Float[Tensor, "batch d_in"]:
+    """Row i: Σ over its pairs of value · decoder[feature].
+
+    Differentiable in `values` and `decoder`.
     """
-    batch, k = values.shape[:-1], values.shape[-1]
-    if k == 0 or values.numel() == 0:
-        return values.new_zeros(*batch, W_dec.shape[1])
-    summed = torch.nn.functional.embedding_bag(
-        indices.reshape(-1, k), W_dec, per_sample_weights=values.reshape(-1, k), mode="sum"
-    )
-    return summed.reshape(*batch, W_dec.shape[1])
+    return cast(Tensor, _Decode.apply(values, decoder, pattern, sink))
+
+
+def encode_at(
+    x: Float[Tensor, "batch d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    selection: Selection,
+    sink: GradientSink | None = None,
+) -> Float[Tensor, " pairs"]:
+    """(x − b_dec) · encoder[feature] + b_enc[feature] at every pair, as it was computed when it was selected.
+
+    Differentiable in `x`, `b_dec`, `encoder` and `b_enc`. That of b_dec is −(Σ of b_enc's gradient · encoder), which
+    needs no gradient of x.
+    """
+    return cast(Tensor, _EncodeAt.apply(x, b_dec, encoder, b_enc, selection.values, selection.pattern, sink))
+
+
+def rows_of(
+    matrix: Float[Tensor, "d_sae d_in"], features: Int[Tensor, " some"], sink: GradientSink | None = None
+) -> Float[Tensor, "some d_in"]:
+    """matrix[features], none of them twice; their gradient stays as small as they are."""
+    return cast(Tensor, _RowsOf.apply(matrix, features, sink)) if sink is not None else matrix[features]
+
+
+def padded(
+    pattern: Pattern, values: Float[Tensor, " pairs"]
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """Values and features of every row, strongest first, padded with 0 to the longest row (at least 1 long).
+
+    Waits for the device where rows are of unequal lengths.
+    """
+    if pattern.k is None:
+        longest = max(int(pattern.offsets.diff().max()), 1) if pattern.batch else 1
+        places = pattern.rows, torch.arange(pattern.pairs, device=values.device) - pattern.offsets[pattern.rows]
+        features = pattern.features.new_zeros(pattern.batch, longest).index_put(places, pattern.features)
+        values = values.new_zeros(pattern.batch, longest).index_put(places, values)
+    else:
+        values, features = values.view(-1, pattern.k), pattern.features.view(-1, pattern.k)
+    order = values.detach().sort(dim=-1, descending=True, stable=True).indices
+    return values.gather(-1, order), features.gather(-1, order)
+
+
+@torch.no_grad()
+def select_topk(
+    x: Float[Tensor, "batch d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    subset: Subset | None = None,
+    low: Float[Tensor, "d_sae d_in"] | None = None,
+) -> Selection:
+    """The k largest pre-activations of each row, whatever their sign. Not differentiable: `encode_at` is.
+
+    Args:
+        subset: features among which a second selection is made.
+        low: the encoder in bfloat16, to make the large product with.
+    """
+    centred = x - b_dec
+    kernels = kernels_for(x.device)
+    selection = kernels.select_topk(*_operands(centred, encoder, low), b_enc, k, subset)
+    return _exact(selection, centred, encoder, b_enc, low)
+
+
+@torch.no_grad()
+def select_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    subset: Subset | None = None,
+    low: Float[Tensor, "d_sae d_in"] | None = None,
+) -> Selection:
+    """The k · batch largest pre-activations of the whole batch, whatever their sign; arguments as of `select_topk`."""
+    centred = x - b_dec
+    kernels = kernels_for(x.device)
+    selection = kernels.select_batch_topk(*_operands(centred, encoder, low), b_enc, k * len(x), subset)
+    return _exact(selection, centred, encoder, b_enc, low)
+
+
+@torch.no_grad()
+def select_above(
+    x: Float[Tensor, "batch d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    threshold: Float[Tensor, " d_sae"],
+) -> Selection:
+    """The pre-activations above their feature's threshold. Waits for the device."""
+    return kernels_for(x.device).select_above(x - b_dec, encoder, b_enc, threshold)
+
+
+def _operands(x: Tensor, encoder: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (x, encoder) if low is None else (x.to(low.dtype), low)
+
+
+def _exact(selection: Selection, x: Tensor, encoder: Tensor, b_enc: Tensor, low: Tensor | None) -> Selection:
+    """Values that a CPU's bfloat16 product rounded, computed again at the places it selected.
+
+    A GPU's product is summed and kept in float32; there nothing is to be done.
+    """
+    if low is None or x.device.type != "cpu":
+        return selection
+    pattern = selection.pattern
+    values = kernels_for(x.device).value_gradients(pattern, x, encoder) + b_enc[pattern.features]
+    return selection._replace(values=values)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, decoder: Tensor, pattern: Pattern, sink: GradientSink | None
+    ) -> Float[Tensor, "batch d_in"]:
+        ctx.save_for_backward(values, decoder)
+        ctx.pattern, ctx.sink = pattern, sink
+        return kernels_for(values.device).decode(pattern, values, decoder)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, decoder = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        kernels = kernels_for(gradient.device)
+        of_values = kernels.value_gradients(ctx.pattern, gradient, decoder) if ctx.needs_input_grad[0] else None
+        term = Term(ctx.pattern, values, gradient)
+        return of_values, _matrix_gradient(term, ctx.sink, ctx.needs_input_grad[1]), None, None
+
+
+class _EncodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, b_dec: Tensor, encoder: Tensor, b_enc: Tensor, pre_activations: Tensor, pattern: Pattern,
+        sink: GradientSink | None,
+    ) -> Float[Tensor, " pairs"]:  # fmt: skip
+        ctx.save_for_backward(x, b_dec, encoder)
+        ctx.pattern, ctx.sink = pattern, sink
+        return pre_activations.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, b_dec, encoder = ctx.saved_tensors
+        pattern, kernels = ctx.pattern, kernels_for(gradient.device)
+        gradient = gradient.contiguous()
+        of_b_enc = encoder.new_zeros(pattern.d_sae).index_add_(0, pattern.features, gradient)
+        of_x = kernels.decode(pattern, gradient, encoder) if ctx.needs_input_grad[0] else None
+        of_b_dec = -(of_b_enc @ encoder) if ctx.needs_input_grad[1] else None
+        of_encoder = None
+        if ctx.needs_input_grad[2]:
+            of_encoder = _matrix_gradient(Term(pattern, gradient, x - b_dec), ctx.sink, True)
+        return of_x, of_b_dec, of_encoder, of_b_enc, None, None, None
+
+
+class _RowsOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, features: Tensor, sink: GradientSink) -> Float[Tensor, "some d_in"]:
+        ctx.features, ctx.sink = features, sink
+        return matrix[features]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.sink.blocks.append(Block(ctx.features, gradient))
+        return None, None, None
+
+
+def _matrix_gradient(term: Term, sink: GradientSink | None, needed: bool) -> Tensor | None:
+    if not needed:
+        return None
+    if sink is None:
+        return kernels_for(term.rows.device).feature_sums(term)
+    sink.terms.append(term)
+    return None

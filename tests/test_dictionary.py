@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sae
-from sae.architectures import ReLU, TopK
+from sae.architectures import BatchTopK, ReLU, TopK
 from sae.dictionary import Dictionary
 from sae.errors import FormatError
 
@@ -25,10 +26,20 @@ def filled(cls: type[Dictionary], **settings: int) -> Dictionary:
     return dictionary.eval().requires_grad_(False)
 
 
-BOTH = [pytest.param(filled(TopK, k=5), id="topk"), pytest.param(filled(ReLU), id="relu")]
+def filled_batch_topk() -> Dictionary:
+    dictionary = filled(BatchTopK, k=5)
+    dictionary.get_parameter("threshold").fill_(1.7)
+    return dictionary
 
 
-@pytest.mark.parametrize("dictionary", BOTH)
+ALL = [
+    pytest.param(filled(TopK, k=5), id="topk"),
+    pytest.param(filled(ReLU), id="relu"),
+    pytest.param(filled_batch_topk(), id="batch_topk"),
+]
+
+
+@pytest.mark.parametrize("dictionary", ALL)
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (7, 8), (2, 3, 8), (0, 8)])
 def test_shapes(dictionary: Dictionary, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
@@ -41,7 +52,7 @@ def test_shapes(dictionary: Dictionary, shape: tuple[int, ...]) -> None:
     assert values.shape[:-1] == shape[:-1]
 
 
-@pytest.mark.parametrize("dictionary", BOTH)
+@pytest.mark.parametrize("dictionary", ALL)
 def test_sparse_and_dense_agree(dictionary: Dictionary) -> None:
     x = torch.randn(50, 8)
     codes, features = dictionary.encode_sparse(x), dictionary.encode(x)
@@ -61,6 +72,34 @@ def test_topk_is_the_k_largest_positive_pre_activations() -> None:
         torch.testing.assert_close(features, expected)
 
 
+def test_batch_topk_lets_through_what_is_above_its_threshold() -> None:
+    dictionary, x = filled_batch_topk(), torch.randn(200, 8)
+    pre = dictionary.pre_activations(x)
+    torch.testing.assert_close(dictionary.encode(x), pre * (pre > 1.7))
+    counts = (dictionary.encode(x) > 0).sum(1)
+    assert counts.min() < counts.max()
+
+
+@pytest.mark.parametrize("cls", [TopK, BatchTopK])
+@pytest.mark.parametrize("k", [0, 31])
+def test_k_beyond_the_features_is_refused(cls: type[Dictionary], k: int) -> None:
+    with pytest.raises(ValueError, match=f"k={k}: expected 1 ≤ k ≤ d_sae=30"):
+        cls(8, 30, k=k)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_relu_dictionary_is_computed_sparsely_where_its_codes_are_sparse() -> None:
+    """Both ways give the same; which one is taken follows from the codes."""
+    dictionary, x = filled(ReLU), torch.randn(50, 8)
+    sparse = copy.deepcopy(dictionary)
+    sparse.b_enc -= 9.0
+    assert (dictionary._is_dense(x), sparse._is_dense(x)) == (True, False)
+    for either in (dictionary, sparse):
+        features = either.pre_activations(x).relu()
+        torch.testing.assert_close(either(x), features @ either.W_dec + either.b_dec)
+        values, indices = either.encode_sparse(x)
+        torch.testing.assert_close(torch.zeros(50, 30).scatter_add(1, indices, values), features)
+
+
 def test_topk_with_fewer_positive_pre_activations_than_k() -> None:
     dictionary = filled(TopK, k=30)
     x = torch.randn(40, 8)
@@ -68,15 +107,13 @@ def test_topk_with_fewer_positive_pre_activations_than_k() -> None:
 
 
 def test_an_all_zero_row_survives() -> None:
-    for dictionary in (filled(TopK, k=5), filled(ReLU)):
+    for dictionary in (filled(TopK, k=5), filled(ReLU), filled_batch_topk()):
         assert torch.isfinite(dictionary(torch.zeros(3, 8))).all()
 
 
-@pytest.mark.parametrize("cls", [TopK, ReLU])
-def test_folding_the_normalisation_is_exact(cls: type[Dictionary]) -> None:
-    settings = {"k": 5} if cls is TopK else {}
-    trained = filled(cls, **settings).double()
-    folded = filled(cls, **settings).double()
+@pytest.mark.parametrize("dictionary", ALL)
+def test_folding_the_normalisation_is_exact(dictionary: Dictionary) -> None:
+    trained, folded = copy.deepcopy(dictionary).double(), copy.deepcopy(dictionary).double()
     mean, scale = torch.randn(8, dtype=torch.float64), 0.37
     folded.fold_normalisation_(mean, scale)
     x = torch.randn(20, 8, dtype=torch.float64) * 5
@@ -84,7 +121,7 @@ def test_folding_the_normalisation_is_exact(cls: type[Dictionary]) -> None:
     torch.testing.assert_close(folded.encode(x), trained.encode((x - mean) * scale) / scale, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dictionary", BOTH)
+@pytest.mark.parametrize("dictionary", ALL)
 def test_saved_and_loaded_is_the_same(dictionary: Dictionary, tmp_path: Path) -> None:
     dictionary.save(tmp_path / "d")
     loaded = sae.load(tmp_path / "d")

@@ -17,6 +17,7 @@ FLOW = [
     ["config"],
     ["corpus"],
     ["tokens"],
+    ["kernels"],
     ["sparse"],
     ["dictionary"],
     ["architectures"],
@@ -31,7 +32,7 @@ FLOW = [
     ["pipeline", "progress"],
     ["cli", "__main__"],
 ]
-CORE = {"errors", "files", "config", "corpus", "tokens", "sparse", "dictionary", "architectures", "training"}
+CORE = {"errors", "files", "config", "corpus", "tokens", "kernels", "sparse", "dictionary", "architectures", "training"}
 CORE_LIBRARIES = {"torch", "einops", "safetensors", "numpy", "pydantic", "pydantic_core", "yaml", "jaxtyping", "sae"}
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from sae.architectures.batch_topk import BatchTopK
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
 from sae.dictionary import Dictionary, read_saved
 from sae.errors import FormatError
 
-ARCHITECTURES: dict[str, type[Dictionary]] = {"relu": ReLU, "topk": TopK}
+ARCHITECTURES: dict[str, type[Dictionary]] = {"relu": ReLU, "topk": TopK, "batch_topk": BatchTopK}
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
@@ -46,4 +47,4 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
     return dictionary.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-__all__ = ["ARCHITECTURES", "Dictionary", "ReLU", "TopK", "load"]
+__all__ = ["ARCHITECTURES", "BatchTopK", "Dictionary", "ReLU", "TopK", "load"]

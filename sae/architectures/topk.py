@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary import Codes, Dictionary
+from sae.dictionary import Dictionary
+from sae.kernels.interface import Selection
+from sae.sparse import select_topk
 
 
 class TopK(Dictionary):
@@ -31,6 +33,5 @@ class TopK(Dictionary):
     def settings(self) -> dict[str, Any]:
         return {"k": self.k}
 
-    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
-        values, indices = self.pre_activations(x).topk(self.k, dim=-1)
-        return Codes(values.relu(), indices)
+    def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
+        return select_topk(x, self.b_dec, self.W_enc.T, self.b_enc, self.k)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -14,28 +16,36 @@ class FiringRecord:
         d_sae: number of features.
         dead_after: a feature that has not fired for so many tokens is dead (Gao et al. 2024 use 10 million).
         refresh_every: steps between two listings of the dead features, the only moment that waits for the device.
+
+    Attributes:
+        silent_tokens: tokens since each feature last fired.
+        candidates: the dead features as last listed.
+        density: share of the features that fired per token when they were listed; 1 before.
     """
 
     def __init__(self, d_sae: int, dead_after: int, device: torch.device, refresh_every: int = 16) -> None:
         self.dead_after, self.refresh_every = dead_after, refresh_every
         self.silent_tokens: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.candidates: Int[Tensor, " candidates"] = torch.zeros(0, dtype=torch.int64, device=device)
+        self.density = 1.0
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
         """Features that are dead now."""
         return self.silent_tokens >= self.dead_after
 
-    def record(self, fired: Bool[Tensor, " d_sae"], tokens: int, step: int) -> None:
-        """Take into account that exactly the features in `fired` fired in a batch of so many tokens."""
+    def record(self, fired: Bool[Tensor, " d_sae"], l0: Float[Tensor, ""], tokens: int, step: int) -> None:
+        """Take into account that exactly the features in `fired` fired in a batch, `l0` of them on an average token."""
         self.silent_tokens += tokens
         self.silent_tokens.masked_fill_(fired, 0)
         if step % self.refresh_every == 0:
             self.candidates = self.dead.nonzero().flatten()
+            self.density = float(l0) / len(fired)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"silent_tokens": self.silent_tokens, "candidates": self.candidates}
+    def state_dict(self) -> dict[str, Any]:
+        return {"silent_tokens": self.silent_tokens, "candidates": self.candidates, "density": self.density}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.silent_tokens.copy_(state["silent_tokens"])
         self.candidates = state["candidates"].to(self.silent_tokens.device)
+        self.density = state["density"]

@@ -1,4 +1,4 @@
-"""Where training starts, and the constraint it keeps: unit decoder rows."""
+"""Where training starts."""
 
 from __future__ import annotations
 
@@ -38,13 +38,6 @@ def geometric_median(points: Float[Tensor, "sample d_in"], iterations: int = 50)
 
 
 @torch.no_grad()
-def project_decoder_gradient_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Take from the gradient its part along each row, which could only change the norm."""
-    if W_dec.grad is not None:
-        W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) * W_dec
-
-
-@torch.no_grad()
 def normalise_decoder_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Give every row norm 1. Comes after the optimiser's step, so that saved rows are units."""
+    """Give every row norm 1."""
     W_dec /= W_dec.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)

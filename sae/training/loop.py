@@ -23,11 +23,15 @@ from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, load_checkpoint, save_checkpoint
 from sae.training.firing import FiringRecord
-from sae.training.initialise import initialise_, normalise_decoder_, project_decoder_gradient_
+from sae.training.initialise import initialise_
 from sae.training.objectives import OBJECTIVES, Context, Losses
+from sae.training.optimizer import FeatureAdam
 from sae.training.schedules import default_learning_rate, l1_weight, learning_rate
 from sae.training.sinks import JsonLines, Sink
 from sae.training.source import BatchSource
+
+THRESHOLD_RATE = 0.03
+"""Weight of the newest batch in BatchTopK's threshold: it is the mean over some thirty batches, so that it keeps up with training."""
 
 Progress = Callable[[int, int, dict[str, float | int]], None]
 
@@ -108,9 +112,8 @@ class _Run:
         self.rate = settings.lr or default_learning_rate(shape.d_sae)
         self.k_aux = settings.k_aux or max(1, source.d_in // 2)
         self.normalisation = _normalisation(source, settings.center, device)
-        self.optimizer = torch.optim.Adam(
-            self.dictionary.parameters(), lr=self.rate, betas=(settings.beta1, settings.beta2), fused=True
-        )
+        low = settings.products == "bfloat16" or (settings.products == "auto" and device.type == "cuda")
+        self.optimizer = FeatureAdam(self.dictionary, settings.beta1, settings.beta2, low_precision=low)
         self.firing = FiringRecord(shape.d_sae, settings.dead_after_tokens, device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
@@ -127,6 +130,7 @@ class _Run:
                 x = self._next(batches)
                 if self.step == 0:
                     initialise_(self.dictionary, x, self.generator)
+                    self.optimizer.refresh()
                 losses = self._step(x)
                 meter.add(x, losses)
                 last = self.step == self.steps
@@ -172,28 +176,37 @@ class _Run:
 
     def _step(self, x: Float[Tensor, "batch d_in"]) -> Losses:
         settings = self.settings
-        rate = learning_rate(self.step, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         context = Context(
             dead=self.firing.dead,
             dead_candidates=self.firing.candidates,
             l1_coefficient=l1_weight(self.step, self.steps, settings.l1_coefficient, settings.l1_warmup_fraction),
             aux_coefficient=settings.aux_coefficient,
             k_aux=self.k_aux,
+            density=self.firing.density,
+            encoder_sink=self.optimizer.encoder_sink,
+            decoder_sink=self.optimizer.decoder_sink,
+            low=self.optimizer.low,
         )
         losses = OBJECTIVES[self.architecture](self.dictionary, x, context)
         losses.total.backward()
-        project_decoder_gradient_(self.dictionary.W_dec)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        normalise_decoder_(self.dictionary.W_dec)
+        self.optimizer.step(self._rate())
         self.step += 1
-        self.firing.record(losses.fired, len(x), self.step)
+        self.firing.record(losses.fired, losses.l0, len(x), self.step)
+        if losses.threshold is not None:
+            self._learn_threshold(losses.threshold)
         bad = ~losses.total.detach().isfinite()
         self.bad_input |= bad & (self.first_bad_step < 0) & ~x.isfinite().all()
         self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step, self.first_bad_step)
         return losses
+
+    def _rate(self) -> float:
+        settings = self.settings
+        return learning_rate(self.step, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
+
+    def _learn_threshold(self, smallest: Float[Tensor, ""]) -> None:
+        """The mean over the first steps, a running one afterwards: there is a threshold from the first step on."""
+        threshold = self.dictionary.get_parameter("threshold")
+        threshold += (smallest - threshold) * max(1 / self.step, THRESHOLD_RATE)
 
     def _metrics(self, meter: _Meter) -> dict[str, float | int]:
         return {
@@ -201,7 +214,7 @@ class _Run:
             "tokens": self.step * self.source.batch_size,
             **meter.read(),
             "dead": int(self.firing.dead.sum()),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizer.lr,
         }
 
     def _check_finite(self) -> None:
@@ -274,8 +287,7 @@ class _Meter:
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "batch d_in"], losses: Losses) -> None:
-        error = (x - losses.reconstruction).square().sum()
-        fvu = error / (x - x.mean(0)).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+        fvu = losses.terms["mse"] / x.var(0, correction=0).sum().clamp_min(torch.finfo(x.dtype).tiny)
         for name, value in {"loss": losses.total.detach(), **losses.terms, "fvu": fvu, "l0": losses.l0}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1

@@ -22,6 +22,7 @@ from sae.activations.cache import (
     shard_name,
 )
 from sae.dictionary import Codes, Dictionary
+from sae.kernels.interface import Selection
 from sae.tokens import TokenPolicy
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -42,6 +43,9 @@ class Fixed(Dictionary):
 
     def settings(self) -> dict[str, Any]:
         return {}
+
+    def select(self, x: Tensor) -> Selection:
+        raise AssertionError("there is no encoder to select with")
 
     def encode_sparse(self, x: Tensor) -> Codes:
         self.seen = x

@@ -50,7 +50,7 @@ def fvu(dictionary: sae.Dictionary, x: Tensor) -> float:
     return float((x - dictionary(x)).square().sum() / (x - x.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize(("architecture", "most"), [("topk", 0.05), ("relu", 0.25)])
+@pytest.mark.parametrize(("architecture", "most"), [("topk", 0.05), ("batch_topk", 0.05), ("relu", 0.25)])
 def test_training_recovers_planted_features(architecture: str, most: float) -> None:
     data = planted(100)
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
@@ -66,6 +66,30 @@ def test_saved_dictionary_takes_raw_activations() -> None:
     x = torch.cat(planted(5))
     torch.testing.assert_close(moved(37.0 * x + 500.0), 37.0 * plain(x) + 500.0, rtol=1e-3, atol=2e-2)
     torch.testing.assert_close(moved.encode(37.0 * x + 500.0), 37.0 * plain.encode(x), rtol=1e-2, atol=0.5)
+
+
+def test_batch_topk_has_a_threshold_from_the_first_checkpoint_on(tmp_path: Path) -> None:
+    """Token by token as many features fire on average as in the batches of training, in the units of the data."""
+    data = planted(20, scale=12.0)
+    shape = DictionaryConfig(architecture="batch_topk", d_sae=D_SAE, k=K)
+    folder, x = tmp_path / "checkpoints", torch.cat(data)
+    train(IterableSource(data), shape, settings(300, checkpoint_every=1, keep_checkpoints=300), folder=tmp_path)
+    checkpoints = [sae.load(path) for path in list_checkpoints(folder)]
+    assert len(checkpoints) == 300
+    l0 = [float((dictionary.encode(x) > 0).sum(1).float().mean()) for dictionary in (checkpoints[0], checkpoints[-1])]
+    assert l0[0] == pytest.approx(K, rel=0.5)
+    assert l0[1] == pytest.approx(K, rel=0.05)
+
+
+def test_bfloat16_products_leave_float32_weights_and_the_same_quality() -> None:
+    data = planted(100)
+    exact, rounded = (
+        train(IterableSource(data), SHAPE, settings(600, lr=3e-3, products=products))
+        for products in ("float32", "bfloat16")
+    )
+    assert rounded.W_enc.dtype is torch.float32
+    assert not torch.equal(exact.W_enc, rounded.W_enc)
+    assert fvu(rounded, torch.cat(data)) < 1.2 * fvu(exact, torch.cat(data)) + 0.01
 
 
 def test_every_checkpoint_holds_a_usable_dictionary(tmp_path: Path) -> None:
@@ -86,7 +110,7 @@ def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000075", "step-00000100"]
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "relu"])
 def test_interrupted_and_resumed_training_gives_the_same_weights(tmp_path: Path, architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     whole = train(IterableSource(planted(30)), shape, settings(110), folder=tmp_path / "whole")

@@ -9,8 +9,9 @@ from torch import Tensor
 from sae.architectures import ReLU, TopK
 from sae.dictionary import Dictionary
 from sae.training.firing import FiringRecord
-from sae.training.initialise import initialise_, normalise_decoder_, project_decoder_gradient_
+from sae.training.initialise import initialise_
 from sae.training.objectives import Context, relu_loss, topk_loss
+from sae.training.optimizer import FeatureAdam
 
 D_IN, D_SAE, K, BATCH = 6, 20, 3, 15
 
@@ -160,7 +161,8 @@ def test_gradients_equal_finite_differences(objective: object) -> None:
     analytic = gradients(objective(dictionary, x, where).total, dictionary)  # type: ignore[operator]
     step = 1e-6
     for name, parameter in dictionary.named_parameters():
-        flat = parameter.data.view(-1)
+        by_feature = parameter.data.T if name == "W_enc" else parameter.data
+        flat, slopes = by_feature.view(-1), (analytic[name].T if name == "W_enc" else analytic[name]).reshape(-1)
         for position in range(0, len(flat), 7):
             start = float(flat[position])
             flat[position] = start + step
@@ -169,7 +171,7 @@ def test_gradients_equal_finite_differences(objective: object) -> None:
             below = float(objective(dictionary, x, where).total.detach())  # type: ignore[operator]
             flat[position] = start
             slope = (above - below) / (2 * step)
-            assert float(analytic[name].view(-1)[position]) == pytest.approx(slope, rel=1e-5, abs=1e-7), name
+            assert float(slopes[position]) == pytest.approx(slope, rel=1e-5, abs=1e-7), name
 
 
 def test_optimum_of_one_latent_with_l1() -> None:
@@ -196,19 +198,19 @@ def dead_after_training(aux_coefficient: float) -> int:
     initialise_(dictionary, torch.randn(100, 32, generator=generator), generator)
     with torch.no_grad():
         dictionary.W_enc[:, 64:] *= 0.1
-    optimizer = torch.optim.Adam(dictionary.parameters(), lr=3e-3)
+    optimizer = FeatureAdam(dictionary, 0.9, 0.999)
     firing = FiringRecord(128, dead_after=20 * 128, device=torch.device("cpu"))
     for step in range(300):
         codes = (torch.rand(128, 200, generator=generator) < 0.02) * torch.rand(128, 200, generator=generator)
         x = codes @ directions
-        where = Context(firing.dead, firing.candidates, 0.0, aux_coefficient, k_aux=16)
+        where = Context(
+            firing.dead, firing.candidates, 0.0, aux_coefficient, 16, firing.density,
+            optimizer.encoder_sink, optimizer.decoder_sink,
+        )  # fmt: skip
         losses = topk_loss(dictionary, x, where)
         losses.total.backward()
-        project_decoder_gradient_(dictionary.W_dec)
-        optimizer.step()
-        optimizer.zero_grad()
-        normalise_decoder_(dictionary.W_dec)
-        firing.record(losses.fired, len(x), step + 1)
+        optimizer.step(3e-3)
+        firing.record(losses.fired, losses.l0, len(x), step + 1)
     return int(firing.dead.sum())
 
 

@@ -10,26 +10,28 @@ import torch
 
 from sae.architectures import TopK
 from sae.training.firing import FiringRecord
-from sae.training.initialise import geometric_median, initialise_, normalise_decoder_, project_decoder_gradient_
+from sae.training.initialise import geometric_median, initialise_
 from sae.training.schedules import default_learning_rate, l1_weight, learning_rate
 
 
 def test_dead_features_are_counted_in_tokens() -> None:
     record = FiringRecord(3, dead_after=100, device=torch.device("cpu"), refresh_every=1)
     for step, fired in enumerate([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 1]], 1):
-        record.record(torch.tensor(fired, dtype=torch.bool), 40, step)
+        record.record(torch.tensor(fired, dtype=torch.bool), torch.tensor(1.5), 40, step)
     assert record.silent_tokens.tolist() == [0, 120, 0]
     assert record.dead.tolist() == [False, True, False]
     assert record.candidates.tolist() == [1]
+    assert record.density == 0.5
 
 
 def test_firing_record_survives_a_checkpoint() -> None:
     record = FiringRecord(4, dead_after=10, device=torch.device("cpu"), refresh_every=1)
-    record.record(torch.tensor([True, False, False, True]), 12, 1)
+    record.record(torch.tensor([True, False, False, True]), torch.tensor(2.0), 12, 1)
     other = FiringRecord(4, dead_after=10, device=torch.device("cpu"), refresh_every=1)
     other.load_state_dict(record.state_dict())
     assert other.dead.tolist() == [False, True, True, False]
     assert other.candidates.tolist() == [1, 2]
+    assert other.density == 0.5
 
 
 def test_geometric_median_of_known_configurations() -> None:
@@ -68,14 +70,6 @@ def test_initialisation_has_unit_rows_and_a_transposed_encoder() -> None:
     assert torch.equal(dictionary.W_enc, dictionary.W_dec.T)
     assert torch.equal(dictionary.b_enc, torch.zeros(32))
     torch.testing.assert_close(dictionary.b_dec.data, geometric_median(sample))
-
-
-def test_projected_gradient_is_orthogonal_to_the_rows() -> None:
-    W_dec = torch.nn.Parameter(torch.randn(10, 4, dtype=torch.float64))
-    normalise_decoder_(W_dec)
-    W_dec.grad = torch.randn(10, 4, dtype=torch.float64)
-    project_decoder_gradient_(W_dec)
-    torch.testing.assert_close((W_dec.grad * W_dec).sum(1), torch.zeros(10, dtype=torch.float64), atol=1e-14, rtol=0)
 
 
 def test_learning_rate_schedule_at_its_corners() -> None:

@@ -1,0 +1,290 @@
+"""The back end for a CPU, out of PyTorch's own operators: it runs on any device, and is made for caches and cores.
+
+The encoder's product is made a few hundred rows at a time in one buffer and selected from while it is in the cache, so
+that `[batch, d_sae]` never exists. Gradients are made, used and dropped a block of features at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.optim.adam import adam
+
+from sae.kernels.interface import DENSE_ABOVE, AdamStep, Block, Gradient, Moments, Selection, Subset, Term
+from sae.kernels.pattern import Pattern
+from sae.kernels.products import product
+
+CHUNK_NUMBERS = 1 << 25
+GROUP_SIZES = (64, 32)
+BLOCK_FEATURES = 512
+SURPLUS = 1.25
+"""Entries that a chunk gives to the batch's selection, over its share."""
+
+Compare = Callable[[Tensor, Tensor], Bool[Tensor, "..."]]
+
+
+def select_topk(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    k: int,
+    subset: Subset | None = None,
+) -> Selection:
+    values = bias.new_empty(len(x), k)
+    features = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    picked = _Subset(subset, bias, len(x))
+    for rows, pre in _chunks(x, encoder, bias):
+        values[rows], features[rows] = largest(pre, k)
+        picked.add(rows, pre)
+    pattern = Pattern.from_indices(features, len(encoder))
+    return Selection(pattern, values.flatten(), picked.values, picked.places)
+
+
+def select_batch_topk(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    count: int,
+    subset: Subset | None = None,
+) -> Selection:
+    """Each chunk gives what reaches a bound that its share of `count`, and a quarter more, reach.
+
+    The count-th largest of what was given cannot exceed that of the batch. A chunk whose bound was above it may have
+    kept back an entry that belongs to the selection: such a chunk, a rare one, is made again with that bound.
+    """
+    picked = _Subset(subset, bias, len(x))
+    found: list[_Found] = []
+    guesses: list[tuple[slice, float]] = []
+    for rows, pre in _chunks(x, encoder, bias):
+        guess = _guess(pre, int(SURPLUS * count * len(pre) / len(x)) + 1)
+        guesses.append((rows, guess))
+        found.append(_find(pre, rows.start, guess, torch.ge))
+        picked.add(rows, pre)
+    bound = float(torch.cat([part.values for part in found]).topk(count, sorted=False).values.min())
+    for number, (rows, guess) in enumerate(guesses):
+        if guess > bound:
+            for _, pre in _chunks(x[rows], encoder, bias):
+                found[number] = _find(pre, rows.start, bound, torch.ge)
+    return _selection(found, len(x), len(encoder), picked, count)
+
+
+def select_above(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    threshold: Float[Tensor, " d_sae"],
+) -> Selection:
+    found = [_find(pre, rows.start, threshold, torch.gt) for rows, pre in _chunks(x, encoder, bias)]
+    return _selection(found, len(x), len(encoder))
+
+
+def decode(
+    pattern: Pattern, values: Float[Tensor, " pairs"], decoder: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, "batch d_in"]:
+    if pattern.density > DENSE_ABOVE:
+        return pattern.dense(values) @ decoder
+    return _bags(pattern.features, pattern.offsets, values, decoder)
+
+
+def value_gradients(
+    pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, " pairs"]:
+    if pattern.density > DENSE_ABOVE:
+        return product(gradient, decoder).view(-1)[pattern.rows * pattern.d_sae + pattern.features]
+    if pattern.pairs == 0:
+        return gradient.new_zeros(0)
+    _expect_beta_warning()
+    size = (pattern.batch, pattern.d_sae)
+    zeros = gradient.new_zeros(pattern.pairs)
+    places = torch.sparse_csr_tensor(pattern.offsets, pattern.features, zeros, size=size, check_invariants=False)
+    return torch.sparse.sampled_addmm(places, gradient, decoder.T, beta=0.0).values()
+
+
+def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
+    if term.pattern.density > DENSE_ABOVE:
+        return term.pattern.dense(term.coefficients).T @ term.rows
+    _, rows, offsets = term.pattern.by_feature
+    return _bags(rows, offsets, _sorted_coefficients(term), term.rows)
+
+
+def adam_(
+    weight: Float[Tensor, "d_sae d_in"],
+    moments: Moments,
+    gradient: Gradient,
+    step: AdamStep,
+    copy: Float[Tensor, "d_sae d_in"] | None = None,
+) -> None:
+    parts = _GradientParts(gradient)
+    for start in range(0, len(weight), BLOCK_FEATURES):
+        block = slice(start, min(start + BLOCK_FEATURES, len(weight)))
+        rows = weight[block]
+        change = parts.sum(block.start, block.stop, weight)
+        if step.unit_rows:
+            change.addcmul_((change * rows).sum(-1, keepdim=True), rows, value=-1)
+        _adam_block(rows, change, moments, block, step)
+        if step.unit_rows:
+            norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+            rows /= norms.clamp_min(torch.finfo(rows.dtype).tiny)
+        if copy is not None:
+            copy[block] = rows
+
+
+def largest(pre: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """The k largest of each row, in no order, and where they are.
+
+    All of them are in the k groups of columns that have the largest maxima, so only those groups are searched.
+    """
+    size = _group_size(pre.shape[1], k)
+    if size is None:
+        values, features = pre.topk(k, dim=-1, sorted=False)
+        return values, features
+    grouped = pre.unflatten(-1, (-1, size))
+    chosen = grouped.amax(-1).topk(k, dim=-1, sorted=False).indices
+    candidates = grouped.gather(1, chosen[..., None].expand(-1, -1, size)).flatten(1)
+    values, places = candidates.topk(k, dim=-1, sorted=False)
+    return values, chosen.gather(1, places // size) * size + places % size
+
+
+def _group_size(n: int, k: int) -> int | None:
+    """The larger of two sizes that leaves at least four groups for one that is searched; None: groups do not pay."""
+    return next((size for size in GROUP_SIZES if n % size == 0 and n >= 4 * k * size), None)
+
+
+def _chunks(x: Tensor, encoder: Tensor, bias: Tensor) -> Iterator[tuple[slice, Float[Tensor, "rows d_sae"]]]:
+    """x · encoderᵀ + bias, some rows at a time; each is overwritten by the next."""
+    most = max(1, CHUNK_NUMBERS // len(encoder))
+    size = -(-len(x) // -(-len(x) // most)) if len(x) else 1
+    buffer = bias.new_empty(min(size, len(x)), len(encoder))
+    for start in range(0, max(len(x), 1), size):
+        rows = slice(start, min(start + size, len(x)))
+        pre = product(x[rows], encoder, buffer[: rows.stop - start])
+        yield rows, pre.add_(bias)
+
+
+class _Subset:
+    """The second selection, filled chunk by chunk."""
+
+    def __init__(self, subset: Subset | None, like: Tensor, batch: int) -> None:
+        self.subset = subset
+        self.values = self.places = None
+        if subset is not None:
+            self.values = like.new_empty(batch, subset.k)
+            self.places = subset.features.new_empty(batch, subset.k)
+
+    def add(self, rows: slice, pre: Float[Tensor, "rows d_sae"]) -> None:
+        if self.subset is None or self.values is None or self.places is None:
+            return
+        candidates = pre.index_select(1, self.subset.features).add_(self.subset.penalty)
+        self.values[rows], self.places[rows] = largest(candidates, self.subset.k)
+
+
+class _Found(NamedTuple):
+    """Entries of a chunk, by rows and ascending features."""
+
+    rows: Int[Tensor, " pairs"]
+    features: Int[Tensor, " pairs"]
+    values: Float[Tensor, " pairs"]
+
+
+def _find(pre: Float[Tensor, "rows d_sae"], first_row: int, bound: float | Tensor, compare: Compare) -> _Found:
+    """Entries that compare with the bound, one for all or one a feature; groups without any are passed over."""
+    n = pre.shape[1]
+    size = GROUP_SIZES[0] if n % GROUP_SIZES[0] == 0 else 1
+    bounds = bound.view(-1, size) if isinstance(bound, Tensor) else pre.new_full((1, 1), bound)
+    maxima = pre.unflatten(-1, (-1, size)).amax(-1)
+    worth = compare(maxima, bounds.amin(-1)).flatten().nonzero().flatten()
+    candidates = pre.view(-1, size)[worth]
+    group, lane = compare(candidates, bounds[worth % len(bounds)]).nonzero(as_tuple=True)
+    flat = worth[group] * size + lane
+    return _Found(first_row + flat // n, flat % n, candidates[group, lane])
+
+
+def _guess(pre: Float[Tensor, "rows d_sae"], count: int) -> float:
+    """A number that at least `count` entries reach, and not many more: the count-th largest of the groups' maxima."""
+    size = GROUP_SIZES[0]
+    if pre.shape[1] % size or 2 * count * size > pre.numel():
+        return -torch.inf
+    return float(pre.view(-1, size).amax(-1).topk(count, sorted=False).values.min())
+
+
+def _selection(
+    found: list[_Found], batch: int, d_sae: int, picked: _Subset | None = None, count: int | None = None
+) -> Selection:
+    """The `count` largest of what was found, or all of it."""
+    rows, features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if count is not None:
+        kept = values.topk(count, sorted=False).indices.sort().values
+        rows, features, values = rows[kept], features[kept], values[kept]
+    offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
+    pattern = Pattern(features, offsets, d_sae)
+    return Selection(pattern, values, *((picked.values, picked.places) if picked else ()))
+
+
+class _GradientParts:
+    """A gradient that can be asked for a block of features at a time, in ascending order of blocks."""
+
+    def __init__(self, gradient: Gradient) -> None:
+        sparse = [term for term in gradient.terms if term.pattern.density <= DENSE_ABOVE]
+        self.dense = [feature_sums(term) for term in gradient.terms if term.pattern.density > DENSE_ABOVE]
+        if gradient.dense is not None:
+            self.dense.append(gradient.dense)
+        self.terms = [(term.pattern.by_feature, _sorted_coefficients(term), term.rows) for term in sparse]
+        self.blocks = [_sort(block) for block in gradient.blocks]
+
+    def sum(self, start: int, stop: int, like: Tensor) -> Float[Tensor, "block d_in"]:
+        total = None
+        for (_, rows, offsets), coefficients, matrix in self.terms:
+            pairs = slice(int(offsets[start]), int(offsets[stop]))
+            part = _bags(rows[pairs], offsets[start : stop + 1] - pairs.start, coefficients[pairs], matrix)
+            total = part if total is None else total.add_(part)
+        for dense in self.dense:
+            total = dense[start:stop].clone() if total is None else total.add_(dense[start:stop])
+        total = like.new_zeros(stop - start, like.shape[1]) if total is None else total
+        for features, block in self.blocks:
+            first, last = torch.searchsorted(features, features.new_tensor([start, stop])).tolist()
+            total.index_add_(0, features[first:last] - start, block[first:last])
+        return total
+
+
+def _sorted_coefficients(term: Term) -> Float[Tensor, " pairs"]:
+    return term.coefficients[term.pattern.by_feature.order]
+
+
+def _sort(block: Block) -> tuple[Tensor, Tensor]:
+    features, order = block.features.sort()
+    return features, block.gradient[order]
+
+
+def _bags(
+    rows: Int[Tensor, " pairs"],
+    offsets: Int[Tensor, " bags_plus_1"],
+    coefficients: Float[Tensor, " pairs"],
+    matrix: Float[Tensor, "n d_in"],
+) -> Float[Tensor, "bags d_in"]:
+    """Bag i: Σ over its pairs of coefficient · matrix[row]."""
+    return torch.nn.functional.embedding_bag(
+        rows, matrix, offsets, per_sample_weights=coefficients, mode="sum", include_last_offset=True
+    )
+
+
+def _adam_block(weight: Tensor, gradient: Tensor, moments: Moments, block: slice, step: AdamStep) -> None:
+    adam(
+        [weight], [gradient], [moments.first[block]], [moments.second[block]], [],
+        [torch.tensor(float(step.number - 1))],
+        fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
+        lr=step.lr, beta1=step.beta1, beta2=step.beta2, eps=step.eps,
+    )  # fmt: skip
+
+
+@cache
+def _expect_beta_warning() -> None:
+    """Take PyTorch's one warning that its CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), torch.zeros(0), size=(1, 1))

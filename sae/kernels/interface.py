@@ -1,0 +1,166 @@
+"""What a back end of the sparse core does. All of them compute the same; they differ in where they are fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels.pattern import Pattern
+
+DENSE_ABOVE = 1 / 12
+"""Density from which a dense product is faster than reading a matrix row for every pair (docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Features among which a second selection is made in the same pass over the encoder: the dead ones, for AuxK.
+
+    Attributes:
+        features: the candidates, ascending.
+        penalty: added to their pre-activations; −inf takes a candidate out.
+        k: how many are selected in every row; not more than there are candidates.
+    """
+
+    features: Int[Tensor, " candidates"]
+    penalty: Float[Tensor, " candidates"]
+    k: int
+
+
+class Selection(NamedTuple):
+    """What was selected.
+
+    Attributes:
+        pattern: where.
+        values: the pre-activations there, whatever their sign.
+        subset_values: those selected in the subset; None where none was asked for.
+        subset_places: their places among `Subset.features`.
+    """
+
+    pattern: Pattern
+    values: Float[Tensor, " pairs"]
+    subset_values: Float[Tensor, "batch k"] | None = None
+    subset_places: Int[Tensor, "batch k"] | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """A gradient of a `[d_sae, d_in]` matrix in factors: G[j] = Σ over pairs (i, j) of coefficient · rows[i]."""
+
+    pattern: Pattern
+    coefficients: Float[Tensor, " pairs"]
+    rows: Float[Tensor, "batch d_in"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A gradient of some rows of a `[d_sae, d_in]` matrix: G[features] += gradient. No feature stands there twice."""
+
+    features: Int[Tensor, " some"]
+    gradient: Float[Tensor, "some d_in"]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of a `[d_sae, d_in]` matrix as a sum of parts; only `dense` is as large as the matrix."""
+
+    terms: Sequence[Term] = ()
+    blocks: Sequence[Block] = ()
+    dense: Float[Tensor, "d_sae d_in"] | None = None
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """One step of Adam (Kingma & Ba 2015), as `torch.optim.Adam` takes it.
+
+    Attributes:
+        number: of the step, from 1 on.
+        unit_rows: the weights' rows are kept at norm 1: the gradient loses its part along each row before the moments
+            see it, and rows are renormalised after the step.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    number: int
+    unit_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's running means of the gradient and of its square, shaped as the weight."""
+
+    first: Float[Tensor, "d_sae d_in"] = field(repr=False)
+    second: Float[Tensor, "d_sae d_in"] = field(repr=False)
+
+
+@runtime_checkable
+class Kernels(Protocol):
+    """A back end. Matrices are by feature: `encoder[j]` reads feature j, `decoder[j]` writes it; both `[d_sae, d_in]`.
+
+    Nothing here takes part in autograd: `sae.sparse` does, with these. Where a tensor is on a GPU, nothing waits for it
+    but `select_above`, whose result has a size that only the data decides.
+    """
+
+    def select_topk(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        k: int,
+        subset: Subset | None = None,
+    ) -> Selection:
+        """The k largest of each row of x · encoderᵀ + bias, in no order. Ties are broken in some fixed way."""
+        ...
+
+    def select_batch_topk(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        count: int,
+        subset: Subset | None = None,
+    ) -> Selection:
+        """The `count` largest of all entries of x · encoderᵀ + bias; rows share them unequally."""
+        ...
+
+    def select_above(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        encoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_sae"],
+        threshold: Float[Tensor, " d_sae"],
+    ) -> Selection:
+        """All entries of x · encoderᵀ + bias above their feature's threshold."""
+        ...
+
+    def decode(
+        self, pattern: Pattern, values: Float[Tensor, " pairs"], decoder: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, "batch d_in"]:
+        """Row i: Σ over its pairs of value · decoder[feature]."""
+        ...
+
+    def value_gradients(
+        self, pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
+    ) -> Float[Tensor, " pairs"]:
+        """Pair (i, j): gradient[i] · decoder[j], the gradient of `decode` by its values."""
+        ...
+
+    def feature_sums(self, term: Term) -> Float[Tensor, "d_sae d_in"]:
+        """The matrix that a term stands for."""
+        ...
+
+    def adam_(
+        self,
+        weight: Float[Tensor, "d_sae d_in"],
+        moments: Moments,
+        gradient: Gradient,
+        step: AdamStep,
+        copy: Float[Tensor, "d_sae d_in"] | None = None,
+    ) -> None:
+        """Change the weight and its moments by one step of Adam; `copy`, in bfloat16, is set to the new weight."""
+        ...

@@ -1,0 +1,86 @@
+"""Which features fire where: the positions of sparse codes, without their values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class ByFeature(NamedTuple):
+    """The pairs of a pattern sorted by feature, the order of the rows kept.
+
+    Attributes:
+        order: where each sorted pair stands in the pattern.
+        rows: the sorted pairs' rows.
+        offsets: pairs of feature j are `order[offsets[j]:offsets[j + 1]]`.
+    """
+
+    order: Int[Tensor, " pairs"]
+    rows: Int[Tensor, " pairs"]
+    offsets: Int[Tensor, " d_sae_plus_1"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Positions of the non-zeros of a `[batch, d_sae]` matrix by rows (the CSR form): any number of features a row.
+
+    A feature may stand in a row more than once; its values add up. Values belong to a pattern as a tensor `[pairs]`.
+
+    Attributes:
+        features: the features of row 0, then of row 1, and so on; int64.
+        offsets: those of row i are `features[offsets[i]:offsets[i + 1]]`; int64.
+        d_sae: number of features there are.
+        k: how many every row has, where all have as many; else None.
+    """
+
+    features: Int[Tensor, " pairs"]
+    offsets: Int[Tensor, " batch_plus_1"]
+    d_sae: int
+    k: int | None = None
+
+    @staticmethod
+    def from_indices(indices: Int[Tensor, "batch k"], d_sae: int) -> Pattern:
+        """The pattern of k features in every row."""
+        batch, k = indices.shape
+        offsets = torch.arange(batch + 1, device=indices.device) * k
+        return Pattern(indices.reshape(-1), offsets, d_sae, k)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self.offsets) - 1
+
+    @property
+    def pairs(self) -> int:
+        """Number of (row, feature) pairs."""
+        return len(self.features)
+
+    @property
+    def density(self) -> float:
+        """Pairs over batch · d_sae."""
+        return self.pairs / max(self.batch * self.d_sae, 1)
+
+    @cached_property
+    def rows(self) -> Int[Tensor, " pairs"]:
+        """The row of each pair."""
+        device = self.features.device
+        if self.k:
+            return torch.arange(self.pairs, device=device) // self.k
+        return torch.arange(self.batch, device=device).repeat_interleave(self.offsets.diff(), output_size=self.pairs)
+
+    @cached_property
+    def by_feature(self) -> ByFeature:
+        """The pairs sorted by feature; made once, without waiting for the device."""
+        features, order = torch.sort(self.features, stable=True)
+        bounds = torch.arange(self.d_sae + 1, device=features.device)
+        return ByFeature(order, self.rows[order], torch.searchsorted(features, bounds))
+
+    def dense(self, values: Float[Tensor, " pairs"]) -> Float[Tensor, "batch d_sae"]:
+        """The matrix itself."""
+        flat = values.new_zeros(self.batch * self.d_sae)
+        return flat.index_add_(0, self.rows * self.d_sae + self.features, values).view(self.batch, self.d_sae)

@@ -1,0 +1,187 @@
+"""All back ends against the dense reference, in every operation, on ordinary and degenerate input."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from sae.kernels import back_end
+from sae.kernels.interface import AdamStep, Block, Gradient, Moments, Selection, Subset, Term
+from sae.kernels.pattern import Pattern
+from tests.kernels.kernel_cases import CASES, Case, check_selection, rows
+
+REFERENCE = back_end("reference")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+BACK_ENDS = [
+    pytest.param(("cpu", torch.float64), id="cpu-float64"),
+    pytest.param(("cpu", torch.float32), id="cpu-float32"),
+    pytest.param(("triton", torch.float32), id="triton-float32", marks=_no_triton),
+]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+"""Relative, and for sums of some dozens of numbers of size 1 a hundredfold absolute."""
+
+
+@pytest.fixture(params=BACK_ENDS)
+def kernels(request: pytest.FixtureRequest):
+    """A back end, the dtype it is tested in, and its tolerance."""
+    name, dtype = request.param
+    return back_end(name), dtype, TOLERANCE[dtype]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def compare(selection: Selection, expected: Selection, case: Case, tolerance: float) -> None:
+    check_selection(selection, case, tolerance)
+    for row, other in zip(rows(selection), rows(expected), strict=True):
+        assert row == pytest.approx(other, rel=tolerance, abs=100 * tolerance)
+
+
+def test_the_k_largest_of_each_row(kernels, case: Case) -> None:
+    ours, dtype, tolerance = kernels
+    case = case.to(dtype)
+    selection = ours.select_topk(case.x, case.encoder, case.bias, case.k)
+    assert selection.pattern.k == case.k
+    compare(selection, REFERENCE.select_topk(case.x, case.encoder, case.bias, case.k), case, tolerance)
+
+
+def test_the_largest_of_the_batch(kernels, case: Case) -> None:
+    ours, dtype, tolerance = kernels
+    case = case.to(dtype)
+    count = case.k * len(case.x)
+    selection = ours.select_batch_topk(case.x, case.encoder, case.bias, count)
+    check_selection(selection, case, tolerance)
+    assert len(selection.values) == count
+    expected = REFERENCE.select_batch_topk(case.x, case.encoder, case.bias, count)
+    torch.testing.assert_close(
+        selection.values.sort().values, expected.values.sort().values, rtol=tolerance, atol=100 * tolerance
+    )
+
+
+@pytest.mark.parametrize("level", [-1e4, 0.0, 1.5, 1e4])
+def test_all_above_their_feature_s_threshold(kernels, case: Case, level: float) -> None:
+    ours, dtype, tolerance = kernels
+    case = case.to(dtype)
+    threshold = level + torch.linspace(0, 1, len(case.bias), dtype=dtype)
+    expected = REFERENCE.select_above(case.x, case.encoder, case.bias, threshold)
+    compare(ours.select_above(case.x, case.encoder, case.bias, threshold), expected, case, tolerance)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("k", [1, 3, 11])
+def test_a_second_selection_in_a_subset(kernels, batched: bool, k: int) -> None:
+    ours, dtype, tolerance = kernels
+    case = CASES["groups of columns"].to(dtype)
+    features = torch.arange(4, 1280, 116)
+    penalty = torch.zeros(len(features), dtype=dtype)
+    penalty[2] = -torch.inf
+    subset = Subset(features, penalty, k)
+    expected = REFERENCE.select_topk(case.x, case.encoder, case.bias, 3, subset)
+    if batched:
+        selection = ours.select_batch_topk(case.x, case.encoder, case.bias, 21, subset)
+    else:
+        selection = ours.select_topk(case.x, case.encoder, case.bias, 3, subset)
+    values, places = selection.subset_values, selection.subset_places
+    assert values is not None
+    torch.testing.assert_close(
+        values.sort(1).values, expected.subset_values.sort(1).values, rtol=tolerance, atol=100 * tolerance
+    )
+    pre = (case.x @ case.encoder[features].T + case.bias[features] + penalty).gather(1, places)
+    torch.testing.assert_close(values, pre, rtol=tolerance, atol=100 * tolerance)
+
+
+def ragged(dtype: torch.dtype, density: float, batch: int = 10, d_sae: int = 30) -> tuple[Pattern, torch.Tensor]:
+    """A pattern with rows and features that have nothing, and its values."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(batch, d_sae, generator=generator) < density
+    mask[[0, 4]] = False
+    mask[:, [0, 7, d_sae - 1]] = False
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
+    pattern = Pattern(mask.nonzero()[:, 1], offsets, d_sae)
+    return pattern, torch.randn(pattern.pairs, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.6])
+def test_products_with_sparse_codes(kernels, density: float) -> None:
+    ours, dtype, tolerance = kernels
+    pattern, values = ragged(dtype, density)
+    generator = torch.Generator().manual_seed(2)
+    decoder, gradient = (torch.randn(n, 11, generator=generator).to(dtype) for n in (30, 10))
+    close = {"rtol": tolerance, "atol": 100 * tolerance}
+    term = Term(pattern, values, gradient)
+    torch.testing.assert_close(
+        ours.decode(pattern, values, decoder), REFERENCE.decode(pattern, values, decoder), **close
+    )
+    torch.testing.assert_close(
+        ours.value_gradients(pattern, gradient, decoder), REFERENCE.value_gradients(pattern, gradient, decoder), **close
+    )
+    torch.testing.assert_close(ours.feature_sums(term), REFERENCE.feature_sums(term), **close)
+
+
+def test_a_feature_that_stands_twice_in_a_row_counts_twice(kernels) -> None:
+    ours, dtype, _ = kernels
+    pattern = Pattern.from_indices(torch.tensor([[2, 2], [0, 2]]), 3)
+    values, decoder = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=dtype), torch.eye(3, dtype=dtype)
+    expected = torch.tensor([[0.0, 0.0, 3.0], [4.0, 0.0, 8.0]], dtype=dtype)
+    torch.testing.assert_close(ours.decode(pattern, values, decoder), expected)
+
+
+PARTS = ["nothing", "a term", "two terms", "three terms", "blocks", "dense", "all"]
+
+
+def gradient_of(parts: str, dtype: torch.dtype, d_sae: int, d_in: int) -> Gradient:
+    generator = torch.Generator().manual_seed(3)
+
+    def matrix(n: int) -> torch.Tensor:
+        return torch.randn(n, d_in, generator=generator, dtype=torch.float64).to(dtype)
+
+    terms = [Term(*ragged(dtype, density, d_sae=d_sae), matrix(10)) for density in (0.05, 0.5, 0.03)]
+    shuffled = torch.randperm(d_sae, generator=generator)
+    blocks = [Block(shuffled[:5], matrix(5)), Block(shuffled[3:20].sort().values, matrix(17))]
+    count = {"a term": 1, "two terms": 2, "three terms": 3, "all": 3}.get(parts, 0)
+    return Gradient(
+        tuple(terms[:count]),
+        tuple(blocks) if parts in ("blocks", "all") else (),
+        matrix(d_sae) if parts in ("dense", "all") else None,
+    )
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_adam_takes_the_reference_s_steps(kernels, parts: str, unit_rows: bool) -> None:
+    ours, dtype, tolerance = kernels
+    d_sae, d_in = 530, 13
+    gradient = gradient_of(parts, dtype, d_sae, d_in)
+    start = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
+    if unit_rows:
+        start = torch.nn.functional.normalize(start, dim=1)
+    results = []
+    for which in (ours, REFERENCE):
+        weight, copy = start.clone(), torch.zeros(d_sae, d_in, dtype=torch.bfloat16)
+        moments = Moments(torch.zeros_like(weight), torch.zeros_like(weight))
+        for number in range(1, 5):
+            which.adam_(weight, moments, gradient, AdamStep(0.01, 0.9, 0.99, 1e-8, number, unit_rows), copy)
+        results.append((weight, moments.first, moments.second))
+        assert torch.equal(copy, weight.to(torch.bfloat16))
+    assert parts == "nothing" or not torch.equal(results[0][0], start)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=100 * tolerance, atol=100 * tolerance)
+    if unit_rows:
+        torch.testing.assert_close(results[0][0].norm(dim=1), torch.ones(d_sae, dtype=dtype))
+
+
+def test_reference_adam_is_torch_s() -> None:
+    weight = torch.randn(6, 3, dtype=torch.float64)
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.Adam([parameter], lr=0.02, betas=(0.8, 0.95), eps=1e-8)
+    moments = Moments(torch.zeros_like(weight), torch.zeros_like(weight))
+    for number in range(1, 6):
+        parameter.grad = torch.randn(6, 3, dtype=torch.float64)
+        REFERENCE.adam_(weight, moments, Gradient(dense=parameter.grad), AdamStep(0.02, 0.8, 0.95, 1e-8, number))
+        optimizer.step()
+    torch.testing.assert_close(weight, parameter.data, rtol=1e-12, atol=1e-12)

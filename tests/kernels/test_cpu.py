@@ -1,0 +1,69 @@
+"""What the CPU's back end does to be fast: chunks, groups of columns, NumPy's product. None of it changes a result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sae.kernels import back_end, cpu, products
+from tests.kernels.kernel_cases import CASES, Case, check_selection
+
+
+@pytest.mark.parametrize("columns", [64, 200, 4096, 8192])
+@pytest.mark.parametrize("k", [1, 7, 32])
+def test_largest_is_topk(columns: int, k: int) -> None:
+    pre = torch.randn(6, columns, generator=torch.Generator().manual_seed(k))
+    pre[1] = -1.0
+    pre[2, 5:] = pre[2, 0]
+    values, places = cpu.largest(pre, k)
+    assert torch.equal(values, pre.gather(1, places))
+    assert torch.equal(values.sort(1).values, pre.topk(k).values.sort(1).values)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_the_size_of_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch, name: str, rows: int) -> None:
+    case = CASES[name]
+    count = case.k * len(case.x)
+    whole = back_end("reference").select_batch_topk(case.x, case.encoder, case.bias, count)
+    monkeypatch.setattr(cpu, "CHUNK_NUMBERS", rows * len(case.encoder))
+    selection = cpu.select_batch_topk(case.x, case.encoder, case.bias, count)
+    check_selection(selection, case, 1e-12)
+    torch.testing.assert_close(selection.values.sort().values, whole.values.sort().values, rtol=1e-12, atol=1e-12)
+    per_row = cpu.select_topk(case.x, case.encoder, case.bias, case.k)
+    check_selection(per_row, case, 1e-12)
+
+
+def test_a_chunk_that_holds_more_than_its_share_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is selected stands in one chunk, the last, whose bound from its own share is far too high."""
+    generator = torch.Generator().manual_seed(0)
+    x, encoder = torch.randn(16, 8, generator=generator), torch.randn(2048, 8, generator=generator)
+    x[12:] *= 50
+    case = Case(x, encoder, torch.zeros(2048), 4)
+    monkeypatch.setattr(cpu, "CHUNK_NUMBERS", 4 * 2048)
+    made = []
+    chunks = cpu._chunks
+    monkeypatch.setattr(cpu, "_chunks", lambda x, *rest: made.append(len(x)) or chunks(x, *rest))
+    selection = cpu.select_batch_topk(x, encoder, case.bias, 64)
+    assert made == [16, 4], "the case is not the one meant"
+    expected = (x @ encoder.T).flatten().topk(64).values
+    torch.testing.assert_close(selection.values.sort().values, expected.sort().values)
+    assert selection.pattern.rows.min() >= 12
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_numpy_s_product_is_torch_s(monkeypatch: pytest.MonkeyPatch, transposed: bool, threads: int) -> None:
+    monkeypatch.setattr(products, "_openblas_beats_mkl", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, encoder = torch.randn(96, 400), torch.randn(1000, 400)
+    if transposed:
+        encoder = encoder.T.contiguous().T
+    assert products._numpy_is_faster(x, encoder)
+    assert not products._numpy_is_faster(x.double(), encoder.double())
+    assert not products._numpy_is_faster(x[:2], encoder), "too small to be worth it"
+    expected = x.double() @ encoder.double().T
+    out = torch.empty(96, 1000)
+    assert products.product(x, encoder, out) is out
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(products.product(x, encoder).double(), expected, rtol=1e-4, atol=1e-3)
