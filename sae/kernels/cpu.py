@@ -88,7 +88,7 @@ def decode(
     pattern: Pattern, values: Float[Tensor, " pairs"], decoder: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, "batch d_in"]:
     if pattern.density > DENSE_ABOVE:
-        return pattern.dense(values) @ decoder
+        return product(pattern.dense(values), decoder.T)
     return _bags(pattern.features, pattern.offsets, values, decoder)
 
 
@@ -108,7 +108,7 @@ def value_gradients(
 
 def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
     if term.pattern.density > DENSE_ABOVE:
-        return term.pattern.dense(term.coefficients).T @ term.rows
+        return product(term.pattern.dense(term.coefficients).T, term.rows.T)
     _, rows, offsets = term.pattern.by_feature
     return _bags(rows, offsets, _sorted_coefficients(term), term.rows)
 

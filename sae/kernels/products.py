@@ -33,6 +33,12 @@ def product(
     return torch.mm(x, encoder.T, out=out) if out.dtype == x.dtype else out.copy_(x @ encoder.T)
 
 
+def processor() -> str:
+    """This machine's processor by name."""
+    names = [line.partition(":")[2].strip() for line in _cpu_info().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices in hardware; elsewhere they are slower than float32."""
     flags = _cpu_info().split()

@@ -31,7 +31,7 @@ from sae.training.sinks import JsonLines, Sink
 from sae.training.source import BatchSource
 
 THRESHOLD_RATE = 0.03
-"""Weight of the newest batch in BatchTopK's threshold: it is the mean over some thirty batches, so that it keeps up with training."""
+"""Weight of the newest batch in BatchTopK's threshold: a mean over some thirty batches keeps up with training."""
 
 Progress = Callable[[int, int, dict[str, float | int]], None]
 

@@ -67,3 +67,5 @@ def test_numpy_s_product_is_torch_s(monkeypatch: pytest.MonkeyPatch, transposed:
     assert products.product(x, encoder, out) is out
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(products.product(x, encoder).double(), expected, rtol=1e-4, atol=1e-3)
+    by_column = x.T.contiguous().T
+    torch.testing.assert_close(products.product(by_column, encoder).double(), expected, rtol=1e-4, atol=1e-3)
