@@ -6,7 +6,7 @@ import contextlib
 import copy
 import signal
 import threading
-import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,11 @@ from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
+from sae.kernels.products import cpu_has_bfloat16
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, load_checkpoint, save_checkpoint
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
+from sae.training.meter import Meter
 from sae.training.objectives import OBJECTIVES, Context, Losses
 from sae.training.optimizer import FeatureAdam
 from sae.training.schedules import default_learning_rate, l1_weight, learning_rate
@@ -112,8 +114,9 @@ class _Run:
         self.rate = settings.lr or default_learning_rate(shape.d_sae)
         self.k_aux = settings.k_aux or max(1, source.d_in // 2)
         self.normalisation = _normalisation(source, settings.center, device)
-        low = settings.products == "bfloat16" or (settings.products == "auto" and device.type == "cuda")
-        self.optimizer = FeatureAdam(self.dictionary, settings.beta1, settings.beta2, low_precision=low)
+        self.optimizer = FeatureAdam(
+            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(settings, device)
+        )
         self.firing = FiringRecord(shape.d_sae, settings.dead_after_tokens, device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
@@ -121,7 +124,7 @@ class _Run:
     def train(self, sinks: Sequence[Sink], progress: Progress | None) -> Dictionary:
         self._resume()
         own = [JsonLines(self.folder, self.step)] if self.folder else []
-        meter = _Meter(self.source.batch_size)
+        meter = Meter(self.source.batch_size)
         with _stop_flag() as stop, contextlib.ExitStack() as stack:
             for sink in own:
                 stack.callback(sink.close)
@@ -208,7 +211,7 @@ class _Run:
         threshold = self.dictionary.get_parameter("threshold")
         threshold += (smallest - threshold) * max(1 / self.step, THRESHOLD_RATE)
 
-    def _metrics(self, meter: _Meter) -> dict[str, float | int]:
+    def _metrics(self, meter: Meter) -> dict[str, float | int]:
         return {
             "step": self.step,
             "tokens": self.step * self.source.batch_size,
@@ -276,31 +279,6 @@ class _Run:
         )
 
 
-class _Meter:
-    """Means over the steps since the last reading, summed on the device and read once."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._steps, self._since = 0, time.perf_counter()
-
-    @torch.no_grad()
-    def add(self, x: Float[Tensor, "batch d_in"], losses: Losses) -> None:
-        fvu = losses.terms["mse"] / x.var(0, correction=0).sum().clamp_min(torch.finfo(x.dtype).tiny)
-        for name, value in {"loss": losses.total.detach(), **losses.terms, "fvu": fvu, "l0": losses.l0}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
-        now = time.perf_counter()
-        means["tokens_per_second"] = self._steps * self.batch_size / max(now - self._since, 1e-9)
-        self._sums, self._counts, self._steps, self._since = {}, {}, 0, now
-        return means
-
-
 def _build(shape: DictionaryConfig, d_in: int) -> Dictionary:
     cls = ARCHITECTURES[shape.architecture]
     return cls(d_in, shape.d_sae, **{name: getattr(shape, name) for name in cls.setting_names})
@@ -310,6 +288,15 @@ def chosen_settings(shape: DictionaryConfig, settings: TrainConfig) -> dict[str,
     """The settings that decide the weights; how often to log and to save is not among them."""
     presentation = {"log_every", "checkpoint_every", "keep_checkpoints"}
     return {**shape.model_dump(exclude={"hook"}), **settings.model_dump(exclude=presentation)}
+
+
+def _in_bfloat16(settings: TrainConfig, device: torch.device) -> bool:
+    """Whether the large product is made in bfloat16: where asked for, and on a GPU unless asked otherwise."""
+    if settings.products == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+        warnings.warn(
+            "train.products=bfloat16: this processor has no bfloat16 instructions, so float32 is faster", stacklevel=2
+        )
+    return settings.products == "bfloat16" or (settings.products == "auto" and device.type == "cuda")
 
 
 def _identity(source: BatchSource, shape: DictionaryConfig, settings: TrainConfig, seed: int) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def test_batch_topk_has_a_threshold_from_the_first_checkpoint_on(tmp_path: Path)
     assert l0[1] == pytest.approx(K, rel=0.05)
 
 
-def test_bfloat16_products_leave_float32_weights_and_the_same_quality() -> None:
+def test_bfloat16_products_leave_float32_weights_and_the_same_quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.training.loop.cpu_has_bfloat16", lambda: True)
     data = planted(100)
     exact, rounded = (
         train(IterableSource(data), SHAPE, settings(600, lr=3e-3, products=products))
@@ -90,6 +91,12 @@ def test_bfloat16_products_leave_float32_weights_and_the_same_quality() -> None:
     assert rounded.W_enc.dtype is torch.float32
     assert not torch.equal(exact.W_enc, rounded.W_enc)
     assert fvu(rounded, torch.cat(data)) < 1.2 * fvu(exact, torch.cat(data)) + 0.01
+
+
+def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.training.loop.cpu_has_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match="no bfloat16 instructions, so float32 is faster"):
+        train(IterableSource(planted(2)), SHAPE, settings(2, products="bfloat16"))
 
 
 def test_every_checkpoint_holds_a_usable_dictionary(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""On a GPU: the same losses as on the CPU, and no step that waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sae.config import DictionaryConfig, TrainConfig
+from sae.training import IterableSource, train
+from sae.training.loop import _Run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+D_IN, D_SAE, K, BATCH = 64, 1024, 8, 256
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(300, D_IN, generator=generator), dim=1)
+    codes = (torch.rand(count, BATCH, 300, generator=generator) < 0.02) * torch.rand(count, BATCH, 300)
+    return list(codes @ directions)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_the_gpu_s_loss_curve_is_the_cpu_s(architecture: str) -> None:
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, products="float32")
+    curves: dict[str, list[float]] = {"cpu": [], "cuda": []}
+    for device, curve in curves.items():
+
+        def note(done: int, of: int, metrics: dict[str, float | int], curve: list[float] = curve) -> None:
+            curve.append(float(metrics["mse"]))
+
+        train(IterableSource(batches(10)), shape, settings, device=device, progress=note)
+    assert curves["cuda"] == pytest.approx(curves["cpu"], rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_a_step_does_not_wait_for_the_device(architecture: str) -> None:
+    """With dead features, so that AuxK takes part; between two refreshes of the firing record."""
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    settings = TrainConfig(tokens=40 * BATCH, batch_size=BATCH, dead_after_tokens=2 * BATCH)
+    data = batches(4)
+    run = _Run(IterableSource(data), shape, settings, 0, torch.device("cuda"), None, {})
+    on_device = [run.normalisation(x.cuda()) for x in data]
+    for step in range(17):
+        run._step(on_device[step % 4])
+    assert len(run.firing.candidates), "no feature is dead, so AuxK is not tested"
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(10):
+            run._step(on_device[step % 4])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
