@@ -1,0 +1,91 @@
+"""Products with sparse codes: a program for each row, or for each feature. No atomics, so always the same."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae.kernels.interface import Term
+from sae.kernels.pattern import Pattern
+from sae.kernels.triton.tiles import power_of_two
+
+LARGEST_BLOCK = 1024
+
+
+@triton.jit
+def _weighted_sum_kernel(
+    matrix, order, places, offsets, coefficients, out, d_in, ORDERED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[i] = Σ over the pairs of segment i of coefficient · matrix[place]."""
+    segment = tl.program_id(0).to(tl.int64)
+    inner = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(offsets + segment)
+    stop = tl.load(offsets + segment + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for pair in range(start, stop):
+        place = tl.load(places + pair)
+        if ORDERED:
+            coefficient = tl.load(coefficients + tl.load(order + pair)).to(tl.float32)
+        else:
+            coefficient = tl.load(coefficients + pair).to(tl.float32)
+        row = tl.load(matrix + place * d_in + inner, mask=inner < d_in, other=0.0).to(tl.float32)
+        total += coefficient * row
+    tl.store(out + segment * d_in + inner, total, mask=inner < d_in)
+
+
+@triton.jit
+def _dots_kernel(gradient, decoder, features, offsets, out, d_in, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """out[pair] = gradient[row] · decoder[feature] for all pairs of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.load(offsets + row)
+    stop = tl.load(offsets + row + 1)
+    inner = tl.arange(0, BLOCK)
+    if BLOCKS == 1:
+        left = tl.load(gradient + row * d_in + inner, mask=inner < d_in, other=0.0).to(tl.float32)
+        for pair in range(start, stop):
+            feature = tl.load(features + pair)
+            right = tl.load(decoder + feature * d_in + inner, mask=inner < d_in, other=0.0).to(tl.float32)
+            tl.store(out + pair, tl.sum(left * right, 0))
+    else:
+        for pair in range(start, stop):
+            feature = tl.load(features + pair)
+            total = tl.zeros((BLOCK,), tl.float32)
+            for block in range(BLOCKS):
+                at = block * BLOCK + inner
+                left = tl.load(gradient + row * d_in + at, mask=at < d_in, other=0.0).to(tl.float32)
+                right = tl.load(decoder + feature * d_in + at, mask=at < d_in, other=0.0).to(tl.float32)
+                total += left * right
+            tl.store(out + pair, tl.sum(total, 0))
+
+
+def decode(pattern: Pattern, values: Tensor, decoder: Tensor) -> Tensor:
+    out = values.new_empty(pattern.batch, decoder.shape[1])
+    block = min(power_of_two(decoder.shape[1]), LARGEST_BLOCK)
+    _weighted_sum_kernel[(pattern.batch, triton.cdiv(decoder.shape[1], block))](
+        decoder, pattern.features, pattern.features, pattern.offsets, values, out, decoder.shape[1],
+        ORDERED=False, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+def value_gradients(pattern: Pattern, gradient: Tensor, decoder: Tensor) -> Tensor:
+    out = gradient.new_empty(pattern.pairs)
+    d_in = decoder.shape[1]
+    block = min(power_of_two(d_in), LARGEST_BLOCK)
+    _dots_kernel[(pattern.batch,)](
+        gradient, decoder, pattern.features, pattern.offsets, out, d_in, BLOCK=block, BLOCKS=triton.cdiv(d_in, block)
+    )
+    return out
+
+
+def feature_sums(term: Term) -> Tensor:
+    order, rows, offsets = term.pattern.by_feature
+    d_in = term.rows.shape[1]
+    out = torch.empty(term.pattern.d_sae, d_in, dtype=term.rows.dtype, device=term.rows.device)
+    block = min(power_of_two(d_in), LARGEST_BLOCK)
+    _weighted_sum_kernel[(term.pattern.d_sae, triton.cdiv(d_in, block))](
+        term.rows, order, rows, offsets, term.coefficients, out, d_in, ORDERED=True, BLOCK=block
+    )
+    return out

@@ -1,0 +1,85 @@
+"""What the kernels share: a tile of the encoder's product, and numbers as integers of the same order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """x[rows] · encoder[columns]ᵀ + bias[columns] in float32."""
+    of_rows = (rows < batch)[:, None]
+    of_columns = (columns < d_sae)[None, :]
+    total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for start in range(0, d_in, BLOCK_D):
+        inner = start + tl.arange(0, BLOCK_D)
+        left = tl.load(
+            x + rows.to(tl.int64)[:, None] * d_in + inner[None, :], mask=of_rows & (inner < d_in)[None, :], other=0.0
+        )
+        right = tl.load(
+            encoder + columns.to(tl.int64)[None, :] * d_in + inner[:, None],
+            mask=of_columns & (inner < d_in)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total + tl.load(bias + columns, mask=columns < d_sae, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def ordered(values):
+    """float32 as int32 of the same order; a NaN comes after infinity."""
+    bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def kth_largest(keys, valid, k):
+    """The largest t with at least k valid keys ≥ t, by bisection; the smallest integer where there are fewer."""
+    low = tl.full((), -2147483648, tl.int64)
+    high = tl.full((), 2147483647, tl.int64)
+    for _ in range(32):
+        middle = (low + high + 1) >> 1
+        enough = tl.sum((valid & (keys.to(tl.int64) >= middle)).to(tl.int32), 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low
+
+
+@triton.jit
+def first_features(features, chosen, need):
+    """The smallest f with at least `need` chosen features ≤ f, by bisection."""
+    low = tl.full((), 0, tl.int64)
+    high = tl.full((), 2147483647, tl.int64)
+    for _ in range(31):
+        middle = (low + high) >> 1
+        enough = tl.sum((chosen & (features.to(tl.int64) <= middle)).to(tl.int32), 0) >= need
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    return high
+
+
+def precision() -> str:
+    """How float32 operands are multiplied: exactly, unless PyTorch was told that TF32 will do."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def tile_sizes(x: Tensor) -> dict[str, int]:
+    """Tile of the product: rows, columns, inner numbers; and how a GPU runs it. Tensors of a test get small ones."""
+    if x.device.type == "cpu":
+        return {"BLOCK_B": 16, "BLOCK_F": 32, "BLOCK_D": 16}
+    if x.dtype == torch.float32:
+        return {"BLOCK_B": 64, "BLOCK_F": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_B": 128, "BLOCK_F": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+
+
+def tiles(batch: int, d_sae: int, sizes: dict[str, int]) -> tuple[int]:
+    """The grid over all tiles: row blocks change fastest, so that a block of the encoder is read once."""
+    return (triton.cdiv(batch, sizes["BLOCK_B"]) * triton.cdiv(d_sae, sizes["BLOCK_F"]),)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n, and 16 at least."""
+    return max(16, triton.next_power_of_2(n))

@@ -1,0 +1,108 @@
+"""A feature's gradient, projection, Adam, renormalisation and bfloat16 copy in one program: no gradient in memory."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae.kernels import cpu
+from sae.kernels.interface import AdamStep, Gradient, Moments, Term
+from sae.kernels.triton.codes import feature_sums
+from sae.kernels.triton.tiles import power_of_two
+
+LARGEST_ROW = 8192
+"""Numbers of a feature that one program holds in registers."""
+
+
+@triton.jit
+def _term(rows, order, places, offsets, coefficients, feature, inner, d_in, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    start = tl.load(offsets + feature)
+    stop = tl.load(offsets + feature + 1)
+    for pair in range(start, stop):
+        coefficient = tl.load(coefficients + tl.load(order + pair)).to(tl.float32)
+        place = tl.load(places + pair)
+        total += coefficient * tl.load(rows + place * d_in + inner, mask=inner < d_in, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _adam_kernel(
+    weight, first, second, copy, dense, slots, block,
+    rows_0, order_0, places_0, offsets_0, coefficients_0,
+    rows_1, order_1, places_1, offsets_1, coefficients_1,
+    d_in, lr, beta1, beta2, eps, correction1, correction2,
+    TERMS: tl.constexpr, DENSE: tl.constexpr, SLOTS: tl.constexpr, COPY: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    feature = tl.program_id(0).to(tl.int64)
+    inner = tl.arange(0, BLOCK)
+    inside = inner < d_in
+    at = feature * d_in + inner
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    g = tl.zeros((BLOCK,), tl.float32)
+    if DENSE:
+        g += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32)
+    if TERMS > 0:
+        g += _term(rows_0, order_0, places_0, offsets_0, coefficients_0, feature, inner, d_in, BLOCK)
+    if TERMS > 1:
+        g += _term(rows_1, order_1, places_1, offsets_1, coefficients_1, feature, inner, d_in, BLOCK)
+    if SLOTS:
+        slot = tl.load(slots + feature).to(tl.int64)
+        g += tl.load(block + slot * d_in + inner, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+    if UNIT:
+        g -= tl.sum(g * w, 0) * w
+    m = tl.load(first + at, mask=inside, other=0.0)
+    v = tl.load(second + at, mask=inside, other=0.0)
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g * g
+    w = w - lr * (m / correction1) / (tl.sqrt(v / correction2) + eps)
+    if UNIT:
+        w = w / tl.maximum(tl.sqrt(tl.sum(w * w, 0)), 1.1754943508222875e-38)
+    tl.store(weight + at, w, mask=inside)
+    tl.store(first + at, m, mask=inside)
+    tl.store(second + at, v, mask=inside)
+    if COPY:
+        tl.store(copy + at, w.to(tl.bfloat16), mask=inside)
+
+
+def adam_(weight: Tensor, moments: Moments, gradient: Gradient, step: AdamStep, copy: Tensor | None = None) -> None:
+    d_sae, d_in = weight.shape
+    if d_in > LARGEST_ROW:
+        cpu.adam_(weight, moments, gradient, step, copy)
+        return
+    terms = list(gradient.terms[:2])
+    dense = _sum(gradient.dense, gradient.terms[2:])
+    slots, block = None, None
+    if gradient.blocks:
+        head, *others = gradient.blocks
+        slots = torch.full((d_sae,), -1, dtype=torch.int32, device=weight.device)
+        slots[head.features] = torch.arange(len(head.features), dtype=torch.int32, device=weight.device)
+        block = head.gradient.contiguous()
+        for other in others:
+            dense = torch.zeros_like(weight) if dense is None else dense
+            dense = dense.index_add(0, other.features, other.gradient)
+    pointers = [_pointers(term) if term else (weight,) * 5 for term in [*terms, None, None][:2]]
+    _adam_kernel[(d_sae,)](
+        weight, moments.first, moments.second, weight if copy is None else copy,
+        weight if dense is None else dense, weight if slots is None else slots, weight if block is None else block,
+        *pointers[0], *pointers[1], d_in,
+        step.lr, step.beta1, step.beta2, step.eps, 1 - step.beta1**step.number, 1 - step.beta2**step.number,
+        TERMS=len(terms), DENSE=dense is not None, SLOTS=slots is not None, COPY=copy is not None,
+        UNIT=step.unit_rows, BLOCK=power_of_two(d_in), num_warps=4 if d_in <= 2048 else 8,
+    )  # fmt: skip
+
+
+def _pointers(term: Term) -> tuple[Tensor, ...]:
+    order, rows, offsets = term.pattern.by_feature
+    return term.rows.contiguous(), order, rows, offsets, term.coefficients
+
+
+def _sum(dense: Tensor | None, terms: tuple[Term, ...] | list[Term]) -> Tensor | None:
+    """What the kernel has no place for, made whole; three terms occur in no architecture there is."""
+    for term in terms:
+        part = feature_sums(term)
+        dense = part if dense is None else dense + part
+    return None if dense is None else dense.contiguous()
