@@ -1,5 +1,7 @@
 """Selections over the whole batch in the encoder's epilogue: BatchTopK's, and everything above a threshold."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import math
@@ -20,6 +22,8 @@ ROOM = 2.0
 """Room for candidates, over the number selected."""
 
 SIGMAS = 6.0
+
+HISTOGRAM_TILE = {"BLOCK_B": 32, "BLOCK_F": 64}
 
 
 @triton.jit
@@ -66,7 +70,8 @@ def _histogram_kernel(
         key = ordered(pre).to(tl.int64) + 2147483648
         inside = (columns < d_sae)[None, :] & (rows < batch)[:, None]
         inside = inside & ((key >> (shift + 8)) == tl.load(prefix))
-        tl.atomic_add(counts + ((key >> shift) & 255), inside.to(tl.int32), mask=inside)
+        byte = ((key >> shift) & 255).to(tl.int32)
+        tl.atomic_add(counts + byte, inside.to(tl.int32), mask=inside)
 
 
 def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tuple[Pattern, Tensor]:
@@ -77,7 +82,7 @@ def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tu
     found.append(_guess(x, encoder, bias, count))
     hit = (found.total >= count) & (found.total <= capacity)
     bound = _exact_bound(x, encoder, bias, count, hit.to(torch.int32))
-    found.total.mul_(hit)
+    found.keep_if(hit)
     found.append(bound, skip=hit.to(torch.int32))
     values, places = found.in_order()
     least = values.sort(descending=True).values[count - 1]
@@ -108,9 +113,10 @@ class _Found:
 
     def __init__(self, x: Tensor, encoder: Tensor, bias: Tensor, capacity: int) -> None:
         self.operands, self.capacity = (x, encoder, bias), capacity
+        self.nowhere = len(x) * len(encoder)
         self.total = torch.zeros((), dtype=torch.int32, device=x.device)
         self.values = torch.full((max(capacity, 1),), -torch.inf, device=x.device)
-        self.places = torch.full((max(capacity, 1),), len(x) * len(encoder), dtype=torch.int64, device=x.device)
+        self.places = torch.full((max(capacity, 1),), self.nowhere, dtype=torch.int64, device=x.device)
 
     def append(self, bound: Tensor, *, strict: bool = False, skip: Tensor | None = None) -> None:
         """Add what reaches (`strict`: exceeds) the bound, one for all or one a feature; nothing where `skip` is 1."""
@@ -122,6 +128,12 @@ class _Found:
             len(x), len(encoder), x.shape[1], self.capacity,
             PER_FEATURE=bound.ndim == 1, STRICT=strict, PRECISION=precision(), **sizes,
         )  # fmt: skip
+
+    def keep_if(self, hit: Tensor) -> None:
+        """Drop everything unless `hit`."""
+        self.total.mul_(hit)
+        self.values.masked_fill_(~hit, -torch.inf)
+        self.places.masked_fill_(~hit, self.nowhere)
 
     def in_order(self) -> tuple[Tensor, Tensor]:
         """Values and places by place; room that was not used comes last."""
@@ -146,7 +158,7 @@ def _exact_bound(x: Tensor, encoder: Tensor, bias: Tensor, count: int, skip: Ten
 
     Where it did not, every kernel returns at once.
     """
-    sizes, device = tile_sizes(x), x.device
+    sizes, device = {**tile_sizes(x), **HISTOGRAM_TILE}, x.device
     prefix = torch.zeros((), dtype=torch.int64, device=device)
     left = torch.full((), count, dtype=torch.int64, device=device)
     for shift in (24, 16, 8, 0):

@@ -1,5 +1,7 @@
 """Products with sparse codes: a program for each row, or for each feature. No atomics, so always the same."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,7 @@
 """TopK's selection in the epilogue of the encoder's product, so that `[batch, d_sae]` is never written."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import math

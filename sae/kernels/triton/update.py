@@ -1,6 +1,10 @@
 """A feature's gradient, projection, Adam, renormalisation and bfloat16 copy in one program: no gradient in memory."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -100,7 +104,7 @@ def _pointers(term: Term) -> tuple[Tensor, ...]:
     return term.rows.contiguous(), order, rows, offsets, term.coefficients
 
 
-def _sum(dense: Tensor | None, terms: tuple[Term, ...] | list[Term]) -> Tensor | None:
+def _sum(dense: Tensor | None, terms: Sequence[Term]) -> Tensor | None:
     """What the kernel has no place for, made whole; three terms occur in no architecture there is."""
     for term in terms:
         part = feature_sums(term)
