@@ -82,4 +82,4 @@ def tiles(batch: int, d_sae: int, sizes: dict[str, int]) -> tuple[int]:
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n, and 16 at least."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())

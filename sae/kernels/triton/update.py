@@ -55,7 +55,8 @@ def _adam_kernel(
         g += _term(rows_1, order_1, places_1, offsets_1, coefficients_1, feature, inner, d_in, BLOCK)
     if SLOTS:
         slot = tl.load(slots + feature).to(tl.int64)
-        g += tl.load(block + slot * d_in + inner, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        there = tl.where(slot >= 0, d_in, 0)
+        g += tl.load(block + slot * d_in + inner, mask=inner < there, other=0.0).to(tl.float32)
     if UNIT:
         g -= tl.sum(g * w, 0) * w
     m = tl.load(first + at, mask=inside, other=0.0)
