@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ActivationCache": "sae.activations",
     "ActivationLoader": "sae.activations.loader",
+    "BatchTopK": "sae.architectures",
     "Codes": "sae.dictionary",
     "Dictionary": "sae.dictionary",
     "DictionaryConfig": "sae.config",
@@ -27,6 +28,7 @@ _HOME = {
     "TrainConfig": "sae.config",
     "collect_features": "sae.pipeline",
     "evaluate": "sae.evaluation",
+    "evaluate_all": "sae.evaluation",
     "harvest": "sae.pipeline",
     "load": "sae.architectures",
     "load_config": "sae.config",

@@ -110,20 +110,28 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
 
 
 @cli.command("eval")
-@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("arguments", nargs=-1, required=True, metavar="RUN... [KEY=VALUE]...")
 @click.pass_obj
-def evaluate(options: dict[str, bool], path: Path, overrides: tuple[str, ...]) -> None:
-    """Measure a dictionary on held-out text.
+def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
+    """Measure dictionaries on held-out text.
 
-    RUN is a run folder; eval.json, eval.md and figures are written into it.
+    RUN is a run folder; eval.json, eval.md and figures are written into it. Runs on the same activations share the
+    language model's passes, so that several cost little more than one.
     """
     from sae import pipeline
     from sae.progress import progress_bars
 
+    overrides = tuple(argument for argument in arguments if "=" in argument and not Path(argument).exists())
+    paths = [argument for argument in arguments if argument not in overrides]
+    if not paths:
+        raise click.UsageError("name at least one run folder before the overrides")
     with progress_bars(quiet=options["quiet"]) as progress:
-        report = pipeline.Run.open(path, overrides, progress).evaluate()
-    _show_report(report)
+        runs = {Path(path).resolve(): pipeline.Run.open(path, overrides, progress) for path in paths}
+        reports = pipeline.evaluate_runs(list(runs.values()))
+    for run, report in zip(runs.values(), reports, strict=True):
+        if len(runs) > 1:
+            click.echo(run.folder)
+        _show_report(report)
 
 
 @cli.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from sae.architectures import load
 from sae.config import RunConfig, load_config
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
 from sae.errors import ConfigError, FormatError, SaeError
-from sae.evaluation import Report, evaluate, write_report
+from sae.evaluation import Report, evaluate_all, write_report
 from sae.features import Features, collect
 from sae.files import locked, read_json, write_bytes
 from sae.language_model import LanguageModel
@@ -113,18 +113,7 @@ class Run:
 
     def evaluate(self) -> Report:
         """The report on the run's dictionary, also written as `eval.json` and `eval.md`."""
-        cache, dictionary = self.cache(), self.dictionary()
-        report = evaluate(
-            dictionary,
-            cache,
-            hook=self.config.hook,
-            language_model=self.language_model,
-            settings=self.config.evaluation,
-            device=self.device,
-            progress=lambda stage, done, total: self.progress(f"evaluate: {stage}", done, total),
-        )
-        write_report(report, self.folder, self.folder / METRICS_FILE)
-        return report
+        return evaluate_runs([self])[0]
 
     def is_evaluated(self) -> bool:
         """Whether `eval.json` and `eval.md` are there and of this dictionary, cache and settings."""
@@ -267,6 +256,42 @@ def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
         whole.evaluate()
     whole.features()
     return whole
+
+
+def evaluate_runs(runs: Sequence[Run]) -> list[Report]:
+    """The reports on several runs' dictionaries, each also written into its folder.
+
+    Runs with the same activations, model and evaluation settings are evaluated together.
+
+    Raises:
+        SaeError: as `Run.cache` and `sae.evaluation.evaluate` do.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for number, run in enumerate(runs):
+        config = run.config
+        activations = run.cache().manifest.identity(config.hook)
+        shared = (activations, config.hook, config.model, config.evaluation, run.device)
+        groups.setdefault(shared, []).append(number)
+    reports: dict[int, Report] = {}
+    for numbers in groups.values():
+        reports |= _evaluate_group({number: runs[number] for number in numbers})
+    return [reports[number] for number in range(len(runs))]
+
+
+def _evaluate_group(runs: dict[int, Run]) -> dict[int, Report]:
+    first = next(iter(runs.values()))
+    reports = evaluate_all(
+        {str(number): run.dictionary() for number, run in runs.items()},
+        first.cache(),
+        hook=first.config.hook,
+        language_model=first.language_model,
+        settings=first.config.evaluation,
+        device=first.device,
+        progress=lambda stage, done, total: first.progress(f"evaluate: {stage}", done, total),
+    )
+    for number, run in runs.items():
+        write_report(reports[str(number)], run.folder, run.folder / METRICS_FILE)
+    return {number: reports[str(number)] for number in runs}
 
 
 def harvest(config: RunConfig, progress: Progress = _no_progress) -> ActivationCache:

@@ -116,6 +116,27 @@ def test_eval_prints_the_table(own_run: Path, command) -> None:
     assert "fvu" in outcome.out.lower()
 
 
+def test_eval_of_several_runs_writes_a_report_into_each(
+    config_file: Path, own_run: Path, tmp_path: Path, command
+) -> None:
+    other = tmp_path / "other"
+    outcome = command("run", config_file, f"out={other}", "seed=1", f"harvest.cache={own_run / 'activations'}")
+    assert outcome.status == 0, outcome.err
+    before = {run: json.loads((run / "eval.json").read_text()) for run in (own_run, other)}
+    outcome = command("eval", own_run, other, "evaluation.batch_contexts=2")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("held-out tokens") == 2
+    for run, alone in before.items():
+        together = json.loads((run / "eval.json").read_text())
+        assert together["settings"]["batch_contexts"] == 2
+        assert together["dictionary"] == alone["dictionary"]
+        assert together["fvu"]["value"] == pytest.approx(alone["fvu"]["value"], rel=1e-6)
+        assert together["delta_ce"]["value"] == pytest.approx(alone["delta_ce"]["value"], rel=1e-3)
+    assert len({report["dictionary"]["weights_sha256"] for report in before.values()}) == 2
+    outcome = command("eval", "evaluation.batch_contexts=2")
+    assert outcome.status == 2 and "name at least one run folder" in outcome.err
+
+
 def test_features_are_listed_shown_and_written_to_a_page(own_run: Path, command, tmp_path: Path) -> None:
     listed = command("features", own_run, "--limit", 5)
     assert listed.status == 0, listed.err

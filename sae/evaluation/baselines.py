@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,24 +20,90 @@ from sae.evaluation.streams import Progress, training_blocks
 PCA_TOKENS, GAIN_TOKENS = 200_000, 16_384
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """Which baseline; equal ones are fitted once, however many dictionaries are compared with them.
+
+    Attributes:
+        kind: principal components, a random dictionary, or x̂ = x.
+        k: components, or features of the random dictionary that fire.
+        d_sae: features of the random dictionary.
+    """
+
+    kind: Literal["pca", "random", "identity"]
+    k: int = 0
+    d_sae: int = 0
+
+
+IDENTITY = Baseline("identity")
+
+
+def fit_baselines(
+    wanted: Iterable[Baseline], cache: ActivationCache, hook: str, device: str | torch.device, progress: Progress
+) -> dict[Baseline, Reconstructor]:
+    """Fit each of them on training activations; principal components of all sizes together.
+
+    Raises:
+        CacheError: a training activation is not finite.
+    """
+    made: dict[Baseline, Reconstructor] = {}
+    components: PrincipalComponents | None = None
+    for baseline in wanted:
+        if baseline.kind == "identity":
+            made[baseline] = identity()
+        elif baseline.kind == "random":
+            k = min(baseline.k, baseline.d_sae)
+            made[baseline] = fit_random_dictionary(cache, hook, baseline.d_sae, k, device)
+        else:
+            components = components or fit_pca(cache, hook, device, progress=progress)
+            made[baseline] = components.reconstructor(baseline.k)
+    return made
+
+
 def identity() -> Reconstructor:
     """x̂ = x: what a perfect reconstruction scores."""
     return Reconstructor("identity: x̂ = x", 0, Reconstruction)
 
 
-def fit_pca(
-    cache: ActivationCache, hook: str, components: int, device: str | torch.device = "cpu", *,
-    progress: Progress | None = None, max_tokens: int = PCA_TOKENS,
-) -> Reconstructor:  # fmt: skip
-    """x̂ = μ + V Vᵀ (x − μ), V the leading eigenvectors of the training activations' covariance: of all affine maps of
-    that rank, the one of least mse (Eckart and Young 1936).
+@dataclass(frozen=True)
+class PrincipalComponents:
+    """μ and the eigenvectors V of a covariance.
 
-    μ and the covariance come from up to `max_tokens` eligible training tokens, streamed in float64.
+    Attributes:
+        mean: μ.
+        vectors: V, the leading one first.
+        tokens: tokens they were fitted on.
+    """
+
+    mean: Float[Tensor, " d_in"]
+    vectors: Float[Tensor, "d_in d_in"]
+    tokens: int
+
+    def reconstructor(self, components: int) -> Reconstructor:
+        """x̂ = μ + V Vᵀ (x − μ) with the leading components: of all affine maps of that rank, the one of least mse
+        (Eckart and Young 1936).
+        """
+        components = min(components, len(self.mean))
+        V, mean = self.vectors[:, :components].contiguous(), self.mean
+
+        def reconstruct(x: Float[Tensor, "rows d_in"]) -> Reconstruction:
+            values = (x - mean) @ V
+            indices = torch.arange(components, device=x.device).expand(values.shape)
+            return Reconstruction(values @ V.T + mean, Codes(values, indices))
+
+        description = f"PCA: {components} principal components, fitted on {self.tokens:,} tokens"
+        return Reconstructor(description, components, reconstruct)
+
+
+def fit_pca(
+    cache: ActivationCache, hook: str, device: str | torch.device = "cpu", *,
+    progress: Progress | None = None, max_tokens: int = PCA_TOKENS,
+) -> PrincipalComponents:  # fmt: skip
+    """Mean and covariance of up to `max_tokens` eligible training tokens, streamed in float64, and its eigenvectors.
 
     Raises:
         CacheError: a training activation is not finite.
     """
-    components = min(components, cache.d_in(hook))
     shift = cache.statistics(hook).mean.double()
     tokens, total, products = 0, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
     for block in training_blocks(cache, hook, max_tokens):
@@ -46,17 +116,7 @@ def fit_pca(
             progress("principal components", tokens, min(max_tokens, cache.statistics(hook).tokens))
     offset = total / tokens
     vectors = torch.linalg.eigh(products / tokens - torch.outer(offset, offset)).eigenvectors
-    V = vectors.flip(-1)[:, :components].float().to(device)
-    mean = (shift + offset).float().to(device)
-
-    def reconstruct(x: Float[Tensor, "rows d_in"]) -> Reconstruction:
-        values = (x - mean) @ V
-        indices = torch.arange(components, device=x.device).expand(values.shape)
-        return Reconstruction(values @ V.T + mean, Codes(values, indices))
-
-    return Reconstructor(
-        f"PCA: {components} principal components, fitted on {tokens:,} tokens", components, reconstruct
-    )
+    return PrincipalComponents((shift + offset).float().to(device), vectors.flip(-1).float().to(device), tokens)
 
 
 def fit_random_dictionary(

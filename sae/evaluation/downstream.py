@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError
+from sae.evaluation.baselines import IDENTITY
 from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, ratio, to_json
 from sae.evaluation.reconstruction import Reconstructor
 from sae.evaluation.streams import Progress
@@ -61,19 +62,20 @@ class DownstreamScores:
 
 
 def measure_downstream(
-    language_model: LanguageModel, cache: ActivationCache, hook: str, reconstructors: Mapping[str, Reconstructor], *,
-    mean: Float[Tensor, " d_in"], settings: EvaluationConfig, device: str | torch.device, progress: Progress,
-) -> dict[str, DownstreamScores]:  # fmt: skip
+    language_model: LanguageModel, cache: ActivationCache, hook: str, reconstructors: Mapping[Hashable, Reconstructor],
+    *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig, device: str | torch.device, progress: Progress,
+) -> dict[Hashable, DownstreamScores]:  # fmt: skip
     """Losses with the hook point replaced in turn by 0, x̄ and every reconstruction, in one pass over held-out contexts.
 
     Returns:
-        Scores by the reconstructors' names, and `identity`, whose scores are the clean ones by construction.
+        Scores by the reconstructors' keys. Those of `IDENTITY` are the clean ones by construction.
 
     Raises:
         ConfigError: too few tokens to hold one position that counts.
         ModelError: the hook point cannot be replaced.
     """
-    names = [column for name in reconstructors for column in (_ce(name), _kl(name))]
+    spliced = {key: reconstructor for key, reconstructor in reconstructors.items() if key != IDENTITY}
+    names = [column for key in spliced for column in (_ce(key), _kl(key))]
     sums = DocumentSums(len(cache.documents(HELD_OUT)), ("clean", "zero", "mean", *names))
     limit = settings.downstream_tokens or settings.tokens
     rows, of = 0, min(cache.rows(HELD_OUT), limit or cache.rows(HELD_OUT))
@@ -81,7 +83,7 @@ def measure_downstream(
         rows += batch.tokens.numel()
         counted = batch.eligible[:, :-1]
         if counted.any():
-            values = _measure_batch(language_model, batch, hook, reconstructors, mean=mean, device=torch.device(device))
+            values = _measure_batch(language_model, batch, hook, spliced, mean=mean, device=torch.device(device))
             sums.add_(batch.documents[:, :-1][counted], values)
         progress("language model", rows, of)
     if sums.tokens == 0:
@@ -89,12 +91,12 @@ def measure_downstream(
             f"evaluation.downstream_tokens={limit}: no eligible position with a next token in them; "
             f"set at least one context ({cache.context_length}), or null"
         )
-    scores = {name: _scores(sums, sums[_ce(name)], sums[_kl(name)]) for name in reconstructors}
-    return {**scores, "identity": _scores(sums, sums["clean"], torch.zeros_like(sums["clean"]))}
+    clean = _scores(sums, sums["clean"], torch.zeros_like(sums["clean"]))
+    return {key: _scores(sums, sums[_ce(key)], sums[_kl(key)]) if key in spliced else clean for key in reconstructors}
 
 
 def _measure_batch(
-    language_model: LanguageModel, batch: ContextBatch, hook: str, reconstructors: Mapping[str, Reconstructor], *,
+    language_model: LanguageModel, batch: ContextBatch, hook: str, reconstructors: Mapping[Hashable, Reconstructor], *,
     mean: Float[Tensor, " d_in"], device: torch.device,
 ) -> dict[str, Float[Tensor, " rows"]]:  # fmt: skip
     """Numbers of each counted position, by column name."""
@@ -105,16 +107,17 @@ def _measure_batch(
         return lambda x: reconstructor(x.float().to(device)).x_hat
 
     constants: dict[str, Replacement] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
-    spliced = {name: reconstructed_by(reconstructor) for name, reconstructor in reconstructors.items()}
-    replacements = [_at(eligible, new) for new in (*constants.values(), *spliced.values())]
+    spliced = [reconstructed_by(reconstructor) for reconstructor in reconstructors.values()]
+    replacements = [_at(eligible, new) for new in (*constants.values(), *spliced)]
     logits = language_model.replaced_logits(tokens, hook, [lambda x: x, *replacements])
     clean = next(logits)
     values = {"clean": _losses(clean, tokens, eligible)}
-    for name in (*constants, *spliced):
+    for name in constants:
+        values[name] = _losses(next(logits), tokens, eligible)
+    for key in reconstructors:
         replaced = next(logits)
-        values[name if name in constants else _ce(name)] = _losses(replaced, tokens, eligible)
-        if name in spliced:
-            values[_kl(name)] = _divergences(clean, replaced, eligible)
+        values[_ce(key)] = _losses(replaced, tokens, eligible)
+        values[_kl(key)] = _divergences(clean, replaced, eligible)
         del replaced
     return values
 
@@ -170,9 +173,9 @@ def _scores(sums: DocumentSums, spliced: Tensor, kl: Tensor) -> DownstreamScores
     )
 
 
-def _ce(name: str) -> str:
-    return f"ce {name}"
+def _ce(key: Hashable) -> str:
+    return f"ce {key}"
 
 
-def _kl(name: str) -> str:
-    return f"kl {name}"
+def _kl(key: Hashable) -> str:
+    return f"kl {key}"

@@ -1,10 +1,10 @@
-"""Dictionary and cache in, `Report` out: every metric of the dictionary and of its baselines."""
+"""Dictionaries and cache in, a `Report` of each out: every metric of the dictionary and of its baselines."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from sae.activations.harvest import check_same_model
 from sae.config import EvaluationConfig
 from sae.dictionary import Dictionary
 from sae.errors import CacheError, ConfigError, FormatError
-from sae.evaluation.baselines import fit_pca, fit_random_dictionary, identity
+from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, from_dictionary
 from sae.evaluation.report import Report, Scores, identify
@@ -25,7 +25,6 @@ from sae.language_model import LanguageModel
 from sae.tokens import TokenPolicy
 
 
-@torch.no_grad()
 def evaluate(
     dictionary: Dictionary,
     cache: ActivationCache,
@@ -56,57 +55,101 @@ def evaluate(
         FormatError: the dictionary's weights are not finite.
         ModelError: the hook point cannot be replaced.
     """
+    reports = evaluate_all(
+        {"dictionary": dictionary}, cache,
+        hook=hook, language_model=language_model, settings=settings, device=device, progress=progress,
+    )  # fmt: skip
+    return reports["dictionary"]
+
+
+@torch.no_grad()
+def evaluate_all(
+    dictionaries: Mapping[str, Dictionary],
+    cache: ActivationCache,
+    *,
+    hook: str,
+    language_model: LanguageModel | None = None,
+    settings: EvaluationConfig | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Report]:
+    """`evaluate` for several dictionaries at one hook point, at little more than what each of them costs alone.
+
+    Activations are read once for all, the model runs once up to the hook point and once on from it for each thing put
+    there: clean, zero and mean losses are common, and baselines too where dictionaries are of one size.
+
+    Args:
+        dictionaries: by whatever names; the other arguments are those of `evaluate`, and so are the errors.
+
+    Returns:
+        By the same names, the reports that `evaluate` gives of each; `seconds` is the time that all of them took.
+
+    Raises:
+        ConfigError: there is no dictionary.
+    """
     started = time.perf_counter()
     settings, report_progress = settings or EvaluationConfig(), progress or _silent
-    _check_dictionary(dictionary, cache, hook)
+    if not dictionaries:
+        raise ConfigError("there is no dictionary to evaluate; give at least one")
+    for dictionary in dictionaries.values():
+        _check_dictionary(dictionary, cache, hook)
     if language_model is not None:
         check_same_model(cache.path, cache.manifest, language_model)
         probe = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
         next(iter(language_model.replaced_logits(probe, hook, [_unchanged])))
     summary = summarise(cache, hook, settings, report_progress)
 
-    def score(name: str, reconstructor: Reconstructor) -> Scores:
+    def score(stage: str, reconstructors: Mapping[Any, Reconstructor]) -> dict[Hashable, Scores]:
         return _score(
-            reconstructor, cache, hook, settings,
-            summary=summary, progress=lambda *done: report_progress(name, *done), device=device,
+            reconstructors, cache, hook, settings,
+            summary=summary, progress=lambda *done: report_progress(stage, *done), device=device,
         )  # fmt: skip
 
-    dictionary = _on(dictionary, device)
-    own = from_dictionary(dictionary, _describe(dictionary))
-    scores = {"dictionary": score("dictionary", own)}
-    k = baseline_size(dictionary, scores["dictionary"])
-    baselines = {
-        "pca": fit_pca(cache, hook, k, device, progress=report_progress),
-        "random": fit_random_dictionary(cache, hook, dictionary.d_sae, min(k, dictionary.d_sae), device),
-        "identity": identity(),
+    own = {
+        name: from_dictionary(_on(dictionary, device), _describe(dictionary))
+        for name, dictionary in dictionaries.items()
     }
-    scores |= {name: score(name, reconstructor) for name, reconstructor in baselines.items()}
+    scores = score("reconstruction", own)
+    columns = {name: _baselines_of(dictionary, scores[name]) for name, dictionary in dictionaries.items()}
+    wanted = dict.fromkeys(baseline for chosen in columns.values() for baseline in chosen.values())
+    baselines = fit_baselines(wanted, cache, hook, device, report_progress)
+    scores |= score("baselines", baselines)
     if language_model is not None:
-        spliced = {"dictionary": own, "pca": baselines["pca"], "random": baselines["random"]}
         downstream = measure_downstream(
-            language_model, cache, hook, spliced,
+            language_model, cache, hook, {**own, **baselines},
             mean=summary.mean, settings=settings, device=device, progress=report_progress,
         )  # fmt: skip
-        scores = {name: scores[name].with_downstream(downstream[name]) for name in scores}
-    trained_with = dictionary.metadata.get("tokens")
-    return Report(
-        dictionary=identify(dictionary),
-        hook=hook,
-        model=cache.manifest.model,
-        data=cache.manifest.data,
-        activations=cache.manifest.identity(hook),
-        settings=settings,
-        policy=cache.policy,
-        training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,
-        tokens=summary.tokens,
-        masked=summary.masked,
-        documents=summary.documents,
-        scores=scores.pop("dictionary"),
-        baselines=scores,
-        dead_in_training=_dead_in_training(dictionary),
-        norms=summary.norms,
-        seconds=time.perf_counter() - started,
-    )
+        scores = {key: part.with_downstream(downstream[key]) for key, part in scores.items()}
+    seconds = time.perf_counter() - started
+
+    def report(name: str, dictionary: Dictionary) -> Report:
+        trained_with = dictionary.metadata.get("tokens")
+        return Report(
+            dictionary=identify(dictionary),
+            hook=hook,
+            model=cache.manifest.model,
+            data=cache.manifest.data,
+            activations=cache.manifest.identity(hook),
+            settings=settings,
+            policy=cache.policy,
+            training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,
+            tokens=summary.tokens,
+            masked=summary.masked,
+            documents=summary.documents,
+            scores=scores[name],
+            baselines={column: scores[key] for column, key in columns[name].items()},
+            dead_in_training=_dead_in_training(dictionary),
+            norms=summary.norms,
+            seconds=seconds,
+        )
+
+    return {name: report(name, dictionary) for name, dictionary in dictionaries.items()}
+
+
+def _baselines_of(dictionary: Dictionary, scores: Scores) -> dict[str, Baseline]:
+    """What a dictionary is compared with, by column; dictionaries of one size have the same."""
+    k = baseline_size(dictionary, scores)
+    return {"pca": Baseline("pca", k), "random": Baseline("random", k, dictionary.d_sae), "identity": IDENTITY}
 
 
 def baseline_size(dictionary: Dictionary, scores: Scores) -> int:
@@ -116,22 +159,30 @@ def baseline_size(dictionary: Dictionary, scores: Scores) -> int:
 
 
 def _score(
-    reconstructor: Reconstructor, cache: ActivationCache, hook: str, settings: EvaluationConfig, *,
+    reconstructors: Mapping[Any, Reconstructor], cache: ActivationCache, hook: str, settings: EvaluationConfig, *,
     summary: ActivationSummary, progress: Callable[[int, int], None], device: str | torch.device,
-) -> Scores:  # fmt: skip
+) -> dict[Hashable, Scores]:  # fmt: skip
     """One pass over the held-out tokens."""
-    reconstruction = ReconstructionSums(summary.all_documents, summary.mean)
-    sparsity = SparsityCounts(summary.all_documents, reconstructor.features) if reconstructor.features else None
+    sums = {key: ReconstructionSums(summary.all_documents, summary.mean) for key in reconstructors}
+    sparsity = {
+        key: SparsityCounts(summary.all_documents, reconstructor.features)
+        for key, reconstructor in reconstructors.items()
+        if reconstructor.features
+    }
     done = 0
     for block in held_out_blocks(cache, hook, settings):
         x = block.x.to(device)
-        result = reconstructor(x)
-        reconstruction.add_(x, result.x_hat, block.documents)
-        if sparsity is not None and result.codes is not None:
-            sparsity.add_(result.codes, block.documents)
+        for key, reconstructor in reconstructors.items():
+            result = reconstructor(x)
+            sums[key].add_(x, result.x_hat, block.documents)
+            if key in sparsity and result.codes is not None:
+                sparsity[key].add_(result.codes, block.documents)
         done += len(x)
         progress(done, summary.tokens)
-    return Scores(reconstructor.description, reconstruction.scores(), sparsity.scores() if sparsity else None)
+    return {
+        key: Scores(made.description, sums[key].scores(), sparsity[key].scores() if key in sparsity else None)
+        for key, made in reconstructors.items()
+    }
 
 
 def _check_dictionary(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:

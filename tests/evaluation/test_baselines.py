@@ -24,7 +24,7 @@ def _train_x() -> torch.Tensor:
 @pytest.mark.parametrize("components", [1, 3, 6, 50])
 def test_pca_is_the_truncated_singular_value_decomposition(tmp_path: Path, components: int) -> None:
     cache = make_cache(tmp_path, HELD_OUT, TRAIN)
-    pca = fit_pca(cache, HOOK, components)
+    pca = fit_pca(cache, HOOK).reconstructor(components)
     x = _train_x()
     centred = x - x.mean(0)
     U, S, Vh = torch.linalg.svd(centred, full_matrices=False)

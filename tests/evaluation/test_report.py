@@ -13,7 +13,8 @@ from rich.console import Console
 
 from sae.activations import ActivationCache
 from sae.architectures import ReLU, TopK
-from sae.evaluation import Report, evaluate, report_table, write_report
+from sae.errors import ConfigError
+from sae.evaluation import Report, evaluate, evaluate_all, report_table, write_report
 from sae.language_model import LanguageModel
 
 DEFINITIONS = (
@@ -133,6 +134,49 @@ def test_evaluation_leaves_the_dictionary_alone_and_reports_progress(many_docume
         progress=lambda stage, done, of: seen.setdefault(stage, []).append((done, of)),
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in dictionary.state_dict().items())
-    for stage in ("activations", "dictionary", "pca", "random", "identity"):
+    for stage in ("activations", "reconstruction", "baselines"):
         done, of = seen[stage][-1]
         assert done == of, stage
+
+
+def _sized(d_sae: int, k: int, seed: int) -> TopK:
+    dictionary = TopK(32, d_sae, k=k).requires_grad_(False)
+    rows = torch.randn(d_sae, 32, generator=torch.Generator().manual_seed(seed))
+    dictionary.W_dec.copy_(torch.nn.functional.normalize(rows, dim=-1))
+    dictionary.W_enc.copy_(dictionary.W_dec.T)
+    return dictionary
+
+
+def test_several_dictionaries_get_the_reports_that_each_gets_alone(
+    many_documents: ActivationCache, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the model runs up to the hook point once a batch, and on from it once for each thing that differs.
+
+    There are three batches, and before them one probe.
+    """
+    dictionaries = {"a": _sized(64, 4, 0), "b": _sized(64, 4, 1), "c": _sized(48, 4, 2), "identity": _sized(64, 3, 3)}
+    alone = {
+        name: evaluate(dictionary, many_documents, hook=HOOK, language_model=language_model).to_json()
+        for name, dictionary in dictionaries.items()
+    }
+    replaced: list[int] = []
+    original = language_model.replaced_logits
+
+    def replaced_logits(tokens: Any, hook: str, replacements: Any) -> Any:
+        replaced.append(len(replacements))
+        return original(tokens, hook, replacements)
+
+    monkeypatch.setattr(language_model, "replaced_logits", replaced_logits)
+    together = evaluate_all(dictionaries, many_documents, hook=HOOK, language_model=language_model)
+    assert list(together) == list(dictionaries)
+    for name, report in together.items():
+        expected, found = alone[name], report.to_json()
+        assert found.pop("seconds") > 0 and expected.pop("seconds") > 0
+        assert found == expected, name
+    # clean, zero, mean, four dictionaries, PCA of 4 and of 3 components, random dictionaries of three sizes
+    assert replaced == [1, *[3 + 4 + 2 + 3] * 3]
+
+
+def test_no_dictionary_is_refused(many_documents: ActivationCache) -> None:
+    with pytest.raises(ConfigError, match="there is no dictionary to evaluate; give at least one"):
+        evaluate_all({}, many_documents, hook=HOOK)
