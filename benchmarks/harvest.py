@@ -155,9 +155,9 @@ def time_bare_loop(cache: ActivationCache, model: LanguageModel, config: RunConf
     return time.perf_counter() - begun
 
 
-def harvest_config(model: str, arguments: argparse.Namespace, out: Path) -> RunConfig:
+def harvest_config(model: str, arguments: argparse.Namespace, out: Path, held_out: int | None = None) -> RunConfig:
     context_length, batch_contexts = 128, 16
-    held_out = context_length * batch_contexts
+    held_out = held_out or context_length * batch_contexts
     return parse_config(
         {
             "out": str(out),
