@@ -1,178 +1,231 @@
-"""Single operations of a training step on this machine's CPU, each beside what it replaces.
+"""Single operations of a training step on this machine, each beside other ways to do the same.
 
-    python benchmarks/operations.py --json operations.json --markdown operations.md
+    python benchmarks/operations.py
+    python benchmarks/operations.py --device cuda --batch 8192
 
-The last table is the crossover between sparse and dense products, from which `kernels.interface.DENSE_ABOVE` comes.
+On a CPU there is a last table, the crossover between sparse and dense products, from which
+`kernels.interface.DENSE_ABOVE` comes. Results go to `benchmarks/results/`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-import numpy as np
+import report
 import torch
+from ceilings import synchronise
+from torch import Tensor
 
-from sae.kernels import cpu, products, reference
-from sae.kernels.interface import AdamStep, Gradient, Moments, Term
+from sae.kernels import cpu, kernels_for, reference
+from sae.kernels.interface import AdamStep, Gradient, Moments, Subset, Term
 from sae.kernels.pattern import Pattern
 
 
 @dataclass(frozen=True)
 class Row:
-    """An operation, and the medians of both ways to do it in milliseconds."""
+    """An operation, and the medians of our way to do it and of another in milliseconds."""
 
     operation: str
     ours: float
-    plain: float
-    plain_is: str
+    other: float
+    other_is: str
 
 
-def milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """Median over the repeats, after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+@dataclass(frozen=True)
+class Operands:
+    """A step's tensors: those of the matrices are `[d_sae, d_in]`, the encoder once more in the products' type."""
+
+    x: Tensor
+    encoder: Tensor
+    decoder: Tensor
+    bias: Tensor
+    low: Tensor
+    k: int
+
+    @staticmethod
+    def random(arguments: argparse.Namespace) -> Operands:
+        generator = torch.Generator().manual_seed(0)
+        device, d_in, d_sae = arguments.device, arguments.d_in, arguments.d_sae
+        x = torch.randn(arguments.batch, d_in, generator=generator).to(device)
+        encoder = (torch.randn(d_sae, d_in, generator=generator) / d_in**0.5).to(device)
+        decoder = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1).to(device)
+        low = encoder if device == "cpu" else encoder.bfloat16()
+        return Operands(x, encoder, decoder, torch.zeros(d_sae, device=device), low, arguments.k)
 
 
-def operations(batch: int, d_in: int, d_sae: int, k: int, repeats: int) -> list[Row]:
-    """Every operation of a TopK and a BatchTopK step."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, d_in, generator=generator)
-    encoder = torch.randn(d_sae, d_in, generator=generator) / d_in**0.5
-    decoder = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-    bias = torch.zeros(d_sae)
-    selection = cpu.select_topk(x, encoder, bias, k)
-    pattern, values = selection.pattern, selection.values
-    term, moments = Term(pattern, values, x), Moments(torch.zeros_like(decoder), torch.zeros_like(decoder))
+class Clock:
+    """Times on a device; the median over the repeats, after one to warm up."""
+
+    def __init__(self, device: str, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def milliseconds(self, function: Callable[[], object]) -> float:
+        times = []
+        for _ in range(self.repeats + 1):
+            synchronise(self.device)
+            start = time.perf_counter()
+            function()
+            synchronise(self.device)
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times[1:])
+
+    def row(self, name: str, ours: Callable[[], object], other: Callable[[], object], other_is: str) -> Row:
+        return Row(name, self.milliseconds(ours), self.milliseconds(other), other_is)
+
+
+def selections(operands: Operands, clock: Clock) -> list[Row]:
+    """The encoder's product and what is selected from it; AuxK's selection among a tenth of the features beside it."""
+    kernels = kernels_for(operands.x.device)
+    bias, k, count = operands.bias, operands.k, operands.k * len(operands.x)
+    x, encoder = operands.x.to(operands.low.dtype), operands.low
+    dead = torch.arange(0, len(encoder), 10, device=x.device)
+    subset = Subset(dead, torch.zeros(len(dead), device=x.device), x.shape[1] // 2)
+
+    def plain_subset() -> object:
+        pre = x @ encoder.T
+        return pre.topk(k, sorted=False), pre[:, dead].topk(subset.k, sorted=False)
+
+    return [
+        clock.row(
+            "encode and select, TopK",
+            lambda: kernels.select_topk(x, encoder, bias, k),
+            lambda: (x @ encoder.T).topk(k, sorted=False),
+            "mm, topk",
+        ),
+        clock.row(
+            "encode and select, BatchTopK",
+            lambda: kernels.select_batch_topk(x, encoder, bias, count),
+            lambda: (x @ encoder.T).flatten().topk(count, sorted=False),
+            "mm, topk of all",
+        ),
+        clock.row(
+            "encode and select, TopK, and AuxK among a tenth",
+            lambda: kernels.select_topk(x, encoder, bias, k, subset),
+            plain_subset,
+            "mm, topk twice",
+        ),
+    ]
+
+
+def products_with_codes(operands: Operands, pattern: Pattern, values: Tensor, clock: Clock) -> list[Row]:
+    """Decoding, the gradient of the codes, the gradient of a matrix: ours, dense, and other sparse ways."""
+    x, decoder, kernels = operands.x, operands.decoder, kernels_for(operands.x.device)
+    term = Term(pattern, values, x)
+    features = pattern.features.view(len(x), -1)
+
+    def gathered() -> Tensor:
+        parts = zip(features.split(256), x.split(256), strict=True)
+        return torch.cat([(decoder[chosen] * rows[:, None]).sum(-1) for chosen, rows in parts])
+
+    def by_csr() -> Tensor:
+        order, rows, offsets = Pattern(pattern.features, pattern.offsets, pattern.d_sae, pattern.k).by_feature
+        matrix = torch.sparse_csr_tensor(offsets, rows, values[order], size=(pattern.d_sae, len(x)))
+        return matrix @ x
+
+    def sums() -> Tensor:  # a new pattern, so that sorting it by feature counts
+        fresh = Pattern(pattern.features, pattern.offsets, pattern.d_sae, pattern.k)
+        return kernels.feature_sums(Term(fresh, values, x))
+
+    ours_decode = lambda: kernels.decode(pattern, values, decoder)  # noqa: E731
+    ours_dots = lambda: kernels.value_gradients(pattern, x, decoder)  # noqa: E731
+    dense_decode = lambda: reference.decode(pattern, values, decoder)  # noqa: E731
+    dense_dots = lambda: reference.value_gradients(pattern, x, decoder)  # noqa: E731
+    return [
+        clock.row("decode", ours_decode, dense_decode, "dense product"),
+        clock.row("gradient of the codes", ours_dots, dense_dots, "dense product"),
+        clock.row("gradient of the codes", ours_dots, gathered, "gather, multiply, sum"),
+        clock.row("gradient of a matrix", sums, lambda: reference.feature_sums(term), "dense product"),
+        clock.row("gradient of a matrix", sums, by_csr, "torch.sparse CSR product"),
+    ]
+
+
+def update(operands: Operands, pattern: Pattern, values: Tensor, clock: Clock) -> Row:
+    """What is done to the decoder after the backward pass."""
+    decoder, kernels = operands.decoder.clone(), kernels_for(operands.x.device)
+    term = Term(pattern, values, operands.x)
+    moments = Moments(torch.zeros_like(decoder), torch.zeros_like(decoder))
     parameter = torch.nn.Parameter(decoder.clone())
     adam = torch.optim.Adam([parameter], fused=True)
 
-    def dense_update() -> None:
+    def dense() -> None:
         parameter.grad = reference.feature_sums(term)
         parameter.grad -= (parameter.grad * parameter.data).sum(1, keepdim=True) * parameter.data
         adam.step()
         parameter.data /= parameter.data.norm(dim=1, keepdim=True)
 
-    def selected(count: int | None) -> object:
-        pre = x @ encoder.T
-        return pre.topk(k, sorted=False) if count is None else pre.flatten().topk(count, sorted=False)
-
-    rows: list[tuple[str, Callable[[], object], Callable[[], object], str]] = [
-        ("encoder's product", lambda: products.product(x, encoder), lambda: x @ encoder.T, "torch.mm"),
-        ("encode and select, TopK", lambda: cpu.select_topk(x, encoder, bias, k), lambda: selected(None), "mm, topk"),
-        (
-            "encode and select, BatchTopK",
-            lambda: cpu.select_batch_topk(x, encoder, bias, k * batch),
-            lambda: selected(k * batch),
-            "mm, topk of all",
-        ),
-        (
-            "decode",
-            lambda: cpu.decode(pattern, values, decoder),
-            lambda: reference.decode(pattern, values, decoder),
-            "dense product",
-        ),
-        (
-            "gradient of the codes",
-            lambda: cpu.value_gradients(pattern, x, decoder),
-            lambda: reference.value_gradients(pattern, x, decoder),
-            "dense product",
-        ),
-        (
-            "decoder: gradient, projection, Adam, renormalisation",
-            lambda: cpu.adam_(decoder, moments, Gradient((term,)), AdamStep(1e-4, 0.9, 0.999, 1e-8, 1, True)),
-            dense_update,
-            "dense gradient, fused Adam",
-        ),
-    ]
-    return [
-        Row(name, milliseconds(ours, repeats), milliseconds(plain, repeats), what) for name, ours, plain, what in rows
-    ]
+    step = AdamStep(1e-4, 0.9, 0.999, 1e-8, 1, True)
+    return clock.row(
+        "decoder: gradient, projection, Adam, renormalisation",
+        lambda: kernels.adam_(decoder, moments, Gradient((term,)), step),
+        dense,
+        "dense gradient, fused Adam",
+    )
 
 
-def crossover(batch: int, d_in: int, columns: int, repeats: int) -> list[Row]:
+def crossover(batch: int, d_in: int, columns: int, clock: Clock) -> list[Row]:
     """Decoding, the gradient of the codes and that of the decoder, at rising density; ours is the sparse way."""
     rows = []
     generator = torch.Generator().manual_seed(0)
     decoder, x = torch.randn(columns, d_in, generator=generator), torch.randn(batch, d_in, generator=generator)
+    chosen = cpu.DENSE_ABOVE
     for share in (1 / 64, 1 / 32, 1 / 16, 1 / 12, 1 / 8, 1 / 4):
         k = max(1, round(share * columns))
         indices = torch.rand(batch, columns, generator=generator).topk(k, sorted=False).indices
         values = torch.rand(batch * k, generator=generator)
 
-        def both(density: float, indices: torch.Tensor = indices, values: torch.Tensor = values) -> None:
+        def both(density: float, indices: Tensor = indices, values: Tensor = values) -> None:
             cpu.DENSE_ABOVE = density
             pattern = Pattern.from_indices(indices, columns)
             cpu.decode(pattern, values, decoder)
             cpu.value_gradients(pattern, x, decoder)
             cpu.feature_sums(Term(pattern, values, x))
 
-        sparse, dense = (milliseconds(lambda at=at: both(at), repeats) for at in (2.0, 0.0))
-        rows.append(Row(f"all three products at density {share:.3f}", sparse, dense, "dense products"))
+        what = f"all three products at density {share:.3f}"
+        rows.append(clock.row(what, lambda both=both: both(2.0), lambda both=both: both(0.0), "dense products"))
+    cpu.DENSE_ABOVE = chosen
     return rows
 
 
 def markdown(rows: list[Row], title: str) -> str:
     """The table."""
-    lines = [
-        f"### {title}",
-        "",
-        "| operation | ours, ms | plain, ms | plain / ours | plain is |",
-        "|---|--:|--:|--:|---|",
-    ]
-    lines += [
-        f"| {row.operation} | {row.ours:.1f} | {row.plain:.1f} | {row.plain / row.ours:.1f} | {row.plain_is} |"
+    cells = [
+        [row.operation, f"{row.ours:,.2f}", row.other_is, f"{row.other:,.2f}", f"{row.other / row.ours:.1f}"]
         for row in rows
     ]
-    return "\n".join(lines) + "\n"
+    return f"## {title}\n\n" + report.table(["operation", "ours, ms", "other way", "ms", "other ÷ ours"], cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--d-sae", type=int, default=24576)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--columns", type=int, default=2048, help="features in the table of the crossover")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--name", help="of the files in results/; default: operations-DEVICE")
     arguments = parser.parse_args()
-    shape = arguments.batch, arguments.d_in, arguments.d_sae, arguments.k
-    first = operations(*shape, arguments.repeats)
-    second = crossover(arguments.batch, arguments.d_in, arguments.columns, arguments.repeats)
-    machine = {
-        "date": date.today().isoformat(),
-        "processor": products.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-    text = "# Single operations, CPU, float32\n\n" + ", ".join(f"{key} {value}" for key, value in machine.items())
-    batch, d_in, d_sae, k = shape
-    text += "\n\n" + markdown(first, f"d_in {d_in}, d_sae {d_sae:,}, batch {batch:,}, k {k}")
-    text += "\n" + markdown(
-        second, f"Sparse against dense, d_in {d_in}, {arguments.columns:,} features, batch {batch:,}"
-    )
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text, encoding="utf-8")
-    if arguments.json:
-        tables = {"operations": [vars(row) for row in first], "crossover": [vars(row) for row in second]}
-        arguments.json.write_text(json.dumps({"machine": machine, **tables}, indent=2) + "\n", encoding="utf-8")
+    operands, clock = Operands.random(arguments), Clock(arguments.device, arguments.repeats)
+    with torch.no_grad():
+        selection = kernels_for(operands.x.device).select_topk(
+            operands.x.to(operands.low.dtype), operands.low, operands.bias, operands.k
+        )
+        first = selections(operands, clock)
+        first += products_with_codes(operands, selection.pattern, selection.values, clock)
+        first.append(update(operands, selection.pattern, selection.values, clock))
+    shape = f"d_in {arguments.d_in}, d_sae {arguments.d_sae:,}, batch {arguments.batch:,}, k {arguments.k}"
+    text, tables = markdown(first, shape), {"operations": [asdict(row) for row in first]}
+    if arguments.device == "cpu":
+        second = crossover(arguments.batch, arguments.d_in, arguments.columns, clock)
+        text += "\n" + markdown(second, f"Sparse against dense, d_in {arguments.d_in}, {arguments.columns:,} features")
+        tables["crossover"] = [asdict(row) for row in second]
+    name, title = arguments.name or f"operations-{arguments.device}", f"Single operations, {arguments.device.upper()}"
+    report.write(name, title, text, tables, report.machine(arguments.device))
 
 
 if __name__ == "__main__":
