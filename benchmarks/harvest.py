@@ -245,6 +245,7 @@ def write_synthetic_cache(folder: Path, rows: int, d_in: int = 768, context_leng
             name = shard_name(kind, "train", number)
             files[name] = write_entry(folder / name, save(tensors), count)
     files[DOCUMENTS] = write_entry(folder / DOCUMENTS, b'{"train": ["noise"], "held_out": []}', 1)
+    counted = rows - rows // context_length
     manifest = Manifest(
         complete=True,
         model={"name": "synthetic"},
@@ -255,7 +256,7 @@ def write_synthetic_cache(folder: Path, rows: int, d_in: int = 768, context_leng
         dtype="float16",
         rows={"train": rows, "held_out": 0},
         text_sha256="",
-        hooks={HOOK: HookEntry(d_in=d_in)},
+        hooks={HOOK: HookEntry(d_in=d_in, tokens=counted, sum=[0.0] * d_in, sum_of_squares=counted * d_in)},
         files=files,
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")

@@ -289,16 +289,6 @@ def fingerprint(name: str) -> str | None:
     return digest.hexdigest()
 
 
-def next_token_losses(
-    logits: Float[Tensor, "context seq vocab"], tokens: Int[Tensor, "context seq"]
-) -> Float[Tensor, "context seq-1"]:
-    """Cross-entropy in nats of predicting token t + 1 at position t."""
-    losses = torch.nn.functional.cross_entropy(
-        rearrange(logits[:, :-1], "context seq vocab -> (context seq) vocab"), tokens[:, 1:].flatten(), reduction="none"
-    )
-    return rearrange(losses, "(context seq) -> context seq", context=len(tokens))
-
-
 class _AllFoundError(Exception):
     """Ends a forward pass in which every hook point has been read."""
 

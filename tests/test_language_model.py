@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.config import ModelConfig
 from sae.errors import ModelError
-from sae.language_model import INNER_HOOKS, RESIDUAL_HOOKS, LanguageModel, model_label, next_token_losses
+from sae.language_model import INNER_HOOKS, RESIDUAL_HOOKS, LanguageModel, model_label
 from sae.tokens import TokenPolicy
 
 LAYERS = range(3)
@@ -234,18 +234,6 @@ def test_reading_activations_leaves_others_hooks_and_takes_its_own_away(
     assert (zeroed - clean).abs().max() > 0.01
     torch.testing.assert_close(language_model.logits(tokens), clean, rtol=0, atol=0)
     assert not any(point.fwd_hooks for point in language_model.bridge.hook_dict.values())
-
-
-def test_losses_are_the_negative_log_probabilities_of_the_next_token(
-    language_model: LanguageModel, tokens: Tensor
-) -> None:
-    logits = language_model.logits(tokens)
-    losses = next_token_losses(logits, tokens)
-    probabilities = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
-    for row in range(3):
-        for place in range(19):
-            expected = -probabilities[row, place, tokens[row, place + 1]].log()
-            assert losses[row, place].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_compute_dtype_is_used_and_logits_are_float32(tiny_model: Path, tokens: Tensor) -> None:

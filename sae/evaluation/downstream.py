@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY
-from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, ratio, to_json
+from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, ratio, row_sums, to_json
 from sae.evaluation.reconstruction import Reconstructor
 from sae.evaluation.streams import Progress
-from sae.language_model import LanguageModel, Replacement, next_token_losses
+from sae.language_model import LanguageModel, Replacement
 from sae.tokens import HELD_OUT
 
 DOWNSTREAM_NAMES = (
@@ -110,15 +110,19 @@ def _measure_batch(
     spliced = [reconstructed_by(reconstructor) for reconstructor in reconstructors.values()]
     replacements = [_at(eligible, new) for new in (*constants.values(), *spliced)]
     logits = language_model.replaced_logits(tokens, hook, [lambda x: x, *replacements])
-    clean = next(logits)
-    values = {"clean": _losses(clean, tokens, eligible)}
+    clean = list(_log_probabilities(next(logits), eligible))
+    chances = [log_p.exp() for log_p in clean]
+    next_tokens = [ids[1:][counted[:-1]] for ids, counted in zip(tokens, eligible, strict=True)]
+    values = {"clean": _losses(clean, next_tokens)}
     for name in constants:
-        values[name] = _losses(next(logits), tokens, eligible)
+        values[name] = _losses(_log_probabilities(next(logits), eligible), next_tokens)
     for key in reconstructors:
-        replaced = next(logits)
-        values[_ce(key)] = _losses(replaced, tokens, eligible)
-        values[_kl(key)] = _divergences(clean, replaced, eligible)
-        del replaced
+        losses, divergences = [], []
+        replaced = _log_probabilities(next(logits), eligible)
+        for log_q, log_p, p, ids in zip(replaced, clean, chances, next_tokens, strict=True):
+            losses.append(_losses([log_q], [ids]))
+            divergences.append(row_sums((log_p - log_q).mul_(p)))
+        values |= {_ce(key): torch.cat(losses), _kl(key): torch.cat(divergences)}
     return values
 
 
@@ -133,28 +137,18 @@ def _at(eligible: Bool[Tensor, "context seq"], new: Callable[[Tensor], Tensor]) 
     return replace
 
 
-def _losses(
-    logits: Float[Tensor, "context seq vocab"],
-    tokens: Int[Tensor, "context seq"],
-    eligible: Bool[Tensor, "context seq"],
-) -> Float[Tensor, " rows"]:
-    """Next-token losses of the counted positions; one context at a time, as a copy of all logits would be large."""
-    losses = [
-        next_token_losses(logits[i : i + 1], tokens[i : i + 1])[0][eligible[i, :-1]] for i in range(tokens.shape[0])
-    ]
-    return double(torch.cat(losses))
+def _log_probabilities(
+    logits: Float[Tensor, "context seq vocab"], eligible: Bool[Tensor, "context seq"]
+) -> Iterator[Float[Tensor, "_ vocab"]]:
+    """At the counted positions, one context at a time, as a copy of all logits would be large."""
+    for of_context, counted in zip(logits, eligible, strict=True):
+        yield of_context[:-1][counted[:-1]].log_softmax(-1)
 
 
-def _divergences(
-    clean: Float[Tensor, "context seq vocab"], replaced: Float[Tensor, "context seq vocab"],
-    eligible: Bool[Tensor, "context seq"],
-) -> Float[Tensor, " rows"]:  # fmt: skip
-    """KL(clean ‖ replaced) of the counted positions: float32 log-probabilities, float64 sum over the vocabulary."""
-    divergences = []
-    for one, other, counted in zip(clean, replaced, eligible, strict=True):
-        log_p, log_q = (logits[:-1][counted[:-1]].log_softmax(-1) for logits in (one, other))
-        divergences.append(double(log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(divergences)
+def _losses(log_probabilities: Iterable[Tensor], next_tokens: Iterable[Tensor]) -> Float[Tensor, " rows"]:
+    """Next-token losses, of one context after another."""
+    pairs = zip(log_probabilities, next_tokens, strict=True)
+    return double(torch.cat([-log_p.gather(-1, ids[:, None])[:, 0] for log_p, ids in pairs]))
 
 
 def _scores(sums: DocumentSums, spliced: Tensor, kl: Tensor) -> DownstreamScores:

@@ -107,6 +107,11 @@ def double(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
+def row_sums(tensor: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+    """Sums of rows in float64, where `double` has it, without a copy of everything in it."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).sum(-1, dtype=torch.float64)
+
+
 def to_json(scores: Any, names: Sequence[str]) -> dict[str, Any]:
     """The named estimates of a result."""
     return {name: getattr(scores, name).to_json() for name in names}
