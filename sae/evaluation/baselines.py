@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from sae.activations.cache import ActivationCache
 from sae.architectures.topk import TopK
 from sae.dictionary import Codes
 from sae.evaluation.estimate import double
-from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_dictionary
+from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.evaluation.streams import Progress, training_blocks
 
 PCA_TOKENS, GAIN_TOKENS = 200_000, 16_384
@@ -41,22 +41,27 @@ IDENTITY = Baseline("identity")
 def fit_baselines(
     wanted: Iterable[Baseline], cache: ActivationCache, hook: str, device: str | torch.device, progress: Progress
 ) -> dict[Baseline, Reconstructor]:
-    """Fit each of them on training activations; principal components of all sizes together.
+    """Fit each of them on training activations, those that differ in k alone together.
 
     Raises:
         CacheError: a training activation is not finite.
     """
+    wanted = list(wanted)
     made: dict[Baseline, Reconstructor] = {}
-    components: PrincipalComponents | None = None
-    for baseline in wanted:
-        if baseline.kind == "identity":
-            made[baseline] = identity()
-        elif baseline.kind == "random":
-            k = min(baseline.k, baseline.d_sae)
-            made[baseline] = fit_random_dictionary(cache, hook, baseline.d_sae, k, device)
-        else:
-            components = components or fit_pca(cache, hook, device, progress=progress)
-            made[baseline] = components.reconstructor(baseline.k)
+    if any(baseline.kind == "pca" for baseline in wanted):
+        components = fit_pca(cache, hook, device, progress=progress)
+        made |= {baseline: components.reconstructor(baseline.k) for baseline in wanted if baseline.kind == "pca"}
+    widths = {baseline.d_sae for baseline in wanted if baseline.kind == "random"}
+    for d_sae in widths:
+        ks = {
+            baseline: min(baseline.k, d_sae)
+            for baseline in wanted
+            if baseline.kind == "random" and baseline.d_sae == d_sae
+        }
+        random = RandomDictionary(cache, hook, d_sae, set(ks.values()), device)
+        made |= {baseline: random.reconstructor(k) for baseline, k in ks.items()}
+    if IDENTITY in wanted:
+        made[IDENTITY] = identity()
     return made
 
 
@@ -119,27 +124,61 @@ def fit_pca(
     return PrincipalComponents((shift + offset).float().to(device), vectors.flip(-1).float().to(device), tokens)
 
 
-def fit_random_dictionary(
-    cache: ActivationCache, hook: str, d_sae: int, k: int, device: str | torch.device = "cpu", *, seed: int = 0
-) -> Reconstructor:
+class RandomDictionary:
     """x̂ = b + f W with f = topk_k(ReLU(g · W (x − b))): unit rows of W drawn from the sphere, b the training mean.
 
     The k features with the largest inner products are kept as they are, without matching pursuit. Random rows overlap,
     so their sum overshoots; one gain g = Σ(x − b)·y / Σ‖y‖², with y the reconstruction of x − b at g = 1, is fitted to
     training tokens by least squares. Without it the baseline could score worse than the mean.
+
+    Dictionaries that differ in k alone share their directions, and what is encoded once serves them all.
+
+    Args:
+        cache: its training mean is b, and its training tokens fit the gains.
+        hook: hook point.
+        d_sae: number of directions.
+        ks: the numbers of features that may fire.
+        device: where it computes.
+        seed: of the directions.
     """
-    d_in = cache.d_in(hook)
-    dictionary = TopK(d_in, d_sae, k=k).requires_grad_(False)
-    rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
-    dictionary.W_dec.copy_(rows / rows.norm(dim=-1, keepdim=True))
-    dictionary.W_enc.copy_(dictionary.W_dec.T)
-    dictionary.b_dec.copy_(cache.statistics(hook).mean)
-    dictionary.to(device)
-    product = power = 0.0
-    for x in training_blocks(cache, hook, GAIN_TOKENS):
-        target = double(x.to(device) - dictionary.b_dec)
-        y = double(dictionary(x.to(device)) - dictionary.b_dec)
-        product, power = product + float((target * y).sum()), power + float(y.square().sum())
-    gain = product / power if power > 0 else 1.0
-    dictionary.W_enc.mul_(gain)
-    return from_dictionary(dictionary, f"random: {d_sae:,} random directions, top {k}, one fitted gain ({gain:.3g})")
+
+    def __init__(
+        self, cache: ActivationCache, hook: str, d_sae: int, ks: Collection[int], device: str | torch.device = "cpu",
+        *, seed: int = 0,
+    ) -> None:  # fmt: skip
+        d_in = cache.d_in(hook)
+        self.dictionary = TopK(d_in, d_sae, k=max(ks)).requires_grad_(False)
+        rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+        self.dictionary.W_dec.copy_(rows / rows.norm(dim=-1, keepdim=True))
+        self.dictionary.W_enc.copy_(self.dictionary.W_dec.T)
+        self.dictionary.b_dec.copy_(cache.statistics(hook).mean)
+        self.dictionary.to(device)
+        self._last: tuple[Tensor, Codes] | None = None
+        product, power = dict.fromkeys(ks, 0.0), dict.fromkeys(ks, 0.0)
+        for block in training_blocks(cache, hook, GAIN_TOKENS):
+            x = block.to(device)
+            target = double(x - self.dictionary.b_dec)
+            for k in ks:
+                y = double(self.dictionary.decode_sparse(self._codes(x, k)) - self.dictionary.b_dec)
+                product[k] += float((target * y).sum())
+                power[k] += float(y.square().sum())
+        self.gains = {k: product[k] / power[k] if power[k] > 0 else 1.0 for k in ks}
+
+    def reconstructor(self, k: int) -> Reconstructor:
+        """The one in which k features may fire, one of `ks`."""
+        gain, d_sae = self.gains[k], self.dictionary.d_sae
+
+        def reconstruct(x: Float[Tensor, "rows d_in"]) -> Reconstruction:
+            values, indices = self._codes(x, k)
+            codes = Codes(gain * values, indices)
+            return Reconstruction(self.dictionary.decode_sparse(codes), codes)
+
+        description = f"random: {d_sae:,} random directions, top {k}, one fitted gain ({gain:.3g})"
+        return Reconstructor(description, d_sae, reconstruct)
+
+    def _codes(self, x: Float[Tensor, "rows d_in"], k: int) -> Codes:
+        """The k strongest features without gain; of the same tensor as the last time, they are there already."""
+        if self._last is None or self._last[0] is not x:
+            self._last = x, self.dictionary.encode_sparse(x)
+        values, indices = self._last[1]
+        return Codes(values[:, :k], indices[:, :k])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,13 +103,17 @@ def _measure_batch(
     tokens = batch.tokens.to(language_model.device)
     eligible = batch.eligible.to(language_model.device)
 
-    def reconstructed_by(reconstructor: Reconstructor) -> Callable[[Tensor], Tensor]:
-        return lambda x: reconstructor(x.float().to(device)).x_hat
+    rows: list[Tensor] = []
+
+    def clean_pass(x: Tensor) -> Tensor:
+        """Changes nothing, and keeps the eligible activations, which are the same in every pass."""
+        rows.append(x[eligible].float().to(device))
+        return x
 
     constants: dict[str, Replacement] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
-    spliced = [reconstructed_by(reconstructor) for reconstructor in reconstructors.values()]
-    replacements = [_at(eligible, new) for new in (*constants.values(), *spliced)]
-    logits = language_model.replaced_logits(tokens, hook, [lambda x: x, *replacements])
+    made = [_reconstruction(reconstructor, rows) for reconstructor in reconstructors.values()]
+    replacements = [_at(eligible, new) for new in (*constants.values(), *made)]
+    logits = language_model.replaced_logits(tokens, hook, [clean_pass, *replacements])
     clean = list(_log_probabilities(next(logits), eligible))
     chances = [log_p.exp() for log_p in clean]
     next_tokens = [ids[1:][counted[:-1]] for ids, counted in zip(tokens, eligible, strict=True)]
@@ -126,7 +130,12 @@ def _measure_batch(
     return values
 
 
-def _at(eligible: Bool[Tensor, "context seq"], new: Callable[[Tensor], Tensor]) -> Replacement:
+def _reconstruction(reconstructor: Reconstructor, rows: list[Tensor]) -> Replacement:
+    """x̂ of the activations that the clean pass left in `rows`."""
+    return lambda _: reconstructor(rows[0]).x_hat
+
+
+def _at(eligible: Bool[Tensor, "context seq"], new: Replacement) -> Replacement:
     """Replace the activations of eligible positions, all others stay."""
 
     def replace(x: Float[Tensor, "context seq d_in"]) -> Float[Tensor, "context seq d_in"]:

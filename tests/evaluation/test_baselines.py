@@ -9,7 +9,7 @@ from evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
 from sae.activations.cache import eligible_rows
 from sae.architectures import TopK
 from sae.evaluation import evaluate
-from sae.evaluation.baselines import fit_pca, fit_random_dictionary
+from sae.evaluation.baselines import RandomDictionary, fit_pca
 from sae.evaluation.streams import training_blocks
 
 TRAIN = random_rows(700, 6, 12, seed=1)
@@ -46,7 +46,7 @@ def test_pca_on_training_tokens_has_the_residual_variance_of_the_eigenvalues(tmp
 
 def test_the_gain_of_the_random_dictionary_is_least_squares(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, HELD_OUT, TRAIN)
-    random = fit_random_dictionary(cache, HOOK, 64, 4)
+    random = RandomDictionary(cache, HOOK, 64, {4}).reconstructor(4)
     x = _train_x()
     x_hat = random(x.float()).x_hat.double()
     b = cache.statistics(HOOK).mean.double()
@@ -56,7 +56,7 @@ def test_the_gain_of_the_random_dictionary_is_least_squares(tmp_path: Path) -> N
     assert error < (x - b).square().sum()
     codes = random(x.float()).codes
     assert codes is not None and int((codes.values > 0).sum(-1).max()) <= 4
-    again = fit_random_dictionary(cache, HOOK, 64, 4)
+    again = RandomDictionary(cache, HOOK, 64, {2, 4, 9}).reconstructor(4)
     assert torch.equal(random(x.float()).x_hat, again(x.float()).x_hat)
 
 
