@@ -266,6 +266,7 @@ def evaluate_runs(runs: Sequence[Run]) -> list[Report]:
     Raises:
         SaeError: as `Run.cache` and `sae.evaluation.evaluate` do.
     """
+    models: dict[Hashable, LanguageModel] = {}
     groups: dict[Hashable, list[int]] = {}
     for number, run in enumerate(runs):
         config = run.config
@@ -274,17 +275,21 @@ def evaluate_runs(runs: Sequence[Run]) -> list[Report]:
         groups.setdefault(shared, []).append(number)
     reports: dict[int, Report] = {}
     for numbers in groups.values():
-        reports |= _evaluate_group({number: runs[number] for number in numbers})
+        first = runs[numbers[0]]
+        key = (first.config.model, first.device)
+        if key not in models:
+            models[key] = first.language_model
+        reports |= _evaluate_group({number: runs[number] for number in numbers}, models[key])
     return [reports[number] for number in range(len(runs))]
 
 
-def _evaluate_group(runs: dict[int, Run]) -> dict[int, Report]:
+def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict[int, Report]:
     first = next(iter(runs.values()))
     reports = evaluate_all(
         {str(number): run.dictionary() for number, run in runs.items()},
         first.cache(),
         hook=first.config.hook,
-        language_model=first.language_model,
+        language_model=language_model,
         settings=first.config.evaluation,
         device=first.device,
         progress=lambda stage, done, total: first.progress(f"evaluate: {stage}", done, total),

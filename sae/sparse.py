@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae.kernels import kernels_for
+from sae.kernels import back_end, kernels_for
 from sae.kernels.interface import Block, Gradient, Selection, Subset, Term
 from sae.kernels.pattern import Pattern
 
@@ -107,9 +107,8 @@ def select_topk(
         low: the encoder in bfloat16, to make the large product with.
     """
     centred = x - b_dec
-    kernels = kernels_for(x.device)
-    selection = kernels.select_topk(*_operands(centred, encoder, low), b_enc, k, subset)
-    return _exact(selection, centred, encoder, b_enc, low)
+    selection = kernels_for(x.device).select_topk(*_operands(centred, encoder, low), b_enc, k, subset)
+    return selection if low is None else _exact(selection, centred, encoder, b_enc, subset)
 
 
 @torch.no_grad()
@@ -124,9 +123,8 @@ def select_batch_topk(
 ) -> Selection:
     """The k · batch largest pre-activations of the whole batch, whatever their sign; arguments as of `select_topk`."""
     centred = x - b_dec
-    kernels = kernels_for(x.device)
-    selection = kernels.select_batch_topk(*_operands(centred, encoder, low), b_enc, k * len(x), subset)
-    return _exact(selection, centred, encoder, b_enc, low)
+    selection = kernels_for(x.device).select_batch_topk(*_operands(centred, encoder, low), b_enc, k * len(x), subset)
+    return selection if low is None else _exact(selection, centred, encoder, b_enc, subset)
 
 
 @torch.no_grad()
@@ -145,16 +143,22 @@ def _operands(x: Tensor, encoder: Tensor, low: Tensor | None) -> tuple[Tensor, T
     return (x, encoder) if low is None else (x.to(low.dtype), low)
 
 
-def _exact(selection: Selection, x: Tensor, encoder: Tensor, b_enc: Tensor, low: Tensor | None) -> Selection:
-    """Values that a CPU's bfloat16 product rounded, computed again at the places it selected.
+def _exact(selection: Selection, x: Tensor, encoder: Tensor, b_enc: Tensor, subset: Subset | None) -> Selection:
+    """Values that a product in bfloat16 rounded, computed again at the places it selected.
 
-    A GPU's product is summed and kept in float32; there nothing is to be done.
+    Triton's products are summed and kept in float32; there nothing is to be done.
     """
-    if low is None or x.device.type != "cpu":
+    kernels = kernels_for(x.device)
+    if kernels is not back_end("cpu"):
         return selection
     pattern = selection.pattern
-    values = kernels_for(x.device).value_gradients(pattern, x, encoder) + b_enc[pattern.features]
-    return selection._replace(values=values)
+    values = kernels.value_gradients(pattern, x, encoder) + b_enc[pattern.features]
+    if subset is None or selection.subset_places is None:
+        return selection._replace(values=values)
+    places = selection.subset_places
+    among = kernels.value_gradients(Pattern.from_indices(places, len(subset.features)), x, encoder[subset.features])
+    offsets = b_enc[subset.features] + subset.penalty
+    return selection._replace(values=values, subset_values=among.view_as(places) + offsets[places])
 
 
 class _Decode(torch.autograd.Function):
@@ -185,7 +189,7 @@ class _EncodeAt(torch.autograd.Function):
     ) -> Float[Tensor, " pairs"]:  # fmt: skip
         ctx.save_for_backward(x, b_dec, encoder)
         ctx.pattern, ctx.sink = pattern, sink
-        return pre_activations.clone()
+        return pre_activations.to(encoder.dtype, copy=True)
 
     @staticmethod
     @once_differentiable
@@ -193,9 +197,10 @@ class _EncodeAt(torch.autograd.Function):
         x, b_dec, encoder = ctx.saved_tensors
         pattern, kernels = ctx.pattern, kernels_for(gradient.device)
         gradient = gradient.contiguous()
-        of_b_enc = encoder.new_zeros(pattern.d_sae).index_add_(0, pattern.features, gradient)
+        biases = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        of_b_enc = kernels.column_sums(pattern, gradient) if biases else None
         of_x = kernels.decode(pattern, gradient, encoder) if ctx.needs_input_grad[0] else None
-        of_b_dec = -(of_b_enc @ encoder) if ctx.needs_input_grad[1] else None
+        of_b_dec = -(of_b_enc @ encoder) if of_b_enc is not None and ctx.needs_input_grad[1] else None
         of_encoder = None
         if ctx.needs_input_grad[2]:
             of_encoder = _matrix_gradient(Term(pattern, gradient, x - b_dec), ctx.sink, True)

@@ -97,3 +97,26 @@ def test_a_bfloat16_product_selects_and_float32_values_come_back(rule: str) -> N
     torch.testing.assert_close(rounded.values, pre[rounded.pattern.rows, rounded.pattern.features])
     same = rounded.pattern.dense(torch.ones(400)) * exact.pattern.dense(torch.ones(400))
     assert 0.95 < float(same.sum()) / 400 <= 1, "bfloat16 chooses other features than float32, beyond its rounding"
+
+
+def test_a_bfloat16_product_leaves_no_rounding_in_the_second_selection() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, encoder = torch.randn(50, 32, generator=generator), torch.randn(640, 32, generator=generator)
+    b_enc, b_dec, low = torch.randn(640, generator=generator), torch.randn(32, generator=generator), encoder.bfloat16()
+    features = torch.arange(0, 640, 7)
+    penalty = torch.zeros(92).masked_fill(torch.arange(92) % 5 == 0, -torch.inf)
+    selection = select_topk(x, b_dec, encoder, b_enc, 8, Subset(features, penalty, 3), low)
+    assert selection.subset_values is not None and selection.subset_places is not None
+    pre = ((x - b_dec) @ encoder[features].T + b_enc[features] + penalty).gather(1, selection.subset_places)
+    torch.testing.assert_close(selection.subset_values, pre, rtol=1e-5, atol=1e-5)
+
+
+def test_codes_have_the_number_type_of_the_encoder() -> None:
+    """Whatever type the product was summed in."""
+    encoder = torch.randn(6, 3).half().requires_grad_()
+    x, b_enc, b_dec = torch.randn(2, 3).half(), torch.zeros(6).half(), torch.zeros(3).half()
+    selection = Selection(Pattern.from_indices(torch.tensor([[0], [4]]), 6), torch.tensor([1.5, 2.5]))
+    values = encode_at(x, b_dec, encoder, b_enc, selection)
+    assert values.dtype is torch.float16
+    values.sum().backward()
+    assert encoder.grad is not None and encoder.grad.dtype is torch.float16

@@ -1,6 +1,6 @@
 """The back end for a CPU, out of PyTorch's own operators: it runs on any device, and is made for caches and cores.
 
-The encoder's product is made a few hundred rows at a time in one buffer and selected from while it is in the cache, so
+The encoder's product is made some rows at a time in one buffer of `CHUNK_NUMBERS`, which the next rows overwrite, so
 that `[batch, d_sae]` never exists. Gradients are made, used and dropped a block of features at a time.
 """
 
@@ -22,6 +22,7 @@ from sae.kernels.products import product
 
 CHUNK_NUMBERS = 1 << 25
 GROUP_SIZES = (64, 32)
+BATCH_GROUP_SIZES = (64, 32, 16, 8)
 BLOCK_FEATURES = 512
 SURPLUS = 1.25
 """Entries that a chunk gives to the batch's selection, over its share."""
@@ -64,13 +65,14 @@ def select_batch_topk(
     for rows, pre in _chunks(x, encoder, bias):
         guess = _guess(pre, int(SURPLUS * count * len(pre) / len(x)) + 1)
         guesses.append((rows, guess))
-        found.append(_find(pre, rows.start, guess, torch.ge))
+        found.append(_find(pre, rows.start, guess, _reaches))
         picked.add(rows, pre)
-    bound = float(torch.cat([part.values for part in found]).topk(count, sorted=False).values.min())
+    largest_found = torch.cat([part.values for part in found]).topk(count, sorted=False).values
+    bound = float(largest_found.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).min())
     for number, (rows, guess) in enumerate(guesses):
         if guess > bound:
             for _, pre in _chunks(x[rows], encoder, bias):
-                found[number] = _find(pre, rows.start, bound, torch.ge)
+                found[number] = _find(pre, rows.start, bound, _reaches)
     return _selection(found, len(x), len(encoder), picked, count)
 
 
@@ -111,6 +113,10 @@ def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
         return product(term.pattern.dense(term.coefficients).T, term.rows.T)
     _, rows, offsets = term.pattern.by_feature
     return _bags(rows, offsets, _sorted_coefficients(term), term.rows)
+
+
+def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
+    return values.new_zeros(pattern.d_sae).index_add_(0, pattern.features, values)
 
 
 def adam_(
@@ -195,22 +201,31 @@ class _Found(NamedTuple):
 def _find(pre: Float[Tensor, "rows d_sae"], first_row: int, bound: float | Tensor, compare: Compare) -> _Found:
     """Entries that compare with the bound, one for all or one a feature; groups without any are passed over."""
     n = pre.shape[1]
-    size = GROUP_SIZES[0] if n % GROUP_SIZES[0] == 0 else 1
+    size = next((size for size in BATCH_GROUP_SIZES if n % size == 0), 1)
     bounds = bound.view(-1, size) if isinstance(bound, Tensor) else pre.new_full((1, 1), bound)
     maxima = pre.unflatten(-1, (-1, size)).amax(-1)
-    worth = compare(maxima, bounds.amin(-1)).flatten().nonzero().flatten()
+    worth = (compare(maxima, bounds.amin(-1)) | maxima.isnan()).flatten().nonzero().flatten()
     candidates = pre.view(-1, size)[worth]
     group, lane = compare(candidates, bounds[worth % len(bounds)]).nonzero(as_tuple=True)
     flat = worth[group] * size + lane
     return _Found(first_row + flat // n, flat % n, candidates[group, lane])
 
 
+def _reaches(values: Tensor, bound: Tensor) -> Bool[Tensor, "*shape"]:
+    """values ≥ bound, where a NaN exceeds everything, so that it comes out and is seen."""
+    return (values >= bound) | values.isnan()
+
+
 def _guess(pre: Float[Tensor, "rows d_sae"], count: int) -> float:
-    """A number that at least `count` entries reach, and not many more: the count-th largest of the groups' maxima."""
-    size = GROUP_SIZES[0]
-    if pre.shape[1] % size or 2 * count * size > pre.numel():
-        return -torch.inf
-    return float(pre.view(-1, size).amax(-1).topk(count, sorted=False).values.min())
+    """A number that at least `count` entries reach, and not many more: the count-th largest of the groups' maxima.
+
+    Where there are no groups, or not twice as many as `count`, it is the count-th largest entry itself.
+    """
+    n, numbers = pre.shape[1], pre.numel()
+    size = next((size for size in BATCH_GROUP_SIZES if n % size == 0 and 2 * count * size <= numbers), 1)
+    maxima = pre.view(-1, size).amax(-1) if size > 1 else pre.flatten()
+    largest_maxima = maxima.topk(min(count, len(maxima)), sorted=False).values
+    return float(largest_maxima.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).min())
 
 
 def _selection(
@@ -276,7 +291,7 @@ def _bags(
 def _adam_block(weight: Tensor, gradient: Tensor, moments: Moments, block: slice, step: AdamStep) -> None:
     adam(
         [weight], [gradient], [moments.first[block]], [moments.second[block]], [],
-        [torch.tensor(float(step.number - 1))],
+        [torch.full((), float(step.number - 1), device=weight.device)],
         fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
         lr=step.lr, beta1=step.beta1, beta2=step.beta2, eps=step.eps,
     )  # fmt: skip

@@ -102,8 +102,8 @@ class Moments:
 class Kernels(Protocol):
     """A back end. Matrices are by feature: `encoder[j]` reads feature j, `decoder[j]` writes it; both `[d_sae, d_in]`.
 
-    Nothing here takes part in autograd: `sae.sparse` does, with these. Where a tensor is on a GPU, nothing waits for it
-    but `select_above`, whose result has a size that only the data decides.
+    Nothing here takes part in autograd: `sae.sparse` does, with these. On a GPU with Triton nothing waits for the
+    device but `select_above`, whose result has a size that only the data decides, and `adam_` of rows above 8,192.
     """
 
     def select_topk(
@@ -152,6 +152,10 @@ class Kernels(Protocol):
 
     def feature_sums(self, term: Term) -> Float[Tensor, "d_sae d_in"]:
         """The matrix that a term stands for."""
+        ...
+
+    def column_sums(self, pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
+        """Feature j: Σ of the values of its pairs, always in the same order."""
         ...
 
     def adam_(

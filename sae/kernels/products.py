@@ -86,10 +86,15 @@ def _openblas_beats_mkl() -> bool:
 
 @cache
 def _openblas() -> Any:
-    """Control over the threads of the OpenBLAS that NumPy brings along."""
+    """Control over the threads of the OpenBLAS that NumPy's wheel brings along, whatever else has been loaded."""
     from threadpoolctl import ThreadpoolController
 
-    return ThreadpoolController().select(internal_api="openblas")
+    home = Path(np.__file__).parents[1] / "numpy.libs"
+    libraries = ThreadpoolController().select(internal_api="openblas")
+    paths = [library["filepath"] for library in libraries.info()]
+    return libraries.select(
+        filepath=[path for path in paths if home.samefile(Path(path).parent)] if home.is_dir() else []
+    )
 
 
 @cache

@@ -79,6 +79,10 @@ def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
     return term.pattern.dense(term.coefficients).T @ term.rows
 
 
+def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
+    return pattern.dense(values).sum(0)
+
+
 def adam_(
     weight: Float[Tensor, "d_sae d_in"],
     moments: Moments,

@@ -123,6 +123,33 @@ def test_products_with_sparse_codes(kernels, density: float) -> None:
     torch.testing.assert_close(ours.feature_sums(term), REFERENCE.feature_sums(term), **close)
 
 
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.6])
+def test_sums_of_columns(kernels, density: float) -> None:
+    ours, dtype, tolerance = kernels
+    pattern, values = ragged(dtype, density)
+    torch.testing.assert_close(
+        ours.column_sums(pattern, values), REFERENCE.column_sums(pattern, values), rtol=tolerance, atol=100 * tolerance
+    )
+
+
+@pytest.mark.parametrize(("name", "rows"), [("groups of columns", 1), ("ordinary", 5), ("ordinary", 9)])
+def test_not_a_number_is_selected_first(kernels, name: str, rows: int) -> None:
+    """So that training that diverges is seen to."""
+    ours, dtype, _ = kernels
+    case = CASES[name].to(dtype)
+    x = case.x.clone()
+    x[:rows, 0] = torch.nan
+    for selection in (
+        ours.select_topk(x, case.encoder, case.bias, case.k),
+        ours.select_batch_topk(x, case.encoder, case.bias, case.k * len(x)),
+    ):
+        assert selection.values.isnan().any()
+        assert len(selection.values) == case.k * len(x)
+        assert int(selection.pattern.features.max()) < len(case.bias)
+    finite = ours.select_above(x, case.encoder, case.bias, torch.full_like(case.bias, -1e4))
+    assert sorted(set(finite.pattern.rows.tolist())) == list(range(min(rows, len(x)), len(x)))
+
+
 def test_a_feature_that_stands_twice_in_a_row_counts_twice(kernels) -> None:
     ours, dtype, _ = kernels
     pattern = Pattern.from_indices(torch.tensor([[2, 2], [0, 2]]), 3)

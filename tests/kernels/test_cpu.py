@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -69,3 +71,9 @@ def test_numpy_s_product_is_torch_s(monkeypatch: pytest.MonkeyPatch, transposed:
     torch.testing.assert_close(products.product(x, encoder).double(), expected, rtol=1e-4, atol=1e-3)
     by_column = x.T.contiguous().T
     torch.testing.assert_close(products.product(by_column, encoder).double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_openblas_that_multiplies_is_numpy_s_own() -> None:
+    """Another library's copy, loaded earlier or later, must not decide how a product is made."""
+    for library in products._openblas().info():
+        assert Path(library["filepath"]).parent.name == "numpy.libs"

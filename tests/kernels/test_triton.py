@@ -84,7 +84,7 @@ def test_the_batch_s_selection_is_exact_whether_its_guess_hits_or_misses(
     case = some()
     if unequal:
         case.x[3] *= 100
-    assert math.ceil(batch.ROOM * 45) + 1024 < 9 * 160, "everything would fit, so no guess could be too low"
+    assert batch.plan(9, 160, 45).capacity < 9 * 160, "everything would fit, so no guess could be too low"
     if guess is not None:
         monkeypatch.setattr(batch, "_guess", lambda *_: torch.tensor(guess))
     selection = select_batch_topk(case.x, case.encoder, case.bias, 45)
@@ -92,6 +92,35 @@ def test_the_batch_s_selection_is_exact_whether_its_guess_hits_or_misses(
     expected = REFERENCE.select_batch_topk(case.x, case.encoder, case.bias, 45)
     torch.testing.assert_close(selection.values.sort().values, expected.values.sort().values)
     assert selection.pattern.rows.tolist() == sorted(selection.pattern.rows.tolist())
+
+
+@pytest.mark.parametrize(
+    ("rows", "d_sae", "k"), [(512, 4096, 8), (64, 24576, 32), (512, 24576, 32), (1024, 131072, 32)]
+)
+def test_the_batch_s_guess_misses_as_seldom_as_promised(rows: int, d_sae: int, k: int) -> None:
+    """Both tails, by the binomial of another library."""
+    count = k * rows
+    scheme = batch.plan(rows, d_sae, count)
+    assert scheme.capacity < rows * d_sae / 4
+
+    def below(n: int, limit: int) -> float:
+        law = torch.distributions.Binomial(n, torch.tensor(scheme.sampled / d_sae, dtype=torch.float64))
+        return float(law.log_prob(torch.arange(limit, dtype=torch.float64)).exp().sum())
+
+    assert 1 - below(count - 1, scheme.rank) < batch.MISS, "too few candidates too often"
+    assert below(scheme.capacity, scheme.rank) < batch.MISS, "too many candidates too often"
+    assert 1 - below(count - 1, scheme.rank - 1) >= batch.MISS, "a lower rank would do"
+
+
+def test_ties_beyond_the_room_never_take_the_place_of_larger_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four numbers are positive, in the last tile; all others are equal, and far more than there is room for."""
+    monkeypatch.setattr(batch, "plan", lambda *_: batch.Plan(64, 3, 40))
+    x, encoder = torch.zeros(8, 4), torch.zeros(512, 4)
+    x[4:, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    encoder[511, 0] = 1.0
+    selection = select_batch_topk(x, encoder, torch.zeros(512), 8)
+    assert selection.values.sort().values.tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
+    check_selection(selection, Case(x, encoder, torch.zeros(512), 1), 1e-6)
 
 
 @pytest.mark.parametrize("select", [select_topk, select_batch_topk])
@@ -121,13 +150,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sae.kernels.triton import batch, codes, topk, update
 
-SIZES = {"BLOCK_B": 128, "BLOCK_F": 256, "BLOCK_D": 64, "PRECISION": "ieee"}
+SIZES = {"BLOCK_B": 128, "BLOCK_F": 128, "BLOCK_D": 64, "PRECISION": "ieee"}
 FLOATS = "lr beta1 beta2 eps correction1 correction2".split()
 POINTERS = {
-    "counts": "*i32", "features": "*i64", "offsets": "*i64", "order": "*i64", "places": "*i64", "total": "*i32",
+    "counts": "*i32", "features": "*i64", "offsets": "*i64", "order": "*i64", "places": "*i64", "totals": "*i64",
     "skip": "*i32", "prefix": "*i64", "slots": "*i32", "copy": "*bf16", "chosen_features": "*i64",
 }
-NUMBERS = "batch d_sae d_in capacity k columns rank shift".split()
+MOST = dict(TERMS=2, DENSE=True, SLOTS=True, COPY=True, UNIT=True)
+LEAST = dict(TERMS=1, DENSE=False, SLOTS=False, COPY=False, UNIT=False)
+NUMBERS = "batch d_sae d_in ties_from capacity k columns rank shift".split()
 
 
 def signature(kernel, constants, operand, changes):
@@ -153,18 +184,19 @@ JOBS = [
     (topk._guess_kernel, {"BLOCK": 1024}, {}, 4),
     (topk._select_kernel, {"BLOCK": 1024}, {"features": "*i32"}, 4),
     (topk._exact_row_kernel, {"BLOCK_F": 64, "BLOCK_D": 64}, {}, 4),
-    (codes._weighted_sum_kernel, {"ORDERED": True, "BLOCK": 1024}, {}, 4),
-    (codes._weighted_sum_kernel, {"ORDERED": False, "BLOCK": 1024}, {}, 4),
+    (codes._weighted_sum_kernel, {"ORDERED": True, "BLOCK": 1024, "AT_ONCE": 4}, {}, 4),
+    (codes._weighted_sum_kernel, {"ORDERED": False, "BLOCK": 1024, "AT_ONCE": 4}, {}, 4),
     (codes._dots_kernel, {"BLOCK": 1024, "BLOCKS": 1}, {}, 4),
     (codes._dots_kernel, {"BLOCK": 1024, "BLOCKS": 4}, {}, 4),
-    (update._adam_kernel, dict(TERMS=2, DENSE=True, SLOTS=True, COPY=True, UNIT=True, BLOCK=1024), {}, 4),
-    (update._adam_kernel, dict(TERMS=1, DENSE=False, SLOTS=False, COPY=False, UNIT=False, BLOCK=8192), {}, 8),
+    (update._adam_kernel, dict(MOST, BLOCK=1024, AT_ONCE=4), {}, 4),
+    (update._adam_kernel, dict(LEAST, BLOCK=8192, AT_ONCE=4), {}, 8),
 ]
 JOBS += [
     (topk._candidates_kernel, SIZES, {"features": "*i32"}, 8),
-    (batch._append_kernel, {**SIZES, "PER_FEATURE": True, "STRICT": True}, {}, 8),
-    (batch._append_kernel, {**SIZES, "PER_FEATURE": False, "STRICT": False}, {}, 8),
-    (batch._histogram_kernel, {**SIZES, **batch.HISTOGRAM_TILE}, {}, 8),
+    (batch._append_kernel, {**SIZES, "PER_FEATURE": True, "STRICT": True, "TIES_APART": False}, {}, 8),
+    (batch._append_kernel, {**SIZES, "PER_FEATURE": False, "STRICT": False, "TIES_APART": False}, {}, 8),
+    (batch._append_kernel, {**SIZES, "PER_FEATURE": False, "STRICT": False, "TIES_APART": True}, {}, 8),
+    (batch._histogram_kernel, {**SIZES, **batch.HISTOGRAM_TILE}, {"counts": "*i64"}, 8),
 ]
 room = {80: 163 * 1024, 90: 227 * 1024}
 for capability, most in room.items():
@@ -187,4 +219,4 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path) -> None:
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 13 + 2
+    assert len(done.stdout.splitlines()) == 14 + 2

@@ -36,6 +36,30 @@ def test_the_gpu_s_loss_curve_is_the_cpu_s(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_bfloat16_products_follow_the_float32_curve(architecture: str) -> None:
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    curves: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    for products, curve in curves.items():
+        settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, products=products)  # type: ignore[arg-type]
+
+        def note(done: int, of: int, metrics: dict[str, float | int], curve: list[float] = curve) -> None:
+            curve.append(float(metrics["mse"]))
+
+        train(IterableSource(batches(10)), shape, settings, device="cuda", progress=note)
+    assert curves["bfloat16"] != curves["float32"]
+    assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_training_twice_gives_the_same_weights(architecture: str) -> None:
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    settings = TrainConfig(tokens=30 * BATCH, batch_size=BATCH, dead_after_tokens=2 * BATCH)
+    first, second = (train(IterableSource(batches(10)), shape, settings, device="cuda") for _ in range(2))
+    for (name, ours), theirs in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
 def test_a_step_does_not_wait_for_the_device(architecture: str) -> None:
     """With dead features, so that AuxK takes part; between two refreshes of the firing record."""
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]

@@ -8,20 +8,22 @@ the pairs in which it fires, projects, steps, renormalises and writes the weight
 
 Bytes a step moves at least, in float32: 24 · 2 · d_in · d_sae for Adam, and 4 · d_in for each of the batch · k pairs
 four times (decode, gradient of the codes, both matrices), most of these from the cache. `[batch, d_sae]` is never
-written. Nothing waits for the device but `select_above`.
+written. Nothing waits for the device but `select_above`. Nothing is added up by atomics, so sums repeat bit for bit.
 """
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.interface import Selection, Subset
+from sae.kernels.interface import AdamStep, Gradient, Moments, Selection, Subset, Term
 from sae.kernels.pattern import Pattern
+from sae.kernels.triton import codes, update
 from sae.kernels.triton.batch import above, largest_of_batch
-from sae.kernels.triton.codes import decode, feature_sums, value_gradients
 from sae.kernels.triton.topk import largest_of_rows
-from sae.kernels.triton.update import adam_
+
+# Triton launches on the current device, which need not be the tensors': hence `device_of` in every function.
 
 
 def select_topk(
@@ -32,9 +34,10 @@ def select_topk(
     subset: Subset | None = None,
 ) -> Selection:
     x, encoder = x.contiguous(), encoder.contiguous()
-    values, features = largest_of_rows(x, encoder, bias, k)
-    pattern = Pattern.from_indices(features, len(encoder))
-    return Selection(pattern, values.flatten(), *_in_subset(x, encoder, bias, subset))
+    with torch.cuda.device_of(x):
+        values, features = largest_of_rows(x, encoder, bias, k)
+        pattern = Pattern.from_indices(features, len(encoder))
+        return Selection(pattern, values.flatten(), *_in_subset(x, encoder, bias, subset))
 
 
 def select_batch_topk(
@@ -45,8 +48,9 @@ def select_batch_topk(
     subset: Subset | None = None,
 ) -> Selection:
     x, encoder = x.contiguous(), encoder.contiguous()
-    pattern, values = largest_of_batch(x, encoder, bias, count)
-    return Selection(pattern, values, *_in_subset(x, encoder, bias, subset))
+    with torch.cuda.device_of(x):
+        pattern, values = largest_of_batch(x, encoder, bias, count)
+        return Selection(pattern, values, *_in_subset(x, encoder, bias, subset))
 
 
 def select_above(
@@ -55,7 +59,43 @@ def select_above(
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
 ) -> Selection:
-    return Selection(*above(x.contiguous(), encoder.contiguous(), bias, threshold))
+    with torch.cuda.device_of(x):
+        return Selection(*above(x.contiguous(), encoder.contiguous(), bias, threshold))
+
+
+def decode(
+    pattern: Pattern, values: Float[Tensor, " pairs"], decoder: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, "batch d_in"]:
+    with torch.cuda.device_of(values):
+        return codes.decode(pattern, values, decoder.contiguous())
+
+
+def value_gradients(
+    pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, " pairs"]:
+    with torch.cuda.device_of(gradient):
+        return codes.value_gradients(pattern, gradient.contiguous(), decoder.contiguous())
+
+
+def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
+    with torch.cuda.device_of(term.rows):
+        return codes.feature_sums(term)
+
+
+def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
+    with torch.cuda.device_of(values):
+        return codes.column_sums(pattern, values)
+
+
+def adam_(
+    weight: Float[Tensor, "d_sae d_in"],
+    moments: Moments,
+    gradient: Gradient,
+    step: AdamStep,
+    copy: Float[Tensor, "d_sae d_in"] | None = None,
+) -> None:
+    with torch.cuda.device_of(weight):
+        update.adam_(weight, moments, gradient, step, copy)
 
 
 def _in_subset(
@@ -66,14 +106,3 @@ def _in_subset(
         return None, None
     rows, features = encoder[subset.features], bias[subset.features] + subset.penalty
     return largest_of_rows(x, rows, features, subset.k)
-
-
-__all__ = [
-    "adam_",
-    "decode",
-    "feature_sums",
-    "select_above",
-    "select_batch_topk",
-    "select_topk",
-    "value_gradients",
-]

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -13,47 +15,103 @@ from torch import Tensor
 
 from sae.kernels.pattern import Pattern
 from sae.kernels.triton.codes import value_gradients
-from sae.kernels.triton.tiles import ordered, precision, product_tile, tile_sizes, tiles
+from sae.kernels.triton.tiles import (
+    MISS,
+    binomial_below,
+    claim,
+    ordered,
+    precision,
+    product_tile,
+    tile_sizes,
+    tiles,
+)
 
 SAMPLED = 64
 """Features that the guess looks at in every row."""
 
-ROOM = 2.0
-"""Room for candidates, over the number selected."""
-
-SIGMAS = 6.0
+PROGRAMS = 1024
+"""Programs that share the tiles of a pass which most often has nothing to do: so few cost next to nothing."""
 
 HISTOGRAM_TILE = {"BLOCK_B": 32, "BLOCK_F": 64}
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the batch's candidates are found.
+
+    Attributes:
+        sampled: features in the sample, of every row.
+        rank: the guess is the rank-th largest number of the sample.
+        capacity: candidates there is room for.
+    """
+
+    sampled: int
+    rank: int
+    capacity: int
+
+
+@cache
+def plan(batch: int, d_sae: int, count: int) -> Plan:
+    """The guess gives `count` candidates and no more than there is room for, each but for a chance of `MISS`.
+
+    If which features are in the sample has nothing to do with the values there, Bin(count − 1, share) of the largest
+    numbers but one are in it; fewer than `count` numbers reach the guess only if that is `rank` or more. More than
+    `capacity` do only if Bin(capacity, share) is below `rank`.
+    """
+    sampled = min(SAMPLED, d_sae)
+    share, numbers = sampled / d_sae, batch * d_sae
+
+    def first(low: int, high: int, holds: Callable[[int], bool]) -> int:
+        """The smallest number from low to high for which it holds; all after it do too."""
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle + 1, high)
+        return low
+
+    rank = first(1, batch * sampled, lambda r: 1 - binomial_below(count - 1, share, r) < MISS)
+    capacity = first(count, numbers, lambda n: binomial_below(n, share, rank) < MISS)
+    return Plan(sampled, rank, min(capacity + 1024, numbers))
+
+
 @triton.jit
 def _append_kernel(
-    x, encoder, bias, bound, skip, total, values, places, batch, d_sae, d_in, capacity,
-    PER_FEATURE: tl.constexpr, STRICT: tl.constexpr,
+    x, encoder, bias, bound, skip, totals, values, places, batch, d_sae, d_in, ties_from, capacity,
+    PER_FEATURE: tl.constexpr, STRICT: tl.constexpr, TIES_APART: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Append each number that reaches the bound, and its place row · d_sae + feature; count also those without room."""
+    """Append each number that reaches the bound, and its place row · d_sae + feature; count also those without room.
+
+    TIES_APART: numbers equal to the bound fill the room from the end, down to `ties_from` places from the start, so
+    that however many there are they never take the place of a larger one.
+    """
     if tl.load(skip) == 0:
         row_blocks = tl.cdiv(batch, BLOCK_B)
-        rows = (tl.program_id(0) % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
-        columns = (tl.program_id(0) // row_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
-        pre = product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D, PRECISION)
-        inside = (columns < d_sae)[None, :] & (rows < batch)[:, None]
-        if PER_FEATURE:
-            least = tl.load(bound + columns, mask=columns < d_sae, other=float("inf"))[None, :]
-        else:
-            least = tl.load(bound) + tl.zeros((1, BLOCK_F), tl.float32)
-        if STRICT:  # noqa: SIM108  the compiler wants one of them gone
-            chosen = (pre > least) & inside
-        else:
-            chosen = (ordered(pre) >= ordered(least)) & inside
-        number = chosen.to(tl.int32)
-        of_rows = tl.sum(number, 1)
-        before = tl.atomic_add(total, tl.sum(of_rows, 0))
-        place = before + (tl.cumsum(of_rows, 0) - of_rows)[:, None] + tl.cumsum(number, 1) - 1
-        chosen = chosen & (place < capacity)
-        tl.store(values + place, pre, mask=chosen)
-        tl.store(places + place, rows.to(tl.int64)[:, None] * d_sae + columns[None, :], mask=chosen)
+        for tile in range(tl.program_id(0), row_blocks * tl.cdiv(d_sae, BLOCK_F), tl.num_programs(0)):
+            rows = (tile % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
+            columns = (tile // row_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
+            pre = product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D, PRECISION)
+            inside = (columns < d_sae)[None, :] & (rows < batch)[:, None]
+            if PER_FEATURE:
+                least = tl.load(bound + columns, mask=columns < d_sae, other=float("inf"))[None, :]
+            else:
+                least = tl.load(bound) + tl.zeros((1, BLOCK_F), tl.float32)
+            if STRICT:
+                chosen = (pre > least) & inside
+            elif TIES_APART:
+                chosen = (ordered(pre) > ordered(least)) & inside
+            else:
+                chosen = (ordered(pre) >= ordered(least)) & inside
+            flat = rows.to(tl.int64)[:, None] * d_sae + columns[None, :]
+            at = claim(totals, chosen)
+            kept = chosen & (at < capacity)
+            tl.store(values + at, pre, mask=kept)
+            tl.store(places + at, flat, mask=kept)
+            if TIES_APART:
+                tied = (ordered(pre) == ordered(least)) & inside
+                at = capacity - 1 - claim(totals + 1, tied)
+                kept = tied & (at >= ties_from)
+                tl.store(values + at, pre, mask=kept)
+                tl.store(places + at, flat, mask=kept)
 
 
 @triton.jit
@@ -64,26 +122,31 @@ def _histogram_kernel(
     """Count numbers, as ordered integers from 0 on, that have the prefix, by the byte at `shift` that follows it."""
     if tl.load(skip) == 0:
         row_blocks = tl.cdiv(batch, BLOCK_B)
-        rows = (tl.program_id(0) % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
-        columns = (tl.program_id(0) // row_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
-        pre = product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D, PRECISION)
-        key = ordered(pre).to(tl.int64) + 2147483648
-        inside = (columns < d_sae)[None, :] & (rows < batch)[:, None]
-        inside = inside & ((key >> (shift + 8)) == tl.load(prefix))
-        byte = ((key >> shift) & 255).to(tl.int32)
-        tl.atomic_add(counts + byte, inside.to(tl.int32), mask=inside)
+        for tile in range(tl.program_id(0), row_blocks * tl.cdiv(d_sae, BLOCK_F), tl.num_programs(0)):
+            rows = (tile % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
+            columns = (tile // row_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
+            pre = product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D, PRECISION)
+            key = ordered(pre).to(tl.int64) + 2147483648
+            inside = (columns < d_sae)[None, :] & (rows < batch)[:, None]
+            inside = inside & ((key >> (shift + 8)) == tl.load(prefix))
+            byte = ((key >> shift) & 255).to(tl.int32)
+            tl.atomic_add(counts + byte, inside.to(tl.int64), mask=inside)
 
 
 def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tuple[Pattern, Tensor]:
-    """The `count` largest numbers of x · encoderᵀ + bias, of equal ones those that come first."""
+    """The `count` largest numbers of x · encoderᵀ + bias, of equal ones those that come first.
+
+    (Where the guess misses and more numbers equal the smallest than there is room for, some of them.)
+    """
     d_sae, device = len(encoder), x.device
-    capacity = min(math.ceil(ROOM * count) + 1024, len(x) * d_sae)
-    found = _Found(x, encoder, bias, capacity)
-    found.append(_guess(x, encoder, bias, count))
-    hit = (found.total >= count) & (found.total <= capacity)
-    bound = _exact_bound(x, encoder, bias, count, hit.to(torch.int32))
+    scheme = plan(len(x), d_sae, count)
+    found = _Found(x, encoder, bias, scheme.capacity)
+    found.append(_guess(x, encoder, bias, scheme))
+    hit = (found.totals[0] >= count) & (found.totals[0] <= scheme.capacity)
+    skip = hit.to(torch.int32)
+    bound = _exact_bound(x, encoder, bias, count, skip)
     found.keep_if(hit)
-    found.append(bound, skip=hit.to(torch.int32))
+    found.append_apart(bound, count, skip)
     values, places = found.in_order()
     least = values.sort(descending=True).values[count - 1]
     above, equal = values > least, values == least
@@ -101,7 +164,7 @@ def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> tuple[
     d_sae = len(encoder)
     counted = _Found(x, encoder, bias, 0)
     counted.append(threshold.float().contiguous(), strict=True)
-    found = _Found(x, encoder, bias, int(counted.total))
+    found = _Found(x, encoder, bias, int(counted.totals[0]))
     found.append(threshold.float().contiguous(), strict=True)
     values, places = found.in_order()
     starts = torch.arange(len(x) + 1, device=x.device) * d_sae
@@ -114,24 +177,25 @@ class _Found:
     def __init__(self, x: Tensor, encoder: Tensor, bias: Tensor, capacity: int) -> None:
         self.operands, self.capacity = (x, encoder, bias), capacity
         self.nowhere = len(x) * len(encoder)
-        self.total = torch.zeros((), dtype=torch.int32, device=x.device)
+        self.totals = torch.zeros(2, dtype=torch.int64, device=x.device)
         self.values = torch.full((max(capacity, 1),), -torch.inf, device=x.device)
         self.places = torch.full((max(capacity, 1),), self.nowhere, dtype=torch.int64, device=x.device)
 
-    def append(self, bound: Tensor, *, strict: bool = False, skip: Tensor | None = None) -> None:
-        """Add what reaches (`strict`: exceeds) the bound, one for all or one a feature; nothing where `skip` is 1."""
-        x, encoder, bias = self.operands
-        sizes = tile_sizes(x)
-        skip = torch.zeros((), dtype=torch.int32, device=x.device) if skip is None else skip
-        _append_kernel[tiles(len(x), len(encoder), sizes)](
-            x, encoder, bias, bound, skip, self.total, self.values, self.places,
-            len(x), len(encoder), x.shape[1], self.capacity,
-            PER_FEATURE=bound.ndim == 1, STRICT=strict, PRECISION=precision(), **sizes,
-        )  # fmt: skip
+    def append(self, bound: Tensor, *, strict: bool = False) -> None:
+        """Add what reaches (`strict`: exceeds) the bound, one for all or one a feature."""
+        x, encoder, _ = self.operands
+        self._launch(tiles(len(x), len(encoder), tile_sizes(x)), bound, None, 0, strict=strict, ties_apart=False)
+
+    def append_apart(self, bound: Tensor, count: int, skip: Tensor) -> None:
+        """Add what exceeds the bound, fewer than `count`, and what equals it where there is room; nothing if `skip`."""
+        x, encoder, _ = self.operands
+        self._launch(
+            _few(tiles(len(x), len(encoder), tile_sizes(x))), bound, skip, count, strict=False, ties_apart=True
+        )
 
     def keep_if(self, hit: Tensor) -> None:
         """Drop everything unless `hit`."""
-        self.total.mul_(hit)
+        self.totals.mul_(hit)
         self.values.masked_fill_(~hit, -torch.inf)
         self.places.masked_fill_(~hit, self.nowhere)
 
@@ -140,17 +204,29 @@ class _Found:
         places, order = self.places[: self.capacity].sort()
         return self.values[: self.capacity][order], places
 
+    def _launch(
+        self, grid: tuple[int], bound: Tensor, skip: Tensor | None, ties_from: int, *, strict: bool, ties_apart: bool
+    ) -> None:
+        x, encoder, bias = self.operands
+        skip = torch.zeros((), dtype=torch.int32, device=x.device) if skip is None else skip
+        _append_kernel[grid](
+            x, encoder, bias, bound, skip, self.totals, self.values, self.places,
+            len(x), len(encoder), x.shape[1], ties_from, self.capacity,
+            PER_FEATURE=bound.ndim == 1, STRICT=strict, TIES_APART=ties_apart, PRECISION=precision(), **tile_sizes(x),
+        )  # fmt: skip
 
-def _guess(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> Tensor:
-    """A bound that `count` numbers most likely reach, and not twice as many, from some features in every row."""
-    d_sae = len(encoder)
-    sampled = min(SAMPLED, d_sae)
+
+def _few(grid: tuple[int]) -> tuple[int]:
+    return (min(grid[0], PROGRAMS),)
+
+
+def _guess(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
+    """A bound that the largest numbers most likely reach, and not many more, from some features in every row."""
+    d_sae, sampled = len(encoder), scheme.sampled
     rows, lanes = torch.arange(len(x), device=x.device)[:, None], torch.arange(sampled, device=x.device)[None, :]
     pattern = Pattern.from_indices((lanes * (d_sae // sampled) + rows * 7919) % d_sae, d_sae)
     values = value_gradients(pattern, x, encoder).float() + bias[pattern.features]
-    expected = count * sampled / d_sae
-    rank = min(math.ceil(expected + SIGMAS * math.sqrt(expected) + 8), len(values))
-    return values.topk(rank, sorted=False).values.min()
+    return values.topk(scheme.rank, sorted=False).values.min()
 
 
 def _exact_bound(x: Tensor, encoder: Tensor, bias: Tensor, count: int, skip: Tensor) -> Tensor:
@@ -162,14 +238,14 @@ def _exact_bound(x: Tensor, encoder: Tensor, bias: Tensor, count: int, skip: Ten
     prefix = torch.zeros((), dtype=torch.int64, device=device)
     left = torch.full((), count, dtype=torch.int64, device=device)
     for shift in (24, 16, 8, 0):
-        counts = torch.zeros(256, dtype=torch.int32, device=device)
-        _histogram_kernel[tiles(len(x), len(encoder), sizes)](
+        counts = torch.zeros(256, dtype=torch.int64, device=device)
+        _histogram_kernel[_few(tiles(len(x), len(encoder), sizes))](
             x, encoder, bias, skip, prefix, counts, len(x), len(encoder), x.shape[1], shift,
             PRECISION=precision(), **sizes,
         )  # fmt: skip
         reached = counts.flip(0).cumsum(0)
         byte = 255 - (reached < left).sum().clamp(max=255)
-        left = left - (reached[255 - byte] - counts[byte])
+        left = left - (reached.take(255 - byte) - counts.take(byte))
         prefix = prefix * 256 + byte
     key = (prefix - 2147483648).to(torch.int32)
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)

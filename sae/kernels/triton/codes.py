@@ -11,29 +11,41 @@ from torch import Tensor
 
 from sae.kernels.interface import Term
 from sae.kernels.pattern import Pattern
-from sae.kernels.triton.tiles import power_of_two
+from sae.kernels.triton.tiles import at_once, power_of_two
 
 LARGEST_BLOCK = 1024
 
 
 @triton.jit
-def _weighted_sum_kernel(
-    matrix, order, places, offsets, coefficients, out, d_in, ORDERED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out[i] = Σ over the pairs of segment i of coefficient · matrix[place]."""
-    segment = tl.program_id(0).to(tl.int64)
-    inner = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def segment_sum(
+    matrix, order, places, offsets, coefficients, segment, inner, d_in,
+    ORDERED: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Σ over the pairs of a segment of coefficient · matrix[place], at the numbers `inner` of the row."""
     start = tl.load(offsets + segment)
     stop = tl.load(offsets + segment + 1)
     total = tl.zeros((BLOCK,), tl.float32)
-    for pair in range(start, stop):
-        place = tl.load(places + pair)
-        if ORDERED:
-            coefficient = tl.load(coefficients + tl.load(order + pair)).to(tl.float32)
-        else:
-            coefficient = tl.load(coefficients + pair).to(tl.float32)
-        row = tl.load(matrix + place * d_in + inner, mask=inner < d_in, other=0.0).to(tl.float32)
-        total += coefficient * row
+    for first in range(start, stop, AT_ONCE):
+        for next_one in tl.static_range(AT_ONCE):  # pyright: ignore[reportGeneralTypeIssues]
+            pair = first + next_one
+            there = pair < stop
+            place = tl.load(places + pair, mask=there, other=0)
+            at = tl.load(order + pair, mask=there, other=0) if ORDERED else pair
+            coefficient = tl.load(coefficients + at, mask=there, other=0.0).to(tl.float32)
+            reach = tl.where(there, d_in, 0)
+            total += coefficient * tl.load(matrix + place * d_in + inner, mask=inner < reach, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _weighted_sum_kernel(
+    matrix, order, places, offsets, coefficients, out, d_in,
+    ORDERED: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """out[i] = Σ over the pairs of segment i of coefficient · matrix[place]."""
+    segment = tl.program_id(0).to(tl.int64)
+    inner = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = segment_sum(matrix, order, places, offsets, coefficients, segment, inner, d_in, ORDERED, BLOCK, AT_ONCE)
     tl.store(out + segment * d_in + inner, total, mask=inner < d_in)
 
 
@@ -67,7 +79,7 @@ def decode(pattern: Pattern, values: Tensor, decoder: Tensor) -> Tensor:
     block = min(power_of_two(decoder.shape[1]), LARGEST_BLOCK)
     _weighted_sum_kernel[(pattern.batch, triton.cdiv(decoder.shape[1], block))](
         decoder, pattern.features, pattern.features, pattern.offsets, values, out, decoder.shape[1],
-        ORDERED=False, BLOCK=block,
+        ORDERED=False, BLOCK=block, AT_ONCE=at_once(values),
     )  # fmt: skip
     return out
 
@@ -83,11 +95,20 @@ def value_gradients(pattern: Pattern, gradient: Tensor, decoder: Tensor) -> Tens
 
 
 def feature_sums(term: Term) -> Tensor:
-    order, rows, offsets = term.pattern.by_feature
-    d_in = term.rows.shape[1]
-    out = torch.empty(term.pattern.d_sae, d_in, dtype=term.rows.dtype, device=term.rows.device)
+    return _sums_by_feature(term.pattern, term.coefficients, term.rows.contiguous())
+
+
+def column_sums(pattern: Pattern, values: Tensor) -> Tensor:
+    """`torch.index_add` would do it with atomics, in another order each time."""
+    return _sums_by_feature(pattern, values, values.new_ones(pattern.batch, 1)).view(-1)
+
+
+def _sums_by_feature(pattern: Pattern, coefficients: Tensor, matrix: Tensor) -> Tensor:
+    order, rows, offsets = pattern.by_feature
+    d_in = matrix.shape[1]
+    out = torch.empty(pattern.d_sae, d_in, dtype=matrix.dtype, device=matrix.device)
     block = min(power_of_two(d_in), LARGEST_BLOCK)
-    _weighted_sum_kernel[(term.pattern.d_sae, triton.cdiv(d_in, block))](
-        term.rows, order, rows, offsets, term.coefficients, out, d_in, ORDERED=True, BLOCK=block
+    _weighted_sum_kernel[(pattern.d_sae, triton.cdiv(d_in, block))](
+        matrix, order, rows, offsets, coefficients, out, d_in, ORDERED=True, BLOCK=block, AT_ONCE=at_once(matrix)
     )
     return out

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+MISS = 1e-7
+"""Chance that a guess gives too few candidates, and that it gives too many."""
 
 
 @triton.jit
@@ -36,6 +41,15 @@ def ordered(values):
 
 
 @triton.jit
+def claim(counter, chosen):
+    """A place for each of a tile's chosen numbers, from one addition to the counter."""
+    number = chosen.to(tl.int32)
+    of_rows = tl.sum(number, 1)
+    before = tl.atomic_add(counter, tl.sum(of_rows, 0).to(tl.int64))
+    return before + (tl.cumsum(of_rows, 0) - of_rows)[:, None] + tl.cumsum(number, 1) - 1
+
+
+@triton.jit
 def kth_largest(keys, valid, k):
     """The largest t with at least k valid keys ≥ t, by bisection; the smallest integer where there are fewer."""
     low = tl.full((), -2147483648, tl.int64)
@@ -61,18 +75,40 @@ def first_features(features, chosen, need):
     return high
 
 
+def binomial_below(n: int, share: float, limit: int) -> float:
+    """P(Bin(n, share) < limit)."""
+    if share >= 1:
+        return float(n < limit)
+
+    def log_chance(i: int) -> float:
+        return (
+            math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+            + i * math.log(share) + (n - i) * math.log1p(-share)
+        )  # fmt: skip
+
+    return math.fsum(math.exp(log_chance(i)) for i in range(min(limit, n + 1)))
+
+
 def precision() -> str:
     """How float32 operands are multiplied: exactly, unless PyTorch was told that TF32 will do."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def tile_sizes(x: Tensor) -> dict[str, int]:
-    """Tile of the product: rows, columns, inner numbers; and how a GPU runs it. Tensors of a test get small ones."""
+    """Tile of the product: rows, columns, inner numbers; and how a GPU runs it. Tensors of a test get small ones.
+
+    Not tuned on a GPU yet. Larger tiles read less, but what follows the product then has to leave registers.
+    """
     if x.device.type == "cpu":
         return {"BLOCK_B": 16, "BLOCK_F": 32, "BLOCK_D": 16}
     if x.dtype == torch.float32:
         return {"BLOCK_B": 64, "BLOCK_F": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_B": 128, "BLOCK_F": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_B": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+
+
+def at_once(x: Tensor) -> int:
+    """Pairs whose rows a program asks the memory for before it waits for the first. In a test, fewer."""
+    return 2 if x.device.type == "cpu" else 4
 
 
 def tiles(batch: int, d_sae: int, sizes: dict[str, int]) -> tuple[int]:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.kernels.triton.tiles import (
+    MISS,
+    binomial_below,
     first_features,
     kth_largest,
     ordered,
@@ -23,9 +24,6 @@ from sae.kernels.triton.tiles import (
     tile_sizes,
     tiles,
 )
-
-MISS = 1e-7
-"""Chance, per row, that the guess gives too few candidates, and that it gives too many."""
 
 LARGEST_ROW = 8192
 """Candidates of a row that one program takes into its registers."""
@@ -56,27 +54,13 @@ def plan(d_sae: int, k: int) -> Plan | None:
     """
     stride = max(1, min(32, d_sae // 1024))
     share = 1 / stride
-    rank = next((r for r in range(1, k + 1) if 1 - _binomial_below(k - 1, share, r) < MISS), k + 1)
+    rank = next((r for r in range(1, k + 1) if 1 - binomial_below(k - 1, share, r) < MISS), k + 1)
     capacity = power_of_two(k)
-    while capacity < d_sae and _binomial_below(capacity, share, rank) >= MISS:
+    while capacity < d_sae and binomial_below(capacity, share, rank) >= MISS:
         capacity *= 2
     if capacity >= d_sae or stride == 1:
         stride, rank, capacity = 1, 0, power_of_two(d_sae)
     return Plan(stride, rank, capacity) if capacity <= LARGEST_ROW else None
-
-
-def _binomial_below(n: int, share: float, limit: int) -> float:
-    """P(Bin(n, share) < limit)."""
-    if share >= 1:
-        return float(n < limit)
-
-    def log_chance(i: int) -> float:
-        return (
-            math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
-            + i * math.log(share) + (n - i) * math.log1p(-share)
-        )  # fmt: skip
-
-    return math.fsum(math.exp(log_chance(i)) for i in range(min(limit, n + 1)))
 
 
 @triton.jit
@@ -225,10 +209,11 @@ def guesses(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
 
 
 def _by_chunks(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """For a k of thousands: dense, some rows at a time."""
+    """For a k of thousands: dense, some rows at a time, summed in float32 as everywhere."""
+    whole = encoder.float()
     values, features = [], []
     for rows in x.split(max(1, (1 << 26) // len(encoder))):
-        pre = (rows @ encoder.T).float() + bias
+        pre = rows.float() @ whole.T + bias
         of_rows = pre.topk(k, dim=-1, sorted=False)
         values.append(of_rows.values)
         features.append(of_rows.indices)

@@ -13,23 +13,11 @@ from torch import Tensor
 
 from sae.kernels import cpu
 from sae.kernels.interface import AdamStep, Gradient, Moments, Term
-from sae.kernels.triton.codes import feature_sums
-from sae.kernels.triton.tiles import power_of_two
+from sae.kernels.triton.codes import feature_sums, segment_sum
+from sae.kernels.triton.tiles import at_once, power_of_two
 
 LARGEST_ROW = 8192
 """Numbers of a feature that one program holds in registers."""
-
-
-@triton.jit
-def _term(rows, order, places, offsets, coefficients, feature, inner, d_in, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float32)
-    start = tl.load(offsets + feature)
-    stop = tl.load(offsets + feature + 1)
-    for pair in range(start, stop):
-        coefficient = tl.load(coefficients + tl.load(order + pair)).to(tl.float32)
-        place = tl.load(places + pair)
-        total += coefficient * tl.load(rows + place * d_in + inner, mask=inner < d_in, other=0.0).to(tl.float32)
-    return total
 
 
 @triton.jit
@@ -39,7 +27,7 @@ def _adam_kernel(
     rows_1, order_1, places_1, offsets_1, coefficients_1,
     d_in, lr, beta1, beta2, eps, correction1, correction2,
     TERMS: tl.constexpr, DENSE: tl.constexpr, SLOTS: tl.constexpr, COPY: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     inner = tl.arange(0, BLOCK)
@@ -50,9 +38,13 @@ def _adam_kernel(
     if DENSE:
         g += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32)
     if TERMS > 0:
-        g += _term(rows_0, order_0, places_0, offsets_0, coefficients_0, feature, inner, d_in, BLOCK)
+        g += segment_sum(
+            rows_0, order_0, places_0, offsets_0, coefficients_0, feature, inner, d_in, True, BLOCK, AT_ONCE
+        )
     if TERMS > 1:
-        g += _term(rows_1, order_1, places_1, offsets_1, coefficients_1, feature, inner, d_in, BLOCK)
+        g += segment_sum(
+            rows_1, order_1, places_1, offsets_1, coefficients_1, feature, inner, d_in, True, BLOCK, AT_ONCE
+        )
     if SLOTS:
         slot = tl.load(slots + feature).to(tl.int64)
         there = tl.where(slot >= 0, d_in, 0)
@@ -96,7 +88,8 @@ def adam_(weight: Tensor, moments: Moments, gradient: Gradient, step: AdamStep, 
         *pointers[0], *pointers[1], d_in,
         step.lr, step.beta1, step.beta2, step.eps, 1 - step.beta1**step.number, 1 - step.beta2**step.number,
         TERMS=len(terms), DENSE=dense is not None, SLOTS=slots is not None, COPY=copy is not None,
-        UNIT=step.unit_rows, BLOCK=power_of_two(d_in), num_warps=4 if d_in <= 2048 else 8,
+        UNIT=step.unit_rows, BLOCK=power_of_two(d_in), AT_ONCE=at_once(weight),
+        num_warps=4 if d_in <= 2048 else 8,
     )  # fmt: skip
 
 
