@@ -21,7 +21,7 @@ from sae.kernels.pattern import Pattern
 from sae.kernels.products import product
 
 CHUNK_NUMBERS = 1 << 25
-GROUP_SIZES = (64, 32)
+GROUP_SIZE = 32
 BATCH_GROUP_SIZES = (64, 32, 16, 8)
 BLOCK_FEATURES = 512
 SURPLUS = 1.25
@@ -146,8 +146,8 @@ def largest(pre: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k
 
     All of them are in the k groups of columns that have the largest maxima, so only those groups are searched.
     """
-    size = _group_size(pre.shape[1], k)
-    if size is None:
+    n, size = pre.shape[1], GROUP_SIZE
+    if n % size or n < 8 * k * size:  # with fewer groups than these, looking for them costs more than it saves
         values, features = pre.topk(k, dim=-1, sorted=False)
         return values, features
     grouped = pre.unflatten(-1, (-1, size))
@@ -155,11 +155,6 @@ def largest(pre: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k
     candidates = grouped.gather(1, chosen[..., None].expand(-1, -1, size)).flatten(1)
     values, places = candidates.topk(k, dim=-1, sorted=False)
     return values, chosen.gather(1, places // size) * size + places % size
-
-
-def _group_size(n: int, k: int) -> int | None:
-    """The larger of two sizes that leaves at least four groups for one that is searched; None: groups do not pay."""
-    return next((size for size in GROUP_SIZES if n % size == 0 and n >= 4 * k * size), None)
 
 
 def _chunks(x: Tensor, encoder: Tensor, bias: Tensor) -> Iterator[tuple[slice, Float[Tensor, "rows d_sae"]]]:
