@@ -12,7 +12,7 @@ from torch import Tensor
 from sae.kernels.pattern import Pattern
 
 DENSE_ABOVE = 1 / 12
-"""Density from which a dense product is faster than reading a matrix row for every pair (docs/performance.md)."""
+"""Density above which codes are computed densely (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
