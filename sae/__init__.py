@@ -17,6 +17,7 @@ _HOME = {
     "Codes": "sae.dictionary",
     "Dictionary": "sae.dictionary",
     "DictionaryConfig": "sae.config",
+    "EvaluationConfig": "sae.config",
     "Features": "sae.features",
     "IterableSource": "sae.training",
     "LanguageModel": "sae.language_model",

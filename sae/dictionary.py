@@ -82,7 +82,11 @@ class Dictionary(nn.Module, ABC):
         return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
-        """The features that fire, as values and indices `[..., k]`, strongest first."""
+        """The features that fire, as values and indices `[..., k]`, strongest first.
+
+        Here k is what the input with the most features has, and the others are padded with 0 (see `Codes`); of TopK
+        it is the dictionary's k.
+        """
         pattern, values = self._encode_rows(x)
         rows_values, rows_indices = padded(pattern, values)
         shape = (*x.shape[:-1], rows_values.shape[1])

@@ -285,8 +285,9 @@ def evaluate_runs(runs: Sequence[Run]) -> list[Report]:
 
 def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict[int, Report]:
     first = next(iter(runs.values()))
+    names = {number: f"run {str(run.folder)!r}" for number, run in runs.items()}
     reports = evaluate_all(
-        {str(number): run.dictionary() for number, run in runs.items()},
+        {names[number]: run.dictionary() for number, run in runs.items()},
         first.cache(),
         hook=first.config.hook,
         language_model=language_model,
@@ -295,8 +296,8 @@ def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict
         progress=lambda stage, done, total: first.progress(f"evaluate: {stage}", done, total),
     )
     for number, run in runs.items():
-        write_report(reports[str(number)], run.folder, run.folder / METRICS_FILE)
-    return {number: reports[str(number)] for number in runs}
+        write_report(reports[names[number]], run.folder, run.folder / METRICS_FILE)
+    return {number: reports[name] for number, name in names.items()}
 
 
 def harvest(config: RunConfig, progress: Progress = _no_progress) -> ActivationCache:

@@ -91,8 +91,8 @@ def evaluate_all(
     settings, report_progress = settings or EvaluationConfig(), progress or _silent
     if not dictionaries:
         raise ConfigError("there is no dictionary to evaluate; give at least one")
-    for dictionary in dictionaries.values():
-        _check_dictionary(dictionary, cache, hook)
+    for name, dictionary in dictionaries.items():
+        _check_dictionary(name, dictionary, cache, hook)
     if language_model is not None:
         check_same_model(cache.path, cache.manifest, language_model)
         probe = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
@@ -185,7 +185,7 @@ def _score(
     }
 
 
-def _check_dictionary(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
+def _check_dictionary(name: str, dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
     trained_on = dictionary.metadata.get("hook")
     if trained_on is not None and trained_on != hook:
         raise ConfigError(
@@ -203,10 +203,10 @@ def _check_dictionary(dictionary: Dictionary, cache: ActivationCache, hook: str)
             f"hook {hook!r}: activations have {cache.d_in(hook):,} numbers, the dictionary takes {dictionary.d_in:,}; "
             "give the hook point and the model it was trained on"
         )
-    for name, parameter in dictionary.named_parameters():
+    for part, parameter in dictionary.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise FormatError(
-                f"dictionary: {name} has values that are infinite or not a number; take an earlier checkpoint, or "
+                f"{name}: {part} has values that are infinite or not a number; take an earlier checkpoint, or "
                 "train again"
             )
 

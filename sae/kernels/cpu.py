@@ -82,7 +82,7 @@ def select_above(
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
 ) -> Selection:
-    found = [_find(pre, rows.start, threshold, torch.gt) for rows, pre in _chunks(x, encoder, bias)]
+    found = [_find(pre, rows.start, threshold, _exceeds) for rows, pre in _chunks(x, encoder, bias)]
     return _selection(found, len(x), len(encoder))
 
 
@@ -204,6 +204,11 @@ def _find(pre: Float[Tensor, "rows d_sae"], first_row: int, bound: float | Tenso
     group, lane = compare(candidates, bounds[worth % len(bounds)]).nonzero(as_tuple=True)
     flat = worth[group] * size + lane
     return _Found(first_row + flat // n, flat % n, candidates[group, lane])
+
+
+def _exceeds(values: Tensor, bound: Tensor) -> Bool[Tensor, "*shape"]:
+    """values > bound, and NaN."""
+    return (values <= bound).logical_not_()
 
 
 def _reaches(values: Tensor, bound: Tensor) -> Bool[Tensor, "*shape"]:

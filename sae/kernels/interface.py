@@ -135,7 +135,7 @@ class Kernels(Protocol):
         bias: Float[Tensor, " d_sae"],
         threshold: Float[Tensor, " d_sae"],
     ) -> Selection:
-        """All entries of x · encoderᵀ + bias above their feature's threshold."""
+        """All entries of x · encoderᵀ + bias above their feature's threshold, and those that are not a number."""
         ...
 
     def decode(

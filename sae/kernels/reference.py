@@ -60,7 +60,7 @@ def select_above(
     threshold: Float[Tensor, " d_sae"],
 ) -> Selection:
     pre = _pre_activations(x, encoder, bias)
-    return Selection(*_from_mask(pre, pre > threshold))
+    return Selection(*_from_mask(pre, ~(pre <= threshold)))
 
 
 def decode(

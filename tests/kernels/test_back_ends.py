@@ -146,8 +146,9 @@ def test_not_a_number_is_selected_first(kernels, name: str, rows: int) -> None:
         assert selection.values.isnan().any()
         assert len(selection.values) == case.k * len(x)
         assert int(selection.pattern.features.max()) < len(case.bias)
-    finite = ours.select_above(x, case.encoder, case.bias, torch.full_like(case.bias, -1e4))
-    assert sorted(set(finite.pattern.rows.tolist())) == list(range(min(rows, len(x)), len(x)))
+    above = ours.select_above(x, case.encoder, case.bias, torch.full_like(case.bias, 1e4))
+    assert above.values.isnan().all()
+    assert sorted(set(above.pattern.rows.tolist())) == list(range(min(rows, len(x))))
 
 
 def test_a_feature_that_stands_twice_in_a_row_counts_twice(kernels) -> None:

@@ -96,7 +96,7 @@ def _append_kernel(
             else:
                 least = tl.load(bound) + tl.zeros((1, BLOCK_F), tl.float32)
             if STRICT:
-                chosen = (pre > least) & inside
+                chosen = ((pre > least) | (pre != pre)) & inside  # noqa: PLR0124  not a number
             elif TIES_APART:
                 chosen = (ordered(pre) > ordered(least)) & inside
             else:
