@@ -116,7 +116,7 @@ def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
     """Measure dictionaries on held-out text.
 
     RUN is a run folder; eval.json, eval.md and figures are written into it. Runs on the same activations share the
-    language model's passes, so that several cost little more than one.
+    language model's passes, so that together they cost less than one by one.
     """
     from sae import pipeline
     from sae.progress import progress_bars

@@ -73,7 +73,7 @@ def evaluate_all(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Report]:
-    """`evaluate` for several dictionaries at one hook point, at little more than what each of them costs alone.
+    """`evaluate` for several dictionaries at one hook point, at less than what they cost one by one.
 
     Activations are read once for all, the model runs once up to the hook point and once on from it for each thing put
     there: clean, zero and mean losses are common, and baselines too where dictionaries are of one size.

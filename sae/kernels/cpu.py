@@ -68,7 +68,7 @@ def select_batch_topk(
         found.append(_find(pre, rows.start, guess, _reaches))
         picked.add(rows, pre)
     largest_found = torch.cat([part.values for part in found]).topk(count, sorted=False).values
-    bound = float(largest_found.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).min())
+    bound = _least(largest_found)
     for number, (rows, guess) in enumerate(guesses):
         if guess > bound:
             for _, pre in _chunks(x[rows], encoder, bias):
@@ -225,7 +225,12 @@ def _guess(pre: Float[Tensor, "rows d_sae"], count: int) -> float:
     size = next((size for size in BATCH_GROUP_SIZES if n % size == 0 and 2 * count * size <= numbers), 1)
     maxima = pre.view(-1, size).amax(-1) if size > 1 else pre.flatten()
     largest_maxima = maxima.topk(min(count, len(maxima)), sorted=False).values
-    return float(largest_maxima.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).min())
+    return _least(largest_maxima)
+
+
+def _least(values: Float[Tensor, " n"]) -> float:
+    """The smallest, where a NaN exceeds everything."""
+    return float(values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).min())
 
 
 def _selection(
