@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_cache import FakeTokenizer
@@ -126,17 +127,22 @@ def test_contexts_are_cut_and_coloured_as_stored(opened, make_features) -> None:
     assert shares == [pytest.approx(0.12 + 0.88 * activation / feature.max, abs=2e-3) for activation in firing]
 
 
+def expect(locator: Any) -> Any:
+    """Waits for what is asserted of it, without the `eval` that the page's policy forbids."""
+    return pytest.importorskip("playwright.sync_api").expect(locator)
+
+
 def test_keys_and_addresses_choose_features(opened) -> None:
     opened.keyboard.press("j")
-    opened.wait_for_function("document.querySelector('h2').textContent === 'Feature 1'")
+    expect(opened.locator("h2")).to_have_text("Feature 1")
     assert opened.url.endswith("#1")
     opened.keyboard.press("k")
-    opened.wait_for_function("document.querySelector('h2').textContent === 'Feature 0'")
+    expect(opened.locator("h2")).to_have_text("Feature 0")
     opened.evaluate("location.hash = '2'")
-    opened.wait_for_function("document.querySelector('h2').textContent === 'Feature 2'")
+    expect(opened.locator("h2")).to_have_text("Feature 2")
     assert "◌" in opened.locator(".text").first.inner_text()
     opened.evaluate("location.hash = '77'")
-    opened.wait_for_function("document.querySelector('.empty').textContent === 'Feature 77 is not on this page.'")
+    expect(opened.locator(".empty")).to_have_text("Feature 77 is not on this page.")
 
 
 def test_search_and_dead_features(opened) -> None:
@@ -144,7 +150,7 @@ def test_search_and_dead_features(opened) -> None:
     opened.locator("#dead").check()
     assert opened.locator("#list li .number").all_text_contents() == ["0", "1", "2", "3"]
     opened.locator("#list a").last.click()
-    opened.wait_for_function("document.querySelector('h2').textContent === 'Feature 3'")
+    expect(opened.locator("h2")).to_have_text("Feature 3")
     assert opened.locator(".badge").inner_text() == "dead"
     assert opened.locator(".examples").count() == 0
     opened.locator("#search").fill("ONERROR")
