@@ -84,7 +84,7 @@ def step(dictionary: Dictionary, optimizer: FeatureAdam, firing: FiringRecord, x
         firing.dead, firing.candidates, 0.0, 1 / 32, dictionary.d_in // 2, firing.density,
         optimizer.encoder_sink, optimizer.decoder_sink, optimizer.low,
     )  # fmt: skip
-    losses = OBJECTIVES[dictionary.architecture](dictionary, x, context)
+    losses = OBJECTIVES[dictionary.architecture](dictionary, x, x, context)
     losses.total.backward()
     optimizer.step(1e-3)
     firing.record(losses.fired, losses.l0, len(x), 1)

@@ -121,13 +121,22 @@ class HarvestConfig(_Settings):
 class DictionaryConfig(_Settings):
     """The shape of the dictionary."""
 
-    architecture: Literal["relu", "topk", "batch_topk"] = Field(
+    architecture: Literal["relu", "gated", "topk", "batch_topk", "jumprelu", "matryoshka"] = Field(
         default="topk",
-        description="`relu` (with an L1 penalty), `topk` (k per token) or `batch_topk` (k per token on average)",
+        description="`topk` (k per token), `batch_topk` (k per token on average), `matryoshka` (the same, nested), "
+        "`jumprelu` (learned thresholds), `gated` and `relu` (with an L1 penalty)",
     )
     hook: str | None = Field(default=None, description="hook point to train on; null: the first of harvest.hooks")
     d_sae: PositiveInt = Field(default=4096, description="number of features")
-    k: PositiveInt = Field(default=32, description="features active per token; not for relu")
+    k: PositiveInt = Field(
+        default=32,
+        description="features active per token; for relu, gated and jumprelu what the weight of their penalty is "
+        "steered towards, unless train.l1_coefficient or train.l0_coefficient fixes that",
+    )
+    prefixes: tuple[float, ...] = Field(
+        default=(1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0),
+        description="shares of d_sae at which the nested dictionaries end; matryoshka only",
+    )
 
 
 class TrainConfig(_Settings):
@@ -148,17 +157,33 @@ class TrainConfig(_Settings):
     decay_fraction: float = Field(
         default=0.2, ge=0, le=1, description="share of the steps, at the end, with a falling one"
     )
-    l1_coefficient: float = Field(
-        default=5.0, ge=0, description="weight of Σ|f| against ‖x − x̂‖², with inputs of E‖x‖² = d_in; relu only"
+    l1_coefficient: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of Σ|f| against ‖x − x̂‖², with inputs of E‖x‖² = d_in, for relu and gated; null: steered "
+        "while training so that dictionary.k features fire per token",
     )
-    l1_warmup_fraction: float = Field(
-        default=0.05, ge=0, le=1, description="share of the steps with a rising L1 weight; relu only"
+    l0_coefficient: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of L0 against ‖x − x̂‖², for jumprelu; null: the penalty is d_in · (L0 / dictionary.k − 1)²",
+    )
+    sparsity_warmup_fraction: float = Field(
+        default=0.05, ge=0, le=1, description="share of the steps with a rising weight of that penalty"
+    )
+    bandwidth: float = Field(
+        default=1.0,
+        gt=0,
+        description="width of the window around a threshold in which jumprelu's gradient of it is estimated, with "
+        "inputs of E‖x‖² = d_in",
     )
     aux_coefficient: float = Field(
-        default=1 / 32, ge=0, description="weight of the AuxK loss that revives dead features; not for relu"
+        default=1 / 32,
+        ge=0,
+        description="weight of what revives dead features: of the AuxK loss, or for relu and gated of their biases",
     )
     k_aux: PositiveInt | None = Field(
-        default=None, description="dead features used by AuxK; null: half of d_in; not for relu"
+        default=None, description="dead features used by AuxK; null: half of d_in; not for relu and gated"
     )
     dead_after_tokens: PositiveInt = Field(
         default=200_000, description="a feature that has not fired for so many tokens counts as dead"
@@ -169,6 +194,9 @@ class TrainConfig(_Settings):
     products: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="precision of the encoder's large product; weights stay float32; `auto`: bfloat16 on a GPU",
+    )
+    shuffle_seed: int | None = Field(
+        default=None, ge=0, description="seed of the order of the activations; null: `seed`"
     )
     pool_tokens: PositiveInt = Field(default=262_144, description="tokens shuffled together in memory")
     log_every: PositiveInt = Field(default=50, description="steps between lines in metrics.jsonl")
@@ -227,6 +255,11 @@ class RunConfig(_Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     features: FeaturesConfig = FeaturesConfig()
     wandb: WandbConfig = WandbConfig()
+    sweep: dict[str, Any] = Field(
+        default={},
+        description="for `sae sweep`: keys of dictionary and train, and seed, each with a list of values; one "
+        "dictionary is trained for every combination, such as sweep.dictionary.k=[16,32]",
+    )
 
     @property
     def folder(self) -> Path:
@@ -298,7 +331,7 @@ def _is_text(field: FieldInfo) -> bool:
 
 def _check_together(config: RunConfig) -> None:
     dictionary = config.dictionary
-    if dictionary.architecture != "relu" and dictionary.k > dictionary.d_sae:
+    if dictionary.k > dictionary.d_sae:
         raise ConfigError(
             f"dictionary.k={dictionary.k} exceeds dictionary.d_sae={dictionary.d_sae}: lower k or raise d_sae"
         )

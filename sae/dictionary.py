@@ -46,8 +46,8 @@ class Codes:
 class Dictionary(nn.Module, ABC):
     """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
 
-    Subclasses define `act`, by the features it lets through: `select`. Shapes of inputs are `[..., d_in]`, of features
-    `[..., d_sae]`.
+    Subclasses define `act`: by the features it lets through, `select`, and by what it makes of their pre-activations,
+    `activate`. Shapes of inputs are `[..., d_in]`, of features `[..., d_sae]`.
 
     Attributes:
         W_enc: `[d_in, d_sae]`; in memory it lies by feature, as the transpose of a contiguous `[d_sae, d_in]`.
@@ -59,19 +59,37 @@ class Dictionary(nn.Module, ABC):
 
     architecture: ClassVar[str]
     setting_names: ClassVar[tuple[str, ...]]
+    bias_names: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters `[d_sae]` in units of the pre-activations, which start at 0."""
+    unit_decoder: ClassVar[bool] = True
+    """Whether training keeps decoder rows at norm 1; otherwise they are given it when the dictionary is done."""
+
+    b_enc: nn.Parameter
 
     def __init__(self, d_in: int, d_sae: int, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        for name in self.bias_names:
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     @abstractmethod
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
-        """The features that may fire on each row, and their pre-activations; negative ones do not fire."""
+        """The features that may fire on each row, and their pre-activations."""
+
+    def activate(
+        self, pre: Float[Tensor, "*batch"], features: Int[Tensor, " pairs"] | slice
+    ) -> Float[Tensor, "*batch"]:
+        """Activations of what was selected, from its pre-activations; those of negative ones are 0.
+
+        Args:
+            pre: one for each pair, or `[..., d_sae]` with `features=slice(None)`.
+            features: the pairs' features.
+        """
+        return pre.relu()
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -116,16 +134,46 @@ class Dictionary(nn.Module, ABC):
     def _encode_rows(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
         rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
         selection = self.select(rows)
-        return selection.pattern, encode_at(rows, self.b_dec, self.W_enc.T, self.b_enc, selection).relu()
+        pattern = selection.pattern
+        pre = encode_at(rows, self.b_dec, self.W_enc.T, self.b_enc, selection)
+        return pattern, self.activate(pre, pattern.features)
 
     @torch.no_grad()
-    def fold_normalisation_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
-        """Rewrite weights that were trained on (x − mean)·scale so that they take raw x.
+    def fold_normalisation_(
+        self,
+        mean: Float[Tensor, " d_in"],
+        scale: float,
+        target_mean: Float[Tensor, " d_in"] | None = None,
+        target_scale: float | None = None,
+    ) -> None:
+        """Rewrite weights that were trained on (x − mean)·scale so that they take raw x, and give raw targets.
 
-        Decoder rows keep their norm, so activations come out in the units of x: divided by `scale`.
+        Decoder rows keep their norm, so activations come out in the units of the target: divided by its scale.
+
+        Args:
+            mean, scale: of the input.
+            target_mean, target_scale: of the target, where it is not the input.
         """
-        self.b_enc /= scale
-        self.b_dec.copy_(self.b_dec / scale + mean)
+        target_scale = scale if target_scale is None else target_scale
+        if target_mean is None:
+            self.scale_activations_(1 / target_scale)
+            self.b_dec.copy_(self.b_dec / target_scale + mean)
+            return
+        self.W_enc.mul_(scale)
+        self.b_enc.add_(-(self.b_dec + mean * scale) @ self.W_enc / scale)
+        self.scale_activations_(1 / target_scale)
+        self.W_enc.mul_(1 / target_scale)
+        self.b_dec.copy_(self.b_dec / target_scale + target_mean)
+        self.b_enc.add_(self.b_dec @ self.W_enc)
+
+    @torch.no_grad()
+    def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
+        """Multiply everything in the units of pre-activations, so that they come out so many times as large.
+
+        Of the weights only these change: the encoder is left as it is.
+        """
+        for name in self.bias_names:
+            self.get_parameter(name).mul_(factor)
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `weights.safetensors`, all that is needed to use the dictionary again.
@@ -154,6 +202,17 @@ class Dictionary(nn.Module, ABC):
     def extra_repr(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.settings().items())
         return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
+
+
+def checked_k(k: int, d_sae: int) -> int:
+    """k, where it is a number of features that there are.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k={k}: expected 1 ≤ k ≤ d_sae={d_sae}")
+    return k
 
 
 def weights_sha256(dictionary: Dictionary) -> str:

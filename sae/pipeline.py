@@ -27,8 +27,9 @@ from sae.features import Features, collect
 from sae.files import locked, read_json, write_bytes
 from sae.language_model import LanguageModel
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
-from sae.training.loop import TrainingInterrupted, chosen_settings, train
+from sae.training.loop import TrainingInterrupted, train
 from sae.training.sinks import METRICS_FILE, Wandb
+from sae.training.trainee import Recipe, chosen_settings
 
 CONFIG_YAML = "config.yaml"
 Progress = Callable[[str, int, int], None]
@@ -86,7 +87,7 @@ class Run:
             check_same_request(folder, manifest, self.config)
             if manifest.complete and all(manifest.is_whole(folder, name) for name in manifest.files):
                 return ActivationCache(folder)
-        with self._configured():
+        with self.configured():
             return harvest_activations(
                 self.config, self.language_model, lambda done, total: self.progress("harvest", done, total)
             )
@@ -103,13 +104,19 @@ class Run:
 
     def train(self) -> Dictionary:
         """The dictionary, trained (or trained to the end) where it is not there yet."""
+        if self.config.sweep:
+            raise ConfigError("sweep names several dictionaries: train them with 'sae sweep', or take sweep out")
         cache = self.cache()
-        if (self.folder / "dictionary" / CONFIG_FILE).is_file():
-            return self._trained_already(cache)
-        with locked(self.folder, "training"), self._configured():
+        if self.is_trained():
+            return self.trained_already(cache)
+        with locked(self.folder, "training"), self.configured():
             dictionary = self._train(cache)
             dictionary.save(self.folder / "dictionary")
         return dictionary
+
+    def is_trained(self) -> bool:
+        """Whether the dictionary is there, whatever its settings were."""
+        return (self.folder / "dictionary" / CONFIG_FILE).is_file()
 
     def evaluate(self) -> Report:
         """The report on the run's dictionary, also written as `eval.json` and `eval.md`."""
@@ -156,32 +163,42 @@ class Run:
         """The trained dictionary, on the run's device or another."""
         return load(self.folder, device=device or self.device)
 
-    def _train(self, cache: ActivationCache) -> Dictionary:
+    def loader(self, cache: ActivationCache) -> ActivationLoader:
+        """The batches that the run's dictionary is trained on."""
         settings = self.config.train
-        loader = ActivationLoader(
+        return ActivationLoader(
             cache,
             self.config.hook,
             batch_size=settings.batch_size,
-            seed=self.config.seed,
+            seed=self.config.seed if settings.shuffle_seed is None else settings.shuffle_seed,
             pool_tokens=settings.pool_tokens,
             device=self.device,
         )
+
+    def recipe(self, cache: ActivationCache) -> Recipe:
+        """What the run's dictionary is made of."""
+        config = self.config
+        metadata = dictionary_metadata(cache, config.hook)
+        return Recipe(config.dictionary, config.train, config.seed, config.hook, folder=self.folder, metadata=metadata)
+
+    def sinks(self) -> list[Wandb]:
+        """Where the run's numbers go beside metrics.jsonl."""
+        if not self.config.wandb.project:
+            return []
         resumes = bool(list_checkpoints(self.folder / CHECKPOINTS))
-        sinks = (
-            [Wandb(self.config.wandb, self.folder, self.config.model_dump(), resume=resumes)]
-            if self.config.wandb.project
-            else []
-        )
-        failed = True
+        return [Wandb(self.config.wandb, self.folder, self.config.model_dump(), resume=resumes)]
+
+    def _train(self, cache: ActivationCache) -> Dictionary:
+        recipe, sinks, failed = self.recipe(cache), self.sinks(), True
         try:
             dictionary = train(
-                loader,
-                self.config.dictionary,
-                settings,
-                seed=self.config.seed,
+                self.loader(cache),
+                recipe.dictionary,
+                recipe.settings,
+                seed=recipe.seed,
                 device=self.device,
-                folder=self.folder,
-                metadata=dictionary_metadata(cache, self.config.hook),
+                folder=recipe.folder,
+                metadata=recipe.metadata,
                 sinks=sinks,
                 progress=lambda done, total, _: self.progress("train", done, total),
             )
@@ -200,8 +217,12 @@ class Run:
         identity = self.cache().manifest.identity(self.config.hook)
         return record.get("activations") == identity and record.get("settings") == self.config.features.model_dump()
 
-    def _trained_already(self, cache: ActivationCache) -> Dictionary:
-        """The dictionary that is there, if it is the one asked for."""
+    def trained_already(self, cache: ActivationCache) -> Dictionary:
+        """The dictionary that is there, if it is the one asked for.
+
+        Raises:
+            FormatError: it was made with other settings.
+        """
         dictionary = self.dictionary()
         held = dictionary.metadata.get("trained", {}).get("settings", {})
         asked = {
@@ -220,7 +241,7 @@ class Run:
         return dictionary
 
     @contextlib.contextmanager
-    def _configured(self) -> Iterator[None]:
+    def configured(self) -> Iterator[None]:
         """Write `config.yaml` before a step; a step that is refused leaves the one that was there."""
         path = self.folder / CONFIG_YAML
         before = path.read_bytes() if path.is_file() else None

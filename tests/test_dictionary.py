@@ -186,7 +186,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path) -> Non
     assert "weights do not fit config.json" in refusal(folder)
     folder = fresh()
     edit_config(folder, architecture="transcendental")
-    assert "architecture 'transcendental' is not one of relu, topk" in refusal(folder)
+    assert "architecture 'transcendental' is not one of relu, gated, topk" in refusal(folder)
     folder = fresh()
     edit_config(folder, format_version=99)
     assert "format version 99 is newer than this package reads" in refusal(folder)

@@ -30,6 +30,7 @@ FLOW = [
     ["features"],
     ["viewer"],
     ["pipeline", "progress"],
+    ["sweep"],
     ["cli", "__main__"],
 ]
 CORE = {"errors", "files", "config", "corpus", "tokens", "kernels", "sparse", "dictionary", "architectures", "training"}

@@ -8,12 +8,22 @@ from typing import Any
 import torch
 
 from sae.architectures.batch_topk import BatchTopK
+from sae.architectures.gated import Gated
+from sae.architectures.jumprelu import JumpReLU
+from sae.architectures.matryoshka import Matryoshka
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
 from sae.dictionary import Dictionary, read_saved
 from sae.errors import FormatError
 
-ARCHITECTURES: dict[str, type[Dictionary]] = {"relu": ReLU, "topk": TopK, "batch_topk": BatchTopK}
+ARCHITECTURES: dict[str, type[Dictionary]] = {
+    "relu": ReLU,
+    "gated": Gated,
+    "topk": TopK,
+    "batch_topk": BatchTopK,
+    "jumprelu": JumpReLU,
+    "matryoshka": Matryoshka,
+}
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
@@ -47,4 +57,4 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
     return dictionary.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-__all__ = ["ARCHITECTURES", "BatchTopK", "Dictionary", "ReLU", "TopK", "load"]
+__all__ = ["ARCHITECTURES", "BatchTopK", "Dictionary", "Gated", "JumpReLU", "Matryoshka", "ReLU", "TopK", "load"]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary import Dictionary
+from sae.dictionary import Dictionary, checked_k
 from sae.kernels.interface import Selection
 from sae.sparse import select_topk
 
@@ -26,9 +26,7 @@ class TopK(Dictionary):
 
     def __init__(self, d_in: int, d_sae: int, *, k: int, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__(d_in, d_sae, metadata)
-        if not 1 <= k <= d_sae:
-            raise ValueError(f"k={k}: expected 1 ≤ k ≤ d_sae={d_sae}")
-        self.k = k
+        self.k = checked_k(k, d_sae)
 
     def settings(self) -> dict[str, Any]:
         return {"k": self.k}

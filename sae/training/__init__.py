@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sae.training.loop import TrainingInterrupted, train
+from sae.training.loop import Outcome, TrainingInterrupted, train, train_all
 from sae.training.source import BatchSource, IterableSource
+from sae.training.trainee import Recipe
 
-__all__ = ["BatchSource", "IterableSource", "TrainingInterrupted", "train"]
+__all__ = ["BatchSource", "IterableSource", "Outcome", "Recipe", "TrainingInterrupted", "train", "train_all"]

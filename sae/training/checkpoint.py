@@ -19,22 +19,23 @@ CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step-(\d+)")
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: Dictionary, keep: int) -> Path:
-    """Write `step-N/` under `folder`: the folded dictionary, then the state, whose presence makes it whole.
-
-    Older ones beyond `keep` are deleted, and what a kill left half written.
-    """
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: Dictionary) -> Path:
+    """Write `step-N/` under `folder`: the folded dictionary, then the state, whose presence makes it whole."""
     path = folder / f"step-{step:08d}"
     dictionary.save(path)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_bytes(path / STATE_FILE, buffer.getvalue())
+    return path
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep`, and what a kill left half written."""
     for old in list_checkpoints(folder)[:-keep]:
         (old / STATE_FILE).unlink()
     for other in folder.iterdir():
         if _NAME.fullmatch(other.name) and not (other / STATE_FILE).is_file():
             shutil.rmtree(other)
-    return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

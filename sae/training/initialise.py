@@ -6,21 +6,45 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.architectures import Gated, JumpReLU, ReLU
 from sae.dictionary import Dictionary
+from sae.sparse import select_batch_topk
 
 
 @torch.no_grad()
-def initialise_(dictionary: Dictionary, sample: Float[Tensor, "sample d_in"], generator: torch.Generator) -> None:
-    """Random unit decoder rows, W_enc = W_decᵀ, b_enc = 0, b_dec = the geometric median of `sample`.
+def initialise_(
+    dictionary: Dictionary,
+    sample: Float[Tensor, "sample d_in"],
+    generator: torch.Generator,
+    target: Float[Tensor, "sample d_in"] | None = None,
+    k: int | None = None,
+) -> None:
+    """Random unit decoder rows, W_enc = W_decᵀ, biases 0, b_dec = the geometric median of the targets.
 
-    Gao et al. 2024, appendix A.1.
+    Gao et al. 2024, appendix A.1. Where the target is not the input, the encoder's bias makes good for b_dec, so that
+    pre-activations are those of x − (the median of x). JumpReLU's thresholds begin where k features fire per token.
+
+    Args:
+        sample: inputs, normalised.
+        target: what is to be reconstructed of each; None: the inputs.
+        k: features per token that JumpReLU begins with.
     """
     directions = torch.randn(dictionary.d_sae, dictionary.d_in, generator=generator).to(sample.device)
     dictionary.W_dec.copy_(directions)
     normalise_decoder_(dictionary.W_dec)
     dictionary.W_enc.copy_(dictionary.W_dec.T)
-    dictionary.b_enc.zero_()
-    dictionary.b_dec.copy_(geometric_median(sample))
+    for name in dictionary.bias_names:
+        dictionary.get_parameter(name).zero_()
+    dictionary.b_dec.copy_(geometric_median(sample if target is None else target))
+    if target is not None and target is not sample:
+        dictionary.b_enc.copy_((dictionary.b_dec - geometric_median(sample)) @ dictionary.W_enc)
+    if k is not None and isinstance(dictionary, (ReLU, Gated, JumpReLU)):
+        selection = select_batch_topk(sample, dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc, k)
+        bound = selection.values.min().clamp_min(0)
+        if isinstance(dictionary, JumpReLU):
+            dictionary.threshold.fill_(bound)
+        else:
+            dictionary.b_enc.sub_(bound)
 
 
 def geometric_median(points: Float[Tensor, "sample d_in"], iterations: int = 50) -> Float[Tensor, " d_in"]:

@@ -1,14 +1,13 @@
-"""The loop: normalise, step, count, log, checkpoint; stop cleanly on Ctrl-C and on NaN; resume bit for bit."""
+"""The loop: read, step, log, checkpoint; many dictionaries in one pass; stops cleanly, and resumes bit for bit."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import itertools
 import signal
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import sae
-from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
-from sae.kernels.products import cpu_has_bfloat16
-from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, load_checkpoint, save_checkpoint
-from sae.training.firing import FiringRecord
-from sae.training.initialise import initialise_
-from sae.training.meter import Meter
-from sae.training.objectives import OBJECTIVES, Context, Losses
-from sae.training.optimizer import FeatureAdam
-from sae.training.schedules import default_learning_rate, l1_weight, learning_rate
+from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from sae.training.meter import Meter, Stopwatch
 from sae.training.sinks import JsonLines, Sink
 from sae.training.source import BatchSource
+from sae.training.trainee import Recipe, Trainee
 
-THRESHOLD_RATE = 0.03
-"""Weight of the newest batch in BatchTopK's threshold: a mean over some thirty batches keeps up with training."""
-
-Progress = Callable[[int, int, dict[str, float | int]], None]
+Metrics = dict[str, float | int]
+Progress = Callable[[int, int, Metrics], None]
+_ONLY = "dictionary"
 
 
 class TrainingInterrupted(SaeError):  # noqa: N818  it is no error
@@ -43,14 +34,33 @@ class TrainingInterrupted(SaeError):  # noqa: N818  it is no error
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """x ↦ (x − mean) · scale, after which E‖x‖² = d_in."""
+class Cost:
+    """What one dictionary of a common pass took.
 
-    mean: Float[Tensor, " d_in"]
-    scale: float
+    Attributes:
+        seconds: in its own steps, without reading.
+        tokens: trained on in this process.
+        bytes: weights and optimiser.
+    """
 
-    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        return (x - self.mean) * self.scale
+    seconds: float
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a common pass, by the recipes' names.
+
+    Attributes:
+        dictionaries: the trained ones.
+        failures: why the others stopped.
+        costs: of all.
+    """
+
+    dictionaries: dict[str, Dictionary]
+    failures: dict[str, str]
+    costs: dict[str, Cost]
 
 
 def train(
@@ -58,6 +68,7 @@ def train(
     dictionary: DictionaryConfig,
     settings: TrainConfig | None = None,
     *,
+    target: BatchSource | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,
@@ -71,6 +82,7 @@ def train(
         source: batches `[batch, d_in]`; its `statistics` set the normalisation.
         dictionary: architecture, d_sae, k.
         settings: how to train; `batch_size` and `pool_tokens` are the source's affair and not read here.
+        target: what is reconstructed from the input, row by row, where that is not the input itself (a transcoder).
         seed: of the initialisation.
         device: where to train.
         folder: run folder for `metrics.jsonl` and `checkpoints/`, from whose newest it resumes; None: keep nothing.
@@ -85,231 +97,239 @@ def train(
         TrainingInterrupted: Ctrl-C, after the state was saved.
         TrainingError: fewer tokens than a batch; NaN; a checkpoint of other settings.
     """
-    settings = settings or TrainConfig()
-    return _Run(source, dictionary, settings, seed, torch.device(device), folder, metadata or {}).train(sinks, progress)
+    sources = {"input": source} if target is None else {"input": source, "target": target}
+    recipe = Recipe(
+        dictionary, settings or TrainConfig(), seed, "input", None if target is None else "target",
+        None if folder is None else Path(folder).expanduser(), metadata or {},
+    )  # fmt: skip
+    outcome = train_all(
+        sources, {_ONLY: recipe}, device=device, sinks={_ONLY: sinks},
+        progress=None if progress is None else lambda done, of, metrics: progress(done, of, metrics[_ONLY]),
+    )  # fmt: skip
+    if outcome.failures:
+        raise TrainingError(outcome.failures[_ONLY])
+    return outcome.dictionaries[_ONLY]
+
+
+def train_all(
+    sources: Mapping[str, BatchSource],
+    recipes: Mapping[str, Recipe],
+    *,
+    device: str | torch.device = "cpu",
+    sinks: Mapping[str, Sequence[Sink]] | None = None,
+    progress: Callable[[int, int, dict[str, Metrics]], None] | None = None,
+) -> Outcome:
+    """Train many dictionaries in one pass over the activations.
+
+    Every batch is read once and used by each dictionary in turn. Each is what `train` alone would make of the same
+    source, bit for bit on a CPU, and has a folder of its own. One that diverges drops out; the others go on.
+
+    Args:
+        sources: by name; with the same batch size, tokens in the same order.
+        recipes: by whatever names. They may differ in everything but batch size and number of tokens.
+        device: where to train.
+        sinks: further places for the logged numbers of each.
+        progress: called after every logged step with (tokens done, tokens in all, metrics by name).
+
+    Raises:
+        TrainingInterrupted: Ctrl-C, after all states were saved.
+        TrainingError: fewer tokens than a batch; a checkpoint of other settings; recipes or sources that do not fit.
+    """
+    if not recipes:
+        raise ConfigError("there is no recipe: give at least one dictionary to train")
+    return _Run(sources, recipes, torch.device(device)).train(sinks or {}, progress)
+
+
+@dataclass
+class _Member:
+    """One trainee and what surrounds it."""
+
+    trainee: Trainee
+    sinks: list[Sink] = field(default_factory=list)
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.meter, self.stopwatch = Meter(self.trainee.batch_size), Stopwatch(self.trainee.dictionary.W_dec.device)
+
+    @property
+    def folder(self) -> Path | None:
+        return self.trainee.recipe.folder
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        return list_checkpoints(self.folder / CHECKPOINTS) if self.folder else []
+
+    def cost(self) -> Cost:
+        return Cost(self.stopwatch.seconds(), self.tokens, self.trainee.bytes())
 
 
 class _Run:
-    """State of one training run."""
+    """One pass."""
 
-    def __init__(
-        self,
-        source: BatchSource,
-        shape: DictionaryConfig,
-        settings: TrainConfig,
-        seed: int,
-        device: torch.device,
-        folder: str | Path | None,
-        metadata: dict[str, Any],
-    ) -> None:
-        self.source, self.settings, self.device = source, settings, device
-        self.folder = Path(folder).expanduser() if folder is not None else None
-        self.metadata, self.architecture = metadata, shape.architecture
-        self.identity = {**_identity(source, shape, settings, seed), "activations": metadata.get("activations")}
-        self.total_tokens = _total_tokens(source, settings)
-        self.steps = self.total_tokens // source.batch_size
+    def __init__(self, sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe], device: torch.device) -> None:
+        used = {name for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None}
+        self.sources = {name: source for name, source in sources.items() if name in used}
+        self.device = device
+        first = next(iter(recipes.values()))
+        self.batch_size, self.total_tokens = _common(sources, recipes)
+        self.steps = self.total_tokens // self.batch_size
+        self.log_every, self.checkpoint_every = first.settings.log_every, first.settings.checkpoint_every
         self.step = 0
-        self.generator = torch.Generator().manual_seed(seed)
-        self.dictionary = _build(shape, source.d_in).to(device)
-        self.rate = settings.lr or default_learning_rate(shape.d_sae)
-        self.k_aux = settings.k_aux or max(1, source.d_in // 2)
-        self.normalisation = _normalisation(source, settings.center, device)
-        self.optimizer = FeatureAdam(
-            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(settings, device)
-        )
-        self.firing = FiringRecord(shape.d_sae, settings.dead_after_tokens, device)
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
+        self.members = {name: _Member(self._trainee(recipe, sources)) for name, recipe in recipes.items()}
+        self.failures: dict[str, str] = {}
 
-    def train(self, sinks: Sequence[Sink], progress: Progress | None) -> Dictionary:
+    def _trainee(self, recipe: Recipe, sources: Mapping[str, BatchSource]) -> Trainee:
+        target = None if recipe.target is None else sources[recipe.target]
+        return Trainee(recipe, sources[recipe.source], target, self.steps, self.device)
+
+    def train(
+        self,
+        sinks: Mapping[str, Sequence[Sink]],
+        progress: Callable[[int, int, dict[str, Metrics]], None] | None,
+    ) -> Outcome:
         self._resume()
-        own = [JsonLines(self.folder, self.step)] if self.folder else []
-        meter = Meter(self.source.batch_size)
+        everyone = dict(self.members)
         with _stop_flag() as stop, contextlib.ExitStack() as stack:
-            for sink in own:
-                stack.callback(sink.close)
-            batches = iter(self.source)
-            while self.step < self.steps:
-                x = self._next(batches)
-                if self.step == 0:
-                    initialise_(self.dictionary, x, self.generator)
-                    self.optimizer.refresh()
-                losses = self._step(x)
-                meter.add(x, losses)
+            for name, member in everyone.items():
+                member.sinks = list(sinks.get(name, ()))
+                if member.folder is not None:
+                    lines = JsonLines(member.folder, self.step)
+                    stack.callback(lines.close)
+                    member.sinks.insert(0, lines)
+            batches = self._batches()
+            while self.step < self.steps and self.members:
+                batch = self._next(batches)
+                self.step += 1
+                for member in self.members.values():
+                    self._step(member, batch)
                 last = self.step == self.steps
-                if self.step % self.settings.log_every == 0 or last:
-                    self._check_finite()
-                    metrics = self._metrics(meter)
-                    for sink in (*own, *sinks):
-                        sink.log(metrics)
-                    if progress:
-                        progress(self.step * self.source.batch_size, self.total_tokens, metrics)
-                if self.step % self.settings.checkpoint_every == 0 or last or stop.is_set():
+                if self.step % self.log_every == 0 or last:
+                    self._drop_failed()
+                    self._log(progress)
+                if self.step % self.checkpoint_every == 0 or last or stop.is_set():
                     self._checkpoint()
-                if stop.is_set():
+                if stop.is_set() and self.members:
                     raise TrainingInterrupted(self._interrupted())
-        return self.folded()
+        return Outcome(
+            {name: member.trainee.folded() for name, member in self.members.items()},
+            self.failures,
+            {name: member.cost() for name, member in everyone.items()},
+        )
 
-    def folded(self) -> Dictionary:
-        """A copy that takes raw activations."""
-        copied = copy.deepcopy(self.dictionary).cpu().eval().requires_grad_(False)
-        copied.fold_normalisation_(self.normalisation.mean.cpu(), self.normalisation.scale)
-        silent = self.firing.silent_tokens.cpu()
-        copied.metadata = {
-            **self.metadata,
-            "sae_version": sae.__version__,
-            "trained": {
-                "tokens": self.step * self.source.batch_size,
-                "steps": self.step,
-                "normalisation_scale": self.normalisation.scale,
-                "dead": int((silent >= self.settings.dead_after_tokens).sum()),
-                "dead_after_tokens": self.settings.dead_after_tokens,
-                "settings": self.identity,
-            },
-        }
-        return copied
+    def _step(self, member: _Member, batch: dict[str, Tensor]) -> None:
+        recipe = member.trainee.recipe
+        raw = batch[recipe.source]
+        with member.stopwatch:
+            losses = member.trainee.step(raw, None if recipe.target is None else batch[recipe.target])
+        member.meter.add(losses, member.trainee.variance)
+        member.tokens += len(raw)
 
-    def _next(self, batches: Iterator[Tensor]) -> Tensor:
-        x = next(batches, None)
-        if x is None:
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        for parts in zip(*self.sources.values(), strict=False):
+            yield dict(zip(self.sources, parts, strict=True))
+
+    def _next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Float[Tensor, "batch d_in"]]:
+        batch = next(batches, None)
+        if batch is None:
             raise TrainingError(f"the source ended after {self.step} steps of {self.steps}; lower train.tokens")
-        if x.ndim != 2 or x.shape[1] != self.source.d_in:
-            raise TrainingError(f"a batch has shape {list(x.shape)}: expected [batch, {self.source.d_in}]")
-        return self.normalisation(x.to(self.device))
+        for name, x in batch.items():
+            if x.ndim != 2 or x.shape[1] != self.sources[name].d_in:
+                raise TrainingError(f"a batch has shape {list(x.shape)}: expected [batch, {self.sources[name].d_in}]")
+        return {name: x.to(self.device) for name, x in batch.items()}
 
-    def _step(self, x: Float[Tensor, "batch d_in"]) -> Losses:
-        settings = self.settings
-        context = Context(
-            dead=self.firing.dead,
-            dead_candidates=self.firing.candidates,
-            l1_coefficient=l1_weight(self.step, self.steps, settings.l1_coefficient, settings.l1_warmup_fraction),
-            aux_coefficient=settings.aux_coefficient,
-            k_aux=self.k_aux,
-            density=self.firing.density,
-            encoder_sink=self.optimizer.encoder_sink,
-            decoder_sink=self.optimizer.decoder_sink,
-            low=self.optimizer.low,
-        )
-        losses = OBJECTIVES[self.architecture](self.dictionary, x, context)
-        losses.total.backward()
-        self.optimizer.step(self._rate())
-        self.step += 1
-        self.firing.record(losses.fired, losses.l0, len(x), self.step)
-        if losses.threshold is not None:
-            self._learn_threshold(losses.threshold)
-        bad = ~losses.total.detach().isfinite()
-        self.bad_input |= bad & (self.first_bad_step < 0) & ~x.isfinite().all()
-        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step, self.first_bad_step)
-        return losses
+    def _log(self, progress: Callable[[int, int, dict[str, Metrics]], None] | None) -> None:
+        metrics: dict[str, Metrics] = {}
+        for name, member in self.members.items():
+            trainee = member.trainee
+            metrics[name] = {
+                "step": self.step,
+                "tokens": self.step * self.batch_size,
+                **member.meter.read(),
+                "dead": int(trainee.firing.dead.sum()),
+                "lr": trainee.optimizer.lr,
+            }
+            for sink in member.sinks:
+                sink.log(metrics[name])
+        if progress and metrics:
+            progress(self.step * self.batch_size, self.total_tokens, metrics)
 
-    def _rate(self) -> float:
-        settings = self.settings
-        return learning_rate(self.step, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
-
-    def _learn_threshold(self, smallest: Float[Tensor, ""]) -> None:
-        """The mean over the first steps, a running one afterwards: there is a threshold from the first step on."""
-        threshold = self.dictionary.get_parameter("threshold")
-        threshold += (smallest - threshold) * max(1 / self.step, THRESHOLD_RATE)
-
-    def _metrics(self, meter: Meter) -> dict[str, float | int]:
-        return {
-            "step": self.step,
-            "tokens": self.step * self.source.batch_size,
-            **meter.read(),
-            "dead": int(self.firing.dead.sum()),
-            "lr": self.optimizer.lr,
-        }
-
-    def _check_finite(self) -> None:
-        step = int(self.first_bad_step)
-        if step < 0:
-            return
-        size = self.source.batch_size
-        rows = f"batch {step - 1} (tokens {(step - 1) * size:,} to {step * size:,})"
-        cause = "the activations themselves are not finite" if bool(self.bad_input) else "training diverged"
-        way_out = (
-            "check the cache with 'sae verify'" if bool(self.bad_input) else f"lower train.lr (now {self.rate:.2g})"
-        )
-        kept = list_checkpoints(self.folder / CHECKPOINTS) if self.folder else []
-        last = f"the last good checkpoint is {str(kept[-1])!r}" if kept else "there is no checkpoint yet"
-        raise TrainingError(f"NaN at step {step}, {rows}: {cause}; {way_out}; {last}")
+    def _drop_failed(self) -> None:
+        """Take those out whose loss was not finite. Waits for the device."""
+        for name, member in list(self.members.items()):
+            reason = member.trainee.failure()
+            if reason is None:
+                continue
+            kept = member.checkpoints
+            last = f"the last good checkpoint is {str(kept[-1])!r}" if kept else "there is no checkpoint yet"
+            self.failures[name] = f"{reason}; {last}"
+            del self.members[name]
 
     def _checkpoint(self) -> None:
-        if self.folder is None:
-            return
-        self._check_finite()
-        state = {
-            "identity": self.identity,
-            "step": self.step,
-            "dictionary": self.dictionary.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "firing": self.firing.state_dict(),
-            "source": self.source.state_dict(),
-            "mean": self.normalisation.mean,
-            "scale": self.normalisation.scale,
-            "generator": self.generator.get_state(),
-        }
-        save_checkpoint(self.folder / CHECKPOINTS, self.step, state, self.folded(), self.settings.keep_checkpoints)
+        """Write all before any older one goes, so that a kill in between leaves a step that all have."""
+        self._drop_failed()
+        places = {name: source.state_dict() for name, source in self.sources.items()}
+        for member in self.members.values():
+            if member.folder is not None:
+                trainee = member.trainee
+                state = {**trainee.state_dict(), "sources": places}
+                save_checkpoint(member.folder / CHECKPOINTS, self.step, state, trainee.folded())
+        for member in self.members.values():
+            if member.folder is not None:
+                prune_checkpoints(member.folder / CHECKPOINTS, member.trainee.settings.keep_checkpoints)
 
     def _resume(self) -> None:
-        kept = list_checkpoints(self.folder / CHECKPOINTS) if self.folder else []
-        if not kept:
+        """Go on from the newest step that all have; where some have none at all, from the beginning."""
+        kept = [{int(path.name.removeprefix("step-")): path for path in m.checkpoints} for m in self.members.values()]
+        common = set.intersection(*map(set, kept)) if kept else set()
+        for member, paths in zip(self.members.values(), kept, strict=True):
+            if paths:
+                newest = paths[max(common or paths)]
+                held = load_checkpoint(newest)["identity"]
+                member.trainee.check_identity(held, f"checkpoint {str(newest)!r}")
+        if not common:
             return
-        state = load_checkpoint(kept[-1])
-        for key, value in self.identity.items():
-            if state["identity"].get(key) != value:
-                raise TrainingError(
-                    f"checkpoint {str(kept[-1])!r}: made with {key}={state['identity'].get(key)!r}, now {value!r}; "
-                    "choose another run folder (out=...), or delete its checkpoints to start anew"
-                )
-        self.step = state["step"]
-        self.dictionary.load_state_dict(state["dictionary"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.firing.load_state_dict(state["firing"])
-        self.source.load_state_dict(state["source"])
-        self.normalisation = Normalisation(state["mean"].to(self.device), state["scale"])
-        self.generator.set_state(state["generator"])
+        self.step = max(common)
+        for member, paths in zip(self.members.values(), kept, strict=True):
+            state = load_checkpoint(paths[self.step])
+            member.trainee.load_state_dict(state)
+            for name, place in state["sources"].items():
+                self.sources[name].load_state_dict(place)
 
     def _interrupted(self) -> str:
-        if self.folder is None:
+        folders = [member.folder for member in self.members.values() if member.folder is not None]
+        if not folders:
             return f"stopped at step {self.step} of {self.steps}; without a run folder nothing is kept"
+        where = f"{str(folders[0] / CHECKPOINTS)!r}" + (f" and {len(folders) - 1} more" if len(folders) > 1 else "")
         return (
-            f"stopped at step {self.step} of {self.steps}; the state is saved in {str(self.folder / 'checkpoints')!r}: "
-            "run the same command again to go on"
+            f"stopped at step {self.step} of {self.steps}; the state is saved in {where}: run the same command again "
+            "to go on"
         )
 
 
-def _build(shape: DictionaryConfig, d_in: int) -> Dictionary:
-    cls = ARCHITECTURES[shape.architecture]
-    return cls(d_in, shape.d_sae, **{name: getattr(shape, name) for name in cls.setting_names})
+def _common(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe]) -> tuple[int, int]:
+    """Batch size and number of tokens, which all share.
 
-
-def chosen_settings(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
-    """The settings that decide the weights; how often to log and to save is not among them."""
-    presentation = {"log_every", "checkpoint_every", "keep_checkpoints"}
-    return {**shape.model_dump(exclude={"hook"}), **settings.model_dump(exclude=presentation)}
-
-
-def _in_bfloat16(settings: TrainConfig, device: torch.device) -> bool:
-    """Whether the large product is made in bfloat16: where asked for, and on a GPU unless asked otherwise."""
-    if settings.products == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
-        warnings.warn(
-            "train.products=bfloat16: this processor has no bfloat16 instructions, so float32 is faster", stacklevel=2
-        )
-    return settings.products == "bfloat16" or (settings.products == "auto" and device.type == "cuda")
-
-
-def _identity(source: BatchSource, shape: DictionaryConfig, settings: TrainConfig, seed: int) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resumption."""
-    return {
-        "d_in": source.d_in,
-        **chosen_settings(shape, settings),
-        "batch_size": source.batch_size,
-        "seed": seed,
-    }
-
-
-def _total_tokens(source: BatchSource, settings: TrainConfig) -> int:
+    Raises:
+        ConfigError: a source that is not there; settings that a common pass cannot have.
+        TrainingError: fewer tokens than a batch.
+    """
+    for name, recipe in recipes.items():
+        for part in (recipe.source, recipe.target):
+            if part is not None and part not in sources:
+                raise ConfigError(f"{name}: there is no source {part!r}; there is {', '.join(sources)}")
+    used = [sources[name] for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None]
+    sizes = {source.batch_size for source in used}
+    if len(sizes) > 1:
+        raise ConfigError(f"the sources have batches of {sorted(sizes)} rows: make them of one size")
+    for one, other in itertools.pairwise(recipes):
+        for key in ("tokens", "log_every", "checkpoint_every"):
+            ours, theirs = getattr(recipes[one].settings, key), getattr(recipes[other].settings, key)
+            if ours != theirs:
+                raise ConfigError(
+                    f"train.{key} is {ours} for {one} and {theirs} for {other}: one pass has one; train them apart"
+                )
+    settings = next(iter(recipes.values())).settings
+    source = used[0]
     tokens = settings.tokens or source.tokens_per_epoch
     if tokens is None:
         raise ConfigError("train.tokens: the source has no end, so say how many tokens to train on")
@@ -318,18 +338,7 @@ def _total_tokens(source: BatchSource, settings: TrainConfig) -> int:
             f"{tokens:,} training tokens are fewer than one batch of {source.batch_size:,}: "
             "lower train.batch_size, or harvest more (data.tokens)"
         )
-    return tokens
-
-
-def _normalisation(source: BatchSource, center: bool, device: torch.device) -> Normalisation:
-    statistics = source.statistics
-    mean = statistics.mean if center else torch.zeros_like(statistics.mean)
-    square = statistics.mean_squared_norm - (float(statistics.mean.double().square().sum()) if center else 0.0)
-    if not square > 0:
-        raise TrainingError(
-            f"the activations' mean squared norm is {square}: all are equal or not finite; nothing to learn"
-        )
-    return Normalisation(mean.to(device), (source.d_in / square) ** 0.5)
+    return source.batch_size, tokens
 
 
 @contextlib.contextmanager

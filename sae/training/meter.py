@@ -1,8 +1,9 @@
-"""What the loop logs of its steps."""
+"""What the loop logs of its steps, and how long they took."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,8 +22,9 @@ class Meter:
         self._steps, self._since = 0, time.perf_counter()
 
     @torch.no_grad()
-    def add(self, x: Float[Tensor, "batch d_in"], losses: Losses) -> None:
-        fvu = losses.terms["mse"] / x.var(0, correction=0).sum().clamp_min(torch.finfo(x.dtype).tiny)
+    def add(self, losses: Losses, variance: Float[Tensor, ""]) -> None:
+        """Count a step; `variance` is that of its targets."""
+        fvu = losses.terms["mse"] / variance.clamp_min(torch.finfo(variance.dtype).tiny)
         for name, value in {"loss": losses.total.detach(), **losses.terms, "fvu": fvu, "l0": losses.l0}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -34,3 +36,40 @@ class Meter:
         means["tokens_per_second"] = self._steps * self.batch_size / max(now - self._since, 1e-9)
         self._sums, self._counts, self._steps, self._since = {}, {}, 0, now
         return means
+
+
+class Stopwatch:
+    """Seconds spent inside `with`, summed; on a GPU by its events, so that nothing waits until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds, self._start = 0.0, 0.0
+        self._events: list[Any] = []
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda":
+            self._mark()
+        else:
+            self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self._mark()
+            if len(self._events) > 4096:
+                self.seconds()
+        else:
+            self._seconds += time.perf_counter() - self._start
+
+    def seconds(self) -> float:
+        """So far. Waits for the device."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            pairs = zip(self._events[::2], self._events[1::2], strict=True)
+            self._seconds += sum(start.elapsed_time(end) for start, end in pairs) / 1e3
+            self._events = []
+        return self._seconds
+
+    def _mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self._events.append(event)

@@ -8,10 +8,15 @@ import torch
 from jaxtyping import BFloat16
 from torch import Tensor
 
+from sae.architectures import JumpReLU
 from sae.dictionary import Dictionary
 from sae.kernels import kernels_for
 from sae.kernels.interface import AdamStep, Moments
 from sae.sparse import GradientSink
+
+RATE_FACTORS = {"threshold": 10.0}
+"""By how much the learning rate of a parameter differs: JumpReLU's thresholds are as large as activations, that is many
+times an encoder weight, and with the rate of weights they would not get to where they should be (docs/log.md)."""
 
 _EPSILON = 1e-8
 
@@ -19,8 +24,8 @@ _EPSILON = 1e-8
 class FeatureAdam:
     """Adam (Kingma & Ba 2015) that makes, uses and drops the gradient of each block of features in turn.
 
-    What the sparse core leaves in the sinks and what autograd leaves in `.grad` both count. Decoder rows keep norm 1:
-    their gradient loses its part along the row, and they are renormalised after the step.
+    What the sparse core leaves in the sinks and what autograd leaves in `.grad` both count. Where the architecture has
+    decoder rows of norm 1, their gradient loses its part along the row, and they are renormalised after the step.
 
     Args:
         dictionary: what is trained; parameters that need no gradient are left alone.
@@ -44,8 +49,9 @@ class FeatureAdam:
             Moments(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in (self.encoder, self.decoder)
         ]
         matrices = {id(dictionary.W_enc), id(dictionary.W_dec)}
-        rest = [p for p in dictionary.parameters() if p.requires_grad and id(p) not in matrices]
-        self.rest = torch.optim.Adam(rest, betas=(beta1, beta2), eps=_EPSILON, fused=True)
+        rest = {name: p for name, p in dictionary.named_parameters() if p.requires_grad and id(p) not in matrices}
+        groups = [{"params": [p], "factor": RATE_FACTORS.get(name, 1.0)} for name, p in rest.items()]
+        self.rest = torch.optim.Adam(groups, betas=(beta1, beta2), eps=_EPSILON, fused=True)
         self.steps, self.lr = 0, 0.0
         self.low: BFloat16[Tensor, "d_sae d_in"] | None = None
         if low_precision:
@@ -71,12 +77,17 @@ class FeatureAdam:
             self.low,
         )
         kernels.adam_(
-            self.decoder, self.moments[1], self.decoder_sink.take(of_decoder), AdamStep(**settings, unit_rows=True)
+            self.decoder,
+            self.moments[1],
+            self.decoder_sink.take(of_decoder),
+            AdamStep(**settings, unit_rows=dictionary.unit_decoder),
         )
         dictionary.W_enc.grad = dictionary.W_dec.grad = None
         for group in self.rest.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.rest.step()
+        if isinstance(dictionary, JumpReLU):
+            dictionary.threshold.clamp_min_(0)
         self.rest.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:

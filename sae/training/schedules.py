@@ -1,6 +1,12 @@
-"""Schedules as functions of the step."""
+"""Schedules as functions of the step, and the one weight that is steered instead: that of the sparsity penalty."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float, decay_fraction: float) -> float:
@@ -13,11 +19,55 @@ def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float, de
     return peak * min(1.0, rise, fall)
 
 
-def l1_weight(step: int, steps: int, weight: float, warmup_fraction: float) -> float:
-    """Linear rise from nothing over the first share of the steps, then constant."""
-    return weight * (min(1.0, step / (warmup_fraction * steps)) if warmup_fraction > 0 else 1.0)
+def warmed_up(step: int, steps: int, warmup_fraction: float) -> float:
+    """Linear rise from nothing to 1 over the first share of the steps, then 1."""
+    return min(1.0, step / (warmup_fraction * steps)) if warmup_fraction > 0 else 1.0
 
 
 def default_learning_rate(d_sae: int) -> float:
     """2.4e-3 · √(4096 / d_sae): falls with the square root of the width, as in Gao et al. 2024, appendix A.3."""
     return 2.4e-3 * (4096 / d_sae) ** 0.5
+
+
+class SteeredWeight:
+    """λ = exp(w + gain · e), with e = log(L0 / target) of a running mean of L0, and w growing by `rate` · e each step.
+
+    A proportional-integral controller on the logarithm: λ grows while too many features fire, falls while too few do,
+    and stands still only where L0 is the target. Everything stays on the device.
+
+    Args:
+        target: features per token that are aimed at.
+        start: λ to begin with.
+        gain: of the proportional part.
+        rate: of the integral part.
+        horizon: steps that the running mean of L0 reaches back.
+    """
+
+    def __init__(
+        self, target: float | int, start: float, device: torch.device, gain: float = 1.0, rate: float = 0.01,
+        horizon: int = 10,
+    ) -> None:  # fmt: skip
+        self.target, self.gain, self.rate, self.horizon = target, gain, rate, horizon
+        self.integral: Float[Tensor, ""] = torch.full((), start, device=device).log()
+        self.l0: Float[Tensor, ""] = torch.full((), float("nan"), device=device)
+
+    @property
+    def value(self) -> Float[Tensor, ""]:
+        """λ at this step."""
+        return (self.integral + self.gain * self._error().nan_to_num()).exp()
+
+    def observe(self, l0: Float[Tensor, ""]) -> None:
+        """Take a batch's L0 into account."""
+        self.l0 = torch.where(self.l0.isnan(), l0, self.l0.lerp(l0.to(self.l0), 1 / self.horizon))
+        self.integral = self.integral + self.rate * self._error()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"integral": self.integral, "l0": self.l0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.integral = state["integral"].to(self.integral)
+        self.l0 = state["l0"].to(self.l0)
+
+    def _error(self) -> Float[Tensor, ""]:
+        """log(L0 / target), within ±1; where nothing fires, −1."""
+        return (self.l0 / self.target).clamp_min(1e-9).log().clamp(-1, 1)

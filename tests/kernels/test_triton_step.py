@@ -59,7 +59,8 @@ class Trained:
             self.firing.dead, self.firing.candidates, 0.0, 1 / 32, self.d_in // 2, self.firing.density,
             self.optimizer.encoder_sink, self.optimizer.decoder_sink,
         )  # fmt: skip
-        losses = OBJECTIVES[self.architecture](self.dictionary, self.data[number % 4], context)
+        x = self.data[number % 4]
+        losses = OBJECTIVES[self.architecture](self.dictionary, x, x, context)
         losses.total.backward()
         self.optimizer.step(1e-2)
         self.firing.record(losses.fired, losses.l0, self.batch, number + 1)

@@ -10,32 +10,33 @@ from sae.dictionary import Dictionary
 
 
 def dense_features(architecture: str, pre: Tensor, k: int) -> Tensor:
-    """What fires, written with dense masks."""
+    """What fires in TopK, BatchTopK and ReLU, written with dense masks."""
     if architecture == "topk":
         return pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(k, dim=1).indices, 1.0)
-    if architecture == "batch_topk":
+    if architecture in ("batch_topk", "matryoshka"):
         bound = pre.flatten().topk(k * len(pre)).values[-1]
         return pre.relu() * (pre >= bound)
     return pre.relu()
 
 
 class DenseReference:
-    """Dense autograd and plain PyTorch, for all architectures; AuxK on the features that are dead."""
+    """Dense autograd and plain PyTorch, for all architectures; dead features are revived."""
 
     def __init__(self, architecture: str, dictionary: Dictionary, settings: TrainConfig) -> None:
         self.architecture, self.dictionary, self.settings = architecture, dictionary, settings
-        parameters = [p for p in dictionary.parameters() if p.requires_grad]
-        self.adam = torch.optim.Adam(parameters, betas=(settings.beta1, settings.beta2))
+        trained = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
+        thresholds = [p for name, p in trained.items() if name == "threshold"]
+        others = [p for name, p in trained.items() if name != "threshold"]
+        groups = [{"params": others}, *({"params": [p]} for p in thresholds)]
+        self.adam = torch.optim.Adam(groups, betas=(settings.beta1, settings.beta2))
         self.silent = torch.zeros(dictionary.d_sae, dtype=torch.int64)
 
     def step(self, x: Tensor, rate: float) -> float:
         d, dead = self.dictionary, self.silent >= self.settings.dead_after_tokens
         pre = (x - d.b_dec) @ d.W_enc + d.b_enc
-        features = dense_features(self.architecture, pre, d.settings().get("k", 0))
-        error = x - features @ d.W_dec - d.b_dec
-        loss = mse = error.square().sum(1).mean()
-        if self.architecture == "relu":
-            loss = loss + self.settings.l1_coefficient * (features @ d.W_dec.norm(dim=1)).mean()
+        loss, mse, features, error = self.losses(x, pre)
+        if dead.any() and self.architecture in ("relu", "gated"):
+            loss = loss - self.settings.aux_coefficient * (d.b_enc * dead).sum()
         elif dead.any():
             k_aux = d.d_in // 2
             among = pre.masked_fill(~dead, -torch.inf)
@@ -46,9 +47,49 @@ class DenseReference:
         self.adam.zero_grad()
         loss.backward()
         with torch.no_grad():
-            d.W_dec.grad -= (d.W_dec.grad * d.W_dec).sum(1, keepdim=True) * d.W_dec
-            self.adam.param_groups[0]["lr"] = rate
+            if d.unit_decoder:
+                d.W_dec.grad -= (d.W_dec.grad * d.W_dec).sum(1, keepdim=True) * d.W_dec
+            for group, factor in zip(self.adam.param_groups, (1, 10), strict=False):
+                group["lr"] = factor * rate
             self.adam.step()
-            d.W_dec /= d.W_dec.norm(dim=1, keepdim=True)
+            if d.unit_decoder:
+                d.W_dec /= d.W_dec.norm(dim=1, keepdim=True)
+            if self.architecture == "jumprelu":
+                d.get_parameter("threshold").clamp_(min=0)
             self.silent = (self.silent + len(x)).masked_fill((features > 0).any(0), 0)
         return float(mse.detach())
+
+    def losses(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is minimised but for AuxK, the error, the features, and what is left of x."""
+        d, settings = self.dictionary, self.settings
+        if self.architecture == "gated":
+            gate = pre.relu()
+            magnitude = (((x - d.b_dec) @ d.W_enc) * d.r_mag.exp() + d.b_mag).relu()
+            features = magnitude * (pre > 0)
+            error = x - features @ d.W_dec - d.b_dec
+            of_gate = x - gate @ d.W_dec.detach() - d.b_dec.detach()
+            mse = error.square().sum(1).mean()
+            penalty = settings.l1_coefficient * gate.sum(1).mean()
+            return mse + penalty + of_gate.square().sum(1).mean(), mse, features, error
+        if self.architecture == "jumprelu":
+            features, count = straight_through(pre.relu(), d.get_parameter("threshold"), settings.bandwidth)
+            error = x - features @ d.W_dec - d.b_dec
+            mse = error.square().sum(1).mean()
+            return mse + settings.l0_coefficient * count.sum(1).mean(), mse, features, error
+        features = dense_features(self.architecture, pre, d.settings().get("k", 0))
+        error = x - features @ d.W_dec - d.b_dec
+        mse = error.square().sum(1).mean()
+        if self.architecture == "relu":
+            return mse + settings.l1_coefficient * (features @ d.W_dec.norm(dim=1)).mean(), mse, features, error
+        if self.architecture == "matryoshka":
+            of_prefixes = [(x - features[:, :m] @ d.W_dec[:m] - d.b_dec).square().sum(1).mean() for m in d.prefix_sizes]
+            return torch.stack(of_prefixes).mean(), mse, features, error
+        return mse, mse, features, error
+
+
+def straight_through(z: Tensor, threshold: Tensor, width: float) -> tuple[Tensor, Tensor]:
+    """z · [z > θ] and [z > θ], whose gradients to θ come from terms that are 0 but for what autograd makes of them."""
+    open_ = (z > threshold).to(z.dtype)
+    near = (((z - threshold).abs() < width / 2) & (z > 0)).to(z.dtype)
+    nothing = threshold - threshold.detach()
+    return z * open_ - near * (threshold.detach() / width) * nothing, open_ - near / width * nothing

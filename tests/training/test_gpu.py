@@ -7,7 +7,7 @@ import torch
 
 from sae.config import DictionaryConfig, TrainConfig
 from sae.training import IterableSource, train
-from sae.training.loop import _Run
+from sae.training.trainee import Recipe, Trainee
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -21,7 +21,7 @@ def batches(count: int) -> list[torch.Tensor]:
     return list(codes @ directions)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_the_gpu_s_loss_curve_is_the_cpu_s(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, products="float32")
@@ -35,7 +35,7 @@ def test_the_gpu_s_loss_curve_is_the_cpu_s(architecture: str) -> None:
     assert curves["cuda"] == pytest.approx(curves["cpu"], rel=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_bfloat16_products_follow_the_float32_curve(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     curves: dict[str, list[float]] = {"float32": [], "bfloat16": []}
@@ -50,7 +50,7 @@ def test_bfloat16_products_follow_the_float32_curve(architecture: str) -> None:
     assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=0.05)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_training_twice_gives_the_same_weights(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     settings = TrainConfig(tokens=30 * BATCH, batch_size=BATCH, dead_after_tokens=2 * BATCH)
@@ -59,20 +59,20 @@ def test_training_twice_gives_the_same_weights(architecture: str) -> None:
         assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
 def test_a_step_does_not_wait_for_the_device(architecture: str) -> None:
     """With dead features, so that AuxK takes part; between two refreshes of the firing record."""
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     settings = TrainConfig(tokens=40 * BATCH, batch_size=BATCH, dead_after_tokens=2 * BATCH)
     data = batches(4)
-    run = _Run(IterableSource(data), shape, settings, 0, torch.device("cuda"), None, {})
-    on_device = [run.normalisation(x.cuda()) for x in data]
+    run = Trainee(Recipe(shape, settings), IterableSource(data), None, 40, torch.device("cuda"))
+    on_device = [x.cuda() for x in data]
     for step in range(17):
-        run._step(on_device[step % 4])
+        run.step(on_device[step % 4], None)
     assert len(run.firing.candidates), "no feature is dead, so AuxK is not tested"
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(10):
-            run._step(on_device[step % 4])
+            run.step(on_device[step % 4], None)
     finally:
         torch.cuda.set_sync_debug_mode("default")

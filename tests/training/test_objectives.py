@@ -28,7 +28,7 @@ def random_dictionary(cls: type[Dictionary], seed: int = 0, **settings: int) -> 
 def context(dead: Tensor | None = None, candidates: Tensor | None = None, k_aux: int = 4, l1: float = 0.3) -> Context:
     dead = torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead
     listed = dead.nonzero().flatten() if candidates is None else candidates
-    return Context(dead=dead, dead_candidates=listed, l1_coefficient=l1, aux_coefficient=1 / 32, k_aux=k_aux)
+    return Context(dead=dead, dead_candidates=listed, sparsity=l1, aux_coefficient=1 / 32, k_aux=k_aux)
 
 
 def dense_topk_loss(dictionary: Dictionary, x: Tensor, k: int, context: Context) -> Tensor:
@@ -53,7 +53,7 @@ def dense_relu_loss(dictionary: Dictionary, x: Tensor, context: Context) -> Tens
     features = torch.relu((x - dictionary.b_dec) @ dictionary.W_enc + dictionary.b_enc)
     x_hat = features @ dictionary.W_dec + dictionary.b_dec
     penalty = (features * (dictionary.W_dec**2).sum(1).sqrt()).sum(1).mean()
-    return ((x - x_hat) ** 2).sum(1).mean() + context.l1_coefficient * penalty
+    return ((x - x_hat) ** 2).sum(1).mean() + context.sparsity * penalty
 
 
 def gradients(loss: Tensor, dictionary: Dictionary) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def some_dead(count: int) -> Tensor:
 def test_topk_loss_and_gradients_equal_the_dense_formula(kind: str, dead: int) -> None:
     dictionary, x = random_dictionary(TopK, k=K), inputs(kind)
     where = context(some_dead(dead))
-    losses = topk_loss(dictionary, x, where)
+    losses = topk_loss(dictionary, x, x, where)
     expected = dense_topk_loss(dictionary, x, K, where)
     torch.testing.assert_close(losses.total, expected, rtol=1e-12, atol=1e-12)
     expected_gradients = gradients(expected, dictionary)
@@ -95,7 +95,7 @@ def test_topk_with_k_above_the_number_of_positive_pre_activations() -> None:
     dictionary, x = random_dictionary(TopK, k=15), inputs("ordinary")
     with torch.no_grad():
         dictionary.b_enc -= 1.5
-    losses = topk_loss(dictionary, x, context())
+    losses = topk_loss(dictionary, x, x, context())
     pre = (x - dictionary.b_dec) @ dictionary.W_enc + dictionary.b_enc
     assert (pre > 0).sum(1).max() < 15, "the case is not the one meant"
     assert float(losses.l0) == pytest.approx(float((pre > 0).sum(1).double().mean()))
@@ -112,8 +112,8 @@ def test_auxk_reaches_encoder_and_decoder_of_dead_features_only() -> None:
     with torch.no_grad():
         dictionary.b_enc[dead] = -4.0  # they never win the top k, yet are positive for nobody ...
         dictionary.b_enc[dead.nonzero()[0]] = 0.5  # ... but one
-    with_aux = gradients(topk_loss(dictionary, x, context(dead)).total, dictionary)
-    without = gradients(topk_loss(dictionary, x, context()).total, dictionary)
+    with_aux = gradients(topk_loss(dictionary, x, x, context(dead)).total, dictionary)
+    without = gradients(topk_loss(dictionary, x, x, context()).total, dictionary)
     changed = (with_aux["W_enc"] - without["W_enc"]).abs().amax(0) > 0
     assert changed.any(), "AuxK gives the encoder no gradient"
     assert not (changed & ~dead).any(), "AuxK reaches the encoder of living features"
@@ -127,26 +127,26 @@ def test_auxk_ignores_candidates_that_have_come_to_life() -> None:
     dead = some_dead(3)
     stale_list = some_dead(9).nonzero().flatten()
     assert set(dead.nonzero().flatten().tolist()) < set(stale_list.tolist())
-    fresh = topk_loss(dictionary, x, context(dead))
-    stale = topk_loss(dictionary, x, context(dead, stale_list))
+    fresh = topk_loss(dictionary, x, x, context(dead))
+    stale = topk_loss(dictionary, x, x, context(dead, stale_list))
     torch.testing.assert_close(stale.total, fresh.total, rtol=1e-12, atol=0)
 
 
 def test_auxk_target_leaves_out_the_decoder_bias() -> None:
     """Shifting data and b_dec together changes neither residual nor guess, so AuxK must not move."""
     dictionary, x = random_dictionary(TopK, k=K), inputs("ordinary")
-    before = topk_loss(dictionary, x, context(some_dead(6))).terms["aux"]
+    before = topk_loss(dictionary, x, x, context(some_dead(6))).terms["aux"]
     shift = torch.linspace(-30, 30, D_IN, dtype=torch.float64)
     with torch.no_grad():
         dictionary.b_dec += shift
-    after = topk_loss(dictionary, x + shift, context(some_dead(6))).terms["aux"]
+    after = topk_loss(dictionary, x + shift, x + shift, context(some_dead(6))).terms["aux"]
     torch.testing.assert_close(after, before)
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "zero row", "repeated rows", "one row"])
 def test_relu_loss_and_gradients_equal_the_dense_formula(kind: str) -> None:
     dictionary, x = random_dictionary(ReLU), inputs(kind)
-    losses = relu_loss(dictionary, x, context())
+    losses = relu_loss(dictionary, x, x, context())
     expected = dense_relu_loss(dictionary, x, context())
     torch.testing.assert_close(losses.total, expected, rtol=1e-12, atol=1e-12)
     expected_gradients = gradients(expected, dictionary)
@@ -158,7 +158,7 @@ def test_relu_loss_and_gradients_equal_the_dense_formula(kind: str) -> None:
 def test_gradients_equal_finite_differences(objective: object) -> None:
     dictionary = random_dictionary(TopK, k=K) if objective is topk_loss else random_dictionary(ReLU)
     x, where = inputs("ordinary"), context()
-    analytic = gradients(objective(dictionary, x, where).total, dictionary)  # type: ignore[operator]
+    analytic = gradients(objective(dictionary, x, x, where).total, dictionary)  # type: ignore[operator]
     step = 1e-6
     for name, parameter in dictionary.named_parameters():
         by_feature = parameter.data.T if name == "W_enc" else parameter.data
@@ -166,9 +166,9 @@ def test_gradients_equal_finite_differences(objective: object) -> None:
         for position in range(0, len(flat), 7):
             start = float(flat[position])
             flat[position] = start + step
-            above = float(objective(dictionary, x, where).total.detach())  # type: ignore[operator]
+            above = float(objective(dictionary, x, x, where).total.detach())  # type: ignore[operator]
             flat[position] = start - step
-            below = float(objective(dictionary, x, where).total.detach())  # type: ignore[operator]
+            below = float(objective(dictionary, x, x, where).total.detach())  # type: ignore[operator]
             flat[position] = start
             slope = (above - below) / (2 * step)
             assert float(slopes[position]) == pytest.approx(slope, rel=1e-5, abs=1e-7), name
@@ -185,7 +185,7 @@ def test_optimum_of_one_latent_with_l1() -> None:
         optimizer = torch.optim.SGD([dictionary.b_enc], lr=0.1)
         for _ in range(300):
             optimizer.zero_grad()
-            relu_loss(dictionary, x, context(l1=weight)).total.backward()
+            relu_loss(dictionary, x, x, context(l1=weight)).total.backward()
             optimizer.step()
         assert float(dictionary.encode(x).detach()) == pytest.approx(max(0.0, x_value - weight / 2), abs=1e-6)
 
@@ -207,7 +207,7 @@ def dead_after_training(aux_coefficient: float) -> int:
             firing.dead, firing.candidates, 0.0, aux_coefficient, 16, firing.density,
             optimizer.encoder_sink, optimizer.decoder_sink,
         )  # fmt: skip
-        losses = topk_loss(dictionary, x, where)
+        losses = topk_loss(dictionary, x, x, where)
         losses.total.backward()
         optimizer.step(3e-3)
         firing.record(losses.fired, losses.l0, len(x), step + 1)

@@ -37,7 +37,7 @@ def samples(count: int, dtype: torch.dtype) -> list[Tensor]:
 def build(architecture: str, dtype: torch.dtype, x: Tensor) -> Dictionary:
     cls = ARCHITECTURES[architecture]
     dictionary = cls(D_IN, D_SAE, **({"k": K} if "k" in cls.setting_names else {}))
-    initialise_(dictionary, x.float(), torch.Generator().manual_seed(1))
+    initialise_(dictionary, x.float(), torch.Generator().manual_seed(1), k=K)
     return dictionary.to(dtype)
 
 
@@ -49,39 +49,45 @@ def test_steps_in_float64_are_those_of_dense_autograd_and_torch_s_adam(architect
     ours = build(architecture, torch.float64, batches[0])
     with torch.no_grad():
         ours.W_enc[:, :40] *= 0.2
-    settings = TrainConfig(dead_after_tokens=4 * BATCH, l1_coefficient=0.3)
+        ours.b_enc[:40] -= 0.3 if architecture in ("relu", "gated") else 0.0
+    settings = TrainConfig(dead_after_tokens=4 * BATCH, l1_coefficient=0.3, l0_coefficient=0.01, bandwidth=0.2)
     reference = DenseReference(architecture, copy.deepcopy(ours), settings)
     optimizer = FeatureAdam(ours, settings.beta1, settings.beta2)
     firing = FiringRecord(D_SAE, settings.dead_after_tokens, torch.device("cpu"), refresh_every=1)
+    weight = settings.l0_coefficient if architecture == "jumprelu" else settings.l1_coefficient
     most_dead = 0
     for step, x in enumerate(itertools.islice(itertools.cycle(batches), 30), 1):
         context = Context(
-            firing.dead, firing.candidates, settings.l1_coefficient, settings.aux_coefficient, D_IN // 2, density,
-            optimizer.encoder_sink, optimizer.decoder_sink,
+            firing.dead, firing.candidates, weight or 0.0, settings.aux_coefficient, D_IN // 2, density,
+            optimizer.encoder_sink, optimizer.decoder_sink, bandwidth=settings.bandwidth,
         )  # fmt: skip
         most_dead = max(most_dead, len(firing.candidates))
-        losses = OBJECTIVES[architecture](ours, x, context)
+        losses = OBJECTIVES[architecture](ours, x, x, context)
         losses.total.backward()
         optimizer.step(1e-2)
         firing.record(losses.fired, losses.l0, len(x), step)
         assert float(losses.terms["mse"]) == pytest.approx(reference.step(x, 1e-2), rel=1e-9), step
-    if architecture != "relu":
-        assert most_dead > D_IN, "too few features died for AuxK to be tested"
+    assert most_dead > D_IN, "too few features died for their revival to be tested"
     for (name, found), expected in zip(ours.named_parameters(), reference.dictionary.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
-    torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(D_SAE, dtype=torch.float64))
+    if ours.unit_decoder:
+        torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(D_SAE, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["relu", "topk", "batch_topk", "matryoshka"])
 def test_the_loss_curve_of_training_is_that_of_the_dense_reference(architecture: str) -> None:
     """`train` itself, float32, a hundred steps: the logged error differs by less than 1e-4 of itself.
 
     With ten times the learning rate, so small a batch is chaotic: dense float32 and dense float64 part as soon.
+    ReLU begins with many features that fire alone, of whose gradient Adam sees the rounding. (Gated and JumpReLU jump:
+    one activation on the other side of its threshold is worth more than any tolerance. In float64 they are above.)
     """
+    tolerance = 1e-3 if architecture == "relu" else 1e-4
     batches = samples(25, torch.float32)
     settings = TrainConfig(
-        tokens=100 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, l1_coefficient=0.3, l1_warmup_fraction=0
-    )
+        tokens=100 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, l1_coefficient=0.3, l0_coefficient=0.01,
+        sparsity_warmup_fraction=0,
+    )  # fmt: skip
     curve: list[float] = []
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     source = IterableSource(batches)
@@ -90,7 +96,7 @@ def test_the_loss_curve_of_training_is_that_of_the_dense_reference(architecture:
     reference = DenseReference(architecture, build(architecture, torch.float32, batches[0] * scale), settings)
     for step, x in enumerate(itertools.islice(itertools.cycle(batches), 100)):
         rate = learning_rate(step, 100, 1e-3, settings.warmup_fraction, settings.decay_fraction)
-        assert curve[step] == pytest.approx(reference.step(x * scale, rate), rel=1e-4), step
+        assert curve[step] == pytest.approx(reference.step(x * scale, rate), rel=tolerance), step
     assert curve[-1] < 0.8 * curve[0]
 
 
@@ -103,7 +109,7 @@ def test_the_optimizer_s_state_survives_a_checkpoint() -> None:
                 torch.zeros(D_SAE, dtype=torch.bool), torch.zeros(0, dtype=torch.int64), 0.0, 0.0, 1,
                 encoder_sink=optimizer.encoder_sink, decoder_sink=optimizer.decoder_sink, low=optimizer.low,
             )  # fmt: skip
-            OBJECTIVES["topk"](optimizer.dictionary, x, context).total.backward()
+            OBJECTIVES["topk"](optimizer.dictionary, x, x, context).total.backward()
             optimizer.step(1e-2)
 
     first = FeatureAdam(build("topk", torch.float32, x), 0.9, 0.999, low_precision=True)

@@ -11,7 +11,7 @@ import torch
 from sae.architectures import TopK
 from sae.training.firing import FiringRecord
 from sae.training.initialise import geometric_median, initialise_
-from sae.training.schedules import default_learning_rate, l1_weight, learning_rate
+from sae.training.schedules import default_learning_rate, learning_rate, warmed_up
 
 
 def test_dead_features_are_counted_in_tokens() -> None:
@@ -85,9 +85,9 @@ def test_learning_rate_schedule_at_its_corners() -> None:
     assert learning_rate(0, 100, 2.0, 0.0, 0.0) == 2.0
 
 
-def test_l1_weight_warms_up_from_nothing() -> None:
-    assert [l1_weight(step, 100, 4.0, 0.1) for step in (0, 5, 10, 99)] == [0.0, 2.0, 4.0, 4.0]
-    assert l1_weight(0, 100, 4.0, 0.0) == 4.0
+def test_a_weight_warms_up_from_nothing() -> None:
+    assert [warmed_up(step, 100, 0.1) for step in (0, 5, 10, 99)] == [0.0, 0.5, 1.0, 1.0]
+    assert warmed_up(0, 100, 0.0) == 1.0
 
 
 def test_default_learning_rate_falls_with_the_root_of_the_width() -> None:

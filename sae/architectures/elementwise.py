@@ -1,0 +1,90 @@
+"""What ReLU, Gated, JumpReLU and BatchTopK after training share: whether a feature fires is its own affair."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae.dictionary import Codes, Dictionary, checked_k
+from sae.kernels.interface import DENSE_ABOVE, Selection
+from sae.sparse import select_above
+
+_PROBE = 64
+
+
+class Elementwise(Dictionary):
+    """f_j = activate(z_j) · [z_j > bound_j] with z the pre-activations.
+
+    Any number of features may fire. An untrained ReLU lets half of them through; where a few rows show that codes are
+    not sparse, they are computed densely.
+    """
+
+    @abstractmethod
+    def bounds(self) -> Float[Tensor, " d_sae"]:
+        """The pre-activation that a feature must exceed to fire."""
+
+    def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
+        return select_above(x, self.b_dec, self.W_enc.T, self.b_enc, self.bounds())
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        pre = self.pre_activations(x)
+        return self.activate(pre, slice(None)).masked_fill(pre <= self.bounds(), 0)
+
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
+        if not self._is_dense(x):
+            return super().encode_sparse(x)
+        features = self.encode(x)
+        values, indices = features.topk(max(int((features > 0).sum(-1).max()), 1), dim=-1)
+        return Codes(values, indices)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        return self.decode(self.encode(x)) if self._is_dense(x) else super().forward(x)
+
+    @torch.no_grad()
+    def normalise_decoder_(self) -> None:
+        """Give decoder rows norm 1 and leave every reconstruction as it is: activations take the norms over."""
+        norms = self.W_dec.norm(dim=-1)
+        norms = norms.where(norms > 0, 1.0)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms)
+        self.scale_activations_(norms)
+
+    @torch.no_grad()
+    def _is_dense(self, x: Tensor) -> bool:
+        """Whether more features fire on the first rows than sparse products are good for. Waits for the device."""
+        rows = x.reshape(-1, self.d_in)[:_PROBE]
+        return len(rows) > 0 and bool((self.pre_activations(rows) > self.bounds()).float().mean() > DENSE_ABOVE)
+
+
+class OneThreshold(Elementwise):
+    """f = z · [z > θ] with z = ReLU of the pre-activations, and one θ for all features.
+
+    What is trained by BatchTopK's rule: θ is the running mean of the smallest activation that the rule let through.
+
+    Attributes:
+        k: features per token on average.
+        threshold: θ, a single number, not trained by gradient; in units of the activations.
+    """
+
+    setting_names: ClassVar[tuple[str, ...]] = ("k",)
+
+    def __init__(self, d_in: int, d_sae: int, *, k: int, metadata: Mapping[str, Any] | None = None) -> None:
+        super().__init__(d_in, d_sae, metadata)
+        self.k = checked_k(k, d_sae)
+        self.threshold = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def settings(self) -> dict[str, Any]:
+        return {"k": self.k}
+
+    def bounds(self) -> Float[Tensor, " d_sae"]:
+        return self.threshold.expand(self.d_sae)
+
+    @torch.no_grad()
+    def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
+        super().scale_activations_(factor)
+        self.threshold.mul_(factor)

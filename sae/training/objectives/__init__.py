@@ -1,0 +1,21 @@
+"""What training minimises: pure functions of a dictionary, an input and a target, one per architecture."""
+
+from __future__ import annotations
+
+from sae.training.objectives.common import Context, Losses, Objective
+from sae.training.objectives.penalised import gated_loss, jumprelu_loss, relu_loss
+from sae.training.objectives.selected import batch_topk_loss, matryoshka_loss, topk_loss
+
+OBJECTIVES: dict[str, Objective] = {
+    "relu": relu_loss,
+    "gated": gated_loss,
+    "topk": topk_loss,
+    "batch_topk": batch_topk_loss,
+    "jumprelu": jumprelu_loss,
+    "matryoshka": matryoshka_loss,
+}
+
+__all__ = [
+    "OBJECTIVES", "Context", "Losses", "Objective", "batch_topk_loss", "gated_loss", "jumprelu_loss", "matryoshka_loss",
+    "relu_loss", "topk_loss",
+]  # fmt: skip

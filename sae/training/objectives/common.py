@@ -1,0 +1,114 @@
+"""What every objective is made of: its context, what it finds, error, encoding, firing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.dictionary import Dictionary
+from sae.kernels.interface import Selection
+from sae.kernels.pattern import Pattern
+from sae.sparse import GradientSink, decode, encode_at
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective needs beside the dictionary and the batch.
+
+    Attributes:
+        dead: features that are dead now.
+        dead_candidates: their indices as listed a few steps ago, ascending; the only ones that are revived.
+        sparsity: weight of the penalty on firing at this step; for relu, gated, jumprelu.
+        aux_coefficient, k_aux: weight and size of what revives dead features.
+        density: share of features that fired per token a few steps ago, which decides how codes are computed.
+        encoder_sink, decoder_sink: where the gradients of the matrices go; None: into `.grad`, dense.
+        low: the encoder in bfloat16 for the large product; None: as it is.
+        target_l0: features per token that JumpReLU's penalty aims at; None: it is the number of features itself.
+        bandwidth: width of the window around a JumpReLU's threshold in which the threshold has a gradient.
+    """
+
+    dead: Bool[Tensor, " d_sae"]
+    dead_candidates: Int[Tensor, " candidates"]
+    sparsity: float | Float[Tensor, ""]
+    aux_coefficient: float
+    k_aux: int
+    density: float = 1.0
+    encoder_sink: GradientSink | None = None
+    decoder_sink: GradientSink | None = None
+    low: Tensor | None = None
+    target_l0: int | None = None
+    bandwidth: float = 1.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What an objective found.
+
+    Attributes:
+        total: what is minimised.
+        terms: its terms without their weights, detached, for the log.
+        fired: features that fired in the batch.
+        l0: mean number of features that fired per token.
+        threshold: the smallest activation that was let through, where the architecture learns that.
+    """
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Float[Tensor, ""]]
+    fired: Bool[Tensor, " d_sae"]
+    l0: Float[Tensor, ""]
+    threshold: Float[Tensor, ""] | None = None
+
+
+Objective = Callable[[Dictionary, Tensor, Tensor, Context], Losses]
+"""(dictionary, input `[batch, d_in]`, target `[batch, d_in]`, context) → losses; pure."""
+
+
+def mean_squared_error(
+    target: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]
+) -> Float[Tensor, ""]:
+    """Mean over tokens of ‖y − ŷ‖²."""
+    return (target - reconstruction).square().sum(-1).mean()
+
+
+def pre_activations_at(
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], context: Context, selection: Selection
+) -> Float[Tensor, " pairs"]:
+    """Pre-activations where `selection` is, differentiable in the dictionary."""
+    return encode_at(x, *encoder(dictionary), selection, context.encoder_sink)
+
+
+def reconstruct(
+    dictionary: Dictionary, pattern: Pattern, values: Float[Tensor, " pairs"], context: Context
+) -> Float[Tensor, "batch d_in"]:
+    """Σ of values · decoder rows, and b_dec."""
+    return decode(pattern, values, dictionary.W_dec, context.decoder_sink) + dictionary.b_dec
+
+
+def firing(pattern: Pattern, values: Float[Tensor, " pairs"]) -> tuple[Bool[Tensor, " d_sae"], Float[Tensor, ""]]:
+    """Which features fired, and how many per token, from one reduction over the pairs."""
+    active = (values.detach() > 0).to(values.dtype)
+    counts = active.new_zeros(pattern.d_sae).index_add_(0, pattern.features, active)
+    return counts > 0, active.sum() / pattern.batch
+
+
+def firing_densely(features: Float[Tensor, "batch d_sae"]) -> tuple[Bool[Tensor, " d_sae"], Float[Tensor, ""]]:
+    """The same from a whole matrix."""
+    active = features.detach() > 0
+    return active.any(0), active.sum(-1).to(features.dtype).mean()
+
+
+def encoder(dictionary: Dictionary) -> tuple[Tensor, Tensor, Tensor]:
+    """b_dec, the encoder by feature, its bias: as `sae.sparse` takes them."""
+    return dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc
+
+
+def pre_activations_densely(dictionary: Dictionary, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+    """(x − b_dec) W_enc + b_enc as x W_enc + (b_enc − b_dec W_enc).
+
+    Equal but for rounding; b_dec's gradient then costs a matrix times a vector instead of the dense gradient of x.
+    """
+    return torch.nn.functional.linear(x, dictionary.W_enc.T, dictionary.b_enc - dictionary.b_dec @ dictionary.W_enc)

@@ -1,0 +1,165 @@
+"""Objectives in which a penalty keeps features from firing: ReLU, Gated, JumpReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.architectures import Gated, JumpReLU
+from sae.dictionary import Dictionary
+from sae.kernels.interface import DENSE_ABOVE
+from sae.sparse import decode, select_above
+from sae.training.objectives.auxk import auxk_after
+from sae.training.objectives.common import (
+    Context,
+    Losses,
+    encoder,
+    firing,
+    firing_densely,
+    mean_squared_error,
+    pre_activations_at,
+    pre_activations_densely,
+    reconstruct,
+)
+
+
+def relu_loss(
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+) -> Losses:
+    """‖y − ŷ‖² + λ Σ_j f_j ‖W_dec,j‖, with every positive pre-activation firing.
+
+    Bricken et al. 2023; with decoder norms in the penalty, Anthropic, April 2024 update.
+    """
+    norms = dictionary.W_dec.norm(dim=-1)
+    if context.density > DENSE_ABOVE:
+        features = pre_activations_densely(dictionary, x).relu()
+        reconstruction, found = dictionary.decode(features), firing_densely(features)
+        l1 = (features @ norms).mean()
+    else:
+        selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae))
+        values = pre_activations_at(dictionary, x, context, selection).relu()
+        reconstruction = reconstruct(dictionary, selection.pattern, values, context)
+        found = firing(selection.pattern, values)
+        l1 = (values * norms[selection.pattern.features]).sum() / len(x)
+    mse = mean_squared_error(target, reconstruction)
+    terms = {"mse": mse.detach(), "l1": l1.detach()}
+    return Losses(mse + context.sparsity * l1 + revival(dictionary, x, context), terms, *found)
+
+
+def gated_loss(
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+) -> Losses:
+    """‖y − ŷ‖² + λ Σ_j ReLU(π_j) + ‖y − ŷ_gate‖², with ŷ_gate from ReLU(π) and a decoder that it does not train.
+
+    Rajamanoharan et al. 2024, §3.2, eq. 8.
+    """
+    assert isinstance(dictionary, Gated)
+    frozen, b_dec = dictionary.W_dec.detach(), dictionary.b_dec.detach()
+    if context.density > DENSE_ABOVE:
+        pre = pre_activations_densely(dictionary, x)
+        gate = pre.relu()
+        features = dictionary.activate(pre, slice(None)) * (pre > 0)
+        reconstruction, of_gate = dictionary.decode(features), gate @ frozen + b_dec
+        found = firing_densely(features)
+    else:
+        selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae))
+        pattern = selection.pattern
+        pre = pre_activations_at(dictionary, x, context, selection)
+        gate, values = pre.relu(), dictionary.activate(pre, pattern.features)
+        reconstruction = reconstruct(dictionary, pattern, values, context)
+        of_gate = decode(pattern, gate, frozen) + b_dec
+        found = firing(pattern, values)
+    mse, gate_mse, l1 = (
+        mean_squared_error(target, reconstruction),
+        mean_squared_error(target, of_gate),
+        gate.sum() / len(x),
+    )
+    total = mse + context.sparsity * l1 + gate_mse + revival(dictionary, x, context)
+    return Losses(total, {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}, *found)
+
+
+def jumprelu_loss(
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+) -> Losses:
+    """‖y − ŷ‖² + λ · L0, or + λ · (L0 / target − 1)²; + α · AuxK. Straight-through gradients reach the thresholds.
+
+    Everything within half a bandwidth below a threshold takes part, as the threshold's gradient comes from there too,
+    but nothing that is not positive: those are a heap at 0, of which moving a threshold lets none through.
+
+    Rajamanoharan et al. 2024, §3 and appendix G (target L0).
+    """
+    assert isinstance(dictionary, JumpReLU)
+    threshold, width = dictionary.threshold, context.bandwidth
+    lowest = (threshold.detach() - width / 2).clamp(min=0)
+    selection = select_above(x, *encoder(dictionary), lowest)
+    pattern = selection.pattern
+    pre = pre_activations_at(dictionary, x, context, selection)
+    bounds = threshold[pattern.features]
+    values = jump(pre, bounds, width)
+    l0 = step(pre, bounds, width).sum() / len(x)
+    reconstruction = reconstruct(dictionary, pattern, values, context)
+    mse = mean_squared_error(target, reconstruction)
+    penalty = l0 if context.target_l0 is None else (l0 / context.target_l0 - 1).square()
+    total, terms = mse + context.sparsity * penalty, {"mse": mse.detach(), "l0_penalty": penalty.detach()}
+    aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
+    if aux is not None:
+        total, terms = total + context.aux_coefficient * aux, {**terms, "aux": aux.detach()}
+    return Losses(total, terms, *firing(pattern, values))
+
+
+def revival(dictionary: Dictionary, x: Float[Tensor, "batch d_in"], context: Context) -> Float[Tensor, ""] | float:
+    """−α Σ of the mean pre-activations of dead features, whose bias it raises until they fire.
+
+    Where everything positive fires, dead features are negative everywhere, AuxK sees nothing of them, and this is what
+    is left: Anthropic's pre-activation loss (January 2025 update), with its gradient to the bias alone.
+    """
+    candidates = context.dead_candidates
+    if context.aux_coefficient == 0 or len(candidates) == 0:
+        return 0.0
+    dead = context.dead[candidates]
+    return -context.aux_coefficient * (dictionary.b_enc[candidates] * dead).sum()
+
+
+def jump(pre: Float[Tensor, " pairs"], bounds: Float[Tensor, " pairs"], width: float) -> Float[Tensor, " pairs"]:
+    """z · [z > θ]; ∂/∂θ = −θ/width within half a width of θ.   Rajamanoharan et al. 2024, eq. 11."""
+    return _Jump.apply(pre, bounds, width)  # type: ignore[no-any-return]
+
+
+def step(pre: Float[Tensor, " pairs"], bounds: Float[Tensor, " pairs"], width: float) -> Float[Tensor, " pairs"]:
+    """[z > θ]; ∂/∂θ = −1/width within half a width of θ, and no gradient to z.   Eq. 12 there."""
+    return _Step.apply(pre, bounds, width)  # type: ignore[no-any-return]
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, bounds: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(pre, bounds)
+        ctx.width = width
+        return pre.masked_fill(pre <= bounds, 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pre, bounds = ctx.saved_tensors
+        of_bounds = -(bounds / ctx.width) * gradient * _within(pre, bounds, ctx.width)
+        return gradient.masked_fill(pre <= bounds, 0), of_bounds, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, bounds: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(pre, bounds)
+        ctx.width = width
+        return (pre > bounds).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pre, bounds = ctx.saved_tensors
+        return None, -(gradient / ctx.width) * _within(pre, bounds, ctx.width), None
+
+
+def _within(pre: Tensor, bounds: Tensor, width: float) -> Tensor:
+    """The rectangle kernel: 1 within half a width of the threshold."""
+    return ((pre - bounds).abs() < width / 2).to(pre.dtype)

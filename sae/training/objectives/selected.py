@@ -1,0 +1,99 @@
+"""Objectives in which a rule says how many features fire: TopK, BatchTopK, Matryoshka."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.architectures import Matryoshka
+from sae.dictionary import Dictionary
+from sae.kernels.interface import Selection
+from sae.kernels.pattern import Pattern
+from sae.sparse import decode, select_batch_topk, select_topk
+from sae.training.objectives.auxk import auxk_loss, dead_subset
+from sae.training.objectives.common import (
+    Context,
+    Losses,
+    encoder,
+    firing,
+    mean_squared_error,
+    pre_activations_at,
+    reconstruct,
+)
+
+
+def topk_loss(
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+) -> Losses:
+    """‖y − ŷ‖² + α · AuxK, with ŷ from the k strongest features.   Gao et al. 2024, §2.3 and appendix A.2."""
+    k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
+    selection = select_topk(x, *encoder(dictionary), k, subset, context.low)
+    values = pre_activations_at(dictionary, x, context, selection).relu()
+    reconstruction = reconstruct(dictionary, selection.pattern, values, context)
+    mse = mean_squared_error(target, reconstruction)
+    return _with_auxk(dictionary, x, target - reconstruction, context, selection, values, mse)
+
+
+def batch_topk_loss(
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+) -> Losses:
+    """‖y − ŷ‖² + α · AuxK, with ŷ from the k · batch strongest activations of the batch.   Bussmann et al. 2024, §2."""
+    selection, values = _select_over_batch(dictionary, x, context)
+    reconstruction = reconstruct(dictionary, selection.pattern, values, context)
+    mse = mean_squared_error(target, reconstruction)
+    losses = _with_auxk(dictionary, x, target - reconstruction, context, selection, values, mse)
+    return replace(losses, threshold=values.detach().min())
+
+
+def matryoshka_loss(
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+) -> Losses:
+    """Mean over prefixes m of ‖y − ŷ_m‖², + α · AuxK, with ŷ_m from BatchTopK's activations below feature m.
+
+    All prefixes are decoded at once: a pair adds to the part of its row that its feature's group makes, and prefixes
+    are sums over groups.   Bussmann et al. 2025, §3.
+    """
+    assert isinstance(dictionary, Matryoshka)
+    selection, values = _select_over_batch(dictionary, x, context)
+    groups = len(dictionary.prefix_sizes)
+    parts = decode(
+        by_groups(selection.pattern, dictionary.prefix_sizes), values, dictionary.W_dec, context.decoder_sink
+    ).view(len(x), groups, -1)
+    residuals = (target - dictionary.b_dec)[:, None] - parts.cumsum(1)
+    of_prefixes = residuals.square().sum(-1).mean(0)
+    losses = _with_auxk(dictionary, x, residuals[:, -1], context, selection, values, of_prefixes.mean())
+    terms = {**losses.terms, "mse": of_prefixes[-1].detach(), "mse_prefixes": of_prefixes.mean().detach()}
+    return replace(losses, terms=terms, threshold=values.detach().min())
+
+
+def by_groups(pattern: Pattern, sizes: tuple[int, ...]) -> Pattern:
+    """The pattern with a row for each row and group of features, for features that ascend in each row."""
+    ends = torch.tensor(sizes, device=pattern.features.device)
+    keys = pattern.rows * (pattern.d_sae + 1) + pattern.features
+    starts = torch.arange(pattern.batch, device=ends.device)[:, None] * (pattern.d_sae + 1) + ends
+    offsets = torch.searchsorted(keys, starts.flatten())
+    return Pattern(pattern.features, torch.cat([offsets.new_zeros(1), offsets]), pattern.d_sae)
+
+
+def _select_over_batch(
+    dictionary: Dictionary, x: Tensor, context: Context
+) -> tuple[Selection, Float[Tensor, " pairs"]]:
+    k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
+    selection = select_batch_topk(x, *encoder(dictionary), k, subset, context.low)
+    return selection, pre_activations_at(dictionary, x, context, selection).relu()
+
+
+def _with_auxk(
+    dictionary: Dictionary, x: Tensor, residual: Tensor, context: Context, selection: Selection, values: Tensor,
+    error: Float[Tensor, ""],
+) -> Losses:  # fmt: skip
+    """The error and AuxK on what the selection found among the dead features."""
+    terms, total = {"mse": error.detach()}, error
+    if selection.subset_values is not None and selection.subset_places is not None:
+        aux = auxk_loss(dictionary, x, residual.detach(), context, selection.subset_values, selection.subset_places)
+        terms["aux"] = aux.detach()
+        total = total + context.aux_coefficient * aux
+    return Losses(total, terms, *firing(selection.pattern, values))

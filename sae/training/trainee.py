@@ -1,0 +1,300 @@
+"""One dictionary in training: its weights, optimiser, dead features, sparsity weight, threshold. It knows no files."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import sae
+from sae.architectures import ARCHITECTURES
+from sae.architectures.elementwise import Elementwise, OneThreshold
+from sae.config import DictionaryConfig, TrainConfig
+from sae.dictionary import Dictionary
+from sae.errors import TrainingError
+from sae.kernels.products import cpu_has_bfloat16
+from sae.training.firing import FiringRecord
+from sae.training.initialise import initialise_
+from sae.training.objectives import OBJECTIVES, Context, Losses
+from sae.training.optimizer import FeatureAdam
+from sae.training.schedules import SteeredWeight, default_learning_rate, learning_rate, warmed_up
+from sae.training.source import BatchSource
+
+THRESHOLD_RATE = 0.03
+"""Weight of the newest batch in BatchTopK's threshold: a mean over some thirty batches keeps up with training."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one dictionary is made of.
+
+    Attributes:
+        dictionary: architecture, d_sae, k.
+        settings: how to train.
+        seed: of the initialisation.
+        source: name of the source of its input.
+        target: name of the source of what it reconstructs; None: the input.
+        folder: run folder, for `metrics.jsonl` and `checkpoints/`; None: nothing is kept.
+        metadata: saved with the dictionary; `activations` in it names the data: resuming on others is refused.
+    """
+
+    dictionary: DictionaryConfig
+    settings: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    source: str = "activations"
+    target: str | None = None
+    folder: Path | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """x ↦ (x − mean) · scale, after which E‖x‖² = d_in."""
+
+    mean: Float[Tensor, " d_in"]
+    scale: float
+
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        return (x - self.mean) * self.scale
+
+
+class Trainee:
+    """State of one dictionary in training.
+
+    Args:
+        recipe: what it is made of.
+        input_source: what it reads.
+        target_source: what it reconstructs, where that is not what it reads.
+        steps: how many it will take.
+        device: where.
+
+    Attributes:
+        variance: of the last batch's targets, summed over d_in; what its FVU is relative to.
+    """
+
+    def __init__(
+        self, recipe: Recipe, input_source: BatchSource, target_source: BatchSource | None, steps: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        shape, settings = recipe.dictionary, recipe.settings
+        self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
+        self.batch_size = input_source.batch_size
+        self.identity = _identity(recipe, input_source)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.dictionary = build(shape, input_source.d_in).to(device)
+        self.rate = settings.lr or default_learning_rate(shape.d_sae)
+        self.k_aux = settings.k_aux or max(1, input_source.d_in // 2)
+        self.normalisation = normalisation_of(input_source, settings.center, device)
+        self.target_normalisation = (
+            None if target_source is None else normalisation_of(target_source, settings.center, device)
+        )
+        self.optimizer = FeatureAdam(
+            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(settings, device)
+        )
+        self.firing = FiringRecord(shape.d_sae, settings.dead_after_tokens, device)
+        self.steered = _steered(shape, settings, device)
+        self.variance = torch.ones((), device=device)
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
+
+    def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
+        """Take a step on raw activations."""
+        x = self.normalisation(raw)
+        target = x if raw_target is None or self.target_normalisation is None else self.target_normalisation(raw_target)
+        if self.step_number == 0:
+            initialise_(self.dictionary, x, self.generator, target, self.recipe.dictionary.k)
+            self.optimizer.refresh()
+        losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, self._context())
+        losses.total.backward()
+        self.optimizer.step(self._rate())
+        self.step_number += 1
+        self.firing.record(losses.fired, losses.l0, len(x), self.step_number)
+        if self.steered is not None:
+            self.steered.observe(losses.l0)
+        if losses.threshold is not None:
+            self._learn_threshold(losses.threshold)
+        self.variance = target.var(0, correction=0).sum()
+        bad = ~losses.total.detach().isfinite()
+        self.bad_input |= bad & (self.first_bad_step < 0) & ~(x.isfinite().all() & target.isfinite().all())
+        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step_number, self.first_bad_step)
+        return losses
+
+    def folded(self) -> Dictionary:
+        """A copy that takes raw activations, decoder rows of norm 1."""
+        copied = copy.deepcopy(self.dictionary).cpu().eval().requires_grad_(False)
+        if not copied.unit_decoder:
+            assert isinstance(copied, Elementwise)
+            copied.normalise_decoder_()
+        ours, theirs = self.normalisation, self.target_normalisation
+        copied.fold_normalisation_(
+            ours.mean.cpu(),
+            ours.scale,
+            None if theirs is None else theirs.mean.cpu(),
+            None if theirs is None else theirs.scale,
+        )
+        silent = self.firing.silent_tokens.cpu()
+        copied.metadata = {
+            **self.recipe.metadata,
+            "sae_version": sae.__version__,
+            "trained": {
+                "tokens": self.step_number * self.batch_size,
+                "steps": self.step_number,
+                "normalisation_scale": ours.scale,
+                "dead": int((silent >= self.settings.dead_after_tokens).sum()),
+                "dead_after_tokens": self.settings.dead_after_tokens,
+                "settings": self.identity,
+            },
+        }
+        return copied
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed training needs beside its source's place."""
+        return {
+            "identity": self.identity,
+            "step": self.step_number,
+            "dictionary": self.dictionary.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "firing": self.firing.state_dict(),
+            "steered": None if self.steered is None else self.steered.state_dict(),
+            "mean": self.normalisation.mean,
+            "scale": self.normalisation.scale,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same recipe."""
+        self.step_number = state["step"]
+        self.dictionary.load_state_dict(state["dictionary"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.firing.load_state_dict(state["firing"])
+        if self.steered is not None:
+            self.steered.load_state_dict(state["steered"])
+        self.normalisation = Normalisation(state["mean"].to(self.normalisation.mean), state["scale"])
+        self.generator.set_state(state["generator"])
+
+    def check_identity(self, held: dict[str, Any], where: str) -> None:
+        """Refuse a state that was made with other settings.
+
+        Raises:
+            TrainingError: naming the first setting that differs.
+        """
+        for key, value in self.identity.items():
+            if held.get(key) != value:
+                raise TrainingError(
+                    f"{where}: made with {key}={held.get(key)!r}, now {value!r}; choose another run folder (out=...), "
+                    "or delete its checkpoints to start anew"
+                )
+
+    def failure(self) -> str | None:
+        """What went wrong, where a loss was not finite. Waits for the device."""
+        step = int(self.first_bad_step)
+        if step < 0:
+            return None
+        size = self.batch_size
+        rows = f"batch {step - 1} (tokens {(step - 1) * size:,} to {step * size:,})"
+        if bool(self.bad_input):
+            return (
+                f"NaN at step {step}, {rows}: the activations themselves are not finite; check them: of a cache with "
+                "'sae verify'"
+            )
+        return f"NaN at step {step}, {rows}: training diverged; lower train.lr (now {self.rate:.2g})"
+
+    def bytes(self) -> int:
+        """Memory of the weights and of what the optimiser keeps."""
+        moments = [part for pair in self.optimizer.moments for part in (pair.first, pair.second)]
+        low = [] if self.optimizer.low is None else [self.optimizer.low]
+        return sum(t.numel() * t.element_size() for t in (*self.dictionary.parameters(), *moments, *low))
+
+    def _context(self) -> Context:
+        settings, architecture = self.settings, self.recipe.dictionary.architecture
+        warm = warmed_up(self.step_number, self.steps, settings.sparsity_warmup_fraction)
+        target_l0 = None
+        if architecture == "jumprelu":
+            target_l0 = self.recipe.dictionary.k if settings.l0_coefficient is None else None
+            weight = float(self.dictionary.d_in) if settings.l0_coefficient is None else settings.l0_coefficient
+        else:
+            weight = settings.l1_coefficient or 0.0
+        return Context(
+            dead=self.firing.dead,
+            dead_candidates=self.firing.candidates,
+            sparsity=warm * (weight if self.steered is None else self.steered.value),
+            aux_coefficient=settings.aux_coefficient,
+            k_aux=self.k_aux,
+            density=self.firing.density,
+            encoder_sink=self.optimizer.encoder_sink,
+            decoder_sink=self.optimizer.decoder_sink,
+            low=self.optimizer.low,
+            target_l0=target_l0,
+            bandwidth=settings.bandwidth,
+        )
+
+    def _rate(self) -> float:
+        settings = self.settings
+        return learning_rate(self.step_number, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
+
+    def _learn_threshold(self, smallest: Float[Tensor, ""]) -> None:
+        """The mean over the first steps, a running one afterwards: there is a threshold from the first step on."""
+        assert isinstance(self.dictionary, OneThreshold)
+        threshold = self.dictionary.threshold
+        threshold += (smallest - threshold) * max(1 / self.step_number, THRESHOLD_RATE)
+
+
+def build(shape: DictionaryConfig, d_in: int) -> Dictionary:
+    """An untrained dictionary."""
+    cls = ARCHITECTURES[shape.architecture]
+    return cls(d_in, shape.d_sae, **{name: getattr(shape, name) for name in cls.setting_names})
+
+
+def chosen_settings(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the weights; how often to log and to save is not among them."""
+    presentation = {"log_every", "checkpoint_every", "keep_checkpoints"}
+    return {**shape.model_dump(exclude={"hook"}, mode="json"), **settings.model_dump(exclude=presentation, mode="json")}
+
+
+def normalisation_of(source: BatchSource, center: bool, device: torch.device) -> Normalisation:
+    """From the source's statistics.
+
+    Raises:
+        TrainingError: the activations have no size.
+    """
+    statistics = source.statistics
+    mean = statistics.mean if center else torch.zeros_like(statistics.mean)
+    square = statistics.mean_squared_norm - (float(statistics.mean.double().square().sum()) if center else 0.0)
+    if not square > 0:
+        raise TrainingError(
+            f"the activations' mean squared norm is {square}: all are equal or not finite; nothing to learn"
+        )
+    return Normalisation(mean.to(device), (source.d_in / square) ** 0.5)
+
+
+def _steered(shape: DictionaryConfig, settings: TrainConfig, device: torch.device) -> SteeredWeight | None:
+    """The weight of an L1 penalty that nobody has fixed."""
+    if shape.architecture not in ("relu", "gated") or settings.l1_coefficient is not None:
+        return None
+    return SteeredWeight(shape.k, 2.0, device)
+
+
+def _in_bfloat16(settings: TrainConfig, device: torch.device) -> bool:
+    """Whether the large product is made in bfloat16: where asked for, and on a GPU unless asked otherwise."""
+    if settings.products == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+        warnings.warn(
+            "train.products=bfloat16: this processor has no bfloat16 instructions, so float32 is faster", stacklevel=2
+        )
+    return settings.products == "bfloat16" or (settings.products == "auto" and device.type == "cuda")
+
+
+def _identity(recipe: Recipe, source: BatchSource) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resumption."""
+    return {
+        "d_in": source.d_in,
+        **chosen_settings(recipe.dictionary, recipe.settings),
+        "batch_size": source.batch_size,
+        "seed": recipe.seed,
+        "activations": recipe.metadata.get("activations"),
+    }

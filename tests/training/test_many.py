@@ -1,0 +1,185 @@
+"""Many dictionaries from one pass: each as if it were alone, one reading, a common end, and one that fails alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.architectures import ARCHITECTURES
+from sae.config import DictionaryConfig
+from sae.errors import ConfigError
+from sae.training import IterableSource, Recipe, TrainingInterrupted, train, train_all
+from sae.training.checkpoint import list_checkpoints
+from sae.training.schedules import SteeredWeight
+from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, settings
+
+
+def recipe(
+    architecture: str, folder: Path | None = None, seed: int = 0, d_sae: int = D_SAE, **changes: object
+) -> Recipe:
+    shape = DictionaryConfig(architecture=architecture, d_sae=d_sae, k=K)  # type: ignore[arg-type]
+    return Recipe(shape, settings(60, **changes), seed, folder=folder)
+
+
+class Counted:
+    """Batches that know how often each was asked for."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches, self.read = batches, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.batches:
+            self.read += 1
+            yield batch
+
+
+def test_each_is_what_it_would_be_alone_and_every_batch_is_read_once() -> None:
+    data = Counted(planted(100))
+    source = IterableSource(data)
+    read_before = data.read
+    recipes = {name: recipe(name) for name in ARCHITECTURES}
+    recipes |= {"another seed": recipe("topk", seed=1), "wider": recipe("topk", d_sae=2 * D_SAE)}
+    outcome = train_all({"activations": source}, recipes)
+    assert data.read - read_before == 60
+    assert outcome.failures == {}
+    for name, made in recipes.items():
+        alone = train(IterableSource(planted(100)), made.dictionary, made.settings, seed=made.seed)
+        for label, parameter in alone.named_parameters():
+            assert torch.equal(outcome.dictionaries[name].get_parameter(label), parameter), (name, label)
+    assert not torch.equal(outcome.dictionaries["topk"].W_dec, outcome.dictionaries["another seed"].W_dec)
+    assert all(cost.seconds > 0 and cost.tokens == 60 * BATCH for cost in outcome.costs.values())
+    # Weights, and two moments of each matrix, in float32; biases have theirs in torch's optimiser.
+    assert outcome.costs["topk"].bytes == 4 * (6 * D_IN * D_SAE + D_SAE + D_IN)
+
+
+def test_one_that_diverges_drops_out_and_the_others_go_on(tmp_path: Path) -> None:
+    recipes = {
+        "bad": recipe("topk", tmp_path / "bad", lr=1e30),
+        "good": recipe("topk", tmp_path / "good"),
+    }
+    outcome = train_all({"activations": IterableSource(planted(100))}, recipes)
+    assert set(outcome.dictionaries) == {"good"}
+    assert "training diverged; lower train.lr (now 1e+30); there is no checkpoint yet" in outcome.failures["bad"]
+    alone = train(IterableSource(planted(100)), recipes["good"].dictionary, recipes["good"].settings)
+    assert torch.equal(outcome.dictionaries["good"].W_dec, alone.W_dec)
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from pathlib import Path
+from sae.training import train_all, IterableSource
+from sae.architectures import ARCHITECTURES
+from tests.training.test_many import planted, recipe
+folder = Path(sys.argv[1])
+
+class Killing(list):
+    count = 0
+    def __iter__(self):
+        for batch in list.__iter__(self):
+            Killing.count += 1
+            if Killing.count == int(sys.argv[2]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+train_all({"activations": IterableSource(Killing(planted(100)))}, {n: recipe(n, folder / n) for n in ARCHITECTURES})
+"""
+
+
+def test_killed_in_the_middle_and_resumed_gives_the_same_weights(tmp_path: Path) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), "48"], check=False, cwd=Path(__file__).parents[2]
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert all(list_checkpoints(tmp_path / name / "checkpoints") for name in ARCHITECTURES)
+    # As if the kill had come while the checkpoints of step 25 were written: one has none newer than the others' older.
+    resumed = train_all(
+        {"activations": IterableSource(planted(100))}, {name: recipe(name, tmp_path / name) for name in ARCHITECTURES}
+    )
+    whole = train_all({"activations": IterableSource(planted(100))}, {name: recipe(name) for name in ARCHITECTURES})
+    for name, dictionary in whole.dictionaries.items():
+        for label, parameter in dictionary.named_parameters():
+            assert torch.equal(resumed.dictionaries[name].get_parameter(label), parameter), (name, label)
+
+
+def test_where_a_kill_left_checkpoints_of_two_steps_the_common_one_is_taken(tmp_path: Path) -> None:
+    recipes = {name: recipe(name, tmp_path / name, keep_checkpoints=5) for name in ("topk", "jumprelu")}
+    whole = train_all({"activations": IterableSource(planted(100))}, recipes)
+    for name in ("step-00000050", "step-00000060"):
+        (tmp_path / "topk" / "checkpoints" / name / "state.pt").unlink()
+    again = train_all({"activations": IterableSource(planted(100))}, recipes)
+    for name, dictionary in whole.dictionaries.items():
+        for label, parameter in dictionary.named_parameters():
+            assert torch.equal(again.dictionaries[name].get_parameter(label), parameter), (name, label)
+
+
+def test_ctrl_c_saves_all(tmp_path: Path) -> None:
+    recipes = {name: recipe(name, tmp_path / name) for name in ("topk", "relu")}
+
+    def stop(done: int, of: int, metrics: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted, match=r"stopped at step 10 of 60; .* and 1 more: run the same command"):
+        train_all({"activations": IterableSource(planted(100))}, recipes, progress=stop)
+    for name in recipes:
+        assert [path.name for path in list_checkpoints(tmp_path / name / "checkpoints")] == ["step-00000010"]
+
+
+def test_a_transcoder_learns_another_stream_row_by_row() -> None:
+    """Targets are a rotation of the inputs, scaled and shifted; what is saved maps raw to raw."""
+    data = planted(100)
+    rotation = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(5))).Q
+    targets = [20.0 * x @ rotation + 3.0 for x in data]
+    made = train(
+        IterableSource(data), DictionaryConfig(d_sae=D_SAE, k=K), settings(1500, lr=3e-3),
+        target=IterableSource(targets),
+    )  # fmt: skip
+    x, y = torch.cat(data), torch.cat(targets)
+    assert float((y - made(x)).square().sum() / (y - y.mean(0)).square().sum()) < 0.1
+    same = train(IterableSource(data), DictionaryConfig(d_sae=D_SAE, k=K), settings(50))
+    twice = train(IterableSource(data), DictionaryConfig(d_sae=D_SAE, k=K), settings(50), target=IterableSource(data))
+    torch.testing.assert_close(twice(x), same(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
+def test_penalties_are_steered_to_the_l0_that_was_asked_for(architecture: str) -> None:
+    data = planted(100)
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    dictionary = train(IterableSource(data), shape, settings(1500, lr=3e-3))
+    l0 = float((dictionary.encode(torch.cat(data)) > 0).sum(1).float().mean())
+    assert l0 == pytest.approx(K, rel=0.1)
+    assert fvu(dictionary, torch.cat(data)) < 0.3
+
+
+def test_a_steered_weight_stands_still_only_at_its_target() -> None:
+    weight = SteeredWeight(8.0, start=3.0, device=torch.device("cpu"), gain=2.0, rate=0.1, horizon=1)
+    assert float(weight.value) == pytest.approx(3.0)
+    weight.observe(torch.tensor(8.0))
+    assert float(weight.value) == pytest.approx(3.0)
+    weight.observe(torch.tensor(8.0 * 2.718281828**0.5))  # e = 0.5
+    assert float(weight.value) == pytest.approx(3.0 * 2.718281828 ** (0.1 * 0.5 + 2.0 * 0.5), rel=1e-5)
+    weight.observe(torch.tensor(0.0))  # e is −1 at the least
+    assert float(weight.value) == pytest.approx(3.0 * 2.718281828 ** (0.1 * 0.5 - 0.1 - 2.0), rel=1e-5)
+
+
+def test_what_one_pass_cannot_have_is_refused() -> None:
+    source = IterableSource(planted(10))
+    with pytest.raises(ConfigError, match="there is no source 'mlp'; there is activations"):
+        train_all({"activations": source}, {"a": Recipe(DictionaryConfig(d_sae=D_SAE, k=K), settings(5), source="mlp")})
+    with pytest.raises(ConfigError, match=r"train\.tokens is 320 for a and 640 for b: one pass has one"):
+        train_all(
+            {"activations": source},
+            {
+                "a": Recipe(DictionaryConfig(d_sae=D_SAE, k=K), settings(5)),
+                "b": Recipe(DictionaryConfig(d_sae=D_SAE, k=K), settings(10)),
+            },
+        )
+    with pytest.raises(ConfigError, match="there is no recipe"):
+        train_all({"activations": source}, {})
