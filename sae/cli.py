@@ -12,8 +12,9 @@ import click
 
 import sae
 from sae.config import describe_keys, load_config
-from sae.errors import SaeError
+from sae.errors import ConfigError, SaeError
 
+_READ_BY_EVAL = ("evaluation.", "model.", "harvest.cache", "device")
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -109,6 +110,33 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     click.echo(f"{dictionary} in {settings.folder / 'dictionary'}")
 
 
+@cli.command(cls=_Keys)
+@_config_arguments
+@click.pass_obj
+def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
+    """Train and compare many dictionaries in one pass.
+
+    CONFIG is a YAML file with lists of values under 'sweep': one dictionary is trained for every combination, all from
+    one pass over the activations. sweep.md, sweep.json and pareto.png compare them; each has a run folder of its own.
+    A sweep that was interrupted goes on where it stopped.
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from sae.progress import progress_bars
+    from sae.sweep import FIGURE_FILE, MARKDOWN_FILE
+    from sae.sweep import sweep as run_sweep
+
+    settings = load_config(config, overrides)
+    with progress_bars(quiet=options["quiet"]) as progress:
+        made = run_sweep(settings, progress)
+    text = (made.folder / MARKDOWN_FILE).read_text(encoding="utf-8")
+    Console().print(Markdown(text.replace(f"![error against L0]({FIGURE_FILE})\n", "")))
+    click.echo(f"{len(made.points)} dictionaries in {made.folder}")
+    if made.failures:
+        raise SaeError(f"{len(made.failures)} of the sweep's dictionaries were not trained; {MARKDOWN_FILE} says why")
+
+
 @cli.command("eval")
 @click.argument("arguments", nargs=-1, required=True, metavar="RUN... [KEY=VALUE]...")
 @click.pass_obj
@@ -125,6 +153,13 @@ def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
     paths = [argument for argument in arguments if argument not in overrides]
     if not paths:
         raise click.UsageError("name at least one run folder before the overrides")
+    for override in overrides:
+        if not override.startswith(_READ_BY_EVAL):
+            key = override.partition("=")[0]
+            raise ConfigError(
+                f"override {override!r}: evaluation does not read {key}; it reads {', '.join(_READ_BY_EVAL)}: train "
+                "another run to change what was trained"
+            )
     with progress_bars(quiet=options["quiet"]) as progress:
         runs = {Path(path).resolve(): pipeline.Run.open(path, overrides, progress) for path in paths}
         reports = pipeline.evaluate_runs(list(runs.values()))

@@ -116,6 +116,24 @@ def test_eval_prints_the_table(own_run: Path, command) -> None:
     assert "fvu" in outcome.out.lower()
 
 
+def test_eval_refuses_overrides_that_it_does_not_read(command, finished_run: Path) -> None:
+    assert_refused(command("eval", finished_run, "dictionary.k=8"), "evaluation does not read dictionary.k")
+
+
+def test_sweep_prints_its_table_and_names_its_folder(command, config_file: Path, tmp_path: Path) -> None:
+    arguments = ("train.tokens=1280", "evaluation.tokens=64", "sweep.dictionary.architecture=[topk, relu]")
+    outcome = command("sweep", config_file, f"out={tmp_path / 'swept'}", *arguments)
+    assert outcome.status == 0, outcome.err
+    assert f"2 dictionaries in {tmp_path / 'swept'}" in outcome.out
+    assert "topk" in outcome.out
+    assert "pareto.png" not in outcome.out
+    assert_refused(command("sweep", config_file, f"out={tmp_path / 'none'}"), "sweep is empty: give lists of values")
+    assert_refused(
+        command("sweep", config_file, f"out={tmp_path / 'bad'}", "sweep.train.lr=[1e30, 1e-3]"),
+        "1 of the sweep's dictionaries were not trained; sweep.md says why",
+    )
+
+
 def test_eval_of_several_runs_writes_a_report_into_each(
     config_file: Path, own_run: Path, tmp_path: Path, command
 ) -> None:

@@ -67,7 +67,7 @@ def draw_training_curves(lines: list[dict[str, Any]]) -> Figure | None:
         return None
     columns = 1 if len(series) == 1 else 2 if len(series) in (2, 4) else 3
     rows = -(-len(series) // columns)
-    canvas = _Canvas(rows, columns, (3.3 * columns, 2.3 * rows + 0.2))
+    canvas = Canvas(rows, columns, (3.3 * columns, 2.3 * rows + 0.2))
     for axes, (key, points) in zip(canvas.axes, series.items(), strict=False):
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=_BLUE, linewidth=1.3, clip_on=False)
@@ -75,7 +75,7 @@ def draw_training_curves(lines: list[dict[str, Any]]) -> Figure | None:
         axes.margins(x=0.01)
         axes.xaxis.set_major_formatter(_engineering())
         if key in _LOG_CURVES and min(y) > 0 and max(y) / min(y) > 3:
-            _logarithmic(axes, "y", (min(y), max(y)))
+            logarithmic(axes, "y", (min(y), max(y)))
         elif min(y) >= 0:
             axes.set_ylim(0, max(y) * 1.08 or 1)
         if key in _COUNTS:
@@ -93,7 +93,7 @@ def draw_training_curves(lines: list[dict[str, Any]]) -> Figure | None:
 
 def _density(sparsity: SparsityScores) -> Figure:
     edges, counts = sparsity.density_histogram()
-    canvas = _Canvas(1, 1, (6.4, 3.2))
+    canvas = Canvas(1, 1, (6.4, 3.2))
     axes = canvas.axes[0]
     axes.stairs(counts, edges, fill=True, color=_BLUE, alpha=0.9)
     axes.axvline(math.log10(DENSE_ABOVE), color=_ORANGE, linewidth=1.2, linestyle="--")
@@ -132,7 +132,7 @@ def _l0(sparsity: SparsityScores) -> Figure:
     width = max(1, -(-(last - first + 1) // 60))
     starts = list(range(first, last + 1, width))
     heights = [int(counts[start : start + width].sum()) / sparsity.tokens for start in starts]
-    canvas = _Canvas(1, 1, (6.4, 3.2))
+    canvas = Canvas(1, 1, (6.4, 3.2))
     axes = canvas.axes[0]
     axes.bar(starts, heights, width=width * 0.92, align="edge" if width > 1 else "center", color=_BLUE)
     mean, median = sparsity.l0.value or 0.0, sparsity.l0_quantiles["0.5"]
@@ -156,14 +156,14 @@ def _norms(report: Report) -> Figure:
     filled = (norms.eligible + norms.masked).nonzero().flatten()
     first, last = max(0, int(filled[0]) - 2), min(len(norms.eligible), int(filled[-1]) + 3)
     edges = [10**edge for edge in norms.edges[first : last + 1].tolist()]
-    canvas = _Canvas(1, 1, (6.4, 3.2))
+    canvas = Canvas(1, 1, (6.4, 3.2))
     axes = canvas.axes[0]
     kinds = (("evaluated", norms.eligible, _BLUE, report.tokens), ("masked", norms.masked, _ORANGE, report.masked))
     for label, counts, color, tokens in kinds:
         if tokens:
             heights = (counts[first:last].double() / counts.max()).tolist()
             axes.stairs(heights, edges, fill=True, color=color, alpha=0.75, label=f"{label} ({tokens:,} tokens)")
-    _logarithmic(axes, "x", (edges[0], edges[-1]))
+    logarithmic(axes, "x", (edges[0], edges[-1]))
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, 1.28)
     axes.set_yticks([0, 0.5, 1])
@@ -174,7 +174,7 @@ def _norms(report: Report) -> Figure:
     return Figure("norms.png", "Activation norms", caption, canvas.png())
 
 
-class _Canvas:
+class Canvas:
     """A grid of axes in the house's look, drawn without pyplot and its global state."""
 
     def __init__(self, rows: int, columns: int, size: tuple[float, float]) -> None:
@@ -224,7 +224,7 @@ def _thousands() -> Any:
     return FuncFormatter(lambda value, _: f"{value:,.10g}")
 
 
-def _logarithmic(axes: Axes, which: str, limits: tuple[float, float]) -> None:
+def logarithmic(axes: Axes, which: str, limits: tuple[float, float]) -> None:
     """A log scale whose ticks are plain numbers, also between the powers of ten where the range is short."""
     from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -1,0 +1,198 @@
+"""Dictionaries trained by this toolkit beside those of its peers: same activations, same batches, default options.
+
+    python benchmarks/quality.py CACHE [HOOK]
+
+CACHE is an activation cache that `sae harvest` made; one on SmolLM2-135M comes from `configs/local-model.yaml`. Each
+toolkit runs in an environment of its own, which the script makes. Where an architecture has a penalty whose weight
+decides L0, the peers' weight is searched until L0 is within 5 % of k; this toolkit finds its own. Results go to
+`benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from peers.environments import FOLDER, python
+
+from sae.activations import ActivationCache
+from sae.activations.loader import ActivationLoader
+from sae.tokens import HELD_OUT, TRAIN
+
+WORKER = Path(__file__).parent / "peers" / "quality_worker.py"
+PEERS = ("saelens", "dictionary_learning")
+SEARCHED = {
+    "saelens": {"relu": 3.0, "gated": 3.0, "jumprelu": 3.0},
+    "dictionary_learning": {"relu": 1.0, "gated": 1.0},
+}
+"""Where the search for a peer's sparsity weight begins; what is not here has none, or aims at L0 itself."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One toolkit's dictionaries of one architecture, a number for each seed."""
+
+    toolkit: str
+    architecture: str
+    version: str
+    fvu: list[float]
+    l0: list[float]
+    never_fired: list[int]
+    seconds: list[float]
+    coefficient: float | None
+    other_rules: list[dict[str, Any]]
+
+
+def export(cache: ActivationCache, hook: str, held_out_rows: int, path: Path) -> tuple[int, int]:
+    """Write the cache's eligible activations, scaled to E‖x‖² = d_in."""
+    scale = (cache.d_in(hook) / cache.statistics(hook).mean_squared_norm) ** 0.5
+
+    def rows(split: str, count: int | None) -> torch.Tensor:
+        loader = ActivationLoader(cache, hook, batch_size=512, split=split)
+        wanted = min(count or loader.tokens_per_epoch, loader.tokens_per_epoch) // 512 * 512
+        return torch.cat(list(itertools.islice(loader, wanted // 512))) * scale
+
+    train, held_out = rows(TRAIN, None).half(), rows(HELD_OUT, held_out_rows)
+    torch.save({"train": train, "held_out": held_out}, path)
+    return len(train), len(held_out)
+
+
+def run(toolkit: str, architecture: str, data: Path, seed: int, coefficient: float | None, a: Any) -> dict[str, Any]:
+    """Train and score one."""
+    weight = "default" if coefficient is None else repr(coefficient)
+    numbers = map(str, (a.d_sae, a.k, a.steps, a.batch, seed))
+    command = [python(toolkit, a.environments), WORKER, toolkit, architecture, data, *numbers, weight]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // a.at_once))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{toolkit} {architecture}: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{toolkit} {architecture} seed {seed} weight {weight}: FVU {found['fvu']:.4f}, L0 {found['l0']:.1f}, "
+        f"{found['never_fired']} never fired, {found['seconds']:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    return found
+
+
+def search(toolkit: str, architecture: str, data: Path, a: Any) -> tuple[float, dict[str, Any]]:
+    """The sparsity weight at which a peer's L0 is k within 5 %, by secants of log L0 over log weight."""
+    weight, tried = SEARCHED[toolkit][architecture], []
+    for _ in range(a.searches):
+        found = run(toolkit, architecture, data, 0, weight, a)
+        tried.append((math.log(weight), math.log(max(found["l0"], 1e-3) / a.k), found))
+        if abs(found["l0"] / a.k - 1) <= 0.05:
+            break
+        slope = -1.0
+        if len(tried) > 1:
+            (x0, y0, _), (x1, y1, _) = tried[-2:]
+            slope = min(-0.2, (y1 - y0) / (x1 - x0)) if x1 != x0 else -1.0
+        weight = math.exp(tried[-1][0] - max(-1.5, min(1.5, tried[-1][1] / slope)))
+    best = min(tried, key=lambda entry: abs(entry[1]))
+    return math.exp(best[0]), best[2]
+
+
+def compare(toolkit: str, architecture: str, data: Path, a: Any) -> Row:
+    """All seeds of one toolkit and architecture."""
+    coefficient, found = None, []
+    if architecture in SEARCHED.get(toolkit, {}):
+        coefficient, first = search(toolkit, architecture, data, a)
+        found.append(first)
+    found += [run(toolkit, architecture, data, seed, coefficient, a) for seed in range(len(found), a.seeds)]
+    return Row(
+        toolkit, architecture, found[0]["version"], [f["fvu"] for f in found], [f["l0"] for f in found],
+        [f["never_fired"] for f in found], [f["seconds"] for f in found], coefficient,
+        [f["other_rules"] for f in found],
+    )  # fmt: skip
+
+
+def best_fvu(row: Row) -> list[float]:
+    """By the rule that is kinder to the toolkit."""
+    others = [rules["batch rule"]["fvu"] for rules in row.other_rules if "batch rule" in rules]
+    return others if others and statistics.mean(others) < statistics.mean(row.fvu) else row.fvu
+
+
+def markdown(rows: list[Row], a: Any) -> str:
+    """A table for each architecture."""
+
+    def spread(values: list[float], digits: int) -> str:
+        deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+    cells = []
+    for row in rows:
+        peers = [other for other in rows if other.architecture == row.architecture and other.toolkit in PEERS]
+        best = min((statistics.mean(best_fvu(peer)) for peer in peers), default=None)
+        rules = [r["batch rule"]["fvu"] for r in row.other_rules if "batch rule" in r]
+        cells.append(
+            [
+                row.architecture,
+                f"{row.toolkit} {row.version}",
+                spread(row.fvu, 4),
+                spread(rules, 4) if rules else "–",
+                "–" if best is None else f"{statistics.mean(row.fvu) / best:.3f}",
+                spread(row.l0, 1),
+                spread([float(n) for n in row.never_fired], 0),
+                "–" if row.coefficient is None else f"{row.coefficient:.3g}",
+            ]
+        )
+    head = [
+        "architecture", "toolkit", "FVU", "FVU by the batch rule", "÷ best peer", "L0", f"of {a.d_sae:,} never fired",
+        "searched weight",
+    ]  # fmt: skip
+    return report.table(head, cells, left=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("hook", nargs="?", help="default: the cache's first")
+    parser.add_argument("--architectures", nargs="+", default=["topk", "batch_topk"])
+    parser.add_argument("--toolkits", nargs="+", default=["sae", *PEERS])
+    parser.add_argument("--d-sae", type=int, default=4608)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--held-out", type=int, default=8192)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--searches", type=int, default=6, help="trainings at most to match a peer's L0")
+    parser.add_argument("--at-once", type=int, default=1, help="trainings beside each other")
+    parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
+    parser.add_argument("--name", help="of the files in results/; default: quality-STEPS")
+    a = parser.parse_args()
+    cache = ActivationCache(a.cache)
+    hook = a.hook or next(iter(cache.manifest.hooks))
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "activations.pt"
+        train_rows, held_out_rows = export(cache, hook, a.held_out, data)
+        tasks = list(itertools.product(a.architectures, a.toolkits))
+        with ThreadPoolExecutor(a.at_once) as pool:
+            rows = list(pool.map(lambda task: compare(task[1], task[0], data, a), tasks))
+    model = cache.manifest.model.get("name")
+    shape = (
+        f"{model}, `{hook}`, {cache.d_in(hook)} → {a.d_sae:,}, k {a.k}, batch {a.batch:,}, {a.steps:,} steps "
+        f"({a.steps * a.batch / train_rows:.1f} times over {train_rows:,} rows), {held_out_rows:,} held-out rows, "
+        f"{a.seeds} seeds, mean ± standard deviation over them."
+    )
+    described = report.machine()
+    text = f"{shape}\n\n{markdown(rows, a)}"
+    numbers = {"arguments": {k: str(v) for k, v in vars(a).items()}, "rows": [vars(row) for row in rows]}
+    report.write(a.name or f"quality-{a.steps}", "Quality of training, beside other toolkits", text, numbers, described)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Dictionaries against each other: error and loss of the language model against L0, as a figure and as a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sae.evaluation.estimate import Estimate
+from sae.evaluation.figures import Canvas, logarithmic
+
+COLOURS = {
+    "relu": "#6b7280",
+    "gated": "#b45309",
+    "jumprelu": "#9d3c8a",
+    "topk": "#2b6ca3",
+    "batch_topk": "#d97b29",
+    "matryoshka": "#3b8a4f",
+}
+_INK = "#374151"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluated dictionary.
+
+    Attributes:
+        architecture, hook, d_sae, k, seed: what it is.
+        l0, fvu, delta_ce: with standard errors over documents; `delta_ce` is None without a language model.
+        dead: share of the features that never fired on the evaluated tokens.
+        seconds: in its own training steps; None where unknown.
+        bytes: of weights and optimiser while it was trained; None where unknown.
+        tokens: that these seconds are for.
+    """
+
+    architecture: str
+    hook: str
+    d_sae: int
+    k: int
+    seed: int
+    l0: Estimate
+    fvu: Estimate
+    delta_ce: Estimate | None
+    dead: float
+    seconds: float | None = None
+    bytes: int | None = None
+    tokens: int | None = None
+
+    @staticmethod
+    def of(
+        architecture: str, report: Mapping[str, Any], *, hook: str, d_sae: int, k: int, seed: int,
+        cost: Mapping[str, Any],
+    ) -> Point:  # fmt: skip
+        """From the content of an `eval.json` and what training cost."""
+
+        def estimate(name: str) -> Estimate:
+            return Estimate(report[name]["value"], report[name]["standard_error"])
+
+        return Point(
+            architecture, hook, d_sae, k, seed, estimate("l0"), estimate("fvu"),
+            estimate("delta_ce") if report.get("delta_ce") else None, report["dead"]["share"],
+            cost.get("seconds"), cost.get("bytes"), cost.get("tokens"),
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def pareto_table(points: Mapping[str, Point], failures: Mapping[str, str], figure: str | None) -> str:
+    """The comparison as Markdown, a line for each dictionary."""
+    with_loss = any(point.delta_ce is not None for point in points.values())
+    head = ["dictionary", "L0", "FVU", *(["ΔCE"] if with_loss else []), "never fire", "ms a step's 1,000 tokens", "MB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for name, point in points.items():
+        cells = [name, str(point.l0), str(point.fvu)]
+        if with_loss:
+            cells.append("–" if point.delta_ce is None else str(point.delta_ce))
+        per_thousand = 1e6 * point.seconds / point.tokens if point.seconds and point.tokens else None
+        cells += [
+            f"{point.dead:.1%}",
+            "–" if per_thousand is None else f"{per_thousand:,.1f}",
+            "–" if point.bytes is None else f"{point.bytes / 1e6:,.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    parts = ["# Sweep\n"]
+    if figure:
+        parts.append(f"![error against L0]({figure})\n")
+    parts.append("\n".join(lines) + "\n")
+    parts.append(
+        "± is the standard error over documents. Time is that of a dictionary's own training steps, memory that of its "
+        "weights and optimiser.\n"
+    )
+    if failures:
+        parts.append(
+            "## Not trained\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items()) + "\n"
+        )
+    return "\n".join(parts)
+
+
+def draw_pareto(points: Sequence[Point]) -> bytes | None:
+    """FVU, and ΔCE where it was measured, against L0: a line for each architecture and width, seeds averaged, as PNG.
+
+    Error bars are standard deviations over seeds where there are several, else standard errors over documents. None
+    where matplotlib is not installed or there is nothing to draw.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return None
+    if not points:
+        return None
+    metrics = ["fvu", *(["delta_ce"] if any(point.delta_ce is not None for point in points) else [])]
+    labels = {"fvu": "fraction of variance unexplained", "delta_ce": "ΔCE, nats per token"}
+    canvas = Canvas(1, len(metrics), (4.6 * len(metrics), 3.9))
+    groups = _grouped(points)
+    for axes, metric in zip(canvas.axes, metrics, strict=True):
+        values: list[float] = []
+        positions: list[float] = []
+        for number, (label, series) in enumerate(groups.items()):
+            drawn = [drawn for seeds in series for drawn in [_average(seeds, metric)] if drawn is not None]
+            if not drawn:
+                continue
+            x, y, error = zip(*sorted(drawn), strict=True)
+            axes.errorbar(
+                x, y, yerr=error, label=label, color=_colour(series[0][0].architecture), linewidth=1.4, markersize=4.5,
+                marker="osD^vP*X"[number % 8], capsize=2.5, elinewidth=0.9,
+            )  # fmt: skip
+            values += y
+            positions += x
+        logarithmic(axes, "x", (min(positions), max(positions)))
+        if min(values) > 0 and max(values) / min(values) > 3:
+            logarithmic(axes, "y", (min(values), max(values)))
+        axes.set_xlabel("features that fire per token (L0)")
+        axes.set_title(labels[metric], fontsize=9, loc="left", color=_INK)
+    canvas.axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+    return canvas.png()
+
+
+def _grouped(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
+    """Lines by label, of points that differ in the seed alone."""
+    hooks, widths = {point.hook for point in points}, {point.d_sae for point in points}
+    lines: dict[str, dict[tuple[Any, ...], list[Point]]] = {}
+    for point in points:
+        label = point.architecture
+        label += f", {point.d_sae:,}" if len(widths) > 1 else ""
+        label += f", {point.hook}" if len(hooks) > 1 else ""
+        lines.setdefault(label, {}).setdefault((point.k,), []).append(point)
+    return {label: list(series.values()) for label, series in lines.items()}
+
+
+def _average(seeds: list[Point], metric: str) -> tuple[float, float, float] | None:
+    """Mean L0, mean of the metric, and its spread."""
+    estimates = [getattr(point, metric) for point in seeds]
+    values = [estimate.value for estimate in estimates if estimate is not None and estimate.value is not None]
+    l0 = [point.l0.value for point in seeds if point.l0.value]
+    if not values or not l0:
+        return None
+    spread = statistics.stdev(values) if len(values) > 1 else estimates[0].standard_error or 0.0
+    return statistics.mean(l0), statistics.mean(values), spread
+
+
+def _colour(architecture: str) -> str:
+    return COLOURS.get(architecture, _INK)

@@ -1,0 +1,210 @@
+"""Many dictionaries from one configuration: trained in one pass, evaluated together, in a table and a Pareto plot."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae.activations.cache import ActivationCache
+from sae.config import RunConfig, parse_config
+from sae.dictionary import Dictionary
+from sae.errors import ConfigError
+from sae.evaluation.pareto import Point, draw_pareto, pareto_table
+from sae.files import locked, read_json, write_bytes, write_json
+from sae.pipeline import Run, evaluate_runs
+from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
+from sae.training.loop import Cost, train_all
+
+JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "sweep.json", "sweep.md", "pareto.png"
+COST_FILE = "cost.json"
+_SHARED = ("tokens", "batch_size", "pool_tokens", "log_every", "checkpoint_every")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What came of a sweep.
+
+    Attributes:
+        folder: where `sweep.json`, `sweep.md` and `pareto.png` are, and a run folder for each dictionary.
+        points: one for each dictionary, by the name of its folder.
+        failures: why the others stopped.
+    """
+
+    folder: Path
+    points: dict[str, Point]
+    failures: dict[str, str]
+
+    def dictionary(self, name: str) -> Dictionary:
+        """A trained dictionary."""
+        return Run.open(self.folder / name).dictionary()
+
+
+def variants(config: RunConfig) -> dict[str, RunConfig]:
+    """Every combination of the values in `config.sweep`, by a name made of what differs.
+
+    Raises:
+        ConfigError: nothing is swept, a key that cannot be, something that is no list, or two of one name.
+    """
+    axes = dict(_axes(config.sweep))
+    if not axes:
+        raise ConfigError(
+            "sweep is empty: give lists of values, such as 'sweep.dictionary.k=[16,32]', or use 'sae run' for one "
+            "dictionary"
+        )
+    made: dict[str, RunConfig] = {}
+    plain = config.model_dump(mode="json", exclude={"sweep"})
+    if plain["train"]["shuffle_seed"] is None:
+        plain["train"]["shuffle_seed"] = config.seed  # one order of activations for all
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        name = "-".join(_label(key, value) for key, value in chosen.items())
+        if name in made:
+            raise ConfigError(f"sweep has {name!r} twice: give every value once")
+        settings = _copy(plain)
+        for key, value in chosen.items():
+            _put(settings, key.split("."), value)
+        settings["out"] = str(Path(config.out) / name)
+        settings["harvest"]["cache"] = str(config.cache_folder)
+        made[name] = parse_config(settings)
+    return made
+
+
+def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Sweep:
+    """Harvest what is missing, train every variant that is not there yet in one pass, evaluate, compare.
+
+    Raises:
+        ConfigError: as `variants` does.
+        TrainingInterrupted: Ctrl-C; every state was saved, and the same sweep goes on.
+        SaeError: as the steps of a run do.
+    """
+    made = variants(config)
+    base = Run(config, progress)
+    with locked(base.folder, "sweep"):
+        cache = base.harvest()
+        runs = {name: Run(variant, progress) for name, variant in made.items()}
+        failures = _train(base, runs, cache, progress)
+        trained = {name: run for name, run in runs.items() if name not in failures}
+        for run in trained.values():
+            run.language_model = base.language_model
+        fresh = [run for run in trained.values() if not run.is_evaluated()]
+        if fresh:
+            evaluate_runs(fresh)
+        points = {name: _point(run) for name, run in trained.items()}
+        _write(base.folder, points, failures)
+    return Sweep(base.folder, points, failures)
+
+
+def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:
+    """Train those that are not there yet; those that have begun go on together, the others begin together."""
+    for run in runs.values():
+        if run.is_trained():
+            run.trained_already(cache)
+    missing = {name: run for name, run in runs.items() if not run.is_trained()}
+    begun = {name: run for name, run in missing.items() if list_checkpoints(run.folder / CHECKPOINTS)}
+    failures: dict[str, str] = {}
+    for group in (begun, {name: run for name, run in missing.items() if name not in begun}):
+        if group:
+            failures |= _train_together(base, group, cache, progress)
+    return failures
+
+
+def _train_together(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:
+    hooks = dict.fromkeys(run.config.hook for run in runs.values())
+    loaders = {}
+    for hook in hooks:
+        of_hook = base.config.model_copy(
+            update={"dictionary": base.config.dictionary.model_copy(update={"hook": hook})}
+        )
+        loaders[hook] = Run(of_hook).loader(cache)
+    sinks = {name: run.sinks() for name, run in runs.items()}
+    finished: set[str] = set()
+    try:
+        with contextlib.ExitStack() as stack:
+            for run in runs.values():
+                stack.enter_context(run.configured())
+            outcome = train_all(
+                loaders,
+                {name: run.recipe(cache) for name, run in runs.items()},
+                device=base.device,
+                sinks=sinks,
+                progress=lambda done, total, _: progress(f"train {len(runs)}", done, total),
+            )
+        for name, dictionary in outcome.dictionaries.items():
+            _keep_cost(runs[name].folder, outcome.costs[name], base.device.type)
+            dictionary.save(runs[name].folder / "dictionary")
+            finished.add(name)
+    finally:
+        for name, of_run in sinks.items():
+            for sink in of_run:
+                sink.close(failed=name not in finished)
+    return outcome.failures
+
+
+def _keep_cost(folder: Path, cost: Cost, device: str) -> None:
+    write_json(
+        folder / COST_FILE,
+        {"seconds": cost.seconds, "tokens": cost.tokens, "bytes": cost.bytes, "device": device},
+    )
+
+
+def _point(run: Run) -> Point:
+    """What the comparison shows of one dictionary, from its files."""
+    cost_path = run.folder / COST_FILE
+    return Point.of(
+        run.config.dictionary.architecture,
+        read_json(run.folder / "eval.json"),
+        hook=run.config.hook,
+        d_sae=run.config.dictionary.d_sae,
+        k=run.config.dictionary.k,
+        seed=run.config.seed,
+        cost=read_json(cost_path) if cost_path.is_file() else {},
+    )
+
+
+def _write(folder: Path, points: dict[str, Point], failures: dict[str, str]) -> None:
+    figure = draw_pareto(list(points.values()))
+    text = pareto_table(points, failures, FIGURE_FILE if figure else None)
+    if figure:
+        write_bytes(folder / FIGURE_FILE, figure)
+    write_bytes(folder / MARKDOWN_FILE, text.encode())
+    write_json(
+        folder / JSON_FILE,
+        {"points": {name: point.to_json() for name, point in points.items()}, "failures": failures},
+    )
+
+
+def _axes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _axes(value, f"{path}.")
+            continue
+        if path != "seed" and path.split(".", maxsplit=1)[0] not in ("dictionary", "train"):
+            raise ConfigError(f"sweep.{path}: only keys of dictionary and train, and seed, can be swept")
+        if path.removeprefix("train.") in _SHARED:
+            raise ConfigError(f"sweep.{path}: all dictionaries of a sweep share one pass, so {path} is one for all")
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ConfigError(f"sweep.{path}={value!r}: expected a list of values, such as [16, 32]")
+        yield path, list(value)
+
+
+def _label(key: str, value: Any) -> str:
+    name = key.rpartition(".")[2]
+    text = re.sub(r"[^\w.+]+", "_", str(value)).strip("_")
+    return text if name in ("architecture", "hook") else f"{name}{text}"
+
+
+def _put(settings: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        settings = settings[key]
+    settings[keys[-1]] = value
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

@@ -1,0 +1,210 @@
+"""Sweeps: every combination in one pass, a folder each; killed and resumed with the same weights; compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sae
+from sae.activations.loader import ActivationLoader
+from sae.architectures import ARCHITECTURES
+from sae.errors import ConfigError, FormatError
+from sae.evaluation.estimate import Estimate
+from sae.evaluation.pareto import Point, draw_pareto, pareto_table
+from sae.pipeline import Run
+from sae.sweep import sweep, variants
+from sae.training.checkpoint import list_checkpoints
+from tests.conftest import TinyConfig
+
+ALL = list(ARCHITECTURES)
+
+
+def swept(tiny_config: TinyConfig, **axes: object) -> sae.RunConfig:
+    return tiny_config(
+        data__tokens=2000, train__tokens=4000, train__log_every=10, evaluation__tokens=100,
+        evaluation__downstream_tokens=64, sweep=axes,
+    )  # fmt: skip
+
+
+def test_variants_are_all_combinations_by_names_of_what_differs(tiny_config: TinyConfig) -> None:
+    config = swept(tiny_config, dictionary={"architecture": ["topk", "relu"], "k": [2, 4]}, seed=[0, 1])
+    made = variants(config)
+    assert list(made) == [
+        f"{architecture}-k{k}-seed{seed}" for architecture in ("topk", "relu") for k in (2, 4) for seed in (0, 1)
+    ]
+    one = made["relu-k4-seed1"]
+    assert (one.dictionary.architecture, one.dictionary.k, one.seed, one.sweep) == ("relu", 4, 1, {})
+    assert Path(one.out) == Path(config.out) / "relu-k4-seed1"
+    assert one.cache_folder == config.cache_folder
+    assert one.train.shuffle_seed == config.seed
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({}, "sweep is empty: give lists of values"),
+        ({"dictionary": {"k": 4}}, r"sweep.dictionary.k=4: expected a list of values"),
+        ({"dictionary": {"k": []}}, r"sweep.dictionary.k=\[\]: expected a list of values"),
+        ({"harvest": {"dtype": ["int8"]}}, "sweep.harvest.dtype: only keys of dictionary and train, and seed"),
+        ({"train": {"batch_size": [32, 64]}}, "sweep.train.batch_size: all dictionaries of a sweep share one pass"),
+        ({"dictionary": {"k": [4, 4]}}, "sweep has 'k4' twice"),
+        ({"dictionary": {"kk": [4]}}, "unknown setting 'dictionary.kk': did you mean dictionary.k"),
+        ({"dictionary": {"k": [4, 100]}}, "dictionary.k=100 exceeds dictionary.d_sae=64"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(tiny_config: TinyConfig, axes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        variants(swept(tiny_config, **axes))
+
+
+def test_a_single_run_does_not_take_a_sweep(tiny_config: TinyConfig) -> None:
+    config = swept(tiny_config, dictionary={"k": [2, 4]})
+    Run(config).harvest()
+    with pytest.raises(ConfigError, match="train them with 'sae sweep', or take sweep out"):
+        Run(config).train()
+
+
+def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    original = ActivationLoader.__init__
+
+    def counting(self: ActivationLoader, *args: object, **kwargs: object) -> None:
+        made.append(str(args[1]))
+        original(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ActivationLoader, "__init__", counting)
+    config = swept(tiny_config, dictionary={"architecture": ALL, "k": [2, 4]})
+    done = sweep(config)
+    assert made == ["blocks.1.hook_resid_pre"], "one loader for all dictionaries"
+    assert set(done.points) == {f"{name}-k{k}" for name in ALL for k in (2, 4)}
+    for name, point in done.points.items():
+        folder = Path(config.out) / name
+        report = json.loads((folder / "eval.json").read_text())
+        assert point.fvu.value == report["fvu"]["value"]
+        assert point.l0.value == report["l0"]["value"]
+        assert point.tokens == 3968  # 62 steps of 64
+        assert point.seconds is not None
+        assert point.seconds > 0
+        assert done.dictionary(name).architecture == point.architecture
+    written = json.loads((Path(config.out) / "sweep.json").read_text())
+    assert written["points"]["topk-k2"]["l0"]["value"] == 2.0
+    text = (Path(config.out) / "sweep.md").read_text()
+    assert all(f"| {name} |" in text for name in done.points)
+    assert (Path(config.out) / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    # A variant's folder is a run of its own, which knows that it is done.
+    alone = Run.open(Path(config.out) / "topk-k4")
+    alone.train()
+    assert alone.is_evaluated()
+    made.clear()
+    again = sweep(config)
+    assert made == [], "what is done is not done again"
+    assert again.points == done.points
+
+
+def test_a_variant_trained_alone_is_the_sweep_s(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = swept(tiny_config, dictionary={"architecture": ["batch_topk", "gated"]}, seed=[3])
+    done = sweep(config)
+    for name in done.points:
+        alone = variants(config)[name].model_copy(update={"out": str(tmp_path / "alone" / name)})
+        ours, theirs = Run(alone).train(), done.dictionary(name)
+        for label, parameter in ours.named_parameters():
+            assert torch.equal(parameter, theirs.get_parameter(label)), (name, label)
+
+
+def test_a_value_that_is_added_later_is_trained_alone(tiny_config: TinyConfig) -> None:
+    sweep(swept(tiny_config, dictionary={"k": [2]}))
+    before = Run.open(tiny_config().folder / "k2").dictionary().W_dec
+    done = sweep(swept(tiny_config, dictionary={"k": [2, 4]}))
+    assert set(done.points) == {"k2", "k4"}
+    assert torch.equal(done.dictionary("k2").W_dec, before)
+    with pytest.raises(FormatError, match="made with k=2, now 3"):
+        renamed = tiny_config().folder / "k3"
+        (tiny_config().folder / "k2").rename(renamed)
+        sweep(swept(tiny_config, dictionary={"k": [3]}))
+
+
+def test_two_hook_points_are_trained_in_the_same_pass(tiny_config: TinyConfig) -> None:
+    hooks = ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
+    config = tiny_config(
+        harvest__hooks=hooks, data__tokens=2000, evaluation__tokens=64, sweep={"dictionary": {"hook": hooks}}
+    )
+    done = sweep(config)
+    assert {point.hook for point in done.points.values()} == set(hooks)
+    one = Run(variants(config)[hooks[1]].model_copy(update={"out": config.out + "-alone"})).train()
+    assert torch.equal(one.W_dec, done.dictionary(hooks[1]).W_dec)
+
+
+def test_one_that_diverges_is_named_and_the_rest_is_compared(tiny_config: TinyConfig) -> None:
+    config = swept(tiny_config, train={"lr": [1e-3, 1e30]})
+    done = sweep(config)
+    assert set(done.points) == {"lr0.001"}
+    assert "training diverged" in done.failures["lr1e+30"]
+    assert "## Not trained\n\n- lr1e+30: NaN at step" in (Path(config.out) / "sweep.md").read_text()
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_run_again_gives_the_same_weights(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = swept(tiny_config, dictionary={"architecture": ALL})
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    code = f"""
+import os, signal
+from sae.training import trainee
+original, count = trainee.Trainee.step, [0]
+def step(self, *arguments):
+    count[0] += 1
+    if count[0] == 150:  # in the middle of step 25 of all six
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments)
+trainee.Trainee.step = step
+import sae
+sae.sweep(sae.load_config({str(path)!r}))
+"""
+    killed = subprocess.run([sys.executable, "-c", code], check=False, env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert all(list_checkpoints(Path(config.out) / name / "checkpoints") for name in ALL)
+    resumed = sweep(config)
+    whole = sweep(config.model_copy(update={"out": str(tmp_path / "whole")}))
+    for name in ALL:
+        for label, parameter in whole.dictionary(name).named_parameters():
+            assert torch.equal(resumed.dictionary(name).get_parameter(label), parameter), (name, label)
+
+
+def point(architecture: str, k: int, fvu: float, seed: int = 0) -> Point:
+    return Point(
+        architecture, "blocks.0.hook_resid_pre", 64, k, seed, Estimate(float(k), 0.1), Estimate(fvu, 0.01),
+        Estimate(fvu / 10, 0.001), 0.02, 12.0, 5_000_000, 4000,
+    )  # fmt: skip
+
+
+def test_the_table_gives_time_for_a_thousand_tokens_and_memory() -> None:
+    text = pareto_table({"topk-k8": point("topk", 8, 0.25)}, {}, None)
+    assert "| topk-k8 | 8.00 ± 0.10 | 0.250 ± 0.010 | 0.0250 ± 0.0010 | 2.0% | 3,000.0 | 5 |" in text
+
+
+def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: dict[str, tuple[tuple[float, ...], ...]] = {}
+    original = Axes.errorbar
+
+    def note(self: Axes, x: tuple[float, ...], y: tuple[float, ...], **how: object) -> object:
+        drawn.setdefault(str(how["label"]), (x, y, how["yerr"]))  # type: ignore[arg-type]
+        return original(self, x, y, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Axes, "errorbar", note)
+    points = [point("topk", 16, 0.2), point("topk", 8, 0.3, 0), point("topk", 8, 0.4, 1), point("relu", 8, 0.5)]
+    assert draw_pareto(points)
+    assert drawn["topk"][0] == (8.0, 16.0)
+    assert drawn["topk"][1] == pytest.approx((0.35, 0.2))
+    assert drawn["topk"][2] == pytest.approx((0.0707107, 0.01), rel=1e-4)
+    assert drawn["relu"][:2] == ((8.0,), (0.5,))
+    assert draw_pareto([]) is None
