@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,6 +119,10 @@ class HarvestConfig(_Settings):
         return (value,) if isinstance(value, str) else value
 
 
+PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
+"""Shares of d_sae that end nested dictionaries: each adds twice as many features as the one before."""
+
+
 class DictionaryConfig(_Settings):
     """The shape of the dictionary."""
 
@@ -134,7 +139,7 @@ class DictionaryConfig(_Settings):
         "steered towards, unless train.l1_coefficient or train.l0_coefficient fixes that",
     )
     prefixes: tuple[float, ...] = Field(
-        default=(1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0),
+        default=PREFIXES,
         description="shares of d_sae at which the nested dictionaries end; matryoshka only",
     )
 
@@ -193,7 +198,8 @@ class TrainConfig(_Settings):
     )
     products: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="precision of the encoder's large product; weights stay float32; `auto`: bfloat16 on a GPU",
+        description="precision of the encoder's large product, for topk, batch_topk and matryoshka; weights stay "
+        "float32; `auto`: bfloat16 on a GPU",
     )
     shuffle_seed: int | None = Field(
         default=None, ge=0, description="seed of the order of the activations; null: `seed`"
@@ -309,6 +315,21 @@ def parse_config(settings: dict[str, Any]) -> RunConfig:
     return config
 
 
+def nested_sizes(prefixes: Sequence[float], d_sae: int) -> tuple[int, ...]:
+    """Numbers of features of nested dictionaries, from ascending shares of d_sae.
+
+    Raises:
+        ValueError: they do not nest.
+    """
+    sizes = [round(share * d_sae) for share in prefixes]
+    if not sizes or sizes[0] < 1 or sizes[-1] != d_sae or any(b <= a for a, b in itertools.pairwise(sizes)):
+        raise ValueError(
+            f"prefixes={list(prefixes)}: expected ascending shares of d_sae={d_sae} that end in 1 and each add a "
+            f"feature at least, and these are {sizes} features"
+        )
+    return tuple(sizes)
+
+
 def describe_keys() -> Iterator[tuple[str, str, str]]:
     """Every key with its default and its meaning, in the order of the file."""
     for key, field in _fields(RunConfig):
@@ -335,6 +356,11 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError(
             f"dictionary.k={dictionary.k} exceeds dictionary.d_sae={dictionary.d_sae}: lower k or raise d_sae"
         )
+    if dictionary.architecture == "matryoshka":
+        try:
+            nested_sizes(dictionary.prefixes, dictionary.d_sae)
+        except ValueError as error:
+            raise ConfigError(f"dictionary.{error}") from error
     repeated = sorted({hook for hook in config.harvest.hooks if config.harvest.hooks.count(hook) > 1})
     if repeated:
         raise ConfigError(f"harvest.hooks names {', '.join(repeated)} more than once: name each hook point once")

@@ -160,11 +160,16 @@ class Dictionary(nn.Module, ABC):
             self.b_dec.copy_(self.b_dec / target_scale + mean)
             return
         self.W_enc.mul_(scale)
-        self.b_enc.add_(-(self.b_dec + mean * scale) @ self.W_enc / scale)
+        self.shift_pre_activations_(-(self.b_dec + mean * scale) @ self.W_enc / scale)
         self.scale_activations_(1 / target_scale)
         self.W_enc.mul_(1 / target_scale)
         self.b_dec.copy_(self.b_dec / target_scale + target_mean)
-        self.b_enc.add_(self.b_dec @ self.W_enc)
+        self.shift_pre_activations_(self.b_dec @ self.W_enc)
+
+    @torch.no_grad()
+    def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:
+        """Add to (x − b_dec) W_enc, wherever it is used."""
+        self.b_enc.add_(shift)
 
     @torch.no_grad()
     def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from sae.files import locked, read_json, write_bytes, write_json
 from sae.pipeline import Run, evaluate_runs
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import Cost, train_all
+from sae.training.sinks import Wandb
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "sweep.json", "sweep.md", "pareto.png"
 COST_FILE = "cost.json"
-_SHARED = ("tokens", "batch_size", "pool_tokens", "log_every", "checkpoint_every")
+_SHARED = ("tokens", "batch_size", "pool_tokens", "log_every", "checkpoint_every", "shuffle_seed")
 Progress = Callable[[str, int, int], None]
 
 
@@ -90,12 +92,12 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
         runs = {name: Run(variant, progress) for name, variant in made.items()}
         failures = _train(base, runs, cache, progress)
         trained = {name: run for name, run in runs.items() if name not in failures}
-        for run in trained.values():
-            run.language_model = base.language_model
         fresh = [run for run in trained.values() if not run.is_evaluated()]
+        for run in fresh:
+            run.language_model = base.language_model
         if fresh:
             evaluate_runs(fresh)
-        points = {name: _point(run) for name, run in trained.items()}
+        points = {name: _point(run, _variant(config, run.config)) for name, run in trained.items()}
         _write(base.folder, points, failures)
     return Sweep(base.folder, points, failures)
 
@@ -106,12 +108,23 @@ def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress:
         if run.is_trained():
             run.trained_already(cache)
     missing = {name: run for name, run in runs.items() if not run.is_trained()}
-    begun = {name: run for name, run in missing.items() if list_checkpoints(run.folder / CHECKPOINTS)}
     failures: dict[str, str] = {}
-    for group in (begun, {name: run for name, run in missing.items() if name not in begun}):
-        if group:
-            failures |= _train_together(base, group, cache, progress)
+    for group in _that_go_together(missing):
+        failures |= _train_together(base, group, cache, progress)
     return failures
+
+
+def _that_go_together(runs: dict[str, Run]) -> Iterator[dict[str, Run]]:
+    """Groups that have a checkpoint of a common step: first as many as there can be, last those that have none."""
+    steps = {name: {path.name for path in list_checkpoints(run.folder / CHECKPOINTS)} for name, run in runs.items()}
+    while any(steps.values()):
+        counts = Counter(itertools.chain.from_iterable(steps.values()))
+        best = max(counts, key=lambda step: (counts[step], step))
+        chosen = [name for name, held in steps.items() if best in held]
+        yield {name: runs[name] for name in chosen}
+        steps = {name: held for name, held in steps.items() if name not in chosen}
+    if steps:
+        yield {name: runs[name] for name in steps}
 
 
 def _train_together(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:
@@ -122,9 +135,10 @@ def _train_together(base: Run, runs: Mapping[str, Run], cache: ActivationCache, 
             update={"dictionary": base.config.dictionary.model_copy(update={"hook": hook})}
         )
         loaders[hook] = Run(of_hook).loader(cache)
-    sinks = {name: run.sinks() for name, run in runs.items()}
+    sinks: dict[str, list[Wandb]] = {}
     finished: set[str] = set()
     try:
+        sinks |= {name: run.sinks() for name, run in runs.items()}
         with contextlib.ExitStack() as stack:
             for run in runs.values():
                 stack.enter_context(run.configured())
@@ -153,7 +167,19 @@ def _keep_cost(folder: Path, cost: Cost, device: str) -> None:
     )
 
 
-def _point(run: Run) -> Point:
+def _variant(config: RunConfig, made: RunConfig) -> str:
+    """What is swept beside that which a point names itself."""
+    named = ("seed", "dictionary.architecture", "dictionary.hook", "dictionary.d_sae", "dictionary.k")
+    settings = made.model_dump(mode="json")
+    parts = []
+    for key, _ in _axes(config.sweep):
+        section, _, name = key.partition(".")
+        if key not in named:
+            parts.append(_label(key, settings[section][name]))
+    return "-".join(parts)
+
+
+def _point(run: Run, variant: str) -> Point:
     """What the comparison shows of one dictionary, from its files."""
     cost_path = run.folder / COST_FILE
     return Point.of(
@@ -164,19 +190,20 @@ def _point(run: Run) -> Point:
         k=run.config.dictionary.k,
         seed=run.config.seed,
         cost=read_json(cost_path) if cost_path.is_file() else {},
+        variant=variant,
     )
 
 
 def _write(folder: Path, points: dict[str, Point], failures: dict[str, str]) -> None:
-    figure = draw_pareto(list(points.values()))
-    text = pareto_table(points, failures, FIGURE_FILE if figure else None)
-    if figure:
-        write_bytes(folder / FIGURE_FILE, figure)
-    write_bytes(folder / MARKDOWN_FILE, text.encode())
     write_json(
         folder / JSON_FILE,
         {"points": {name: point.to_json() for name, point in points.items()}, "failures": failures},
     )
+    figure = draw_pareto(list(points.values()))
+    if figure:
+        write_bytes(folder / FIGURE_FILE, figure)
+    text = pareto_table(points, failures, FIGURE_FILE if figure else None)
+    write_bytes(folder / MARKDOWN_FILE, text.encode())
 
 
 def _axes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:

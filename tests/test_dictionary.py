@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sae
-from sae.architectures import BatchTopK, ReLU, TopK
+from sae.architectures import ARCHITECTURES, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from sae.dictionary import Dictionary
 from sae.errors import FormatError
 
@@ -36,6 +36,9 @@ ALL = [
     pytest.param(filled(TopK, k=5), id="topk"),
     pytest.param(filled(ReLU), id="relu"),
     pytest.param(filled_batch_topk(), id="batch_topk"),
+    pytest.param(filled(Matryoshka, k=5), id="matryoshka"),
+    pytest.param(filled(Gated), id="gated"),
+    pytest.param(filled(JumpReLU), id="jumprelu"),
 ]
 
 
@@ -119,6 +122,34 @@ def test_folding_the_normalisation_is_exact(dictionary: Dictionary) -> None:
     x = torch.randn(20, 8, dtype=torch.float64) * 5
     torch.testing.assert_close(folded(x), trained((x - mean) * scale) / scale + mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(folded.encode(x), trained.encode((x - mean) * scale) / scale, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_folding_two_normalisations_is_exact(architecture: str) -> None:
+    """Of a transcoder: one for what it reads, one for what it gives."""
+    cls = ARCHITECTURES[architecture]
+    trained = filled(cls, **({"k": 5} if "k" in cls.setting_names else {})).double()
+    folded = copy.deepcopy(trained)
+    mean, target_mean = torch.randn(2, 8, dtype=torch.float64)
+    scale, target_scale = 0.37, 2.1
+    folded.fold_normalisation_(mean, scale, target_mean, target_scale)
+    x = torch.randn(20, 8, dtype=torch.float64) * 5
+    expected = trained((x - mean) * scale) / target_scale + target_mean
+    torch.testing.assert_close(folded(x), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "dictionary", [filled(ReLU), filled(Gated), filled(JumpReLU)], ids=["relu", "gated", "jumprelu"]
+)
+def test_giving_the_decoder_norm_1_changes_no_reconstruction(dictionary: Dictionary) -> None:
+    x, changed = torch.randn(30, 8).double(), copy.deepcopy(dictionary).double()
+    with torch.no_grad():
+        changed.W_dec[3] = 0
+    before = changed(x)
+    changed.normalise_decoder_()  # type: ignore[operator]
+    torch.testing.assert_close(changed(x), before, rtol=1e-12, atol=1e-12)
+    norms = changed.W_dec.norm(dim=1)
+    torch.testing.assert_close(norms[torch.arange(30) != 3], torch.ones(29, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dictionary", ALL)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from sae.evaluation.estimate import Estimate
 from sae.evaluation.pareto import Point, draw_pareto, pareto_table
 from sae.pipeline import Run
 from sae.sweep import sweep, variants
+from sae.training import TrainingInterrupted
 from sae.training.checkpoint import list_checkpoints
 from tests.conftest import TinyConfig
 
@@ -55,6 +58,11 @@ def test_variants_are_all_combinations_by_names_of_what_differs(tiny_config: Tin
         ({"dictionary": {"k": []}}, r"sweep.dictionary.k=\[\]: expected a list of values"),
         ({"harvest": {"dtype": ["int8"]}}, "sweep.harvest.dtype: only keys of dictionary and train, and seed"),
         ({"train": {"batch_size": [32, 64]}}, "sweep.train.batch_size: all dictionaries of a sweep share one pass"),
+        ({"train": {"shuffle_seed": [1, 2]}}, "sweep.train.shuffle_seed: all dictionaries of a sweep share one pass"),
+        (
+            {"dictionary": {"architecture": ["matryoshka"], "prefixes": [[0.5]]}},
+            "expected ascending shares of d_sae=64",
+        ),
         ({"dictionary": {"k": [4, 4]}}, "sweep has 'k4' twice"),
         ({"dictionary": {"kk": [4]}}, "unknown setting 'dictionary.kk': did you mean dictionary.k"),
         ({"dictionary": {"k": [4, 100]}}, "dictionary.k=100 exceeds dictionary.d_sae=64"),
@@ -142,6 +150,35 @@ def test_two_hook_points_are_trained_in_the_same_pass(tiny_config: TinyConfig) -
     assert torch.equal(one.W_dec, done.dictionary(hooks[1]).W_dec)
 
 
+@pytest.mark.slow
+def test_each_dictionary_has_a_wandb_run_of_its_own(tiny_config: TinyConfig) -> None:
+    config = swept(tiny_config, dictionary={"k": [2, 4]})
+    wandb = config.wandb.model_copy(update={"project": "sweeps", "mode": "offline"})
+    sweep(config.model_copy(update={"wandb": wandb}))
+    for name in ("k2", "k4"):
+        assert len(list((Path(config.out) / name).rglob("*.wandb"))) == 1, name
+
+
+def test_one_that_diverged_holds_up_no_one(tiny_config: TinyConfig) -> None:
+    """It has no newer checkpoint than the one before it failed; the others go on from their own."""
+    config = swept(tiny_config, train={"lr": [1e-3, 2e-3]})
+
+    def until(step: int) -> None:
+        with pytest.raises(TrainingInterrupted):
+            sweep(config, lambda stage, done, of: os.kill(os.getpid(), signal.SIGINT) if done == step * 64 else None)
+
+    until(20)
+    checkpoints = Path(config.out) / "lr0.002" / "checkpoints"
+    shutil.copytree(checkpoints, Path(config.out) / "kept")
+    until(40)
+    shutil.rmtree(checkpoints)
+    shutil.move(Path(config.out) / "kept", checkpoints)
+    first: list[int] = []
+    sweep(config, lambda stage, done, of: first.append(done) if stage.startswith("train") else None)
+    assert first[0] == 50 * 64
+    assert 30 * 64 in first, "the other one goes on from its own"
+
+
 def test_one_that_diverges_is_named_and_the_rest_is_compared(tiny_config: TinyConfig) -> None:
     config = swept(tiny_config, train={"lr": [1e-3, 1e30]})
     done = sweep(config)
@@ -171,7 +208,9 @@ sae.sweep(sae.load_config({str(path)!r}))
     killed = subprocess.run([sys.executable, "-c", code], check=False, env=os.environ)
     assert killed.returncode == -signal.SIGKILL
     assert all(list_checkpoints(Path(config.out) / name / "checkpoints") for name in ALL)
-    resumed = sweep(config)
+    seen: list[int] = []
+    resumed = sweep(config, lambda stage, done, of: seen.append(done) if stage.startswith("train") else None)
+    assert min(seen) == 30 * 64, "it did not go on from step 20"
     whole = sweep(config.model_copy(update={"out": str(tmp_path / "whole")}))
     for name in ALL:
         for label, parameter in whole.dictionary(name).named_parameters():
@@ -208,3 +247,9 @@ def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypa
     assert drawn["topk"][2] == pytest.approx((0.0707107, 0.01), rel=1e-4)
     assert drawn["relu"][:2] == ((8.0,), (0.5,))
     assert draw_pareto([]) is None
+    nothing = dataclasses.replace(point("relu", 8, 0.5), l0=Estimate(0.0, 0.0))
+    assert draw_pareto([nothing])
+    drawn.clear()
+    weights = [dataclasses.replace(point("relu", 8, fvu), variant=f"l1_coefficient{fvu}") for fvu in (0.2, 0.4)]
+    draw_pareto(weights)
+    assert drawn["relu"][1] == (0.2, 0.4), "other settings are no seeds"

@@ -105,6 +105,14 @@ def saelens(task: Task) -> dict[str, Reconstruct]:
         features = made.encode(x)
         return made.decode(features), features
 
+    def by_threshold(x: Tensor) -> tuple[Tensor, Tensor]:
+        """As the dictionary that it saves for its users."""
+        _, pre = made.encode_with_hidden_pre(x)
+        features = pre.relu() * (pre > made.topk_threshold)
+        return made.decode(features), features
+
+    if task.architecture in ("batch_topk", "matryoshka"):
+        return {"": by_threshold, "batch rule": reconstruct}
     return {"": reconstruct}
 
 

@@ -44,6 +44,11 @@ class Gated(Elementwise):
     def bounds(self) -> Float[Tensor, " d_sae"]:
         return self.b_gate.new_zeros(self.d_sae)
 
+    @torch.no_grad()
+    def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:
+        super().shift_pre_activations_(shift)
+        self.b_mag.add_(self.r_mag.exp() * shift)
+
     def activate(
         self, pre: Float[Tensor, "*batch"], features: Int[Tensor, " pairs"] | slice
     ) -> Float[Tensor, "*batch"]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar
 
-from sae.architectures.elementwise import OneThreshold
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
-PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
-"""Shares of d_sae that end the nested dictionaries: each adds twice as many features as the one before."""
+from sae.architectures.elementwise import OneThreshold
+from sae.config import PREFIXES, nested_sizes
 
 
 class Matryoshka(OneThreshold):
@@ -26,6 +27,8 @@ class Matryoshka(OneThreshold):
     architecture: ClassVar[str] = "matryoshka"
     setting_names: ClassVar[tuple[str, ...]] = ("k", "prefixes")
 
+    prefix_ends: Int[Tensor, " prefixes"]
+
     def __init__(
         self,
         d_in: int,
@@ -36,13 +39,8 @@ class Matryoshka(OneThreshold):
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(d_in, d_sae, k=k, metadata=metadata)
-        sizes = [round(share * d_sae) for share in prefixes]
-        if not sizes or sizes[0] < 1 or sizes[-1] != d_sae or any(b <= a for a, b in pairwise(sizes)):
-            raise ValueError(
-                f"prefixes={list(prefixes)}: expected ascending shares of d_sae={d_sae} that end in 1 and each add a "
-                f"feature at least, and these are {sizes} features"
-            )
-        self.prefixes, self.prefix_sizes = tuple(prefixes), tuple(sizes)
+        self.prefixes, self.prefix_sizes = tuple(prefixes), nested_sizes(prefixes, d_sae)
+        self.register_buffer("prefix_ends", torch.tensor(self.prefix_sizes), persistent=False)
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "prefixes": list(self.prefixes)}

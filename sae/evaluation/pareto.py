@@ -27,6 +27,7 @@ class Point:
 
     Attributes:
         architecture, hook, d_sae, k, seed: what it is.
+        variant: the other settings that differ in the sweep; points of one variant differ in the seed alone.
         l0, fvu, delta_ce: with standard errors over documents; `delta_ce` is None without a language model.
         dead: share of the features that never fired on the evaluated tokens.
         seconds: in its own training steps; None where unknown.
@@ -46,11 +47,12 @@ class Point:
     seconds: float | None = None
     bytes: int | None = None
     tokens: int | None = None
+    variant: str = ""
 
     @staticmethod
     def of(
         architecture: str, report: Mapping[str, Any], *, hook: str, d_sae: int, k: int, seed: int,
-        cost: Mapping[str, Any],
+        cost: Mapping[str, Any], variant: str = "",
     ) -> Point:  # fmt: skip
         """From the content of an `eval.json` and what training cost."""
 
@@ -60,7 +62,7 @@ class Point:
         return Point(
             architecture, hook, d_sae, k, seed, estimate("l0"), estimate("fvu"),
             estimate("delta_ce") if report.get("delta_ce") else None, report["dead"]["share"],
-            cost.get("seconds"), cost.get("bytes"), cost.get("tokens"),
+            cost.get("seconds"), cost.get("bytes"), cost.get("tokens"), variant,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Point:
 def pareto_table(points: Mapping[str, Point], failures: Mapping[str, str], figure: str | None) -> str:
     """The comparison as Markdown, a line for each dictionary."""
     with_loss = any(point.delta_ce is not None for point in points.values())
-    head = ["dictionary", "L0", "FVU", *(["ΔCE"] if with_loss else []), "never fire", "ms a step's 1,000 tokens", "MB"]
+    head = ["dictionary", "L0", "FVU", *(["ΔCE"] if with_loss else []), "never fire", "ms per 1,000 tokens", "MB"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
     for name, point in points.items():
         cells = [name, str(point.l0), str(point.fvu)]
@@ -88,8 +90,8 @@ def pareto_table(points: Mapping[str, Point], failures: Mapping[str, str], figur
         parts.append(f"![error against L0]({figure})\n")
     parts.append("\n".join(lines) + "\n")
     parts.append(
-        "± is the standard error over documents. Time is that of a dictionary's own training steps, memory that of its "
-        "weights and optimiser.\n"
+        "± is the standard error over documents. Time is that of a dictionary's own training steps, memory\n"
+        "that of its weights and optimiser.\n"
     )
     if failures:
         parts.append(
@@ -128,12 +130,15 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
             )  # fmt: skip
             values += y
             positions += x
+        if not positions:
+            continue
         logarithmic(axes, "x", (min(positions), max(positions)))
         if min(values) > 0 and max(values) / min(values) > 3:
             logarithmic(axes, "y", (min(values), max(values)))
         axes.set_xlabel("features that fire per token (L0)")
         axes.set_title(labels[metric], fontsize=9, loc="left", color=_INK)
-    canvas.axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+    if canvas.axes[0].get_legend_handles_labels()[0]:
+        canvas.axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
     return canvas.png()
 
 
@@ -145,7 +150,7 @@ def _grouped(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
         label = point.architecture
         label += f", {point.d_sae:,}" if len(widths) > 1 else ""
         label += f", {point.hook}" if len(hooks) > 1 else ""
-        lines.setdefault(label, {}).setdefault((point.k,), []).append(point)
+        lines.setdefault(label, {}).setdefault((point.k, point.variant), []).append(point)
     return {label: list(series.values()) for label, series in lines.items()}
 
 
@@ -156,7 +161,8 @@ def _average(seeds: list[Point], metric: str) -> tuple[float, float, float] | No
     l0 = [point.l0.value for point in seeds if point.l0.value]
     if not values or not l0:
         return None
-    spread = statistics.stdev(values) if len(values) > 1 else estimates[0].standard_error or 0.0
+    errors = [estimate.standard_error for estimate in estimates if estimate is not None]
+    spread = statistics.stdev(values) if len(values) > 1 else errors[0] or 0.0
     return statistics.mean(l0), statistics.mean(values), spread
 
 

@@ -125,7 +125,7 @@ class Kernels(Protocol):
         count: int,
         subset: Subset | None = None,
     ) -> Selection:
-        """The `count` largest of all entries of x · encoderᵀ + bias; rows share them unequally."""
+        """The `count` largest of all entries of x · encoderᵀ + bias, by rows, and by features in each."""
         ...
 
     def select_above(

@@ -37,7 +37,7 @@ def initialise_(
         dictionary.get_parameter(name).zero_()
     dictionary.b_dec.copy_(geometric_median(sample if target is None else target))
     if target is not None and target is not sample:
-        dictionary.b_enc.copy_((dictionary.b_dec - geometric_median(sample)) @ dictionary.W_enc)
+        dictionary.shift_pre_activations_((dictionary.b_dec - geometric_median(sample)) @ dictionary.W_enc)
     if k is not None and isinstance(dictionary, (ReLU, Gated, JumpReLU)):
         selection = select_batch_topk(sample, dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc, k)
         bound = selection.values.min().clamp_min(0)

@@ -267,18 +267,21 @@ class _Run:
     def _checkpoint(self) -> None:
         """Write all before any older one goes, so that a kill in between leaves a step that all have."""
         self._drop_failed()
-        places = {name: source.state_dict() for name, source in self.sources.items()}
         for member in self.members.values():
             if member.folder is not None:
                 trainee = member.trainee
-                state = {**trainee.state_dict(), "sources": places}
+                state = {**trainee.state_dict(), "sources": self._places(trainee.recipe)}
                 save_checkpoint(member.folder / CHECKPOINTS, self.step, state, trainee.folded())
         for member in self.members.values():
             if member.folder is not None:
                 prune_checkpoints(member.folder / CHECKPOINTS, member.trainee.settings.keep_checkpoints)
 
     def _resume(self) -> None:
-        """Go on from the newest step that all have; where some have none at all, from the beginning."""
+        """Go on from the newest step that all have.
+
+        Raises:
+            TrainingError: some have checkpoints, and no step is common to all; or one was made with other settings.
+        """
         kept = [{int(path.name.removeprefix("step-")): path for path in m.checkpoints} for m in self.members.values()]
         common = set.intersection(*map(set, kept)) if kept else set()
         for member, paths in zip(self.members.values(), kept, strict=True):
@@ -287,13 +290,26 @@ class _Run:
                 held = load_checkpoint(newest)["identity"]
                 member.trainee.check_identity(held, f"checkpoint {str(newest)!r}")
         if not common:
+            if any(kept):
+                names = [name for name, paths in zip(self.members, kept, strict=True) if paths]
+                raise TrainingError(
+                    f"{', '.join(names)}: there are checkpoints, but of no step that all {len(kept)} have; train these "
+                    "apart from the others, or delete their checkpoints"
+                )
             return
         self.step = max(common)
         for member, paths in zip(self.members.values(), kept, strict=True):
             state = load_checkpoint(paths[self.step])
             member.trainee.load_state_dict(state)
-            for name, place in state["sources"].items():
-                self.sources[name].load_state_dict(place)
+            recipe = member.trainee.recipe
+            for role, name in (("input", recipe.source), ("target", recipe.target)):
+                if name is not None:
+                    self.sources[name].load_state_dict(state["sources"][role])
+
+    def _places(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
+        """Where the sources of a recipe are, by what they are to it: their names differ from pass to pass."""
+        names = {"input": recipe.source, "target": recipe.target}
+        return {role: self.sources[name].state_dict() for role, name in names.items() if name is not None}
 
     def _interrupted(self) -> str:
         folders = [member.folder for member in self.members.values() if member.folder is not None]
@@ -317,6 +333,14 @@ def _common(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe]) -
         for part in (recipe.source, recipe.target):
             if part is not None and part not in sources:
                 raise ConfigError(f"{name}: there is no source {part!r}; there is {', '.join(sources)}")
+        if recipe.target is not None and sources[recipe.target].d_in != sources[recipe.source].d_in:
+            raise ConfigError(
+                f"{name}: the target has {sources[recipe.target].d_in} numbers a row, the input "
+                f"{sources[recipe.source].d_in}: they must have as many"
+            )
+    folders = [recipe.folder for recipe in recipes.values() if recipe.folder is not None]
+    if len(set(folders)) < len(folders):
+        raise ConfigError("two recipes have the same folder: give each one of its own")
     used = [sources[name] for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None]
     sizes = {source.batch_size for source in used}
     if len(sizes) > 1:

@@ -44,7 +44,7 @@ class SteeredWeight:
     """
 
     def __init__(
-        self, target: float | int, start: float, device: torch.device, gain: float = 1.0, rate: float = 0.01,
+        self, target: float | int, start: float, device: torch.device, gain: float = 2.0, rate: float = 0.03,
         horizon: int = 10,
     ) -> None:  # fmt: skip
         self.target, self.gain, self.rate, self.horizon = target, gain, rate, horizon

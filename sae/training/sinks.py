@@ -67,6 +67,7 @@ class Wandb:
             name=settings.name or folder.name,
             id=_wandb_id(folder, resume),
             resume="allow",
+            reinit="create_new",  # a sweep has one for each dictionary
             dir=folder,
             mode=settings.mode,
             config=config,

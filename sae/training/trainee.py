@@ -85,7 +85,7 @@ class Trainee:
         shape, settings = recipe.dictionary, recipe.settings
         self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
         self.batch_size = input_source.batch_size
-        self.identity = _identity(recipe, input_source)
+        self.identity = _identity(recipe, input_source, target_source)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.dictionary = build(shape, input_source.d_in).to(device)
         self.rate = settings.lr or default_learning_rate(shape.d_sae)
@@ -95,7 +95,7 @@ class Trainee:
             None if target_source is None else normalisation_of(target_source, settings.center, device)
         )
         self.optimizer = FeatureAdam(
-            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(settings, device)
+            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(shape, settings, device)
         )
         self.firing = FiringRecord(shape.d_sae, settings.dead_after_tokens, device)
         self.steered = _steered(shape, settings, device)
@@ -110,6 +110,7 @@ class Trainee:
         if self.step_number == 0:
             initialise_(self.dictionary, x, self.generator, target, self.recipe.dictionary.k)
             self.optimizer.refresh()
+            self.firing.density = self.recipe.dictionary.k / self.dictionary.d_sae  # what it begins with
         losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, self._context())
         losses.total.backward()
         self.optimizer.step(self._rate())
@@ -162,8 +163,10 @@ class Trainee:
             "optimizer": self.optimizer.state_dict(),
             "firing": self.firing.state_dict(),
             "steered": None if self.steered is None else self.steered.state_dict(),
-            "mean": self.normalisation.mean,
-            "scale": self.normalisation.scale,
+            "normalisations": [
+                None if part is None else {"mean": part.mean, "scale": part.scale}
+                for part in (self.normalisation, self.target_normalisation)
+            ],
             "generator": self.generator.get_state(),
         }
 
@@ -175,7 +178,11 @@ class Trainee:
         self.firing.load_state_dict(state["firing"])
         if self.steered is not None:
             self.steered.load_state_dict(state["steered"])
-        self.normalisation = Normalisation(state["mean"].to(self.normalisation.mean), state["scale"])
+        of_input, of_target = state["normalisations"]
+        like = self.normalisation.mean
+        self.normalisation = Normalisation(of_input["mean"].to(like), of_input["scale"])
+        if of_target is not None:
+            self.target_normalisation = Normalisation(of_target["mean"].to(like), of_target["scale"])
         self.generator.set_state(state["generator"])
 
     def check_identity(self, held: dict[str, Any], where: str) -> None:
@@ -280,8 +287,13 @@ def _steered(shape: DictionaryConfig, settings: TrainConfig, device: torch.devic
     return SteeredWeight(shape.k, 2.0, device)
 
 
-def _in_bfloat16(settings: TrainConfig, device: torch.device) -> bool:
-    """Whether the large product is made in bfloat16: where asked for, and on a GPU unless asked otherwise."""
+def _in_bfloat16(shape: DictionaryConfig, settings: TrainConfig, device: torch.device) -> bool:
+    """Whether the large product is made in bfloat16: where asked for, and on a GPU unless asked otherwise.
+
+    Not where what exceeds a threshold fires: rounding would decide it.
+    """
+    if shape.architecture in ("relu", "gated", "jumprelu"):
+        return False
     if settings.products == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
         warnings.warn(
             "train.products=bfloat16: this processor has no bfloat16 instructions, so float32 is faster", stacklevel=2
@@ -289,12 +301,14 @@ def _in_bfloat16(settings: TrainConfig, device: torch.device) -> bool:
     return settings.products == "bfloat16" or (settings.products == "auto" and device.type == "cuda")
 
 
-def _identity(recipe: Recipe, source: BatchSource) -> dict[str, Any]:
+def _identity(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption."""
+    of_target = None if target is None else {"d_in": target.d_in, "square": target.statistics.mean_squared_norm}
     return {
         "d_in": source.d_in,
         **chosen_settings(recipe.dictionary, recipe.settings),
         "batch_size": source.batch_size,
         "seed": recipe.seed,
+        "target": of_target,
         "activations": recipe.metadata.get("activations"),
     }

@@ -141,7 +141,7 @@ def test_pairs_are_dealt_out_to_their_groups() -> None:
     x = inputs()
     dictionary = filled(Matryoshka(D_IN, D_SAE, k=K, prefixes=(0.1, 0.5, 1.0)))
     selection = dictionary.select(x)
-    grouped = by_groups(selection.pattern, dictionary.prefix_sizes)
+    grouped = by_groups(selection.pattern, dictionary.prefix_ends)
     assert grouped.batch == 3 * BATCH
     dense = grouped.dense(selection.values).view(BATCH, 3, D_SAE)
     whole = selection.pattern.dense(selection.values)

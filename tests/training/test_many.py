@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig
-from sae.errors import ConfigError
+from sae.errors import ConfigError, TrainingError
 from sae.training import IterableSource, Recipe, TrainingInterrupted, train, train_all
 from sae.training.checkpoint import list_checkpoints
 from sae.training.schedules import SteeredWeight
@@ -99,10 +99,12 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_weights(tmp_path: Path)
     )
     assert killed.returncode == -signal.SIGKILL
     assert all(list_checkpoints(tmp_path / name / "checkpoints") for name in ARCHITECTURES)
-    # As if the kill had come while the checkpoints of step 25 were written: one has none newer than the others' older.
+    seen: list[int] = []
     resumed = train_all(
-        {"activations": IterableSource(planted(100))}, {name: recipe(name, tmp_path / name) for name in ARCHITECTURES}
-    )
+        {"activations": IterableSource(planted(100))}, {name: recipe(name, tmp_path / name) for name in ARCHITECTURES},
+        progress=lambda done, of, metrics: seen.append(done // BATCH),
+    )  # fmt: skip
+    assert seen == [30, 40, 50, 60], "it did not go on from step 25"
     whole = train_all({"activations": IterableSource(planted(100))}, {name: recipe(name) for name in ARCHITECTURES})
     for name, dictionary in whole.dictionaries.items():
         for label, parameter in dictionary.named_parameters():
@@ -114,7 +116,12 @@ def test_where_a_kill_left_checkpoints_of_two_steps_the_common_one_is_taken(tmp_
     whole = train_all({"activations": IterableSource(planted(100))}, recipes)
     for name in ("step-00000050", "step-00000060"):
         (tmp_path / "topk" / "checkpoints" / name / "state.pt").unlink()
-    again = train_all({"activations": IterableSource(planted(100))}, recipes)
+    seen: list[int] = []
+    again = train_all(
+        {"activations": IterableSource(planted(100))}, recipes,
+        progress=lambda done, of, metrics: seen.append(done // BATCH),
+    )  # fmt: skip
+    assert seen == [30, 40, 50, 60]
     for name, dictionary in whole.dictionaries.items():
         for label, parameter in dictionary.named_parameters():
             assert torch.equal(again.dictionaries[name].get_parameter(label), parameter), (name, label)
@@ -146,6 +153,29 @@ def test_a_transcoder_learns_another_stream_row_by_row() -> None:
     same = train(IterableSource(data), DictionaryConfig(d_sae=D_SAE, k=K), settings(50))
     twice = train(IterableSource(data), DictionaryConfig(d_sae=D_SAE, k=K), settings(50), target=IterableSource(data))
     torch.testing.assert_close(twice(x), same(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_transcoder_resumes_and_is_not_mistaken_for_an_autoencoder(tmp_path: Path) -> None:
+    data = planted(100)
+    shape, chosen = DictionaryConfig(d_sae=D_SAE, k=K), settings(60, center=True)
+
+    def made(folder: Path | None, **how: object) -> sae.Dictionary:
+        other = IterableSource([3.0 * x.flip(1) + 1.0 for x in data])
+        return train(IterableSource(data), shape, chosen, target=other, folder=folder, **how)  # type: ignore[arg-type]
+
+    def stop(done: int, of: int, metrics: object) -> None:
+        if done == 30 * BATCH:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted):
+        made(tmp_path, progress=stop)
+    with pytest.raises(TrainingError, match=r"made with target=.*, now None"):
+        train(IterableSource(data), shape, chosen, folder=tmp_path)
+    seen: list[int] = []
+    whole, resumed = made(None), made(tmp_path, progress=lambda done, of, metrics: seen.append(done // BATCH))
+    assert seen == [40, 50, 60]
+    for label, parameter in whole.named_parameters():
+        assert torch.equal(resumed.get_parameter(label), parameter), label
 
 
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
@@ -181,5 +211,40 @@ def test_what_one_pass_cannot_have_is_refused() -> None:
                 "b": Recipe(DictionaryConfig(d_sae=D_SAE, k=K), settings(10)),
             },
         )
+    narrow = IterableSource([torch.randn(BATCH, 5) for _ in range(9)])
+    with pytest.raises(ConfigError, match="the target has 5 numbers a row, the input 16: they must have as many"):
+        train(source, DictionaryConfig(d_sae=D_SAE, k=K), settings(5), target=narrow)
+    with pytest.raises(ConfigError, match="two recipes have the same folder"):
+        train_all({"activations": source}, {"a": recipe("topk", Path("x")), "b": recipe("relu", Path("x"))})
     with pytest.raises(ConfigError, match="there is no recipe"):
         train_all({"activations": source}, {})
+
+
+def test_recipes_without_a_common_step_lose_nothing(tmp_path: Path) -> None:
+    source = IterableSource(planted(100))
+    train_all({"activations": source}, {"old": recipe("topk", tmp_path / "old")})
+    recipes = {"old": recipe("topk", tmp_path / "old"), "new": recipe("relu", tmp_path / "new")}
+    with pytest.raises(TrainingError, match="old: there are checkpoints, but of no step that all 2 have"):
+        train_all({"activations": IterableSource(planted(100))}, recipes)
+    assert len(list_checkpoints(tmp_path / "old" / "checkpoints")) == 2
+
+
+def test_a_member_of_a_pass_goes_on_alone(tmp_path: Path) -> None:
+    """The source has another name then."""
+    recipes = {name: recipe(name, tmp_path / name) for name in ("topk", "gated")}
+
+    def stop(done: int, of: int, metrics: object) -> None:
+        if done == 30 * BATCH:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted):
+        train_all({"activations": IterableSource(planted(100))}, recipes, progress=stop)
+    seen: list[int] = []
+    alone = train(
+        IterableSource(planted(100)), recipes["gated"].dictionary, recipes["gated"].settings,
+        folder=tmp_path / "gated", progress=lambda done, of, metrics: seen.append(done // BATCH),
+    )  # fmt: skip
+    assert seen == [40, 50, 60]
+    whole = train(IterableSource(planted(100)), recipes["gated"].dictionary, recipes["gated"].settings)
+    for label, parameter in whole.named_parameters():
+        assert torch.equal(alone.get_parameter(label), parameter), label

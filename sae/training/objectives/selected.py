@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.architectures import Matryoshka
@@ -60,7 +60,7 @@ def matryoshka_loss(
     selection, values = _select_over_batch(dictionary, x, context)
     groups = len(dictionary.prefix_sizes)
     parts = decode(
-        by_groups(selection.pattern, dictionary.prefix_sizes), values, dictionary.W_dec, context.decoder_sink
+        by_groups(selection.pattern, dictionary.prefix_ends), values, dictionary.W_dec, context.decoder_sink
     ).view(len(x), groups, -1)
     residuals = (target - dictionary.b_dec)[:, None] - parts.cumsum(1)
     of_prefixes = residuals.square().sum(-1).mean(0)
@@ -69,9 +69,8 @@ def matryoshka_loss(
     return replace(losses, terms=terms, threshold=values.detach().min())
 
 
-def by_groups(pattern: Pattern, sizes: tuple[int, ...]) -> Pattern:
+def by_groups(pattern: Pattern, ends: Int[Tensor, " groups"]) -> Pattern:
     """The pattern with a row for each row and group of features, for features that ascend in each row."""
-    ends = torch.tensor(sizes, device=pattern.features.device)
     keys = pattern.rows * (pattern.d_sae + 1) + pattern.features
     starts = torch.arange(pattern.batch, device=ends.device)[:, None] * (pattern.d_sae + 1) + ends
     offsets = torch.searchsorted(keys, starts.flatten())
