@@ -164,8 +164,12 @@ def test_one_that_diverged_holds_up_no_one(tiny_config: TinyConfig) -> None:
     config = swept(tiny_config, train={"lr": [1e-3, 2e-3]})
 
     def until(step: int) -> None:
+        def interrupt(stage: str, done: int, of: int) -> None:
+            if stage.startswith("train") and done == step * 64:
+                signal.raise_signal(signal.SIGINT)
+
         with pytest.raises(TrainingInterrupted):
-            sweep(config, lambda stage, done, of: os.kill(os.getpid(), signal.SIGINT) if done == step * 64 else None)
+            sweep(config, interrupt)
 
     until(20)
     checkpoints = Path(config.out) / "lr0.002" / "checkpoints"

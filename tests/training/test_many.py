@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -131,7 +130,7 @@ def test_ctrl_c_saves_all(tmp_path: Path) -> None:
     recipes = {name: recipe(name, tmp_path / name) for name in ("topk", "relu")}
 
     def stop(done: int, of: int, metrics: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(TrainingInterrupted, match=r"stopped at step 10 of 60; .* and 1 more: run the same command"):
         train_all({"activations": IterableSource(planted(100))}, recipes, progress=stop)
@@ -165,7 +164,7 @@ def test_a_transcoder_resumes_and_is_not_mistaken_for_an_autoencoder(tmp_path: P
 
     def stop(done: int, of: int, metrics: object) -> None:
         if done == 30 * BATCH:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(TrainingInterrupted):
         made(tmp_path, progress=stop)
@@ -235,7 +234,7 @@ def test_a_member_of_a_pass_goes_on_alone(tmp_path: Path) -> None:
 
     def stop(done: int, of: int, metrics: object) -> None:
         if done == 30 * BATCH:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(TrainingInterrupted):
         train_all({"activations": IterableSource(planted(100))}, recipes, progress=stop)
