@@ -5,12 +5,15 @@
 CACHE is an activation cache that `sae harvest` made; one on SmolLM2-135M comes from `configs/local-model.yaml`. Each
 toolkit runs in an environment of its own, which the script makes. Where an architecture has a penalty whose weight
 decides L0, the peers' weight is searched until L0 is within 5 % of k; this toolkit finds its own. Results go to
-`benchmarks/results/`.
+`benchmarks/results/`. A comparison takes hours on a CPU: every training's result is kept in `--keep` under a key of
+all that it depends on (data, settings, versions, and for this toolkit its own source), and the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -19,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +36,7 @@ from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.tokens import HELD_OUT, TRAIN
 
+ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "peers" / "quality_worker.py"
 PEERS = ("saelens", "dictionary_learning")
 SEARCHED = {
@@ -71,10 +76,15 @@ def export(cache: ActivationCache, hook: str, held_out_rows: int, path: Path) ->
 
 
 def run(toolkit: str, architecture: str, data: Path, seed: int, coefficient: float | None, a: Any) -> dict[str, Any]:
-    """Train and score one."""
+    """Train and score one, unless that was done before."""
     weight = "default" if coefficient is None else repr(coefficient)
-    numbers = map(str, (a.d_sae, a.k, a.steps, a.batch, seed))
-    command = [python(toolkit, a.environments), WORKER, toolkit, architecture, data, *numbers, weight]
+    numbers = [str(number) for number in (a.d_sae, a.k, a.steps, a.batch, seed)]
+    interpreter = python(toolkit, a.environments)
+    key = digest([toolkit, architecture, *numbers, weight, digest([data]), digest(sources(toolkit, interpreter))])
+    kept = a.keep / f"{toolkit}-{architecture}-{seed}-{key}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    command = [interpreter, WORKER, toolkit, architecture, data, *numbers, weight]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // a.at_once))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -86,7 +96,26 @@ def run(toolkit: str, architecture: str, data: Path, seed: int, coefficient: flo
         file=sys.stderr,
         flush=True,
     )
+    a.keep.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(found))
     return found
+
+
+@functools.cache
+def sources(toolkit: str, interpreter: Path) -> tuple[Path | str, ...]:
+    """What decides how a toolkit trains: its version, or our own code; and the worker."""
+    if toolkit in PEERS:
+        listed = subprocess.run([interpreter, "-m", "pip", "freeze"], capture_output=True, text=True, check=True)
+        return WORKER, listed.stdout
+    return WORKER, *sorted((ROOT / "sae").rglob("*.py"))
+
+
+def digest(parts: Iterable[Path | str]) -> str:
+    """A hash of texts and files' contents."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(hashlib.sha256(part.encode() if isinstance(part, str) else part.read_bytes()).digest())
+    return whole.hexdigest()[:16]
 
 
 def search(toolkit: str, architecture: str, data: Path, a: Any) -> tuple[float, dict[str, Any]]:
@@ -171,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--searches", type=int, default=6, help="trainings at most to match a peer's L0")
     parser.add_argument("--at-once", type=int, default=1, help="trainings beside each other")
+    parser.add_argument("--keep", type=Path, default=Path("runs/quality"), help="results of single trainings")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
     parser.add_argument("--name", help="of the files in results/; default: quality-STEPS")
     a = parser.parse_args()
