@@ -119,6 +119,13 @@ def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tens
     return values.new_zeros(pattern.d_sae).index_add_(0, pattern.features, values)
 
 
+def gradient_squares(
+    weight: Float[Tensor, "d_sae d_in"], gradient: Gradient, unit_rows: bool
+) -> Float[Tensor, " d_sae"]:
+    blocks = [change.square().sum(-1) for _, change in _gradient_blocks(weight, gradient, unit_rows)]
+    return torch.cat(blocks) if blocks else weight.new_zeros(0)
+
+
 def adam_(
     weight: Float[Tensor, "d_sae d_in"],
     moments: Moments,
@@ -126,13 +133,10 @@ def adam_(
     step: AdamStep,
     copy: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> None:
-    parts = _GradientParts(gradient)
-    for start in range(0, len(weight), BLOCK_FEATURES):
-        block = slice(start, min(start + BLOCK_FEATURES, len(weight)))
+    for block, change in _gradient_blocks(weight, gradient, step.unit_rows):
         rows = weight[block]
-        change = parts.sum(block.start, block.stop, weight)
-        if step.unit_rows:
-            change.addcmul_((change * rows).sum(-1, keepdim=True), rows, value=-1)
+        if step.scale is not None:
+            change *= step.scale
         _adam_block(rows, change, moments, block, step)
         if step.unit_rows:
             norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
@@ -244,6 +248,18 @@ def _selection(
     offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
     pattern = Pattern(features, offsets, d_sae)
     return Selection(pattern, values, *((picked.values, picked.places) if picked else ()))
+
+
+def _gradient_blocks(weight: Tensor, gradient: Gradient, unit_rows: bool) -> Iterator[tuple[slice, Tensor]]:
+    """The gradient, some features at a time, without its part along the weight's rows where `unit_rows`."""
+    parts = _GradientParts(gradient)
+    for start in range(0, len(weight), BLOCK_FEATURES):
+        block = slice(start, min(start + BLOCK_FEATURES, len(weight)))
+        change = parts.sum(block.start, block.stop, weight)
+        if unit_rows:
+            rows = weight[block]
+            change.addcmul_((change * rows).sum(-1, keepdim=True), rows, value=-1)
+        yield block, change
 
 
 class _GradientParts:

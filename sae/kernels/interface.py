@@ -80,6 +80,7 @@ class AdamStep:
         number: of the step, from 1 on.
         unit_rows: the weights' rows are kept at norm 1: the gradient loses its part along each row before the moments
             see it, and rows are renormalised after the step.
+        scale: what the gradient is multiplied by first; None: 1.
     """
 
     lr: float
@@ -88,6 +89,7 @@ class AdamStep:
     eps: float
     number: int
     unit_rows: bool = False
+    scale: Float[Tensor, ""] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,12 @@ class Kernels(Protocol):
 
     def column_sums(self, pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
         """Feature j: Σ of the values of its pairs, always in the same order."""
+        ...
+
+    def gradient_squares(
+        self, weight: Float[Tensor, "d_sae d_in"], gradient: Gradient, unit_rows: bool
+    ) -> Float[Tensor, " d_sae"]:
+        """Squared norm of every row of the gradient, without its part along the weight's row where `unit_rows`."""
         ...
 
     def adam_(

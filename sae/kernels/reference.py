@@ -83,6 +83,12 @@ def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tens
     return pattern.dense(values).sum(0)
 
 
+def gradient_squares(
+    weight: Float[Tensor, "d_sae d_in"], gradient: Gradient, unit_rows: bool
+) -> Float[Tensor, " d_sae"]:
+    return _whole(weight, gradient, unit_rows).square().sum(-1)
+
+
 def adam_(
     weight: Float[Tensor, "d_sae d_in"],
     moments: Moments,
@@ -90,13 +96,9 @@ def adam_(
     step: AdamStep,
     copy: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> None:
-    total = torch.zeros_like(weight) if gradient.dense is None else gradient.dense.clone()
-    for term in gradient.terms:
-        total += feature_sums(term)
-    for block in gradient.blocks:
-        total.index_add_(0, block.features, block.gradient)
-    if step.unit_rows:
-        total -= (total * weight).sum(-1, keepdim=True) * weight
+    total = _whole(weight, gradient, step.unit_rows)
+    if step.scale is not None:
+        total *= step.scale
     moments.first.lerp_(total, 1 - step.beta1)
     moments.second.mul_(step.beta2).addcmul_(total, total, value=1 - step.beta2)
     first = moments.first / (1 - step.beta1**step.number)
@@ -106,3 +108,14 @@ def adam_(
         weight /= weight.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
     if copy is not None:
         copy.copy_(weight)
+
+
+def _whole(weight: Float[Tensor, "d_sae d_in"], gradient: Gradient, unit_rows: bool) -> Float[Tensor, "d_sae d_in"]:
+    total = torch.zeros_like(weight) if gradient.dense is None else gradient.dense.clone()
+    for term in gradient.terms:
+        total += feature_sums(term)
+    for block in gradient.blocks:
+        total.index_add_(0, block.features, block.gradient)
+    if unit_rows:
+        total -= (total * weight).sum(-1, keepdim=True) * weight
+    return total

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import BFloat16
+from jaxtyping import BFloat16, Float
 from torch import Tensor
 
 from sae.architectures import JumpReLU
 from sae.dictionary import Dictionary
 from sae.kernels import kernels_for
-from sae.kernels.interface import AdamStep, Moments
+from sae.kernels.interface import AdamStep, Gradient, Moments
 from sae.sparse import GradientSink
 
 RATE_FACTORS = {"threshold": 10.0}
@@ -32,16 +32,23 @@ class FeatureAdam:
         beta1: decay of the running mean of the gradient.
         beta2: decay of the running mean of its square.
         low_precision: keep a bfloat16 copy of the encoder, for the large product; the weights stay as they are.
+        max_norm: a gradient whose norm over all parameters is larger is scaled down to it (Pascanu et al. 2013), after
+            decoder rows have lost the part along themselves; None: gradients are left as they are.
 
     Attributes:
         encoder_sink: where the sparse core puts the gradient of W_enc.T.
         decoder_sink: where it puts that of W_dec.
         low: the copy, or None.
         lr: of the last step.
+        norm: of the last gradient, before it was scaled; None without `max_norm`.
     """
 
-    def __init__(self, dictionary: Dictionary, beta1: float, beta2: float, *, low_precision: bool = False) -> None:
-        self.dictionary, self.beta1, self.beta2 = dictionary, beta1, beta2
+    def __init__(
+        self, dictionary: Dictionary, beta1: float, beta2: float, *, low_precision: bool = False,
+        max_norm: float | None = None,
+    ) -> None:  # fmt: skip
+        self.dictionary, self.beta1, self.beta2, self.max_norm = dictionary, beta1, beta2, max_norm
+        self.norm: Float[Tensor, ""] | None = None
         self.encoder_sink, self.decoder_sink = GradientSink(), GradientSink()
         self.encoder, self.decoder = dictionary.W_enc.detach().T, dictionary.W_dec.detach()
         assert self.encoder.is_contiguous()
@@ -68,20 +75,18 @@ class FeatureAdam:
         self.steps, self.lr = self.steps + 1, lr
         dictionary, kernels = self.dictionary, kernels_for(self.encoder.device)
         of_encoder, of_decoder = dictionary.W_enc.grad, dictionary.W_dec.grad
-        settings = {"lr": lr, "beta1": self.beta1, "beta2": self.beta2, "eps": _EPSILON, "number": self.steps}
-        kernels.adam_(
-            self.encoder,
-            self.moments[0],
-            self.encoder_sink.take(None if of_encoder is None else of_encoder.T),
-            AdamStep(**settings),
-            self.low,
-        )
-        kernels.adam_(
-            self.decoder,
-            self.moments[1],
-            self.decoder_sink.take(of_decoder),
-            AdamStep(**settings, unit_rows=dictionary.unit_decoder),
-        )
+        gradients = (
+            self.encoder_sink.take(None if of_encoder is None else of_encoder.T), self.decoder_sink.take(of_decoder)
+        )  # fmt: skip
+        scale = self._clip(*gradients)
+        common = {
+            "lr": lr, "beta1": self.beta1, "beta2": self.beta2, "eps": _EPSILON, "number": self.steps, "scale": scale,
+        }  # fmt: skip
+        if dictionary.W_enc.requires_grad:
+            kernels.adam_(self.encoder, self.moments[0], gradients[0], AdamStep(**common), self.low)
+        if dictionary.W_dec.requires_grad:
+            of_rows = AdamStep(**common, unit_rows=dictionary.unit_decoder)
+            kernels.adam_(self.decoder, self.moments[1], gradients[1], of_rows)
         dictionary.W_enc.grad = dictionary.W_dec.grad = None
         for group in self.rest.param_groups:
             group["lr"] = lr * group["factor"]
@@ -89,6 +94,21 @@ class FeatureAdam:
         if isinstance(dictionary, JumpReLU):
             dictionary.threshold.clamp_min_(0)
         self.rest.zero_grad(set_to_none=True)
+
+    def _clip(self, of_encoder: Gradient, of_decoder: Gradient) -> Float[Tensor, ""] | None:
+        """What the gradients of the matrices are to be multiplied by; those of the rest are. Waits for nothing."""
+        if self.max_norm is None:
+            return None
+        kernels, unit_rows = kernels_for(self.encoder.device), self.dictionary.unit_decoder
+        rest = [p.grad for group in self.rest.param_groups for p in group["params"] if p.grad is not None]
+        squares = [gradient.square().sum() for gradient in rest]
+        squares.append(kernels.gradient_squares(self.encoder, of_encoder, False).sum())
+        squares.append(kernels.gradient_squares(self.decoder, of_decoder, unit_rows).sum())
+        self.norm = torch.stack(squares).sum().sqrt()
+        scale = (self.max_norm / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)).clamp_max(1)
+        for gradient in rest:
+            gradient *= scale
+        return scale
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside the weights."""

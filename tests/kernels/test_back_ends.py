@@ -181,7 +181,8 @@ def gradient_of(parts: str, dtype: torch.dtype, d_sae: int, d_in: int) -> Gradie
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("unit_rows", [False, True])
-def test_adam_takes_the_reference_s_steps(kernels, parts: str, unit_rows: bool) -> None:
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_adam_takes_the_reference_s_steps(kernels, parts: str, unit_rows: bool, scale: float | None) -> None:
     ours, dtype, tolerance = kernels
     d_sae, d_in = (530 if ours is back_end("cpu") else 31), 13
     gradient = gradient_of(parts, dtype, d_sae, d_in)
@@ -193,7 +194,9 @@ def test_adam_takes_the_reference_s_steps(kernels, parts: str, unit_rows: bool) 
         weight, copy = start.clone(), torch.zeros(d_sae, d_in, dtype=torch.bfloat16)
         moments = Moments(torch.zeros_like(weight), torch.zeros_like(weight))
         for number in range(1, 5):
-            which.adam_(weight, moments, gradient, AdamStep(0.01, 0.9, 0.99, 1e-8, number, unit_rows), copy)
+            factor = None if scale is None else torch.tensor(scale / number, dtype=dtype)
+            step = AdamStep(0.01, 0.9, 0.99, 1e-8, number, unit_rows, factor)
+            which.adam_(weight, moments, gradient, step, copy)
         results.append((weight, moments.first, moments.second))
         torch.testing.assert_close(copy.to(dtype), weight, rtol=2**-7, atol=0)  # Triton's interpreter rounds down
     assert parts == "nothing" or not torch.equal(results[0][0], start)
@@ -201,6 +204,27 @@ def test_adam_takes_the_reference_s_steps(kernels, parts: str, unit_rows: bool) 
         torch.testing.assert_close(found, expected, rtol=100 * tolerance, atol=100 * tolerance)
     if unit_rows:
         torch.testing.assert_close(results[0][0].norm(dim=1), torch.ones(d_sae, dtype=dtype))
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_norms_of_a_gradient_s_rows(kernels, parts: str, unit_rows: bool) -> None:
+    ours, dtype, tolerance = kernels
+    d_sae, d_in = (530 if ours is back_end("cpu") else 31), 13
+    gradient = gradient_of(parts, dtype, d_sae, d_in)
+    weight = torch.nn.functional.normalize(torch.randn(d_sae, d_in, dtype=torch.float64), dim=1).to(dtype)
+    whole = torch.zeros(d_sae, d_in, dtype=torch.float64)
+    for term in gradient.terms:
+        codes = term.pattern.dense(term.coefficients.double())
+        whole += codes.T @ term.rows.double()
+    for block in gradient.blocks:
+        whole[block.features] += block.gradient.double()
+    whole += 0 if gradient.dense is None else gradient.dense.double()
+    if unit_rows:
+        whole -= (whole * weight).sum(1, keepdim=True) * weight
+    found = ours.gradient_squares(weight, gradient, unit_rows)
+    assert parts == "nothing" or found.sum() > 0
+    torch.testing.assert_close(found, whole.square().sum(1).to(dtype), rtol=100 * tolerance, atol=100 * tolerance)
 
 
 def test_reference_adam_is_torch_s() -> None:

@@ -156,8 +156,9 @@ POINTERS = {
     "counts": "*i32", "features": "*i64", "offsets": "*i64", "order": "*i64", "places": "*i64", "totals": "*i64",
     "skip": "*i32", "prefix": "*i64", "slots": "*i32", "copy": "*bf16", "chosen_features": "*i64",
 }
-MOST = dict(TERMS=2, DENSE=True, SLOTS=True, COPY=True, UNIT=True)
-LEAST = dict(TERMS=1, DENSE=False, SLOTS=False, COPY=False, UNIT=False)
+MOST = dict(TERMS=2, DENSE=True, SLOTS=True, COPY=True, UNIT=True, SCALED=True)
+LEAST = dict(TERMS=1, DENSE=False, SLOTS=False, COPY=False, UNIT=False, SCALED=False)
+SQUARES = dict(TERMS=2, DENSE=True, SLOTS=True, UNIT=True, BLOCK=1024, AT_ONCE=4)
 NUMBERS = "batch d_sae d_in ties_from capacity k columns rank shift".split()
 
 
@@ -190,6 +191,7 @@ JOBS = [
     (codes._dots_kernel, {"BLOCK": 1024, "BLOCKS": 4}, {}, 4),
     (update._adam_kernel, dict(MOST, BLOCK=1024, AT_ONCE=4), {}, 4),
     (update._adam_kernel, dict(LEAST, BLOCK=8192, AT_ONCE=4), {}, 8),
+    (update._squares_kernel, SQUARES, {}, 4),
 ]
 JOBS += [
     (topk._candidates_kernel, SIZES, {"features": "*i32"}, 8),
@@ -200,7 +202,7 @@ JOBS += [
 ]
 room = {80: 163 * 1024, 90: 227 * 1024}
 for capability, most in room.items():
-    for kernel, constants, changes, warps in JOBS if capability == 90 else JOBS[7:8] + JOBS[9:10]:
+    for kernel, constants, changes, warps in JOBS if capability == 90 else JOBS[7:8] + JOBS[10:11]:
         source = ASTSource(kernel, signature(kernel, constants, "*bf16", changes), constants)
         compiled = triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": 3}
@@ -219,4 +221,4 @@ def test_every_kernel_compiles_for_real_gpus(tmp_path) -> None:
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 14 + 2
+    assert len(done.stdout.splitlines()) == 15 + 2

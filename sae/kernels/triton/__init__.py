@@ -87,6 +87,13 @@ def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tens
         return codes.column_sums(pattern, values)
 
 
+def gradient_squares(
+    weight: Float[Tensor, "d_sae d_in"], gradient: Gradient, unit_rows: bool
+) -> Float[Tensor, " d_sae"]:
+    with torch.cuda.device_of(weight):
+        return update.gradient_squares(weight, gradient, unit_rows)
+
+
 def adam_(
     weight: Float[Tensor, "d_sae d_in"],
     moments: Moments,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -21,22 +22,18 @@ LARGEST_ROW = 8192
 
 
 @triton.jit
-def _adam_kernel(
-    weight, first, second, copy, dense, slots, block,
+def _row_gradient(
+    w, dense, slots, block,
     rows_0, order_0, places_0, offsets_0, coefficients_0,
     rows_1, order_1, places_1, offsets_1, coefficients_1,
-    d_in, lr, beta1, beta2, eps, correction1, correction2,
-    TERMS: tl.constexpr, DENSE: tl.constexpr, SLOTS: tl.constexpr, COPY: tl.constexpr, UNIT: tl.constexpr,
+    feature, inner, d_in,
+    TERMS: tl.constexpr, DENSE: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    feature = tl.program_id(0).to(tl.int64)
-    inner = tl.arange(0, BLOCK)
-    inside = inner < d_in
-    at = feature * d_in + inner
-    w = tl.load(weight + at, mask=inside, other=0.0)
+    """The gradient of one feature's row `w`, without its part along the row where UNIT."""
     g = tl.zeros((BLOCK,), tl.float32)
     if DENSE:
-        g += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32)
+        g += tl.load(dense + feature * d_in + inner, mask=inner < d_in, other=0.0).to(tl.float32)
     if TERMS > 0:
         g += segment_sum(
             rows_0, order_0, places_0, offsets_0, coefficients_0, feature, inner, d_in, True, BLOCK, AT_ONCE
@@ -51,6 +48,30 @@ def _adam_kernel(
         g += tl.load(block + slot * d_in + inner, mask=inner < there, other=0.0).to(tl.float32)
     if UNIT:
         g -= tl.sum(g * w, 0) * w
+    return g
+
+
+@triton.jit
+def _adam_kernel(
+    weight, dense, slots, block,
+    rows_0, order_0, places_0, offsets_0, coefficients_0,
+    rows_1, order_1, places_1, offsets_1, coefficients_1,
+    d_in, first, second, copy, scale, lr, beta1, beta2, eps, correction1, correction2,
+    TERMS: tl.constexpr, DENSE: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    feature = tl.program_id(0).to(tl.int64)
+    inner = tl.arange(0, BLOCK)
+    inside = inner < d_in
+    at = feature * d_in + inner
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    g = _row_gradient(
+        w, dense, slots, block,
+        rows_0, order_0, places_0, offsets_0, coefficients_0, rows_1, order_1, places_1, offsets_1, coefficients_1,
+        feature, inner, d_in, TERMS, DENSE, SLOTS, UNIT, BLOCK, AT_ONCE,
+    )  # fmt: skip
+    if SCALED:
+        g *= tl.load(scale)
     m = tl.load(first + at, mask=inside, other=0.0)
     v = tl.load(second + at, mask=inside, other=0.0)
     m = m + (1 - beta1) * (g - m)
@@ -65,11 +86,51 @@ def _adam_kernel(
         tl.store(copy + at, w.to(tl.bfloat16), mask=inside)
 
 
+@triton.jit
+def _squares_kernel(
+    weight, dense, slots, block,
+    rows_0, order_0, places_0, offsets_0, coefficients_0,
+    rows_1, order_1, places_1, offsets_1, coefficients_1,
+    d_in, out,
+    TERMS: tl.constexpr, DENSE: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    feature = tl.program_id(0).to(tl.int64)
+    inner = tl.arange(0, BLOCK)
+    w = tl.load(weight + feature * d_in + inner, mask=inner < d_in, other=0.0)
+    g = _row_gradient(
+        w, dense, slots, block,
+        rows_0, order_0, places_0, offsets_0, coefficients_0, rows_1, order_1, places_1, offsets_1, coefficients_1,
+        feature, inner, d_in, TERMS, DENSE, SLOTS, UNIT, BLOCK, AT_ONCE,
+    )  # fmt: skip
+    tl.store(out + feature, tl.sum(g * g, 0))
+
+
+def gradient_squares(weight: Tensor, gradient: Gradient, unit_rows: bool) -> Tensor:
+    if weight.shape[1] > LARGEST_ROW:
+        return cpu.gradient_squares(weight, gradient, unit_rows)
+    pointers, options = _parts(weight, gradient, unit_rows)
+    out = weight.new_empty(len(weight))
+    _squares_kernel[(len(weight),)](*pointers, out, **options)
+    return out
+
+
 def adam_(weight: Tensor, moments: Moments, gradient: Gradient, step: AdamStep, copy: Tensor | None = None) -> None:
-    d_sae, d_in = weight.shape
-    if d_in > LARGEST_ROW:
+    if weight.shape[1] > LARGEST_ROW:
         cpu.adam_(weight, moments, gradient, step, copy)
         return
+    pointers, options = _parts(weight, gradient, step.unit_rows)
+    _adam_kernel[(len(weight),)](
+        *pointers, moments.first, moments.second, weight if copy is None else copy,
+        weight if step.scale is None else step.scale,
+        step.lr, step.beta1, step.beta2, step.eps, 1 - step.beta1**step.number, 1 - step.beta2**step.number,
+        **options, COPY=copy is not None, SCALED=step.scale is not None,
+    )  # fmt: skip
+
+
+def _parts(weight: Tensor, gradient: Gradient, unit_rows: bool) -> tuple[list[Any], dict[str, Any]]:
+    """The kernels' common arguments: the weight, where the parts of its gradient are, and which there are."""
+    d_sae, d_in = weight.shape
     terms = list(gradient.terms[:2])
     dense = _sum(gradient.dense, gradient.terms[2:])
     slots, block = None, None
@@ -81,16 +142,16 @@ def adam_(weight: Tensor, moments: Moments, gradient: Gradient, step: AdamStep, 
         for other in others:
             dense = torch.zeros_like(weight) if dense is None else dense
             dense = dense.index_add(0, other.features, other.gradient)
-    pointers = [_pointers(term) if term else (weight,) * 5 for term in [*terms, None, None][:2]]
-    _adam_kernel[(d_sae,)](
-        weight, moments.first, moments.second, weight if copy is None else copy,
-        weight if dense is None else dense, weight if slots is None else slots, weight if block is None else block,
-        *pointers[0], *pointers[1], d_in,
-        step.lr, step.beta1, step.beta2, step.eps, 1 - step.beta1**step.number, 1 - step.beta2**step.number,
-        TERMS=len(terms), DENSE=dense is not None, SLOTS=slots is not None, COPY=copy is not None,
-        UNIT=step.unit_rows, BLOCK=power_of_two(d_in), AT_ONCE=at_once(weight),
-        num_warps=4 if d_in <= 2048 else 8,
-    )  # fmt: skip
+    of_terms = [_pointers(term) if term else (weight,) * 5 for term in [*terms, None, None][:2]]
+    pointers = [
+        weight, weight if dense is None else dense, weight if slots is None else slots,
+        weight if block is None else block, *of_terms[0], *of_terms[1], d_in,
+    ]  # fmt: skip
+    options = {
+        "TERMS": len(terms), "DENSE": dense is not None, "SLOTS": slots is not None, "UNIT": unit_rows,
+        "BLOCK": power_of_two(d_in), "AT_ONCE": at_once(weight), "num_warps": 4 if d_in <= 2048 else 8,
+    }  # fmt: skip
+    return pointers, options
 
 
 def _pointers(term: Term) -> tuple[Tensor, ...]:
