@@ -87,7 +87,7 @@ def step(dictionary: Dictionary, optimizer: FeatureAdam, firing: FiringRecord, x
     losses = OBJECTIVES[dictionary.architecture](dictionary, x, x, context)
     losses.total.backward()
     optimizer.step(1e-3)
-    firing.record(losses.fired, losses.l0, len(x), 1)
+    firing.record(losses.counts, losses.l0, len(x), 1)
 
 
 def main() -> None:

@@ -182,6 +182,26 @@ class TrainConfig(_Settings):
         description="width of the window around a threshold in which jumprelu's gradient of it is estimated, with "
         "inputs of E‖x‖² = d_in",
     )
+    max_gradient_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="a gradient whose norm over all parameters is larger is scaled down to it; null: never",
+    )
+    initial_b_dec: Literal["geometric_median", "mean", "zeros"] = Field(
+        default="geometric_median", description="what b_dec is of the first batch to begin with"
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="folder of a dictionary (or of a run) whose weights training begins with; of the same d_in and "
+        "d_sae, its k and architecture may differ; null: random directions",
+    )
+    freeze: tuple[str, ...] = Field(
+        default=(), description="parameters that are not trained, such as [W_dec, b_dec]: names as in the saved weights"
+    )
+    snapshots: tuple[PositiveInt, ...] = Field(
+        default=(),
+        description="numbers of training tokens after which the dictionary is saved for good, in `snapshots/`",
+    )
     aux_coefficient: float = Field(
         default=1 / 32,
         ge=0,

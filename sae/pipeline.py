@@ -29,7 +29,7 @@ from sae.language_model import LanguageModel
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import TrainingInterrupted, train
 from sae.training.sinks import METRICS_FILE, Wandb
-from sae.training.trainee import Recipe, chosen_settings
+from sae.training.trainee import Recipe, chosen_settings, setting_of
 
 CONFIG_YAML = "config.yaml"
 Progress = Callable[[str, int, int], None]
@@ -178,8 +178,11 @@ class Run:
     def recipe(self, cache: ActivationCache) -> Recipe:
         """What the run's dictionary is made of."""
         config = self.config
-        metadata = dictionary_metadata(cache, config.hook)
-        return Recipe(config.dictionary, config.train, config.seed, config.hook, folder=self.folder, metadata=metadata)
+        start = None if config.train.start_from is None else load(config.train.start_from)
+        return Recipe(
+            config.dictionary, config.train, config.seed, config.hook, folder=self.folder,
+            metadata=dictionary_metadata(cache, config.hook), start=start,
+        )  # fmt: skip
 
     def sinks(self) -> list[Wandb]:
         """Where the run's numbers go beside metrics.jsonl."""
@@ -199,6 +202,7 @@ class Run:
                 device=self.device,
                 folder=recipe.folder,
                 metadata=recipe.metadata,
+                start=recipe.start,
                 sinks=sinks,
                 progress=lambda done, total, _: self.progress("train", done, total),
             )
@@ -233,10 +237,11 @@ class Run:
         }
         held = {**held, "hook": dictionary.metadata.get("hook")}
         for key, value in asked.items():
-            if held.get(key) != value:
+            if setting_of(held, key) != value:
                 raise FormatError(
-                    f"dictionary {str(self.folder / 'dictionary')!r}: made with {key}={held.get(key)!r}, now {value!r} "
-                    "is asked for; choose another run folder (out=...), or delete the dictionary and checkpoints there"
+                    f"dictionary {str(self.folder / 'dictionary')!r}: made with {key}={setting_of(held, key)!r}, now "
+                    f"{value!r} is asked for; choose another run folder (out=...), or delete the dictionary and "
+                    "checkpoints there"
                 )
         return dictionary
 

@@ -20,10 +20,10 @@ from sae.features.block import Block, Reach, make_block
 from sae.features.examples import pick_examples, reservoir_size
 from sae.features.histogram import FINE_BINS, bin_edges, coarsen, fine_bins
 from sae.features.logits import LogitEffects, logit_effects
-from sae.features.neighbours import nearest_neighbours
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
 from sae.features.write import Collected, write_store
+from sae.neighbours import nearest_neighbours
 from sae.tokens import TRAIN
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from sae.errors import CacheError
 from sae.features import layout
 from sae.features.examples import Examples
 from sae.features.logits import LogitEffects
-from sae.features.neighbours import Neighbours
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
 from sae.files import write_chunks, write_json, write_tensors
+from sae.neighbours import Neighbours
 from sae.tokens import TRAIN
 
 

@@ -136,7 +136,7 @@ def adam_(
     for block, change in _gradient_blocks(weight, gradient, step.unit_rows):
         rows = weight[block]
         if step.scale is not None:
-            change *= step.scale
+            change.mul_(step.scale)
         _adam_block(rows, change, moments, block, step)
         if step.unit_rows:
             norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)

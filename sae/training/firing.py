@@ -1,4 +1,4 @@
-"""Which features are alive: tokens since each last fired, counted once for every architecture."""
+"""Which features are alive, and how often each fires: counted once for every architecture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class FiringRecord:
-    """Counts, on the training device and without waiting for it, the tokens since each feature last fired.
+    """Counts, on the training device and without waiting for it, when and how often each feature fires.
 
     Args:
         d_sae: number of features.
@@ -21,6 +21,8 @@ class FiringRecord:
         silent_tokens: tokens since each feature last fired.
         candidates: the dead features as last listed.
         density: share of the features that fired per token when they were listed; 1 before.
+        counts: tokens on which each feature fired since the counts were last read.
+        tokens: tokens since then.
     """
 
     def __init__(self, d_sae: int, dead_after: int, device: torch.device, refresh_every: int = 16) -> None:
@@ -28,19 +30,30 @@ class FiringRecord:
         self.silent_tokens: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.candidates: Int[Tensor, " candidates"] = torch.zeros(0, dtype=torch.int64, device=device)
         self.density = 1.0
+        self.counts: Int[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.tokens = 0
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
         """Features that are dead now."""
         return self.silent_tokens >= self.dead_after
 
-    def record(self, fired: Bool[Tensor, " d_sae"], l0: Float[Tensor, ""], tokens: int, step: int) -> None:
-        """Take into account that exactly the features in `fired` fired in a batch, `l0` of them on an average token."""
+    def record(self, counts: Float[Tensor, " d_sae"], l0: Float[Tensor, ""], tokens: int, step: int) -> None:
+        """Take into account on how many tokens of a batch each feature fired, `l0` of them on an average one."""
         self.silent_tokens += tokens
-        self.silent_tokens.masked_fill_(fired, 0)
+        self.silent_tokens.masked_fill_(counts > 0, 0)
+        self.counts += counts.to(torch.int64)
+        self.tokens += tokens
         if step % self.refresh_every == 0:
             self.candidates = self.dead.nonzero().flatten()
-            self.density = float(l0) / len(fired)
+            self.density = float(l0) / len(counts)
+
+    def take_densities(self) -> Float[Tensor, " d_sae"]:
+        """On which share of the tokens since the last call each feature fired."""
+        densities = self.counts / max(self.tokens, 1)
+        self.counts.zero_()
+        self.tokens = 0
+        return densities
 
     def state_dict(self) -> dict[str, Any]:
         return {"silent_tokens": self.silent_tokens, "candidates": self.candidates, "density": self.density}

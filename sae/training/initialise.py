@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,16 +20,18 @@ def initialise_(
     generator: torch.Generator,
     target: Float[Tensor, "sample d_in"] | None = None,
     k: int | None = None,
+    centre: str = "geometric_median",
 ) -> None:
-    """Random unit decoder rows, W_enc = W_decᵀ, biases 0, b_dec = the geometric median of the targets.
+    """Random unit decoder rows, W_enc = W_decᵀ, biases 0, b_dec = the centre of the targets.
 
     Gao et al. 2024, appendix A.1. Where the target is not the input, the encoder's bias makes good for b_dec, so that
-    pre-activations are those of x − (the median of x). JumpReLU's thresholds begin where k features fire per token.
+    pre-activations are those of x − (the centre of x).
 
     Args:
         sample: inputs, normalised.
         target: what is to be reconstructed of each; None: the inputs.
-        k: features per token that JumpReLU begins with.
+        k: features per token that ReLU, Gated and JumpReLU begin with.
+        centre: one of `CENTRES`.
     """
     directions = torch.randn(dictionary.d_sae, dictionary.d_in, generator=generator).to(sample.device)
     dictionary.W_dec.copy_(directions)
@@ -35,10 +39,40 @@ def initialise_(
     dictionary.W_enc.copy_(dictionary.W_dec.T)
     for name in dictionary.bias_names:
         dictionary.get_parameter(name).zero_()
-    dictionary.b_dec.copy_(geometric_median(sample if target is None else target))
+    dictionary.b_dec.copy_(CENTRES[centre](sample if target is None else target))
     if target is not None and target is not sample:
-        dictionary.shift_pre_activations_((dictionary.b_dec - geometric_median(sample)) @ dictionary.W_enc)
-    if k is not None and isinstance(dictionary, (ReLU, Gated, JumpReLU)):
+        dictionary.shift_pre_activations_((dictionary.b_dec - CENTRES[centre](sample)) @ dictionary.W_enc)
+    if k is not None:
+        let_k_fire_(dictionary, sample, k)
+
+
+@torch.no_grad()
+def take_over_(
+    dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, "sample d_in"], k: int | None = None
+) -> None:
+    """The weights of another dictionary of the same shape, in the units of the sample.
+
+    Of one of another architecture, encoder, decoder and their biases: JumpReLU's thresholds, and ReLU's and Gated's
+    biases, then begin where k features fire per token, as they do in a new dictionary.
+    """
+    theirs = dict(start.named_parameters())
+    if start.architecture != dictionary.architecture:
+        dictionary.W_enc.copy_(start.W_enc)
+        dictionary.W_dec.copy_(start.W_dec)
+        dictionary.b_dec.copy_(start.b_dec)
+        for name in dictionary.bias_names:
+            dictionary.get_parameter(name).copy_(start.b_enc)
+        if k is not None:
+            let_k_fire_(dictionary, sample, k)
+        return
+    for name, parameter in dictionary.named_parameters():
+        parameter.copy_(theirs[name])
+
+
+@torch.no_grad()
+def let_k_fire_(dictionary: Dictionary, sample: Float[Tensor, "sample d_in"], k: int) -> None:
+    """Set JumpReLU's thresholds, or ReLU's and Gated's biases, so that k features fire per token of the sample."""
+    if isinstance(dictionary, (ReLU, Gated, JumpReLU)):
         selection = select_batch_topk(sample, dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc, k)
         bound = selection.values.min().clamp_min(0)
         if isinstance(dictionary, JumpReLU):
@@ -59,6 +93,14 @@ def geometric_median(points: Float[Tensor, "sample d_in"], iterations: int = 50)
         weights = 1 / (points - median).norm(dim=-1).clamp_min(smallest)
         median = weights @ points / weights.sum()
     return median.float()
+
+
+CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
+    "geometric_median": geometric_median,
+    "mean": lambda points: points.double().mean(0).float(),
+    "zeros": lambda points: points.new_zeros(points.shape[1]),
+}
+"""Where b_dec can begin."""
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +17,14 @@ from torch import Tensor
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
+from sae.training.agreement import common_pass
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
 from sae.training.meter import Meter, Stopwatch
-from sae.training.sinks import JsonLines, Sink
+from sae.training.sinks import FeatureSink, JsonLines, Sink
 from sae.training.source import BatchSource
 from sae.training.trainee import Recipe, Trainee
 
+SNAPSHOTS = "snapshots"
 Metrics = dict[str, float | int]
 Progress = Callable[[int, int, Metrics], None]
 _ONLY = "dictionary"
@@ -69,6 +70,7 @@ def train(
     settings: TrainConfig | None = None,
     *,
     target: BatchSource | None = None,
+    start: Dictionary | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,
@@ -83,9 +85,12 @@ def train(
         dictionary: architecture, d_sae, k.
         settings: how to train; `batch_size` and `pool_tokens` are the source's affair and not read here.
         target: what is reconstructed from the input, row by row, where that is not the input itself (a transcoder).
+        start: a dictionary for raw activations whose weights it begins with; `settings.start_from` is the affair of
+            run folders and not read here.
         seed: of the initialisation.
         device: where to train.
-        folder: run folder for `metrics.jsonl` and `checkpoints/`, from whose newest it resumes; None: keep nothing.
+        folder: run folder for `metrics.jsonl`, `checkpoints/`, from whose newest it resumes, and `snapshots/`; None:
+            keep nothing.
         metadata: saved with the dictionary; `activations` in it names the data: resuming on others is refused.
         sinks: further places for the logged numbers.
         progress: called after every logged step with (tokens done, tokens in all, metrics).
@@ -100,7 +105,7 @@ def train(
     sources = {"input": source} if target is None else {"input": source, "target": target}
     recipe = Recipe(
         dictionary, settings or TrainConfig(), seed, "input", None if target is None else "target",
-        None if folder is None else Path(folder).expanduser(), metadata or {},
+        None if folder is None else Path(folder).expanduser(), metadata or {}, start,
     )  # fmt: skip
     outcome = train_all(
         sources, {_ONLY: recipe}, device=device, sinks={_ONLY: sinks},
@@ -171,7 +176,7 @@ class _Run:
         self.sources = {name: source for name, source in sources.items() if name in used}
         self.device = device
         first = next(iter(recipes.values()))
-        self.batch_size, self.total_tokens = _common(sources, recipes)
+        self.batch_size, self.total_tokens = common_pass(sources, recipes)
         self.steps = self.total_tokens // self.batch_size
         self.log_every, self.checkpoint_every = first.settings.log_every, first.settings.checkpoint_every
         self.step = 0
@@ -208,6 +213,7 @@ class _Run:
                     self._log(progress)
                 if self.step % self.checkpoint_every == 0 or last or stop.is_set():
                     self._checkpoint()
+                self._snapshot()
                 if stop.is_set() and self.members:
                     raise TrainingInterrupted(self._interrupted())
         return Outcome(
@@ -250,6 +256,10 @@ class _Run:
             }
             for sink in member.sinks:
                 sink.log(metrics[name])
+            takers = [sink for sink in member.sinks if isinstance(sink, FeatureSink)]
+            of_features = trainee.of_features() if takers else {}
+            for sink in takers:
+                sink.log_features(self.step, of_features)
         if progress and metrics:
             progress(self.step * self.batch_size, self.total_tokens, metrics)
 
@@ -275,6 +285,20 @@ class _Run:
         for member in self.members.values():
             if member.folder is not None:
                 prune_checkpoints(member.folder / CHECKPOINTS, member.trainee.settings.keep_checkpoints)
+
+    def _snapshot(self) -> None:
+        """Save those dictionaries that were to be saved after a number of tokens that this step has reached."""
+        before, now = (self.step - 1) * self.batch_size, self.step * self.batch_size
+        due = {
+            name for name, member in self.members.items()
+            if any(before < at <= now for at in member.trainee.settings.snapshots)
+        }  # fmt: skip
+        if due:
+            self._drop_failed()
+        for name in due & self.members.keys():
+            member = self.members[name]
+            assert member.folder is not None
+            member.trainee.folded().save(member.folder / SNAPSHOTS / f"tokens-{now:012d}")
 
     def _resume(self) -> None:
         """Go on from the newest step that all have.
@@ -320,49 +344,6 @@ class _Run:
             f"stopped at step {self.step} of {self.steps}; the state is saved in {where}: run the same command again "
             "to go on"
         )
-
-
-def _common(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe]) -> tuple[int, int]:
-    """Batch size and number of tokens, which all share.
-
-    Raises:
-        ConfigError: a source that is not there; settings that a common pass cannot have.
-        TrainingError: fewer tokens than a batch.
-    """
-    for name, recipe in recipes.items():
-        for part in (recipe.source, recipe.target):
-            if part is not None and part not in sources:
-                raise ConfigError(f"{name}: there is no source {part!r}; there is {', '.join(sources)}")
-        if recipe.target is not None and sources[recipe.target].d_in != sources[recipe.source].d_in:
-            raise ConfigError(
-                f"{name}: the target has {sources[recipe.target].d_in} numbers a row, the input "
-                f"{sources[recipe.source].d_in}: they must have as many"
-            )
-    folders = [recipe.folder for recipe in recipes.values() if recipe.folder is not None]
-    if len(set(folders)) < len(folders):
-        raise ConfigError("two recipes have the same folder: give each one of its own")
-    used = [sources[name] for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None]
-    sizes = {source.batch_size for source in used}
-    if len(sizes) > 1:
-        raise ConfigError(f"the sources have batches of {sorted(sizes)} rows: make them of one size")
-    for one, other in itertools.pairwise(recipes):
-        for key in ("tokens", "log_every", "checkpoint_every"):
-            ours, theirs = getattr(recipes[one].settings, key), getattr(recipes[other].settings, key)
-            if ours != theirs:
-                raise ConfigError(
-                    f"train.{key} is {ours} for {one} and {theirs} for {other}: one pass has one; train them apart"
-                )
-    settings = next(iter(recipes.values())).settings
-    source = used[0]
-    tokens = settings.tokens or source.tokens_per_epoch
-    if tokens is None:
-        raise ConfigError("train.tokens: the source has no end, so say how many tokens to train on")
-    if tokens < source.batch_size:
-        raise TrainingError(
-            f"{tokens:,} training tokens are fewer than one batch of {source.batch_size:,}: "
-            "lower train.batch_size, or harvest more (data.tokens)"
-        )
-    return source.batch_size, tokens
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ class FeatureAdam:
         self.norm = torch.stack(squares).sum().sqrt()
         scale = (self.max_norm / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)).clamp_max(1)
         for gradient in rest:
-            gradient *= scale
+            gradient.mul_(scale)
         return scale
 
     def state_dict(self) -> dict[str, Any]:

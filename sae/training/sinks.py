@@ -7,6 +7,9 @@ import secrets
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float
+from torch import Tensor
+
 from sae.config import WandbConfig
 from sae.errors import ConfigError, TrainingError
 from sae.files import write_bytes
@@ -22,6 +25,13 @@ class Sink(Protocol):
     def log(self, metrics: dict[str, float | int]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class FeatureSink(Sink, Protocol):
+    """A sink that also takes numbers of many features, by what they are."""
+
+    def log_features(self, step: int, values: dict[str, Float[Tensor, " some"]]) -> None: ...
 
 
 class JsonLines:
@@ -62,6 +72,7 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise ConfigError("wandb.project is set, and wandb is not installed: pip install 'sae[wandb]'") from error
+        self._histogram = wandb.Histogram
         self._run = wandb.init(
             project=settings.project,
             name=settings.name or folder.name,
@@ -76,6 +87,11 @@ class Wandb:
 
     def log(self, metrics: dict[str, float | int]) -> None:
         self._run.log(dict(metrics), step=int(metrics["step"]))
+
+    def log_features(self, step: int, values: dict[str, Float[Tensor, " some"]]) -> None:
+        """A histogram of each; none of what is empty."""
+        histograms = {name: self._histogram(one.tolist()) for name, one in values.items() if len(one)}
+        self._run.log(histograms, step=step)
 
     def close(self, failed: bool = False) -> None:
         self._run.finish(exit_code=int(failed))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,19 @@ import sae
 from sae.architectures import ARCHITECTURES
 from sae.architectures.elementwise import Elementwise, OneThreshold
 from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
-from sae.errors import TrainingError
+from sae.dictionary import Dictionary, weights_sha256
+from sae.errors import ConfigError, TrainingError
 from sae.kernels.products import cpu_has_bfloat16
+from sae.neighbours import nearest_neighbours
 from sae.training.firing import FiringRecord
-from sae.training.initialise import initialise_
+from sae.training.initialise import initialise_, take_over_
 from sae.training.objectives import OBJECTIVES, Context, Losses
 from sae.training.optimizer import FeatureAdam
 from sae.training.schedules import SteeredWeight, default_learning_rate, learning_rate, warmed_up
 from sae.training.source import BatchSource
 
+COSINES = 512
+"""Features whose nearest one is looked for when features are logged; of all it would take as long as steps."""
 THRESHOLD_RATE = 0.03
 """Weight of the newest batch in BatchTopK's threshold: a mean over some thirty batches keeps up with training."""
 
@@ -40,8 +44,9 @@ class Recipe:
         seed: of the initialisation.
         source: name of the source of its input.
         target: name of the source of what it reconstructs; None: the input.
-        folder: run folder, for `metrics.jsonl` and `checkpoints/`; None: nothing is kept.
+        folder: run folder, for `metrics.jsonl`, `checkpoints/` and `snapshots/`; None: nothing is kept.
         metadata: saved with the dictionary; `activations` in it names the data: resuming on others is refused.
+        start: a dictionary, for raw activations, whose weights training begins with; None: random directions.
     """
 
     dictionary: DictionaryConfig
@@ -51,6 +56,7 @@ class Recipe:
     target: str | None = None
     folder: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    start: Dictionary | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,10 @@ class Normalisation:
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         return (x - self.mean) * self.scale
+
+    def inverse(self) -> Normalisation:
+        """x ↦ x / scale + mean."""
+        return Normalisation(-self.mean * self.scale, 1 / self.scale)
 
 
 class Trainee:
@@ -88,6 +98,8 @@ class Trainee:
         self.identity = _identity(recipe, input_source, target_source)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.dictionary = build(shape, input_source.d_in).to(device)
+        _freeze(self.dictionary, settings.freeze)
+        _check_start(recipe.start, self.dictionary)
         self.rate = settings.lr or default_learning_rate(shape.d_sae)
         self.k_aux = settings.k_aux or max(1, input_source.d_in // 2)
         self.normalisation = normalisation_of(input_source, settings.center, device)
@@ -95,8 +107,9 @@ class Trainee:
             None if target_source is None else normalisation_of(target_source, settings.center, device)
         )
         self.optimizer = FeatureAdam(
-            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(shape, settings, device)
-        )
+            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(shape, settings, device),
+            max_norm=settings.max_gradient_norm,
+        )  # fmt: skip
         self.firing = FiringRecord(shape.d_sae, settings.dead_after_tokens, device)
         self.steered = _steered(shape, settings, device)
         self.variance = torch.ones((), device=device)
@@ -108,14 +121,15 @@ class Trainee:
         x = self.normalisation(raw)
         target = x if raw_target is None or self.target_normalisation is None else self.target_normalisation(raw_target)
         if self.step_number == 0:
-            initialise_(self.dictionary, x, self.generator, target, self.recipe.dictionary.k)
-            self.optimizer.refresh()
+            self._begin(x, target)
             self.firing.density = self.recipe.dictionary.k / self.dictionary.d_sae  # what it begins with
         losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, self._context())
         losses.total.backward()
         self.optimizer.step(self._rate())
+        if self.optimizer.norm is not None:
+            losses = replace(losses, terms={**losses.terms, "gradient_norm": self.optimizer.norm})
         self.step_number += 1
-        self.firing.record(losses.fired, losses.l0, len(x), self.step_number)
+        self.firing.record(losses.counts, losses.l0, len(x), self.step_number)
         if self.steered is not None:
             self.steered.observe(losses.l0)
         if losses.threshold is not None:
@@ -133,12 +147,7 @@ class Trainee:
             assert isinstance(copied, Elementwise)
             copied.normalise_decoder_()
         ours, theirs = self.normalisation, self.target_normalisation
-        copied.fold_normalisation_(
-            ours.mean.cpu(),
-            ours.scale,
-            None if theirs is None else theirs.mean.cpu(),
-            None if theirs is None else theirs.scale,
-        )
+        _fold_(copied, ours, theirs)
         silent = self.firing.silent_tokens.cpu()
         copied.metadata = {
             **self.recipe.metadata,
@@ -192,10 +201,10 @@ class Trainee:
             TrainingError: naming the first setting that differs.
         """
         for key, value in self.identity.items():
-            if held.get(key) != value:
+            if setting_of(held, key) != value:
                 raise TrainingError(
-                    f"{where}: made with {key}={held.get(key)!r}, now {value!r}; choose another run folder (out=...), "
-                    "or delete its checkpoints to start anew"
+                    f"{where}: made with {key}={setting_of(held, key)!r}, now {value!r}; choose another run folder "
+                    "(out=...), or delete its checkpoints to start anew"
                 )
 
     def failure(self) -> str | None:
@@ -212,11 +221,38 @@ class Trainee:
             )
         return f"NaN at step {step}, {rows}: training diverged; lower train.lr (now {self.rate:.2g})"
 
+    def of_features(self) -> dict[str, Float[Tensor, " some"]]:
+        """What the log shows of features: how often they fire, and how alike they are. Waits for the device.
+
+        Returns:
+            `log10_density`: of the share of the tokens since the last call on which a feature fired, of those that did;
+            `decoder_cosine`: of a decoder row and the one that is most like it, of up to `COSINES` features.
+        """
+        densities = self.firing.take_densities()
+        W_dec = self.dictionary.W_dec.detach()
+        some = torch.arange(0, len(W_dec), -(-len(W_dec) // COSINES), device=W_dec.device)
+        return {
+            "log10_density": densities[densities > 0].log10().cpu(),
+            "decoder_cosine": nearest_neighbours(W_dec, 1, some).cosine.flatten(),
+        }
+
     def bytes(self) -> int:
         """Memory of the weights and of what the optimiser keeps."""
         moments = [part for pair in self.optimizer.moments for part in (pair.first, pair.second)]
         low = [] if self.optimizer.low is None else [self.optimizer.low]
         return sum(t.numel() * t.element_size() for t in (*self.dictionary.parameters(), *moments, *low))
+
+    def _begin(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"]) -> None:
+        """Set the weights that training begins with, from its first batch."""
+        k, start = self.recipe.dictionary.k, self.recipe.start
+        if start is None:
+            initialise_(self.dictionary, x, self.generator, target, k, self.settings.initial_b_dec)
+        else:
+            start = copy.deepcopy(start).to(x.device, x.dtype)
+            theirs = self.target_normalisation
+            _fold_(start, self.normalisation.inverse(), None if theirs is None else theirs.inverse())
+            take_over_(self.dictionary, start, x, k)
+        self.optimizer.refresh()
 
     def _context(self) -> Context:
         settings, architecture = self.settings, self.recipe.dictionary.architecture
@@ -260,8 +296,57 @@ def build(shape: DictionaryConfig, d_in: int) -> Dictionary:
 
 def chosen_settings(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
     """The settings that decide the weights; how often to log and to save is not among them."""
-    presentation = {"log_every", "checkpoint_every", "keep_checkpoints"}
+    presentation = {"log_every", "checkpoint_every", "keep_checkpoints", "snapshots"}
     return {**shape.model_dump(exclude={"hook"}, mode="json"), **settings.model_dump(exclude=presentation, mode="json")}
+
+
+def setting_of(held: Mapping[str, Any], key: str) -> Any:
+    """A setting that weights were made with; one that did not exist then had no other effect than its default."""
+    defaults = {**DictionaryConfig.model_fields, **TrainConfig.model_fields}
+    if key not in held and key in defaults:
+        default = defaults[key].default
+        return list(default) if isinstance(default, tuple) else default
+    return held.get(key)
+
+
+def _fold_(dictionary: Dictionary, of_input: Normalisation, of_target: Normalisation | None) -> None:
+    like = dictionary.b_dec
+    dictionary.fold_normalisation_(
+        of_input.mean.to(like),
+        of_input.scale,
+        None if of_target is None else of_target.mean.to(like),
+        None if of_target is None else of_target.scale,
+    )
+
+
+def _freeze(dictionary: Dictionary, names: Sequence[str]) -> None:
+    """Take the gradient from the parameters of these names.
+
+    Raises:
+        ConfigError: there is none of such a name, or none is left.
+    """
+    trained = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
+    for name in names:
+        if name not in trained:
+            raise ConfigError(
+                f"train.freeze: {dictionary.architecture} trains no {name!r}; it trains {', '.join(trained)}"
+            )
+        trained[name].requires_grad_(False)
+    if not any(p.requires_grad for p in trained.values()):
+        raise ConfigError("train.freeze names all parameters: leave at least one to be trained")
+
+
+def _check_start(start: Dictionary | None, dictionary: Dictionary) -> None:
+    """Whether training can begin with that dictionary's weights.
+
+    Raises:
+        ConfigError: it is of another shape.
+    """
+    if start is not None and start.W_dec.shape != dictionary.W_dec.shape:
+        raise ConfigError(
+            f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, and d_sae={dictionary.d_sae} "
+            f"and d_in={dictionary.d_in} are asked for: choose another train.start_from, or set dictionary.d_sae to its"
+        )
 
 
 def normalisation_of(source: BatchSource, center: bool, device: torch.device) -> Normalisation:
@@ -310,5 +395,6 @@ def _identity(recipe: Recipe, source: BatchSource, target: BatchSource | None) -
         "batch_size": source.batch_size,
         "seed": recipe.seed,
         "target": of_target,
+        "start": None if recipe.start is None else weights_sha256(recipe.start),
         "activations": recipe.metadata.get("activations"),
     }

@@ -63,7 +63,7 @@ class Trained:
         losses = OBJECTIVES[self.architecture](self.dictionary, x, x, context)
         losses.total.backward()
         self.optimizer.step(1e-2)
-        self.firing.record(losses.fired, losses.l0, self.batch, number + 1)
+        self.firing.record(losses.counts, losses.l0, self.batch, number + 1)
         self.losses.append(float(losses.total.detach()))
 
 

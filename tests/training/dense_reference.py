@@ -29,6 +29,7 @@ class DenseReference:
         others = [p for name, p in trained.items() if name != "threshold"]
         groups = [{"params": others}, *({"params": [p]} for p in thresholds)]
         self.adam = torch.optim.Adam(groups, betas=(settings.beta1, settings.beta2))
+        self.norms: list[float] = []
         self.silent = torch.zeros(dictionary.d_sae, dtype=torch.int64)
 
     def step(self, x: Tensor, rate: float) -> float:
@@ -49,6 +50,11 @@ class DenseReference:
         with torch.no_grad():
             if d.unit_decoder:
                 d.W_dec.grad -= (d.W_dec.grad * d.W_dec).sum(1, keepdim=True) * d.W_dec
+            if self.settings.max_gradient_norm is not None:
+                trained = [p.grad for group in self.adam.param_groups for p in group["params"]]
+                self.norms.append(float(torch.cat([gradient.flatten() for gradient in trained]).norm()))
+                for gradient in trained:
+                    gradient.mul_(min(1.0, self.settings.max_gradient_norm / self.norms[-1]))
             for group, factor in zip(self.adam.param_groups, (1, 10), strict=False):
                 group["lr"] = factor * rate
             self.adam.step()

@@ -99,7 +99,7 @@ def test_topk_with_k_above_the_number_of_positive_pre_activations() -> None:
     pre = (x - dictionary.b_dec) @ dictionary.W_enc + dictionary.b_enc
     assert (pre > 0).sum(1).max() < 15, "the case is not the one meant"
     assert float(losses.l0) == pytest.approx(float((pre > 0).sum(1).double().mean()))
-    assert torch.equal(losses.fired, (pre > 0).any(0))
+    assert torch.equal(losses.counts, (pre > 0).sum(0).to(losses.counts.dtype))
     expected = dense_topk_loss(dictionary, x, 15, context())
     for name, gradient in gradients(losses.total, dictionary).items():
         torch.testing.assert_close(gradient, gradients(dense_topk_loss(dictionary, x, 15, context()), dictionary)[name])
@@ -210,7 +210,7 @@ def dead_after_training(aux_coefficient: float) -> int:
         losses = topk_loss(dictionary, x, x, where)
         losses.total.backward()
         optimizer.step(3e-3)
-        firing.record(losses.fired, losses.l0, len(x), step + 1)
+        firing.record(losses.counts, losses.l0, len(x), step + 1)
     return int(firing.dead.sum())
 
 

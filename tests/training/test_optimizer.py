@@ -41,18 +41,27 @@ def build(architecture: str, dtype: torch.dtype, x: Tensor) -> Dictionary:
     return dictionary.to(dtype)
 
 
-@pytest.mark.parametrize("density", [0.0, 1.0], ids=["computed sparsely", "computed densely"])
+@pytest.mark.parametrize(
+    ("density", "clip"),
+    [(0.0, False), (1.0, False), (0.0, True)],
+    ids=["computed sparsely", "computed densely", "gradients clipped"],
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_steps_in_float64_are_those_of_dense_autograd_and_torch_s_adam(architecture: str, density: float) -> None:
+def test_steps_in_float64_are_those_of_dense_autograd_and_torch_s_adam(
+    architecture: str, density: float, clip: bool
+) -> None:
     """Thirty steps, among them ones with dead features of which some come to life."""
     batches = samples(10, torch.float64)
     ours = build(architecture, torch.float64, batches[0])
     with torch.no_grad():
         ours.W_enc[:, :40] *= 0.2
         ours.b_enc[:40] -= 0.3 if architecture in ("relu", "gated") else 0.0
-    settings = TrainConfig(dead_after_tokens=4 * BATCH, l1_coefficient=0.3, l0_coefficient=0.01, bandwidth=0.2)
+    settings = TrainConfig(
+        dead_after_tokens=4 * BATCH, l1_coefficient=0.3, l0_coefficient=0.01, bandwidth=0.2,
+        max_gradient_norm=0.5 if clip else None,
+    )  # fmt: skip
     reference = DenseReference(architecture, copy.deepcopy(ours), settings)
-    optimizer = FeatureAdam(ours, settings.beta1, settings.beta2)
+    optimizer = FeatureAdam(ours, settings.beta1, settings.beta2, max_norm=settings.max_gradient_norm)
     firing = FiringRecord(D_SAE, settings.dead_after_tokens, torch.device("cpu"), refresh_every=1)
     weight = settings.l0_coefficient if architecture == "jumprelu" else settings.l1_coefficient
     most_dead = 0
@@ -65,11 +74,15 @@ def test_steps_in_float64_are_those_of_dense_autograd_and_torch_s_adam(architect
         losses = OBJECTIVES[architecture](ours, x, x, context)
         losses.total.backward()
         optimizer.step(1e-2)
-        firing.record(losses.fired, losses.l0, len(x), step)
+        firing.record(losses.counts, losses.l0, len(x), step)
         assert float(losses.terms["mse"]) == pytest.approx(reference.step(x, 1e-2), rel=1e-9), step
     assert most_dead > D_IN, "too few features died for their revival to be tested"
     for (name, found), expected in zip(ours.named_parameters(), reference.dictionary.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    if clip:
+        assert min(reference.norms) < 0.5 < max(reference.norms)
+        assert optimizer.norm is not None
+        assert float(optimizer.norm) == pytest.approx(reference.norms[-1], rel=1e-6)
     if ours.unit_decoder:
         torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(D_SAE, dtype=torch.float64))
 

@@ -17,16 +17,19 @@ from sae.training.schedules import default_learning_rate, learning_rate, warmed_
 def test_dead_features_are_counted_in_tokens() -> None:
     record = FiringRecord(3, dead_after=100, device=torch.device("cpu"), refresh_every=1)
     for step, fired in enumerate([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 0, 1]], 1):
-        record.record(torch.tensor(fired, dtype=torch.bool), torch.tensor(1.5), 40, step)
+        record.record(10.0 * torch.tensor(fired), torch.tensor(1.5), 40, step)
     assert record.silent_tokens.tolist() == [0, 120, 0]
     assert record.dead.tolist() == [False, True, False]
     assert record.candidates.tolist() == [1]
     assert record.density == 0.5
+    assert record.take_densities().tolist() == [0.25, 0.0625, 0.0625]
+    record.record(torch.tensor([0.0, 8.0, 0.0]), torch.tensor(1.5), 40, 5)
+    assert record.take_densities().tolist() == pytest.approx([0, 0.2, 0])
 
 
 def test_firing_record_survives_a_checkpoint() -> None:
     record = FiringRecord(4, dead_after=10, device=torch.device("cpu"), refresh_every=1)
-    record.record(torch.tensor([True, False, False, True]), torch.tensor(2.0), 12, 1)
+    record.record(torch.tensor([3.0, 0.0, 0.0, 1.0]), torch.tensor(2.0), 12, 1)
     other = FiringRecord(4, dead_after=10, device=torch.device("cpu"), refresh_every=1)
     other.load_state_dict(record.state_dict())
     assert other.dead.tolist() == [False, True, True, False]

@@ -9,10 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from sae.config import WandbConfig
+from sae.config import DictionaryConfig, WandbConfig
 from sae.errors import ConfigError
+from sae.training import IterableSource, train
 from sae.training.sinks import JsonLines, Wandb, read_metrics
+from tests.training.test_loop import D_SAE, K, planted, settings
 
 
 def test_json_lines_drop_what_will_be_repeated(tmp_path: Path) -> None:
@@ -62,7 +65,7 @@ def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         runs.append(options)
         return SimpleNamespace(finish=options.update)
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict, Histogram=list))
     return runs
 
 
@@ -88,3 +91,43 @@ def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"wandb is not installed: pip install 'sae\[wandb\]'"):
         Wandb(WandbConfig(project="p"), tmp_path, {"seed": 0})
+
+
+def test_a_sink_that_asks_for_it_gets_numbers_of_features() -> None:
+    """Densities are of the steps since the line before; cosines of the decoder as it stands."""
+
+    class Taker:
+        def __init__(self) -> None:
+            self.taken: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+        def log(self, metrics: dict[str, float | int]) -> None: ...
+
+        def log_features(self, step: int, values: dict[str, torch.Tensor]) -> None:
+            self.taken.append((step, values))
+
+        def close(self) -> None: ...
+
+    taker, data = Taker(), planted(20)
+    chosen = settings(20, lr=1e-12, log_every=10)
+    made = train(IterableSource(data), DictionaryConfig(d_sae=D_SAE, k=K), chosen, sinks=[taker])
+    assert [step for step, _ in taker.taken] == [10, 20]
+    for (_, values), seen in zip(taker.taken, (data[:10], data[10:]), strict=True):
+        density = (made.encode(torch.cat(seen)) > 0).double().mean(0)
+        torch.testing.assert_close(values["log10_density"].double(), density[density > 0].log10(), atol=0.02, rtol=0)
+        directions = torch.nn.functional.normalize(made.W_dec, dim=1)
+        largest = (directions @ directions.T).fill_diagonal_(-1).amax(1)
+        torch.testing.assert_close(values["decoder_cosine"], largest)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_takes_histograms_offline(tmp_path: Path) -> None:
+    sink = Wandb(WandbConfig(project="sae-tests", mode="offline"), tmp_path / "run", {})
+    sink.log({"step": 5, "loss": 1.0})
+    sink.log_features(5, {"decoder_cosine": torch.linspace(-1, 1, 100), "log10_density": torch.zeros(0)})
+    sink.close()
+    [log] = (tmp_path / "run").rglob("*.wandb")
+    content = log.read_bytes()
+    assert b"decoder_cosine" in content
+    assert b"histogram" in content
+    assert b"log10_density" not in content

@@ -51,14 +51,14 @@ class Losses:
     Attributes:
         total: what is minimised.
         terms: its terms without their weights, detached, for the log.
-        fired: features that fired in the batch.
+        counts: on how many tokens of the batch each feature fired.
         l0: mean number of features that fired per token.
         threshold: the smallest activation that was let through, where the architecture learns that.
     """
 
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
-    fired: Bool[Tensor, " d_sae"]
+    counts: Float[Tensor, " d_sae"]
     l0: Float[Tensor, ""]
     threshold: Float[Tensor, ""] | None = None
 
@@ -88,17 +88,17 @@ def reconstruct(
     return decode(pattern, values, dictionary.W_dec, context.decoder_sink) + dictionary.b_dec
 
 
-def firing(pattern: Pattern, values: Float[Tensor, " pairs"]) -> tuple[Bool[Tensor, " d_sae"], Float[Tensor, ""]]:
-    """Which features fired, and how many per token, from one reduction over the pairs."""
+def firing(pattern: Pattern, values: Float[Tensor, " pairs"]) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, ""]]:
+    """On how many tokens each feature fired, and how many fired per token, from one reduction over the pairs."""
     active = (values.detach() > 0).to(values.dtype)
     counts = active.new_zeros(pattern.d_sae).index_add_(0, pattern.features, active)
-    return counts > 0, active.sum() / pattern.batch
+    return counts, active.sum() / pattern.batch
 
 
-def firing_densely(features: Float[Tensor, "batch d_sae"]) -> tuple[Bool[Tensor, " d_sae"], Float[Tensor, ""]]:
+def firing_densely(features: Float[Tensor, "batch d_sae"]) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, ""]]:
     """The same from a whole matrix."""
     active = features.detach() > 0
-    return active.any(0), active.sum(-1).to(features.dtype).mean()
+    return active.sum(0).to(features.dtype), active.sum(-1).to(features.dtype).mean()
 
 
 def encoder(dictionary: Dictionary) -> tuple[Tensor, Tensor, Tensor]:

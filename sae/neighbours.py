@@ -20,21 +20,24 @@ class Neighbours:
         cosine: of the angle between the decoder directions, −1 to 1.
     """
 
-    index: Int[Tensor, "d_sae n"]
-    cosine: Float[Tensor, "d_sae n"]
+    index: Int[Tensor, "some n"]
+    cosine: Float[Tensor, "some n"]
 
 
-def nearest_neighbours(W_dec: Float[Tensor, "d_sae d_in"], n: int) -> Neighbours:
-    """Largest cosines between each decoder row and all others, some features at a time."""
+def nearest_neighbours(
+    W_dec: Float[Tensor, "d_sae d_in"], n: int, features: Int[Tensor, " some"] | None = None
+) -> Neighbours:
+    """Largest cosines between the decoder rows of some features (None: of all) and all others, a block at a time."""
     d_sae = len(W_dec)
+    if features is None:
+        features = torch.arange(d_sae, device=W_dec.device)
     n = min(n, d_sae - 1)
     directions = torch.nn.functional.normalize(W_dec.float(), dim=1)
     rows = max(1, _PRODUCTS_AT_ONCE // d_sae)
     parts = []
-    for start in range(0, d_sae, rows):
-        cosines = directions[start : start + rows] @ directions.T
-        itself = torch.arange(len(cosines), device=cosines.device)
-        cosines[itself, start + itself] = -torch.inf
+    for block in features.split(rows):
+        cosines = directions[block] @ directions.T
+        cosines.scatter_(1, block[:, None], -torch.inf)  # itself
         nearest = cosines.topk(n, dim=1)
         parts.append((nearest.indices, nearest.values.clamp(-1, 1)))
     return Neighbours(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))

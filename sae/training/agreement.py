@@ -1,0 +1,65 @@
+"""What dictionaries that are trained in one pass must have in common."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+from sae.errors import ConfigError, TrainingError
+from sae.training.source import BatchSource
+from sae.training.trainee import Recipe
+
+
+def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe]) -> tuple[int, int]:
+    """Batch size and number of tokens, which all share.
+
+    Raises:
+        ConfigError: a source that is not there; settings that a common pass cannot have.
+        TrainingError: fewer tokens than a batch.
+    """
+    for name, recipe in recipes.items():
+        for part in (recipe.source, recipe.target):
+            if part is not None and part not in sources:
+                raise ConfigError(f"{name}: there is no source {part!r}; there is {', '.join(sources)}")
+        if recipe.target is not None and sources[recipe.target].d_in != sources[recipe.source].d_in:
+            raise ConfigError(
+                f"{name}: the target has {sources[recipe.target].d_in} numbers a row, the input "
+                f"{sources[recipe.source].d_in}: they must have as many"
+            )
+    folders = [recipe.folder for recipe in recipes.values() if recipe.folder is not None]
+    if len(set(folders)) < len(folders):
+        raise ConfigError("two recipes have the same folder: give each one of its own")
+    used = [sources[name] for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None]
+    sizes = {source.batch_size for source in used}
+    if len(sizes) > 1:
+        raise ConfigError(f"the sources have batches of {sorted(sizes)} rows: make them of one size")
+    for one, other in itertools.pairwise(recipes):
+        for key in ("tokens", "log_every", "checkpoint_every"):
+            ours, theirs = getattr(recipes[one].settings, key), getattr(recipes[other].settings, key)
+            if ours != theirs:
+                raise ConfigError(
+                    f"train.{key} is {ours} for {one} and {theirs} for {other}: one pass has one; train them apart"
+                )
+    settings = next(iter(recipes.values())).settings
+    source = used[0]
+    tokens = settings.tokens or source.tokens_per_epoch
+    if tokens is None:
+        raise ConfigError("train.tokens: the source has no end, so say how many tokens to train on")
+    if tokens < source.batch_size:
+        raise TrainingError(
+            f"{tokens:,} training tokens are fewer than one batch of {source.batch_size:,}: "
+            "lower train.batch_size, or harvest more (data.tokens)"
+        )
+    _check_snapshots(recipes, tokens // source.batch_size * source.batch_size)
+    return source.batch_size, tokens
+
+
+def _check_snapshots(recipes: Mapping[str, Recipe], tokens: int) -> None:
+    for name, recipe in recipes.items():
+        late = [at for at in recipe.settings.snapshots if at > tokens]
+        if late:
+            raise ConfigError(
+                f"{name}: train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out"
+            )
+        if recipe.settings.snapshots and recipe.folder is None:
+            raise ConfigError(f"{name}: train.snapshots needs a folder to save them in: give one, or take it out")

@@ -1,0 +1,204 @@
+"""What a researcher decides beyond the defaults: where weights begin, which stay, what is saved on the way."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import sae
+from sae.architectures import ARCHITECTURES
+from sae.config import DictionaryConfig
+from sae.dictionary import weights_sha256
+from sae.errors import ConfigError, FormatError, TrainingError
+from sae.pipeline import Run
+from sae.training import IterableSource, TrainingInterrupted, train
+from sae.training.initialise import geometric_median
+from tests.conftest import TinyConfig
+from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, settings
+
+MATRICES = ("W_enc", "W_dec")
+
+
+def shape(architecture: str = "topk", **changes: object) -> DictionaryConfig:
+    return DictionaryConfig(**{"architecture": architecture, "d_sae": D_SAE, "k": K, **changes})  # type: ignore[arg-type]
+
+
+def raw(count: int = 100) -> list[torch.Tensor]:
+    """Activations that are neither centred nor of norm √d_in."""
+    return [7.0 * x + 3.0 for x in planted(count)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*MATRICES, "b_dec"])
+def test_what_is_frozen_stays_and_the_rest_learns(architecture: str, name: str) -> None:
+    short, long = (
+        train(IterableSource(planted(100)), shape(architecture), settings(steps, freeze=(name,), l1_coefficient=0.1))
+        for steps in (1, 60)
+    )
+    for label in (*MATRICES, "b_dec"):
+        before, after = short.get_parameter(label), long.get_parameter(label)
+        if label == "W_enc":  # ReLU's and Gated's take the norms of the decoder's rows over at the end
+            before, after = (torch.nn.functional.normalize(w, dim=0) for w in (before, after))
+        assert torch.allclose(before, after, rtol=0, atol=1e-6) == (label == name), label
+    x = torch.cat(planted(100))
+    assert fvu(long, x) < fvu(short, x)
+
+
+def test_frozen_weights_begin_as_they_would_have() -> None:
+    frozen = train(IterableSource(planted(100)), shape(), settings(1, freeze=("W_dec", "b_dec")))
+    directions = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(frozen.W_dec, torch.nn.functional.normalize(directions, dim=1))
+
+
+def test_what_cannot_be_frozen_is_refused() -> None:
+    def frozen(*names: str, architecture: str = "topk") -> None:
+        train(IterableSource(planted(10)), shape(architecture), settings(5, freeze=names))
+
+    with pytest.raises(ConfigError, match=r"topk trains no 'W_dek'; it trains W_enc, b_enc, W_dec, b_dec"):
+        frozen("W_dek")
+    with pytest.raises(ConfigError, match=r"batch_topk trains no 'threshold'"):
+        frozen("threshold", architecture="batch_topk")
+    with pytest.raises(ConfigError, match="leave at least one"):
+        frozen("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("how", ["autoencoder", "centred", "transcoder"])
+def test_training_begins_with_another_s_weights(architecture: str, how: str) -> None:
+    """A step that moves next to nothing leaves what there was, in raw units, whatever the normalisations."""
+    changes = {"center": how == "centred", "lr": 3e-3}
+    targets = {"target": IterableSource([5.0 * x.flip(1) - 1.0 for x in planted(100)])} if how == "transcoder" else {}
+    first = train(IterableSource(raw()), shape(architecture), settings(100, **changes), **targets)
+    before = weights_sha256(first)
+    other = {**changes, "center": how != "centred", "lr": 1e-12}
+    again = train(
+        IterableSource([2.0 * x for x in raw()]), shape(architecture), settings(1, **other), start=first, seed=9,
+        **targets,
+    )  # fmt: skip
+    assert weights_sha256(first) == before
+    if architecture in ("batch_topk", "matryoshka"):  # the threshold is of the newest batches
+        again.get_parameter("threshold").copy_(first.get_parameter("threshold"))
+    x = torch.cat(raw())
+    torch.testing.assert_close(again(x), first(x), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu", "batch_topk"])
+def test_one_of_another_architecture_is_a_start_too(architecture: str) -> None:
+    x = torch.cat(planted(100))
+    first = train(IterableSource(planted(100)), shape(), settings(400, lr=3e-3))
+    warm, cold = (
+        train(IterableSource(planted(100)), shape(architecture), settings(20, l1_coefficient=0.1), start=start)
+        for start in (first, None)
+    )
+    assert fvu(warm, x) < 0.7 * fvu(cold, x)
+    untouched = train(IterableSource(planted(100)), shape(architecture), settings(1, lr=1e-12), start=first)
+    assert float((untouched.encode(x) > 0).float().sum(1).mean()) == pytest.approx(K, rel=0.1)
+
+
+def test_a_start_of_another_shape_is_refused() -> None:
+    first = train(IterableSource(planted(10)), shape(), settings(1))
+    with pytest.raises(ConfigError, match=rf"has d_sae={D_SAE} and d_in={D_IN}, and d_sae={2 * D_SAE}"):
+        train(IterableSource(planted(10)), shape(d_sae=2 * D_SAE), settings(1), start=first)
+
+
+def test_a_run_starts_from_another_and_resumes_with_no_other(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = tiny_config(data__tokens=2000)
+    run = Run(config)
+    run.harvest()
+    first = run.train()
+
+    def begun(start: str, **interrupted: bool) -> Run:
+        made = tiny_config(
+            out=str(tmp_path / "second"), harvest__cache=str(config.cache_folder), data__tokens=2000,
+            train__start_from=start, train__lr=1e-12, train__checkpoint_every=10,
+        )  # fmt: skip
+        return Run(made, lambda stage, done, of: signal.raise_signal(signal.SIGINT) if interrupted else None)
+
+    with pytest.raises(FormatError, match=r"no config\.json there; give a dictionary folder or a run folder"):
+        begun(str(tmp_path / "nowhere")).train()
+    with pytest.raises(TrainingInterrupted):
+        begun(config.out, interrupted=True).train()
+    other = train(IterableSource([torch.randn(BATCH, first.d_in)]), shape(d_sae=first.d_sae), settings(1))
+    other.save(tmp_path / "other")
+    with pytest.raises((TrainingError, ConfigError), match=r"made with start"):
+        begun(str(tmp_path / "other")).train()
+    made = begun(config.out).train()
+    torch.testing.assert_close(made.W_dec, first.W_dec, rtol=1e-3, atol=1e-3)
+    assert made.metadata["trained"]["settings"]["start"] == weights_sha256(first)
+
+
+def test_snapshots_are_the_dictionary_after_so_many_tokens_and_stay(tmp_path: Path) -> None:
+    chosen = settings(
+        40, snapshots=(1, 10 * BATCH, 10 * BATCH + 1), checkpoint_every=10, keep_checkpoints=4, log_every=10
+    )
+    made = train(IterableSource(planted(100)), shape(), chosen, folder=tmp_path)
+    saved = sorted(path.name for path in (tmp_path / "snapshots").iterdir())
+    assert saved == [f"tokens-{step * BATCH:012d}" for step in (1, 10, 11)]
+    tenth, checkpoint = (
+        sae.load(tmp_path / "snapshots" / saved[1]), sae.load(tmp_path / "checkpoints" / "step-00000010")
+    )  # fmt: skip
+    assert weights_sha256(tenth) == weights_sha256(checkpoint) != weights_sha256(made)
+    assert tenth.metadata["trained"]["tokens"] == 10 * BATCH
+
+
+def test_snapshots_that_cannot_be_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.snapshots needs a folder"):
+        train(IterableSource(planted(10)), shape(), settings(5, snapshots=(BATCH,)))
+    with pytest.raises(ConfigError, match=rf"has {5 * BATCH + 1:,}, and training ends after {5 * BATCH:,} tokens"):
+        train(IterableSource(planted(10)), shape(), settings(5, snapshots=(5 * BATCH + 1,)), folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_that_diverged_leaves_no_snapshot(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="training diverged"):
+        train(IterableSource(planted(10)), shape(), settings(5, lr=1e30, snapshots=(3 * BATCH,)), folder=tmp_path)
+    assert not (tmp_path / "snapshots").exists()
+
+
+@pytest.mark.parametrize("centre", ["geometric_median", "mean", "zeros"])
+def test_where_b_dec_begins(centre: str) -> None:
+    data = [x.square() for x in raw(1)]  # of which mean and median differ
+    expected = {
+        "geometric_median": geometric_median(data[0]), "mean": data[0].mean(0), "zeros": torch.zeros(D_IN),
+    }  # fmt: skip
+    made = train(IterableSource(data), shape(), settings(1, lr=1e-12, initial_b_dec=centre))
+    torch.testing.assert_close(made.b_dec, expected[centre], rtol=1e-3, atol=1e-2)
+
+
+def test_a_large_gradient_is_scaled_down(tmp_path: Path) -> None:
+    """Adam forgets the scale of a constant gradient, so one batch that is far out tells whether it was cut."""
+    data = planted(30)
+    data[20] = 1000 * data[20]
+
+    def trained(**changes: object) -> tuple[sae.Dictionary, list[dict[str, float | int]]]:
+        lines: list[dict[str, float | int]] = []
+        made = train(
+            IterableSource(data), shape(), settings(30, log_every=1, **changes),
+            progress=lambda done, of, metrics: lines.append(metrics),
+        )  # fmt: skip
+        return made, lines
+
+    plain, _ = trained()
+    loose, lines = trained(max_gradient_norm=1e9)
+    cut, _ = trained(max_gradient_norm=float(sorted(line["gradient_norm"] for line in lines)[15]))
+    assert torch.equal(plain.W_dec, loose.W_dec)
+    x = torch.cat([*data[:20], *data[21:]])
+    assert fvu(cut, x) < 0.9 * fvu(plain, x)
+
+
+def test_what_was_made_before_a_setting_existed_is_still_what_was_asked_for(tiny_config: TinyConfig) -> None:
+    run = Run(tiny_config(data__tokens=2000))
+    run.harvest()
+    run.train()
+    path = run.folder / "dictionary" / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("initial_b_dec", "freeze", "max_gradient_norm"):
+        del config["metadata"]["trained"]["settings"][key]
+    path.write_text(json.dumps(config))
+    run.train()
+    with pytest.raises(FormatError, match=r"made with freeze=\[\], now \['W_dec'\] is asked for"):
+        Run(tiny_config(data__tokens=2000, train__freeze=["W_dec"])).train()
