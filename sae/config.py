@@ -286,6 +286,11 @@ class RunConfig(_Settings):
         description="for `sae sweep`: keys of dictionary and train, and seed, each with a list of values; one "
         "dictionary is trained for every combination, such as sweep.dictionary.k=[16,32]",
     )
+    sweep_at_once: PositiveInt | None = Field(
+        default=None,
+        description="for `sae sweep`: dictionaries trained in one pass, where memory is short; the others follow in "
+        "further passes over the activations; null: all in one",
+    )
 
     @property
     def folder(self) -> Path:

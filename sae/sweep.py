@@ -60,7 +60,7 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
             "dictionary"
         )
     made: dict[str, RunConfig] = {}
-    plain = config.model_dump(mode="json", exclude={"sweep"})
+    plain = config.model_dump(mode="json", exclude={"sweep", "sweep_at_once"})
     if plain["train"]["shuffle_seed"] is None:
         plain["train"]["shuffle_seed"] = config.seed  # one order of activations for all
     for values in itertools.product(*axes.values()):
@@ -78,7 +78,9 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Sweep:
-    """Harvest what is missing, train every variant that is not there yet in one pass, evaluate, compare.
+    """Harvest what is missing, train every variant that is not there yet, evaluate, compare.
+
+    They are trained in one pass over the activations, or `config.sweep_at_once` of them in each.
 
     Raises:
         ConfigError: as `variants` does.
@@ -103,14 +105,17 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
 
 
 def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:
-    """Train those that are not there yet; those that have begun go on together, the others begin together."""
+    """Train those that are not there yet; those that stopped at a common step go on together, the others begin so."""
     for run in runs.values():
         if run.is_trained():
             run.trained_already(cache)
     missing = {name: run for name, run in runs.items() if not run.is_trained()}
     failures: dict[str, str] = {}
     for group in _that_go_together(missing):
-        failures |= _train_together(base, group, cache, progress)
+        at_once = base.config.sweep_at_once or len(group)
+        for start in range(0, len(group), at_once):
+            part = dict(itertools.islice(group.items(), start, start + at_once))
+            failures |= _train_together(base, part, cache, progress)
     return failures
 
 

@@ -139,6 +139,16 @@ def test_a_value_that_is_added_later_is_trained_alone(tiny_config: TinyConfig) -
         sweep(swept(tiny_config, dictionary={"k": [3]}))
 
 
+def test_some_at_a_time_are_the_same_dictionaries(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = swept(tiny_config, dictionary={"k": [2, 3, 4]}).model_copy(update={"sweep_at_once": 2})
+    stages: list[str] = []
+    done = sweep(config, lambda stage, done, of: stages.append(stage))
+    assert [stage for stage in dict.fromkeys(stages) if stage.startswith("train")] == ["train 2", "train 1"]
+    whole = sweep(config.model_copy(update={"sweep_at_once": None, "out": str(tmp_path / "whole")}))
+    for name in whole.points:
+        assert torch.equal(done.dictionary(name).W_dec, whole.dictionary(name).W_dec), name
+
+
 def test_two_hook_points_are_trained_in_the_same_pass(tiny_config: TinyConfig) -> None:
     hooks = ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
     config = tiny_config(
