@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from sae.errors import ConfigError
+from sae.mixture import check_mixture, source_labels, token_shares
 
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
@@ -58,10 +59,16 @@ class ModelConfig(_Settings):
 class DataConfig(_Settings):
     """Which text is read, and how it is cut into contexts."""
 
-    source: str = Field(
+    source: str | tuple[str, ...] = Field(
         default="stdlib",
         description="`stdlib` (Python's standard library), a .txt/.md/.jsonl/.parquet file, a folder of them, a folder "
-        "saved by `datasets`, or a hub data set",
+        "saved by `datasets`, or a hub data set; or a list of these, such as [stdlib, path/to/books]: they are mixed, "
+        "and subset, split, column and streaming hold for each of them",
+    )
+    weights: tuple[float, ...] | None = Field(
+        default=None,
+        description="for a list of sources: a positive number for each, their shares of the tokens (of both splits), "
+        "whatever they sum to; null: equal shares",
     )
     subset: str | None = Field(default=None, description="configuration name of a hub data set")
     split: str = Field(default="train", description="split of a hub or saved data set")
@@ -74,7 +81,8 @@ class DataConfig(_Settings):
     )
     shuffle_documents: PositiveInt | None = Field(
         default=None,
-        description="draw documents (or sections) at random from a buffer of so many; null: in the order of the source",
+        description="draw documents (or sections) at random from a buffer of so many, a buffer for each source; null: "
+        "in the order of the source",
     )
     tokens: PositiveInt = Field(default=1_000_000, description="training tokens to cache, exactly")
     held_out_tokens: PositiveInt = Field(default=100_000, description="evaluation tokens to cache, exactly")
@@ -84,6 +92,38 @@ class DataConfig(_Settings):
     holdout_seed: int = Field(default=0, description="seed of that hash; independent of `seed`")
     context_length: int = Field(default=128, ge=2, description="tokens the model sees at once, the BOS token included")
     prepend_bos: bool = Field(default=True, description="begin every context with the tokenizer's BOS token")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        """Text, or several in a tuple; a list of one is that one."""
+        entries = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(isinstance(entry, str) for entry in entries):
+            raise ConfigError(
+                f"setting data.source={value!r}: expected text, or a list of texts; put dates, numbers and the like in "
+                "quotes"
+            )
+        return entries[0] if len(entries) == 1 else entries
+
+    @model_validator(mode="after")
+    def _mixes(self) -> DataConfig:
+        check_mixture(self.sources, self.weights)
+        return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All sources, be it one or several."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the documents' names of each source begin with, where there are several."""
+        return source_labels(self.sources)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each source's share of the tokens; they sum to 1."""
+        return token_shares(self.weights or [1.0] * len(self.sources))
 
 
 class HarvestConfig(_Settings):
@@ -312,7 +352,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a YAML file and apply `key.subkey=value` overrides.
 
     Values are YAML too, except of settings that hold text: these are taken as they stand (`out=2024-11-23` is no date
-    there), and `null` or nothing is None.
+    there), and `null` or nothing is None. Where text or a list of texts may stand, what begins with `[` is the list.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key does not exist, or a value does not fit.
@@ -372,7 +412,7 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def _is_text(field: FieldInfo) -> bool:
-    return field.annotation in (str, str | None)
+    return field.annotation in (str, str | None, str | tuple[str, ...])
 
 
 def _check_together(config: RunConfig) -> None:
@@ -415,13 +455,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_value(key: str, value: str, override: str) -> Any:
     field = dict(_fields(RunConfig)).get(key)
+    hint = ""
     if field is not None and _is_text(field):
-        is_null = not value or (value == "null" and field.annotation is not str)
-        return None if is_null else value
+        if not (value.startswith("[") and field.annotation == str | tuple[str, ...]):
+            is_null = not value or (value == "null" and field.annotation == str | None)
+            return None if is_null else value
+        hint = f"; what itself begins with '[' goes in quotes into a list: {key}=['[…']"
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from error
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value{hint}") from error
 
 
 def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:

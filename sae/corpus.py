@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,19 @@ def read_documents(
     if path.suffix in TEXT_SUFFIXES or source.startswith((".", "/", "~")):
         raise DataError(f"data source {source!r}: no such file or folder")
     return _hub_dataset(source, split, subset, column, streaming)
+
+
+def check_apart(sources: Sequence[str]) -> None:
+    """Raise DataError where a source lies in another: its text could fall on both sides of the held-out split."""
+    paths = {source: Path(source).expanduser() for source in sources if source != STANDARD_LIBRARY}
+    places = {source: path.resolve() for source, path in paths.items() if path.exists()}
+    for source, place in places.items():
+        for other, outer in places.items():
+            if other != source and place.is_relative_to(outer):
+                raise DataError(
+                    f"data source {source!r}: it is {other!r} or lies inside it, so its text would be read twice; name "
+                    "what lies side by side, and give more of data.weights to what shall count more"
+                )
 
 
 def is_held_out(name: str, seed: int, fraction: float) -> bool:

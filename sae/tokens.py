@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae.config import DataConfig
-from sae.corpus import SINGLE_TEXT_SUFFIXES, is_held_out, read_documents
+from sae.corpus import SINGLE_TEXT_SUFFIXES, check_apart, is_held_out, read_documents
 from sae.errors import DataError
+from sae.mixture import Turns
 
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS: tuple[str, ...] = (TRAIN, HELD_OUT)
@@ -96,13 +98,20 @@ class Packer:
         """Rows that the documents so far amount to."""
         return min(self.rows, self._packed + self._rows_from(self._waiting))
 
-    def add(self, name: str, ids: Sequence[int]) -> None:
-        """Append the tokens of a document, or of a section of one."""
-        ids = [*ids, self.separator] if self.separator is not None else list(ids)
+    def add(self, name: str, ids: Sequence[int] | Int[np.ndarray, " tokens"]) -> int:
+        """Append the tokens of a document, or of a section of one.
+
+        Returns:
+            How many rows these are, with the separator and the BOS of every context that they begin.
+        """
+        ends = [] if self.separator is None else [self.separator]
+        tokens = np.concatenate([np.asarray(ids, dtype=np.int32), np.asarray(ends, dtype=np.int32)])
         document = self._numbers.setdefault(name, len(self._numbers))
-        self._tokens.append(np.array(ids, dtype=np.int32))
-        self._documents.append(np.full(len(ids), document, dtype=np.int32))
-        self._waiting += len(ids)
+        before = self._rows_from(self._waiting)
+        self._tokens.append(tokens)
+        self._documents.append(np.full(len(tokens), document, dtype=np.int32))
+        self._waiting += len(tokens)
+        return self._rows_from(self._waiting) - before
 
     def take(self, contexts: int) -> PackedRows | None:
         """The next `contexts` contexts, or the last ones when full; None until there are enough tokens."""
@@ -132,49 +141,78 @@ def packed_shards(
 ) -> Iterator[tuple[str, PackedRows]]:
     """Read, tokenise and pack the text of `config`; yields a split's name and a shard's rows, as soon as one is full.
 
+    Several sources take turns, in each split on its own: see `sae.mixture.Turns`.
+
     Raises:
-        DataError: the text cannot be read, or ends before every split has the tokens asked for.
+        DataError: the text cannot be read, a source lies inside another, or one ends before every split has the tokens
+            asked for.
     """
-    documents = prepared_documents(config)
+    check_apart(config.sources)
+    readers = [_Reader(prepared_documents(config, number), tokenizer, packers) for number in range(len(config.sources))]
+    turns = {split: Turns(config.shares) for split in packers}
     while not all(packer.full for packer in packers.values()):
-        batch = list(_take_characters(documents))
-        if not batch:
-            break
-        wanted = [(name, text, split) for name, text, split in batch if not packers[split].full]
-        for (name, _, split), ids in zip(wanted, _token_ids(tokenizer, [text for _, text, _ in wanted]), strict=True):
-            if not packers[split].full:
-                packers[split].add(name, ids)
         for split, packer in packers.items():
-            while (rows := packer.take(shard_contexts)) is not None:
-                yield split, rows
-    for split, packer in packers.items():
-        if not packer.full:
-            empty = all(other.available == 0 for other in packers.values())
-            raise DataError(_too_little(config, split, packer, empty))
+            while not packer.full and (waiting := readers[turns[split].source].waiting[split]):
+                turns[split].give(packer.add(*waiting.popleft()))
+                while (rows := packer.take(shard_contexts)) is not None:
+                    yield split, rows
+        for split, packer in packers.items():
+            reader = readers[turns[split].source]
+            if not packer.full and not reader.waiting[split] and not reader.read():
+                raise DataError(_too_little(config, split, packer, turns[split], reader.empty))
 
 
-def prepared_documents(config: DataConfig) -> Iterator[tuple[str, str, str]]:
-    """(document's name, text, split), cut into sections and shuffled as asked; nothing that is empty.
+def prepared_documents(config: DataConfig, number: int = 0) -> Iterator[tuple[str, str, str]]:
+    """(document's name, text, split) of a source, cut into sections and shuffled as asked; nothing that is empty.
 
     Sections keep the name of their document, so they fall on one side of the held-out split and count as one document
     in standard errors. A single text file is the exception: there every section is a document of its own.
+
+    Among several sources, names begin with the source's label. The held-out split goes by what they are without it, so
+    that a document is on the same side alone and in every mix.
     """
+    source = config.sources[number]
     documents = read_documents(
-        config.source, split=config.split, subset=config.subset, column=config.column, streaming=config.streaming
+        source, split=config.split, subset=config.subset, column=config.column, streaming=config.streaming
     )
-    path = Path(config.source).expanduser()
+    path = Path(source).expanduser()
     alone = path.is_file() and path.suffix in SINGLE_TEXT_SUFFIXES
     characters = config.section_characters or (_SECTION_OF_SINGLE_FILE if alone else None)
+    prefix = f"{config.labels[number]}/" if len(config.sources) > 1 else ""
 
     def prepared() -> Iterator[tuple[str, str, str]]:
         for document in documents:
-            for number, text in enumerate(_sections(document.text, characters)):
-                name = f"{document.name}#{number}" if alone else document.name
+            for section, text in enumerate(_sections(document.text, characters)):
+                name = f"{document.name}#{section}" if alone else document.name
                 if text.strip():
                     held_out = is_held_out(name, config.holdout_seed, config.holdout_fraction)
-                    yield name, text, HELD_OUT if held_out else TRAIN
+                    yield prefix + name, text, HELD_OUT if held_out else TRAIN
 
     return _shuffled(prepared(), config.shuffle_documents) if config.shuffle_documents else prepared()
+
+
+class _Reader:
+    """One source, read ahead.
+
+    Attributes:
+        waiting: by split, name and tokens of the documents (or sections) whose turn has not come, in order.
+        empty: whether no text has been found so far.
+    """
+
+    def __init__(self, documents: Iterator[tuple[str, str, str]], tokenizer: Any, packers: dict[str, Packer]) -> None:
+        self._documents, self._tokenizer, self._packers = documents, tokenizer, packers
+        self.waiting: dict[str, deque[tuple[str, np.ndarray]]] = {split: deque() for split in packers}
+        self.empty = True
+
+    def read(self) -> bool:
+        """Tokenise some more documents, for the splits that are not full; False where the source has ended."""
+        batch = list(_take_characters(self._documents))
+        wanted = [(name, text, split) for name, text, split in batch if not self._packers[split].full]
+        ids_of_all = _token_ids(self._tokenizer, [text for _, text, _ in wanted])
+        for (name, _, split), ids in zip(wanted, ids_of_all, strict=True):
+            self.waiting[split].append((name, np.array(ids, dtype=np.int32)))
+        self.empty = self.empty and not batch
+        return bool(batch)
 
 
 def _sections(text: str, characters: int | None) -> Iterator[str]:
@@ -218,14 +256,25 @@ def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _too_little(config: DataConfig, split: str, packer: Packer, empty: bool) -> str:
+def _too_little(config: DataConfig, split: str, packer: Packer, turns: Turns, empty: bool) -> str:
+    """Why a split is not full: the source whose turn it is has ended."""
+    number, mixed = turns.source, len(config.sources) > 1
+    given, share = turns.given[number], f"{turns.shares[number]:.3g} of " if mixed else ""
     setting = "data.tokens" if split == TRAIN else "data.held_out_tokens"
-    found = f"data source {config.source!r}: the {split.replace('_', '-')} documents hold {packer.available:,} tokens"
+    found = (
+        f"data source {config.sources[number]!r}: the {split.replace('_', '-')} documents hold {given:,} tokens, "
+        f"{share}{setting}={packer.rows:,} were asked for"
+    )
     if empty:
-        return f"{found}, {setting}={packer.rows:,} were asked for: the text is empty"
-    if packer.available == 0:
+        return f"{found}: the text is empty"
+    if given == 0:
         return (
-            f"{found}, {setting}={packer.rows:,} were asked for; holdout_fraction={config.holdout_fraction} put no "
-            "document there: change it or data.holdout_seed"
+            f"{found}; holdout_fraction={config.holdout_fraction} put no document there: change it or data.holdout_seed"
         )
-    return f"{found}, {setting}={packer.rows:,} were asked for: lower it, or add text"
+    if mixed:
+        possible = 0.995 * given / packer.rows  # never above what is there, once rounded to three digits
+        return (
+            f"{found}: lower its weight in data.weights (to a share of {possible:.3g}), or lower {setting} to "
+            f"{packer.available:,}, or add text to this source"
+        )
+    return f"{found}: lower it, or add text"

@@ -205,6 +205,18 @@ def test_empty_text(config_file: Path, tmp_path: Path, command) -> None:
     assert_refused(outcome, "the folder holds no .txt")
 
 
+def test_several_sources(config_file: Path, text_folder: Path, tmp_path: Path, command) -> None:
+    words = shutil.copytree(text_folder, tmp_path / "words")
+    sources, out = f"data.source=[{text_folder}, {words}]", f"out={tmp_path / 'r'}"
+    outcome = command("harvest", config_file, out, sources, "data.weights=[3,1]", "data.section_characters=200")
+    assert outcome.status == 0, outcome.err
+    corpus, other = map(int, re.findall(r"([\d,]+) of (?:corpus|words)", outcome.out.replace(",", ""))[:2])
+    assert corpus + other == 3000
+    assert corpus == pytest.approx(2250, abs=100)
+    assert_refused(command("harvest", config_file, out, sources), "made with data.weights=[0.75, 0.25], now [0.5, 0.5]")
+    assert_refused(command("harvest", config_file, out, "data.source=[]"), "name at least one source")
+
+
 def test_missing_files(config_file: Path, tmp_path: Path, command) -> None:
     assert_refused(command("run", tmp_path / "none.yaml"), "no such file")
     assert_refused(command("harvest", config_file, f"out={tmp_path / 'r'}", "data.source=./none.txt"), "no such file")

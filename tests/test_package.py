@@ -14,6 +14,7 @@ ROOT = Path(sae.__file__).parent
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
     ["errors", "files"],
+    ["mixture"],
     ["config"],
     ["corpus"],
     ["tokens"],
@@ -33,7 +34,19 @@ FLOW = [
     ["sweep"],
     ["cli", "__main__"],
 ]
-CORE = {"errors", "files", "config", "corpus", "tokens", "kernels", "sparse", "dictionary", "architectures", "training"}
+CORE = {
+    "errors",
+    "files",
+    "mixture",
+    "config",
+    "corpus",
+    "tokens",
+    "kernels",
+    "sparse",
+    "dictionary",
+    "architectures",
+    "training",
+}
 CORE_LIBRARIES = {"torch", "einops", "safetensors", "numpy", "pydantic", "pydantic_core", "yaml", "jaxtyping", "sae"}
 
 

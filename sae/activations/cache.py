@@ -45,7 +45,10 @@ class HookEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything that says what a cache holds. `model`, `data` and `tokens` decide whether it fits a request."""
+    """Everything that says what a cache holds. `model`, `data` and `tokens` decide whether it fits a request.
+
+    Of several sources, `data` also records `source_tokens`: by split and source, how many tokens came from it.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     format: str = FORMAT
@@ -157,6 +160,10 @@ class ActivationCache:
         """Tokens in a split, masked ones included."""
         return self.manifest.rows[split]
 
+    def source_tokens(self, split: str = TRAIN) -> dict[str, int]:
+        """Tokens in a split by the label of the source they came from, where several were mixed; else empty."""
+        return self.manifest.data.get("source_tokens", {}).get(split, {})
+
     def d_in(self, hook: str) -> int:
         """Width of the activations at `hook`."""
         return self._hook(hook).d_in
@@ -249,8 +256,12 @@ class ActivationCache:
             ) from error
 
     def __repr__(self) -> str:
-        rows = ", ".join(f"{count:,} {split}" for split, count in self.manifest.rows.items())
+        rows = ", ".join(f"{count:,} {split}{self._origin(split)}" for split, count in self.manifest.rows.items())
         return f"ActivationCache({str(self.path)!r}: {rows} tokens, {', '.join(self.hooks)}, {self.manifest.dtype})"
+
+    def _origin(self, split: str) -> str:
+        given = " + ".join(f"{count:,} of {label}" for label, count in self.source_tokens(split).items())
+        return f" ({given})" if given else ""
 
 
 def eligible_rows(tokens: Int[Tensor, " rows"], policy: TokenPolicy, context_length: int) -> Bool[Tensor, " rows"]:

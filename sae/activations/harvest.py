@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save
@@ -27,10 +29,11 @@ from sae.activations.cache import (
     read_manifest,
     shard_name,
 )
-from sae.config import RunConfig
+from sae.config import DataConfig, RunConfig
 from sae.errors import CacheError
 from sae.files import locked, write_bytes
 from sae.language_model import LanguageModel, fingerprint, model_label
+from sae.mixture import tokens_by_source
 from sae.tokens import HELD_OUT, SPLITS, TRAIN, PackedRows, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]
@@ -76,7 +79,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
         "model.revision": config.model.revision,
         "model.weight_processing": config.model.weight_processing,
         "model.dtype": config.model.dtype,
-        **{f"data.{key}": value for key, value in _data_identity(config).items()},
+        **{f"data.{key}": value for key, value in _data_identity(config.data).items()},
         "data.tokens": config.data.tokens,
         "data.held_out_tokens": config.data.held_out_tokens,
         "data.context_length": config.data.context_length,
@@ -129,14 +132,26 @@ def check_same_model(folder: Path, manifest: Manifest, language_model: LanguageM
             )
 
 
-def _data_identity(config: RunConfig) -> dict[str, Any]:
-    keys = ("source", "subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction")
-    return {key: getattr(config.data, key) for key in (*keys, "holdout_seed")}
+def _data_identity(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide the text; weights, as shares that sum to 1, only where there are several sources."""
+    keys = ("subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction", "holdout_seed")
+    settings = {key: getattr(data, key) for key in keys}
+    if isinstance(data.source, str):
+        return {"source": data.source, **settings}
+    return {"source": list(data.sources), "weights": list(data.shares), **settings}
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What was written of the text; `source_tokens` says by split how many rows each of several sources gave."""
+
+    files: dict[str, FileEntry]
+    source_tokens: dict[str, dict[str, int]]
 
 
 def _write_text(
     folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry]
-) -> dict[str, FileEntry]:
+) -> _Text:
     """Text to token shards and the documents' names. Repeated from the start when interrupted."""
     data = config.data
     bos = language_model.bos if data.prepend_bos else None
@@ -144,14 +159,19 @@ def _write_text(
     packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
     files: dict[str, FileEntry] = {}
     counts = dict.fromkeys(SPLITS, 0)
+    rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
     for split, packed in packed_shards(data, language_model.tokenizer, config.harvest.shard_contexts, packers):
         name = shard_name("tokens", split, counts[split])
         files[name] = _write(folder, name, save(_token_tensors(packed)), len(packed.tokens), expected.get(name))
         counts[split] += 1
+        numbers, rows_each = np.unique(packed.documents, return_counts=True)
+        rows_of[split].update(dict(zip(numbers.tolist(), rows_each.tolist(), strict=True)))
     names = {split: packer.names for split, packer in packers.items()}
     content = (json.dumps(names, indent=1, ensure_ascii=False) + "\n").encode()
     files[DOCUMENTS] = _write(folder, DOCUMENTS, content, sum(map(len, names.values())), expected.get(DOCUMENTS))
-    return dict(sorted(files.items()))
+    several = SPLITS if len(data.sources) > 1 else ()
+    source_tokens = {split: tokens_by_source(data.labels, names[split], rows_of[split]) for split in several}
+    return _Text(dict(sorted(files.items())), source_tokens)
 
 
 def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Manifest:
@@ -162,21 +182,21 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
         masked_positions=harvest_config.masked_positions,
         mask_special_tokens=harvest_config.mask_special_tokens,
     )
-    files = _write_text(folder, config, language_model, expected={})
-    text = hashlib.sha256("".join(entry.sha256 for entry in files.values()).encode()).hexdigest()
+    text = _write_text(folder, config, language_model, expected={})
+    text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
     example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
     widths = {hook: x.shape[-1] for hook, x in language_model.activations(example, harvest_config.hooks).items()}
     manifest = Manifest(
         model=language_model.info.to_json(),
-        data=_data_identity(config),
+        data={**_data_identity(data), **({"source_tokens": text.source_tokens} if text.source_tokens else {})},
         tokens={**policy.to_json(), "mask_special_tokens": harvest_config.mask_special_tokens},
         context_length=data.context_length,
         shard_contexts=harvest_config.shard_contexts,
         dtype=harvest_config.dtype,
         rows={TRAIN: data.tokens, HELD_OUT: data.held_out_tokens},
-        text_sha256=text,
+        text_sha256=text_sha256,
         hooks={hook: HookEntry(d_in=widths[hook]) for hook in harvest_config.hooks},
-        files=files,
+        files=text.files,
     )
     _write_manifest(folder, manifest)
     return manifest

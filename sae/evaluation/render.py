@@ -119,10 +119,17 @@ def _subject(report: Report) -> str:
     note = " **Training left out other tokens than this evaluation: see `token_policy` in eval.json.**" if other else ""
     return (
         f"Dictionary `{dictionary['weights_sha256'][:12]}` ({description}) on `{report.hook}` of "
-        f"`{report.model.get('name', 'unknown model')}`, text `{report.data.get('source', 'unknown')}`.\n\n"
+        f"`{report.model.get('name', 'unknown model')}`, text {_text(report.data)}.\n\n"
         f"Evaluated on {report.tokens:,} held-out tokens of {report.documents:,} documents{masked}. "
         f"It took {report.seconds:,.1f} s.{note}"
     )
+
+
+def _text(data: dict[str, Any]) -> str:
+    source = data.get("source", "unknown")
+    if isinstance(source, str):
+        return f"`{source}`"
+    return ", ".join(f"`{name}` ({share:.3g})" for name, share in zip(source, data["weights"], strict=True))
 
 
 def _baselines(report: Report) -> str:

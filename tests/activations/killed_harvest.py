@@ -1,10 +1,11 @@
-"""Harvests in child processes that are killed with SIGKILL, resumed, and killed again. Run by test_harvest.py.
+"""Harvests in child processes that are killed with SIGKILL, resumed, and killed again. Run by test_*harvest.py.
 
     python killed_harvest.py MODEL TEXT OUT KILLS
 
-Everything is imported once; each harvest is a fork, so torch must have one thread only (OMP_NUM_THREADS=1). Kills come
-in two kinds: by the clock, at random moments of the whole harvest, and at file-system steps: right before or after a
-sync or a rename. Prints JSON: the state of the folder at every kill.
+TEXT is a source, or two with a colon between them, which are mixed 7 to 3. Everything is imported once; each harvest is
+a fork, so torch must have one thread only (OMP_NUM_THREADS=1). Kills come in two kinds: by the clock, at random moments
+of the whole harvest, and at file-system steps: right before or after a sync or a rename. Prints JSON: the state of the
+folder at every kill.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FORWARD_SECONDS, WRITE_SECONDS = 0.004, 0.003
 
 def main() -> None:
     model, text, out = sys.argv[1:4]
+    sources = text.split(os.pathsep)
     rng = random.Random(0)
     language_model = LanguageModel(ModelConfig(name=model))
     slow_down(language_model)
@@ -38,8 +40,8 @@ def main() -> None:
                 "out": f"{out}/{name}",
                 "model": {"name": model},
                 "data": {
-                    "source": text, "tokens": 1001, "held_out_tokens": 199, "context_length": 16,
-                    "holdout_fraction": 0.25,
+                    "source": sources, "weights": [7, 3] if len(sources) > 1 else None, "tokens": 1001,
+                    "held_out_tokens": 199, "context_length": 16, "holdout_fraction": 0.25,
                 },
                 "harvest": {
                     "hooks": ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"], "batch_contexts": 2,

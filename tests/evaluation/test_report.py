@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import sys
@@ -70,6 +71,13 @@ def test_files_and_their_links(report: Report, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in paths}
     assert {path: path.read_bytes() for path in write_report(report, tmp_path, tmp_path / "metrics.jsonl")} == before
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_markdown_names_the_text(report: Report, tmp_path: Path) -> None:
+    mixed = {"source": ["code", "path/to/prose"], "weights": [0.7, 0.3]}
+    for data, text in (({"source": "stdlib"}, "`stdlib`"), (mixed, "`code` (0.7), `path/to/prose` (0.3)")):
+        write_report(dataclasses.replace(report, data=data), tmp_path)
+        assert f", text {text}.\n" in (tmp_path / "eval.md").read_text()
 
 
 def test_markdown_tables_are_rectangular_and_state_the_policy(report: Report, tmp_path: Path) -> None:
