@@ -38,7 +38,8 @@ from sae.activations.cache import (
 )
 from sae.activations.harvest import harvest
 from sae.activations.loader import ActivationLoader
-from sae.config import ModelConfig, RunConfig, parse_config
+from sae.config import ModelConfig, RunConfig
+from sae.config_file import parse_config
 from sae.language_model import DEMO_FOLDER, LanguageModel
 
 HOOK = "blocks.0.hook_resid_pre"

@@ -36,7 +36,7 @@ _HOME = {
     "evaluate_all": "sae.evaluation",
     "harvest": "sae.pipeline",
     "load": "sae.architectures",
-    "load_config": "sae.config",
+    "load_config": "sae.config_file",
     "run": "sae.pipeline",
     "splice": "sae.splicing",
     "sweep": "sae.sweep",

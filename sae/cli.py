@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import sae
-from sae.config import describe_keys, load_config
+from sae.config_file import describe_keys, load_config
 from sae.errors import ConfigError, SaeError
 
 _READ_BY_EVAL = ("evaluation.", "model.", "harvest.cache", "device")

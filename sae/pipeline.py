@@ -19,7 +19,8 @@ from sae.activations.harvest import check_same_model, check_same_request
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.loader import ActivationLoader
 from sae.architectures import load
-from sae.config import RunConfig, load_config
+from sae.config import RunConfig
+from sae.config_file import load_config
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation import Report, evaluate_all, write_report

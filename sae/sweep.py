@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sae.activations.cache import ActivationCache
-from sae.config import RunConfig, parse_config
+from sae.config import RunConfig
+from sae.config_file import parse_config
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError
 from sae.evaluation.pareto import Point, draw_pareto, pareto_table

@@ -38,7 +38,8 @@ import torch
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
-from sae.config import ModelConfig, RunConfig, parse_config
+from sae.config import ModelConfig, RunConfig
+from sae.config_file import parse_config
 from sae.language_model import LanguageModel
 
 torch.set_num_threads(1)  # with tensors this small, threads only wait for each other

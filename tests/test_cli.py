@@ -343,5 +343,5 @@ def test_unknown_feature_and_wrong_usage(own_run: Path, command) -> None:
 def test_help_lists_every_key(command) -> None:
     outcome = command("train", "--help")
     assert outcome.status == 0
-    for key, _, _ in sae.config.describe_keys():
+    for key, _, _ in sae.config_file.describe_keys():
         assert key in outcome.out, key

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from sae.config import RunConfig, describe_keys, load_config, parse_config
+from sae.config import RunConfig
+from sae.config_file import describe_keys, load_config, parse_config
 from sae.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from sae.config import DataConfig, load_config, parse_config
+from sae.config import DataConfig
+from sae.config_file import load_config, parse_config
 from sae.corpus import is_held_out, read_documents
 from sae.errors import ConfigError, DataError
 from sae.language_model import LanguageModel

@@ -15,7 +15,8 @@ ROOT = Path(sae.__file__).parent
 FLOW = [
     ["errors", "files"],
     ["mixture"],
-    ["config"],
+    ["config", "config_file"],
+    ["neighbours"],
     ["corpus"],
     ["tokens"],
     ["kernels"],
@@ -39,6 +40,8 @@ CORE = {
     "files",
     "mixture",
     "config",
+    "config_file",
+    "neighbours",
     "corpus",
     "tokens",
     "kernels",

@@ -8,7 +8,7 @@ import pytest
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
-from sae.config import parse_config
+from sae.config_file import parse_config
 from sae.language_model import LanguageModel
 
 

@@ -1,0 +1,147 @@
+"""YAML and command-line overrides in, one `RunConfig` out; what does not fit is explained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from sae.config import RunConfig, is_text, nested_sizes
+from sae.errors import ConfigError
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `key.subkey=value` overrides.
+
+    Values are YAML too, except of settings that hold text: these are taken as they stand (`out=2024-11-23` is no date
+    there), and `null` or nothing is None. Where text or a list of texts may stand, what begins with `[` is the list.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key does not exist, or a value does not fit.
+    """
+    settings = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r}: expected key=value, such as dictionary.k=64")
+        _set(settings, key.strip().split("."), _parse_value(key.strip(), value.strip(), override))
+    return parse_config(settings)
+
+
+def parse_config(settings: dict[str, Any]) -> RunConfig:
+    """Validate nested settings.
+
+    Raises:
+        ConfigError: a key does not exist (the nearest one is named), a value does not fit, or two settings contradict.
+    """
+    try:
+        config = RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors()[0])) from error
+    _check_together(config)
+    return config
+
+
+def describe_keys() -> Iterator[tuple[str, str, str]]:
+    """Every key with its default and its meaning, in the order of the file."""
+    for key, field in _fields(RunConfig):
+        default = yaml.safe_dump(_plain(field.default), default_flow_style=True).replace("\n...", "").strip()
+        yield key, default, field.description or ""
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _fields(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _check_together(config: RunConfig) -> None:
+    dictionary = config.dictionary
+    if dictionary.k > dictionary.d_sae:
+        raise ConfigError(
+            f"dictionary.k={dictionary.k} exceeds dictionary.d_sae={dictionary.d_sae}: lower k or raise d_sae"
+        )
+    if dictionary.architecture == "matryoshka":
+        try:
+            nested_sizes(dictionary.prefixes, dictionary.d_sae)
+        except ValueError as error:
+            raise ConfigError(f"dictionary.{error}") from error
+    repeated = sorted({hook for hook in config.harvest.hooks if config.harvest.hooks.count(hook) > 1})
+    if repeated:
+        raise ConfigError(f"harvest.hooks names {', '.join(repeated)} more than once: name each hook point once")
+    if config.hook not in config.harvest.hooks:
+        raise ConfigError(
+            f"dictionary.hook={config.hook!r} is not harvested; harvest.hooks has {', '.join(config.harvest.hooks)}"
+        )
+    if config.train.warmup_fraction + config.train.decay_fraction > 1:
+        raise ConfigError("train.warmup_fraction + train.decay_fraction exceed 1: lower one of them")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"config {str(path)!r}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {str(path)!r}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {str(path)!r}: not YAML ({' '.join(str(error).split())})") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"config {str(path)!r}: expected keys and values, such as 'seed: 0'")
+    return settings
+
+
+def _parse_value(key: str, value: str, override: str) -> Any:
+    field = dict(_fields(RunConfig)).get(key)
+    hint = ""
+    if field is not None and is_text(field):
+        if not (value.startswith("[") and field.annotation == str | tuple[str, ...]):
+            is_null = not value or (value == "null" and field.annotation == str | None)
+            return None if is_null else value
+        hint = f"; what itself begins with '[' goes in quotes into a list: {key}=['[…']"
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value{hint}") from error
+
+
+def _set(settings: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = settings.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {'.'.join(keys)}: {key} is a value, not a section")
+        settings = inner
+    settings[keys[-1]] = value
+
+
+def _explain(error: ErrorDetails) -> str:
+    parts = [str(part) for part in error["loc"]]
+    key = ".".join(parts)
+    if error["type"] == "extra_forbidden":
+        known = [name for name, _, _ in describe_keys()]
+        section = ".".join(parts[:-1])
+        siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+        anywhere = {name.rpartition(".")[2]: name for name in known}
+        near = difflib.get_close_matches(parts[-1], siblings, 1) or difflib.get_close_matches(parts[-1], anywhere, 1)
+        named = {**anywhere, **siblings}
+        hint = f"did you mean {named[near[0]]}?" if near else "'sae train --help' lists every key"
+        return f"unknown setting {key!r}: {hint}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "string_type" and error["input"] is not None:
+        message += "; put it in quotes"
+    return f"setting {key}={error['input']!r}: {message}"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
