@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sae.errors import FormatError
+from sae.errors import FormatError, ShapeError
 from sae.files import write_json, write_tensors
 from sae.kernels.interface import Selection
 from sae.kernels.pattern import Pattern
@@ -96,7 +96,12 @@ class Dictionary(nn.Module, ABC):
         """What the constructor needs beside d_in and d_sae."""
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """(x − b_dec) W_enc + b_enc."""
+        """(x − b_dec) W_enc + b_enc.
+
+        Raises:
+            ShapeError: x has another width than d_in; so do all that encode.
+        """
+        self._check_width(x)
         return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
@@ -132,11 +137,20 @@ class Dictionary(nn.Module, ABC):
         return decode(pattern, values, self.W_dec).reshape(x.shape) + self.b_dec
 
     def _encode_rows(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
+        self._check_width(x)
         rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
         selection = self.select(rows)
         pattern = selection.pattern
         pre = encode_at(rows, self.b_dec, self.W_enc.T, self.b_enc, selection)
         return pattern, self.activate(pre, pattern.features)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1:] != (self.d_in,):
+            hook = self.metadata.get("hook")
+            raise ShapeError(
+                f"activations of shape {list(x.shape)}: this dictionary takes [..., {self.d_in}]; give it those of the "
+                f"model and hook point that it was trained on{f' ({hook})' if hook else ''}"
+            )
 
     @torch.no_grad()
     def fold_normalisation_(

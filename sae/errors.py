@@ -7,6 +7,7 @@
     ├── CacheError     the activation cache is missing, damaged, of another model, or cannot be written
     ├── FormatError    a saved dictionary or feature store cannot be read
     ├── TrainingError  training cannot go on
+    ├── ShapeError     activations have another width than the dictionary
     └── UnknownFeatureError  the dictionary has no feature of that number
 
 Each message names the value, what was expected, and the way out; the command line prints it alone on one line.
@@ -41,6 +42,10 @@ class FormatError(SaeError):
 
 class TrainingError(SaeError):
     """Training cannot go on: not-a-number values, activations of the wrong width, no data."""
+
+
+class ShapeError(SaeError, ValueError):
+    """Activations have another width than the dictionary."""
 
 
 class UnknownFeatureError(SaeError, IndexError):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import sae
 from sae.architectures import ARCHITECTURES, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from sae.dictionary import Dictionary
-from sae.errors import FormatError
+from sae.errors import FormatError, ShapeError
 
 
 def filled(cls: type[Dictionary], **settings: int) -> Dictionary:
@@ -227,3 +227,14 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path) -> Non
     folder = fresh()
     (folder / "config.json").write_text("{")
     assert "not JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 12), (6, 1)])
+def test_activations_of_another_width_are_refused(architecture: str, shape: tuple[int, ...]) -> None:
+    """Among them 2 · 3 · 12 numbers, which would make rows of 6."""
+    settings = {"k": 2} if "k" in ARCHITECTURES[architecture].setting_names else {}
+    dictionary = ARCHITECTURES[architecture](6, 12, metadata={"hook": "blocks.7.hook_resid_pre"}, **settings)
+    for use in (dictionary, dictionary.encode, dictionary.encode_sparse, dictionary.pre_activations):
+        with pytest.raises(ShapeError, match=r"takes \[\.\.\., 6\].*blocks\.7\.hook_resid_pre"):
+            use(torch.zeros(shape))

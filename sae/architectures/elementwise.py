@@ -57,6 +57,7 @@ class Elementwise(Dictionary):
     @torch.no_grad()
     def _is_dense(self, x: Tensor) -> bool:
         """Whether more features fire on the first rows than sparse products are good for. Waits for the device."""
+        self._check_width(x)
         rows = x.reshape(-1, self.d_in)[:_PROBE]
         return len(rows) > 0 and bool((self.pre_activations(rows) > self.bounds()).float().mean() > DENSE_ABOVE)
 
