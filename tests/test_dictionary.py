@@ -234,7 +234,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path) -> Non
 def test_activations_of_another_width_are_refused(architecture: str, shape: tuple[int, ...]) -> None:
     """Among them 2 · 3 · 12 numbers, which would make rows of 6."""
     settings = {"k": 2} if "k" in ARCHITECTURES[architecture].setting_names else {}
-    dictionary = ARCHITECTURES[architecture](6, 12, metadata={"hook": "blocks.7.hook_resid_pre"}, **settings)
+    dictionary = ARCHITECTURES[architecture](6, 64, metadata={"hook": "blocks.7.hook_resid_pre"}, **settings)
     for use in (dictionary, dictionary.encode, dictionary.encode_sparse, dictionary.pre_activations):
         with pytest.raises(ShapeError, match=r"takes \[\.\.\., 6\].*blocks\.7\.hook_resid_pre"):
             use(torch.zeros(shape))
