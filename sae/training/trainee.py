@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -358,10 +359,13 @@ def normalisation_of(source: BatchSource, center: bool, device: torch.device) ->
     statistics = source.statistics
     mean = statistics.mean if center else torch.zeros_like(statistics.mean)
     square = statistics.mean_squared_norm - (float(statistics.mean.double().square().sum()) if center else 0.0)
-    if not square > 0:
+    if not math.isfinite(square):
         raise TrainingError(
-            f"the activations' mean squared norm is {square}: all are equal or not finite; nothing to learn"
+            f"the activations' mean squared norm is {square}: some are not finite; check them: of a cache with "
+            "'sae verify'"
         )
+    if square <= 0:
+        raise TrainingError("the activations are all equal, so there is nothing to learn: is the hook point right?")
     return Normalisation(mean.to(device), (source.d_in / square) ** 0.5)
 
 

@@ -235,8 +235,13 @@ def test_fewer_tokens_than_a_batch_is_refused() -> None:
 
 
 def test_activations_that_are_all_zero_are_refused() -> None:
-    with pytest.raises(TrainingError, match=r"mean squared norm is 0\.0"):
+    with pytest.raises(TrainingError, match="all equal, so there is nothing to learn"):
         train(IterableSource([torch.zeros(BATCH, D_IN)] * 9), SHAPE, settings(9))
+
+
+def test_activations_that_are_not_finite_are_refused_at_once() -> None:
+    with pytest.raises(TrainingError, match=r"some are not finite; check them: of a cache with 'sae verify'"):
+        train(IterableSource([torch.full((BATCH, D_IN), torch.nan), *planted(9)]), SHAPE, settings(9))
 
 
 def test_pure_forward_pass() -> None:
