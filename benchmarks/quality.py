@@ -34,6 +34,7 @@ from peers.environments import FOLDER, python
 
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
+from sae.files import write_json
 from sae.tokens import HELD_OUT, TRAIN
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def run(toolkit: str, architecture: str, data: Path, seed: int, coefficient: flo
     weight = "default" if coefficient is None else repr(coefficient)
     numbers = [str(number) for number in (a.d_sae, a.k, a.steps, a.batch, seed)]
     interpreter = python(toolkit, a.environments)
-    key = digest([toolkit, architecture, *numbers, weight, digest([data]), digest(sources(toolkit, interpreter))])
+    key = digest([toolkit, architecture, *numbers, weight, digest_of_data(data), digest(sources(toolkit, interpreter))])
     kept = a.keep / f"{toolkit}-{architecture}-{seed}-{key}.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -96,8 +97,7 @@ def run(toolkit: str, architecture: str, data: Path, seed: int, coefficient: flo
         file=sys.stderr,
         flush=True,
     )
-    a.keep.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found))
+    write_json(kept, found)
     return found
 
 
@@ -107,7 +107,13 @@ def sources(toolkit: str, interpreter: Path) -> tuple[Path | str, ...]:
     if toolkit in PEERS:
         listed = subprocess.run([interpreter, "-m", "pip", "freeze"], capture_output=True, text=True, check=True)
         return WORKER, listed.stdout
-    return WORKER, *sorted((ROOT / "sae").rglob("*.py"))
+    return WORKER, torch.__version__, *sorted((ROOT / "sae").rglob("*.py"))
+
+
+@functools.cache
+def digest_of_data(path: Path) -> str:
+    """A hash of the activations, made once."""
+    return digest([path])
 
 
 def digest(parts: Iterable[Path | str]) -> str:

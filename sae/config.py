@@ -34,12 +34,18 @@ class _Settings(BaseModel):
         if not isinstance(settings, dict):
             return settings
         numbers = {
-            key: float(value)
+            key: _number(value)
             for key, value in settings.items()
-            if isinstance(value, str) and _SCIENTIFIC.fullmatch(value)
             if (field := cls.model_fields.get(key)) and not is_text(field)
         }
         return {**settings, **numbers}
+
+
+def _number(value: Any) -> Any:
+    """Text that is a number, or a list of such, as numbers; everything else as it is."""
+    if isinstance(value, list):
+        return [_number(entry) for entry in value]
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
 
 
 class ModelConfig(_Settings):
@@ -230,7 +236,8 @@ class TrainConfig(_Settings):
         description="a gradient whose norm over all parameters is larger is scaled down to it; null: never",
     )
     initial_b_dec: Literal["geometric_median", "mean", "zeros"] = Field(
-        default="geometric_median", description="what b_dec is of the first batch to begin with"
+        default="geometric_median",
+        description="what b_dec is of the first batch to begin with; not where training starts from a dictionary",
     )
     start_from: str | None = Field(
         default=None,
@@ -270,6 +277,16 @@ class TrainConfig(_Settings):
     log_every: PositiveInt = Field(default=50, description="steps between lines in metrics.jsonl")
     checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(default=2, description="checkpoints kept, newest first")
+
+    @field_validator("freeze", "snapshots", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | float) else value
+
+    @field_validator("freeze", "snapshots", mode="after")
+    @classmethod
+    def _in_order(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(sorted(set(value)))
 
 
 class EvaluationConfig(_Settings):

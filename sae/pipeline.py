@@ -27,7 +27,7 @@ from sae.evaluation import Report, evaluate_all, write_report
 from sae.features import Features, collect
 from sae.files import locked, read_json, write_bytes
 from sae.language_model import LanguageModel
-from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
+from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
 from sae.training.sinks import METRICS_FILE, Wandb
 from sae.training.trainee import Recipe, chosen_settings, setting_of
@@ -176,10 +176,18 @@ class Run:
             device=self.device,
         )
 
-    def recipe(self, cache: ActivationCache) -> Recipe:
-        """What the run's dictionary is made of."""
+    def recipe(self, cache: ActivationCache, start: Dictionary | None = None) -> Recipe:
+        """What the run's dictionary is made of.
+
+        Args:
+            start: the dictionary in `train.start_from`, where it is loaded already.
+
+        Raises:
+            FormatError: there is none.
+        """
         config = self.config
-        start = None if config.train.start_from is None else load(config.train.start_from)
+        if start is None and config.train.start_from is not None:
+            start = load_start(config.train.start_from)
         return Recipe(
             config.dictionary, config.train, config.seed, config.hook, folder=self.folder,
             metadata=dictionary_metadata(cache, config.hook), start=start,
@@ -235,6 +243,7 @@ class Run:
             **chosen_settings(self.config.dictionary, self.config.train),
             "seed": self.config.seed,
             "activations": cache.manifest.identity(self.config.hook),
+            **self._start_identity(),
         }
         held = {**held, "hook": dictionary.metadata.get("hook")}
         for key, value in asked.items():
@@ -244,7 +253,19 @@ class Run:
                     f"{value!r} is asked for; choose another run folder (out=...), or delete the dictionary and "
                     "checkpoints there"
                 )
+        settings = self.config.train
+        warn_of_missed_snapshots(self.folder, settings, settings.batch_size, dictionary.metadata["trained"]["steps"])
         return dictionary
+
+    def _start_identity(self) -> dict[str, Any]:
+        """Hash of what training begins with; nothing where that has been deleted since."""
+        place = self.config.train.start_from
+        if place is None:
+            return {"start": None}
+        try:
+            return {"start": weights_sha256(load(place))}
+        except FormatError:
+            return {}
 
     @contextlib.contextmanager
     def configured(self) -> Iterator[None]:
@@ -335,6 +356,20 @@ def harvest(config: RunConfig, progress: Progress = _no_progress) -> ActivationC
 def collect_features(folder: str | Path, progress: Progress = _no_progress) -> Features:
     """The feature store of a run folder, collected where it is missing or stale."""
     return Run.open(folder, progress=progress).features()
+
+
+def load_start(place: str) -> Dictionary:
+    """The dictionary that training begins with.
+
+    Raises:
+        FormatError: there is none; its weights are needed to resume as well, to see that they are the same.
+    """
+    try:
+        return load(place)
+    except FormatError as error:
+        raise FormatError(
+            f"train.start_from: {error} (training that has begun goes on with the same weights)"
+        ) from error
 
 
 def dictionary_metadata(cache: ActivationCache, hook: str) -> dict[str, Any]:

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from sae.activations.cache import ActivationCache
+from sae.activations.loader import ActivationLoader
 from sae.config import RunConfig
 from sae.config_file import parse_config
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError
 from sae.evaluation.pareto import Point, draw_pareto, pareto_table
 from sae.files import locked, read_json, write_bytes, write_json
-from sae.pipeline import Run, evaluate_runs
+from sae.pipeline import Run, evaluate_runs, load_start
+from sae.training.agreement import common_pass
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import Cost, train_all
 from sae.training.sinks import Wandb
+from sae.training.trainee import Recipe
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "sweep.json", "sweep.md", "pareto.png"
 COST_FILE = "cost.json"
@@ -111,12 +114,16 @@ def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress:
         if run.is_trained():
             run.trained_already(cache)
     missing = {name: run for name, run in runs.items() if not run.is_trained()}
+    if not missing:
+        return {}
+    recipes = _recipes(missing, cache)
+    common_pass(_loaders(base, missing, cache), recipes)  # what cannot be trained is known before anything is
     failures: dict[str, str] = {}
     for group in _that_go_together(missing):
         at_once = base.config.sweep_at_once or len(group)
         for start in range(0, len(group), at_once):
             part = dict(itertools.islice(group.items(), start, start + at_once))
-            failures |= _train_together(base, part, cache, progress)
+            failures |= _train_together(base, part, _loaders(base, part, cache), recipes, progress)
     return failures
 
 
@@ -133,7 +140,15 @@ def _that_go_together(runs: dict[str, Run]) -> Iterator[dict[str, Run]]:
         yield {name: runs[name] for name in steps}
 
 
-def _train_together(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:
+def _recipes(runs: Mapping[str, Run], cache: ActivationCache) -> dict[str, Recipe]:
+    """What each is made of; a dictionary that several start from is loaded once."""
+    places = sorted({place for run in runs.values() if (place := run.config.train.start_from)})
+    starts = {place: load_start(place) for place in places}
+    return {name: run.recipe(cache, starts.get(run.config.train.start_from or "")) for name, run in runs.items()}
+
+
+def _loaders(base: Run, runs: Mapping[str, Run], cache: ActivationCache) -> dict[str, ActivationLoader]:
+    """The activations that they are trained on, by hook point."""
     hooks = dict.fromkeys(run.config.hook for run in runs.values())
     loaders = {}
     for hook in hooks:
@@ -141,6 +156,16 @@ def _train_together(base: Run, runs: Mapping[str, Run], cache: ActivationCache, 
             update={"dictionary": base.config.dictionary.model_copy(update={"hook": hook})}
         )
         loaders[hook] = Run(of_hook).loader(cache)
+    return loaders
+
+
+def _train_together(
+    base: Run,
+    runs: Mapping[str, Run],
+    loaders: Mapping[str, ActivationLoader],
+    recipes: Mapping[str, Recipe],
+    progress: Progress,
+) -> dict[str, str]:
     sinks: dict[str, list[Wandb]] = {}
     finished: set[str] = set()
     try:
@@ -150,7 +175,7 @@ def _train_together(base: Run, runs: Mapping[str, Run], cache: ActivationCache, 
                 stack.enter_context(run.configured())
             outcome = train_all(
                 loaders,
-                {name: run.recipe(cache) for name, run in runs.items()},
+                {name: recipes[name] for name in runs},
                 device=base.device,
                 sinks=sinks,
                 progress=lambda done, total, _: progress(f"train {len(runs)}", done, total),

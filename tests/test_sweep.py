@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import yaml
 import sae
 from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES
-from sae.errors import ConfigError, FormatError
+from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.pareto import Point, draw_pareto, pareto_table
 from sae.pipeline import Run
@@ -81,17 +82,17 @@ def test_a_single_run_does_not_take_a_sweep(tiny_config: TinyConfig) -> None:
 
 
 def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    original = ActivationLoader.__init__
+    read: list[str] = []
+    original = ActivationLoader.__iter__
 
-    def counting(self: ActivationLoader, *args: object, **kwargs: object) -> None:
-        made.append(str(args[1]))
-        original(self, *args, **kwargs)  # type: ignore[arg-type]
+    def counting(self: ActivationLoader) -> Iterator[torch.Tensor]:
+        read.append(self.hook)
+        return original(self)
 
-    monkeypatch.setattr(ActivationLoader, "__init__", counting)
+    monkeypatch.setattr(ActivationLoader, "__iter__", counting)
     config = swept(tiny_config, dictionary={"architecture": ALL, "k": [2, 4]})
     done = sweep(config)
-    assert made == ["blocks.1.hook_resid_pre"], "one loader for all dictionaries"
+    assert read == ["blocks.1.hook_resid_pre"], "one reading for all dictionaries"
     assert set(done.points) == {f"{name}-k{k}" for name in ALL for k in (2, 4)}
     for name, point in done.points.items():
         folder = Path(config.out) / name
@@ -111,9 +112,9 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
     alone = Run.open(Path(config.out) / "topk-k4")
     alone.train()
     assert alone.is_evaluated()
-    made.clear()
+    read.clear()
     again = sweep(config)
-    assert made == [], "what is done is not done again"
+    assert read == [], "what is done is not done again"
     assert again.points == done.points
 
 
@@ -147,6 +148,23 @@ def test_some_at_a_time_are_the_same_dictionaries(tiny_config: TinyConfig, tmp_p
     whole = sweep(config.model_copy(update={"sweep_at_once": None, "out": str(tmp_path / "whole")}))
     for name in whole.points:
         assert torch.equal(done.dictionary(name).W_dec, whole.dictionary(name).W_dec), name
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"train": {"freeze": [["W_dec"], ["threshold"]]}}, r"freezethreshold: train\.freeze: topk trains no"),
+        ({"train": {"snapshots": [[640], [999_999]]}}, r"snapshots999999: train\.snapshots has 999,999"),
+        ({"train": {"start_from": [None, "nowhere"]}}, r"train\.start_from: dictionary 'nowhere'"),
+    ],
+)
+def test_what_one_cannot_do_is_said_before_any_is_trained(
+    tiny_config: TinyConfig, axes: dict[str, object], message: str
+) -> None:
+    config = swept(tiny_config, **axes).model_copy(update={"sweep_at_once": 1})
+    with pytest.raises(SaeError, match=message):
+        sweep(config)
+    assert not list(Path(config.out).glob("*/dictionary"))
 
 
 def test_two_hook_points_are_trained_in_the_same_pass(tiny_config: TinyConfig) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
+import torch
+
 from sae.errors import ConfigError, TrainingError
 from sae.training.source import BatchSource
-from sae.training.trainee import Recipe
+from sae.training.trainee import Recipe, build, check_start, freeze_
 
 
 def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe]) -> tuple[int, int]:
@@ -50,16 +52,33 @@ def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe
             f"{tokens:,} training tokens are fewer than one batch of {source.batch_size:,}: "
             "lower train.batch_size, or harvest more (data.tokens)"
         )
-    _check_snapshots(recipes, tokens // source.batch_size * source.batch_size)
+    _check_recipes(recipes, sources, tokens // source.batch_size * source.batch_size)
     return source.batch_size, tokens
 
 
-def _check_snapshots(recipes: Mapping[str, Recipe], tokens: int) -> None:
+def _check_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, BatchSource], tokens: int) -> None:
     for name, recipe in recipes.items():
-        late = [at for at in recipe.settings.snapshots if at > tokens]
-        if late:
-            raise ConfigError(
-                f"{name}: train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out"
-            )
-        if recipe.settings.snapshots and recipe.folder is None:
-            raise ConfigError(f"{name}: train.snapshots needs a folder to save them in: give one, or take it out")
+        try:
+            _check_recipe(recipe, sources[recipe.source].d_in, tokens)
+        except ConfigError as error:
+            raise (ConfigError(f"{name}: {error}") if len(recipes) > 1 else error) from None
+
+
+def _check_recipe(recipe: Recipe, d_in: int, tokens: int) -> None:
+    """Whether a dictionary can be trained as its recipe says; nothing of its size is made.
+
+    Raises:
+        ConfigError: k, frozen names, a start or snapshots that do not fit.
+    """
+    shape, settings = recipe.dictionary, recipe.settings
+    if shape.k > shape.d_sae:
+        raise ConfigError(f"dictionary.k={shape.k} exceeds dictionary.d_sae={shape.d_sae}: lower k or raise d_sae")
+    with torch.device("meta"):
+        dictionary = build(shape, d_in)
+    freeze_(dictionary, settings.freeze)
+    check_start(recipe, dictionary)
+    late = [at for at in settings.snapshots if at > tokens]
+    if late:
+        raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")
+    if settings.snapshots and recipe.folder is None:
+        raise ConfigError("train.snapshots needs a folder to save them in: give one, or take it out")

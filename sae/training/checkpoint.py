@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sae.config import TrainConfig
 from sae.dictionary import Dictionary
 from sae.errors import TrainingError
 from sae.files import write_bytes
 
 STATE_FILE = "state.pt"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -44,6 +46,23 @@ def list_checkpoints(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE_FILE).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def snapshot_folder(folder: Path, tokens: int) -> Path:
+    """Where a run folder keeps the dictionary as it was after so many training tokens."""
+    return folder / SNAPSHOTS / f"tokens-{tokens:012d}"
+
+
+def warn_of_missed_snapshots(folder: Path | None, settings: TrainConfig, batch_size: int, steps: int) -> None:
+    """Say which snapshots cannot be made any more, since `steps` were taken before they were asked for."""
+    for tokens in settings.snapshots:
+        step = -(-tokens // batch_size)
+        if folder is not None and step <= steps and not snapshot_folder(folder, step * batch_size).is_dir():
+            warnings.warn(
+                f"train.snapshots: training in {str(folder)!r} has passed {tokens:,} tokens, and no snapshot was asked "
+                "for then: there will be none",
+                stacklevel=3,
+            )
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

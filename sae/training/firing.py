@@ -56,9 +56,14 @@ class FiringRecord:
         return densities
 
     def state_dict(self) -> dict[str, Any]:
-        return {"silent_tokens": self.silent_tokens, "candidates": self.candidates, "density": self.density}
+        return {
+            "silent_tokens": self.silent_tokens, "candidates": self.candidates, "density": self.density,
+            "counts": self.counts, "tokens": self.tokens,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.silent_tokens.copy_(state["silent_tokens"])
         self.candidates = state["candidates"].to(self.silent_tokens.device)
         self.density = state["density"]
+        self.counts.copy_(state["counts"])
+        self.tokens = state["tokens"]

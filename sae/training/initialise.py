@@ -52,21 +52,31 @@ def take_over_(
 ) -> None:
     """The weights of another dictionary of the same shape, in the units of the sample.
 
-    Of one of another architecture, encoder, decoder and their biases: JumpReLU's thresholds, and ReLU's and Gated's
-    biases, then begin where k features fire per token, as they do in a new dictionary.
+    Of one of another architecture, what its activations are made with: encoder (Gated's with its gain), decoder and
+    their biases. JumpReLU's thresholds, and ReLU's and Gated's biases, then begin where k features fire per token, as
+    they do in a new dictionary. Decoder rows get norm 1 where training keeps it, and activations take the norms over.
     """
-    theirs = dict(start.named_parameters())
-    if start.architecture != dictionary.architecture:
-        dictionary.W_enc.copy_(start.W_enc)
+    if start.architecture == dictionary.architecture:
+        theirs = dict(start.named_parameters())
+        for name, parameter in dictionary.named_parameters():
+            parameter.copy_(theirs[name])
+    else:
+        gated = isinstance(start, Gated)
+        dictionary.W_enc.copy_(start.W_enc * start.r_mag.exp() if gated else start.W_enc)
         dictionary.W_dec.copy_(start.W_dec)
         dictionary.b_dec.copy_(start.b_dec)
         for name in dictionary.bias_names:
-            dictionary.get_parameter(name).copy_(start.b_enc)
-        if k is not None:
-            let_k_fire_(dictionary, sample, k)
-        return
-    for name, parameter in dictionary.named_parameters():
-        parameter.copy_(theirs[name])
+            dictionary.get_parameter(name).copy_(start.b_mag if gated else start.b_enc)
+    if dictionary.unit_decoder:
+        norms = dictionary.W_dec.norm(dim=-1)
+        norms = norms.where(norms > 0, 1.0)
+        dictionary.W_dec.div_(norms[:, None])
+        dictionary.W_enc.mul_(norms)
+        of_features = [*dictionary.bias_names, *(["threshold"] if isinstance(dictionary, JumpReLU) else [])]
+        for name in of_features:
+            dictionary.get_parameter(name).mul_(norms)
+    if start.architecture != dictionary.architecture and k is not None:
+        let_k_fire_(dictionary, sample, k)
 
 
 @torch.no_grad()

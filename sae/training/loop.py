@@ -18,13 +18,20 @@ from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
 from sae.training.agreement import common_pass
-from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from sae.training.checkpoint import (
+    CHECKPOINTS,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    snapshot_folder,
+    warn_of_missed_snapshots,
+)
 from sae.training.meter import Meter, Stopwatch
 from sae.training.sinks import FeatureSink, JsonLines, Sink
 from sae.training.source import BatchSource
 from sae.training.trainee import Recipe, Trainee
 
-SNAPSHOTS = "snapshots"
 Metrics = dict[str, float | int]
 Progress = Callable[[int, int, Metrics], None]
 _ONLY = "dictionary"
@@ -211,9 +218,9 @@ class _Run:
                 if self.step % self.log_every == 0 or last:
                     self._drop_failed()
                     self._log(progress)
+                self._snapshot()  # before the checkpoint, behind which a resumed training does not go back
                 if self.step % self.checkpoint_every == 0 or last or stop.is_set():
                     self._checkpoint()
-                self._snapshot()
                 if stop.is_set() and self.members:
                     raise TrainingInterrupted(self._interrupted())
         return Outcome(
@@ -298,7 +305,7 @@ class _Run:
         for name in due & self.members.keys():
             member = self.members[name]
             assert member.folder is not None
-            member.trainee.folded().save(member.folder / SNAPSHOTS / f"tokens-{now:012d}")
+            member.trainee.folded().save(snapshot_folder(member.folder, now))
 
     def _resume(self) -> None:
         """Go on from the newest step that all have.
@@ -322,6 +329,8 @@ class _Run:
                 )
             return
         self.step = max(common)
+        for member in self.members.values():
+            warn_of_missed_snapshots(member.folder, member.trainee.settings, self.batch_size, self.step)
         for member, paths in zip(self.members.values(), kept, strict=True):
             state = load_checkpoint(paths[self.step])
             member.trainee.load_state_dict(state)

@@ -58,6 +58,7 @@ class FeatureAdam:
         matrices = {id(dictionary.W_enc), id(dictionary.W_dec)}
         rest = {name: p for name, p in dictionary.named_parameters() if p.requires_grad and id(p) not in matrices}
         groups = [{"params": [p], "factor": RATE_FACTORS.get(name, 1.0)} for name, p in rest.items()]
+        groups = groups or [{"params": [], "factor": 1.0}]  # only matrices are trained
         self.rest = torch.optim.Adam(groups, betas=(beta1, beta2), eps=_EPSILON, fused=True)
         self.steps, self.lr = 0, 0.0
         self.low: BFloat16[Tensor, "d_sae d_in"] | None = None
@@ -102,8 +103,10 @@ class FeatureAdam:
         kernels, unit_rows = kernels_for(self.encoder.device), self.dictionary.unit_decoder
         rest = [p.grad for group in self.rest.param_groups for p in group["params"] if p.grad is not None]
         squares = [gradient.square().sum() for gradient in rest]
-        squares.append(kernels.gradient_squares(self.encoder, of_encoder, False).sum())
-        squares.append(kernels.gradient_squares(self.decoder, of_decoder, unit_rows).sum())
+        if self.dictionary.W_enc.requires_grad:
+            squares.append(kernels.gradient_squares(self.encoder, of_encoder, False).sum())
+        if self.dictionary.W_dec.requires_grad:
+            squares.append(kernels.gradient_squares(self.decoder, of_decoder, unit_rows).sum())
         self.norm = torch.stack(squares).sum().sqrt()
         scale = (self.max_norm / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)).clamp_max(1)
         for gradient in rest:

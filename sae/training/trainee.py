@@ -99,8 +99,7 @@ class Trainee:
         self.identity = _identity(recipe, input_source, target_source)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.dictionary = build(shape, input_source.d_in).to(device)
-        _freeze(self.dictionary, settings.freeze)
-        _check_start(recipe.start, self.dictionary)
+        freeze_(self.dictionary, settings.freeze)
         self.rate = settings.lr or default_learning_rate(shape.d_sae)
         self.k_aux = settings.k_aux or max(1, input_source.d_in // 2)
         self.normalisation = normalisation_of(input_source, settings.center, device)
@@ -232,9 +231,10 @@ class Trainee:
         densities = self.firing.take_densities()
         W_dec = self.dictionary.W_dec.detach()
         some = torch.arange(0, len(W_dec), -(-len(W_dec) // COSINES), device=W_dec.device)
+        cosines = nearest_neighbours(W_dec, 1, some).cosine.flatten()
         return {
             "log10_density": densities[densities > 0].log10().cpu(),
-            "decoder_cosine": nearest_neighbours(W_dec, 1, some).cosine.flatten(),
+            "decoder_cosine": cosines[cosines.isfinite()],
         }
 
     def bytes(self) -> int:
@@ -296,9 +296,9 @@ def build(shape: DictionaryConfig, d_in: int) -> Dictionary:
 
 
 def chosen_settings(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
-    """The settings that decide the weights; how often to log and to save is not among them."""
-    presentation = {"log_every", "checkpoint_every", "keep_checkpoints", "snapshots"}
-    return {**shape.model_dump(exclude={"hook"}, mode="json"), **settings.model_dump(exclude=presentation, mode="json")}
+    """The settings that decide the weights, but for those that training begins with, which go by their hash."""
+    others = {"log_every", "checkpoint_every", "keep_checkpoints", "snapshots", "start_from"}
+    return {**shape.model_dump(exclude={"hook"}, mode="json"), **settings.model_dump(exclude=others, mode="json")}
 
 
 def setting_of(held: Mapping[str, Any], key: str) -> Any:
@@ -320,7 +320,7 @@ def _fold_(dictionary: Dictionary, of_input: Normalisation, of_target: Normalisa
     )
 
 
-def _freeze(dictionary: Dictionary, names: Sequence[str]) -> None:
+def freeze_(dictionary: Dictionary, names: Sequence[str]) -> None:
     """Take the gradient from the parameters of these names.
 
     Raises:
@@ -337,12 +337,15 @@ def _freeze(dictionary: Dictionary, names: Sequence[str]) -> None:
         raise ConfigError("train.freeze names all parameters: leave at least one to be trained")
 
 
-def _check_start(start: Dictionary | None, dictionary: Dictionary) -> None:
-    """Whether training can begin with that dictionary's weights.
+def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
+    """Whether training can begin with the weights that the recipe names.
 
     Raises:
-        ConfigError: it is of another shape.
+        ConfigError: they are of another shape, or nobody has loaded them.
     """
+    start = recipe.start
+    if start is None and recipe.settings.start_from is not None:
+        raise ConfigError("train.start_from is read by run folders only: give start=sae.load(folder) instead")
     if start is not None and start.W_dec.shape != dictionary.W_dec.shape:
         raise ConfigError(
             f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, and d_sae={dictionary.d_sae} "

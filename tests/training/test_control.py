@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +27,10 @@ from tests.conftest import TinyConfig
 from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, settings
 
 MATRICES = ("W_enc", "W_dec")
+NOT_BY_GRADIENT = {("batch_topk", "threshold"), ("matryoshka", "threshold")}
+
+
+SNAPSHOTS = {"snapshots": (10 * BATCH, 20 * BATCH), "checkpoint_every": 10}
 
 
 def shape(architecture: str = "topk", **changes: object) -> DictionaryConfig:
@@ -41,11 +51,23 @@ def test_what_is_frozen_stays_and_the_rest_learns(architecture: str, name: str) 
     )
     for label in (*MATRICES, "b_dec"):
         before, after = short.get_parameter(label), long.get_parameter(label)
-        if label == "W_enc":  # ReLU's and Gated's take the norms of the decoder's rows over at the end
+        if label == "W_enc":  # ReLU's takes the norms of the decoder's rows over at the end
             before, after = (torch.nn.functional.normalize(w, dim=0) for w in (before, after))
         assert torch.allclose(before, after, rtol=0, atol=1e-6) == (label == name), label
     x = torch.cat(planted(100))
     assert fvu(long, x) < fvu(short, x)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_parameter_can_be_the_only_one_that_learns(architecture: str) -> None:
+    whole = train(IterableSource(planted(10)), shape(architecture), settings(1))
+    names = [name for name, _ in whole.named_parameters() if (architecture, name) not in NOT_BY_GRADIENT]
+    for name in names:
+        others = tuple(other for other in names if other != name)
+        chosen = settings(20, freeze=others, l1_coefficient=0.1, max_gradient_norm=1.0, lr=3e-2, decay_fraction=0)
+        made = train(IterableSource(planted(10)), shape(architecture), chosen)
+        still = train(IterableSource(planted(10)), shape(architecture), chosen.model_copy(update={"lr": 1e-12}))
+        assert not torch.allclose(made.get_parameter(name), still.get_parameter(name), atol=1e-4), name
 
 
 def test_frozen_weights_begin_as_they_would_have() -> None:
@@ -99,6 +121,32 @@ def test_one_of_another_architecture_is_a_start_too(architecture: str) -> None:
     assert float((untouched.encode(x) > 0).float().sum(1).mean()) == pytest.approx(K, rel=0.1)
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu"])
+def test_a_gated_start_brings_its_gain(architecture: str) -> None:
+    x = torch.cat(planted(100))
+    first = train(IterableSource(planted(100)), shape("gated"), settings(400, lr=3e-3))
+    assert isinstance(first, sae.architectures.Gated)
+    with torch.no_grad():  # the same function, with most of the gain in the encoder's scale
+        first.W_enc.mul_(3.0)
+        first.b_gate.mul_(3.0)
+        first.r_mag.sub_(math.log(3.0))
+    begun = train(IterableSource(planted(100)), shape(architecture), settings(1, lr=1e-12), start=first)
+    assert fvu(begun, x) < fvu(first, x) + 0.05
+
+
+def test_decoder_rows_of_a_start_get_norm_1() -> None:
+    x = torch.cat(planted(100))
+    first = train(IterableSource(planted(100)), shape(), settings(200, lr=3e-3))
+    scaled = copy.deepcopy(first)
+    with torch.no_grad():
+        scaled.W_dec.mul_(3.0)
+        scaled.W_enc.div_(3.0)
+        scaled.b_enc.div_(3.0)
+    torch.testing.assert_close(scaled(x), first(x), rtol=1e-4, atol=1e-4)
+    begun = train(IterableSource(planted(100)), shape(), settings(1, lr=1e-12), start=scaled)
+    torch.testing.assert_close(begun(x), first(x), rtol=1e-3, atol=1e-3)
+
+
 def test_a_start_of_another_shape_is_refused() -> None:
     first = train(IterableSource(planted(10)), shape(), settings(1))
     with pytest.raises(ConfigError, match=rf"has d_sae={D_SAE} and d_in={D_IN}, and d_sae={2 * D_SAE}"):
@@ -114,21 +162,27 @@ def test_a_run_starts_from_another_and_resumes_with_no_other(tiny_config: TinyCo
     def begun(start: str, **interrupted: bool) -> Run:
         made = tiny_config(
             out=str(tmp_path / "second"), harvest__cache=str(config.cache_folder), data__tokens=2000,
-            train__start_from=start, train__lr=1e-12, train__checkpoint_every=10,
+            train__start_from=str(tmp_path / start), train__lr=1e-12, train__checkpoint_every=10,
         )  # fmt: skip
         return Run(made, lambda stage, done, of: signal.raise_signal(signal.SIGINT) if interrupted else None)
 
-    with pytest.raises(FormatError, match=r"no config\.json there; give a dictionary folder or a run folder"):
-        begun(str(tmp_path / "nowhere")).train()
+    with pytest.raises(FormatError, match=r"train\.start_from: .* no config\.json there; give a dictionary folder"):
+        begun("nowhere").train()
+    first.save(tmp_path / "start")
     with pytest.raises(TrainingInterrupted):
-        begun(config.out, interrupted=True).train()
+        begun("start", interrupted=True).train()
     other = train(IterableSource([torch.randn(BATCH, first.d_in)]), shape(d_sae=first.d_sae), settings(1))
     other.save(tmp_path / "other")
-    with pytest.raises((TrainingError, ConfigError), match=r"made with start"):
-        begun(str(tmp_path / "other")).train()
-    made = begun(config.out).train()
+    with pytest.raises(TrainingError, match="made with start"):
+        begun("other").train()
+    (tmp_path / "start").rename(tmp_path / "moved")
+    made = begun("moved").train()
     torch.testing.assert_close(made.W_dec, first.W_dec, rtol=1e-3, atol=1e-3)
     assert made.metadata["trained"]["settings"]["start"] == weights_sha256(first)
+    with pytest.raises(FormatError, match="made with start"):
+        begun("other").train()
+    shutil.rmtree(tmp_path / "moved")
+    assert weights_sha256(begun("moved").train()) == weights_sha256(made), "what is done needs no start"
 
 
 def test_snapshots_are_the_dictionary_after_so_many_tokens_and_stay(tmp_path: Path) -> None:
@@ -143,6 +197,31 @@ def test_snapshots_are_the_dictionary_after_so_many_tokens_and_stay(tmp_path: Pa
     )  # fmt: skip
     assert weights_sha256(tenth) == weights_sha256(checkpoint) != weights_sha256(made)
     assert tenth.metadata["trained"]["tokens"] == 10 * BATCH
+
+
+def test_a_kill_at_a_snapshot_loses_none(tmp_path: Path) -> None:
+    """Snapshot and checkpoint are due at the same step, and the process dies as soon as one of them is there."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from sae.training import loop
+from tests.training.test_control import *
+def dying(folder, step, *rest, kept=loop.save_checkpoint):
+    kept(folder, step, *rest)
+    os.kill(os.getpid(), signal.SIGKILL)
+loop.save_checkpoint = dying
+train(IterableSource(planted(100)), shape(), settings(40, **SNAPSHOTS), folder=Path({str(tmp_path)!r}))
+"""
+    killed = subprocess.run([sys.executable, "-c", code], check=False, env=os.environ, cwd=Path(__file__).parents[2])
+    assert killed.returncode == -signal.SIGKILL
+    train(IterableSource(planted(100)), shape(), settings(40, **SNAPSHOTS), folder=tmp_path)
+    assert len(list((tmp_path / "snapshots").iterdir())) == 2
+
+
+def test_snapshots_that_are_asked_for_too_late_are_named(tmp_path: Path) -> None:
+    train(IterableSource(planted(100)), shape(), settings(40, snapshots=(BATCH,)), folder=tmp_path)
+    with pytest.warns(UserWarning, match=rf"has passed {2 * BATCH - 1:,} tokens.*there will be none"):
+        train(IterableSource(planted(100)), shape(), settings(40, snapshots=(BATCH, 2 * BATCH - 1)), folder=tmp_path)
 
 
 def test_snapshots_that_cannot_be_are_refused_before_training(tmp_path: Path) -> None:
@@ -188,6 +267,25 @@ def test_a_large_gradient_is_scaled_down(tmp_path: Path) -> None:
     assert torch.equal(plain.W_dec, loose.W_dec)
     x = torch.cat([*data[:20], *data[21:]])
     assert fvu(cut, x) < 0.9 * fvu(plain, x)
+
+
+def test_how_lists_may_be_written() -> None:
+    chosen = settings(1, freeze="W_dec", snapshots=["1e3", 128, 128])
+    assert chosen.freeze == ("W_dec",)
+    assert chosen.snapshots == (128, 1000)
+    assert settings(1, freeze=["b_dec", "W_dec"]) == settings(1, freeze=["W_dec", "b_dec"])
+    assert settings(1, snapshots="1e6").snapshots == (1_000_000,)
+
+
+def test_a_start_that_nobody_loaded_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"give start=sae\.load\(folder\)"):
+        train(IterableSource(planted(10)), shape(), settings(1, start_from="somewhere"))
+
+
+def test_k_above_d_sae_is_refused_for_all() -> None:
+    for architecture in ARCHITECTURES:
+        with pytest.raises(ConfigError, match=r"k=49 exceeds dictionary\.d_sae=48"):
+            train(IterableSource(planted(10)), shape(architecture, k=49), settings(1))
 
 
 def test_what_was_made_before_a_setting_existed_is_still_what_was_asked_for(tiny_config: TinyConfig) -> None:
