@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,16 @@ def test_a_new_run_starts_an_empty_log(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
+def written_by_wandb(folder: Path) -> bytes:
+    """The run's file, once wandb's own process, which writes it, has got to its end."""
+    [log] = folder.rglob("*.wandb")
+    size, until = -1, time.monotonic() + 60
+    while time.monotonic() < until and (log.stat().st_size != size or size < 1000):
+        size = log.stat().st_size
+        time.sleep(0.5)
+    return log.read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_takes_the_numbers_offline(tmp_path: Path) -> None:
@@ -49,8 +60,7 @@ def test_wandb_takes_the_numbers_offline(tmp_path: Path) -> None:
     sink.log({"step": 50, "fvu": 0.25})
     sink.log({"step": 100, "fvu": 0.125})
     sink.close()
-    [log] = (tmp_path / "run").rglob("*.wandb")
-    content = log.read_bytes()
+    content = written_by_wandb(tmp_path / "run")
     assert b"fvu" in content
     assert b"0.125" in content
     assert b"sae-tests" in content
@@ -126,8 +136,7 @@ def test_wandb_takes_histograms_offline(tmp_path: Path) -> None:
     sink.log({"step": 5, "loss": 1.0})
     sink.log_features(5, {"decoder_cosine": torch.linspace(-1, 1, 100), "log10_density": torch.zeros(0)})
     sink.close()
-    [log] = (tmp_path / "run").rglob("*.wandb")
-    content = log.read_bytes()
+    content = written_by_wandb(tmp_path / "run")
     assert b"decoder_cosine" in content
     assert b"histogram" in content
     assert b"log10_density" not in content
