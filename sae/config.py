@@ -251,16 +251,20 @@ class TrainConfig(_Settings):
         default=(),
         description="numbers of training tokens after which the dictionary is saved for good, in `snapshots/`",
     )
-    aux_coefficient: float = Field(
-        default=1 / 32,
+    aux_coefficient: float | None = Field(
+        default=None,
         ge=0,
-        description="weight of what revives dead features: of the AuxK loss, or for relu and gated of their biases",
+        description="weight of what revives dead features: of the AuxK loss, and for relu and gated of their biases; "
+        "null: 1/32, for gated and jumprelu 1",
     )
     k_aux: PositiveInt | None = Field(
-        default=None, description="dead features used by AuxK; null: half of d_in; not for relu and gated"
+        default=None,
+        description="dead features used by AuxK per token; null: half of d_in, for gated and jumprelu k; not for relu",
     )
-    dead_after_tokens: PositiveInt = Field(
-        default=200_000, description="a feature that has not fired for so many tokens counts as dead"
+    dead_after_tokens: PositiveInt | None = Field(
+        default=None,
+        description="a feature that has not fired for so many tokens counts as dead, and is revived; null: 200,000, "
+        "for gated and jumprelu 64 · d_sae / k if that is less",
     )
     center: bool = Field(
         default=False, description="subtract the mean activation before training (folded into the saved biases)"

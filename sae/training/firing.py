@@ -9,6 +9,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def default_dead_after(architecture: str, d_sae: int, k: int) -> int:
+    """Tokens without firing after which a feature is dead: 200,000.
+
+    Gated's and JumpReLU's are dead sooner, where the average feature fires 64 times in so long. They learn a bound of
+    its own for each feature against a penalty, which shuts out what does not pay yet; a feature that has been shut out
+    learns nothing, so it must be found before much of the training is over (docs/log.md).
+    """
+    return min(200_000, 64 * d_sae // k) if architecture in ("gated", "jumprelu") else 200_000
+
+
 class FiringRecord:
     """Counts, on the training device and without waiting for it, when and how often each feature fires.
 

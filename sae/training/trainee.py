@@ -22,9 +22,10 @@ from sae.dictionary import Dictionary, weights_sha256
 from sae.errors import ConfigError, TrainingError
 from sae.kernels.products import cpu_has_bfloat16
 from sae.neighbours import nearest_neighbours
-from sae.training.firing import FiringRecord
+from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
 from sae.training.objectives import OBJECTIVES, Context, Losses
+from sae.training.objectives.auxk import default_aux_coefficient, default_k_aux
 from sae.training.optimizer import FeatureAdam
 from sae.training.schedules import SteeredWeight, default_learning_rate, learning_rate, warmed_up
 from sae.training.source import BatchSource
@@ -101,7 +102,10 @@ class Trainee:
         self.dictionary = build(shape, input_source.d_in).to(device)
         freeze_(self.dictionary, settings.freeze)
         self.rate = settings.lr or default_learning_rate(shape.d_sae)
-        self.k_aux = settings.k_aux or max(1, input_source.d_in // 2)
+        self.k_aux = settings.k_aux or default_k_aux(shape.architecture, input_source.d_in, shape.k)
+        weight = settings.aux_coefficient
+        self.aux_coefficient = default_aux_coefficient(shape.architecture) if weight is None else weight
+        dead_after = settings.dead_after_tokens or default_dead_after(shape.architecture, shape.d_sae, shape.k)
         self.normalisation = normalisation_of(input_source, settings.center, device)
         self.target_normalisation = (
             None if target_source is None else normalisation_of(target_source, settings.center, device)
@@ -110,7 +114,7 @@ class Trainee:
             self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(shape, settings, device),
             max_norm=settings.max_gradient_norm,
         )  # fmt: skip
-        self.firing = FiringRecord(shape.d_sae, settings.dead_after_tokens, device)
+        self.firing = FiringRecord(shape.d_sae, dead_after, device)
         self.steered = _steered(shape, settings, device)
         self.variance = torch.ones((), device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -148,7 +152,6 @@ class Trainee:
             copied.normalise_decoder_()
         ours, theirs = self.normalisation, self.target_normalisation
         _fold_(copied, ours, theirs)
-        silent = self.firing.silent_tokens.cpu()
         copied.metadata = {
             **self.recipe.metadata,
             "sae_version": sae.__version__,
@@ -156,8 +159,8 @@ class Trainee:
                 "tokens": self.step_number * self.batch_size,
                 "steps": self.step_number,
                 "normalisation_scale": ours.scale,
-                "dead": int((silent >= self.settings.dead_after_tokens).sum()),
-                "dead_after_tokens": self.settings.dead_after_tokens,
+                "dead": int(self.firing.dead.sum()),
+                "dead_after_tokens": self.firing.dead_after,
                 "settings": self.identity,
             },
         }
@@ -268,7 +271,7 @@ class Trainee:
             dead=self.firing.dead,
             dead_candidates=self.firing.candidates,
             sparsity=warm * (weight if self.steered is None else self.steered.value),
-            aux_coefficient=settings.aux_coefficient,
+            aux_coefficient=self.aux_coefficient,
             k_aux=self.k_aux,
             density=self.firing.density,
             encoder_sink=self.optimizer.encoder_sink,

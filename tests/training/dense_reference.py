@@ -38,11 +38,14 @@ class DenseReference:
         loss, mse, features, error = self.losses(x, pre)
         if dead.any() and self.architecture in ("relu", "gated"):
             loss = loss - self.settings.aux_coefficient * (d.b_enc * dead).sum()
-        elif dead.any():
+        if dead.any() and self.architecture != "relu":
             k_aux = d.d_in // 2
-            among = pre.masked_fill(~dead, -torch.inf)
+            worth = pre
+            if self.architecture == "gated":
+                worth = ((x - d.b_dec) @ d.W_enc) * d.r_mag.exp() + d.b_mag
+            among = worth.masked_fill(~dead, -torch.inf)
             chosen = torch.zeros_like(pre).scatter(1, among.topk(min(k_aux, int(dead.sum())), dim=1).indices, 1.0)
-            guess = (pre.relu() * chosen * dead) @ d.W_dec
+            guess = (worth.relu() * chosen * dead) @ d.W_dec
             share = min(1.0, float(dead.sum()) / k_aux)
             loss = loss + self.settings.aux_coefficient * share * (error.detach() - guess).square().sum(1).mean()
         self.adam.zero_grad()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from sae.architectures import ReLU, TopK
+from sae.architectures import Gated, ReLU, TopK
 from sae.dictionary import Dictionary
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
-from sae.training.objectives import Context, relu_loss, topk_loss
+from sae.training.objectives import Context, gated_loss, relu_loss, topk_loss
 from sae.training.optimizer import FeatureAdam
 
 D_IN, D_SAE, K, BATCH = 6, 20, 3, 15
@@ -122,6 +124,23 @@ def test_auxk_reaches_encoder_and_decoder_of_dead_features_only() -> None:
     assert not (changed & ~dead).any()
 
 
+def test_auxk_teaches_gated_s_dead_features_what_to_be_worth_and_their_gates_rise() -> None:
+    """Both ways of computing the codes: where they are dense, nothing else about the dead features may change."""
+    dictionary, x = random_dictionary(Gated), inputs("ordinary")
+    dead = some_dead(5)
+    with torch.no_grad():
+        dictionary.get_parameter("b_gate")[dead] = -50.0  # shut on every row, whatever the magnitude
+    for density in (0.0, 1.0):
+        with_aux = gradients(gated_loss(dictionary, x, x, replace(context(dead), density=density)).total, dictionary)
+        without = gradients(gated_loss(dictionary, x, x, replace(context(), density=density)).total, dictionary)
+        for name, axis in {"W_enc": 0, "W_dec": 1, "r_mag": None, "b_mag": None}.items():
+            difference = (with_aux[name] - without[name]).abs()
+            changed = (difference if axis is None else difference.amax(axis)) > 1e-12
+            assert torch.equal(changed, dead), f"{name}: AuxK reaches {changed.nonzero().flatten().tolist()}"
+        rise = without["b_gate"] - with_aux["b_gate"]
+        torch.testing.assert_close(rise, dead.double() / 32, rtol=0, atol=1e-12)
+
+
 def test_auxk_ignores_candidates_that_have_come_to_life() -> None:
     dictionary, x = random_dictionary(TopK, k=K), inputs("ordinary")
     dead = some_dead(3)
@@ -188,6 +207,33 @@ def test_optimum_of_one_latent_with_l1() -> None:
             relu_loss(dictionary, x, x, context(l1=weight)).total.backward()
             optimizer.step()
         assert float(dictionary.encode(x).detach()) == pytest.approx(max(0.0, x_value - weight / 2), abs=1e-6)
+
+
+def test_a_shut_gated_feature_learns_the_direction_that_is_missing() -> None:
+    """Eight orthogonal directions in the data, seven in the dictionary, the eighth feature shut and pointing elsewhere.
+
+    What it learns it can learn from AuxK alone: in 300 steps of 0.01 its gate, shut at −5, does not open.
+    """
+    generator = torch.Generator().manual_seed(0)
+    dictionary, dead = Gated(8, 8), torch.arange(8) == 7
+    with torch.no_grad():
+        dictionary.W_dec.copy_(torch.eye(8))
+        dictionary.W_dec[7] = torch.tensor([0.9, 0, 0, 0, 0, 0, 0, 0.19**0.5])
+        dictionary.W_enc.copy_(dictionary.W_dec.T)
+        dictionary.b_enc[7] = -5.0
+    optimizer = FeatureAdam(dictionary, 0.9, 0.999)
+    for _ in range(300):
+        x = (torch.rand(64, 8, generator=generator) < 0.2) * torch.rand(64, 8, generator=generator)
+        where = Context(
+            dead, dead.nonzero().flatten(), 0.1, 1.0, 1, 0.2, optimizer.encoder_sink, optimizer.decoder_sink
+        )
+        losses = gated_loss(dictionary, x, x, where)
+        assert losses.counts[7] == 0, "the feature came to life, so AuxK is not what is tested"
+        losses.total.backward()
+        optimizer.step(1e-2)
+    assert float(dictionary.W_dec[7, 7].detach()) > 0.95, "it has not learnt to write the missing direction"
+    read = dictionary.W_enc[:, 7].detach()
+    assert float(read[7] / read.norm()) > 0.9, "it has not learnt to read it"
 
 
 def dead_after_training(aux_coefficient: float) -> int:

@@ -57,7 +57,7 @@ def test_steps_in_float64_are_those_of_dense_autograd_and_torch_s_adam(
         ours.W_enc[:, :40] *= 0.2
         ours.b_enc[:40] -= 0.3 if architecture in ("relu", "gated") else 0.0
     settings = TrainConfig(
-        dead_after_tokens=4 * BATCH, l1_coefficient=0.3, l0_coefficient=0.01, bandwidth=0.2,
+        dead_after_tokens=4 * BATCH, aux_coefficient=1 / 32, l1_coefficient=0.3, l0_coefficient=0.01, bandwidth=0.2,
         max_gradient_norm=0.4 if clip else None,
     )  # fmt: skip
     reference = DenseReference(architecture, copy.deepcopy(ours), settings)
@@ -99,7 +99,7 @@ def test_the_loss_curve_of_training_is_that_of_the_dense_reference(architecture:
     batches = samples(25, torch.float32)
     settings = TrainConfig(
         tokens=100 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, l1_coefficient=0.3, l0_coefficient=0.01,
-        sparsity_warmup_fraction=0,
+        sparsity_warmup_fraction=0, dead_after_tokens=200_000,
     )  # fmt: skip
     curve: list[float] = []
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]

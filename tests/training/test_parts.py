@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from sae.architectures import TopK
-from sae.training.firing import FiringRecord
+from sae.config import DictionaryConfig, TrainConfig
+from sae.training import IterableSource
+from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import geometric_median, initialise_
 from sae.training.schedules import default_learning_rate, learning_rate, warmed_up
+from sae.training.trainee import Recipe, Trainee
 
 
 def test_dead_features_are_counted_in_tokens() -> None:
@@ -25,6 +28,33 @@ def test_dead_features_are_counted_in_tokens() -> None:
     assert record.take_densities().tolist() == [0.25, 0.0625, 0.0625]
     record.record(torch.tensor([0.0, 8.0, 0.0]), torch.tensor(1.5), 40, 5)
     assert record.take_densities().tolist() == pytest.approx([0, 0.2, 0])
+
+
+def test_penalised_features_are_dead_where_the_average_feature_fires_64_times() -> None:
+    """32 of 4,608 features per token: the average feature fires once in 144 tokens, 64 times in 9,216."""
+    assert default_dead_after("gated", 4608, 32) == default_dead_after("jumprelu", 4608, 32) == 9_216
+    assert default_dead_after("gated", 2304, 16) == 9_216
+    assert default_dead_after("gated", 131_072, 32) == 200_000
+    for architecture in ("relu", "topk", "batch_topk", "matryoshka"):
+        assert default_dead_after(architecture, 4608, 32) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("architecture", "weight", "k_aux", "dead_after"),
+    [("gated", 1.0, 4, 512), ("jumprelu", 1.0, 4, 512), ("topk", 1 / 32, 5, 200_000), ("relu", 1 / 32, 5, 200_000)],
+)
+def test_how_dead_features_are_revived_is_up_to_the_architecture_unless_it_is_chosen(
+    architecture: str, weight: float, k_aux: int, dead_after: int
+) -> None:
+    def trainee(settings: TrainConfig) -> Trainee:
+        shape = DictionaryConfig(architecture=architecture, d_sae=32, k=4)  # type: ignore[arg-type]
+        return Trainee(Recipe(shape, settings), IterableSource([torch.randn(8, 10)]), None, 1, torch.device("cpu"))
+
+    chosen = trainee(TrainConfig(aux_coefficient=0.0, k_aux=3, dead_after_tokens=50))
+    assert (chosen.aux_coefficient, chosen.k_aux, chosen.firing.dead_after) == (0.0, 3, 50)
+    default = trainee(TrainConfig())
+    assert (default.aux_coefficient, default.k_aux, default.firing.dead_after) == (weight, k_aux, dead_after)
+    assert default.folded().metadata["trained"]["dead_after_tokens"] == dead_after
 
 
 def test_firing_record_survives_a_checkpoint() -> None:

@@ -6,11 +6,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.architectures import Gated
 from sae.dictionary import Dictionary
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.sparse import decode, encode_at, rows_of, select_topk
-from sae.training.objectives.common import Context, encoder, mean_squared_error
+from sae.training.objectives.common import Context, mean_squared_error
+
+
+def default_aux_coefficient(architecture: str) -> float:
+    """1/32, as in Gao et al. 2024; for Gated and JumpReLU 1, the weight of the error itself.
+
+    It touches dead features only and Adam divides by the size of past gradients, so this is how fast they learn beside
+    what they have forgotten. At 1/32 those that a penalty shut out hardly moved (docs/log.md).
+    """
+    return 1.0 if architecture in ("gated", "jumprelu") else 1 / 32
+
+
+def default_k_aux(architecture: str, d_in: int, k: int) -> int:
+    """Half of d_in, as in Gao et al. 2024; for Gated and JumpReLU k, so that dead features share the residual sparsely.
+
+    Sharing it among all, they learned what no single one of them was worth firing for.
+    """
+    return k if architecture in ("gated", "jumprelu") else max(1, d_in // 2)
 
 
 def auxk_loss(
@@ -29,21 +47,29 @@ def auxk_loss(
     Args:
         x: what the dead features were selected on.
         residual: e, detached.
-        values: pre-activations of the dead features that were selected in each row.
+        values: what `dead_encoder` makes of each row for the dead features that were selected in it.
         places: where they stand among `context.dead_candidates`.
     """
     candidates = context.dead_candidates
     pattern = Pattern.from_indices(places, len(candidates))
-    pre = encode_at(
-        x,
-        dictionary.b_dec,
-        rows_of(dictionary.W_enc.T, candidates, context.encoder_sink),
-        dictionary.b_enc[candidates],
-        Selection(pattern, values.flatten()),
-    )
+    pre = encode_at(x, dictionary.b_dec, *dead_encoder(dictionary, context), Selection(pattern, values.flatten()))
     guess = decode(pattern, pre.relu(), rows_of(dictionary.W_dec, candidates, context.decoder_sink))
     share = (context.dead[candidates].sum() / context.k_aux).clamp(max=1.0)
     return share * mean_squared_error(residual, guess)
+
+
+def dead_encoder(
+    dictionary: Dictionary, context: Context
+) -> tuple[Float[Tensor, "candidates d_in"], Float[Tensor, " candidates"]]:
+    """The encoder rows and biases whose ReLU is what the dead features would be worth if they fired.
+
+    Gated's are those of the magnitude. Its gate is shut on every row, or the feature were not dead, and has no say.
+    """
+    candidates = context.dead_candidates
+    rows = rows_of(dictionary.W_enc.T, candidates, context.encoder_sink)
+    if isinstance(dictionary, Gated):
+        return rows * dictionary.r_mag[candidates].exp()[:, None], dictionary.b_mag[candidates]
+    return rows, dictionary.b_enc[candidates]
 
 
 def dead_subset(context: Context, dtype: torch.dtype) -> Subset | None:
@@ -63,7 +89,7 @@ def auxk_after(
     subset = dead_subset(context, x.dtype)
     if subset is None:
         return None
-    b_dec, rows, b_enc = encoder(dictionary)
-    chosen = select_topk(x, b_dec, rows[subset.features], b_enc[subset.features] + subset.penalty, subset.k)
+    rows, biases = dead_encoder(dictionary, context)
+    chosen = select_topk(x, dictionary.b_dec, rows, biases + subset.penalty, subset.k)
     shape = (len(x), subset.k)
     return auxk_loss(dictionary, x, residual, context, chosen.values.view(shape), chosen.pattern.features.view(shape))

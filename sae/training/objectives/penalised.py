@@ -52,9 +52,10 @@ def relu_loss(
 def gated_loss(
     dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
 ) -> Losses:
-    """‖y − ŷ‖² + λ Σ_j ReLU(π_j) + ‖y − ŷ_gate‖², with ŷ_gate from ReLU(π) and a decoder that it does not train.
+    """‖y − ŷ‖² + λ Σ_j ReLU(π_j) + ‖y − ŷ_gate‖² + α · AuxK, with ŷ_gate from ReLU(π) and a decoder it does not train.
 
-    Rajamanoharan et al. 2024, §3.2, eq. 8.
+    Rajamanoharan et al. 2024, §3.2, eq. 8. Of a dead feature, AuxK trains the direction and the magnitude, on which no
+    gate is needed, while `revival` opens its gate: opened as it is, it would be of no use and soon be shut again.
     """
     assert isinstance(dictionary, Gated)
     frozen, b_dec = dictionary.W_dec.detach(), dictionary.b_dec.detach()
@@ -78,7 +79,11 @@ def gated_loss(
         gate.sum() / len(x),
     )
     total = mse + context.sparsity * l1 + gate_mse + revival(dictionary, x, context)
-    return Losses(total, {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}, *found)
+    terms = {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}
+    aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
+    if aux is not None:
+        total, terms = total + context.aux_coefficient * aux, {**terms, "aux": aux.detach()}
+    return Losses(total, terms, *found)
 
 
 def jumprelu_loss(
