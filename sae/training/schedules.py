@@ -37,7 +37,7 @@ class SteeredWeight:
 
     Args:
         target: features per token that are aimed at.
-        start: λ to begin with.
+        start: λ to begin with, unless `begin` says better.
         gain: of the proportional part.
         rate: of the integral part.
         horizon: steps that the running mean of L0 reaches back.
@@ -60,6 +60,14 @@ class SteeredWeight:
         """Take a batch's L0 into account."""
         self.l0 = torch.where(self.l0.isnan(), l0, self.l0.lerp(l0.to(self.l0), 1 / self.horizon))
         self.integral = self.integral + self.rate * self._error()
+
+    def begin(self, b_enc: Float[Tensor, " d_sae"]) -> None:
+        """Begin with the λ that the biases stand for, where they are negative: λ/2 = −b.
+
+        min over f of (z − f)² + λ f is ReLU(z − λ/2), so to a feature of norm 1 any other λ says its bias is wrong.
+        """
+        weight = -2 * b_enc.detach().mean()
+        self.integral = torch.where(weight > 0, weight.log(), self.integral)
 
     def state_dict(self) -> dict[str, Any]:
         return {"integral": self.integral, "l0": self.l0}

@@ -256,6 +256,8 @@ class Trainee:
             theirs = self.target_normalisation
             _fold_(start, self.normalisation.inverse(), None if theirs is None else theirs.inverse())
             take_over_(self.dictionary, start, x, k)
+        if self.steered is not None:
+            self.steered.begin(self.dictionary.b_enc)
         self.optimizer.refresh()
 
     def _context(self) -> Context:

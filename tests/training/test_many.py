@@ -18,6 +18,7 @@ from sae.errors import ConfigError, TrainingError
 from sae.training import IterableSource, Recipe, TrainingInterrupted, train, train_all
 from sae.training.checkpoint import list_checkpoints
 from sae.training.schedules import SteeredWeight
+from sae.training.trainee import Trainee
 from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, settings
 
 
@@ -196,6 +197,27 @@ def test_a_steered_weight_stands_still_only_at_its_target() -> None:
     assert float(weight.value) == pytest.approx(3.0 * 2.718281828 ** (0.1 * 0.5 + 2.0 * 0.5), rel=1e-5)
     weight.observe(torch.tensor(0.0))  # e is −1 at the least
     assert float(weight.value) == pytest.approx(3.0 * 2.718281828 ** (0.1 * 0.5 - 0.1 - 2.0), rel=1e-5)
+
+
+def test_a_steered_weight_begins_with_what_the_biases_stand_for() -> None:
+    """min over f of (z − f)² + λ f is ReLU(z − λ/2): biases of −1.8 on average go with λ = 3.6."""
+    weight = SteeredWeight(8.0, start=3.0, device=torch.device("cpu"))
+    weight.begin(torch.tensor([-1.7, -1.9]))
+    assert float(weight.value) == pytest.approx(3.6)
+    weight.begin(torch.tensor([0.5, -0.1]))  # no λ stands for a bias above 0
+    assert float(weight.value) == pytest.approx(3.6)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_the_first_weight_of_training_is_twice_the_bound_where_k_fire(architecture: str) -> None:
+    """The first batch has L0 = k but for the pair at the bound itself, so it changes the weight by next to nothing."""
+    x = planted(1)[0]
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    trainee = Trainee(Recipe(shape, settings(1, lr=1e-9)), IterableSource([x]), None, 1, torch.device("cpu"))
+    trainee.step(x, None)
+    assert trainee.steered is not None
+    bound = -float(trainee.dictionary.b_enc.detach().mean())
+    assert float(trainee.steered.integral.exp()) == pytest.approx(2 * bound, rel=1e-3)
 
 
 def test_what_one_pass_cannot_have_is_refused() -> None:
