@@ -181,6 +181,19 @@ class Dictionary(nn.Module, ABC):
         self.shift_pre_activations_(self.b_dec @ self.W_enc)
 
     @torch.no_grad()
+    def normalise_decoder_(self) -> None:
+        """Give decoder rows norm 1: activations take the norms over.
+
+        Reconstructions stay as they are where each feature fires by itself; where features are measured against each
+        other or against one threshold (TopK, BatchTopK, Matryoshka), others may fire.
+        """
+        norms = self.W_dec.norm(dim=-1)
+        norms = norms.where(norms > 0, 1.0)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms)
+        self.scale_activations_(norms)
+
+    @torch.no_grad()
     def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:
         """Add to (x − b_dec) W_enc, wherever it is used."""
         self.b_enc.add_(shift)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import subprocess
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from sae.architectures import load
 from sae.config import RunConfig
 from sae.config_file import load_config
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
+from sae.environment import choose_device, git_commit
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation import Report, evaluate_all, write_report
 from sae.features import Features, collect
@@ -33,6 +34,7 @@ from sae.training.sinks import METRICS_FILE, Wandb
 from sae.training.trainee import Recipe, chosen_settings, setting_of
 
 CONFIG_YAML = "config.yaml"
+EMPTY: Mapping[str, Dictionary] = MappingProxyType({})
 Progress = Callable[[str, int, int], None]
 
 
@@ -176,18 +178,17 @@ class Run:
             device=self.device,
         )
 
-    def recipe(self, cache: ActivationCache, start: Dictionary | None = None) -> Recipe:
+    def recipe(self, cache: ActivationCache, starts: Mapping[str, Dictionary] = EMPTY) -> Recipe:
         """What the run's dictionary is made of.
 
         Args:
-            start: the dictionary in `train.start_from`, where it is loaded already.
+            starts: dictionaries to start from that are loaded already, by their place.
 
         Raises:
-            FormatError: there is none.
+            FormatError: there is none at `train.start_from`.
         """
-        config = self.config
-        if start is None and config.train.start_from is not None:
-            start = load_start(config.train.start_from)
+        config, place = self.config, self.config.train.start_from
+        start = None if place is None else starts.get(place) or load_start(place)
         return Recipe(
             config.dictionary, config.train, config.seed, config.hook, folder=self.folder,
             metadata=dictionary_metadata(cache, config.hook), start=start,
@@ -230,8 +231,8 @@ class Run:
         identity = self.cache().manifest.identity(self.config.hook)
         return record.get("activations") == identity and record.get("settings") == self.config.features.model_dump()
 
-    def trained_already(self, cache: ActivationCache) -> Dictionary:
-        """The dictionary that is there, if it is the one asked for.
+    def trained_already(self, cache: ActivationCache, starts: Mapping[str, Dictionary] = EMPTY) -> Dictionary:
+        """The dictionary that is there, if it is the one asked for; `starts` as of `recipe`.
 
         Raises:
             FormatError: it was made with other settings.
@@ -243,7 +244,7 @@ class Run:
             **chosen_settings(self.config.dictionary, self.config.train),
             "seed": self.config.seed,
             "activations": cache.manifest.identity(self.config.hook),
-            **self._start_identity(),
+            **self._start_identity(starts),
         }
         held = {**held, "hook": dictionary.metadata.get("hook")}
         for key, value in asked.items():
@@ -257,13 +258,13 @@ class Run:
         warn_of_missed_snapshots(self.folder, settings, settings.batch_size, dictionary.metadata["trained"]["steps"])
         return dictionary
 
-    def _start_identity(self) -> dict[str, Any]:
+    def _start_identity(self, starts: Mapping[str, Dictionary]) -> dict[str, Any]:
         """Hash of what training begins with; nothing where that has been deleted since."""
         place = self.config.train.start_from
         if place is None:
             return {"start": None}
         try:
-            return {"start": weights_sha256(load(place))}
+            return {"start": weights_sha256(starts.get(place) or load(place))}
         except FormatError:
             return {}
 
@@ -286,7 +287,7 @@ class Run:
     def _write_config(self, path: Path) -> None:
         """The resolved configuration, loadable again, under a line that says what made it."""
         settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        commit = _git_commit()
+        commit = git_commit()
         made_by = f"sae {sae.__version__}{f' ({commit})' if commit else ''}, torch {torch.__version__}"
         write_bytes(path, f"# {made_by}, Python {platform.python_version()}\n{settings}".encode())
 
@@ -384,33 +385,6 @@ def dictionary_metadata(cache: ActivationCache, hook: str) -> dict[str, Any]:
         "activations": manifest.identity(hook),
         "activation_dtype": manifest.dtype,
     }
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU where there is one.
-
-    Raises:
-        ConfigError: torch does not know the device, it is not there, or it has no float64 for the sums (mps).
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, dtype=torch.float64, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise ConfigError(f"device {name!r}: not available here ({reason}); use device=auto or device=cpu") from error
-    return device
-
-
-def _git_commit() -> str | None:
-    """The commit of this package, where it runs from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
 
 
 __all__ = ["Run", "choose_device", "collect_features", "harvest", "run"]

@@ -6,20 +6,21 @@ import contextlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
+from sae.architectures import load
 from sae.config import RunConfig
 from sae.config_file import parse_config
 from sae.dictionary import Dictionary
-from sae.errors import ConfigError
+from sae.errors import ConfigError, FormatError
 from sae.evaluation.pareto import Point, draw_pareto, pareto_table
 from sae.files import locked, read_json, write_bytes, write_json
-from sae.pipeline import Run, evaluate_runs, load_start
+from sae.pipeline import Run, evaluate_runs
 from sae.training.agreement import common_pass
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import Cost, train_all
@@ -110,13 +111,14 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
 
 def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:
     """Train those that are not there yet; those that stopped at a common step go on together, the others begin so."""
+    starts = _starts(runs.values())
     for run in runs.values():
         if run.is_trained():
-            run.trained_already(cache)
+            run.trained_already(cache, starts)
     missing = {name: run for name, run in runs.items() if not run.is_trained()}
     if not missing:
         return {}
-    recipes = _recipes(missing, cache)
+    recipes = {name: run.recipe(cache, starts) for name, run in missing.items()}
     common_pass(_loaders(base, missing, cache), recipes)  # what cannot be trained is known before anything is
     failures: dict[str, str] = {}
     for group in _that_go_together(missing):
@@ -140,11 +142,13 @@ def _that_go_together(runs: dict[str, Run]) -> Iterator[dict[str, Run]]:
         yield {name: runs[name] for name in steps}
 
 
-def _recipes(runs: Mapping[str, Run], cache: ActivationCache) -> dict[str, Recipe]:
-    """What each is made of; a dictionary that several start from is loaded once."""
-    places = sorted({place for run in runs.values() if (place := run.config.train.start_from)})
-    starts = {place: load_start(place) for place in places}
-    return {name: run.recipe(cache, starts.get(run.config.train.start_from or "")) for name, run in runs.items()}
+def _starts(runs: Iterable[Run]) -> dict[str, Dictionary]:
+    """The dictionaries that runs start from, each loaded once; what is not there is missed where it is needed."""
+    starts: dict[str, Dictionary] = {}
+    for place in {place for run in runs if (place := run.config.train.start_from)}:
+        with contextlib.suppress(FormatError):
+            starts[place] = load(place)
+    return starts
 
 
 def _loaders(base: Run, runs: Mapping[str, Run], cache: ActivationCache) -> dict[str, ActivationLoader]:

@@ -146,10 +146,21 @@ def test_giving_the_decoder_norm_1_changes_no_reconstruction(dictionary: Diction
     with torch.no_grad():
         changed.W_dec[3] = 0
     before = changed(x)
-    changed.normalise_decoder_()  # type: ignore[operator]
+    changed.normalise_decoder_()
     torch.testing.assert_close(changed(x), before, rtol=1e-12, atol=1e-12)
     norms = changed.W_dec.norm(dim=1)
     torch.testing.assert_close(norms[torch.arange(30) != 3], torch.ones(29, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dictionary", ALL)
+def test_activations_take_over_the_decoders_norms(dictionary: Dictionary) -> None:
+    """Whatever fires: pre-activations are as many times larger, and only a threshold for all stays."""
+    changed, x, norms = copy.deepcopy(dictionary), torch.randn(9, 8), dictionary.W_dec.norm(dim=1)
+    changed.normalise_decoder_()
+    torch.testing.assert_close(changed.pre_activations(x), dictionary.pre_activations(x) * norms)
+    torch.testing.assert_close(changed.W_dec * norms[:, None], dictionary.W_dec)
+    if isinstance(dictionary, (BatchTopK, Matryoshka)):
+        assert torch.equal(changed.get_parameter("threshold"), dictionary.get_parameter("threshold"))
 
 
 @pytest.mark.parametrize("dictionary", ALL)

@@ -18,7 +18,7 @@ import yaml
 
 import sae
 from sae.activations.loader import ActivationLoader
-from sae.architectures import ARCHITECTURES
+from sae.architectures import ARCHITECTURES, load
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.pareto import Point, draw_pareto, pareto_table
@@ -165,6 +165,23 @@ def test_what_one_cannot_do_is_said_before_any_is_trained(
     with pytest.raises(SaeError, match=message):
         sweep(config)
     assert not list(Path(config.out).glob("*/dictionary"))
+
+
+def test_a_start_that_several_share_is_read_once(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Run(tiny_config(out=tiny_config().out + "-start"))
+    start.harvest()
+    start.train()
+    axes = {"train": {"start_from": [start.config.out], "freeze": [["W_dec"], ["b_dec"], []]}}
+    config = swept(tiny_config, **axes).model_copy(update={"harvest": start.config.harvest})
+    read: list[str] = []
+    for module in ("sae.sweep", "sae.pipeline"):
+        monkeypatch.setattr(
+            f"{module}.load", lambda place, **options: read.append(str(place)) or load(place, **options)
+        )
+    for _ in range(2):
+        read.clear()
+        sweep(config)
+        assert read.count(start.config.out) == 1
 
 
 def test_two_hook_points_are_trained_in_the_same_pass(tiny_config: TinyConfig) -> None:

@@ -46,15 +46,6 @@ class Elementwise(Dictionary):
         return self.decode(self.encode(x)) if self._is_dense(x) else super().forward(x)
 
     @torch.no_grad()
-    def normalise_decoder_(self) -> None:
-        """Give decoder rows norm 1 and leave every reconstruction as it is: activations take the norms over."""
-        norms = self.W_dec.norm(dim=-1)
-        norms = norms.where(norms > 0, 1.0)
-        self.W_dec.div_(norms[:, None])
-        self.W_enc.mul_(norms)
-        self.scale_activations_(norms)
-
-    @torch.no_grad()
     def _is_dense(self, x: Tensor) -> bool:
         """Whether more features fire on the first rows than sparse products are good for. Waits for the device."""
         self._check_width(x)
@@ -87,5 +78,7 @@ class OneThreshold(Elementwise):
 
     @torch.no_grad()
     def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
+        """As of every dictionary; but one threshold for all cannot follow a factor of each feature, and stays."""
         super().scale_activations_(factor)
-        self.threshold.mul_(factor)
+        if not isinstance(factor, Tensor) or factor.ndim == 0:
+            self.threshold.mul_(factor)

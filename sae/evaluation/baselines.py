@@ -148,8 +148,8 @@ class RandomDictionary:
     ) -> None:  # fmt: skip
         d_in = cache.d_in(hook)
         self.dictionary = TopK(d_in, d_sae, k=max(ks)).requires_grad_(False)
-        rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
-        self.dictionary.W_dec.copy_(rows / rows.norm(dim=-1, keepdim=True))
+        self.dictionary.W_dec.copy_(torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed)))
+        self.dictionary.normalise_decoder_()
         self.dictionary.W_enc.copy_(self.dictionary.W_dec.T)
         self.dictionary.b_dec.copy_(cache.statistics(hook).mean)
         self.dictionary.to(device)

@@ -75,5 +75,6 @@ class FiringRecord:
         self.silent_tokens.copy_(state["silent_tokens"])
         self.candidates = state["candidates"].to(self.silent_tokens.device)
         self.density = state["density"]
-        self.counts.copy_(state["counts"])
-        self.tokens = state["tokens"]
+        if "counts" in state:  # not in checkpoints of before they were logged
+            self.counts.copy_(state["counts"])
+            self.tokens = state["tokens"]

@@ -33,9 +33,8 @@ def initialise_(
         k: features per token that ReLU, Gated and JumpReLU begin with.
         centre: one of `CENTRES`.
     """
-    directions = torch.randn(dictionary.d_sae, dictionary.d_in, generator=generator).to(sample.device)
-    dictionary.W_dec.copy_(directions)
-    normalise_decoder_(dictionary.W_dec)
+    dictionary.W_dec.copy_(torch.randn(dictionary.d_sae, dictionary.d_in, generator=generator))
+    dictionary.normalise_decoder_()
     dictionary.W_enc.copy_(dictionary.W_dec.T)
     for name in dictionary.bias_names:
         dictionary.get_parameter(name).zero_()
@@ -56,7 +55,8 @@ def take_over_(
     their biases. JumpReLU's thresholds, and ReLU's and Gated's biases, then begin where k features fire per token, as
     they do in a new dictionary. Decoder rows get norm 1 where training keeps it, and activations take the norms over.
     """
-    if start.architecture == dictionary.architecture:
+    same_architecture = start.architecture == dictionary.architecture
+    if same_architecture:
         theirs = dict(start.named_parameters())
         for name, parameter in dictionary.named_parameters():
             parameter.copy_(theirs[name])
@@ -68,14 +68,8 @@ def take_over_(
         for name in dictionary.bias_names:
             dictionary.get_parameter(name).copy_(start.b_mag if gated else start.b_enc)
     if dictionary.unit_decoder:
-        norms = dictionary.W_dec.norm(dim=-1)
-        norms = norms.where(norms > 0, 1.0)
-        dictionary.W_dec.div_(norms[:, None])
-        dictionary.W_enc.mul_(norms)
-        of_features = [*dictionary.bias_names, *(["threshold"] if isinstance(dictionary, JumpReLU) else [])]
-        for name in of_features:
-            dictionary.get_parameter(name).mul_(norms)
-    if start.architecture != dictionary.architecture and k is not None:
+        dictionary.normalise_decoder_()
+    if not same_architecture and k is not None:
         let_k_fire_(dictionary, sample, k)
 
 
@@ -111,9 +105,3 @@ CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros": lambda points: points.new_zeros(points.shape[1]),
 }
 """Where b_dec can begin."""
-
-
-@torch.no_grad()
-def normalise_decoder_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Give every row norm 1."""
-    W_dec /= W_dec.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import sae
 from sae.architectures import ARCHITECTURES
-from sae.architectures.elementwise import Elementwise, OneThreshold
+from sae.architectures.elementwise import OneThreshold
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary, weights_sha256
 from sae.errors import ConfigError, TrainingError
@@ -24,6 +23,7 @@ from sae.kernels.products import cpu_has_bfloat16
 from sae.neighbours import nearest_neighbours
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
+from sae.training.normalisation import Normalisation, fold_, normalisation_of
 from sae.training.objectives import OBJECTIVES, Context, Losses
 from sae.training.objectives.auxk import default_aux_coefficient, default_k_aux
 from sae.training.optimizer import FeatureAdam
@@ -59,21 +59,6 @@ class Recipe:
     folder: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     start: Dictionary | None = None
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """x ↦ (x − mean) · scale, after which E‖x‖² = d_in."""
-
-    mean: Float[Tensor, " d_in"]
-    scale: float
-
-    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        return (x - self.mean) * self.scale
-
-    def inverse(self) -> Normalisation:
-        """x ↦ x / scale + mean."""
-        return Normalisation(-self.mean * self.scale, 1 / self.scale)
 
 
 class Trainee:
@@ -148,10 +133,9 @@ class Trainee:
         """A copy that takes raw activations, decoder rows of norm 1."""
         copied = copy.deepcopy(self.dictionary).cpu().eval().requires_grad_(False)
         if not copied.unit_decoder:
-            assert isinstance(copied, Elementwise)
             copied.normalise_decoder_()
         ours, theirs = self.normalisation, self.target_normalisation
-        _fold_(copied, ours, theirs)
+        fold_(copied, ours, theirs)
         copied.metadata = {
             **self.recipe.metadata,
             "sae_version": sae.__version__,
@@ -254,7 +238,7 @@ class Trainee:
         else:
             start = copy.deepcopy(start).to(x.device, x.dtype)
             theirs = self.target_normalisation
-            _fold_(start, self.normalisation.inverse(), None if theirs is None else theirs.inverse())
+            fold_(start, self.normalisation.inverse(), None if theirs is None else theirs.inverse())
             take_over_(self.dictionary, start, x, k)
         if self.steered is not None:
             self.steered.begin(self.dictionary.b_enc)
@@ -315,16 +299,6 @@ def setting_of(held: Mapping[str, Any], key: str) -> Any:
     return held.get(key)
 
 
-def _fold_(dictionary: Dictionary, of_input: Normalisation, of_target: Normalisation | None) -> None:
-    like = dictionary.b_dec
-    dictionary.fold_normalisation_(
-        of_input.mean.to(like),
-        of_input.scale,
-        None if of_target is None else of_target.mean.to(like),
-        None if of_target is None else of_target.scale,
-    )
-
-
 def freeze_(dictionary: Dictionary, names: Sequence[str]) -> None:
     """Take the gradient from the parameters of these names.
 
@@ -356,25 +330,6 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
             f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, and d_sae={dictionary.d_sae} "
             f"and d_in={dictionary.d_in} are asked for: choose another train.start_from, or set dictionary.d_sae to its"
         )
-
-
-def normalisation_of(source: BatchSource, center: bool, device: torch.device) -> Normalisation:
-    """From the source's statistics.
-
-    Raises:
-        TrainingError: the activations have no size.
-    """
-    statistics = source.statistics
-    mean = statistics.mean if center else torch.zeros_like(statistics.mean)
-    square = statistics.mean_squared_norm - (float(statistics.mean.double().square().sum()) if center else 0.0)
-    if not math.isfinite(square):
-        raise TrainingError(
-            f"the activations' mean squared norm is {square}: some are not finite; check them: of a cache with "
-            "'sae verify'"
-        )
-    if square <= 0:
-        raise TrainingError("the activations are all equal, so there is nothing to learn: is the hook point right?")
-    return Normalisation(mean.to(device), (source.d_in / square) ** 0.5)
 
 
 def _steered(shape: DictionaryConfig, settings: TrainConfig, device: torch.device) -> SteeredWeight | None:

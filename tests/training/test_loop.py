@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import sae
 from sae.config import DictionaryConfig, TrainConfig
 from sae.errors import TrainingError
 from sae.training import IterableSource, TrainingInterrupted, train
-from sae.training.checkpoint import list_checkpoints
+from sae.training.checkpoint import STATE_FILE, list_checkpoints
 
 D_IN, D_SAE, K, BATCH = 16, 48, 3, 64
 SHAPE = DictionaryConfig(d_sae=D_SAE, k=K)
@@ -139,6 +140,17 @@ def test_interrupted_and_resumed_training_gives_the_same_weights(tmp_path: Path,
         assert torch.equal(ours, theirs[1]), name
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(10, 111, 10)), "the log of a resumed run has gaps or repetitions"
+
+
+def test_a_checkpoint_from_before_firing_was_logged_goes_on(tmp_path: Path) -> None:
+    whole = train(IterableSource(planted(30)), SHAPE, settings(40, keep_checkpoints=9), folder=tmp_path)
+    *_, before_last, last = list_checkpoints(tmp_path / "checkpoints")
+    shutil.rmtree(last)
+    state = torch.load(before_last / STATE_FILE, weights_only=True)
+    del state["firing"]["counts"], state["firing"]["tokens"]
+    torch.save(state, before_last / STATE_FILE)
+    again = train(IterableSource(planted(30)), SHAPE, settings(40, keep_checkpoints=9), folder=tmp_path)
+    assert torch.equal(again.W_dec, whole.W_dec)
 
 
 SCRIPT = """

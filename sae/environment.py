@@ -1,0 +1,37 @@
+"""What a run finds around it: the device that it computes on, the commit of this package."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import torch
+
+from sae.errors import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one.
+
+    Raises:
+        ConfigError: torch does not know the device, it is not there, or it has no float64 for the sums (mps).
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ConfigError(f"device {name!r}: not available here ({reason}); use device=auto or device=cpu") from error
+    return device
+
+
+def git_commit() -> str | None:
+    """The commit of this package, where it runs from a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
