@@ -13,7 +13,7 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files"],
+    ["errors", "files", "environment"],
     ["mixture"],
     ["config", "config_file"],
     ["neighbours"],
@@ -38,6 +38,7 @@ FLOW = [
 CORE = {
     "errors",
     "files",
+    "environment",
     "mixture",
     "config",
     "config_file",
