@@ -18,7 +18,7 @@ from sae.errors import CacheError, ConfigError
 from sae.features.best import Best
 from sae.features.block import Block, Reach, make_block
 from sae.features.examples import pick_examples, reservoir_size
-from sae.features.histogram import FINE_BINS, bin_edges, coarsen, fine_bins
+from sae.features.histogram import FINE_BINS, LARGEST_BITS, bin_edges, coarsen, fine_bins, float_bits
 from sae.features.logits import LogitEffects, logit_effects
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 BLOCK_FIRINGS = 1 << 21
 _ENCODED_AT_ONCE = 1 << 26
-_FLOAT_BITS = 0xFFFFFFFF
 
 
 def collect(
@@ -208,7 +207,7 @@ class _Collector:
         self.sum += np.bincount(block.feature, weights=block.value, minlength=self.d_sae)
         bins = block.feature * FINE_BINS + fine_bins(block.value, self.scale)
         self.histogram += np.bincount(bins, minlength=self.histogram.size).reshape(self.histogram.shape)
-        self.top.offer(block, _FLOAT_BITS - block.value.view(np.uint32).astype(np.int64))
+        self.top.offer(block, LARGEST_BITS - float_bits(block.value))
         self.sample.offer(block, random_keys(block, self.seed))
         self.first_row, self.waiting = self.rows, 0
         self.firings, self.documents = [], []

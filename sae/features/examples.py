@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from sae.config import FeaturesConfig
 from sae.features.best import WORST, Best, rank_within
-from sae.features.histogram import fine_bins
+from sae.features.histogram import LARGEST_BITS, fine_bins, float_bits
 
 _SPREAD = 4.0
 
@@ -54,19 +54,19 @@ def pick_examples(
     """
     kept = np.nonzero(top.key < WORST)
     sampled = np.nonzero(sample.key < WORST)
-    value, row, key = sample.value[sampled], sample.row[sampled], sample.key[sampled]
+    value, row = sample.value[sampled], sample.row[sampled]
     share = _shares(sampled[0], value, row, histogram, scale, settings.quantiles)
     group = settings.quantiles - share
-    order = np.lexsort((row, key, group, sampled[0]))
-    slot = (sampled[0] * (settings.quantiles + 1) + group)[order]
-    order = order[rank_within(slot) < settings.per_quantile]
+    slot = sampled[0] * (settings.quantiles + 1) + group
+    order = np.argsort(slot, kind="stable")  # the reservoir holds a feature's firings by key already
+    order = order[rank_within(slot[order]) < settings.per_quantile]
 
     feature = np.concatenate([kept[0], sampled[0][order]])
     groups = np.concatenate([np.zeros_like(kept[0]), group[order]])
     values = np.concatenate([top.value[kept], value[order]])
     rows = np.concatenate([top.row[kept], row[order]])
     windows = np.concatenate([top.window[kept], sample.window[sampled[0][order], sampled[1][order]]])
-    final = np.lexsort((rows, -values, groups, feature))
+    final = _order(feature * (settings.quantiles + 1) + groups, LARGEST_BITS - float_bits(values), rows)
     return Examples(feature[final], groups[final], rows[final], values[final], windows[final])
 
 
@@ -79,7 +79,7 @@ def _shares(
     quantiles: int,
 ) -> Int[np.ndarray, " n"]:
     """The equal-count share of its feature's non-zero activations that each belongs to; 0 holds the weakest."""
-    order = np.lexsort((row, value, feature))
+    order = _order(feature, float_bits(value), row)
     bins = fine_bins(value, scale)[order]
     features, fine = feature[order], histogram.shape[1]
     cell = features * fine + bins
@@ -91,3 +91,15 @@ def _shares(
     share = np.empty_like(feature)
     share[order] = (2 * below * members + (2 * rank + 1) * number) * quantiles // (2 * count * members)
     return share
+
+
+def _order(
+    slot: Int[np.ndarray, " n"], key: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"]:
+    """Argsort by slot, then key, then row; a slot has a row once, and keys are in [0, 2³²).
+
+    Two sorts of one number each: entries that come nearly in the order of their slots, as here, are quick to sort so,
+    and `lexsort` would shuffle them first.
+    """
+    order = np.argsort(slot * (int(row.max(initial=0)) + 1) + row, kind="stable")
+    return order[np.argsort(((slot << 32) | key)[order], kind="stable")]

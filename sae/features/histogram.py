@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 LOWEST_OCTAVE, OCTAVES = -12, 16
 FINE_PER_OCTAVE, PER_OCTAVE = 16, 4
 FINE_BINS, BINS = OCTAVES * FINE_PER_OCTAVE, OCTAVES * PER_OCTAVE
+LARGEST_BITS = 0xFFFFFFFF
 _SHIFT = 23 - 4
 _LOWEST = (127 + LOWEST_OCTAVE) * FINE_PER_OCTAVE
 
@@ -19,6 +20,11 @@ def fine_bins(value: Float[np.ndarray, " n"], scale: float) -> Int[np.ndarray, "
     """Fine bin of every positive value; what lies beyond the range falls into the first bin or the last."""
     bits = (value.astype(np.float32) * np.float32(1 / scale)).view(np.int32)
     return np.clip((bits >> _SHIFT) - _LOWEST, 0, FINE_BINS - 1).astype(np.int64)
+
+
+def float_bits(value: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """A number in [0, 2³²) that rises with the positive float32 `value`."""
+    return value.view(np.uint32).astype(np.int64)
 
 
 def coarsen(histogram: Int[np.ndarray, "d_sae fine"]) -> Int[np.ndarray, "d_sae bins"]:
