@@ -302,6 +302,10 @@ class EvaluationConfig(_Settings):
     downstream_tokens: PositiveInt | None = Field(
         default=None, description="held-out tokens for the language-model loss; null: as many as `tokens`"
     )
+    baseline_tokens: PositiveInt | None = Field(
+        default=16384,
+        description="of those, how many are enough for baselines: the first, in whole contexts; null: all",
+    )
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
 
 

@@ -109,6 +109,17 @@ class ContextBatch:
     eligible: Bool[Tensor, "context seq"]
     activations: Float[Tensor, "context seq d_in"] | None
 
+    def contexts(self, first: int, end: int) -> ContextBatch:
+        """Those from `first` up to `end`, as a batch of their own."""
+        part = slice(first, end)
+        return ContextBatch(
+            self.first_row + first * self.tokens.shape[1],
+            self.tokens[part],
+            self.documents[part],
+            self.eligible[part],
+            None if self.activations is None else self.activations[part],
+        )
+
 
 def shard_name(folder: str, split: str, number: int) -> str:
     """Path of a shard inside the cache; `folder` is `tokens` or a hook point."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError
-from sae.evaluation.baselines import IDENTITY
+from sae.evaluation.baselines import IDENTITY, Baseline
 from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, ratio, row_sums, to_json
 from sae.evaluation.reconstruction import Reconstructor
 from sae.evaluation.streams import Progress
@@ -34,7 +34,7 @@ class DownstreamScores:
     and the others keep the model's own activations. Differences are paired, per token.
 
     Attributes:
-        tokens: positions that count.
+        tokens: positions that count; fewer for baselines, where `EvaluationConfig.baseline_tokens` says so.
         documents: documents they are from.
         ce_clean: next-token loss with the hook point untouched.
         ce_spliced: replaced by x̂.
@@ -62,37 +62,63 @@ class DownstreamScores:
 
 
 def measure_downstream(
-    language_model: LanguageModel, cache: ActivationCache, hook: str, reconstructors: Mapping[Hashable, Reconstructor],
-    *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig, device: str | torch.device, progress: Progress,
+    language_model: LanguageModel, cache: ActivationCache, hook: str, dictionaries: Mapping[Hashable, Reconstructor],
+    baselines: Mapping[Baseline, Reconstructor], *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig,
+    device: str | torch.device, progress: Progress,
 ) -> dict[Hashable, DownstreamScores]:  # fmt: skip
     """Losses with the hook point replaced in turn by 0, x̄ and every reconstruction, in one pass over held-out contexts.
 
+    Baselines go into the first `settings.baseline_tokens` only: they lose so much more than dictionaries do that few
+    tokens tell how much, and each of them is another pass of the model.
+
     Returns:
-        Scores by the reconstructors' keys. Those of `IDENTITY` are the clean ones by construction.
+        Scores by the keys of both. Those of `IDENTITY` are the clean ones by construction.
 
     Raises:
         ConfigError: too few tokens to hold one position that counts.
         ModelError: the hook point cannot be replaced.
     """
-    spliced = {key: reconstructor for key, reconstructor in reconstructors.items() if key != IDENTITY}
-    names = [column for key in spliced for column in (_ce(key), _kl(key))]
-    sums = DocumentSums(len(cache.documents(HELD_OUT)), ("clean", "zero", "mean", *names))
+    at_first = {key: reconstructor for key, reconstructor in baselines.items() if key != IDENTITY}
+    documents = len(cache.documents(HELD_OUT))
+    everywhere, first = (DocumentSums(documents, _columns(keys)) for keys in (dictionaries, at_first))
     limit = settings.downstream_tokens or settings.tokens
     rows, of = 0, min(cache.rows(HELD_OUT), limit or cache.rows(HELD_OUT))
-    for batch in cache.contexts(HELD_OUT, batch_contexts=settings.batch_contexts, max_tokens=limit):
+    batches = cache.contexts(HELD_OUT, batch_contexts=settings.batch_contexts, max_tokens=limit)
+    for batch, is_first in _parted(batches, settings.baseline_tokens):
         rows += batch.tokens.numel()
         counted = batch.eligible[:, :-1]
         if counted.any():
+            spliced = {**dictionaries, **at_first} if is_first else dictionaries
             values = _measure_batch(language_model, batch, hook, spliced, mean=mean, device=torch.device(device))
-            sums.add_(batch.documents[:, :-1][counted], values)
+            for sums in (everywhere, first) if is_first else (everywhere,):
+                sums.add_(batch.documents[:, :-1][counted], {name: values[name] for name in sums.names[1:]})
         progress("language model", rows, of)
-    if sums.tokens == 0:
+    if everywhere.tokens == 0:
         raise ConfigError(
             f"evaluation.downstream_tokens={limit}: no eligible position with a next token in them; "
             f"set at least one context ({cache.context_length}), or null"
         )
-    clean = _scores(sums, sums["clean"], torch.zeros_like(sums["clean"]))
-    return {key: _scores(sums, sums[_ce(key)], sums[_kl(key)]) if key in spliced else clean for key in reconstructors}
+    scores: dict[Hashable, DownstreamScores] = {}
+    for sums, keys in ((everywhere, dictionaries), (first, at_first)):
+        scores |= {key: _scores(sums, sums[_ce(key)], sums[_kl(key)]) for key in keys}
+    return scores | {IDENTITY: _scores(everywhere, everywhere["clean"], torch.zeros_like(everywhere["clean"]))}
+
+
+def _columns(keys: Iterable[Hashable]) -> list[str]:
+    return ["clean", "zero", "mean", *(column for key in keys for column in (_ce(key), _kl(key)))]
+
+
+def _parted(batches: Iterable[ContextBatch], first_tokens: int | None) -> Iterator[tuple[ContextBatch, bool]]:
+    """Every batch, and whether it lies within the first tokens; the one that their end lies in comes in two parts."""
+    for batch in batches:
+        contexts, length = batch.tokens.shape
+        inside = contexts
+        if first_tokens is not None:
+            inside = min(max(-(-first_tokens // length) - batch.first_row // length, 0), contexts)
+        if inside:
+            yield batch.contexts(0, inside), True
+        if inside < contexts:
+            yield batch.contexts(inside, contexts), False
 
 
 def _measure_batch(

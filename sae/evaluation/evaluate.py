@@ -116,7 +116,7 @@ def evaluate_all(
     scores |= score("baselines", baselines)
     if language_model is not None:
         downstream = measure_downstream(
-            language_model, cache, hook, {**own, **baselines},
+            language_model, cache, hook, own, baselines,
             mean=summary.mean, settings=settings, device=device, progress=report_progress,
         )  # fmt: skip
         scores = {key: part.with_downstream(downstream[key]) for key, part in scores.items()}

@@ -74,7 +74,7 @@ def report_table(report: Report) -> Table:
         if number in (section, section + len(_SPARSITY) + 2):
             table.add_section()
         table.add_row(label.strip("`"), *cells)
-    table.caption = "± standard error over documents"
+    table.caption = "\n".join(filter(None, ["± standard error over documents", fewer_tokens(report)]))
     return table
 
 
@@ -150,8 +150,26 @@ def _losses(report: Report) -> list[str]:
         "## Language-model loss",
         _pipe_table(["hook point replaced by", "", "nats per token"], rows),
         f"Over {downstream.tokens:,} eligible positions with a next token, of {downstream.documents:,} documents. All "
-        "replacements are made at the same eligible positions; the others keep the model's own activations.",
+        "replacements are made at the same eligible positions; the others keep the model's own activations."
+        + _sentence(fewer_tokens(report)),
     ]
+
+
+def fewer_tokens(report: Report) -> str:
+    """Of which positions the baselines' losses are, where these are fewer than the dictionary's; else empty."""
+    own = report.scores.downstream
+    fewer = [scores.downstream for scores in report.baselines.values() if scores.downstream is not None]
+    least = min(fewer, key=lambda scores: scores.tokens, default=own)
+    if own is None or least is None or least.tokens == own.tokens:
+        return ""
+    return (
+        f"losses of baselines, and the clean loss that they are beside: first {least.tokens:,} positions, of "
+        f"{least.documents:,} documents"
+    )
+
+
+def _sentence(note: str) -> str:
+    return f" {note[0].upper()}{note[1:]}." if note else ""
 
 
 def _sparsity(report: Report) -> str:

@@ -122,7 +122,13 @@ class Report:
             },
             **metrics,
             "baselines": {
-                name: {"description": scores.description, **scores.to_json()} for name, scores in self.baselines.items()
+                name: {
+                    "description": scores.description,
+                    "downstream_tokens": scores.downstream.tokens if scores.downstream else None,
+                    "downstream_documents": scores.downstream.documents if scores.downstream else None,
+                    **scores.to_json(),
+                }
+                for name, scores in self.baselines.items()
             },
             "activation_norms": self.norms.to_json(),
             "seconds": round(self.seconds, 3),

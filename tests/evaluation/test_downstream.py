@@ -13,6 +13,8 @@ from sae.activations import ActivationCache
 from sae.config import EvaluationConfig, ModelConfig
 from sae.errors import CacheError, ConfigError, ModelError
 from sae.evaluation import evaluate
+from sae.evaluation.render import markdown, report_table
+from sae.evaluation.report import Report
 from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT
 
@@ -137,6 +139,50 @@ def test_downstream_tokens_limit(many_documents: ActivationCache, language_model
     assert 0 < scores["evaluated"]["downstream_tokens"] <= 2 * 14
     with pytest.raises(ConfigError, match=r"evaluation\.downstream_tokens=3: .* set at least one context \(16\)"):
         _evaluate(many_documents, language_model, lambda x: x, downstream_tokens=3)
+
+
+@pytest.mark.parametrize("batch_contexts", [1, 4, 100])
+def test_baselines_are_put_into_the_first_contexts_only(
+    many_documents: ActivationCache, language_model: LanguageModel, batch_contexts: int
+) -> None:
+    """33 tokens take three contexts of 16: what is said of baselines is what an evaluation of just those says."""
+    settings = {"batch_contexts": batch_contexts}
+    whole = _evaluate(many_documents, language_model, lambda x: 0.5 * x, baseline_tokens=33, **settings)
+    every = _evaluate(many_documents, language_model, lambda x: 0.5 * x, baseline_tokens=None, **settings)
+    three = _evaluate(many_documents, language_model, lambda x: 0.5 * x, downstream_tokens=48, **settings)
+    for column in ("pca", "random"):
+        fewer, few = whole["baselines"][column], three["baselines"][column]
+        assert fewer["downstream_tokens"] == few["downstream_tokens"] == three["evaluated"]["downstream_tokens"]
+        assert fewer["downstream_documents"] == few["downstream_documents"]
+        for name in ("ce_clean", "ce_spliced", "ce_zero", "delta_ce", "kl"):
+            assert fewer[name]["value"] == pytest.approx(few[name]["value"], rel=1e-5, abs=1e-7), name
+        assert fewer["ce_spliced"]["value"] != pytest.approx(
+            every["baselines"][column]["ce_spliced"]["value"], rel=1e-4
+        )
+        assert fewer["fvu"] == every["baselines"][column]["fvu"], "only the model's passes are fewer"
+    assert whole["baselines"]["identity"]["downstream_tokens"] == whole["evaluated"]["downstream_tokens"]
+    for name in ("ce_clean", "ce_spliced", "delta_ce", "kl"):
+        assert whole[name]["value"] == pytest.approx(every[name]["value"], rel=1e-5), (
+            "the dictionary's are of all tokens"
+        )
+
+
+def test_tables_say_where_baselines_have_fewer_tokens(
+    many_documents: ActivationCache, language_model: LanguageModel
+) -> None:
+    def report(baseline_tokens: int | None) -> Report:
+        return evaluate(
+            Fixed(32, 8, lambda x: 0.5 * x), many_documents, hook=HOOK, language_model=language_model,
+            settings=EvaluationConfig(baseline_tokens=baseline_tokens),
+        )  # fmt: skip
+
+    few, every = report(33), report(None)
+    positions = few.baselines["pca"].downstream.tokens
+    assert f"Losses of baselines, and the clean loss that they are beside: first {positions} positions" in markdown(
+        few, []
+    )
+    assert f"first {positions} positions" in str(report_table(few).caption)
+    assert "Losses of baselines" not in markdown(every, []) and "positions" not in str(report_table(every).caption)
 
 
 def test_another_model_or_an_unreplaceable_hook_is_an_error(
