@@ -62,7 +62,7 @@ class DownstreamScores:
 
 
 def measure_downstream(
-    language_model: LanguageModel, cache: ActivationCache, hook: str, dictionaries: Mapping[Hashable, Reconstructor],
+    language_model: LanguageModel, cache: ActivationCache, hook: str, dictionaries: Mapping[str, Reconstructor],
     baselines: Mapping[Baseline, Reconstructor], *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig,
     device: str | torch.device, progress: Progress,
 ) -> dict[Hashable, DownstreamScores]:  # fmt: skip
@@ -88,7 +88,9 @@ def measure_downstream(
         rows += batch.tokens.numel()
         counted = batch.eligible[:, :-1]
         if counted.any():
-            spliced = {**dictionaries, **at_first} if is_first else dictionaries
+            spliced: dict[Hashable, Reconstructor] = dict(dictionaries.items())
+            if is_first:
+                spliced |= at_first
             values = _measure_batch(language_model, batch, hook, spliced, mean=mean, device=torch.device(device))
             for sums in (everywhere, first) if is_first else (everywhere,):
                 sums.add_(batch.documents[:, :-1][counted], {name: values[name] for name in sums.names[1:]})
