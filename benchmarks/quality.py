@@ -6,7 +6,8 @@ CACHE is an activation cache that `sae harvest` made; one on SmolLM2-135M comes 
 toolkit runs in an environment of its own, which the script makes. Where an architecture has a penalty whose weight
 decides L0, the peers' weight is searched until L0 is within 5 % of k; this toolkit finds its own. Results go to
 `benchmarks/results/`. A comparison takes hours on a CPU: every training's result is kept in `--keep` under a key of
-all that it depends on (data, settings, versions, and for this toolkit its own source), and the same command goes on.
+all that it depends on (what the cache was made from, settings, versions, and for this toolkit its own source), and the
+same command goes on.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from sae.tokens import HELD_OUT, TRAIN
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "peers" / "quality_worker.py"
+KEPT = Path(__file__).parent / "results" / "trainings"
 PEERS = ("saelens", "dictionary_learning")
 SEARCHED = {
     "saelens": {"relu": 3.0, "gated": 3.0, "jumprelu": 3.0},
@@ -62,7 +64,17 @@ class Row:
     other_rules: list[dict[str, Any]]
 
 
-def export(cache: ActivationCache, hook: str, held_out_rows: int, path: Path) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Data:
+    """Activations in a file, and what they were made from; a cache made anew elsewhere differs by rounding alone."""
+
+    path: Path
+    identity: str
+    train_rows: int
+    held_out_rows: int
+
+
+def export(cache: ActivationCache, hook: str, held_out_rows: int, path: Path) -> Data:
     """Write the cache's eligible activations, scaled to E‖x‖² = d_in."""
     scale = (cache.d_in(hook) / cache.statistics(hook).mean_squared_norm) ** 0.5
 
@@ -73,19 +85,19 @@ def export(cache: ActivationCache, hook: str, held_out_rows: int, path: Path) ->
 
     train, held_out = rows(TRAIN, None).half(), rows(HELD_OUT, held_out_rows)
     torch.save({"train": train, "held_out": held_out}, path)
-    return len(train), len(held_out)
+    return Data(path, f"{cache.manifest.identity(hook)} {len(held_out)}", len(train), len(held_out))
 
 
-def run(toolkit: str, architecture: str, data: Path, seed: int, coefficient: float | None, a: Any) -> dict[str, Any]:
+def run(toolkit: str, architecture: str, data: Data, seed: int, coefficient: float | None, a: Any) -> dict[str, Any]:
     """Train and score one, unless that was done before."""
     weight = "default" if coefficient is None else repr(coefficient)
     numbers = [str(number) for number in (a.d_sae, a.k, a.steps, a.batch, seed)]
     interpreter = python(toolkit, a.environments)
-    key = digest([toolkit, architecture, *numbers, weight, digest_of_data(data), digest(sources(toolkit, interpreter))])
+    key = digest([toolkit, architecture, *numbers, weight, data.identity, digest(sources(toolkit, interpreter))])
     kept = a.keep / f"{toolkit}-{architecture}-{seed}-{key}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    command = [interpreter, WORKER, toolkit, architecture, data, *numbers, weight]
+    command = [interpreter, WORKER, toolkit, architecture, data.path, *numbers, weight]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // a.at_once))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -110,12 +122,6 @@ def sources(toolkit: str, interpreter: Path) -> tuple[Path | str, ...]:
     return WORKER, torch.__version__, *sorted((ROOT / "sae").rglob("*.py"))
 
 
-@functools.cache
-def digest_of_data(path: Path) -> str:
-    """A hash of the activations, made once."""
-    return digest([path])
-
-
 def digest(parts: Iterable[Path | str]) -> str:
     """A hash of texts and files' contents."""
     whole = hashlib.sha256()
@@ -124,7 +130,7 @@ def digest(parts: Iterable[Path | str]) -> str:
     return whole.hexdigest()[:16]
 
 
-def search(toolkit: str, architecture: str, data: Path, a: Any) -> tuple[float, dict[str, Any]]:
+def search(toolkit: str, architecture: str, data: Data, a: Any) -> tuple[float, dict[str, Any]]:
     """The sparsity weight at which a peer's L0 is k within 5 %, by secants of log L0 over log weight."""
     weight, tried = SEARCHED[toolkit][architecture], []
     for _ in range(a.searches):
@@ -141,7 +147,7 @@ def search(toolkit: str, architecture: str, data: Path, a: Any) -> tuple[float, 
     return math.exp(best[0]), best[2]
 
 
-def compare(toolkit: str, architecture: str, data: Path, a: Any) -> Row:
+def compare(toolkit: str, architecture: str, data: Data, a: Any) -> Row:
     """All seeds of one toolkit and architecture."""
     coefficient, found = None, []
     if architecture in SEARCHED.get(toolkit, {}):
@@ -206,23 +212,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--searches", type=int, default=6, help="trainings at most to match a peer's L0")
     parser.add_argument("--at-once", type=int, default=1, help="trainings beside each other")
-    parser.add_argument("--keep", type=Path, default=Path("runs/quality"), help="results of single trainings")
+    parser.add_argument("--keep", type=Path, default=KEPT, help="results of single trainings")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
     parser.add_argument("--name", help="of the files in results/; default: quality-STEPS")
     a = parser.parse_args()
     cache = ActivationCache(a.cache)
     hook = a.hook or next(iter(cache.manifest.hooks))
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "activations.pt"
-        train_rows, held_out_rows = export(cache, hook, a.held_out, data)
+        data = export(cache, hook, a.held_out, Path(folder) / "activations.pt")
         tasks = list(itertools.product(a.architectures, a.toolkits))
         with ThreadPoolExecutor(a.at_once) as pool:
             rows = list(pool.map(lambda task: compare(task[1], task[0], data, a), tasks))
     model = cache.manifest.model.get("name")
     shape = (
         f"{model}, `{hook}`, {cache.d_in(hook)} → {a.d_sae:,}, k {a.k}, batch {a.batch:,}, {a.steps:,} steps "
-        f"({a.steps * a.batch / train_rows:.1f} times over {train_rows:,} rows), {held_out_rows:,} held-out rows, "
-        f"{a.seeds} seeds, mean ± standard deviation over them."
+        f"({a.steps * a.batch / data.train_rows:.1f} times over {data.train_rows:,} rows), "
+        f"{data.held_out_rows:,} held-out rows, {a.seeds} seeds, mean ± standard deviation over them."
     )
     described = report.machine()
     text = f"{shape}\n\n{markdown(rows, a)}"
