@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.dictionary import Codes, Dictionary
-from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, ratio, to_json
+from sae.evaluation.estimate import DocumentSums, Estimate, double, to_json
+from sae.evaluation.metrics import estimate
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ReconstructionScores:
         l2_ratio: mean ‖x̂‖/‖x‖; below 1, reconstructions shrink. Tokens with x = 0 are left out.
         relative_reconstruction_bias: E‖x̂‖² / E[x·x̂]; 1 where no rescaling of x̂ lowers the mse, below 1 for shrinkage.
             Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Autoencoders".
+        totals: the sums over documents that these are made of.
     """
 
     mse: Estimate
@@ -74,6 +76,7 @@ class ReconstructionScores:
     cosine: Estimate
     l2_ratio: Estimate
     relative_reconstruction_bias: Estimate
+    totals: dict[str, Tensor] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self, _NAMES)
@@ -112,13 +115,5 @@ class ReconstructionSums:
 
     def scores(self) -> ReconstructionScores:
         """The scores of everything added."""
-        sums = self.sums
-        fvu = ratio(sums["error"], sums["deviation"])
-        return ReconstructionScores(
-            mse=ratio(sums["error"], sums[TOKENS]),
-            fvu=fvu,
-            explained_variance=Estimate(None if fvu.value is None else 1 - fvu.value, fvu.standard_error),
-            cosine=ratio(sums["cosine"], sums["nonzero"]),
-            l2_ratio=ratio(sums["l2_ratio"], sums["nonzero"]),
-            relative_reconstruction_bias=ratio(sums["power"], sums["product"]),
-        )
+        totals = self.sums.totals()
+        return ReconstructionScores(**{name: estimate(name, totals) for name in _NAMES}, totals=totals)
