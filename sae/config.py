@@ -309,14 +309,12 @@ class EvaluationConfig(_Settings):
     frozen_decoder_tokens: int = Field(
         default=200_000,
         ge=0,
-        description="training tokens of the baseline whose decoder is random and stays so, at most one pass over them; "
-        "0: leave it out",
+        description="training tokens of the baseline whose decoder stays random, at most one pass; 0: leave it out",
     )
     legacy_tokens: int = Field(
         default=8192,
         ge=0,
-        description="held-out tokens for the formulas of SAELens and SAEBench, which are there to compare with "
-        "published numbers, in batches of 16 whole contexts; 0: leave them out",
+        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; 0: leave them out",
     )
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
 

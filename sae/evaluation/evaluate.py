@@ -17,7 +17,7 @@ from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.frozen_decoder import train_frozen_decoders
-from sae.evaluation.legacy_pass import measure_legacy
+from sae.evaluation.legacy_pass import LegacyScores, measure_legacy
 from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor
 from sae.evaluation.report import Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
@@ -115,9 +115,7 @@ def evaluate_all(
     wanted = dict.fromkeys(baseline for chosen in columns.values() for baseline in chosen.values())
     baselines = fit_baselines(wanted, cache, hook, device, report_progress)
     frozen = [baseline for baseline in wanted if baseline.kind == "frozen_decoder"]
-    baselines |= train_frozen_decoders(
-        frozen, cache, hook, settings.frozen_decoder_tokens, device, report_progress
-    )  # fmt: skip
+    baselines |= train_frozen_decoders(frozen, cache, hook, settings.frozen_decoder_tokens, device, report_progress)
     scores |= score("baselines", baselines)
     if language_model is not None:
         downstream = measure_downstream(
@@ -130,29 +128,40 @@ def evaluate_all(
     )
     seconds = time.perf_counter() - started
 
-    def report(name: str, made: Subject) -> Report:
-        trained_with = made.metadata.get("tokens")
-        return Report(
-            dictionary=made.identity,
-            hook=hook,
-            model=cache.manifest.model,
-            data=cache.manifest.data,
-            activations=cache.manifest.identity(hook),
-            settings=settings,
-            policy=cache.policy,
-            training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,
-            tokens=summary.tokens,
-            masked=summary.masked,
-            documents=summary.documents,
-            scores=scores[name],
-            baselines={column: scores[key] for column, key in columns[name].items()},
-            legacy=legacy.get(name),
-            dead_in_training=made.dead_in_training(),
-            norms=summary.norms,
-            seconds=seconds,
+    return {
+        name: _report(
+            made, cache, hook, settings, summary,
+            scores=scores[name], baselines={column: scores[key] for column, key in columns[name].items()},
+            legacy=legacy.get(name), seconds=seconds,
         )
+        for name, made in subjects.items()
+    }  # fmt: skip
 
-    return {name: report(name, made) for name, made in subjects.items()}
+
+def _report(
+    made: Subject, cache: ActivationCache, hook: str, settings: EvaluationConfig, summary: ActivationSummary, *,
+    scores: Scores, baselines: dict[str, Scores], legacy: LegacyScores | None, seconds: float,
+) -> Report:  # fmt: skip
+    trained_with = made.metadata.get("tokens")
+    return Report(
+        dictionary=made.identity,
+        hook=hook,
+        model=cache.manifest.model,
+        data=cache.manifest.data,
+        activations=cache.manifest.identity(hook),
+        settings=settings,
+        policy=cache.policy,
+        training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,
+        tokens=summary.tokens,
+        masked=summary.masked,
+        documents=summary.documents,
+        scores=scores,
+        baselines=baselines,
+        legacy=legacy,
+        dead_in_training=made.dead_in_training(),
+        norms=summary.norms,
+        seconds=seconds,
+    )
 
 
 def _baselines_of(made: Subject, scores: Scores, settings: EvaluationConfig) -> dict[str, Baseline]:
