@@ -28,7 +28,7 @@ from sae.evaluation.streams import Progress
 from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT
 
-_MEAN = "the mean"
+_MEAN = "\0mean"
 _CLEAN, _ZERO = "clean", "zero"
 
 
