@@ -84,7 +84,7 @@ def test_together_or_from_files_is_the_same(runs: Path, evaluated: list[list[str
     for name, made in stored.dictionaries.items():
         for metric, estimate in made.metrics.items():
             other = measured.dictionaries[name].metrics[metric]
-            assert other.value == pytest.approx(estimate.value, rel=1e-5, abs=1e-6), (name, metric)
+            assert other.value == pytest.approx(estimate.value, rel=1e-4, abs=1e-5), (name, metric)
 
 
 @pytest.mark.parametrize("what", ["weights", "k", "settings", "hook", "documents", "version", "activations"])

@@ -112,7 +112,8 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
     step = written["to_row_above"]["topk-k4"]["fvu"]
     assert above is not None and here is not None
     assert step["value"] == pytest.approx(here - above, abs=1e-12)
-    assert step["below_noise"] == (abs(step["value"]) < 2 * step["standard_error"])
+    error = step["standard_error"]
+    assert step["below_noise"] == (error is not None and abs(step["value"]) < 2 * error)
     assert "| FVU | dictionary | PCA | random | frozen decoder |" in text
     assert (Path(config.out) / "pareto.png").read_bytes().startswith(b"\x89PNG")
     # A variant's folder is a run of its own, which knows that it is done.

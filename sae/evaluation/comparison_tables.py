@@ -48,7 +48,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             table.add_row(metric, *("\n".join(lines) for lines in cells))
         tables.append(table)
     tables[0].caption = f"± standard error over documents\n{_second_lines(comparison)}"
-    tables[1].caption = _fewer_tokens(comparison)
+    tables[1].caption = _fewer_tokens(comparison) or None
     return tables
 
 

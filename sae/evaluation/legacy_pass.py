@@ -129,12 +129,30 @@ def _mean(losses: Mapping[tuple[str, str], list[float]], kind: str, of: str) -> 
 
 
 def _whole_contexts(cache: ActivationCache, hook: str, tokens: int) -> Iterator[ContextBatch]:
-    """Batches of whole contexts, as the packages have no others."""
+    """Whole contexts, as the packages have no others, in batches of one size; the last may have fewer."""
+    waiting: ContextBatch | None = None
     if not tokens:
         return
     for batch in cache.contexts(HELD_OUT, hook, batch_contexts=CONTEXTS_PER_BATCH, max_tokens=tokens):
-        if batch.tokens.shape[1] == cache.context_length:
-            yield batch
+        if batch.tokens.shape[1] < cache.context_length:
+            continue
+        waiting = batch if waiting is None else _joined(waiting, batch)
+        if len(waiting.tokens) >= CONTEXTS_PER_BATCH:
+            yield waiting.contexts(0, CONTEXTS_PER_BATCH)
+            waiting = waiting.contexts(CONTEXTS_PER_BATCH, len(waiting.tokens))
+    if waiting is not None and len(waiting.tokens):
+        yield waiting
+
+
+def _joined(first: ContextBatch, second: ContextBatch) -> ContextBatch:
+    assert first.activations is not None and second.activations is not None
+    return ContextBatch(
+        first.first_row,
+        torch.cat([first.tokens, second.tokens]),
+        torch.cat([first.documents, second.documents]),
+        torch.cat([first.eligible, second.eligible]),
+        torch.cat([first.activations, second.activations]),
+    )
 
 
 def _mean_predictor(mean: Float[Tensor, " d_in"]) -> Reconstructor:

@@ -80,7 +80,7 @@ def test_equal_ones_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     made = {str(n): TopK(6, 24, k=k).requires_grad_(False) for n, k in enumerate((2, 2, 3))}
     reports = evaluate_all(made, cache, hook=HOOK)
     assert trained == [2]
-    assert reports["0"].baselines["frozen_decoder"] == reports["1"].baselines["frozen_decoder"]
+    assert reports["0"].baselines["frozen_decoder"] is reports["1"].baselines["frozen_decoder"]
     assert "k = 3" in reports["2"].baselines["frozen_decoder"].description
     left_out = evaluate_all(made, cache, hook=HOOK, settings=EvaluationConfig(frozen_decoder_tokens=0))
     assert trained == [2]
