@@ -18,7 +18,7 @@ from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.frozen_decoder import train_frozen_decoders
 from sae.evaluation.legacy_pass import LegacyScores, measure_legacy
-from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor
+from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, Truth
 from sae.evaluation.report import Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
 from sae.evaluation.streams import ActivationSummary, Progress, held_out_blocks, summarise
@@ -187,7 +187,7 @@ def _score(
     summary: ActivationSummary, progress: Callable[[int, int], None], device: str | torch.device,
 ) -> dict[Hashable, Scores]:  # fmt: skip
     """One pass over the held-out tokens."""
-    sums = {key: ReconstructionSums(summary.all_documents, summary.mean) for key in reconstructors}
+    sums = {key: ReconstructionSums(summary.all_documents) for key in reconstructors}
     sparsity = {
         key: SparsityCounts(summary.all_documents, reconstructor.features)
         for key, reconstructor in reconstructors.items()
@@ -196,9 +196,10 @@ def _score(
     done = 0
     for block in held_out_blocks(cache, hook, settings):
         x = block.x.to(device)
+        truth = Truth.of(x, summary.mean)
         for key, reconstructor in reconstructors.items():
             result = reconstructor(x)
-            sums[key].add_(x, result.x_hat, block.documents)
+            sums[key].add_(truth, result.x_hat, block.documents)
             if key in sparsity and result.codes is not None:
                 sparsity[key].add_(result.codes, block.documents)
         done += len(x)

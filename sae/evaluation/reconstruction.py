@@ -82,29 +82,47 @@ class ReconstructionScores:
         return to_json(self, _NAMES)
 
 
+@dataclass(frozen=True)
+class Truth:
+    """A block of activations in float64, and what of them alone every reconstruction is measured by."""
+
+    x: Float[Tensor, "rows d_in"]
+    deviation: Float[Tensor, " rows"]
+    norm: Float[Tensor, " rows"]
+
+    @staticmethod
+    def of(x: Float[Tensor, "rows d_in"], mean: Float[Tensor, " d_in"]) -> Truth:
+        """With ‖x − x̄‖² and ‖x‖ of each token.
+
+        Args:
+            x: the activations.
+            mean: x̄ over the evaluated tokens, float64.
+        """
+        x = double(x)
+        return Truth(x, (x - mean.to(x.device)).square_().sum(-1), x.norm(dim=-1))
+
+
 class ReconstructionSums:
     """Streams tokens and ends in `ReconstructionScores`.
 
     Args:
         documents: how many documents the split has.
-        mean: x̄ over the evaluated tokens, float64.
     """
 
-    def __init__(self, documents: int, mean: Float[Tensor, " d_in"]) -> None:
+    def __init__(self, documents: int) -> None:
         names = ("error", "deviation", "cosine", "l2_ratio", "nonzero", "power", "product")
         self.sums = DocumentSums(documents, names)
-        self.mean = mean
 
-    def add_(self, x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows d_in"], documents: Tensor) -> None:
+    def add_(self, truth: Truth, x_hat: Float[Tensor, "rows d_in"], documents: Tensor) -> None:
         """Add a block of tokens."""
-        x, x_hat = double(x), double(x_hat)
-        power, product = x_hat.square().sum(-1), (x * x_hat).sum(-1)
-        norm, norm_hat = x.norm(dim=-1), power.sqrt()
-        nonzero = norm > 0
+        x_hat, norm = double(x_hat), truth.norm
+        error, product = (truth.x - x_hat).square_().sum(-1), (truth.x * x_hat).sum(-1)
+        power = x_hat.square().sum(-1)
+        norm_hat, nonzero = power.sqrt(), norm > 0
         both = norm * norm_hat
         values = {
-            "error": (x - x_hat).square().sum(-1),
-            "deviation": (x - self.mean.to(x.device)).square().sum(-1),
+            "error": error,
+            "deviation": truth.deviation,
             "cosine": torch.where(both > 0, product / both.where(both > 0, torch.ones_like(both)), 0),
             "l2_ratio": torch.where(nonzero, norm_hat / norm.where(nonzero, torch.ones_like(norm)), 0),
             "nonzero": nonzero.double(),
