@@ -122,7 +122,7 @@ def explained_variance_saebench(b: Batches) -> float:
     and m, which should be the mean activation, is the mean over batches and dimensions of E[x_j²].
 
     m² stands where ‖E x‖² should, has other units, and changes with the scale of x: a mean predictor scores whatever
-    ‖E x‖² and m² make of it, and not 0 (0.80 on activations of a large mean). Batches count alike, however many tokens
+    ‖E x‖² and m² make of it, and not 0 (0.35 on the activations of the tests). Batches count alike, however many tokens
     they keep.
     """
     residual, power = (b.error / b.tokens).mean(), (b.power / b.tokens).mean()
@@ -202,7 +202,10 @@ def ce_loss_score(losses: LegacyLosses) -> float:
 
 
 def kl_div_score(losses: LegacyLosses) -> float:
-    """(KL ablated − KL with x̂) / KL ablated: both packages. Ours is the divergence itself, `kl`."""
+    """(KL ablated − KL with x̂) / KL ablated: both packages. Ours is the divergence itself, `kl`.
+
+    SAEBench takes logarithms of probabilities: one that underflows in float32 makes its divergence not a number.
+    """
     return _divided(losses.kl_with_ablation - losses.kl_with_sae, losses.kl_with_ablation)
 
 

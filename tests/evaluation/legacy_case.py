@@ -22,9 +22,9 @@ def _normal(*shape: int) -> Tensor:
 TOKENS = torch.randint(0, VOCAB, (CONTEXTS, SEQ), generator=_generator)
 TOKENS[:, 0] = SPECIAL
 _EMBED, _BEFORE, _POSITION = _normal(VOCAB, D_IN), _normal(VOCAB, D_IN), _normal(SEQ, D_IN)
-_UNEMBED = _normal(D_IN, VOCAB)
-_W, _b, _c = _normal(D_IN, D_SAE) / D_IN**0.5, _normal(D_IN), _normal(D_SAE) - 0.5
+_UNEMBED = 0.05 * _normal(D_IN, VOCAB)  # SAEBench's divergence is not a number where a probability underflows
 _V = torch.nn.functional.normalize(_normal(D_SAE, D_IN), dim=-1)
+_b, _c = 1.5 + 0.2 * _normal(D_IN), 0.3 * _normal(D_SAE) - 0.5
 
 
 def residual(tokens: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def logits(x: Tensor) -> Tensor:
 
 def encode(x: Tensor) -> Tensor:
     """Features `[..., d_sae]`."""
-    return ((x - _b) @ _W + _c).relu()
+    return ((x - _b) @ _V.T + _c).relu()
 
 
 def decode(features: Tensor) -> Tensor:
