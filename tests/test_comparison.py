@@ -152,7 +152,7 @@ def test_what_cannot_be_compared_is_refused(runs: Path, tmp_path: Path) -> None:
 def test_the_command_prints_and_writes(runs: Path, tmp_path: Path, command: Any) -> None:  # noqa: F811
     outcome = command("compare", runs / "k4", runs / "k6", "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err
-    for part in ("fvu", "k4", "k6", "baselines", "frozen", "second lines: difference to k4"):
+    for part in ("fvu", "k4", "k6", "baseline", "frozen decoder, L0 6", "second lines: difference to k4"):
         assert part in outcome.out, part
     assert (tmp_path / "out" / "compare.md").is_file() and (tmp_path / "out" / "compare.json").is_file()
     refused = command("compare", runs / "k4", runs / "k6", "dictionary.k=3")

@@ -24,6 +24,8 @@ from sae.files import read_json, write_bytes, write_json
 from sae.language_model import LanguageModel
 
 FORMAT, FORMAT_VERSION = "sae-comparison", 1
+COMMON = ("ce_clean", "ce_zero", "ce_mean")
+"""Metrics of the language model alone, the same for all dictionaries."""
 JSON_FILE, MARKDOWN_FILE = "compare.json", "compare.md"
 
 
@@ -114,7 +116,8 @@ class Comparison:
         reference, first_totals = next(iter(evaluations.values()))
         dictionaries = {}
         for number, (name, (record, totals)) in enumerate(evaluations.items()):
-            found = {metric: difference(metric, totals, first_totals) for metric in METRICS} if number else {}
+            own = [metric for metric in METRICS if metric not in COMMON] if number else []
+            found = {metric: difference(metric, totals, first_totals) for metric in own}
             kept = {metric: made for metric, made in found.items() if made is not None}
             dictionaries[name] = _compared(record, record["description"], kept)
         identities = {name: record["dictionary"] for name, record in records.items()}

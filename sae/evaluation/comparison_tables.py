@@ -25,31 +25,40 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MARK = "≈"
-_MEANINGS = {**RECONSTRUCTION, **SPARSITY, **COUNTS, "ce_clean": "loss with nothing replaced", **DOWNSTREAM}
+_LOSSES = {"ce_clean": "loss with nothing replaced", "ce_zero": "with 0 in place of x", "ce_mean": "with x̄"}
+_MEANINGS = {**RECONSTRUCTION, **SPARSITY, **COUNTS, **_LOSSES, **DOWNSTREAM}
 _SECTIONS = {"l0", "ce_clean"}
+_OF_BASELINES = ("l0", "fvu", "delta_ce", "kl")
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """The dictionaries, and below them their baselines."""
+    """The dictionaries with every metric, and below them what tells their baselines apart."""
     from rich import box
     from rich.table import Table
 
-    tokens = comparison.evaluated
-    title = f"{comparison.hook}: {tokens['tokens']:,} held-out tokens of {tokens['documents']:,} documents"
-    tables = []
-    for name, columns in (("dictionary", comparison.dictionaries), ("baseline", comparison.baselines)):
-        table = Table(box=box.SIMPLE_HEAD, title=title if name == "dictionary" else "baselines")
-        table.add_column("metric", no_wrap=True)
-        for label in columns:
-            table.add_column(label, justify="right", overflow="fold")
-        for metric, _, cells in _rows(columns):
-            if metric in _SECTIONS:
-                table.add_section()
-            table.add_row(metric, *("\n".join(lines) for lines in cells))
-        tables.append(table)
-    tables[0].caption = f"± standard error over documents\n{_second_lines(comparison)}"
-    tables[1].caption = _fewer_tokens(comparison) or None
-    return tables
+    counts = comparison.evaluated
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{comparison.hook}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
+        caption=f"± standard error over documents\n{_second_lines(comparison)}",
+    )
+    table.add_column("metric", no_wrap=True)
+    for label in comparison.dictionaries:
+        table.add_column(label, justify="right", overflow="fold")
+    for metric, _, cells in _rows(comparison.dictionaries):
+        if metric in _SECTIONS:
+            table.add_section()
+        table.add_row(metric, *("\n".join(lines) for lines in cells))
+    baselines = Table(box=box.SIMPLE_HEAD, caption=_fewer_tokens(comparison) or None)
+    baselines.add_column("baseline")
+    shown = [
+        metric for metric in _OF_BASELINES if any(metric in made.metrics for made in comparison.baselines.values())
+    ]
+    for metric in shown:
+        baselines.add_column(metric, justify="right")
+    for name, made in comparison.baselines.items():
+        baselines.add_row(name, *(_cell(made, metric)[0] for metric in shown))
+    return [table, baselines]
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -101,7 +110,7 @@ def signed(difference: Estimate) -> str:
     if difference.value is None:
         return NONE
     text = str(difference)
-    text = f"−{text[1:]}" if text.startswith("-") else f"+{text}"
+    text = text if text.startswith("-") else f"+{text}"
     return f"{MARK} {text}" if below_noise(difference) else text
 
 
