@@ -32,6 +32,7 @@ _HOME = {
     "TopK": "sae.architectures",
     "TrainConfig": "sae.config",
     "collect_features": "sae.pipeline",
+    "compare": "sae.evaluation",
     "evaluate": "sae.evaluation",
     "evaluate_all": "sae.evaluation",
     "harvest": "sae.pipeline",

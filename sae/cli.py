@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 import sae
+from sae.commands.compare import compare
+from sae.commands.overrides import evaluation_overrides
 from sae.config_file import describe_keys, load_config
-from sae.errors import ConfigError, SaeError
+from sae.errors import SaeError
 
-_READ_BY_EVAL = ("evaluation.", "model.", "harvest.cache", "device")
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -149,17 +150,9 @@ def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
     from sae import pipeline
     from sae.progress import progress_bars
 
-    overrides = tuple(argument for argument in arguments if "=" in argument and not Path(argument).exists())
-    paths = [argument for argument in arguments if argument not in overrides]
+    overrides, paths = evaluation_overrides(arguments)
     if not paths:
         raise click.UsageError("name at least one run folder before the overrides")
-    for override in overrides:
-        if not override.startswith(_READ_BY_EVAL):
-            key = override.partition("=")[0]
-            raise ConfigError(
-                f"override {override!r}: evaluation does not read {key}; it reads {', '.join(_READ_BY_EVAL)}: train "
-                "another run to change what was trained"
-            )
     with progress_bars(quiet=options["quiet"]) as progress:
         runs = {Path(path).resolve(): pipeline.Run.open(path, overrides, progress) for path in paths}
         reports = pipeline.evaluate_runs(list(runs.values()))
@@ -240,6 +233,9 @@ def verify(path: Path) -> None:
             "'sae harvest' to restore it"
         )
     click.echo(f"{files} files are as they were harvested")
+
+
+cli.add_command(compare)
 
 
 def _show_report(report: Any) -> None:

@@ -306,6 +306,16 @@ class EvaluationConfig(_Settings):
         default=16384,
         description="of those, how many are enough for baselines: the first, in whole contexts; null: all",
     )
+    frozen_decoder_tokens: int = Field(
+        default=200_000,
+        ge=0,
+        description="training tokens of the baseline whose decoder stays random, at most one pass; 0: leave it out",
+    )
+    legacy_tokens: int = Field(
+        default=8192,
+        ge=0,
+        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; 0: leave them out",
+    )
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
 
 

@@ -25,6 +25,7 @@ from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
 from sae.environment import choose_device, git_commit
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation import Report, evaluate_all, write_report
+from sae.evaluation.report import identify, read_stored
 from sae.features import Features, collect
 from sae.files import locked, read_json, write_bytes
 from sae.language_model import LanguageModel
@@ -126,17 +127,9 @@ class Run:
         return evaluate_runs([self])[0]
 
     def is_evaluated(self) -> bool:
-        """Whether `eval.json` and `eval.md` are there and of this dictionary, cache and settings."""
-        path = self.folder / "eval.json"
-        if not path.is_file() or not path.with_suffix(".md").is_file():
-            return False
-        record = read_json(path)
-        return (
-            record.get("sae_version") == sae.__version__
-            and record.get("dictionary", {}).get("weights_sha256") == weights_sha256(self.dictionary("cpu"))
-            and record.get("activations") == self.cache().manifest.identity(self.config.hook)
-            and record.get("settings") == self.config.evaluation.model_dump()
-        )
+        """Whether a whole evaluation is there, of this dictionary, cache, hook point, settings and package version."""
+        asked = identify(self.dictionary("cpu")), self.cache().manifest.identity(self.config.hook)
+        return read_stored(self.folder, *asked, hook=self.config.hook, settings=self.config.evaluation) is not None
 
     def features(self) -> Features:
         """The feature store; collected anew where it is missing, damaged, or of another dictionary, cache or setting.

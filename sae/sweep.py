@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import load
@@ -18,7 +20,9 @@ from sae.config import RunConfig
 from sae.config_file import parse_config
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, FormatError
-from sae.evaluation.pareto import Point, draw_pareto, pareto_table
+from sae.evaluation.metrics import below_noise
+from sae.evaluation.pareto import Point, draw_pareto, pareto_table, to_row_above
+from sae.evaluation.report import DOCUMENTS_FILE
 from sae.files import locked, read_json, write_bytes, write_json
 from sae.pipeline import Run, evaluate_runs
 from sae.training.agreement import common_pass
@@ -232,12 +236,20 @@ def _point(run: Run, variant: str) -> Point:
 def _write(folder: Path, points: dict[str, Point], failures: dict[str, str]) -> None:
     write_json(
         folder / JSON_FILE,
-        {"points": {name: point.to_json() for name, point in points.items()}, "failures": failures},
+        {
+            "points": {name: point.to_json() for name, point in points.items()},
+            "to_row_above": {
+                name: {metric: {**made.to_json(), "below_noise": below_noise(made)} for metric, made in found.items()}
+                for name, found in differences.items()
+            },
+            "failures": failures,
+        },
     )
+    differences = to_row_above(points, {name: load_file(folder / name / DOCUMENTS_FILE) for name in points})
     figure = draw_pareto(list(points.values()))
     if figure:
         write_bytes(folder / FIGURE_FILE, figure)
-    text = pareto_table(points, failures, FIGURE_FILE if figure else None)
+    text = pareto_table(points, failures, FIGURE_FILE if figure else None, differences)
     write_bytes(folder / MARKDOWN_FILE, text.encode())
 
 

@@ -32,7 +32,8 @@ FLOW = [
     ["features"],
     ["viewer"],
     ["pipeline", "progress"],
-    ["sweep"],
+    ["sweep", "comparison"],
+    ["commands"],
     ["cli", "__main__"],
 ]
 CORE = {

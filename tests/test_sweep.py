@@ -21,7 +21,7 @@ from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES, load
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.estimate import Estimate
-from sae.evaluation.pareto import Point, draw_pareto, pareto_table
+from sae.evaluation.pareto import Point, draw_pareto, pareto_table, to_row_above
 from sae.pipeline import Run
 from sae.sweep import sweep, variants
 from sae.training import TrainingInterrupted
@@ -107,6 +107,14 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
     assert written["points"]["topk-k2"]["l0"]["value"] == 2.0
     text = (Path(config.out) / "sweep.md").read_text()
     assert all(f"| {name} |" in text for name in done.points)
+    assert set(written["to_row_above"]) == set(list(done.points)[1:])
+    above, here = done.points["topk-k2"].fvu.value, done.points["topk-k4"].fvu.value
+    step = written["to_row_above"]["topk-k4"]["fvu"]
+    assert above is not None and here is not None
+    assert step["value"] == pytest.approx(here - above, abs=1e-12)
+    error = step["standard_error"]
+    assert step["below_noise"] == (error is not None and abs(step["value"]) < 2 * error)
+    assert "| FVU | dictionary | PCA | random | frozen decoder |" in text
     assert (Path(config.out) / "pareto.png").read_bytes().startswith(b"\x89PNG")
     # A variant's folder is a run of its own, which knows that it is done.
     alone = Run.open(Path(config.out) / "topk-k4")
@@ -276,6 +284,29 @@ def point(architecture: str, k: int, fvu: float, seed: int = 0) -> Point:
 def test_the_table_gives_time_for_a_thousand_tokens_and_memory() -> None:
     text = pareto_table({"topk-k8": point("topk", 8, 0.25)}, {}, None)
     assert "| topk-k8 | 8.00 ± 0.10 | 0.250 ± 0.010 | 0.0250 ± 0.0010 | 2.0% | 3,000.0 | 5 |" in text
+
+
+def test_values_no_different_from_the_row_above_are_marked() -> None:
+    """Half of the second's error is the first's, document by document; the third's is the second's but for noise."""
+    rng = torch.Generator().manual_seed(0)
+    error = torch.rand(50, generator=rng).double() + 1
+    tokens, deviation = torch.full((50,), 10.0).double(), torch.full((50,), 8.0).double()
+    noise = 0.1 * torch.randn(50, generator=rng).double()
+    errors = {"a": error, "b": error / 2, "c": error / 2 + noise - noise.mean()}
+    totals = {name: {"tokens": tokens, "error": made, "deviation": deviation} for name, made in errors.items()}
+    points = {name: point("topk", 8, float(made.sum() / 400)) for name, made in errors.items()}
+    found = to_row_above(points, totals)
+    assert set(found) == {"b", "c"}
+    assert found["b"]["fvu"].value == pytest.approx(-float(error.sum()) / 800)
+    assert "delta_ce" not in found["b"], "nobody measured it"
+    lines = {line.split(" | ")[0]: line for line in pareto_table(points, {}, None, found).splitlines()}
+    assert "≈" not in lines["| a"] and "≈" not in lines["| b"]
+    assert " ≈ |" in lines["| c"] and lines["| c"].count("≈") == 1
+    text = pareto_table(points, {}, None, found)
+    assert "≈: no different from the row above: the difference, paired over documents, is below 2 of its" in text
+    assert "≈" not in pareto_table(points, {}, None)
+    elsewhere = {**points, "c": dataclasses.replace(points["c"], hook="blocks.1.hook_resid_pre")}
+    assert set(to_row_above(elsewhere, totals)) == {"b"}, "other activations"
 
 
 def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

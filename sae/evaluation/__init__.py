@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from sae.evaluation.compare import Comparison, compare, write_comparison
+from sae.evaluation.comparison_tables import comparison_tables
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.evaluate import evaluate, evaluate_all
 from sae.evaluation.render import report_table
 from sae.evaluation.report import Report, Scores, write_report
+from sae.evaluation.subject import Autoencoder
 
-__all__ = ["Estimate", "Report", "Scores", "evaluate", "evaluate_all", "report_table", "write_report"]
+__all__ = [
+    "Autoencoder",
+    "Comparison",
+    "Estimate",
+    "Report",
+    "Scores",
+    "compare",
+    "comparison_tables",
+    "evaluate",
+    "evaluate_all",
+    "report_table",
+    "write_comparison",
+    "write_report",
+]

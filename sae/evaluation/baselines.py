@@ -1,4 +1,4 @@
-"""What a dictionary is compared with: principal components, a random dictionary, the identity."""
+"""What a dictionary is compared with: principal components, a random dictionary, the identity; which ones are made."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ class Baseline:
     """Which baseline; equal ones are fitted once, however many dictionaries are compared with them.
 
     Attributes:
-        kind: principal components, a random dictionary, or x̂ = x.
-        k: components, or features of the random dictionary that fire.
-        d_sae: features of the random dictionary.
+        kind: principal components, a random dictionary, a frozen decoder (`frozen_decoder.py`), or x̂ = x.
+        k: components, or features of the dictionary that fire.
+        d_sae: features of the dictionary.
+        architecture: of the frozen decoder's encoder.
+        prefixes: of it, where that is nested.
     """
 
-    kind: Literal["pca", "random", "identity"]
+    kind: Literal["pca", "random", "frozen_decoder", "identity"]
     k: int = 0
     d_sae: int = 0
+    architecture: str = ""
+    prefixes: tuple[float, ...] = ()
 
 
 IDENTITY = Baseline("identity")
@@ -41,7 +45,7 @@ IDENTITY = Baseline("identity")
 def fit_baselines(
     wanted: Iterable[Baseline], cache: ActivationCache, hook: str, device: str | torch.device, progress: Progress
 ) -> dict[Baseline, Reconstructor]:
-    """Fit each of them on training activations, those that differ in k alone together.
+    """Fit each of them on training activations, those that differ in k alone together; frozen decoders are left out.
 
     Raises:
         CacheError: a training activation is not finite.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline
-from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, ratio, row_sums, to_json
+from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, row_sums, to_json
+from sae.evaluation.metrics import estimate
 from sae.evaluation.reconstruction import Reconstructor
 from sae.evaluation.streams import Progress
 from sae.language_model import LanguageModel, Replacement
@@ -44,6 +45,7 @@ class DownstreamScores:
         ce_recovered_zero: (zero − spliced) / (zero − clean): 1 loses nothing, 0 is as bad as 0.
         ce_recovered_mean: (mean − spliced) / (mean − clean), the same against x̄.
         kl: KL(clean ‖ spliced) of the next-token distributions.
+        totals: the sums over documents that these are made of.
     """
 
     tokens: int
@@ -56,6 +58,7 @@ class DownstreamScores:
     ce_recovered_zero: Estimate
     ce_recovered_mean: Estimate
     kl: Estimate
+    totals: dict[str, Tensor] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self, DOWNSTREAM_NAMES)
@@ -102,8 +105,8 @@ def measure_downstream(
         )
     scores: dict[Hashable, DownstreamScores] = {}
     for sums, keys in ((everywhere, dictionaries), (first, at_first)):
-        scores |= {key: _scores(sums, sums[_ce(key)], sums[_kl(key)]) for key in keys}
-    return scores | {IDENTITY: _scores(everywhere, everywhere["clean"], torch.zeros_like(everywhere["clean"]))}
+        scores |= {key: _scores(sums, _ce(key), _kl(key)) for key in keys}
+    return scores | {IDENTITY: _scores(everywhere, "clean", None)}
 
 
 def _columns(keys: Iterable[Hashable]) -> list[str]:
@@ -188,20 +191,13 @@ def _losses(log_probabilities: Iterable[Tensor], next_tokens: Iterable[Tensor]) 
     return double(torch.cat([-log_p.gather(-1, ids[:, None])[:, 0] for log_p, ids in pairs]))
 
 
-def _scores(sums: DocumentSums, spliced: Tensor, kl: Tensor) -> DownstreamScores:
-    clean, zero, mean, tokens = sums["clean"], sums["zero"], sums["mean"], sums[TOKENS]
-    return DownstreamScores(
-        tokens=sums.tokens,
-        documents=sums.documents,
-        ce_clean=ratio(clean, tokens),
-        ce_spliced=ratio(spliced, tokens),
-        ce_zero=ratio(zero, tokens),
-        ce_mean=ratio(mean, tokens),
-        delta_ce=ratio(spliced - clean, tokens),
-        ce_recovered_zero=ratio(zero - spliced, zero - clean),
-        ce_recovered_mean=ratio(mean - spliced, mean - clean),
-        kl=ratio(kl, tokens),
-    )
+def _scores(sums: DocumentSums, spliced: str, kl: str | None) -> DownstreamScores:
+    """Those of one reconstructor; without a column of divergences these are 0."""
+    totals = sums.totals(positions=TOKENS, clean="clean", zero="zero", mean="mean", spliced=spliced, kl=kl or "clean")
+    if kl is None:
+        totals["kl"] = torch.zeros_like(totals["clean"])
+    estimates = {name: estimate(name, totals) for name in DOWNSTREAM_NAMES}
+    return DownstreamScores(sums.tokens, sums.documents, **estimates, totals=totals)
 
 
 def _ce(key: Hashable) -> str:

@@ -78,6 +78,11 @@ class DocumentSums:
         """Sums of one number, over each document that has a token."""
         return self._sums[self._sums[:, 0] > 0, self.names.index(name)]
 
+    def totals(self, **renamed: str) -> dict[str, Float[Tensor, " documents"]]:
+        """All sums by name, over all documents; `new="old"` takes one under another name, and leaves the others out."""
+        columns = {name: self._sums[:, number].clone() for number, name in enumerate(self.names)}
+        return {new: columns[old] for new, old in renamed.items()} if renamed else columns
+
     def mean(self, name: str) -> Estimate:
         """Mean over tokens."""
         return ratio(self[name], self[TOKENS])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -12,21 +11,24 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import check_same_model
+from sae.architectures import ARCHITECTURES
 from sae.config import EvaluationConfig
-from sae.dictionary import Dictionary
-from sae.errors import CacheError, ConfigError, FormatError
+from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
 from sae.evaluation.downstream import measure_downstream
-from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, from_dictionary
-from sae.evaluation.report import Report, Scores, identify
+from sae.evaluation.frozen_decoder import train_frozen_decoders
+from sae.evaluation.legacy_pass import LegacyScores, measure_legacy
+from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, Truth
+from sae.evaluation.report import Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
 from sae.evaluation.streams import ActivationSummary, Progress, held_out_blocks, summarise
+from sae.evaluation.subject import Evaluated, Subject, subject
 from sae.language_model import LanguageModel
 from sae.tokens import TokenPolicy
 
 
 def evaluate(
-    dictionary: Dictionary,
+    dictionary: Evaluated,
     cache: ActivationCache,
     *,
     hook: str,
@@ -35,13 +37,15 @@ def evaluate(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Report:
-    """Score a dictionary on a cache's held-out tokens, beside PCA, a random dictionary and the identity.
+    """Score a dictionary on a cache's held-out tokens, beside PCA, a random dictionary, a frozen decoder, the identity.
 
     Only tokens that the cache's token policy leaves are evaluated. Everything is streamed, summed per document in
     float64, and independent of `settings.batch_contexts`.
 
     Args:
-        dictionary: takes raw activations; it is not changed, and copied where it is not on `device`.
+        dictionary: takes raw activations; it is not changed, and copied where it is not on `device`. Or any object
+            whose `encode` gives dense features `[rows, d_sae]` of them and whose `decode` gives them back; it is used
+            where it is, and baselines get as many features as it fires.
         cache: the activations; baselines are fitted on its training split.
         hook: hook point, one of the cache's.
         language_model: the model that the cache is of; None: no language-model losses.
@@ -54,6 +58,7 @@ def evaluate(
         ConfigError: the dictionary was trained on another hook point or has another width; too few tokens.
         FormatError: the dictionary's weights are not finite.
         ModelError: the hook point cannot be replaced.
+        TrainingInterrupted: Ctrl-C while the frozen decoder is trained; nothing is kept.
     """
     reports = evaluate_all(
         {"dictionary": dictionary}, cache,
@@ -64,7 +69,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_all(
-    dictionaries: Mapping[str, Dictionary],
+    dictionaries: Mapping[str, Evaluated],
     cache: ActivationCache,
     *,
     hook: str,
@@ -91,8 +96,7 @@ def evaluate_all(
     settings, report_progress = settings or EvaluationConfig(), progress or _silent
     if not dictionaries:
         raise ConfigError("there is no dictionary to evaluate; give at least one")
-    for name, dictionary in dictionaries.items():
-        _check_dictionary(name, dictionary, cache, hook)
+    subjects = {name: subject(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
     if language_model is not None:
         check_same_model(cache.path, cache.manifest, language_model)
         probe = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
@@ -105,14 +109,13 @@ def evaluate_all(
             summary=summary, progress=lambda *done: report_progress(stage, *done), device=device,
         )  # fmt: skip
 
-    own = {
-        name: from_dictionary(_on(dictionary, device), _describe(dictionary))
-        for name, dictionary in dictionaries.items()
-    }
+    own = {name: made.reconstructor for name, made in subjects.items()}
     scores = score("reconstruction", own)
-    columns = {name: _baselines_of(dictionary, scores[name]) for name, dictionary in dictionaries.items()}
+    columns = {name: _baselines_of(made, scores[name], settings) for name, made in subjects.items()}
     wanted = dict.fromkeys(baseline for chosen in columns.values() for baseline in chosen.values())
     baselines = fit_baselines(wanted, cache, hook, device, report_progress)
+    frozen = [baseline for baseline in wanted if baseline.kind == "frozen_decoder"]
+    baselines |= train_frozen_decoders(frozen, cache, hook, settings.frozen_decoder_tokens, device, report_progress)
     scores |= score("baselines", baselines)
     if language_model is not None:
         downstream = measure_downstream(
@@ -120,42 +123,63 @@ def evaluate_all(
             mean=summary.mean, settings=settings, device=device, progress=report_progress,
         )  # fmt: skip
         scores = {key: part.with_downstream(downstream[key]) for key, part in scores.items()}
+    legacy = measure_legacy(
+        language_model, cache, hook, own, mean=summary.mean, settings=settings, device=device, progress=report_progress
+    )
     seconds = time.perf_counter() - started
 
-    def report(name: str, dictionary: Dictionary) -> Report:
-        trained_with = dictionary.metadata.get("tokens")
-        return Report(
-            dictionary=identify(dictionary),
-            hook=hook,
-            model=cache.manifest.model,
-            data=cache.manifest.data,
-            activations=cache.manifest.identity(hook),
-            settings=settings,
-            policy=cache.policy,
-            training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,
-            tokens=summary.tokens,
-            masked=summary.masked,
-            documents=summary.documents,
-            scores=scores[name],
-            baselines={column: scores[key] for column, key in columns[name].items()},
-            dead_in_training=_dead_in_training(dictionary),
-            norms=summary.norms,
-            seconds=seconds,
+    return {
+        name: _report(
+            made, cache, hook, settings, summary,
+            scores=scores[name], baselines={column: scores[key] for column, key in columns[name].items()},
+            legacy=legacy.get(name), seconds=seconds,
         )
+        for name, made in subjects.items()
+    }  # fmt: skip
 
-    return {name: report(name, dictionary) for name, dictionary in dictionaries.items()}
+
+def _report(
+    made: Subject, cache: ActivationCache, hook: str, settings: EvaluationConfig, summary: ActivationSummary, *,
+    scores: Scores, baselines: dict[str, Scores], legacy: LegacyScores | None, seconds: float,
+) -> Report:  # fmt: skip
+    trained_with = made.metadata.get("tokens")
+    return Report(
+        dictionary=made.identity,
+        hook=hook,
+        model=cache.manifest.model,
+        data=cache.manifest.data,
+        activations=cache.manifest.identity(hook),
+        settings=settings,
+        policy=cache.policy,
+        training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,
+        tokens=summary.tokens,
+        masked=summary.masked,
+        documents=summary.documents,
+        scores=scores,
+        baselines=baselines,
+        legacy=legacy,
+        dead_in_training=made.dead_in_training(),
+        norms=summary.norms,
+        seconds=seconds,
+    )
 
 
-def _baselines_of(dictionary: Dictionary, scores: Scores) -> dict[str, Baseline]:
+def _baselines_of(made: Subject, scores: Scores, settings: EvaluationConfig) -> dict[str, Baseline]:
     """What a dictionary is compared with, by column; dictionaries of one size have the same."""
-    k = baseline_size(dictionary, scores)
-    return {"pca": Baseline("pca", k), "random": Baseline("random", k, dictionary.d_sae), "identity": IDENTITY}
+    k = baseline_size(made, scores)
+    chosen = {"pca": Baseline("pca", k), "random": Baseline("random", k, made.d_sae)}
+    if settings.frozen_decoder_tokens:
+        known = made.architecture in ARCHITECTURES
+        architecture = made.architecture if known and made.architecture else "topk"
+        prefixes = tuple(made.settings.get("prefixes", ())) if known else ()
+        chosen["frozen_decoder"] = Baseline("frozen_decoder", k, made.d_sae, architecture, prefixes)
+    return chosen | {"identity": IDENTITY}
 
 
-def baseline_size(dictionary: Dictionary, scores: Scores) -> int:
+def baseline_size(made: Subject, scores: Scores) -> int:
     """Components and features given to the baselines: the dictionary's k, or its mean L0 rounded where it has no k."""
     assert scores.sparsity is not None
-    return max(1, int(dictionary.settings().get("k", round(scores.sparsity.l0.value or 0))))
+    return max(1, int(made.settings.get("k", round(scores.sparsity.l0.value or 0))))
 
 
 def _score(
@@ -163,7 +187,7 @@ def _score(
     summary: ActivationSummary, progress: Callable[[int, int], None], device: str | torch.device,
 ) -> dict[Hashable, Scores]:  # fmt: skip
     """One pass over the held-out tokens."""
-    sums = {key: ReconstructionSums(summary.all_documents, summary.mean) for key in reconstructors}
+    sums = {key: ReconstructionSums(summary.all_documents) for key in reconstructors}
     sparsity = {
         key: SparsityCounts(summary.all_documents, reconstructor.features)
         for key, reconstructor in reconstructors.items()
@@ -172,9 +196,10 @@ def _score(
     done = 0
     for block in held_out_blocks(cache, hook, settings):
         x = block.x.to(device)
+        truth = Truth.of(x, summary.mean)
         for key, reconstructor in reconstructors.items():
             result = reconstructor(x)
-            sums[key].add_(x, result.x_hat, block.documents)
+            sums[key].add_(truth, result.x_hat, block.documents)
             if key in sparsity and result.codes is not None:
                 sparsity[key].add_(result.codes, block.documents)
         done += len(x)
@@ -183,53 +208,6 @@ def _score(
         key: Scores(made.description, sums[key].scores(), sparsity[key].scores() if key in sparsity else None)
         for key, made in reconstructors.items()
     }
-
-
-def _check_dictionary(name: str, dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
-    trained_on = dictionary.metadata.get("hook")
-    if trained_on is not None and trained_on != hook:
-        raise ConfigError(
-            f"hook {hook!r}: the dictionary was trained on {trained_on!r}; evaluate it there, with a cache that has it"
-        )
-    trained_model = dictionary.metadata.get("model") or {}
-    for key in ("weights_sha256", "weight_processing"):
-        if key in trained_model and trained_model[key] != cache.manifest.model.get(key):
-            raise CacheError(
-                f"cache {str(cache.path)!r}: of another model than the dictionary's: {key} is "
-                f"{cache.manifest.model.get(key)!r} there and {trained_model[key]!r} in training: harvest with that one"
-            )
-    if cache.d_in(hook) != dictionary.d_in:
-        raise ConfigError(
-            f"hook {hook!r}: activations have {cache.d_in(hook):,} numbers, the dictionary takes {dictionary.d_in:,}; "
-            "give the hook point and the model it was trained on"
-        )
-    for part, parameter in dictionary.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise FormatError(
-                f"{name}: {part} has values that are infinite or not a number; take an earlier checkpoint, or "
-                "train again"
-            )
-
-
-def _on(dictionary: Dictionary, device: str | torch.device) -> Dictionary:
-    here = dictionary.W_dec.device == torch.empty(0, device=device).device
-    return dictionary if here else copy.deepcopy(dictionary).to(device)
-
-
-def _describe(dictionary: Dictionary) -> str:
-    settings = "".join(f", {key} = {value}" for key, value in dictionary.settings().items())
-    return f"dictionary: {dictionary.architecture}, {dictionary.d_in:,} → {dictionary.d_sae:,}{settings}"
-
-
-def _dead_in_training(dictionary: Dictionary) -> dict[str, Any] | None:
-    """What training counted, where it was long enough for a feature to count as dead."""
-    trained = dictionary.metadata.get("trained", {})
-    if (
-        not {"dead", "dead_after_tokens", "tokens"} <= trained.keys()
-        or trained["tokens"] < trained["dead_after_tokens"]
-    ):
-        return None
-    return {"features": trained["dead"], "tokens": trained["dead_after_tokens"]}
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.figures import Canvas, logarithmic
+from sae.evaluation.metrics import NOISE, Totals, below_noise, difference
+from sae.evaluation.report import HEADINGS
 
 COLOURS = {
     "relu": "#6b7280",
@@ -19,6 +23,7 @@ COLOURS = {
     "matryoshka": "#3b8a4f",
 }
 _INK = "#374151"
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Point:
         seconds: in its own training steps; None where unknown.
         bytes: of weights and optimiser while it was trained; None where unknown.
         tokens: that these seconds are for.
+        baselines: FVU of each baseline, by its name in `eval.json`.
     """
 
     architecture: str
@@ -48,6 +54,7 @@ class Point:
     bytes: int | None = None
     tokens: int | None = None
     variant: str = ""
+    baselines: dict[str, Estimate] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -56,28 +63,65 @@ class Point:
     ) -> Point:  # fmt: skip
         """From the content of an `eval.json` and what training cost."""
 
-        def estimate(name: str) -> Estimate:
-            return Estimate(report[name]["value"], report[name]["standard_error"])
+        def estimate(name: str, of: Mapping[str, Any] = report) -> Estimate:
+            return Estimate(of[name]["value"], of[name]["standard_error"])
 
         return Point(
             architecture, hook, d_sae, k, seed, estimate("l0"), estimate("fvu"),
             estimate("delta_ce") if report.get("delta_ce") else None, report["dead"]["share"],
             cost.get("seconds"), cost.get("bytes"), cost.get("tokens"), variant,
+            {name: estimate("fvu", made) for name, made in report["baselines"].items()},
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def pareto_table(points: Mapping[str, Point], failures: Mapping[str, str], figure: str | None) -> str:
-    """The comparison as Markdown, a line for each dictionary."""
+Differences = Mapping[str, Mapping[str, Estimate]]
+
+
+def to_row_above(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Differences:
+    """How FVU and ΔCE of each dictionary differ from those of the one above, with paired standard errors.
+
+    Args:
+        points: in the order of the table.
+        totals: sums over documents of each.
+
+    Returns:
+        By name and metric; nothing where the one above is on another hook point or was measured on other tokens.
+    """
+    found: dict[str, dict[str, Estimate]] = {}
+    for above, name in itertools.pairwise(points):
+        if points[above].hook != points[name].hook:
+            continue
+        made = {metric: difference(metric, totals[name], totals[above]) for metric in ("fvu", "delta_ce")}
+        found[name] = {metric: estimate for metric, estimate in made.items() if estimate is not None}
+    return found
+
+
+def pareto_table(
+    points: Mapping[str, Point], failures: Mapping[str, str], figure: str | None, differences: Differences = _NONE
+) -> str:
+    """The comparison as Markdown, a line for each dictionary.
+
+    Args:
+        points: what is compared.
+        failures: why others are missing.
+        figure: file of the plot; None: there is none.
+        differences: of `to_row_above`; values that differ less than their noise are marked.
+    """
+
+    def marked(name: str, metric: str, estimate: Estimate | None) -> str:
+        found = differences.get(name, {}).get(metric)
+        return ("–" if estimate is None else str(estimate)) + (" ≈" if found and below_noise(found) else "")
+
     with_loss = any(point.delta_ce is not None for point in points.values())
     head = ["dictionary", "L0", "FVU", *(["ΔCE"] if with_loss else []), "never fire", "ms per 1,000 tokens", "MB"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
     for name, point in points.items():
-        cells = [name, str(point.l0), str(point.fvu)]
+        cells = [name, str(point.l0), marked(name, "fvu", point.fvu)]
         if with_loss:
-            cells.append("–" if point.delta_ce is None else str(point.delta_ce))
+            cells.append(marked(name, "delta_ce", point.delta_ce))
         per_thousand = 1e6 * point.seconds / point.tokens if point.seconds and point.tokens else None
         cells += [
             f"{point.dead:.1%}",
@@ -93,11 +137,31 @@ def pareto_table(points: Mapping[str, Point], failures: Mapping[str, str], figur
         "± is the standard error over documents. Time is that of a dictionary's own training steps, memory\n"
         "that of its weights and optimiser.\n"
     )
+    if differences:
+        parts.append(
+            f"≈: no different from the row above: the difference, paired over documents, is below {NOISE:g} of its "
+            "standard errors.\n"
+        )
+    parts += _baselines(points)
     if failures:
         parts.append(
             "## Not trained\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items()) + "\n"
         )
     return "\n".join(parts)
+
+
+def _baselines(points: Mapping[str, Point]) -> list[str]:
+    """FVU of what each dictionary stands beside."""
+    kinds = dict.fromkeys(kind for point in points.values() for kind in point.baselines if kind != "identity")
+    if not kinds:
+        return []
+    rows = [
+        [name, str(point.fvu), *(str(point.baselines.get(kind, Estimate(None, None))) for kind in kinds)]
+        for name, point in points.items()
+    ]
+    head = ["FVU", "dictionary", *(HEADINGS[kind] for kind in kinds)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["--:"] * (len(head) - 1)], *rows)]
+    return ["## Baselines\n", "\n".join(lines) + "\n", "Of the same size each; the identity has FVU 0 and ΔCE 0.\n"]
 
 
 def draw_pareto(points: Sequence[Point]) -> bytes | None:

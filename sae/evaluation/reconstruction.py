@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.dictionary import Codes, Dictionary
-from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, ratio, to_json
+from sae.evaluation.estimate import DocumentSums, Estimate, double, to_json
+from sae.evaluation.metrics import estimate
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ReconstructionScores:
         l2_ratio: mean ‖x̂‖/‖x‖; below 1, reconstructions shrink. Tokens with x = 0 are left out.
         relative_reconstruction_bias: E‖x̂‖² / E[x·x̂]; 1 where no rescaling of x̂ lowers the mse, below 1 for shrinkage.
             Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Autoencoders".
+        totals: the sums over documents that these are made of.
     """
 
     mse: Estimate
@@ -74,9 +76,30 @@ class ReconstructionScores:
     cosine: Estimate
     l2_ratio: Estimate
     relative_reconstruction_bias: Estimate
+    totals: dict[str, Tensor] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return to_json(self, _NAMES)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A block of activations in float64, and what of them alone every reconstruction is measured by."""
+
+    x: Float[Tensor, "rows d_in"]
+    deviation: Float[Tensor, " rows"]
+    norm: Float[Tensor, " rows"]
+
+    @staticmethod
+    def of(x: Float[Tensor, "rows d_in"], mean: Float[Tensor, " d_in"]) -> Truth:
+        """With ‖x − x̄‖² and ‖x‖ of each token.
+
+        Args:
+            x: the activations.
+            mean: x̄ over the evaluated tokens, float64.
+        """
+        x = double(x)
+        return Truth(x, (x - mean.to(x.device)).square_().sum(-1), x.norm(dim=-1))
 
 
 class ReconstructionSums:
@@ -84,24 +107,22 @@ class ReconstructionSums:
 
     Args:
         documents: how many documents the split has.
-        mean: x̄ over the evaluated tokens, float64.
     """
 
-    def __init__(self, documents: int, mean: Float[Tensor, " d_in"]) -> None:
+    def __init__(self, documents: int) -> None:
         names = ("error", "deviation", "cosine", "l2_ratio", "nonzero", "power", "product")
         self.sums = DocumentSums(documents, names)
-        self.mean = mean
 
-    def add_(self, x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows d_in"], documents: Tensor) -> None:
+    def add_(self, truth: Truth, x_hat: Float[Tensor, "rows d_in"], documents: Tensor) -> None:
         """Add a block of tokens."""
-        x, x_hat = double(x), double(x_hat)
-        power, product = x_hat.square().sum(-1), (x * x_hat).sum(-1)
-        norm, norm_hat = x.norm(dim=-1), power.sqrt()
-        nonzero = norm > 0
+        x_hat, norm = double(x_hat), truth.norm
+        error, product = (truth.x - x_hat).square_().sum(-1), (truth.x * x_hat).sum(-1)
+        power = x_hat.square().sum(-1)
+        norm_hat, nonzero = power.sqrt(), norm > 0
         both = norm * norm_hat
         values = {
-            "error": (x - x_hat).square().sum(-1),
-            "deviation": (x - self.mean.to(x.device)).square().sum(-1),
+            "error": error,
+            "deviation": truth.deviation,
             "cosine": torch.where(both > 0, product / both.where(both > 0, torch.ones_like(both)), 0),
             "l2_ratio": torch.where(nonzero, norm_hat / norm.where(nonzero, torch.ones_like(norm)), 0),
             "nonzero": nonzero.double(),
@@ -112,13 +133,5 @@ class ReconstructionSums:
 
     def scores(self) -> ReconstructionScores:
         """The scores of everything added."""
-        sums = self.sums
-        fvu = ratio(sums["error"], sums["deviation"])
-        return ReconstructionScores(
-            mse=ratio(sums["error"], sums[TOKENS]),
-            fvu=fvu,
-            explained_variance=Estimate(None if fvu.value is None else 1 - fvu.value, fvu.standard_error),
-            cosine=ratio(sums["cosine"], sums["nonzero"]),
-            l2_ratio=ratio(sums["l2_ratio"], sums["nonzero"]),
-            relative_reconstruction_bias=ratio(sums["power"], sums["product"]),
-        )
+        totals = self.sums.totals()
+        return ReconstructionScores(**{name: estimate(name, totals) for name in _NAMES}, totals=totals)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sae.evaluation.estimate import Estimate
-from sae.evaluation.report import FIGURE_FOLDER, Report, Scores
+from sae.evaluation.legacy import CONTEXTS_PER_BATCH
+from sae.evaluation.legacy_pass import LegacyScores
+from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, Report, Scores
+from sae.tokens import TokenPolicy
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from sae.evaluation.figures import Figure
 
-_NONE = "–"
-_HEADINGS = {"dictionary": "dictionary", "pca": "PCA", "random": "random", "identity": "identity"}
-_RECONSTRUCTION = {
+NONE = "–"
+RECONSTRUCTION = {
     "fvu": "fraction of variance unexplained",
     "explained_variance": "1 − fvu",
     "mse": "mean ‖x − x̂‖²",
@@ -23,8 +25,9 @@ _RECONSTRUCTION = {
     "l2_ratio": "mean ‖x̂‖ / ‖x‖",
     "relative_reconstruction_bias": "E‖x̂‖² / E[x·x̂]",
 }
-_SPARSITY = {"l0": "features per token", "l1": "mean Σ|f|"}
-_DOWNSTREAM = {
+SPARSITY = {"l0": "features per token", "l1": "mean Σ|f|"}
+COUNTS = {"dead": "features that never fire", "dense": "features on > 10 % of tokens"}
+DOWNSTREAM = {
     "ce_spliced": "loss with x̂ in place of x",
     "delta_ce": "spliced − clean",
     "ce_recovered_zero": "share of the loss of 0 recovered",
@@ -44,11 +47,12 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         f"# Evaluation at `{report.hook}`",
         _subject(report),
         "## Metrics",
-        _pipe_table(["", "", *(_HEADINGS[name] for name in report.columns)], _rows(report)),
+        pipe_table(["", "", *(HEADINGS[name] for name in report.columns)], _rows(report)),
         "Values are means over tokens ± standard errors over documents. Baselines: " + _baselines(report) + ".",
         *_losses(report),
         "## Sparsity",
         _sparsity(report),
+        *_legacy(report.legacy),
     ]
     if figures is None:
         parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
@@ -68,10 +72,10 @@ def report_table(report: Report) -> Table:
     )
     table.add_column("metric", no_wrap=True)
     for name in report.columns:
-        table.add_column(_HEADINGS[name], justify="right")
-    section = len(_RECONSTRUCTION)
+        table.add_column(HEADINGS[name], justify="right")
+    section = len(RECONSTRUCTION)
     for number, (label, _, *cells) in enumerate(_rows(report)):
-        if number in (section, section + len(_SPARSITY) + 2):
+        if number in (section, section + len(SPARSITY) + len(COUNTS)):
             table.add_section()
         table.add_row(label.strip("`"), *cells)
     table.caption = "\n".join(filter(None, ["± standard error over documents", fewer_tokens(report)]))
@@ -81,31 +85,35 @@ def report_table(report: Report) -> Table:
 def _rows(report: Report) -> Iterator[list[str]]:
     """Label, meaning, and a cell for every column."""
     columns = list(report.columns.values())
-    for name, meaning in _RECONSTRUCTION.items():
+    for name, meaning in RECONSTRUCTION.items():
         yield [f"`{name}`", meaning, *(str(getattr(scores.reconstruction, name)) for scores in columns)]
-    for name, meaning in _SPARSITY.items():
+    for name, meaning in SPARSITY.items():
         yield [f"`{name}`", meaning, *(_cell(scores.sparsity, name) for scores in columns)]
-    for name, meaning in {"dead": "features that never fire", "dense": "features on > 10 % of tokens"}.items():
+    for name, meaning in COUNTS.items():
         yield [f"`{name}`", meaning, *(_count(scores, name) for scores in columns)]
     if report.scores.downstream is not None:
-        for name, meaning in _DOWNSTREAM.items():
+        for name, meaning in DOWNSTREAM.items():
             yield [f"`{name}`", meaning, *(_cell(scores.downstream, name) for scores in columns)]
 
 
 def _cell(scores: Any, name: str) -> str:
     estimate: Estimate | None = None if scores is None else getattr(scores, name)
-    return _NONE if estimate is None else str(estimate)
+    return NONE if estimate is None else str(estimate)
 
 
 def _count(scores: Scores, name: str) -> str:
     if scores.sparsity is None:
-        return _NONE
-    count, features = getattr(scores.sparsity, name), len(scores.sparsity.firings)
+        return NONE
+    return share_of(getattr(scores.sparsity, name), len(scores.sparsity.firings))
+
+
+def share_of(count: int, features: int) -> str:
+    """A number of features, and their share of all."""
     return f"{count:,} ({count / features:.1%})"
 
 
-def _subject(report: Report) -> str:
-    policy, dictionary = report.policy, report.dictionary
+def describe_masks(policy: TokenPolicy) -> str:
+    """Which tokens a policy leaves out; empty where it leaves out none."""
     masks = []
     if policy.masked_positions:
         count = policy.masked_positions
@@ -113,19 +121,27 @@ def _subject(report: Report) -> str:
     if policy.masked_ids:
         ids = ", ".join(map(str, policy.masked_ids[:8])) + (", …" if len(policy.masked_ids) > 8 else "")
         masks.append(f"special tokens (ids {ids})")
-    masked = f"; left out are {report.masked:,} tokens: {' and '.join(masks)}" if masks else ""
+    return " and ".join(masks)
+
+
+def _subject(report: Report) -> str:
+    masks = describe_masks(report.policy)
+    masked = f"; left out are {report.masked:,} tokens: {masks}" if masks else "; no token is left out"
     description = report.scores.description.removeprefix("dictionary: ")
-    other = report.training_policy not in (None, policy)
+    other = report.training_policy not in (None, report.policy)
+    weights = report.dictionary["weights_sha256"]
+    which = f" `{weights[:12]}`" if weights else ""
     note = " **Training left out other tokens than this evaluation: see `token_policy` in eval.json.**" if other else ""
     return (
-        f"Dictionary `{dictionary['weights_sha256'][:12]}` ({description}) on `{report.hook}` of "
-        f"`{report.model.get('name', 'unknown model')}`, text {_text(report.data)}.\n\n"
+        f"Dictionary{which} ({description}) on `{report.hook}` of "
+        f"`{report.model.get('name', 'unknown model')}`, text {describe_text(report.data)}.\n\n"
         f"Evaluated on {report.tokens:,} held-out tokens of {report.documents:,} documents{masked}. "
         f"It took {report.seconds:,.1f} s.{note}"
     )
 
 
-def _text(data: dict[str, Any]) -> str:
+def describe_text(data: dict[str, Any]) -> str:
+    """Which text it is, with the shares where there are several sources."""
     source = data.get("source", "unknown")
     if isinstance(source, str):
         return f"`{source}`"
@@ -148,7 +164,7 @@ def _losses(report: Report) -> list[str]:
     ]
     return [
         "## Language-model loss",
-        _pipe_table(["hook point replaced by", "", "nats per token"], rows),
+        pipe_table(["hook point replaced by", "", "nats per token"], rows),
         f"Over {downstream.tokens:,} eligible positions with a next token, of {downstream.documents:,} documents. All "
         "replacements are made at the same eligible positions; the others keep the model's own activations."
         + _sentence(fewer_tokens(report)),
@@ -197,8 +213,30 @@ def _sparsity(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _pipe_table(head: Sequence[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
-    rule = [":--" if number < 2 else "--:" for number in range(len(head))]
+def _legacy(legacy: LegacyScores | None) -> list[str]:
+    if legacy is None:
+        return []
+    columns = [part[package] for part in (legacy.of, legacy.mean_predictor) for package in part]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[f"`{name}`", *(_number(column.get(name)) for column in columns)] for name in names]
+    head = ["", *legacy.of, *(f"x̂ = x̄, {package}" for package in legacy.mean_predictor)]
+    return [
+        "## For comparison with published numbers only",
+        f"What the formulas of other packages give on the first {legacy.tokens:,} held-out tokens whose id is not a "
+        f"special one, in batches of {CONTEXTS_PER_BATCH} contexts. They are not the metrics above, even where they "
+        "are called the same: `sae/evaluation/legacy.py` has each equation, and how it differs. Beside the dictionary "
+        "stands what they give for x̂ = x̄, which explains nothing.",
+        pipe_table(head, rows, text_columns=1),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.5g}"
+
+
+def pipe_table(head: Sequence[str], rows: Iterable[list[str]], text_columns: int = 2) -> str:
+    """A Markdown table, the first columns to the left."""
+    rule = [":--" if number < text_columns else "--:" for number in range(len(head))]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, rule, *rows)
     )

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save
+from torch import Tensor
+
 import sae
 from sae.config import EvaluationConfig
 from sae.dictionary import Dictionary, weights_sha256
+from sae.errors import FormatError
 from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
+from sae.evaluation.legacy_pass import LegacyScores
 from sae.evaluation.reconstruction import ReconstructionScores
 from sae.evaluation.sparsity import SparsityScores
 from sae.evaluation.streams import NormHistogram
-from sae.files import write_bytes, write_json
+from sae.files import read_json, write_bytes, write_json
 from sae.tokens import TokenPolicy
 
-FORMAT, FORMAT_VERSION = "sae-evaluation", 1
+FORMAT, FORMAT_VERSION = "sae-evaluation", 2
 JSON_FILE, MARKDOWN_FILE, FIGURE_FOLDER = "eval.json", "eval.md", "figures"
+DOCUMENTS_FILE = "eval-documents.safetensors"
+HEADINGS = {
+    "dictionary": "dictionary", "pca": "PCA", "random": "random", "frozen_decoder": "frozen decoder",
+    "identity": "identity",
+}  # fmt: skip
+"""What columns are called in tables."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,12 @@ class Scores:
     sparsity: SparsityScores | None
     downstream: DownstreamScores | None = None
 
+    @property
+    def totals(self) -> dict[str, Tensor]:
+        """Float64 sums over each document of the split, which every metric is a ratio of."""
+        parts = (self.reconstruction, self.sparsity, self.downstream)
+        return {name: column for part in parts if part is not None for name, column in part.totals.items()}
+
     def with_downstream(self, downstream: DownstreamScores) -> Scores:
         """The same with language-model losses."""
         return dataclasses.replace(self, downstream=downstream)
@@ -45,7 +64,8 @@ class Scores:
         """Metrics by the names of the definitions; null where one was not measured."""
         sparsity: dict[str, Any] = self.sparsity.to_json() if self.sparsity else dict.fromkeys(SPARSITY_NAMES)
         downstream: dict[str, Any] = self.downstream.to_json() if self.downstream else dict.fromkeys(DOWNSTREAM_NAMES)
-        return {**self.reconstruction.to_json(), **sparsity, **downstream}
+        features = len(self.sparsity.firings) if self.sparsity else None
+        return {"features": features, **self.reconstruction.to_json(), **sparsity, **downstream}
 
 
 SPARSITY_NAMES = ("l0", "l0_quantiles", "l1", "density", "dead", "dense")
@@ -68,7 +88,8 @@ class Report:
         masked: held-out tokens among them that the policy leaves out.
         documents: documents with an evaluated token: the sample size of every standard error.
         scores: the dictionary's; `scores.sparsity.density` is the density of every feature.
-        baselines: `pca`, `random`, `identity`.
+        baselines: `pca`, `random`, `frozen_decoder` where one was trained, `identity`.
+        legacy: by other packages' formulas; None where these were left out.
         dead_in_training: features that had not fired for `tokens` tokens when training ended; None where unknown.
         norms: of the activations, eligible and masked.
         seconds: it took.
@@ -87,6 +108,7 @@ class Report:
     documents: int
     scores: Scores
     baselines: dict[str, Scores]
+    legacy: LegacyScores | None
     dead_in_training: dict[str, Any] | None
     norms: NormHistogram
     seconds: float
@@ -95,6 +117,10 @@ class Report:
     def columns(self) -> dict[str, Scores]:
         """The dictionary and its baselines, in the order of the tables."""
         return {"dictionary": self.scores, **self.baselines}
+
+    def documents_content(self) -> bytes:
+        """What `eval-documents.safetensors` holds."""
+        return save(dict(sorted(self.scores.totals.items())))
 
     def to_json(self) -> dict[str, Any]:
         """What `eval.json` holds: the dictionary's metrics at the top, the baselines' under `baselines`."""
@@ -106,11 +132,12 @@ class Report:
             "format_version": FORMAT_VERSION,
             "sae_version": sae.__version__,
             "dictionary": self.dictionary,
+            "description": self.scores.description.removeprefix("dictionary: "),
             "hook": self.hook,
             "model": self.model,
             "data": self.data,
             "activations": self.activations,
-            "settings": self.settings.model_dump(),
+            "settings": self.settings.model_dump(mode="json"),
             "token_policy": self.policy.to_json(),
             "training_token_policy": self.training_policy.to_json() if self.training_policy else None,
             "evaluated": {
@@ -130,13 +157,18 @@ class Report:
                 }
                 for name, scores in self.baselines.items()
             },
+            "legacy": self.legacy.to_json() if self.legacy else None,
             "activation_norms": self.norms.to_json(),
+            "documents_sha256": hashlib.sha256(self.documents_content()).hexdigest(),
             "seconds": round(self.seconds, 3),
         }
 
 
 def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:
-    """Write `eval.json`, `eval.md` and, where matplotlib is installed, `figures/*.png`.
+    """Write `eval.json`, `eval.md`, `eval-documents.safetensors` and, where matplotlib is installed, `figures/*.png`.
+
+    The third holds the sums over each document of the split that the dictionary's metrics are ratios of, so that two
+    dictionaries can be compared document by document; `eval.json` names its checksum.
 
     Args:
         report: what to write.
@@ -154,11 +186,12 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
 
     folder = Path(folder).expanduser()
     figures = draw_figures(report, Path(metrics_path).expanduser() if metrics_path is not None else None)
-    paths = [folder / JSON_FILE, folder / MARKDOWN_FILE]
+    paths = [folder / JSON_FILE, folder / MARKDOWN_FILE, folder / DOCUMENTS_FILE]
     for figure in figures or []:
         paths.append(folder / FIGURE_FOLDER / figure.file)
         write_bytes(paths[-1], figure.png)
     write_bytes(paths[1], markdown(report, figures).encode())
+    write_bytes(paths[2], report.documents_content())
     write_json(paths[0], report.to_json())  # last: where it is, the rest is
     return paths
 
@@ -168,3 +201,40 @@ def identify(dictionary: Dictionary) -> dict[str, Any]:
     left_out = ("format", "format_version", "metadata")
     kept = {key: value for key, value in dictionary.config().items() if key not in left_out}
     return {**kept, "weights_sha256": weights_sha256(dictionary)}
+
+
+def read_stored(
+    folder: str | Path, dictionary: dict[str, Any], activations: str, *, hook: str, settings: EvaluationConfig
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """A written report and its sums over documents, where they are of just this.
+
+    Args:
+        folder: where `write_report` wrote.
+        dictionary: `identify` of what was evaluated.
+        activations: hash of the activations.
+        hook: hook point.
+        settings: how much was asked for.
+
+    Returns:
+        None where anything differs, be it the version of this package, and where a file is missing or damaged.
+    """
+    folder = Path(folder).expanduser()
+    if not all((folder / name).is_file() for name in (JSON_FILE, MARKDOWN_FILE, DOCUMENTS_FILE)):
+        return None
+    try:
+        record = read_json(folder / JSON_FILE)
+    except FormatError:
+        return None
+    asked = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "sae_version": sae.__version__,
+        "dictionary": json.loads(json.dumps(dictionary)),
+        "activations": activations,
+        "hook": hook,
+        "settings": settings.model_dump(mode="json"),
+        "documents_sha256": hashlib.sha256((folder / DOCUMENTS_FILE).read_bytes()).hexdigest(),
+    }
+    if not isinstance(record, dict) or any(record.get(key) != value for key, value in asked.items()):
+        return None
+    return record, load_file(folder / DOCUMENTS_FILE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae.dictionary import Codes
 from sae.evaluation.estimate import DocumentSums, Estimate, double
+from sae.evaluation.metrics import estimate
 
 DENSE_ABOVE = 0.1
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -28,6 +29,7 @@ class SparsityScores:
         l0_counts: tokens by their L0: entry j is the number of tokens with j features.
         l1: mean Σ|f|.
         firings: tokens each feature fires on.
+        totals: the sums over documents that l0 and l1 are made of.
     """
 
     tokens: int
@@ -35,6 +37,7 @@ class SparsityScores:
     l0_counts: Int[Tensor, " counts"]
     l1: Estimate
     firings: Int[Tensor, " d_sae"]
+    totals: dict[str, Tensor] = field(repr=False, compare=False)
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
@@ -110,5 +113,6 @@ class SparsityCounts:
 
     def scores(self) -> SparsityScores:
         """The scores of everything added."""
-        sums = self.sums
-        return SparsityScores(sums.tokens, sums.mean("l0"), self.l0_counts, sums.mean("l1"), self.firings)
+        totals = self.sums.totals()
+        l0, l1 = estimate("l0", totals), estimate("l1", totals)
+        return SparsityScores(self.sums.tokens, l0, self.l0_counts, l1, self.firings, totals)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ from evaluation_cache import Fixed
 from torch import Tensor
 
 from sae.activations import ActivationCache
+from sae.architectures import TopK
 from sae.config import EvaluationConfig, ModelConfig
 from sae.errors import CacheError, ConfigError, ModelError
-from sae.evaluation import evaluate
+from sae.evaluation import evaluate, write_report
+from sae.evaluation.metrics import METRICS
 from sae.evaluation.render import markdown, report_table
 from sae.evaluation.report import Report
 from sae.language_model import LanguageModel
@@ -108,6 +112,29 @@ def test_mean_and_zero_reconstructions_are_the_ablations(
     assert scores["ce_recovered_zero"]["value"] == 0
     assert scores["baselines"]["pca"]["ce_zero"] == scores["ce_zero"]
     assert scores["baselines"]["pca"]["ce_spliced"] != scores["ce_spliced"]
+
+
+def test_an_all_dead_dictionary_has_defined_numbers_everywhere(
+    many_documents: ActivationCache, language_model: LanguageModel, tmp_path: Path
+) -> None:
+    """x̂ = b_dec = x̄ on every token: FVU 1, the loss of the mean, no feature, and no number that is none."""
+    dictionary = TopK(32, 48, k=3).requires_grad_(False)
+    dictionary.b_enc.fill_(-1)
+    x = torch.cat([
+        batch.activations[batch.eligible] for batch in many_documents.contexts(HELD_OUT, HOOK)
+        if batch.activations is not None
+    ])  # fmt: skip
+    dictionary.b_dec.copy_(x.double().mean(0))
+    report = evaluate(dictionary, many_documents, hook=HOOK, language_model=language_model)
+    write_report(report, tmp_path)
+    text = (tmp_path / "eval.md").read_text()
+    scores = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
+    assert scores["fvu"]["value"] == pytest.approx(1, abs=1e-6)
+    assert scores["ce_spliced"]["value"] == pytest.approx(scores["ce_mean"]["value"], abs=1e-5)
+    assert scores["ce_recovered_mean"]["value"] == pytest.approx(0, abs=1e-4)
+    assert (scores["l0"]["value"], scores["l1"]["value"], scores["dead"]["share"]) == (0, 0, 1)
+    assert all(scores[name]["value"] is not None and scores[name]["standard_error"] is not None for name in METRICS)
+    assert not re.search(r"\b(nan|inf|None)\b", text)
 
 
 def test_paired_error_is_far_below_that_of_either_loss(

@@ -80,6 +80,20 @@ def test_rescaled_input(tmp_path: Path, c: float) -> None:
     assert scores["fvu"] == pytest.approx(scores["mse"] / variance, rel=1e-13)
 
 
+@pytest.mark.parametrize("c", [0.25, 8.0])
+def test_scaling_input_and_reconstruction_alike_changes_units_alone(tmp_path: Path, c: float) -> None:
+    def reconstruct(x: Tensor) -> Tensor:
+        return 0.7 * x + x.roll(1, -1) / 10
+
+    once = _values(_scores(tmp_path / "once", reconstruct))
+    x, tokens, documents = ROWS
+    cache = make_cache(tmp_path / "scaled", (c * x, tokens, documents))  # a power of 2: exact in float32
+    scaled = _values(evaluate(Fixed(D_IN, 3, reconstruct), cache, hook=HOOK).to_json())
+    for name in ("fvu", "explained_variance", "cosine", "l2_ratio", "relative_reconstruction_bias"):
+        assert scaled[name] == pytest.approx(once[name], rel=1e-6), name
+    assert scaled["mse"] == pytest.approx(c**2 * once["mse"], rel=1e-6)
+
+
 def test_every_metric_and_standard_error_equals_the_slow_reference(tmp_path: Path) -> None:
     def reconstruct(x: Tensor) -> Tensor:
         return 0.7 * x + x.roll(1, -1).square() / 10
@@ -127,8 +141,8 @@ def test_masked_positions_count_nowhere(tmp_path: Path) -> None:
     clean = evaluate(dictionary, make_cache(tmp_path / "a", ROWS), hook=HOOK).to_json()
     dirty = evaluate(dictionary, make_cache(tmp_path / "b", (garbage, tokens, documents)), hook=HOOK).to_json()
     assert clean["activation_norms"]["masked"] != dirty["activation_norms"]["masked"]
-    for scores in (clean, dirty):
-        scores.pop("seconds"), scores.pop("activation_norms")
+    for scores in (clean, dirty):  # other packages mask by id alone
+        scores.pop("seconds"), scores.pop("activation_norms"), scores.pop("legacy")
     assert clean == dirty
 
 
@@ -199,6 +213,23 @@ def test_each_document_twice_leaves_values_and_shrinks_errors(tmp_path: Path) ->
         assert two.value == pytest.approx(one.value, rel=1e-7), name
         shrink = ((n - 1) / (2 * n - 1)) ** 0.5
         assert two.standard_error == pytest.approx(one.standard_error * shrink, rel=1e-5), name
+
+
+def test_each_token_twice_in_its_document_leaves_values_and_errors(tmp_path: Path) -> None:
+    """Means, ratios and their errors over documents: a document that says everything twice is no more evidence."""
+    x, tokens, documents = (part[:144].view(18, 8, *part.shape[1:]) for part in ROWS)
+    straight = tuple(part.flatten(0, 1) for part in (x, tokens, documents))
+    doubled = tuple(part.repeat_interleave(2, 0).flatten(0, 1) for part in (x, tokens, documents))
+    once, twice = (
+        evaluate(_random_topk(torch.float64), make_cache(tmp_path / name, rows, straight), hook=HOOK).to_json()
+        for name, rows in (("a", straight), ("b", doubled))
+    )
+    assert twice["evaluated"]["tokens"] == 2 * once["evaluated"]["tokens"]
+    names = ("mse", "fvu", "explained_variance", "cosine", "l2_ratio", "relative_reconstruction_bias", "l0", "l1")
+    for name in names:
+        assert twice[name] == pytest.approx(once[name], rel=1e-10), name
+    assert twice["density"]["mean"] == pytest.approx(once["density"]["mean"], rel=1e-12)
+    assert twice["dead"]["features"] == once["dead"]["features"]
 
 
 def test_token_limit_and_one_document(tmp_path: Path) -> None:

@@ -11,11 +11,16 @@ import pytest
 import torch
 from evaluation_cache import HOOK, make_cache, random_rows
 from rich.console import Console
+from safetensors.torch import load_file
 
+import sae
 from sae.activations import ActivationCache
 from sae.architectures import ReLU, TopK
+from sae.config import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation import Report, evaluate, evaluate_all, report_table, write_report
+from sae.evaluation.metrics import METRICS, estimate
+from sae.evaluation.report import read_stored
 from sae.language_model import LanguageModel
 
 DEFINITIONS = (
@@ -48,7 +53,7 @@ def test_json_has_every_definition_by_its_name_for_all_columns(report: Report, t
     write_report(report, tmp_path)
     written = json.loads((tmp_path / "eval.json").read_text(), parse_constant=pytest.fail)
     assert written == report.to_json()
-    assert set(written["baselines"]) == {"pca", "random", "identity"}
+    assert list(written["baselines"]) == ["pca", "random", "frozen_decoder", "identity"]
     for column in (written, *written["baselines"].values()):
         assert set(DEFINITIONS) <= set(column)
     for name in set(DEFINITIONS) - {"l0_quantiles", "density", "dead", "dense"}:
@@ -60,8 +65,9 @@ def test_json_has_every_definition_by_its_name_for_all_columns(report: Report, t
 def test_files_and_their_links(report: Report, tmp_path: Path) -> None:
     paths = write_report(report, tmp_path, _metrics_file(tmp_path))
     names = [str(path.relative_to(tmp_path)) for path in paths]
+    documents = "eval-documents.safetensors"
     figures = [f"figures/{name}.png" for name in ("training", "density", "l0", "norms")]
-    assert names == ["eval.json", "eval.md", *figures]
+    assert names == ["eval.json", "eval.md", documents, *figures]
     text = (tmp_path / "eval.md").read_text()
     for figure in figures:
         assert f"]({figure})" in text
@@ -86,7 +92,7 @@ def test_markdown_tables_are_rectangular_and_state_the_policy(report: Report, tm
     assert f"Evaluated on {report.tokens:,} held-out tokens of {report.documents:,} documents" in text
     assert "the first position of every context and special tokens (ids 0)" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 2
+    assert len(tables) == 3
     for table in tables:
         assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     row = next(line for line in tables[0] if line.startswith("| `fvu`"))
@@ -120,7 +126,7 @@ def test_without_language_model_or_documents_there_are_dashes_not_nans(tmp_path:
 def test_no_matplotlib_no_figures(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     paths = write_report(report, tmp_path, _metrics_file(tmp_path))
-    assert [path.name for path in paths] == ["eval.json", "eval.md"]
+    assert [path.name for path in paths] == ["eval.json", "eval.md", "eval-documents.safetensors"]
     assert "pip install 'sae[figures]'" in (tmp_path / "eval.md").read_text()
 
 
@@ -181,10 +187,91 @@ def test_several_dictionaries_get_the_reports_that_each_gets_alone(
         expected, found = alone[name], report.to_json()
         assert found.pop("seconds") > 0 and expected.pop("seconds") > 0
         assert found == expected, name
-    # clean, zero, mean, four dictionaries, PCA of 4 and of 3 components, random dictionaries of three sizes
-    assert replaced == [1, *[3 + 4 + 2 + 3] * 3]
+    # clean, zero, mean, four dictionaries, PCA of 4 and of 3 components, random dictionaries and frozen decoders of
+    # three sizes; by legacy rules clean, zero, four dictionaries in two ways, in the one whole batch
+    assert replaced == [1, *[3 + 4 + 2 + 3 + 3] * 3, 2 + 2 * 4]
+
+
+def test_documents_file_gives_the_estimates_again(report: Report, tmp_path: Path) -> None:
+    """Every metric of eval.json is a ratio of what the file beside it holds."""
+    write_report(report, tmp_path)
+    totals = load_file(tmp_path / "eval-documents.safetensors")
+    assert {len(column) for column in totals.values()} == {len(report.scores.totals["tokens"])}
+    written = json.loads((tmp_path / "eval.json").read_text())
+    for name in METRICS:
+        made = estimate(name, totals)
+        assert made.to_json() == pytest.approx(written[name], rel=1e-12), name
+    assert int(totals["tokens"].sum()) == written["evaluated"]["tokens"]
+    assert int((totals["tokens"] > 0).sum()) == written["evaluated"]["documents"]
+    assert int(totals["positions"].sum()) == written["evaluated"]["downstream_tokens"]
 
 
 def test_no_dictionary_is_refused(many_documents: ActivationCache) -> None:
     with pytest.raises(ConfigError, match="there is no dictionary to evaluate; give at least one"):
         evaluate_all({}, many_documents, hook=HOOK)
+
+
+def _stored(report: Report, folder: Path, **changed: Any) -> Any:
+    asked = {"dictionary": report.dictionary, "activations": report.activations} | {
+        key: value for key, value in changed.items() if key in ("dictionary", "activations")
+    }
+    return read_stored(
+        folder, **asked, hook=changed.get("hook", report.hook), settings=changed.get("settings", report.settings)
+    )
+
+
+def test_what_is_stored_of_just_this_is_read(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    found = _stored(report, tmp_path)
+    assert found is not None
+    record, totals = found
+    assert record == report.to_json()
+    assert torch.equal(totals["error"], report.scores.totals["error"])
+
+
+def test_anything_that_decides_the_numbers_makes_a_stored_report_stale(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(report, tmp_path)
+    stale: dict[str, dict[str, Any]] = {
+        "weights": {"dictionary": {**report.dictionary, "weights_sha256": "0" * 64}},
+        "k": {"dictionary": {**report.dictionary, "k": 5}},
+        "number type": {"dictionary": {**report.dictionary, "dtype": "float16"}},
+        "activations": {"activations": "0" * 64},
+        "hook": {"hook": "blocks.2.hook_mlp_out"},
+        **{
+            f"evaluation.{key}": {"settings": EvaluationConfig(**{key: value})}
+            for key, value in {
+                "tokens": 96, "downstream_tokens": 64, "baseline_tokens": None, "frozen_decoder_tokens": 500,
+                "legacy_tokens": 0, "batch_contexts": 3,
+            }.items()
+        },
+    }  # fmt: skip
+    assert {key.partition(".")[2] for key in stale if "." in key} == set(EvaluationConfig.model_fields)
+    for what, changed in stale.items():
+        assert _stored(report, tmp_path, **changed) is None, what
+    assert _stored(report, tmp_path) is not None
+    monkeypatch.setattr(sae, "__version__", "0.0.0")
+    assert _stored(report, tmp_path) is None, "version of the package"
+
+
+@pytest.mark.parametrize("name", ["eval.json", "eval.md", "eval-documents.safetensors"])
+def test_a_stored_report_that_is_not_whole_is_stale(report: Report, tmp_path: Path, name: str) -> None:
+    write_report(report, tmp_path)
+    (tmp_path / name).unlink()
+    assert _stored(report, tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["eval.json", "eval-documents.safetensors"])
+def test_a_damaged_one_is_stale_as_well(report: Report, tmp_path: Path, name: str) -> None:
+    write_report(report, tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
+    assert _stored(report, tmp_path) is None
+
+
+def test_one_of_another_format_is_stale(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    record = json.loads((tmp_path / "eval.json").read_text())
+    for key, value in (("format", "another"), ("format_version", 1)):
+        (tmp_path / "eval.json").write_text(json.dumps({**record, key: value}))
+        assert _stored(report, tmp_path) is None, key

@@ -1,0 +1,100 @@
+"""Dictionaries in folders, compared on one run's held-out tokens; what is measured already is not measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae.activations.cache import ActivationCache
+from sae.architectures import load
+from sae.dictionary import Dictionary
+from sae.errors import ConfigError
+from sae.evaluation import Comparison, evaluate_all, write_comparison
+from sae.evaluation.compare import check_several, comparison_key, read_comparison
+from sae.evaluation.report import identify, read_stored
+from sae.evaluation.streams import Progress
+from sae.pipeline import CONFIG_YAML, Run
+
+Evaluation = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def compare_folders(
+    places: Sequence[str | Path], *, on: str | Path | None = None, out: str | Path | None = None,
+    overrides: tuple[str, ...] = (), progress: Progress | None = None,
+) -> Comparison:  # fmt: skip
+    """Set the dictionaries of several folders side by side, on the held-out tokens of one run.
+
+    Args:
+        places: run folders or dictionaries' folders, the one to compare with first.
+        on: the run folder whose activations, model and evaluation settings are used; None: the first among `places`.
+        out: folder for `compare.md` and `compare.json`; if one of the same is there, it is read.
+        overrides: of that run's configuration.
+        progress: called with (stage, tokens done, tokens in all).
+
+    Raises:
+        ConfigError: fewer than two, one of them twice, or no run folder.
+        SaeError: as loading and evaluating do.
+    """
+    named = _named(places)
+    check_several(named)
+    run = _run(named, on, overrides)
+    cache, hook, settings = run.cache(), run.config.hook, run.config.evaluation
+    dictionaries = {name: load(place) for name, place in named.items()}
+    identities = {name: identify(dictionary) for name, dictionary in dictionaries.items()}
+    activations = cache.manifest.identity(hook)
+    if out is not None:
+        written = read_comparison(out, comparison_key(identities, activations, hook, settings))
+        if written is not None:
+            return written
+    found: dict[str, Evaluation | None] = {
+        name: read_stored(place, identities[name], activations, hook=hook, settings=settings)
+        for name, place in named.items()
+    }
+    missing = {name: dictionaries[name] for name, stored in found.items() if stored is None}
+    if missing:
+        found |= _evaluate(run, cache, missing, progress)
+    comparison = Comparison.of({name: stored for name, stored in found.items() if stored is not None})
+    if out is not None:
+        write_comparison(comparison, out)
+    return comparison
+
+
+def _evaluate(
+    run: Run, cache: ActivationCache, dictionaries: Mapping[str, Dictionary], progress: Progress | None
+) -> dict[str, Evaluation]:  # fmt: skip
+    reports = evaluate_all(
+        dictionaries, cache,
+        hook=run.config.hook, language_model=run.language_model, settings=run.config.evaluation, device=run.device,
+        progress=progress,
+    )  # fmt: skip
+    return {name: (report.to_json(), report.scores.totals) for name, report in reports.items()}
+
+
+def _run(named: Mapping[str, Path], on: str | Path | None, overrides: tuple[str, ...]) -> Run:
+    """The run that the held-out tokens come from."""
+    if on is not None:
+        return Run.open(on, overrides)
+    for place in named.values():
+        if (place / CONFIG_YAML).is_file():
+            return Run.open(place, overrides)
+    raise ConfigError(
+        f"{', '.join(map(repr, map(str, named.values())))}: none is a run folder, so there are no held-out tokens to "
+        "compare them on; name a run with --on RUN (on=... in Python)"
+    )
+
+
+def _named(places: Sequence[str | Path]) -> dict[str, Path]:
+    """By the shortest ends of their paths that differ."""
+    paths = [Path(place).expanduser() for place in places]
+    whole = [path.resolve() for path in paths]
+    for number, path in enumerate(whole):
+        if path in whole[:number]:
+            raise ConfigError(f"{str(places[number])!r} is named twice: give every dictionary once")
+    for length in range(1, max(len(path.parts) for path in whole) + 1 if whole else 1):
+        names = ["/".join(path.parts[-length:]) for path in whole]
+        if len(set(names)) == len(names):
+            return dict(zip(names, paths, strict=True))
+    return {str(path): path for path in paths}

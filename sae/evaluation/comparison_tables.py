@@ -1,0 +1,150 @@
+"""A comparison for people: tables for the terminal, and the same as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from sae.evaluation.compare import Compared, Comparison
+from sae.evaluation.estimate import Estimate
+from sae.evaluation.metrics import NOISE, below_noise
+from sae.evaluation.render import (
+    COUNTS,
+    DOWNSTREAM,
+    NONE,
+    RECONSTRUCTION,
+    SPARSITY,
+    describe_masks,
+    describe_text,
+    pipe_table,
+    share_of,
+)
+from sae.tokens import TokenPolicy
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MARK = "≈"
+_LOSSES = {"ce_clean": "loss with nothing replaced", "ce_zero": "with 0 in place of x", "ce_mean": "with x̄"}
+_MEANINGS = {**RECONSTRUCTION, **SPARSITY, **COUNTS, **_LOSSES, **DOWNSTREAM}
+_SECTIONS = {"l0", "ce_clean"}
+_OF_BASELINES = ("l0", "fvu", "delta_ce", "kl")
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """The dictionaries with every metric, and below them what tells their baselines apart."""
+    from rich import box
+    from rich.table import Table
+
+    counts = comparison.evaluated
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{comparison.hook}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
+        caption=f"± standard error over documents\n{_second_lines(comparison)}",
+    )
+    table.add_column("metric", no_wrap=True)
+    for label in comparison.dictionaries:
+        table.add_column(label, justify="right", overflow="fold")
+    for metric, _, cells in _rows(comparison.dictionaries):
+        if metric in _SECTIONS:
+            table.add_section()
+        table.add_row(metric, *("\n".join(lines) for lines in cells))
+    baselines = Table(box=box.SIMPLE_HEAD, caption=_fewer_tokens(comparison) or None)
+    baselines.add_column("baseline")
+    shown = [
+        metric for metric in _OF_BASELINES if any(metric in made.metrics for made in comparison.baselines.values())
+    ]
+    for metric in shown:
+        baselines.add_column(metric, justify="right")
+    for name, made in comparison.baselines.items():
+        baselines.add_row(name, *(_cell(made, metric)[0] for metric in shown))
+    return [table, baselines]
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """`compare.md`."""
+    dictionaries, baselines = comparison.dictionaries, comparison.baselines
+    parts = [
+        f"# Comparison at `{comparison.hook}`",
+        _subject(comparison),
+        "\n".join(f"- {name}: {made.description}" for name, made in dictionaries.items()),
+        _table(dictionaries),
+        f"Values are means over tokens ± standard errors over documents. {_sentence(_second_lines(comparison))}",
+        "## Baselines",
+        _table(baselines),
+        _sentence("; ".join(made.description for made in baselines.values())),
+    ]
+    note = _fewer_tokens(comparison)
+    return "\n\n".join([*parts, *([_sentence(note)] if note else [])]) + "\n"
+
+
+def _table(columns: Mapping[str, Compared]) -> str:
+    rows = [
+        [f"`{metric}`", meaning, *("<br>".join(lines) for lines in cells)] for metric, meaning, cells in _rows(columns)
+    ]
+    return pipe_table(["", "", *columns], rows)
+
+
+def _rows(columns: Mapping[str, Compared]) -> Iterator[tuple[str, str, list[list[str]]]]:
+    """Name, meaning, and the lines of a cell for every column; metrics that nobody has are left out."""
+    measured = {name for made in columns.values() for name in made.metrics}
+    for metric, meaning in _MEANINGS.items():
+        if metric in COUNTS:
+            yield metric, meaning, [_counted(made, metric) for made in columns.values()]
+        elif metric in measured:
+            yield metric, meaning, [_cell(made, metric) for made in columns.values()]
+
+
+def _cell(made: Compared, metric: str) -> list[str]:
+    value = str(made.metrics.get(metric, Estimate(None, None)))
+    return [value, signed(made.differences[metric])] if metric in made.differences else [value]
+
+
+def _counted(made: Compared, metric: str) -> list[str]:
+    count = made.dead if metric == "dead" else made.dense
+    return [NONE if count is None or not made.features else share_of(count, made.features)]
+
+
+def signed(difference: Estimate) -> str:
+    """`+0.0123 ± 0.0012`, behind a mark where it is below noise."""
+    if difference.value is None:
+        return NONE
+    text = str(difference)
+    text = text if text.startswith("-") else f"+{text}"
+    return f"{MARK} {text}" if below_noise(difference) else text
+
+
+def _second_lines(comparison: Comparison) -> str:
+    return (
+        f"second lines: difference to {comparison.first} ± its standard error, paired over documents; {MARK}: below "
+        f"noise, less than {NOISE:g} standard errors"
+    )
+
+
+def _fewer_tokens(comparison: Comparison) -> str:
+    """Of which positions the baselines' losses are, where these are fewer than the dictionaries'."""
+    own, fewest = comparison.evaluated["downstream_tokens"], comparison.evaluated["baseline_positions"]
+    if own is None or fewest is None or fewest == own:
+        return ""
+    return f"losses of baselines, and the clean loss that they are beside: first {fewest:,} positions"
+
+
+def _subject(comparison: Comparison) -> str:
+    tokens = comparison.evaluated
+    masks = describe_masks(TokenPolicy.from_json(comparison.token_policy))
+    masked = f"left out are {tokens['masked_tokens']:,} tokens: {masks}" if masks else "no token is left out"
+    losses = "Losses were not measured: no language model was given."
+    if tokens["downstream_tokens"] is not None:
+        losses = (
+            f"Losses are over {tokens['downstream_tokens']:,} eligible positions with a next token, of "
+            f"{tokens['downstream_documents']:,} documents."
+        )
+    return (
+        f"Activations of `{comparison.model.get('name', 'unknown model')}`, text {describe_text(comparison.data)}. "
+        f"All dictionaries are evaluated on the same {tokens['tokens']:,} held-out tokens of {tokens['documents']:,} "
+        f"documents; {masked}. {losses}"
+    )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -1,0 +1,80 @@
+"""The baseline that shows what an encoder alone can learn: it is trained under a random decoder that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sae.activations.cache import ActivationCache
+from sae.activations.loader import ActivationLoader
+from sae.config import DictionaryConfig, TrainConfig
+from sae.errors import TrainingError
+from sae.evaluation.baselines import Baseline
+from sae.evaluation.reconstruction import Reconstructor, from_dictionary
+from sae.evaluation.streams import Progress
+from sae.training import Recipe, TrainingInterrupted, train_all
+
+BATCH, LEAST_STEPS = 1024, 16
+_POOL_TOKENS = 65_536
+
+
+def train_frozen_decoders(
+    wanted: Sequence[Baseline], cache: ActivationCache, hook: str, tokens: int, device: str | torch.device,
+    progress: Progress,
+) -> dict[Baseline, Reconstructor]:  # fmt: skip
+    """Train encoders under fixed random decoders, all in one pass over the cache's training activations.
+
+    Each is a dictionary of the architecture, d_sae and k of the one it stands beside, trained as that is by default
+    (`sae.train`, seed 0), but for W_dec, which keeps the random unit rows that training begins with: the "frozen
+    decoder" of Korznikov et al. 2026, "Sanity Checks for Sparse Autoencoders: Do SAEs Beat Random Baselines?". There it
+    is trained as long as the dictionary; here on `tokens`, so what it lacks for that counts for the dictionary.
+
+    Args:
+        wanted: their architectures, d_sae and k.
+        cache: whose training split they are trained on.
+        hook: hook point.
+        tokens: how many; at most one pass over the split.
+        device: where.
+        progress: called with (stage, tokens done, tokens in all).
+
+    Raises:
+        TrainingError: one of them diverged.
+        TrainingInterrupted: Ctrl-C.
+    """
+    if not wanted:
+        return {}
+    loader = ActivationLoader(cache, hook, batch_size=1, pool_tokens=_POOL_TOKENS, device=device)
+    tokens = min(tokens, loader.tokens_per_epoch)
+    loader.batch_size = min(BATCH, max(1, tokens // LEAST_STEPS))
+    settings = TrainConfig(tokens=tokens, freeze=("W_dec",))
+    recipes = {str(number): Recipe(_shape(baseline), settings) for number, baseline in enumerate(wanted)}
+    try:
+        with torch.enable_grad():
+            outcome = train_all(
+                {"activations": loader}, recipes, device=device,
+                progress=lambda done, of, _: progress("frozen decoder", done, of),
+            )  # fmt: skip
+    except TrainingInterrupted as stopped:
+        raise TrainingInterrupted(
+            "stopped while a baseline of the evaluation was trained; run the same command again to evaluate anew"
+        ) from stopped
+    if outcome.failures:
+        reason = next(iter(outcome.failures.values()))
+        raise TrainingError(f"the frozen-decoder baseline: {reason}; evaluation.frozen_decoder_tokens=0 leaves it out")
+    trained = tokens // loader.batch_size * loader.batch_size
+    made = {}
+    for baseline, dictionary in zip(wanted, outcome.dictionaries.values(), strict=True):
+        description = (
+            f"frozen decoder: {baseline.architecture}, {baseline.d_sae:,} random directions that stay, k = "
+            f"{baseline.k}, its encoder trained on {trained:,} tokens"
+        )
+        made[baseline] = from_dictionary(dictionary.to(device), description)
+    return made
+
+
+def _shape(baseline: Baseline) -> DictionaryConfig:
+    nested = {"prefixes": baseline.prefixes} if baseline.prefixes else {}
+    return DictionaryConfig.model_validate(
+        {"architecture": baseline.architecture, "d_sae": baseline.d_sae, "k": min(baseline.k, baseline.d_sae), **nested}
+    )

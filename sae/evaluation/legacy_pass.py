@@ -1,0 +1,202 @@
+"""One pass over the first held-out contexts for the formulas of `legacy.py`, by the rules of their packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae.activations.cache import ActivationCache, ContextBatch
+from sae.config import EvaluationConfig
+from sae.evaluation.estimate import double, row_sums
+from sae.evaluation.legacy import (
+    CONTEXTS_PER_BATCH,
+    SAEBENCH,
+    SAELENS,
+    Batches,
+    BatchSums,
+    LegacyLosses,
+    of_activations,
+    of_losses,
+)
+from sae.evaluation.reconstruction import Reconstruction, Reconstructor
+from sae.evaluation.streams import Progress
+from sae.language_model import LanguageModel
+from sae.tokens import HELD_OUT
+
+_MEAN = "\0mean"
+_CLEAN, _ZERO = "clean", "zero"
+
+
+@dataclass(frozen=True)
+class LegacyScores:
+    """Numbers by the formulas of `legacy.py`, for comparison with published ones only.
+
+    Attributes:
+        tokens: that were kept: those whose id is none of the special tokens'.
+        contexts: whole contexts that they are of.
+        of: by package, numbers by the names they have there; None where a formula gives none.
+        mean_predictor: the same of x̂ = x̄, without losses: what formulas say of no reconstruction at all.
+    """
+
+    tokens: int
+    contexts: int
+    of: dict[str, dict[str, float | None]]
+    mean_predictor: dict[str, dict[str, float | None]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "for": "comparison with published numbers only",
+            "tokens": self.tokens,
+            "contexts": self.contexts,
+            "contexts_per_batch": CONTEXTS_PER_BATCH,
+            "formulas": self.of,
+            "mean_predictor": self.mean_predictor,
+        }
+
+
+def measure_legacy(
+    language_model: LanguageModel | None, cache: ActivationCache, hook: str, dictionaries: Mapping[str, Reconstructor],
+    *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig, device: str | torch.device, progress: Progress,
+) -> dict[str, LegacyScores]:  # fmt: skip
+    """Every legacy formula of each dictionary, on the first `settings.legacy_tokens` held-out tokens.
+
+    Kept are the tokens whose id is none that the cache masks; first positions count where their token does, as in the
+    packages. Those mask the tokenizer's BOS, EOS, PAD (SAELens: also SEP) and leave other special tokens in; caches
+    mask all. Losses are measured with x̂ at the kept positions (SAELens) and at all of them (SAEBench, whose
+    `exclude_special_tokens_from_reconstruction` is off by default), and with 0 at all of them (both).
+
+    Returns:
+        By the dictionaries' names; nothing where there is no whole context among the tokens.
+    """
+    special = torch.tensor(cache.policy.masked_ids, dtype=torch.long)
+    everything = {**dictionaries, _MEAN: _mean_predictor(mean.float().to(device))}
+    sums = {name: BatchSums(cache.d_in(hook)) for name in everything}
+    losses: dict[tuple[str, str], list[float]] = {}
+    contexts, rows, of = 0, 0, min(cache.rows(HELD_OUT), settings.legacy_tokens)
+    for batch in _whole_contexts(cache, hook, settings.legacy_tokens):
+        kept = ~torch.isin(batch.tokens, special)
+        rows += batch.tokens.numel()
+        if not kept.any():
+            continue
+        contexts += len(batch.tokens)
+        assert batch.activations is not None
+        x = batch.activations[kept].to(device)
+        for name, reconstructor in everything.items():
+            made = reconstructor(x)
+            sums[name].add_(x, made.x_hat, made.codes)
+        if language_model is not None:
+            for key, value in _losses(language_model, batch, kept, hook, dictionaries, device):
+                losses.setdefault(key, []).append(value)
+        progress("legacy formulas", rows, of)
+    if not contexts:
+        return {}
+    batches = {name: part.batches() for name, part in sums.items()}
+    tokens, baseline = int(batches[_MEAN].tokens.sum()), _of_activations(batches[_MEAN])
+    scores = {
+        name: {package: of | _of_losses(losses, package, name) for package, of in _of_activations(part).items()}
+        for name, part in batches.items()
+    }
+    return {name: LegacyScores(tokens, contexts, scores[name], baseline) for name in dictionaries}
+
+
+def _of_activations(batches: Batches) -> dict[str, dict[str, float | None]]:
+    return {package: of_activations(package, batches) for package in (SAELENS, SAEBENCH)}
+
+
+def _of_losses(losses: Mapping[tuple[str, str], list[float]], package: str, name: str) -> dict[str, float | None]:
+    with_sae = f"{package} {name}"
+    if ("ce", with_sae) not in losses:
+        return {}
+    return of_losses(
+        LegacyLosses(
+            ce_with_sae=_mean(losses, "ce", with_sae),
+            ce_without_sae=_mean(losses, "ce", _CLEAN),
+            ce_with_ablation=_mean(losses, "ce", _ZERO),
+            kl_with_sae=_mean(losses, "kl", with_sae),
+            kl_with_ablation=_mean(losses, "kl", _ZERO),
+        )
+    )
+
+
+def _mean(losses: Mapping[tuple[str, str], list[float]], kind: str, of: str) -> float:
+    """Of the sums of all batches, over the tokens that they count."""
+    return sum(losses[kind, of]) / sum(losses[f"{kind} count", _CLEAN])
+
+
+def _whole_contexts(cache: ActivationCache, hook: str, tokens: int) -> Iterator[ContextBatch]:
+    """Whole contexts, as the packages have no others, in batches of one size; the last may have fewer."""
+    waiting: ContextBatch | None = None
+    if not tokens:
+        return
+    for batch in cache.contexts(HELD_OUT, hook, batch_contexts=CONTEXTS_PER_BATCH, max_tokens=tokens):
+        if batch.tokens.shape[1] < cache.context_length:
+            continue
+        waiting = batch if waiting is None else _joined(waiting, batch)
+        if len(waiting.tokens) >= CONTEXTS_PER_BATCH:
+            yield waiting.contexts(0, CONTEXTS_PER_BATCH)
+            waiting = waiting.contexts(CONTEXTS_PER_BATCH, len(waiting.tokens))
+    if waiting is not None and len(waiting.tokens):
+        yield waiting
+
+
+def _joined(first: ContextBatch, second: ContextBatch) -> ContextBatch:
+    assert first.activations is not None and second.activations is not None
+    return ContextBatch(
+        first.first_row,
+        torch.cat([first.tokens, second.tokens]),
+        torch.cat([first.documents, second.documents]),
+        torch.cat([first.eligible, second.eligible]),
+        torch.cat([first.activations, second.activations]),
+    )
+
+
+def _mean_predictor(mean: Float[Tensor, " d_in"]) -> Reconstructor:
+    return Reconstructor("x̂ = x̄", 0, lambda x: Reconstruction(mean.expand(len(x), -1)))
+
+
+def _losses(
+    language_model: LanguageModel, batch: ContextBatch, kept: Bool[Tensor, "context seq"], hook: str,
+    dictionaries: Mapping[str, Reconstructor], device: str | torch.device,
+) -> Iterator[tuple[tuple[str, str], float]]:  # fmt: skip
+    """Sums over a batch by (kind, what is put there), and what they count."""
+    tokens, kept = batch.tokens.to(language_model.device), kept.to(language_model.device)
+    put: dict[str, Callable[[Tensor], Tensor]] = {_CLEAN: lambda x: x, _ZERO: torch.zeros_like}
+    for name, reconstructor in dictionaries.items():
+        twice = _Twice(reconstructor, device)
+        put[f"{SAEBENCH} {name}"] = twice
+        put[f"{SAELENS} {name}"] = lambda x, twice=twice: torch.where(kept[..., None], twice(x), x)
+    yield ("ce count", _CLEAN), float(kept[:, :-1].sum())
+    yield ("kl count", _CLEAN), float(kept.sum())
+    clean: list[Tensor] = []
+    passes = language_model.replaced_logits(tokens, hook, list(put.values()))
+    for what, logits in zip(put, passes, strict=True):
+        ce, kl = 0.0, 0.0
+        for number, (of_context, counted, ids) in enumerate(zip(logits, kept, tokens, strict=True)):
+            log_q = of_context.log_softmax(-1)
+            if what == _CLEAN:
+                clean.append(log_q)
+            following = -log_q[:-1].gather(-1, ids[1:, None])[:, 0]
+            ce += float(double(following[counted[:-1]]).sum())
+            log_p = clean[number]
+            kl += float(row_sums((log_p - log_q).mul_(log_p.exp()))[counted].sum())
+        yield ("ce", what), ce
+        yield ("kl", what), kl
+
+
+class _Twice:
+    """Reconstructions of the same activations, which two passes ask for."""
+
+    def __init__(self, reconstructor: Reconstructor, device: str | torch.device) -> None:
+        self.reconstructor, self.device = reconstructor, device
+        self.made: Tensor | None = None
+
+    def __call__(self, x: Float[Tensor, "context seq d_in"]) -> Float[Tensor, "context seq d_in"]:
+        if self.made is None:
+            rows = x.flatten(0, 1).float().to(self.device)
+            self.made = self.reconstructor(rows).x_hat.to(x).view_as(x)
+        return self.made

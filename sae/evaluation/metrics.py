@@ -1,0 +1,121 @@
+"""Every metric as a ratio of sums over documents: its estimate, and how it differs between two dictionaries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.evaluation.estimate import TOKENS, Estimate, ratio
+
+POSITIONS = "positions"
+"""Counts the tokens whose language-model losses were measured; `tokens` counts the others' sample."""
+NOISE = 2.0
+"""Standard errors within which a difference is called noise."""
+
+Totals = Mapping[str, Tensor]
+"""Float64 sums `[documents]` by name, over all documents of the split; 0 in those without a token."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Σ numerator / Σ denominator over documents.
+
+    Attributes:
+        numerator: a sum's name, or `a-b` for the difference of two.
+        denominator: likewise.
+        complement: 1 minus the ratio is meant.
+        count: the sum that tells which documents have a token.
+    """
+
+    numerator: str
+    denominator: str
+    complement: bool = False
+    count: str = TOKENS
+
+
+METRICS = {
+    "mse": Ratio("error", TOKENS),
+    "fvu": Ratio("error", "deviation"),
+    "explained_variance": Ratio("error", "deviation", complement=True),
+    "cosine": Ratio("cosine", "nonzero"),
+    "l2_ratio": Ratio("l2_ratio", "nonzero"),
+    "relative_reconstruction_bias": Ratio("power", "product"),
+    "l0": Ratio("l0", TOKENS),
+    "l1": Ratio("l1", TOKENS),
+    "ce_clean": Ratio("clean", POSITIONS, count=POSITIONS),
+    "ce_spliced": Ratio("spliced", POSITIONS, count=POSITIONS),
+    "ce_zero": Ratio("zero", POSITIONS, count=POSITIONS),
+    "ce_mean": Ratio("mean", POSITIONS, count=POSITIONS),
+    "delta_ce": Ratio("spliced-clean", POSITIONS, count=POSITIONS),
+    "ce_recovered_zero": Ratio("zero-spliced", "zero-clean", count=POSITIONS),
+    "ce_recovered_mean": Ratio("mean-spliced", "mean-clean", count=POSITIONS),
+    "kl": Ratio("kl", POSITIONS, count=POSITIONS),
+}
+
+
+def estimate(metric: str, totals: Totals) -> Estimate:
+    """A metric and its standard error over documents."""
+    numerator, denominator = _terms(METRICS[metric], totals)
+    made = ratio(numerator, denominator)
+    if METRICS[metric].complement and made.value is not None:
+        return Estimate(1 - made.value, made.standard_error)
+    return made
+
+
+def difference(metric: str, totals: Totals, reference: Totals) -> Estimate | None:
+    """How much larger a metric is than in a reference that was evaluated on the same tokens.
+
+    With R = Σa/Σb here and R' = Σa'/Σb' there, the standard error is that of R − R', linearised and paired:
+    √(n/(n−1) · Σ((a_i − R b_i)/Σb − (a'_i − R' b'_i)/Σb')²) over the n documents, so that what makes a document hard
+    for both cancels (Miller 2024, "Adding Error Bars to Evals").
+
+    Returns:
+        None where one of them has not measured the metric, or not on the same tokens.
+    """
+    kind = METRICS[metric]
+    if not _has(kind, totals) or not _has(kind, reference):
+        return None
+    if not torch.equal(totals[kind.count], reference[kind.count]):
+        return None
+    ours, theirs = estimate(metric, totals), estimate(metric, reference)
+    if ours.value is None or theirs.value is None:
+        return Estimate(None, None)
+    residuals = _residuals(kind, totals) - _residuals(kind, reference)
+    n = len(residuals)
+    error = math.sqrt(n / (n - 1) * float(residuals.square().sum())) if n > 1 else None
+    return Estimate(ours.value - theirs.value, error)
+
+
+def below_noise(difference: Estimate) -> bool:
+    """Whether a difference is less than two standard errors, or none at all."""
+    if difference.value is None or difference.standard_error is None:
+        return False
+    return difference.value == 0 or abs(difference.value) < NOISE * difference.standard_error
+
+
+def _has(kind: Ratio, totals: Totals) -> bool:
+    names = (*kind.numerator.split("-"), *kind.denominator.split("-"), kind.count)
+    return all(name in totals for name in names)
+
+
+def _residuals(kind: Ratio, totals: Totals) -> Float[Tensor, " documents"]:
+    """What each document adds to the linearised ratio."""
+    numerator, denominator = _terms(kind, totals)
+    total = denominator.sum()
+    return (numerator - numerator.sum() / total * denominator) / total
+
+
+def _terms(kind: Ratio, totals: Totals) -> tuple[Float[Tensor, " documents"], Float[Tensor, " documents"]]:
+    """Numerator and denominator of the documents that have a token."""
+    present = totals[kind.count] > 0
+    return _term(kind.numerator, totals)[present], _term(kind.denominator, totals)[present]
+
+
+def _term(name: str, totals: Totals) -> Float[Tensor, " documents"]:
+    first, _, second = name.partition("-")
+    return totals[first] - totals[second] if second else totals[first]

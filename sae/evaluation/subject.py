@@ -1,0 +1,172 @@
+"""What is evaluated: a dictionary of this package, or anything else that encodes and decodes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae.activations.cache import ActivationCache
+from sae.dictionary import Codes, Dictionary
+from sae.errors import CacheError, ConfigError, FormatError
+from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_dictionary
+from sae.evaluation.report import identify
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """What evaluation asks of an object that is no `Dictionary`: raw activations in, raw reconstructions out."""
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        """Features `[rows, d_sae]`, dense, of activations `[rows, d_in]`."""
+        ...
+
+    def decode(self, features: Tensor, /) -> Tensor:
+        """Reconstructions `[rows, d_in]` of features `[rows, d_sae]`."""
+        ...
+
+
+Evaluated = Dictionary | Autoencoder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of those that are evaluated, checked and on its device.
+
+    Attributes:
+        reconstructor: what it makes of activations.
+        identity: architecture, shape, settings and a hash of the weights; the hash is None where there is none to take.
+        architecture: its name; None of what is no `Dictionary`.
+        d_sae: number of features.
+        settings: what its architecture is made with, such as k.
+        metadata: what it knows of its training.
+    """
+
+    reconstructor: Reconstructor
+    identity: dict[str, Any]
+    architecture: str | None
+    d_sae: int
+    settings: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+
+    def dead_in_training(self) -> dict[str, Any] | None:
+        """What training counted, where it was long enough for a feature to count as dead."""
+        trained = self.metadata.get("trained", {})
+        if (
+            not {"dead", "dead_after_tokens", "tokens"} <= trained.keys()
+            or trained["tokens"] < trained["dead_after_tokens"]
+        ):
+            return None
+        return {"features": trained["dead"], "tokens": trained["dead_after_tokens"]}
+
+
+def subject(
+    name: str, thing: Evaluated, cache: ActivationCache, hook: str, device: str | torch.device
+) -> Subject:  # fmt: skip
+    """Check a dictionary, or an object with `encode` and `decode`, against the activations.
+
+    A dictionary that is elsewhere is copied to the device; other objects are used where they are.
+
+    Raises:
+        CacheError: it was trained on another model than the activations are of.
+        ConfigError: it was trained on another hook point, or has another width.
+        FormatError: its weights are not finite.
+    """
+    if isinstance(thing, nn.Module):
+        _check_finite(name, thing)
+    if not isinstance(thing, Dictionary):
+        return _of_object(name, thing, cache, hook, device)
+    _check_origin(thing, cache, hook)
+    here = thing.W_dec.device == torch.empty(0, device=device).device
+    placed = thing if here else copy.deepcopy(thing).to(device)
+    settings = thing.settings()
+    made_with = "".join(f", {key} = {value}" for key, value in settings.items())
+    description = f"dictionary: {thing.architecture}, {thing.d_in:,} → {thing.d_sae:,}{made_with}"
+    return Subject(
+        from_dictionary(placed, description), identify(thing), thing.architecture, thing.d_sae, settings, thing.metadata
+    )
+
+
+def _of_object(
+    name: str, thing: Autoencoder, cache: ActivationCache, hook: str, device: str | torch.device
+) -> Subject:  # fmt: skip
+    d_in, kind = cache.d_in(hook), type(thing).__name__
+    try:
+        features = thing.encode(torch.zeros(2, d_in, device=device))
+        back = thing.decode(features)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{name}: {kind} does not encode and decode activations [2, {d_in}] of {hook!r} ({reason}); give it those "
+            "of the model and hook point that it was trained on"
+        ) from error
+    if features.ndim != 2 or back.shape != (2, d_in):
+        raise ConfigError(
+            f"{name}: {kind} made features {list(features.shape)} and reconstructions {list(back.shape)} of "
+            f"activations [2, {d_in}]; expected [2, d_sae] and [2, {d_in}]"
+        )
+    d_sae = features.shape[1]
+    reconstructor = from_object(thing, d_sae, f"dictionary: {kind}, {d_in:,} → {d_sae:,}")
+    identity = {"architecture": kind, "d_in": d_in, "d_sae": d_sae, "weights_sha256": _state_sha256(thing)}
+    return Subject(reconstructor, identity, None, d_sae, {}, {})
+
+
+def from_object(thing: Autoencoder, d_sae: int, description: str) -> Reconstructor:
+    """An object with `encode` and `decode` as a reconstructor; features that are not 0 count as firing."""
+
+    def reconstruct(x: Float[Tensor, "rows d_in"]) -> Reconstruction:
+        features = thing.encode(x)
+        magnitudes = features.detach().abs()
+        width = max(1, int((magnitudes > 0).sum(-1).max()))
+        indices = magnitudes.topk(width, dim=-1).indices
+        codes = Codes(features.detach().gather(-1, indices).float(), indices)
+        return Reconstruction(thing.decode(features).detach().float(), codes)
+
+    return Reconstructor(description, d_sae, reconstruct)
+
+
+def _check_origin(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
+    trained_on = dictionary.metadata.get("hook")
+    if trained_on is not None and trained_on != hook:
+        raise ConfigError(
+            f"hook {hook!r}: the dictionary was trained on {trained_on!r}; evaluate it there, with a cache that has it"
+        )
+    trained_model = dictionary.metadata.get("model") or {}
+    for key in ("weights_sha256", "weight_processing"):
+        if key in trained_model and trained_model[key] != cache.manifest.model.get(key):
+            raise CacheError(
+                f"cache {str(cache.path)!r}: of another model than the dictionary's: {key} is "
+                f"{cache.manifest.model.get(key)!r} there and {trained_model[key]!r} in training: harvest with that one"
+            )
+    if cache.d_in(hook) != dictionary.d_in:
+        raise ConfigError(
+            f"hook {hook!r}: activations have {cache.d_in(hook):,} numbers, the dictionary takes {dictionary.d_in:,}; "
+            "give the hook point and the model it was trained on"
+        )
+
+
+def _check_finite(name: str, module: nn.Module) -> None:
+    for part, parameter in module.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise FormatError(
+                f"{name}: {part} has values that are infinite or not a number; take an earlier checkpoint, or "
+                "train again"
+            )
+
+
+def _state_sha256(thing: Autoencoder) -> str | None:
+    """A hash of a module's weights and buffers; None of what is no module."""
+    if not isinstance(thing, nn.Module):
+        return None
+    digest = hashlib.sha256(type(thing).__qualname__.encode())
+    for name, tensor in sorted(thing.state_dict().items()):
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(content)
+    return digest.hexdigest()
