@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 import sae
+from sae.commands.effects import effects
 from sae.config_file import describe_keys, load_config
 from sae.errors import ConfigError, SaeError
 
@@ -201,6 +202,7 @@ def features(
     from rich.console import Console
 
     from sae import pipeline
+    from sae.causal import effects_beside
     from sae.features import Features
     from sae.progress import progress_bars
     from sae.viewer import print_feature, print_features, write_page
@@ -213,11 +215,12 @@ def features(
     console = Console()
     if page is not None:
         chosen = list(indices) or store.sorted_by(sort, max_density=max_density)[:limit]
-        write_page(store, chosen, page, f"Features of {path.name}")
+        write_page(store, chosen, page, f"Features of {path.name}", effects_beside(store))
         click.echo(f"{len(chosen):,} features in {page}")
     elif indices:
+        known = effects_beside(store)
         for index in indices:
-            print_feature(store[index], console)
+            print_feature(store[index], console, known)
     else:
         print_features(store, console, sort=sort, limit=limit, max_density=max_density)
 
@@ -240,6 +243,9 @@ def verify(path: Path) -> None:
             "'sae harvest' to restore it"
         )
     click.echo(f"{files} files are as they were harvested")
+
+
+cli.add_command(effects)
 
 
 def _show_report(report: Any) -> None:

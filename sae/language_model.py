@@ -160,7 +160,7 @@ class LanguageModel:
         self, tokens: Int[Tensor, "context seq"], hooks: Sequence[str]
     ) -> dict[str, Float[Tensor, "context seq d_in"]]:
         """Activations at several hook points from one pass that stops at the last of them. Heads are concatenated."""
-        if len(hooks) == 1 and (layer := self._entering_block(hooks[0])) is not None:
+        if len(hooks) == 1 and (layer := self.entering_block(hooks[0])) is not None:
             return {hooks[0]: self.bridge(tokens, stop_at_layer=layer)}
         found: dict[str, Tensor] = {}
 
@@ -191,8 +191,8 @@ class LanguageModel:
 
         At residual-stream hooks the blocks before are computed once for all replacements.
         """
-        self._check_replaceable(hook)
-        layer = self._entering_block(hook)
+        self.check_replaceable(hook)
+        layer = self.entering_block(hook)
         if layer is not None:
             resid = self.bridge(tokens, stop_at_layer=layer)
             for replacement in replacements:
@@ -215,7 +215,7 @@ class LanguageModel:
             replacement: from activations `[context, seq, d_in]` to the same shape; with `with_tokens` it also gets the
                 tokens `[context, seq]`, or None in passes that begin in the middle of the model.
         """
-        self._check_replaceable(hook)
+        self.check_replaceable(hook)
         seen: list[Tensor | None] = [None]
 
         def remember(tokens: Tensor, hook: Any) -> None:
@@ -247,13 +247,14 @@ class LanguageModel:
             W_U = W_U - W_U.mean(0, keepdim=True)
         return W_U
 
-    def _entering_block(self, hook: str) -> int | None:
+    def entering_block(self, hook: str) -> int | None:
         """The block whose input the hook point is, where the bridge can stop before it and start from it."""
         layer, kind = self.check_hook(hook)
         block = layer if kind == "hook_resid_pre" else layer + 1 if kind == "hook_resid_post" else None
         return block if block is not None and block < self.info.n_layers else None
 
-    def _check_replaceable(self, hook: str) -> None:
+    def check_replaceable(self, hook: str) -> None:
+        """Raise ModelError where the hook point cannot be replaced."""
         if self.check_hook(hook)[1] == "hook_resid_mid":
             raise ModelError(
                 f"hook {hook!r}: transformer-lens can read hook_resid_mid but not replace it (the skip connection "

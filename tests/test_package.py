@@ -30,9 +30,11 @@ FLOW = [
     ["splicing"],
     ["evaluation"],
     ["features"],
+    ["causal"],
     ["viewer"],
     ["pipeline", "progress"],
     ["sweep"],
+    ["commands"],
     ["cli", "__main__"],
 ]
 CORE = {
