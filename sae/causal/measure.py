@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,14 +12,15 @@ import torch
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import check_same_model
-from sae.causal.changes import Changes, plan_changes
+from sae.causal.changes import FIRING, Changes, plan_changes
 from sae.causal.continuation import Continuation
 from sae.causal.direct import DirectPath
 from sae.causal.effects import Effects, EffectSettings, FeatureEffect
 from sae.causal.firings import Firings, scan_firings
+from sae.causal.known import Known
 from sae.causal.meter import ChangeMeter
-from sae.causal.store import effects_key, resume, save_effects, write_effects
-from sae.causal.summarise import over_features, over_positions, summarise, token_changes
+from sae.causal.store import effects_key
+from sae.causal.summarise import summarise, token_changes
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, UnknownFeatureError
 from sae.evaluation.report import identify
@@ -30,7 +29,6 @@ from sae.files import locked
 from sae.language_model import LanguageModel
 
 _FEATURES_AT_ONCE = 64
-_SECONDS_BETWEEN_SAVES, _SAVES_SHARE = 10.0, 0.05
 Progress = Callable[[str, int, int], None]
 
 
@@ -88,44 +86,28 @@ def measure_effects(
         dictionary = copy.deepcopy(dictionary).to(device)
     path = None if folder is None else Path(folder).expanduser()
     with contextlib.nullcontext() if path is None else locked(path, "measurement of effects"):
-        blank = _blank(dictionary, cache, language_model, hook, settings)
-        found = None if path is None else resume(path, blank.key, settings.scale)
-        known, parts = (dict(found[0].features), [found[1]]) if found else ({}, [])
-        if found and features is not None and not set(features) - known.keys():
-            return found[0].only(features)
+        known = Known(_blank(dictionary, cache, language_model, hook, settings), path)
+        if features is not None and not set(features) - known.features.keys() and known.features:
+            return known.effects().only(features)
         firings = scan_firings(
             dictionary, cache, hook, positions=settings.positions, seed=settings.seed, tokens=settings.tokens,
             device=device, progress=lambda *done: report("firings", *done),
         )  # fmt: skip
         chosen = sorted(set(features)) if features is not None else draw_features(firings, sample, settings.seed)
-        direct = DirectPath.of(language_model, hook)
         meter = ChangeMeter(
-            continuation, direct, dictionary, cache, mean=firings.mean, scale=settings.scale, window=settings.window,
-            seed=settings.seed, batch_contexts=batch_contexts, copies=copies,
+            continuation, DirectPath.of(language_model, hook), dictionary, cache,
+            mean=firings.mean, scale=settings.scale, window=settings.window, seed=settings.seed,
+            batch_contexts=batch_contexts, copies=copies,
         )  # fmt: skip
-
-        def whole() -> tuple[Effects, Changes]:
-            changes = Changes.joined(parts)
-            return _with(blank, known, changes, firings.tokens), changes
-
-        saves = _Saves()
+        missing = [feature for feature in chosen if feature not in known.features]
         vocabulary = Vocabulary.of(language_model.tokenizer)
-        missing = [feature for feature in chosen if feature not in known]
         try:
             for group, changes in _measured(meter, missing, firings, settings, vocabulary, report):
-                known |= group
-                parts.append(changes)
-                if path is not None and saves.due:
-                    with saves.timed():
-                        save_effects(*whole(), path)
+                known.add_(group, changes, firings.tokens)
         except KeyboardInterrupt:
-            if path is not None:
-                save_effects(*whole(), path)
+            known.save()
             raise
-        effects, changes = whole()
-        if path is not None:
-            write_effects(effects, changes, path)
-    return effects.only(chosen)
+        return known.write().only(chosen)
 
 
 def draw_features(firings: Firings, sample: int | None, seed: int) -> list[int]:
@@ -165,8 +147,9 @@ def _measured(
         changes = measured.changes
         effects = {}
         for feature in group:
-            tokens = token_changes(measured.token_sums.get(feature), W_U, vocabulary, settings.top)
             own = changes.at(changes.feature == feature)
+            places = int((own.kind == FIRING).sum())
+            tokens = token_changes(measured.token_sums.get(feature), places, W_U, vocabulary, settings.top)
             effects[feature] = summarise(feature, float(density[feature]), own, tokens)
         yield effects, changes
 
@@ -199,35 +182,6 @@ def _blank(
     key = effects_key(identity, activations, hook, model, settings)
     policy = cache.policy.to_json()
     return Effects({}, settings, identity, hook, model, activations, policy, 0, None, None, key)
-
-
-def _with(blank: Effects, known: dict[int, FeatureEffect], changes: Changes, tokens: int) -> Effects:
-    effects = [known[feature] for feature in sorted(known)]
-    return dataclasses.replace(
-        blank,
-        features={effect.feature: effect for effect in effects},
-        tokens=tokens,
-        over_features=over_features(effects, blank.settings.seed),
-        over_positions=over_positions(changes, blank.settings.seed),
-    )
-
-
-class _Saves:
-    """When to save: not too often, and not for more than a small share of the time."""
-
-    def __init__(self) -> None:
-        self._last, self._took = time.perf_counter(), 0.0
-
-    @property
-    def due(self) -> bool:
-        return time.perf_counter() - self._last > max(_SECONDS_BETWEEN_SAVES, self._took / _SAVES_SHARE)
-
-    @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._last = time.perf_counter()
-        self._took = self._last - started
 
 
 def _silent(stage: str, done: int, of: int) -> None:

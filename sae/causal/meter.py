@@ -29,7 +29,6 @@ class TokenSums:
 
     normed: Float[Tensor, " d_model"]
     mean_logit: float = 0.0
-    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,6 @@ class ChangeMeter:
             of_feature = token_sums.setdefault(int(sites.plan.feature[number]), TokenSums(torch.zeros_like(normed[0])))
             of_feature.normed += normed[number]
             of_feature.mean_logit += float(mean[number])
-            of_feature.count += 1
         return -change.log_probability.cpu()
 
 

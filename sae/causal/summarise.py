@@ -15,7 +15,7 @@ from sae.causal.meter import TokenSums
 from sae.evaluation.estimate import Estimate, ratio
 from sae.features.vocabulary import Vocabulary
 
-_SHUFFLES = 400
+_SHUFFLES = 200
 _MIDDLE = (2.5, 97.5)
 
 
@@ -63,16 +63,16 @@ def _no_effect(feature: int) -> FeatureEffect:
 
 
 def token_changes(
-    sums: TokenSums | None, W_U: Float[Tensor, "d_model vocab"] | None, vocabulary: Vocabulary, top: int
+    sums: TokenSums | None, places: int, W_U: Float[Tensor, "d_model vocab"] | None, vocabulary: Vocabulary, top: int
 ) -> TokenChanges:
     """Of a feature; empty where the direct path is not known, or nothing was changed.
 
-    Log-probabilities are averaged over the places changed: (Σ Jδ) W_U / n less the average of the mean logit.
+    Changes of log-probabilities are averaged over the places: (Σ Jδ) W_U / n less the average of the mean logit.
     """
-    if sums is None or W_U is None or not sums.count or not top:
+    if sums is None or W_U is None or not top:
         return TokenChanges()
-    changes = (sums.normed.to(W_U) @ W_U)[: len(vocabulary)].double().cpu() / sums.count
-    changes -= sums.mean_logit / sums.count
+    changes = (sums.normed.to(W_U) @ W_U)[: len(vocabulary)].double().cpu() / places
+    changes -= sums.mean_logit / places
     raised, lowered = (changes.topk(min(top, len(changes)), largest=largest) for largest in (True, False))
     return TokenChanges(_named(raised, vocabulary), _named(lowered, vocabulary))
 

@@ -20,6 +20,7 @@ import evaluation_reference as reference
 from sae.activations import ActivationCache
 from sae.architectures import TopK
 from sae.causal import Effects, EffectSettings, measure_effects, read_effects
+from sae.causal import known as known_effects
 from sae.causal import measure as module
 from sae.causal.changes import FIRING, RANDOM, Plan
 from sae.causal.effects import SORT_COLUMNS
@@ -220,11 +221,12 @@ def test_saved_between_groups(
 ) -> None:
     """A kill loses what came after the last save: changes of features that the JSON does not know are dropped."""
     monkeypatch.setattr(module, "_FEATURES_AT_ONCE", 1)
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_SAVES", 0)
-    monkeypatch.setattr(module, "_SAVES_SHARE", math.inf)
-    kept = []
-    original = module.save_effects
-    monkeypatch.setattr(module, "save_effects", lambda *saved: kept.append(list(saved[0].features)) or original(*saved))
+    monkeypatch.setattr(known_effects, "_SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(known_effects, "_SAVES_SHARE", math.inf)
+    kept, save = [], known_effects.save_effects
+    monkeypatch.setattr(
+        known_effects, "save_effects", lambda *saved: kept.append(list(saved[0].features)) or save(*saved)
+    )
     effects = measure(held_out, language_model, folder=tmp_path)
     assert kept == [[0], [0, 1], [0, 1, 2]]
     record = json.loads((tmp_path / "effects.json").read_text())
