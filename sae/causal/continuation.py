@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,6 @@ class Continuation:
         language_model.check_replaceable(hook)
         self.language_model, self.hook = language_model, hook
         self.layer = language_model.entering_block(hook)
-        self._tuples: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -71,6 +71,7 @@ class Continuation:
             positions: of each context, where the model is read out.
         """
         bridge, final = self.language_model.bridge, []
+        outputs = self._outputs if self.layer else 0  # looked at before the hooks below are there
 
         def keep(residual: Tensor, hook: Any) -> None:
             final.append(_at(residual, positions))
@@ -83,23 +84,20 @@ class Continuation:
                 with self.language_model.replacing(self.hook, lambda _: x):
                     logits = bridge(tokens)
             else:
-                with self._without_earlier_blocks(self.layer):
+                with self._without_earlier_blocks(self.layer, outputs):
                     logits = bridge(x, start_at_layer=self.layer)
         return Readout(final[0].float(), logits.float())
 
     @contextlib.contextmanager
-    def _without_earlier_blocks(self, layer: int) -> Iterator[None]:
+    def _without_earlier_blocks(self, layer: int, outputs: int) -> Iterator[None]:
         """While open, the blocks before `layer` hand on what they get.
 
         The bridge runs them and discards what they give; without them the logits are the same.
         """
         blocks = list(self.language_model.bridge.blocks)[:layer]
-        if blocks and self._tuples is None:
-            self._tuples = self._outputs_of(blocks[0])
-        others = (None,) * ((self._tuples or 1) - 1)
 
         def hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-            return (hidden_states, *others) if self._tuples else hidden_states
+            return (hidden_states, *[None] * (outputs - 1)) if outputs else hidden_states
 
         try:
             for block in blocks:
@@ -109,14 +107,15 @@ class Continuation:
             for block in blocks:
                 block.__dict__.pop("forward", None)
 
-    def _outputs_of(self, block: Any) -> int:
+    @functools.cached_property
+    def _outputs(self) -> int:
         """How many outputs a block of this model has; 0: a tensor that is in no tuple."""
         found: list[int] = []
 
         def look(_: Any, __: Any, output: Any) -> None:
             found.append(len(output) if isinstance(output, tuple) else 0)
 
-        handle = block.register_forward_hook(look)
+        handle = self.language_model.bridge.blocks[0].register_forward_hook(look)
         try:
             self.language_model.bridge(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         finally:

@@ -46,6 +46,7 @@ class EffectSettings:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ConfigError(f"scale={self.scale}: expected a finite number; 0 ablates a feature, 2 doubles it")
+        object.__setattr__(self, "scale", float(self.scale))  # 0 and 0.0 are one setting
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -252,4 +253,4 @@ def _plain(value: Any) -> Any:
 def _size(effect: FeatureEffect, column: str) -> float:
     value = getattr(effect, column)
     value = value.value if isinstance(value, Estimate) else value
-    return 0.0 if value is None else abs(value)
+    return 0.0 if value is None else float(abs(value))

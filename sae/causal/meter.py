@@ -214,7 +214,7 @@ class ChangeMeter:
         next_token = clean.tokens[which, (read + 1).clamp(max=clean.tokens.shape[1] - 1)]
         difference = log_p - log_q
         loss = double(difference.gather(-1, next_token[..., None])[..., 0]).cpu()
-        kl = row_sums(difference * log_p.exp()).cpu()
+        kl = row_sums(difference.mul_(log_p.exp()).flatten(0, 1)).view(read.shape).cpu()
         return _here_and_after(loss * counts), _here_and_after(kl * counts)
 
     def _direct(

@@ -85,7 +85,7 @@ def read_effects(path: str | Path) -> Effects:
         FormatError: there are none, or they are damaged or of a newer version.
     """
     path = Path(path).expanduser()
-    file = path if path.is_file() else path / f"{stem(0)}.json"
+    file = path if path.is_file() else path / f"{stem(0.0)}.json"
     if not file.is_file():
         raise FormatError(f"effects {str(path)!r}: no {file.name} there; make it with 'sae effects RUN'")
     try:
@@ -121,7 +121,7 @@ def effects_beside(features: Features) -> Effects | None:
         FormatError: they are damaged, or of a newer version.
     """
     folder = features.path.parent
-    if not (folder / f"{stem(0)}.json").is_file():
+    if not (folder / f"{stem(0.0)}.json").is_file():
         return None
     effects = read_effects(folder)
     same = effects.dictionary.get("weights_sha256") == features.info.get("dictionary_sha256")

@@ -29,9 +29,9 @@ def make_dictionary(cache: ActivationCache, hook: str, seed: int = 2) -> Diction
     metadata = {"hook": hook, "model": cache.manifest.model, "tokens": cache.policy.to_json()}
     dictionary = TopK(cache.d_in(hook), 48, k=4, metadata=metadata).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in dictionary.parameters():
-        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    dictionary.W_dec.copy_(torch.randn(dictionary.W_dec.shape, generator=generator))
     dictionary.normalise_decoder_()
+    dictionary.W_enc.copy_(12 * dictionary.W_dec.T + 0.1 * torch.randn(dictionary.W_enc.shape, generator=generator))
     dictionary.b_dec.copy_(cache.statistics(hook).mean)
     dictionary.b_enc[DEAD] = -1e6
     return dictionary

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from causal_case import HEADS, MLP, POST, RESID
+from causal_case import HEADS, MLP, POST, RESID, make_gemma
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
@@ -31,3 +31,9 @@ def held_out(
         "harvest": {"hooks": [RESID, POST, MLP, HEADS], "dtype": "float32", "shard_contexts": 6},
     }  # fmt: skip
     return harvest(parse_config(settings), language_model)
+
+
+@pytest.fixture(scope="session")
+def gemma(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """A tiny model of another family. Read only."""
+    return make_gemma(tmp_path_factory.mktemp("gemma") / "gemma", tiny_model)

@@ -24,18 +24,21 @@ LENGTH = 16
 NUMBERS = ("activation", "loss", "loss_after", "kl", "kl_after", "direct")
 
 
-class Recorder:
-    """A continuation that keeps what it is given, with the number of positions read."""
+class Recorder(Continuation):
+    """Keeps what it is given, with the number of positions read, and whether the model was read at all."""
 
     def __init__(self, language_model: LanguageModel, hook: str) -> None:
-        self.inner = Continuation(language_model, hook)
-        self.language_model, self.device = language_model, self.inner.device
-        self.activations = self.inner.activations
+        super().__init__(language_model, hook)
         self.passes: list[tuple[Tensor, Tensor, int]] = []
+        self.reads = 0
+
+    def activations(self, tokens: Tensor) -> Tensor:
+        self.reads += 1
+        return super().activations(tokens)
 
     def __call__(self, tokens: Tensor, x: Tensor, positions: Tensor) -> Readout:
         self.passes.append((tokens, x, positions.shape[1]))
-        return self.inner(tokens, x, positions)
+        return super().__call__(tokens, x, positions)
 
 
 def make_meter(
@@ -59,8 +62,7 @@ def some(plan: Plan, every: int) -> Plan:
     return plan.at(np.arange(0, len(plan), every))
 
 
-@pytest.mark.parametrize("hook", [RESID, MLP, POST, HEADS])
-@pytest.mark.parametrize("scale", [0.0, 2.0])
+@pytest.mark.parametrize(("hook", "scale"), [(RESID, 0.0), (RESID, 2.0), (MLP, 0.0), (POST, 0.0), (HEADS, -0.5)])
 def test_changes_are_those_of_a_spliced_dictionary_with_one_edited_number(
     held_out: ActivationCache, language_model: LanguageModel, hook: str, scale: float
 ) -> None:
@@ -77,17 +79,18 @@ def test_changes_are_those_of_a_spliced_dictionary_with_one_edited_number(
         assert changes.document[number] == texts[context].documents[position]
         for name, value in expected.items():
             assert getattr(changes, name)[number] == pytest.approx(value, rel=1e-3, abs=2e-5), (name, number)
-    assert np.abs(changes.loss).mean() > 0.01 and changes.kl.mean() > 1e-3, "the test's model must mind"
-    assert hook == POST or np.abs(changes.loss_after).mean() > 1e-3
+    assert np.abs(changes.loss).mean() > 0.01 and changes.kl.mean() > 1e-4, "the test's model must mind"
+    after = np.abs(changes.loss_after)
+    assert after.max() < 1e-5 if hook in (POST, MLP) else after.mean() > 5e-4, "after the last attention nothing spreads"
 
 
 def test_the_last_residual_has_a_closed_form(held_out: ActivationCache, language_model: LanguageModel) -> None:
     """After it there are norm, unembedding and softmax: by Hugging Face's own modules, and nothing happens later."""
     meter = make_meter(held_out, language_model, POST)
-    changes = meter.measure(every_firing(held_out, POST)).changes
+    changes = meter.measure(some(every_firing(held_out, POST), 11)).changes
     hf = language_model.bridge.original_model
     texts = contexts(held_out)
-    for number in range(0, len(changes), 11):
+    for number in range(len(changes)):
         context, position = divmod(int(changes.row[number]), LENGTH)
         x = language_model.activations(texts[context].tokens, [POST])[POST][0]
         ablated = x.clone()
@@ -143,8 +146,8 @@ def test_close_to_no_change_losses_follow_their_gradient(
             gradient = torch.autograd.grad(sum(terms), x, retain_graph=True)[0] if terms else torch.zeros_like(x)
             expected[name].append(float(gradient[0, position].double() @ direction))
     for name, values in expected.items():
-        assert np.abs(values).mean() > 0.01, name
-        np.testing.assert_allclose(getattr(slope, name), values, rtol=0.02, atol=5e-4, err_msg=name)
+        assert np.abs(values).mean() > 1e-3, name
+        np.testing.assert_allclose(getattr(slope, name), values, rtol=0.02, atol=2e-4, err_msg=name)
 
 
 def test_a_factor_of_one_changes_nothing_and_runs_nothing(
@@ -174,13 +177,15 @@ def test_every_change_is_made_at_its_place_alone(held_out: ActivationCache, lang
     for tokens, copies, read in recorder.passes:
         if read != 4:
             continue  # the clean model, read everywhere
+        furthest = 0
         for ids, x in zip(tokens, copies, strict=True):
             whole = next(row for key, row in clean.items() if key[: len(ids)] == tuple(ids.tolist()))
             moved = (x - whole[: len(ids)]).norm(dim=-1)
-            assert (moved > 1e-5).sum() == 1, "one position, and no other"
+            assert (moved > 1e-4).sum() == 1, "one position, and no other"
             position = int(moved.argmax())
-            assert position + 4 >= len(ids), "copies end where nothing more is read"
+            furthest = max(furthest, position)
             seen.append((position, float(moved[position])))
+        assert tokens.shape[1] in (min(LENGTH, furthest + 4), 250 % LENGTH), "copies end where nothing more is read"
     expected = []
     for feature, row, kind, activation in zip(
         changes.feature.tolist(), changes.row.tolist(), changes.kind.tolist(), changes.activation.tolist(), strict=True
@@ -219,7 +224,7 @@ def test_nulls(held_out: ActivationCache, language_model: LanguageModel) -> None
 
 
 def test_batches_and_order_do_not_matter(held_out: ActivationCache, language_model: LanguageModel) -> None:
-    plan = some(every_firing(held_out, RESID, nulls=3), 2)
+    plan = some(every_firing(held_out, RESID, nulls=3), 7)
     reference = make_meter(held_out, language_model, RESID).measure(plan)
     shuffled = plan.at(np.random.default_rng(0).permutation(len(plan)))
     for batch_contexts, copies in ((1, 1000), (3, 5), (100, 17)):
@@ -246,8 +251,8 @@ def test_features_that_never_fire_have_no_changes(held_out: ActivationCache, lan
     plan = plan_changes([DEAD], firings, null_positions=9, seed=0)
     assert len(plan) == 0
     recorder = Recorder(language_model, RESID)
-    recorder.activations = None  # the model is not even read
     assert len(make_meter(held_out, language_model, RESID, continuation=recorder).measure(plan).changes) == 0
+    assert recorder.passes == [] and recorder.reads == 0
 
 
 def test_windows_end_with_the_document(held_out: ActivationCache, language_model: LanguageModel) -> None:
@@ -260,5 +265,5 @@ def test_windows_end_with_the_document(held_out: ActivationCache, language_model
     np.testing.assert_allclose(none.loss, long.loss, rtol=1e-4, atol=5e-6)
     np.testing.assert_allclose(long.kl_after, longer.kl_after, rtol=1e-4, atol=5e-6)
     ids = np.concatenate([batch.documents.flatten().numpy() for batch in held_out.contexts(HELD_OUT, batch_contexts=1)])
-    last = np.array([row + 1 < len(ids) and ids[row + 1] != ids[row] for row in long.row])
+    last = np.array([row + 2 < len(ids) and ids[row + 2] != ids[row] for row in long.row])  # a separator comes between
     assert last.any() and not long.kl_after[last].any() and long.kl_after[~last].any()

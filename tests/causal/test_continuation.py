@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from causal_case import HEADS, MLP, POST, RESID, make_gemma
+from causal_case import HEADS, MLP, POST, RESID
 from torch import Tensor
 
 from sae.causal.continuation import Continuation
@@ -27,9 +26,9 @@ def picked(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("hook", [RESID, "blocks.2.hook_resid_pre", "blocks.0.hook_resid_pre", POST, MLP, HEADS])
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_logits_are_those_of_the_whole_model_with_the_activations_replaced(
-    language_model: LanguageModel, tiny_model: Path, tokens: Tensor, tmp_path: Path, hook: str, family: str
+    language_model: LanguageModel, gemma: LanguageModel, tokens: Tensor, hook: str, family: str
 ) -> None:
-    model = language_model if family == "gpt2" else make_gemma(tmp_path / "gemma", tiny_model)
+    model = language_model if family == "gpt2" else gemma
     continuation = Continuation(model, hook)
     x = continuation.activations(tokens)
     for new in (x, 0.5 * x.flip(-1) + 0.1):

@@ -19,9 +19,9 @@ def rows(seed: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_log_probabilities_change_by_the_gradient(
-    language_model: LanguageModel, tiny_model: Path, tmp_path: Path, family: str
+    language_model: LanguageModel, gemma: LanguageModel, family: str
 ) -> None:
-    model = language_model if family == "gpt2" else make_gemma(tmp_path / "gemma", tiny_model)
+    model = language_model if family == "gpt2" else gemma
     hf = model.bridge.original_model
     norm = hf.transformer.ln_f if family == "gpt2" else hf.model.norm
     width = model.info.d_model

@@ -46,7 +46,7 @@ def test_a_line_beside_a_feature() -> None:
     )
     assert "direct" not in effect_line(effects[2], effects.settings).replace("random direction", "")
     assert effect_line(effects[3], effects.settings) == "ablated: it was changed nowhere in the held-out text read"
-    assert [what_is_done(EffectSettings(scale=scale)) for scale in (0, 2, -1, 0.5)] == [
+    assert [what_is_done(EffectSettings(scale=scale)) for scale in (0.0, 2.0, -1.0, 0.5)] == [
         "ablated", "doubled", "times -1", "times 0.5",
     ]  # fmt: skip
 
