@@ -34,6 +34,7 @@ _HOME = {
     "TopK": "sae.architectures",
     "TrainConfig": "sae.config",
     "collect_features": "sae.pipeline",
+    "dictionary_metadata": "sae.activations.metadata",
     "evaluate": "sae.evaluation",
     "evaluate_all": "sae.evaluation",
     "harvest": "sae.pipeline",

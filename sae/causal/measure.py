@@ -27,6 +27,7 @@ from sae.evaluation.report import identify
 from sae.features.vocabulary import Vocabulary
 from sae.files import locked
 from sae.language_model import LanguageModel
+from sae.transcoding import Hooks
 
 _FEATURES_AT_ONCE = 64
 Progress = Callable[[str, int, int], None]
@@ -160,6 +161,11 @@ def _checked(
 ) -> Continuation:  # fmt: skip
     """The model at the hook point, where everything fits together."""
     trained_on = dictionary.metadata.get("hook")
+    if Hooks.of(dictionary.metadata).of_transcoder:
+        raise ConfigError(
+            f"the dictionary is a transcoder, from {trained_on!r} to {dictionary.metadata['target_hook']!r}: effects "
+            "are measured of dictionaries that give what they read"
+        )
     if trained_on is not None and trained_on != hook:
         raise ConfigError(f"hook {hook!r}: the dictionary was trained on {trained_on!r}; measure its features there")
     if cache.d_in(hook) != dictionary.d_in:

@@ -23,6 +23,7 @@ from sae.evaluation.sparsity import SparsityCounts
 from sae.evaluation.streams import ActivationSummary, Progress, held_out_blocks, summarise
 from sae.language_model import LanguageModel
 from sae.tokens import TokenPolicy
+from sae.transcoding import Hooks
 
 
 def evaluate(
@@ -37,13 +38,16 @@ def evaluate(
 ) -> Report:
     """Score a dictionary on a cache's held-out tokens, beside PCA, a random dictionary and the identity.
 
+    A transcoder (`target_hook` in its metadata) is evaluated at the hook point that it gives, from the activations at
+    the one that it reads, both of the cache.
+
     Only tokens that the cache's token policy leaves are evaluated. Everything is streamed, summed per document in
     float64, and independent of `settings.batch_contexts`.
 
     Args:
         dictionary: takes raw activations; it is not changed, and copied where it is not on `device`.
         cache: the activations; baselines are fitted on its training split.
-        hook: hook point, one of the cache's.
+        hook: hook point, one of the cache's; of a transcoder the one whose activations it gives.
         language_model: the model that the cache is of; None: no language-model losses.
         settings: how many tokens, and how many contexts at a time.
         device: where reconstructions are computed; the language model stays where it is.
@@ -106,7 +110,7 @@ def evaluate_all(
         )  # fmt: skip
 
     own = {
-        name: from_dictionary(_on(dictionary, device), _describe(dictionary))
+        name: from_dictionary(_on(dictionary, device), _describe(dictionary), _reads(dictionary))
         for name, dictionary in dictionaries.items()
     }
     scores = score("reconstruction", own)
@@ -125,7 +129,7 @@ def evaluate_all(
     def report(name: str, dictionary: Dictionary) -> Report:
         trained_with = dictionary.metadata.get("tokens")
         return Report(
-            dictionary=identify(dictionary),
+            dictionary=identify(dictionary) | ({"reads": _reads(dictionary)} if _reads(dictionary) else {}),
             hook=hook,
             model=cache.manifest.model,
             data=cache.manifest.data,
@@ -170,10 +174,11 @@ def _score(
         if reconstructor.features
     }
     done = 0
-    for block in held_out_blocks(cache, hook, settings):
+    others = sorted({reconstructor.reads for reconstructor in reconstructors.values() if reconstructor.reads})
+    for block in held_out_blocks(cache, hook, settings, others):
         x = block.x.to(device)
         for key, reconstructor in reconstructors.items():
-            result = reconstructor(x)
+            result = reconstructor(block.others[reconstructor.reads].to(device) if reconstructor.reads else x)
             sums[key].add_(x, result.x_hat, block.documents)
             if key in sparsity and result.codes is not None:
                 sparsity[key].add_(result.codes, block.documents)
@@ -186,10 +191,11 @@ def _score(
 
 
 def _check_dictionary(name: str, dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
-    trained_on = dictionary.metadata.get("hook")
-    if trained_on is not None and trained_on != hook:
+    hooks = Hooks.of(dictionary.metadata)
+    if hooks.gives is not None and hooks.gives != hook:
+        does = "gives activations of" if hooks.of_transcoder else "was trained on"
         raise ConfigError(
-            f"hook {hook!r}: the dictionary was trained on {trained_on!r}; evaluate it there, with a cache that has it"
+            f"hook {hook!r}: the dictionary {does} {hooks.gives!r}; evaluate it there, with a cache that has it"
         )
     trained_model = dictionary.metadata.get("model") or {}
     for key in ("weights_sha256", "weight_processing"):
@@ -198,11 +204,12 @@ def _check_dictionary(name: str, dictionary: Dictionary, cache: ActivationCache,
                 f"cache {str(cache.path)!r}: of another model than the dictionary's: {key} is "
                 f"{cache.manifest.model.get(key)!r} there and {trained_model[key]!r} in training: harvest with that one"
             )
-    if cache.d_in(hook) != dictionary.d_in:
-        raise ConfigError(
-            f"hook {hook!r}: activations have {cache.d_in(hook):,} numbers, the dictionary takes {dictionary.d_in:,}; "
-            "give the hook point and the model it was trained on"
-        )
+    for place in dict.fromkeys((hook, _reads(dictionary) or hook)):
+        if cache.d_in(place) != dictionary.d_in:
+            raise ConfigError(
+                f"hook {place!r}: activations have {cache.d_in(place):,} numbers, the dictionary takes "
+                f"{dictionary.d_in:,}; give the hook point and the model it was trained on"
+            )
     for part, parameter in dictionary.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise FormatError(
@@ -218,7 +225,15 @@ def _on(dictionary: Dictionary, device: str | torch.device) -> Dictionary:
 
 def _describe(dictionary: Dictionary) -> str:
     settings = "".join(f", {key} = {value}" for key, value in dictionary.settings().items())
-    return f"dictionary: {dictionary.architecture}, {dictionary.d_in:,} → {dictionary.d_sae:,}{settings}"
+    shape = f"{dictionary.d_in:,} → {dictionary.d_sae:,}"
+    elsewhere = f", from {_reads(dictionary)}" if _reads(dictionary) else ""
+    return f"dictionary: {dictionary.architecture}, {shape}{settings}{elsewhere}"
+
+
+def _reads(dictionary: Dictionary) -> str | None:
+    """The hook point that a transcoder reads; None where a dictionary reads what it gives."""
+    hooks = Hooks.of(dictionary.metadata)
+    return hooks.reads if hooks.of_transcoder else None
 
 
 def _dead_in_training(dictionary: Dictionary) -> dict[str, Any] | None:
