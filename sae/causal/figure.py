@@ -49,7 +49,7 @@ def _panel(
     most = float(everything.max()) or 1.0
     linear = max(float(np.quantile(everything, 0.5)), most * 1e-4)
     for axis in ("x", "y"):
-        getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear, linscale=0.6)
+        getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear, linscale=1.0)
         getattr(axes, f"set_{axis}lim")(-1.4 * most, 1.4 * most)
     axes.plot([-most, 0, most], [-most, 0, most], color=_GREY, linewidth=0.8, linestyle="--")
     dots = {"s": 9, "linewidths": 0, "alpha": 0.55}
@@ -59,7 +59,7 @@ def _panel(
     axes.set_ylabel("measured change of the loss, nats")
     note = "" if correlation is None or correlation.value is None else f", r = {correlation.value:.2f}"
     axes.set_title(f"{title}{note}", fontsize=9, loc="left", color="#374151")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", labelcolor="#374151")
+    axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower right", labelcolor="#374151")
 
 
 def _means(changes: Changes) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

@@ -36,16 +36,19 @@ def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None) 
 
     settings = effects.settings
     table = Table(box=box.SIMPLE_HEAD, title=f"{effects.hook}: features {what_is_done(settings)}, nats", pad_edge=False)
-    for name in ("feature", "density", "n", "Δ loss", f"Δ next {settings.window}", "KL", "KL random", "Δ direct"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("feature", "density", "Δ loss", f"next {settings.window}", "direct", "KL", "random"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     table.add_column("more likely then", no_wrap=True, overflow="ellipsis")
     chosen = effects.sorted_by(sort)
     for effect in chosen[:limit]:
-        estimates = (effect.loss, effect.loss_after, effect.kl, effect.random_kl, effect.direct)
         tokens = Text(" ").join(Text(visible(change.token), style="on grey23") for change in effect.raised)
-        numbers = (str(effect.feature), f"{effect.density:.2%}", str(effect.positions))
-        table.add_row(*numbers, *(_cell(estimate) for estimate in estimates), tokens)
-    table.caption = f"{len(chosen[:limit]):,} of {len(chosen):,} features by {sort}; ± standard error over documents"
+        short = [_short(estimate) for estimate in (effect.loss_after, effect.direct, effect.random_kl)]
+        loss, kl = str(effect.loss), str(effect.kl)
+        table.add_row(str(effect.feature), f"{effect.density:.2%}", loss, short[0], short[1], kl, short[2], tokens)
+    table.caption = (
+        f"{len(chosen[:limit]):,} of {len(chosen):,} features by {sort}. Means over places; ± standard error over "
+        "documents. Δ: of the loss; random: KL of a random direction as long"
+    )
     return table
 
 
@@ -161,6 +164,11 @@ def _correlation(correlation: Correlation) -> str:
     if correlation.low is None:
         return value
     return f"{value}; shuffled features {correlation.low:+.3f} to {correlation.high:+.3f} (middle 95 %)"
+
+
+def _short(estimate: Estimate | None) -> str:
+    """A value alone, with two digits."""
+    return _NONE if estimate is None or estimate.value is None else f"{estimate.value:.2g}"
 
 
 def _cell(estimate: Estimate | None) -> str:
