@@ -29,6 +29,7 @@ def hf_model(tiny_model: Path) -> Any:
 @pytest.fixture
 def tokens(language_model: LanguageModel) -> Tensor:
     ids = torch.randint(1, 300, (3, 12), generator=torch.Generator().manual_seed(1))
+    assert language_model.bos is not None
     ids[:, 0] = ids[1, 5] = language_model.bos
     return ids
 
@@ -91,8 +92,7 @@ def test_with_its_error_the_model_is_as_before_and_edits_add_up(
 def test_hook_points_can_be_others(language_model: LanguageModel, tokens: Tensor) -> None:
     transcoder = make_transcoder(language_model)
     elsewhere = make_transcoder(language_model, "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out")
-    hooks = {"hook": "blocks.0.hook_resid_mid", "target_hook": "blocks.0.hook_mlp_out"}
-    with splice(language_model, transcoder, **hooks):
+    with splice(language_model, transcoder, hook="blocks.0.hook_resid_mid", target_hook="blocks.0.hook_mlp_out"):
         logits = language_model.logits(tokens)
     with splice(language_model, elsewhere):
         torch.testing.assert_close(logits, language_model.logits(tokens), rtol=0, atol=0)

@@ -144,7 +144,9 @@ def test_close_to_no_change_losses_follow_their_gradient(
             meter.dictionary.encode(x.detach()[0, position])[feature] * meter.dictionary.W_dec[feature]
         ).double()
         for name, terms in (("loss", losses[:1]), ("loss_after", losses[1:])):
-            gradient = torch.autograd.grad(sum(terms), x, retain_graph=True)[0] if terms else torch.zeros_like(x)
+            gradient = (
+                torch.autograd.grad(torch.stack(terms).sum(), x, retain_graph=True)[0] if terms else torch.zeros_like(x)
+            )
             expected[name].append(float(gradient[0, position].double() @ direction))
     for name, values in expected.items():
         assert np.abs(values).mean() > 1e-3, name

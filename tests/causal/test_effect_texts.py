@@ -83,8 +83,11 @@ def test_the_figure() -> None:
     assert draw_effects(make_effects(), NO_CHANGES) is None
     rng = np.random.default_rng(0)
     whole, numbers = np.repeat([0, 1], 50), rng.standard_normal((6, 100))
-    changes = Changes(whole, whole, np.tile([0, 1], 50), whole, *numbers)
+    names = ("activation", "loss", "loss_after", "kl", "kl_after", "direct")
+    columns = dict(zip(names, numbers, strict=True))
+    changes = Changes(whole, whole, np.tile([0, 1], 50), whole, **columns)
     png = draw_effects(make_effects(), changes)
     assert png is not None and png.startswith(b"\x89PNG") and len(png) > 20_000
     assert draw_effects(make_effects(), changes) == png
-    assert draw_effects(make_effects(), Changes(whole, whole, whole, whole, *numbers[:5], np.full(100, np.nan))) is None
+    unknown = Changes(whole, whole, whole, whole, **{**columns, "direct": np.full(100, np.nan)})
+    assert draw_effects(make_effects(), unknown) is None

@@ -133,6 +133,7 @@ def test_tokens_named_are_those_of_the_gradient(held_out: ActivationCache, langu
                     (x[position],),
                     (-f * dictionary.W_dec[3],),
                 )
+                assert isinstance(change, torch.Tensor)
                 total, places = total + change.double(), places + 1
     assert effect.positions == places
     mean, vocabulary = total / places, Vocabulary.of(language_model.tokenizer)
@@ -154,8 +155,8 @@ def test_correlations_and_their_null(held_out: ActivationCache, language_model: 
             assert correlation.low is not None and correlation.high is not None
             assert -0.6 < correlation.low < 0 < correlation.high < 0.6
     assert last.over_features is not None and middle.over_features is not None and last.over_positions is not None
-    assert last.over_features.value > 0.9 > middle.over_features.value
-    assert last.over_positions.value > 0.9
+    assert (last.over_features.value or 0) > 0.9 > (middle.over_features.value or 0)
+    assert (last.over_positions.value or 0) > 0.9
     known = resume(tmp_path / POST, last.key, 0.5)
     assert known is not None
     pairs = [(effect.direct.value, effect.loss.value) for effect in last.features.values() if effect.direct]
@@ -337,6 +338,7 @@ def test_refusals(held_out: ActivationCache, language_model: LanguageModel, tiny
     folded = LanguageModel(ModelConfig(name=str(tiny_model), weight_processing="fold_ln"))
     with pytest.raises(CacheError, match="weight_processing"):
         measure(held_out, folded)
+    wrong: dict[str, Any]
     for wrong, message in (
         ({"scale": math.nan}, "scale=nan: expected a finite number; 0 ablates a feature, 2 doubles it"),
         ({"positions": 0}, "positions=0: expected at least 1"),
