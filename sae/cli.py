@@ -12,6 +12,7 @@ import click
 
 import sae
 from sae.commands.compare import compare
+from sae.commands.effects import effects
 from sae.commands.overrides import evaluation_overrides
 from sae.config_file import describe_keys, load_config
 from sae.errors import SaeError
@@ -194,6 +195,7 @@ def features(
     from rich.console import Console
 
     from sae import pipeline
+    from sae.causal import effects_beside
     from sae.features import Features
     from sae.progress import progress_bars
     from sae.viewer import print_feature, print_features, write_page
@@ -206,11 +208,12 @@ def features(
     console = Console()
     if page is not None:
         chosen = list(indices) or store.sorted_by(sort, max_density=max_density)[:limit]
-        write_page(store, chosen, page, f"Features of {path.name}")
+        write_page(store, chosen, page, f"Features of {path.name}", effects_beside(store))
         click.echo(f"{len(chosen):,} features in {page}")
     elif indices:
+        known = effects_beside(store)
         for index in indices:
-            print_feature(store[index], console)
+            print_feature(store[index], console, known)
     else:
         print_features(store, console, sort=sort, limit=limit, max_density=max_density)
 
@@ -236,6 +239,7 @@ def verify(path: Path) -> None:
 
 
 cli.add_command(compare)
+cli.add_command(effects)
 
 
 def _show_report(report: Any) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import io
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,10 @@ from torch import Tensor
 
 from sae.config import ModelConfig
 from sae.errors import ModelError
+from sae.model_identity import DEMO, DEMO_FOLDER, fingerprint, hash_tokenizer, hash_weights, model_label
 from sae.tokens import TokenPolicy
 
-DEMO = "demo"
-DEMO_FOLDER = Path(__file__).parent / "demo"
 RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 INNER_HOOKS = ("attn.hook_z", "mlp.hook_post")
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 
@@ -84,7 +80,7 @@ class LanguageModel:
         model, self.tokenizer, label, revision = _load(config)
         if model.config.bos_token_id is None and self.tokenizer.bos_token_id is None:
             model.config.bos_token_id = self.tokenizer.eos_token_id
-        weights_sha256 = _hash_weights(model)
+        weights_sha256 = hash_weights(model)
         self.device = torch.device(device)
         self.bridge = _boot(model.to(self.device).eval(), self.tokenizer, label, config)
         cfg = self.bridge.cfg
@@ -96,7 +92,7 @@ class LanguageModel:
             weights_sha256=weights_sha256,
             weight_processing=config.weight_processing,
             dtype=config.dtype,
-            tokenizer_sha256=_hash_tokenizer(self.tokenizer),
+            tokenizer_sha256=hash_tokenizer(self.tokenizer),
             d_model=cfg.d_model,
             n_layers=cfg.n_layers,
             max_context=cfg.n_ctx,
@@ -160,7 +156,7 @@ class LanguageModel:
         self, tokens: Int[Tensor, "context seq"], hooks: Sequence[str]
     ) -> dict[str, Float[Tensor, "context seq d_in"]]:
         """Activations at several hook points from one pass that stops at the last of them. Heads are concatenated."""
-        if len(hooks) == 1 and (layer := self._entering_block(hooks[0])) is not None:
+        if len(hooks) == 1 and (layer := self.entering_block(hooks[0])) is not None:
             return {hooks[0]: self.bridge(tokens, stop_at_layer=layer)}
         found: dict[str, Tensor] = {}
 
@@ -191,8 +187,8 @@ class LanguageModel:
 
         At residual-stream hooks the blocks before are computed once for all replacements.
         """
-        self._check_replaceable(hook)
-        layer = self._entering_block(hook)
+        self.check_replaceable(hook)
+        layer = self.entering_block(hook)
         if layer is not None:
             resid = self.bridge(tokens, stop_at_layer=layer)
             for replacement in replacements:
@@ -215,7 +211,7 @@ class LanguageModel:
             replacement: from activations `[context, seq, d_in]` to the same shape; with `with_tokens` it also gets the
                 tokens `[context, seq]`, or None in passes that begin in the middle of the model.
         """
-        self._check_replaceable(hook)
+        self.check_replaceable(hook)
         seen: list[Tensor | None] = [None]
 
         def remember(tokens: Tensor, hook: Any) -> None:
@@ -230,6 +226,18 @@ class LanguageModel:
 
         with self.bridge.hooks(fwd_hooks=[("embed.hook_in", remember), (hook, replace)]):
             yield
+
+    @contextlib.contextmanager
+    def reading(self, hook: str) -> Iterator[list[Tensor]]:
+        """While open, the list holds the activations `[context, seq, d_in]` of the pass that came by last."""
+        self.check_hook(hook)
+        latest: list[Tensor] = []
+
+        def keep(activation: Tensor, hook: Any) -> None:
+            latest[:] = [rearrange(activation, "context seq ... -> context seq (...)")]
+
+        with self.bridge.hooks(fwd_hooks=[(hook, keep)]):
+            yield latest
 
     def unembedding(self) -> Float[Tensor, "d_model vocab"]:
         """Logit effect of a residual direction: the final norm's gain (and centring) times the unembedding.
@@ -247,46 +255,19 @@ class LanguageModel:
             W_U = W_U - W_U.mean(0, keepdim=True)
         return W_U
 
-    def _entering_block(self, hook: str) -> int | None:
+    def entering_block(self, hook: str) -> int | None:
         """The block whose input the hook point is, where the bridge can stop before it and start from it."""
         layer, kind = self.check_hook(hook)
         block = layer if kind == "hook_resid_pre" else layer + 1 if kind == "hook_resid_post" else None
         return block if block is not None and block < self.info.n_layers else None
 
-    def _check_replaceable(self, hook: str) -> None:
+    def check_replaceable(self, hook: str) -> None:
+        """Raise ModelError where the hook point cannot be replaced."""
         if self.check_hook(hook)[1] == "hook_resid_mid":
             raise ModelError(
                 f"hook {hook!r}: transformer-lens can read hook_resid_mid but not replace it (the skip connection "
                 "would keep the original); use hook_resid_pre, hook_resid_post, hook_attn_out or hook_mlp_out"
             )
-
-
-def model_label(name: str) -> str:
-    """What a model is known by: hub names as they are, of paths the last part, so that a folder can be moved."""
-    path = Path(name).expanduser()
-    is_path = path.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf")
-    return path.resolve().name if is_path and name != DEMO else name
-
-
-def fingerprint(name: str) -> str | None:
-    """A quick hash of a local model's weight files, from their sizes and samples all over them: a swap shows
-    without loading anything.
-
-    None for hub models.
-    """
-    path = DEMO_FOLDER if name == DEMO else Path(name).expanduser()
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES)
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{size} ".encode())
-        with file.open("rb") as content:
-            for place in range(0, size, max(size // 64, 1 << 16)):
-                content.seek(place)
-                digest.update(content.read(1 << 12))
-    return digest.hexdigest()
 
 
 class _AllFoundError(Exception):
@@ -363,24 +344,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
-
-
-def _hash_weights(model: Any) -> str:
-    """One digest over all weights, name by name; tensors are hashed side by side."""
-    tensors = sorted(model.state_dict().items())
-
-    def digest(item: tuple[str, Tensor]) -> bytes:
-        name, tensor = item
-        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        return (
-            hashlib.sha256(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()).digest()
-            + hashlib.sha256(content).digest()
-        )
-
-    with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()
-
-
-def _hash_tokenizer(tokenizer: Any) -> str:
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(repr((vocabulary, sorted(tokenizer.all_special_ids))).encode()).hexdigest()

@@ -18,6 +18,7 @@ from sae.activations.cache import ActivationCache, read_manifest
 from sae.activations.harvest import check_same_model, check_same_request
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.loader import ActivationLoader
+from sae.activations.metadata import dictionary_metadata
 from sae.architectures import load
 from sae.config import RunConfig
 from sae.config_file import load_config
@@ -364,20 +365,6 @@ def load_start(place: str) -> Dictionary:
         raise FormatError(
             f"train.start_from: {error} (training that has begun goes on with the same weights)"
         ) from error
-
-
-def dictionary_metadata(cache: ActivationCache, hook: str) -> dict[str, Any]:
-    """What a dictionary must know of its origin to be reused: model, hook point, token policy, text."""
-    manifest = cache.manifest
-    return {
-        "model": manifest.model,
-        "hook": hook,
-        "tokens": manifest.tokens,
-        "context_length": manifest.context_length,
-        "data": manifest.data,
-        "activations": manifest.identity(hook),
-        "activation_dtype": manifest.dtype,
-    }
 
 
 __all__ = ["Run", "choose_device", "collect_features", "harvest", "run"]

@@ -1,25 +1,35 @@
-"""Progress bars with tokens per second and time left."""
+"""Progress bars with speed and time left."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+NO_UNITS: Mapping[str, str] = MappingProxyType({})
 
-class _TokensPerSecond(ProgressColumn):
+
+class _PerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
         seconds = task.finished_time or task.elapsed
         speed = task.completed / seconds if seconds else None
-        return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
+        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="cyan")
 
 
 @contextlib.contextmanager
-def progress_bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (stage, tokens done, tokens in all) that keeps one bar a stage on the terminal's standard error."""
+def progress_bars(
+    *, quiet: bool = False, units: Mapping[str, str] = NO_UNITS
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (stage, tokens done, tokens in all) that keeps one bar a stage on the terminal's standard error.
+
+    Args:
+        quiet: no bars.
+        units: what stages count, where that is not tokens.
+    """
     if quiet:
         yield lambda stage, done, total: None
         return
@@ -27,7 +37,7 @@ def progress_bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], 
         TextColumn("{task.description:<24}"),
         BarColumn(bar_width=32),
         MofNCompleteColumn(),
-        _TokensPerSecond(),
+        _PerSecond(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     tasks = {}
@@ -41,7 +51,7 @@ def progress_bars(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 finish()
-                tasks[stage] = bars.add_task(stage, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, unit=units.get(stage, "tokens"))
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show

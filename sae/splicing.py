@@ -12,6 +12,7 @@ from sae.dictionary import Dictionary
 from sae.errors import ModelError
 from sae.language_model import LanguageModel
 from sae.tokens import TokenPolicy
+from sae.transcoding import Hooks
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -22,10 +23,14 @@ def splice(
     dictionary: Dictionary,
     *,
     hook: str | None = None,
+    target_hook: str | None = None,
     error_term: bool = False,
     edit: Edit | None = None,
 ) -> Iterator[LanguageModel]:
     """While open, the activation x at `hook` is replaced by the dictionary's reconstruction x̂ in every forward pass.
+
+    Of a transcoder, the activation y at its target's hook point is replaced by ŷ, made from x at the hook point that it
+    reads, in the same pass; what is said of x below then holds for y.
 
     Tokens that were masked out of training (BOS, first positions) keep their activation. In cached generation, passes
     of a single token have no first position.
@@ -33,46 +38,63 @@ def splice(
     Args:
         language_model: where to splice.
         dictionary: what to splice; it takes raw activations.
-        hook: hook point; None: the one the dictionary was trained on.
+        hook: hook point that it reads; None: the one the dictionary was trained on.
+        target_hook: hook point that it gives; None: the target that it was trained on, or without one `hook`.
         error_term: give x̂ + (x − x̂) instead, the second part without gradient: the model computes as before, and its
             gradients reach the features.
         edit: changes the features `[context, seq, d_sae]` before they are decoded (ablate, scale, steer); with
             `error_term` the reconstruction's error is that of the unedited features.
 
     Raises:
-        ModelError: another model than the dictionary's, no hook point known, or one of another width; or the
-            dictionary's record of masked tokens cannot be read.
+        ConfigError: a transcoder's target comes before what it reads.
+        ModelError: another model than the dictionary's, no hook point known, or one of another width; the dictionary's
+            record of masked tokens cannot be read; or a transcoder is in a pass that begins in the middle of the model.
     """
-    hook = hook or dictionary.metadata.get("hook")
-    if not isinstance(hook, str):
+    hooks = Hooks.of(dictionary.metadata, hook, target_hook)
+    if hooks.reads is None or hooks.gives is None:
         raise ModelError("the dictionary does not say which hook point it belongs to: give hook='blocks.N.…'")
     _check_model(language_model, dictionary)
     policy = _token_policy(dictionary)
 
-    def replacement(x: Tensor, tokens: Tensor | None) -> Tensor:
-        if x.shape[-1] != dictionary.d_in:
-            raise ModelError(
-                f"hook {hook!r}: activations are {x.shape[-1]} wide, the dictionary takes {dictionary.d_in}"
-            )
-        new = _reconstruct(dictionary, x, error_term, edit)
+    def replacement(y: Tensor, tokens: Tensor | None) -> Tensor:
+        x = _input(hooks, read, tokens) if hooks.of_transcoder else y
+        for name, activation, does in ((hooks.reads, x, "takes"), (hooks.gives, y, "gives")):
+            if activation.shape[-1] != dictionary.d_in:
+                width = activation.shape[-1]
+                raise ModelError(
+                    f"hook {name!r}: activations are {width} wide, the dictionary {does} {dictionary.d_in}"
+                )
+        new = _reconstruct(dictionary, x, y, error_term, edit)
         if policy is None or tokens is None:
             return new
         eligible = policy.eligible(tokens)
         if tokens.shape[1] == 1:
             eligible = TokenPolicy(policy.prepend_bos, 0, policy.masked_ids).eligible(tokens)
-        return torch.where(eligible[..., None], new, x)
+        return torch.where(eligible[..., None], new, y)
 
-    with language_model.replacing(hook, replacement, with_tokens=True):
+    reading = language_model.reading(hooks.reads) if hooks.of_transcoder else contextlib.nullcontext([])
+    with reading as read, language_model.replacing(hooks.gives, replacement, with_tokens=True):
         yield language_model
 
 
-def _reconstruct(dictionary: Dictionary, x: Tensor, error_term: bool, edit: Edit | None) -> Tensor:
+def _input(hooks: Hooks, read: list[Tensor], tokens: Tensor | None) -> Tensor:
+    """What the transcoder reads in this pass."""
+    if tokens is None or not read:
+        raise ModelError(
+            f"hook {hooks.gives!r}: the transcoder there reads {hooks.reads!r}, which is not known in a pass that "
+            "begins in the middle of the model; run it from the tokens"
+        )
+    return read.pop()
+
+
+def _reconstruct(dictionary: Dictionary, x: Tensor, y: Tensor, error_term: bool, edit: Edit | None) -> Tensor:
+    """ŷ from x, with its error as an edit leaves it where that is asked for; y is x, but for transcoders."""
     if edit is None:
         reconstruction = dictionary(x)
-        return reconstruction + (x - reconstruction).detach() if error_term else reconstruction
+        return reconstruction + (y - reconstruction).detach() if error_term else reconstruction
     features = dictionary.encode(x)
     edited = dictionary.decode(edit(features))
-    return edited + (x - dictionary.decode(features)).detach() if error_term else edited
+    return edited + (y - dictionary.decode(features)).detach() if error_term else edited
 
 
 def _token_policy(dictionary: Dictionary) -> TokenPolicy | None:

@@ -13,8 +13,8 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment"],
-    ["mixture"],
+    ["errors", "files", "environment", "model_identity"],
+    ["mixture", "transcoding"],
     ["config", "config_file"],
     ["neighbours"],
     ["corpus"],
@@ -30,6 +30,7 @@ FLOW = [
     ["splicing"],
     ["evaluation"],
     ["features"],
+    ["causal"],
     ["viewer"],
     ["pipeline", "progress"],
     ["sweep", "comparison"],
@@ -40,7 +41,9 @@ CORE = {
     "errors",
     "files",
     "environment",
+    "model_identity",
     "mixture",
+    "transcoding",
     "config",
     "config_file",
     "neighbours",

@@ -32,8 +32,9 @@ from sae.activations.cache import (
 from sae.config import DataConfig, RunConfig
 from sae.errors import CacheError
 from sae.files import locked, write_bytes
-from sae.language_model import LanguageModel, fingerprint, model_label
+from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
+from sae.model_identity import fingerprint, model_label
 from sae.tokens import HELD_OUT, SPLITS, TRAIN, PackedRows, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]

@@ -142,7 +142,10 @@ def _measure_batch(
         return x
 
     constants: dict[str, Replacement] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
-    made = [_reconstruction(reconstructor, rows) for reconstructor in reconstructors.values()]
+    elsewhere = sorted({reconstructor.reads for reconstructor in reconstructors.values() if reconstructor.reads})
+    found = language_model.activations(tokens, elsewhere) if elsewhere else {}
+    read = {name: x[eligible].float().to(device) for name, x in found.items()}
+    made = [_reconstruction(reconstructor, rows, read) for reconstructor in reconstructors.values()]
     replacements = [_at(eligible, new) for new in (*constants.values(), *made)]
     logits = language_model.replaced_logits(tokens, hook, [clean_pass, *replacements])
     clean = list(_log_probabilities(next(logits), eligible))
@@ -161,9 +164,9 @@ def _measure_batch(
     return values
 
 
-def _reconstruction(reconstructor: Reconstructor, rows: list[Tensor]) -> Replacement:
-    """x̂ of the activations that the clean pass left in `rows`."""
-    return lambda _: reconstructor(rows[0]).x_hat
+def _reconstruction(reconstructor: Reconstructor, rows: list[Tensor], read: Mapping[str, Tensor]) -> Replacement:
+    """x̂ of the activations that the clean pass left in `rows`, or of those that a transcoder reads."""
+    return lambda _: reconstructor(read[reconstructor.reads] if reconstructor.reads else rows[0]).x_hat
 
 
 def _at(eligible: Bool[Tensor, "context seq"], new: Replacement) -> Replacement:

@@ -39,6 +39,9 @@ def evaluate(
 ) -> Report:
     """Score a dictionary on a cache's held-out tokens, beside PCA, a random dictionary, a frozen decoder, the identity.
 
+    A transcoder (`target_hook` in its metadata) is evaluated at the hook point that it gives, from the activations at
+    the one that it reads, both of the cache.
+
     Only tokens that the cache's token policy leaves are evaluated. Everything is streamed, summed per document in
     float64, and independent of `settings.batch_contexts`.
 
@@ -47,7 +50,7 @@ def evaluate(
             whose `encode` gives dense features `[rows, d_sae]` of them and whose `decode` gives them back; it is used
             where it is, and baselines get as many features as it fires.
         cache: the activations; baselines are fitted on its training split.
-        hook: hook point, one of the cache's.
+        hook: hook point, one of the cache's; of a transcoder the one whose activations it gives.
         language_model: the model that the cache is of; None: no language-model losses.
         settings: how many tokens, and how many contexts at a time.
         device: where reconstructions are computed; the language model stays where it is.
@@ -124,8 +127,9 @@ def evaluate_all(
         )  # fmt: skip
         scores = {key: part.with_downstream(downstream[key]) for key, part in scores.items()}
     legacy = measure_legacy(
-        language_model, cache, hook, own, mean=summary.mean, settings=settings, device=device, progress=report_progress
-    )
+        language_model, cache, hook, {name: made for name, made in own.items() if not made.reads},
+        mean=summary.mean, settings=settings, device=device, progress=report_progress,
+    )  # fmt: skip
     seconds = time.perf_counter() - started
 
     return {
@@ -194,11 +198,12 @@ def _score(
         if reconstructor.features
     }
     done = 0
-    for block in held_out_blocks(cache, hook, settings):
+    others = sorted({reconstructor.reads for reconstructor in reconstructors.values() if reconstructor.reads})
+    for block in held_out_blocks(cache, hook, settings, others):
         x = block.x.to(device)
         truth = Truth.of(x, summary.mean)
         for key, reconstructor in reconstructors.items():
-            result = reconstructor(x)
+            result = reconstructor(block.others[reconstructor.reads].to(device) if reconstructor.reads else x)
             sums[key].add_(truth, result.x_hat, block.documents)
             if key in sparsity and result.codes is not None:
                 sparsity[key].add_(result.codes, block.documents)

@@ -31,24 +31,26 @@ class Reconstructor:
         description: one line for tables and captions.
         features: number of features its codes index; 0 where it has no codes.
         reconstruct: from activations `[rows, d_in]`, on the device it was made for.
+        reads: hook point of these activations, where that is not the one whose activations it gives (a transcoder).
     """
 
     description: str
     features: int
     reconstruct: Callable[[Tensor], Reconstruction]
+    reads: str | None = None
 
     def __call__(self, x: Float[Tensor, "rows d_in"]) -> Reconstruction:
         return self.reconstruct(x)
 
 
-def from_dictionary(dictionary: Dictionary, description: str) -> Reconstructor:
+def from_dictionary(dictionary: Dictionary, description: str, reads: str | None = None) -> Reconstructor:
     """A dictionary as a reconstructor: encode once, decode from the codes."""
 
     def reconstruct(x: Tensor) -> Reconstruction:
         codes = dictionary.encode_sparse(x)
         return Reconstruction(dictionary.decode_sparse(codes), codes)
 
-    return Reconstructor(description, dictionary.d_sae, reconstruct)
+    return Reconstructor(description, dictionary.d_sae, reconstruct, reads)
 
 
 _NAMES = ("mse", "fvu", "explained_variance", "cosine", "l2_ratio", "relative_reconstruction_bias")

@@ -23,6 +23,7 @@ from sae.evaluation.sparsity import SparsityScores
 from sae.evaluation.streams import NormHistogram
 from sae.files import read_json, write_bytes, write_json
 from sae.tokens import TokenPolicy
+from sae.transcoding import Hooks
 
 FORMAT, FORMAT_VERSION = "sae-evaluation", 2
 JSON_FILE, MARKDOWN_FILE, FIGURE_FOLDER = "eval.json", "eval.md", "figures"
@@ -197,10 +198,11 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
 
 
 def identify(dictionary: Dictionary) -> dict[str, Any]:
-    """What tells a dictionary from another: its configuration without metadata, and a hash of its weights."""
+    """What tells a dictionary from another: its configuration, what a transcoder reads, and a hash of its weights."""
     left_out = ("format", "format_version", "metadata")
     kept = {key: value for key, value in dictionary.config().items() if key not in left_out}
-    return {**kept, "weights_sha256": weights_sha256(dictionary)}
+    reads = Hooks.of(dictionary.metadata).read_elsewhere
+    return {**kept, **({"reads": reads} if reads else {}), "weights_sha256": weights_sha256(dictionary)}
 
 
 def read_stored(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Block:
-    """Eligible tokens: their activations, and the index of the document each belongs to."""
+    """Eligible tokens: their activations, the index of the document each belongs to, activations at other hooks."""
 
     x: Float[Tensor, "rows d_in"]
     documents: Int[Tensor, " rows"]
+    others: dict[str, Float[Tensor, "rows _"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,23 +106,50 @@ def summarise(cache: ActivationCache, hook: str, settings: EvaluationConfig, pro
     return ActivationSummary(tokens, rows - tokens, int(seen.sum()), len(names), total / tokens, norms)
 
 
-def held_out_blocks(cache: ActivationCache, hook: str, settings: EvaluationConfig) -> Iterator[Block]:
-    """Eligible held-out tokens in text order, in blocks of one size whatever `batch_contexts`; the last is shorter."""
-    waiting: list[Block] = []
+def held_out_blocks(
+    cache: ActivationCache, hook: str, settings: EvaluationConfig, others: Collection[str] = ()
+) -> Iterator[Block]:
+    """Eligible held-out tokens in text order, in blocks of one size whatever `batch_contexts`; the last is shorter.
+
+    Raises:
+        CacheError: an eligible activation at one of the other hook points is not finite.
+    """
+    waiting: list[tuple[Tensor, ...]] = []
     count = 0
-    for batch in cache.contexts(HELD_OUT, hook, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens):
-        assert batch.activations is not None
-        waiting.append(Block(batch.activations[batch.eligible], batch.documents[batch.eligible]))
-        count += len(waiting[-1].documents)
+    for x, documents, *rest in _eligible_rows(cache, hook, settings, others):
+        waiting.append((x, documents, *rest))
+        count += len(documents)
         if count >= BLOCK_TOKENS:
-            x = torch.cat([block.x for block in waiting]).split(BLOCK_TOKENS)
-            documents = torch.cat([block.documents for block in waiting]).split(BLOCK_TOKENS)
-            blocks = [Block(*pair) for pair in zip(x, documents, strict=True)]
+            columns = [torch.cat(parts).split(BLOCK_TOKENS) for parts in zip(*waiting, strict=True)]
+            blocks = list(zip(*columns, strict=True))
             whole = count // BLOCK_TOKENS
-            yield from blocks[:whole]
+            yield from (_block(block, others) for block in blocks[:whole])
             waiting, count = blocks[whole:], count % BLOCK_TOKENS
     if count:
-        yield Block(torch.cat([block.x for block in waiting]), torch.cat([block.documents for block in waiting]))
+        yield _block([torch.cat(parts) for parts in zip(*waiting, strict=True)], others)
+
+
+def _eligible_rows(
+    cache: ActivationCache, hook: str, settings: EvaluationConfig, others: Collection[str]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Activations, documents, and activations at the other hook points, of each batch's eligible tokens."""
+    streams = [
+        cache.contexts(HELD_OUT, name, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens)
+        for name in (hook, *others)
+    ]
+    for first, *rest in zip(*streams, strict=True):
+        found = []
+        for name, batch in zip((hook, *others), (first, *rest), strict=True):
+            assert batch.activations is not None
+            found.append(batch.activations[batch.eligible])
+            if name != hook:
+                check_finite(found[-1], cache, name)
+        yield found[0], first.documents[first.eligible], *found[1:]
+
+
+def _block(columns: Sequence[Tensor], others: Collection[str]) -> Block:
+    x, documents, *rest = columns
+    return Block(x, documents, dict(zip(others, rest, strict=True)))
 
 
 def training_blocks(cache: ActivationCache, hook: str, max_tokens: int) -> Iterator[Float[Tensor, "rows d_in"]]:

@@ -17,6 +17,7 @@ from sae.dictionary import Codes, Dictionary
 from sae.errors import CacheError, ConfigError, FormatError
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_dictionary
 from sae.evaluation.report import identify
+from sae.transcoding import Hooks
 
 
 @runtime_checkable
@@ -87,10 +88,10 @@ def subject(
     placed = thing if here else copy.deepcopy(thing).to(device)
     settings = thing.settings()
     made_with = "".join(f", {key} = {value}" for key, value in settings.items())
+    reads = Hooks.of(thing.metadata).read_elsewhere
     description = f"dictionary: {thing.architecture}, {thing.d_in:,} → {thing.d_sae:,}{made_with}"
-    return Subject(
-        from_dictionary(placed, description), identify(thing), thing.architecture, thing.d_sae, settings, thing.metadata
-    )
+    reconstructor = from_dictionary(placed, description + (f", from {reads}" if reads else ""), reads)
+    return Subject(reconstructor, identify(thing), thing.architecture, thing.d_sae, settings, thing.metadata)
 
 
 def _of_object(
@@ -132,10 +133,11 @@ def from_object(thing: Autoencoder, d_sae: int, description: str) -> Reconstruct
 
 
 def _check_origin(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
-    trained_on = dictionary.metadata.get("hook")
-    if trained_on is not None and trained_on != hook:
+    hooks = Hooks.of(dictionary.metadata)
+    if hooks.gives is not None and hooks.gives != hook:
+        does = "gives activations of" if hooks.of_transcoder else "was trained on"
         raise ConfigError(
-            f"hook {hook!r}: the dictionary was trained on {trained_on!r}; evaluate it there, with a cache that has it"
+            f"hook {hook!r}: the dictionary {does} {hooks.gives!r}; evaluate it there, with a cache that has it"
         )
     trained_model = dictionary.metadata.get("model") or {}
     for key in ("weights_sha256", "weight_processing"):
@@ -144,11 +146,12 @@ def _check_origin(dictionary: Dictionary, cache: ActivationCache, hook: str) -> 
                 f"cache {str(cache.path)!r}: of another model than the dictionary's: {key} is "
                 f"{cache.manifest.model.get(key)!r} there and {trained_model[key]!r} in training: harvest with that one"
             )
-    if cache.d_in(hook) != dictionary.d_in:
-        raise ConfigError(
-            f"hook {hook!r}: activations have {cache.d_in(hook):,} numbers, the dictionary takes {dictionary.d_in:,}; "
-            "give the hook point and the model it was trained on"
-        )
+    for place in dict.fromkeys((hook, hooks.read_elsewhere or hook)):
+        if cache.d_in(place) != dictionary.d_in:
+            raise ConfigError(
+                f"hook {place!r}: activations have {cache.d_in(place):,} numbers, the dictionary takes "
+                f"{dictionary.d_in:,}; give the hook point and the model it was trained on"
+            )
 
 
 def _check_finite(name: str, module: nn.Module) -> None:

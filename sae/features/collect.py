@@ -215,7 +215,7 @@ class _Collector:
 
 def random_keys(block: Block, seed: int) -> Int[np.ndarray, " firings"]:
     """A number in [0, 2³²) for every firing that depends on seed, row and feature alone, and looks random."""
-    row = block.row.astype(np.uint64) + np.uint64(seed % (1 << 32)) * np.uint64(0x9E3779B97F4A7C15)
+    row = block.row.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
     row = _mix((row ^ (row >> np.uint64(32))).astype(np.uint32))
     return _mix(row ^ (block.feature.astype(np.uint32) * np.uint32(0x9E3779B1))).astype(np.int64)
 

@@ -141,16 +141,23 @@ function neighboursCard(feature) {
   return element("section", "card", element("h3", "", "Nearest by cosine"), element("ol", "near", ...rows));
 }
 
+function effectCard(feature) {
+  const rows = feature.e.map(([name, value]) => element("div", "", element("dt", "", name), element("dd", "", value)));
+  return element("section", "card effect", element("h3", "", `Effect on the model, ${data.changed}, nats`), element("dl", "", ...rows));
+}
+
 function showFeature(feature) {
   const head = element("header", "head", element("h2", "", `Feature ${feature.i}`));
   const parts = [head];
   if (isDead(feature)) {
     head.append(element("span", "badge", "dead"));
-    parts.push(element("div", "overview", logitsCard(feature), neighboursCard(feature)),
-      element("p", "empty", `It never fired in ${count(data.tokens)} tokens: there are no examples.`));
+    parts.push(element("div", "overview", logitsCard(feature), neighboursCard(feature)));
+    if (feature.e) parts.push(effectCard(feature));
+    parts.push(element("p", "empty", `It never fired in ${count(data.tokens)} tokens: there are no examples.`));
   } else {
     head.append(...feature.p.map(tokenChip));
     parts.push(element("div", "overview", statsCard(feature), logitsCard(feature), neighboursCard(feature)));
+    if (feature.e) parts.push(effectCard(feature));
     parts.push(exampleList("Strongest", " · one per document", feature, feature.t));
     feature.q.forEach((examples, number) => {
       const share = 100 / feature.q.length, low = Math.round(100 - (number + 1) * share), high = Math.round(100 - number * share);

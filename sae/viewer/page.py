@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sae.causal.effects import Effects, FeatureEffect
+from sae.causal.render import signed, what_is_done
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
 from sae.files import write_bytes
@@ -21,8 +23,10 @@ _LONG = "-"
 _PEEK = 6
 
 
-def write_page(features: Features, indices: Iterable[int], path: str | Path, title: str) -> None:
-    """Write the features `indices` as one HTML file.
+def write_page(
+    features: Features, indices: Iterable[int], path: str | Path, title: str, effects: Effects | None = None
+) -> None:
+    """Write the features `indices` as one HTML file, with what they do to the model as far as `effects` has it.
 
     Token text is data in the page: it stands in a JSON block that cannot end early, and the script shows it as
     text only. The page's policy forbids it to load anything or to run any script but its own.
@@ -38,16 +42,20 @@ def write_page(features: Features, indices: Iterable[int], path: str | Path, tit
         "base-uri 'none'; form-action 'none'",
         "style": style,
         "script": script,
-        "data": embeddable_json(page_data(features, indices, title)),
+        "data": embeddable_json(page_data(features, indices, title, effects)),
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
     write_bytes(Path(path), page.encode())
 
 
-def page_data(features: Features, indices: Iterable[int], title: str) -> dict[str, Any]:
+def page_data(features: Features, indices: Iterable[int], title: str, effects: Effects | None = None) -> dict[str, Any]:
     """What the page's script reads; names are short, since there may be thousands of features."""
     documents: dict[str, int] = {}
     entries = [_feature(features[index], documents) for index in dict.fromkeys(indices)]
+    if effects is not None:
+        for entry in entries:
+            if entry["i"] in effects.features:
+                entry["e"] = _effect(effects[entry["i"]], effects.settings.window)
     return {
         "title": title,
         "hook": features.info["hook"],
@@ -57,6 +65,7 @@ def page_data(features: Features, indices: Iterable[int], title: str) -> dict[st
         "lengths": _LENGTHS,
         "edges": features.info["histogram_edges"],
         "documents": list(documents),
+        "changed": what_is_done(effects.settings) if effects is not None else None,
         "features": entries,
     }
 
@@ -97,6 +106,19 @@ def _feature(feature: Feature, documents: dict[str, int]) -> dict[str, Any]:
         "t": [_example(example, documents) for example in feature.top],
         "q": [[_example(example, documents) for example in group] for group in feature.quantiles],
     }
+
+
+def _effect(effect: FeatureEffect, window: int) -> list[list[str]]:
+    """Labels and texts of what a feature does, and the tokens that it makes more and less likely."""
+    rows = [
+        ["Δ loss there", signed(effect.loss)],
+        [f"Δ loss, next {window}", signed(effect.loss_after)],
+        ["KL there", str(effect.kl)],
+        ["KL, random direction", str(effect.random_kl)],
+        ["Δ loss, direct", "–" if effect.direct is None else signed(effect.direct)],
+        ["measured at", f"{effect.positions:,} places, {effect.documents:,} documents"],
+    ]
+    return rows if effect.positions else rows[-1:]
 
 
 def _example(example: Example, documents: dict[str, int]) -> list[Any]:

@@ -7,23 +7,26 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sae.causal.effects import Effects
+from sae.causal.render import effect_line
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
+from sae.features.text import visible
 
 HOT = (214, 102, 16)
 PALE = (72, 48, 32)
-_VISIBLE = {ord("\n"): "↵", ord("\r"): "␍", ord("\t"): "→"}
-_HARMFUL = dict.fromkeys([*range(32), *range(127, 160), *range(8234, 8239), *range(8294, 8298)], "�")
-_PART_OF_CHARACTER = "◌"
 
 
-def print_feature(feature: Feature, console: Console | None = None) -> None:
+def print_feature(feature: Feature, console: Console | None = None, effects: Effects | None = None) -> None:
     """Print a feature: its numbers, logits and neighbours, then its strongest contexts and those of each quantile.
 
-    Token text is printed as it is, never as markup; control characters are shown and not obeyed.
+    Where its effect is among `effects`, that stands with its numbers. Token text is printed as it is, never as markup;
+    control characters are shown and not obeyed.
     """
     console = console or Console()
     console.print(_header(feature))
+    if effects is not None and feature.index in effects.features:
+        console.print(_labelled("effect", Text(effect_line(effects[feature.index], effects.settings))))
     if feature.promoted is not None and feature.suppressed is not None:
         console.print(_labelled("raises", _logits(feature.promoted)))
         console.print(_labelled("lowers", _logits(feature.suppressed)))
@@ -91,11 +94,6 @@ def density_text(density: float) -> str:
 def number_text(number: float) -> str:
     """A number with three digits, zeros at the end included."""
     return f"{number:#.3g}".rstrip(".") if 1e-3 <= number < 1000 else f"{number:.3g}"
-
-
-def visible(token: str) -> str:
-    """A token's text on one line: line ends and tabs as signs, control characters replaced."""
-    return (token or _PART_OF_CHARACTER).translate(_HARMFUL | _VISIBLE)
 
 
 def _header(feature: Feature) -> Text:

@@ -12,6 +12,8 @@ from sae.architectures import ReLU, TopK
 from sae.config import FeaturesConfig
 from sae.errors import CacheError, ConfigError
 from sae.features import Features, collect
+from sae.features.block import Block
+from sae.features.collect import random_keys
 
 
 def all_examples(features: Features):
@@ -141,6 +143,24 @@ def test_seed_changes_the_samples_and_nothing_else(case: Case, features: Feature
     assert features[0].quantiles != other[0].quantiles
     assert features[0].top == other[0].top
     assert [feature.count for feature in features] == [feature.count for feature in other]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 12345, (1 << 32) - 1])
+def test_keys_of_firings_are_arithmetic_modulo_powers_of_two(seed: int) -> None:
+    """In plain Python; warnings are errors, and a product of two numpy scalars that overflows is one."""
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 16)) * 0x85EBCA6B % (1 << 32)
+        x = (x ^ (x >> 13)) * 0xC2B2AE35 % (1 << 32)
+        return x ^ (x >> 16)
+
+    row, feature = np.array([0, 7, 1 << 33]), np.array([3, 1, 24_575])
+    expected = []
+    for r, f in zip(row.tolist(), feature.tolist(), strict=True):
+        spread = (r + seed * 0x9E3779B97F4A7C15) % (1 << 64)
+        expected.append(mix(mix((spread ^ (spread >> 32)) % (1 << 32)) ^ f * 0x9E3779B1 % (1 << 32)))
+    blank = np.zeros(3, dtype=np.float32)
+    assert random_keys(Block(feature, row, blank, row, row), seed).tolist() == expected
 
 
 def test_padding_of_relu_codes_does_not_fire(case: Case, features: Features) -> None:

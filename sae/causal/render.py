@@ -1,0 +1,182 @@
+"""Effects for people: a table for the terminal, one line beside a feature, Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sae.causal.effects import Correlation, Effects, EffectSettings, FeatureEffect, TokenChange
+from sae.evaluation.estimate import Estimate
+from sae.features.text import visible
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_ROWS_IN_MARKDOWN = 100
+_NONE = "–"
+
+
+def what_is_done(settings: EffectSettings) -> str:
+    """`ablated`, `doubled`, or the factor."""
+    return {0.0: "ablated", 2.0: "doubled"}.get(settings.scale, f"times {settings.scale:g}")
+
+
+def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None) -> Table:
+    """The first features in the order of a column, for the terminal; token text is never markup.
+
+    Raises:
+        ConfigError: there is no such column.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    settings = effects.settings
+    table = Table(box=box.SIMPLE_HEAD, title=f"{effects.hook}: features {what_is_done(settings)}, nats", pad_edge=False)
+    for name in ("feature", "density", "Δ loss", f"next {settings.window}", "direct", "KL", "random"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    table.add_column("more likely then", no_wrap=True, overflow="ellipsis")
+    chosen = effects.sorted_by(sort)
+    for effect in chosen[:limit]:
+        tokens = Text(" ").join(Text(visible(change.token), style="on grey23") for change in effect.raised)
+        short = [_short(estimate) for estimate in (effect.loss_after, effect.direct, effect.random_kl)]
+        loss, kl = str(effect.loss), str(effect.kl)
+        table.add_row(str(effect.feature), f"{effect.density:.2%}", loss, short[0], short[1], kl, short[2], tokens)
+    table.caption = (
+        f"{len(chosen[:limit]):,} of {len(chosen):,} features by {sort}. Means over places; ± standard error over "
+        "documents. Δ: of the loss; random: KL of a random direction as long"
+    )
+    return table
+
+
+def effect_line(effect: FeatureEffect, settings: EffectSettings) -> str:
+    """What stands beside a feature where a user looks at it."""
+    if not effect.positions:
+        return f"{what_is_done(settings)}: it was changed nowhere in the held-out text read"
+    direct = "" if effect.direct is None else f"   direct {effect.direct}"
+    random = "" if effect.random_kl.value is None else f" (random direction {effect.random_kl})"
+    return (
+        f"{what_is_done(settings)}: loss {signed(effect.loss)}, next {settings.window} {signed(effect.loss_after)}   "
+        f"KL {effect.kl}{random}{direct}   nats, {effect.positions} places in {effect.documents} documents"
+    )
+
+
+def signed(estimate: Estimate) -> str:
+    """An estimate of a difference, with its sign."""
+    plus = estimate.value is not None and estimate.value > 0
+    return f"+{estimate}" if plus else str(estimate)
+
+
+def summary_lines(effects: Effects) -> list[str]:
+    """What came of all features together: how direct and measured effects agree, and how many exceed the null."""
+    measured = [effect for effect in effects.features.values() if effect.positions]
+    above = [_exceeds_zero(effect.kl_above_random) for effect in measured if effect.kl_above_random.standard_error]
+    lines = []
+    if above:
+        lines.append(
+            f"{sum(above):,} of {len(above):,} features change the next-token distribution more than a random "
+            "direction as long does at the same places (KL, difference above two standard errors)."
+        )
+    for name, correlation in (("features", effects.over_features), ("places", effects.over_positions)):
+        if correlation is not None and correlation.value is not None:
+            lines.append(f"Direct against measured change of the loss over {name}: {_correlation(correlation)}.")
+    return lines
+
+
+def markdown(effects: Effects, figure: str | None) -> str:
+    """`effects.md`.
+
+    Args:
+        effects: of all features known.
+        figure: path of the figure, relative to the file; None: there is none.
+    """
+    settings, measured = effects.settings, [effect for effect in effects.features.values() if effect.positions]
+    parts = [
+        f"# Effects of features at `{effects.hook}`",
+        f"Dictionary `{effects.dictionary['weights_sha256'][:12]}` on `{effects.model.get('name')}`. "
+        f"{len(effects):,} features, {what_is_done(settings)} (f becomes {settings.scale:g}·f) at up to "
+        f"{settings.positions} places each, one place of one context at a time, found in {effects.tokens:,} held-out "
+        f"tokens. Losses and divergences in nats: of the next token at the place, and summed over the following "
+        f"{settings.window} positions of its document. ± is the standard error over documents.",
+        "## All features",
+        _pipe_table(["mean of a feature", *(f"{share:.0%}" for share in _QUANTILES)], _distributions(measured)),
+        "Quantiles over features. Random direction: as long, at the same places. Elsewhere: the feature's mean "
+        "activation added where it does not fire.",
+        *summary_lines(effects),
+    ]
+    if figure is not None:
+        parts.append(f"![measured against direct effect]({figure})")
+    parts += ["## By feature", _by_feature(effects)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _distributions(measured: Sequence[FeatureEffect]) -> list[list[str]]:
+    rows = {
+        "Δ loss": [effect.loss for effect in measured],
+        "Δ loss, random direction": [effect.random_loss for effect in measured],
+        "Δ loss, elsewhere": [effect.elsewhere_loss for effect in measured],
+        "Δ loss, direct": [effect.direct for effect in measured if effect.direct is not None],
+        "Δ loss, following positions": [effect.loss_after for effect in measured],
+        "KL": [effect.kl for effect in measured],
+        "KL, random direction": [effect.random_kl for effect in measured],
+        "KL, elsewhere": [effect.elsewhere_kl for effect in measured],
+        "KL, following positions": [effect.kl_after for effect in measured],
+    }
+    return [[name, *quantiles(estimates)] for name, estimates in rows.items()]
+
+
+def quantiles(estimates: Iterable[Estimate]) -> list[str]:
+    """Of the values that there are, with three digits."""
+    values = [estimate.value for estimate in estimates if estimate.value is not None]
+    if not values:
+        return [_NONE] * len(_QUANTILES)
+    return [f"{value:.3g}" for value in np.quantile(values, _QUANTILES)]
+
+
+def _by_feature(effects: Effects) -> str:
+    rows = []
+    for effect in effects.sorted_by("kl")[:_ROWS_IN_MARKDOWN]:
+        estimates = (effect.loss, effect.loss_after, effect.kl, effect.random_kl, effect.direct)
+        tokens = f"{_tokens(effect.raised)} / {_tokens(effect.lowered)}"
+        numbers = [str(effect.feature), f"{effect.density:.2%}", f"{effect.positions} / {effect.documents}"]
+        rows.append([*numbers, *map(_cell, estimates), tokens])
+    head = ["feature", "density", "places / documents", "Δ loss", "Δ following", "KL", "KL random", "Δ direct"]
+    note = (
+        "" if len(effects) <= _ROWS_IN_MARKDOWN else f"\n\nThe {_ROWS_IN_MARKDOWN} of the largest KL; the JSON has all."
+    )
+    return _pipe_table([*head, "more / less likely, direct"], rows) + note
+
+
+def _tokens(changes: Sequence[TokenChange]) -> str:
+    """Token text as code that no character of it can end."""
+    return " ".join(f"`{visible(change.token).replace('`', 'ˋ')}`" for change in changes) or _NONE
+
+
+def _exceeds_zero(estimate: Estimate) -> bool:
+    return (estimate.value or 0.0) > 2 * (estimate.standard_error or 0.0)
+
+
+def _correlation(correlation: Correlation) -> str:
+    value = f"r = {correlation.value:.3f} over {correlation.count:,}"
+    if correlation.low is None:
+        return value
+    return f"{value}; shuffled features {correlation.low:+.3f} to {correlation.high:+.3f} (middle 95 %)"
+
+
+def _short(estimate: Estimate | None) -> str:
+    """A value alone, with two digits."""
+    return _NONE if estimate is None or estimate.value is None else f"{estimate.value:.2g}"
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return _NONE if estimate is None else str(estimate)
+
+
+def _pipe_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = [":--", *(["--:"] * (len(head) - 1))]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, rule, *rows)
+    )

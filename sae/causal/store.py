@@ -1,0 +1,132 @@
+"""Effects on disk: `effects.json`, beside it every single change, and the hash by which a stale result is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import sae
+from sae.causal.changes import NO_CHANGES, Changes
+from sae.causal.effects import FORMAT_VERSION, Effects, EffectSettings
+from sae.errors import FormatError
+from sae.features.store import Features
+from sae.files import read_json, write_bytes, write_json, write_tensors
+
+_KEY = "key"
+
+
+def stem(scale: float) -> str:
+    """Name of the files without their endings: `effects` of ablation, `effects-2` of doubling."""
+    return "effects" if scale == 0 else f"effects-{scale:g}"
+
+
+def effects_key(
+    dictionary: Mapping[str, Any], activations: str, hook: str, model: Mapping[str, Any], settings: EffectSettings
+) -> str:
+    """Hash of all that decides effects: weights, data, hook point, model, settings, and this package's version.
+
+    Args:
+        dictionary: with `weights_sha256`.
+        activations: the cache's identity at the hook point, which has model, text and token policy in it.
+        hook: hook point.
+        model: identity of the language model; its name and file fingerprint, which may differ for the same, are left
+            out.
+        settings: all of them.
+    """
+    model = {key: value for key, value in model.items() if key not in ("name", "fingerprint")}
+    facts = [FORMAT_VERSION, sae.__version__, dict(dictionary), activations, hook, model, vars(settings)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def write_effects(effects: Effects, changes: Changes, folder: Path) -> list[Path]:
+    """Write everything: JSON and the changes, and the same for people as Markdown with a figure.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    from sae.causal.figure import FIGURE_FOLDER, draw_effects
+    from sae.causal.render import markdown
+
+    name = stem(effects.settings.scale)
+    png = draw_effects(effects, changes)
+    figure = f"{FIGURE_FOLDER}/{name}.png"
+    if png is not None:
+        write_bytes(folder / figure, png)
+    save_effects(effects, changes, folder)
+    write_bytes(folder / f"{name}.md", markdown(effects, figure if png is not None else None).encode())
+    endings = (f"{name}.json", f"{name}.safetensors", f"{name}.md", *([figure] if png is not None else []))
+    return [folder / ending for ending in endings]
+
+
+def save_effects(effects: Effects, changes: Changes, folder: Path) -> None:
+    """Write what is needed to go on: the changes first, so that the JSON never knows a feature that they lack.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    name = stem(effects.settings.scale)
+    tensors = {column: torch.from_numpy(np.ascontiguousarray(values)) for column, values in changes.columns().items()}
+    write_tensors(folder / f"{name}.safetensors", {**tensors, _KEY: _as_tensor(effects.key)})
+    write_json(folder / f"{name}.json", effects.to_json())
+
+
+def read_effects(path: str | Path) -> Effects:
+    """Effects from their JSON file, or from the run folder with `effects.json`.
+
+    Raises:
+        FormatError: there are none, or they are damaged or of a newer version.
+    """
+    path = Path(path).expanduser()
+    file = path if path.is_file() else path / f"{stem(0.0)}.json"
+    if not file.is_file():
+        raise FormatError(f"effects {str(path)!r}: no {file.name} there; make it with 'sae effects RUN'")
+    try:
+        return Effects.from_json(read_json(file))
+    except FormatError as error:
+        raise FormatError(f"{str(file)!r}: {error}; delete it to have it made again") from error
+
+
+def resume(folder: Path, key: str, scale: float) -> tuple[Effects, Changes] | None:
+    """What is there of the same key: effects, and the changes that they were made from; None where nothing is.
+
+    A file that is damaged, or of other weights, data or settings, counts as not there.
+    """
+    name = stem(scale)
+    try:
+        effects = read_effects(folder / f"{name}.json")
+        tensors = load_file(folder / f"{name}.safetensors")
+    except (FormatError, SafetensorError, OSError):
+        return None
+    of_changes = tensors.pop(_KEY, None)
+    if effects.key != key or of_changes is None or of_changes.tolist() != _as_tensor(key).tolist():
+        return None
+    if tensors.keys() != NO_CHANGES.columns().keys():
+        return None
+    changes = Changes(**{column: values.numpy() for column, values in tensors.items()})
+    return effects, changes.at(np.isin(changes.feature, list(effects.features)))
+
+
+def effects_beside(features: Features) -> Effects | None:
+    """The effects of ablation beside a feature store, in its run folder, where they are of the store's dictionary.
+
+    Raises:
+        FormatError: they are damaged, or of a newer version.
+    """
+    folder = features.path.parent
+    if not (folder / f"{stem(0.0)}.json").is_file():
+        return None
+    effects = read_effects(folder)
+    same = effects.dictionary.get("weights_sha256") == features.info.get("dictionary_sha256")
+    return effects if same and effects.hook == features.info["hook"] else None
+
+
+def _as_tensor(key: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)

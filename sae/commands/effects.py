@@ -1,0 +1,78 @@
+"""`sae effects`: what features of a run do to the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_DRAWN = 200
+
+
+@click.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("indices", nargs=-1, type=int, metavar="[FEATURE]...")
+@click.option("--scale", default=0.0, show_default=True, help="Factor of the activations: 0 ablates, 2 doubles.")
+@click.option(
+    "--features",
+    "drawn",
+    default=_DRAWN,
+    show_default=True,
+    type=click.IntRange(0),
+    help="So many, drawn at random from those that fire, where none is named; 0: all of them.",
+)
+@click.option("--positions", default=64, show_default=True, type=click.IntRange(1), help="Most places of a feature.")
+@click.option("--null-positions", default=16, show_default=True, type=click.IntRange(0), help="Most of each null.")
+@click.option("--window", default=16, show_default=True, type=click.IntRange(0), help="Following positions summed.")
+@click.option("--tokens", default=None, type=click.IntRange(1), help="Held-out tokens read; all where left out.")
+@click.option("--sort", default="kl", show_default=True, help="Order of the table.")
+@click.option("--limit", default=40, show_default=True, type=click.IntRange(1), help="Rows of the table.")
+@click.pass_obj
+def effects(
+    options: dict[str, bool],
+    path: Path,
+    indices: tuple[int, ...],
+    scale: float,
+    drawn: int,
+    positions: int,
+    null_positions: int,
+    window: int,
+    tokens: int | None,
+    sort: str,
+    limit: int,
+) -> None:
+    """Measure what features do to the model's predictions.
+
+    Each is ablated (or scaled) on held-out text, at one place at a time where it fires, and the change of the
+    next-token loss and distribution is measured there and at the positions after it, beside the first-order effect of
+    its direction on the logits, and beside random directions. effects.json, effects.md and a figure are written into
+    RUN, a run folder; what is there already, of the same weights, data and settings, is not measured again.
+    """
+    from rich.console import Console
+
+    from sae import pipeline
+    from sae.causal import EffectSettings, measure_effects
+    from sae.causal.effects import check_column
+    from sae.causal.render import effects_table, summary_lines
+    from sae.progress import progress_bars
+
+    check_column(sort)
+    settings = EffectSettings(scale, positions, null_positions, window, tokens)
+    with progress_bars(quiet=options["quiet"], units={"effects": "changes"}) as progress:
+        run = pipeline.Run.open(path, (), progress)
+        measured = measure_effects(
+            run.dictionary(),
+            run.cache(),
+            run.language_model,
+            hook=run.config.hook,
+            features=indices or None,
+            sample=drawn or None,
+            settings=settings,
+            folder=run.folder,
+            device=run.device,
+            progress=progress,
+        )
+    console = Console()
+    console.print(effects_table(measured, sort, limit))
+    for line in summary_lines(measured):
+        console.print(line, highlight=False)

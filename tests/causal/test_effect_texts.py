@@ -1,0 +1,93 @@
+"""Effects as tables, lines, Markdown and a figure."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from effect_example import make_effects
+from rich.console import Console
+
+from sae.causal.changes import NO_CHANGES, Changes
+from sae.causal.effects import EffectSettings
+from sae.causal.figure import draw_effects
+from sae.causal.render import effect_line, effects_table, markdown, quantiles, summary_lines, what_is_done
+from sae.evaluation.estimate import Estimate
+
+EVIL = "[bold]</code>\x1b[31m\n|"
+
+
+def printed(content: object) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=180).print(content)
+    return stream.getvalue()
+
+
+def test_the_table_is_sorted_and_token_text_stays_text() -> None:
+    text = printed(effects_table(make_effects(EVIL), "loss", 2))
+    lines = [line for line in text.splitlines() if "%" in line and "±" in line]
+    assert [line.split()[0] for line in lines] == ["2", "0"]
+    assert lines[0].split()[:11] == "2 2.00% 0.500 ± 0.012 -0.12 – 0.250 ± 0.012 0.002".split()[:11]
+    assert "[bold]</code>�[31m↵|" in lines[1] and "\x1b" not in text
+    assert "2 of 3 features by loss" in text
+    assert "features ablated" in text
+    assert [line.split()[0] for line in printed(effects_table(make_effects())).splitlines() if "±" in line][:2] == [
+        "2",
+        "0",
+    ]
+
+
+def test_a_line_beside_a_feature() -> None:
+    effects = make_effects()
+    assert effect_line(effects[0], effects.settings) == (
+        "ablated: loss +0.250 ± 0.012, next 16 -0.125 ± 0.012   KL 0.125 ± 0.012 (random direction 0.002 ± 0.012)   "
+        "direct 0.062 ± 0.012   nats, 64 places in 31 documents"
+    )
+    assert "direct" not in effect_line(effects[2], effects.settings).replace("random direction", "")
+    assert effect_line(effects[3], effects.settings) == "ablated: it was changed nowhere in the held-out text read"
+    assert [what_is_done(EffectSettings(scale=scale)) for scale in (0.0, 2.0, -1.0, 0.5)] == [
+        "ablated", "doubled", "times -1", "times 0.5",
+    ]  # fmt: skip
+
+
+def test_what_came_of_all() -> None:
+    features, places = (f"Direct against measured change of the loss over {name}: " for name in ("features", "places"))
+    assert summary_lines(make_effects()) == [
+        "1 of 2 features change the next-token distribution more than a random direction as long does at the same "
+        "places (KL, difference above two standard errors).",
+        f"{features}r = 0.500 over 2; shuffled features -0.250 to +0.125 (middle 95 %).",
+        f"{places}r = 0.750 over 128; shuffled features -0.062 to +0.031 (middle 95 %).",
+    ]
+
+
+def test_markdown() -> None:
+    text = markdown(make_effects(EVIL), "figures/effects.png")
+    assert text.startswith("# Effects of features at `blocks.1.hook_resid_pre`")
+    assert "3 features, ablated (f becomes 0·f) at up to 64 places each" in text
+    assert "| 0 | 2.00% | 64 / 31 |" in text
+    assert "`[bold]</code>�[31m↵\\|` / `b\\|ˋc`" in text, "neither cells nor code end early"
+    assert "![measured against direct effect](figures/effects.png)" in text
+    assert "| KL | 0.131 | 0.156 | 0.188 | 0.219 | 0.244 |" in text
+    assert "![" not in markdown(make_effects(), None)
+
+
+def test_quantiles_by_hand() -> None:
+    values = [Estimate(float(value), None) for value in range(101)]
+    assert quantiles([*values, Estimate(None, None)]) == ["5", "25", "50", "75", "95"]
+    assert quantiles([Estimate(None, None)]) == ["–"] * 5
+
+
+def test_the_figure() -> None:
+    pytest.importorskip("matplotlib")
+    assert draw_effects(make_effects(), NO_CHANGES) is None
+    rng = np.random.default_rng(0)
+    whole, numbers = np.repeat([0, 1], 50), rng.standard_normal((6, 100))
+    names = ("activation", "loss", "loss_after", "kl", "kl_after", "direct")
+    columns = dict(zip(names, numbers, strict=True))
+    changes = Changes(whole, whole, np.tile([0, 1], 50), whole, **columns)
+    png = draw_effects(make_effects(), changes)
+    assert png is not None and png.startswith(b"\x89PNG") and len(png) > 20_000
+    assert draw_effects(make_effects(), changes) == png
+    unknown = Changes(whole, whole, whole, whole, **{**columns, "direct": np.full(100, np.nan)})
+    assert draw_effects(make_effects(), unknown) is None
