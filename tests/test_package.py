@@ -13,7 +13,7 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment"],
+    ["errors", "files", "environment", "seeding"],
     ["mixture"],
     ["config", "config_file"],
     ["neighbours"],
@@ -29,16 +29,19 @@ FLOW = [
     ["activations.harvest"],
     ["splicing"],
     ["evaluation"],
+    ["superposition"],
     ["features"],
     ["viewer"],
     ["pipeline", "progress"],
     ["sweep"],
+    ["commands"],
     ["cli", "__main__"],
 ]
 CORE = {
     "errors",
     "files",
     "environment",
+    "seeding",
     "mixture",
     "config",
     "config_file",
