@@ -21,9 +21,10 @@ import click
 def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: Path, seed: int) -> None:
     """Run toy models with known features.
 
-    EXPERIMENT is one or several of: geometry, dimensionality, phases-2-1, phases-3-2, recovery-even, recovery-hard;
-    without any, all of them. superposition.json, superposition.md and a figure for each are written into the folder.
-    What it holds already is not run again, so that an interruption loses only the experiment that was running.
+    EXPERIMENT is one or several of: geometry, dimensionality, phases-2-1, phases-3-2, recovery-toy, recovery-even,
+    recovery-hard; without any, all of them. superposition.json, superposition.md and a figure for each are written
+    into the folder. What it holds already is not run again, so that an interruption loses only the experiment that was
+    running.
     """
     from rich.console import Console
 

@@ -6,7 +6,7 @@ from sae.superposition.geometry import dimensions_per_feature, feature_dimension
 from sae.superposition.phases import PHASES, PhaseDiagram, analytic_losses, last_feature_phase, phase_diagram
 from sae.superposition.run import EXPERIMENTS, Finished, run
 from sae.superposition.toy import ToyModels, ToyTraining, best_of_restarts, expected_loss, train_toy_models
-from sae.superposition.world import Sample, World, WorldSource, even_world, hard_world
+from sae.superposition.world import Sample, World, WorldSource, even_world, hard_world, toy_world
 
 __all__ = [
     "EXPERIMENTS",
@@ -30,5 +30,6 @@ __all__ = [
     "neighbour_angles",
     "phase_diagram",
     "run",
+    "toy_world",
     "train_toy_models",
 ]

@@ -18,7 +18,7 @@ from sae.evaluation.recovery import (
     firing_density,
     recovery,
 )
-from sae.superposition.world import TEST, VALIDATION, World, WorldSource, even_world, hard_world
+from sae.superposition.world import TEST, VALIDATION, World, WorldSource, even_world, hard_world, toy_world
 from sae.training import train
 
 COSINE = 0.9
@@ -31,8 +31,9 @@ class RecoverySettings:
     """Dictionaries on a world of known features.
 
     Attributes:
-        world: `even` (all features equally frequent and independent) or `hard` (Zipf frequencies, families, groups).
-        features, d_in, mean_l0: of the world.
+        world: `toy` (the hidden activations of a toy model), `even` (random directions, features equally frequent and
+            independent) or `hard` (Zipf frequencies, families, groups).
+        features, d_in, mean_l0: of the world; of `toy`, d_in is the hidden dimensions and some features may be lost.
         architectures: of the dictionaries.
         d_sae: their width.
         k: features that fire per token; as many as are present on average.
@@ -41,7 +42,7 @@ class RecoverySettings:
         scored: rows of the samples on which thresholds are chosen and detection is scored.
     """
 
-    world: Literal["even", "hard"] = "even"
+    world: Literal["toy", "even", "hard"] = "even"
     features: int = 512
     d_in: int = 256
     mean_l0: float = 8.0
@@ -54,7 +55,7 @@ class RecoverySettings:
 
     def make_world(self, seed: int) -> World:
         """The world of these settings."""
-        made = {"even": even_world, "hard": hard_world}[self.world]
+        made = {"toy": toy_world, "even": even_world, "hard": hard_world}[self.world]
         return made(self.features, self.d_in, self.mean_l0, seed=seed)
 
 

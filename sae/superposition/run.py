@@ -91,6 +91,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         experiments.run_phases,
         experiments.PhaseResult,
     ),
+    "recovery-toy": Experiment(
+        "Dictionaries on a toy model's hidden activations",
+        dictionaries.RecoverySettings("toy", features=64, d_in=16, mean_l0=1.0, d_sae=64, k=2),
+        dictionaries.run_recovery,
+        dictionaries.RecoveryResult,
+    ),
     "recovery-even": Experiment(
         "Dictionaries on even features",
         dictionaries.RecoverySettings("even"),

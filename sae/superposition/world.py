@@ -14,6 +14,8 @@ from sae.activations.cache import Statistics
 from sae.errors import ConfigError
 from sae.evaluation.recovery import Labelled
 from sae.seeding import generator_of
+from sae.superposition.geometry import REPRESENTED
+from sae.superposition.toy import train_toy_models
 
 _ALWAYS, _NO_PARENT = 0, -1
 _STATISTICS_BATCHES = 8
@@ -48,7 +50,7 @@ class World:
     only. Everything else is independent, so every frequency and every joint frequency is known in closed form.
 
     Attributes:
-        directions: d_i, unit vectors.
+        directions: d_i; unit vectors but where they are a toy model's.
         frequency: probability that a feature is present; their sum is the mean L0.
         chance: the same, given an open gate and a present parent.
         gate: of each feature, an index into `gates`; 0 is always open.
@@ -219,6 +221,24 @@ def hard_world(
     gate[in_groups] = torch.arange(1, groups + 1)[:, None]
     chance[in_groups] = frequency[in_groups] / gates[1:, None]
     return World(random_directions(features, d_in, seed), frequency, chance, gate, gates, parent, seed)
+
+
+def toy_world(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, seed: int = 0) -> World:
+    """The hidden activations of a toy model that was trained for the purpose: features as it has laid them out.
+
+    All features are equally important, each present with probability mean_l0 / features. Those that the model has not
+    learned (norm at most ½) are no features of its hidden space, and are left out.
+
+    Raises:
+        ConfigError: more features per input than there are, or no hidden dimension.
+    """
+    world = even_world(features, max(hidden, 1), mean_l0, seed=seed)
+    models = train_toy_models(world.frequency[:1], torch.ones(1, features), hidden, seed=seed)
+    learned = models.W[0].norm(dim=1) > REPRESENTED
+    return World(
+        models.W[0][learned], world.frequency[learned], world.chance[learned], world.gate[learned], world.gates,
+        world.parent[learned], seed,
+    )  # fmt: skip
 
 
 def zipf_frequencies(

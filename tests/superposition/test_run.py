@@ -23,6 +23,9 @@ SMALL = {
     "dimensionality": DimensionalitySettings(features=12, hidden=3, densities=4, training=QUICK),
     "phases-2-1": PhaseSettings(2, 1, densities=4, importances=3, restarts=2, training=QUICK),
     "phases-3-2": PhaseSettings(3, 2, densities=4, importances=3, restarts=2, training=QUICK),
+    "recovery-toy": RecoverySettings(
+        "toy", features=12, d_in=6, mean_l0=1.0, d_sae=12, k=2, tokens=2560, batch_size=128, scored=500
+    ),
     "recovery-even": RecoverySettings(
         "even", features=24, d_in=12, mean_l0=2.0, d_sae=24, k=2, tokens=2560, batch_size=128, scored=500
     ),
