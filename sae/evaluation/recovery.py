@@ -73,7 +73,7 @@ class Recovery:
 
 def recovery(
     learned: Float[Tensor, "d_sae d_in"],
-    true: Float[Tensor, "true d_in"],
+    true: Float[Tensor, "true _"],
     live: Bool[Tensor, " d_sae"] | None = None,
     *,
     thresholds: tuple[float, ...] = THRESHOLDS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +10,7 @@ import torch
 
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
+from sae.errors import TrainingError
 from sae.evaluation.recovery import (
     DirectionScores,
     by_group,
@@ -19,7 +19,7 @@ from sae.evaluation.recovery import (
     recovery,
 )
 from sae.superposition.world import TEST, VALIDATION, World, WorldSource, even_world, hard_world, toy_world
-from sae.training import train
+from sae.training import Recipe, train_all
 
 COSINE = 0.9
 """From which on a learned direction counts as the true one, in tables by frequency."""
@@ -105,7 +105,7 @@ class DictionaryScores:
         f1, null_f1: means of detection over all true features.
         by_frequency: most frequent true features first.
         by_density: most often firing learned features first.
-        seconds: of training.
+        seconds: in its own training steps.
     """
 
     architecture: str
@@ -142,28 +142,34 @@ class RecoveryResult:
 def run_recovery(
     settings: RecoverySettings, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> RecoveryResult:
-    """Train each architecture on the same batches of one world, by its default settings, and score it.
+    """Train all architectures in one pass over a world's batches, by their default settings, and score them.
 
     Raises:
         ConfigError: as the world's maker; scipy is missing.
+        TrainingError: one of them diverged.
         TrainingInterrupted: Ctrl-C.
     """
     world = settings.make_world(seed)
-    made = []
-    for number, architecture in enumerate(settings.architectures):
-
-        def report(done: int, total: int, _: object, number: int = number) -> None:
-            if progress:
-                progress(number * total + done, len(settings.architectures) * total)
-
-        started = time.perf_counter()
-        shape = DictionaryConfig.model_validate(
-            {"architecture": architecture, "d_sae": settings.d_sae, "k": settings.k}
+    recipes = {
+        architecture: Recipe(
+            DictionaryConfig.model_validate({"architecture": architecture, "d_sae": settings.d_sae, "k": settings.k}),
+            TrainConfig(tokens=settings.tokens),
+            seed,
         )
-        source = WorldSource(world, settings.batch_size)
-        dictionary = train(source, shape, TrainConfig(tokens=settings.tokens), seed=seed, progress=report)
-        seconds = time.perf_counter() - started
-        made.append(score(dictionary, world, settings.scored, seed, seconds))
+        for architecture in settings.architectures
+    }
+    source = WorldSource(world, settings.batch_size)
+    outcome = train_all(
+        {"activations": source},
+        recipes,
+        progress=None if progress is None else lambda done, total, _: progress(done, total),
+    )
+    for architecture, reason in outcome.failures.items():
+        raise TrainingError(f"{architecture}: {reason}")
+    made = [
+        score(dictionary, world, settings.scored, seed, outcome.costs[architecture].seconds)
+        for architecture, dictionary in outcome.dictionaries.items()
+    ]
     measured = float((world.sample(settings.scored, stream=TEST).values > 0).sum()) / settings.scored
     return RecoveryResult(settings.world, settings.features, settings.d_in, world.mean_l0, measured, tuple(made))
 
@@ -176,7 +182,7 @@ def score(dictionary: Dictionary, world: World, rows: int, seed: int = 0, second
         world: with known features.
         rows: of the sample on which thresholds are chosen, and of the one that is scored.
         seed: of the nulls.
-        seconds: that its training took.
+        seconds: that its training steps took.
     """
     validation, test = (world.sample(rows, stream=stream).labelled() for stream in (VALIDATION, TEST))
     density = firing_density(dictionary, test.activations)

@@ -30,9 +30,9 @@ class GeometrySettings:
 
     features: int = 5
     densities: Row = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
-    importance: float = 1.0
+    importance: float = 0.95
     runs: int = 10
-    training: ToyTraining = field(default_factory=lambda: ToyTraining(batch_size=1024))
+    training: ToyTraining = field(default_factory=ToyTraining)
 
 
 @dataclass(frozen=True)

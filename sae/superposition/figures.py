@@ -90,8 +90,8 @@ def _phases(result: PhaseResult) -> bytes:
                 near.append((1 / p, importance))
             if result.trained[row][column] != result.analytic[row][column]:
                 differ.append((1 / p, importance))
-    _mark(canvas.axes[1], near, ".", _INK, 3)
-    _mark(canvas.axes[0], differ, "x", "#be123c", 5)
+    _mark(canvas.axes[1], near, ".", _INK, 3.0)
+    _mark(canvas.axes[0], differ, "x", "#be123c", 5.0)
     legend = [Patch(color=colour, label=phase) for colour, phase in zip(_PHASE_COLOURS, PHASES, strict=True)]
     canvas.figure.legend(
         handles=legend, frameon=False, fontsize=9, labelcolor=_INK, loc="outside upper center", ncols=3
