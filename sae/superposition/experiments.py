@@ -97,9 +97,9 @@ class DimensionalitySettings:
 
     features: int = 120
     hidden: int = 12
-    densities: int = 24
+    densities: int = 18
     lowest: float = 0.01
-    training: ToyTraining = field(default_factory=lambda: ToyTraining(steps=3000))
+    training: ToyTraining = field(default_factory=lambda: ToyTraining(batch_size=256))
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,10 @@ class PhaseSettings:
 
     features: int = 2
     hidden: int = 1
-    densities: int = 16
-    importances: int = 15
+    densities: int = 13
+    importances: int = 13
     restarts: int = 4
-    training: ToyTraining = field(default_factory=lambda: ToyTraining(steps=3000, batch_size=256))
+    training: ToyTraining = field(default_factory=lambda: ToyTraining(steps=2000, batch_size=256))
 
 
 @dataclass(frozen=True)

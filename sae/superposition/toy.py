@@ -32,7 +32,7 @@ class ToyTraining:
             normal initialisation, which Elhage et al. 2022 use.
     """
 
-    steps: int = 4000
+    steps: int = 3000
     batch_size: int = 512
     lr: float = 1e-2
     decay: float = 0.6

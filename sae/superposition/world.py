@@ -82,12 +82,16 @@ class World:
         """
         generator = generator_of(self.seed, stream, number)
         features = len(self.frequency)
-        open_gates = torch.rand(rows, len(self.gates), generator=generator) < self.gates
-        present = torch.rand(rows, features, generator=generator) < self.chance
-        present &= open_gates[:, self.gate]
-        children = self.parent != _NO_PARENT
-        present[:, children] &= present[:, self.parent[children]]
-        values = present * torch.rand(rows, features, generator=generator)
+        coins = torch.rand(rows, features, generator=generator)
+        present = coins < self.chance
+        gated = (self.gate != _ALWAYS).nonzero().flatten()
+        if len(gated):
+            open_gates = torch.rand(rows, len(self.gates), generator=generator) < self.gates
+            present[:, gated] &= open_gates[:, self.gate[gated]]
+        children = (self.parent != _NO_PARENT).nonzero().flatten()
+        if len(children):
+            present[:, children] &= present[:, self.parent[children]]
+        values = torch.where(present, coins / self.chance, 0.0)  # a coin below its chance, divided by it, is uniform
         return Sample(values @ self.directions, values)
 
     def joint_frequency(self) -> Float[Tensor, "features features"]:

@@ -94,7 +94,7 @@ def test_other_settings_are_refused(finished: Path) -> None:
     with pytest.raises(ConfigError, match="made with runs=2, now 3; choose another folder with --out"):
         run(finished, ["geometry"], settings=changed)
     changed = {**SMALL, "geometry": GeometrySettings(densities=(1.0, 0.1), runs=2)}
-    with pytest.raises(ConfigError, match=r"made with training\.steps=60, now 4000"):
+    with pytest.raises(ConfigError, match=r"made with training\.steps=60, now 3000"):
         run(finished, ["geometry"], settings=changed)
     assert (finished / "superposition.json").read_bytes() == before
 

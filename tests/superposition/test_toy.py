@@ -125,9 +125,7 @@ def test_without_superposition_the_largest_importances_are_kept() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sparse_features_make_a_pentagon(seed: int) -> None:
     """Five features in two dimensions, one run for each of ten initialisations; none is picked."""
-    models = train_toy_models(
-        torch.full((10,), 0.05), torch.ones(10, 5), 2, ToyTraining(steps=4000, batch_size=512), seed=seed
-    )
+    models = train_toy_models(torch.full((10,), 0.05), torch.ones(10, 5), 2, seed=seed)
     made = [is_pentagon(W) for W in models.W]
     assert sum(made) >= 8, [sorted(feature_dimensionality(W).tolist()) for W in models.W]
     assert (feature_dimensionality(models.W).sum(1) <= 2 + 1e-9).all()
