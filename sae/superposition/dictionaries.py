@@ -35,7 +35,7 @@ class RecoverySettings:
             independent) or `hard` (Zipf frequencies, families, groups).
         features, d_in, mean_l0: of the world; of `toy`, d_in is the hidden dimensions and some features may be lost.
         architectures: of the dictionaries.
-        d_sae: their width.
+        d_sae: their width; nobody knows the number of features, so it is twice that.
         k: features that fire per token; as many as are present on average.
         tokens: of training.
         batch_size: tokens per step.
@@ -47,9 +47,9 @@ class RecoverySettings:
     d_in: int = 256
     mean_l0: float = 8.0
     architectures: tuple[str, ...] = ("topk", "batch_topk")
-    d_sae: int = 512
+    d_sae: int = 1024
     k: int = 8
-    tokens: int = 2_000_000
+    tokens: int = 1_000_000
     batch_size: int = 2048
     scored: int = 20_000
 
