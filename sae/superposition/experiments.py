@@ -110,12 +110,14 @@ class DimensionalityResult:
         hidden: dimensions there are.
         densities: p.
         dimensions_per_feature: m / ‖W‖²_F.
+        norms: ‖W_i‖ of each feature.
         dimensionality: D_i of each feature.
     """
 
     hidden: int
     densities: Row
     dimensions_per_feature: Row
+    norms: tuple[Row, ...]
     dimensionality: tuple[Row, ...]
 
 
@@ -130,6 +132,7 @@ def run_dimensionality(
         hidden=settings.hidden,
         densities=_row(density),
         dimensions_per_feature=_row(dimensions_per_feature(models.W)),
+        norms=tuple(map(_row, models.W.norm(dim=2))),
         dimensionality=tuple(map(_row, feature_dimensionality(models.W))),
     )
 
@@ -148,9 +151,9 @@ class PhaseSettings:
     features: int = 2
     hidden: int = 1
     densities: int = 13
-    importances: int = 13
-    restarts: int = 4
-    training: ToyTraining = field(default_factory=lambda: ToyTraining(steps=2000, batch_size=256))
+    importances: int = 14
+    restarts: int = 8
+    training: ToyTraining = field(default_factory=lambda: ToyTraining(steps=1500, batch_size=256))
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,8 @@ def _recovery(result: RecoveryResult) -> bytes:
         axes.set_title(title, fontsize=9, loc="left", color=_INK)
         axes.set_ylim(-0.03, 1.05)
     canvas.axes[0].set_xlabel("cosine")
-    canvas.axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK, loc="center left")
+    canvas.axes[0].plot([], [], "--", color=_GREY, linewidth=1, label="null")
+    canvas.figure.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="outside upper center", ncols=4)
     for axes in canvas.axes[1:]:
         axes.set_xlabel("tenth of the features, most frequent first")
         axes.set_xticks(range(1, 11))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.superposition.dictionaries import COSINE, DictionaryScores, RecoveryResult
 from sae.superposition.experiments import DimensionalityResult, GeometryResult, PhaseResult
+from sae.superposition.geometry import REPRESENTED
 from sae.superposition.phases import AWAY
 
 if TYPE_CHECKING:
@@ -89,17 +90,17 @@ def _geometry(result: GeometryResult) -> list[Table]:
 
 def _dimensionality(result: DimensionalityResult) -> list[Table]:
     rows = []
-    for p, per_feature, numbers in zip(
-        result.densities, result.dimensions_per_feature, result.dimensionality, strict=True
+    for p, per_feature, norms, numbers in zip(
+        result.densities, result.dimensions_per_feature, result.norms, result.dimensionality, strict=True
     ):
-        learned = sorted(d for d in numbers if d > 0.05)
+        learned = sorted(d for norm, d in zip(norms, numbers, strict=True) if norm > REPRESENTED)
         middle = f"{learned[len(learned) // 2]:.3f}" if learned else "–"
         rows.append((f"{1 / p:.3g}", f"{per_feature:.3f}", f"{len(learned)}", middle, f"{sum(numbers):.2f}"))
     note = (
-        f"m / ‖W‖² is hidden dimensions for each learned feature; learned are features of dimensionality above 0.05. "
-        f"The sum never exceeds m = {result.hidden}."
+        f"m / ‖W‖² is hidden dimensions for each learned feature. Learned: features of norm above {REPRESENTED:g}, and "
+        f"their median dimensionality. The sum is over all features, and never exceeds m = {result.hidden}."
     )
-    return [Table(("1 / density", "m / ‖W‖²", "learned", "median of these", "sum"), rows, note)]
+    return [Table(("1 / density", "m / ‖W‖²", "learned", "median", "sum"), rows, note)]
 
 
 def _phases(result: PhaseResult) -> list[Table]:
