@@ -13,7 +13,7 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment", "model_identity"],
+    ["errors", "files", "environment", "model_identity", "seeding"],
     ["mixture", "transcoding"],
     ["config", "config_file"],
     ["neighbours"],
@@ -29,6 +29,7 @@ FLOW = [
     ["activations.harvest"],
     ["splicing"],
     ["evaluation"],
+    ["superposition"],
     ["features"],
     ["causal"],
     ["viewer"],
@@ -42,6 +43,7 @@ CORE = {
     "files",
     "environment",
     "model_identity",
+    "seeding",
     "mixture",
     "transcoding",
     "config",

@@ -1,0 +1,41 @@
+"""`sae superposition`: toy models with known features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("experiments", nargs=-1, metavar="[EXPERIMENT]...")
+@click.option(
+    "--out",
+    default="runs/superposition",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the results.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of everything random.")
+@click.pass_obj
+def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: Path, seed: int) -> None:
+    """Run toy models with known features.
+
+    EXPERIMENT is one or several of: geometry, dimensionality, phases-2-1, phases-3-2, recovery-toy, recovery-even,
+    recovery-hard; without any, all of them. superposition.json, superposition.md and a figure for each are written
+    into the folder. What it holds already is not run again, so that an interruption loses only the experiment that was
+    running.
+    """
+    from rich.console import Console
+
+    from sae.progress import progress_bars
+    from sae.superposition import run
+    from sae.superposition.report import terminal_tables
+
+    with progress_bars(quiet=options["quiet"]) as progress:
+        done = run(out, experiments, seed=seed, progress=progress)
+    console = Console()
+    for experiment in done.values():
+        for table in terminal_tables(experiment):
+            console.print(table)
+    click.echo(f"{len(done)} experiments in {out}")

@@ -1,0 +1,209 @@
+"""The experiments on dictionaries: trained on activations whose features are known, and scored against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sae.config import DictionaryConfig, TrainConfig
+from sae.dictionary import Dictionary
+from sae.errors import TrainingError
+from sae.evaluation.recovery import (
+    DirectionScores,
+    by_group,
+    detection,
+    firing_density,
+    recovery,
+)
+from sae.superposition.world import TEST, VALIDATION, World, WorldSource, even_world, hard_world, toy_world
+from sae.training import Recipe, train_all
+
+COSINE = 0.9
+"""From which on a learned direction counts as the true one, in tables by frequency."""
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """Dictionaries on a world of known features.
+
+    Attributes:
+        world: `toy` (the hidden activations of a toy model), `even` (random directions, features equally frequent and
+            independent) or `hard` (Zipf frequencies, families, groups).
+        features, d_in, mean_l0: of the world; of `toy`, d_in is the hidden dimensions and some features may be lost.
+        architectures: of the dictionaries.
+        d_sae: their width; nobody knows the number of features, so it is twice that.
+        k: features that fire per token; as many as are present on average.
+        tokens: of training.
+        batch_size: tokens per step.
+        scored: rows of the samples on which thresholds are chosen and detection is scored.
+    """
+
+    world: Literal["toy", "even", "hard"] = "even"
+    features: int = 512
+    d_in: int = 256
+    mean_l0: float = 8.0
+    architectures: tuple[str, ...] = ("topk", "batch_topk")
+    d_sae: int = 1024
+    k: int = 8
+    tokens: int = 1_000_000
+    batch_size: int = 2048
+    scored: int = 20_000
+
+    def make_world(self, seed: int) -> World:
+        """The world of these settings."""
+        made = {"toy": toy_world, "even": even_world, "hard": hard_world}[self.world]
+        return made(self.features, self.d_in, self.mean_l0, seed=seed)
+
+
+@dataclass(frozen=True)
+class FrequencyGroup:
+    """A tenth of the true features, by how often they are present.
+
+    Attributes:
+        frequency: mean share of rows on which they are present.
+        recall: share of them whose matched direction has a cosine of at least `COSINE`.
+        cosine: mean cosine to the matched direction.
+        detection_precision, detection_recall, f1: means, of presence told by the matched latent's firing.
+        null_f1: of another feature's latent.
+    """
+
+    frequency: float
+    recall: float
+    cosine: float
+    detection_precision: float
+    detection_recall: float
+    f1: float
+    null_f1: float
+
+
+@dataclass(frozen=True)
+class FiringGroup:
+    """A tenth of the live learned features, by how often they fire.
+
+    Attributes:
+        density: mean share of rows on which they fire.
+        precision: share of them that are matched to a true feature with a cosine of at least `COSINE`.
+    """
+
+    density: float
+    precision: float
+
+
+@dataclass(frozen=True)
+class DictionaryScores:
+    """One dictionary.
+
+    Attributes:
+        architecture: of it.
+        live: features that fire on the scored sample.
+        l0: features that fire per row of it.
+        scores, null: of directions, see `sae.evaluation.recovery`.
+        f1, null_f1: means of detection over all true features.
+        by_frequency: most frequent true features first.
+        by_density: most often firing learned features first.
+        seconds: in its own training steps.
+    """
+
+    architecture: str
+    live: int
+    l0: float
+    scores: DirectionScores
+    null: DirectionScores
+    f1: float
+    null_f1: float
+    by_frequency: tuple[FrequencyGroup, ...]
+    by_density: tuple[FiringGroup, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """All dictionaries on one world.
+
+    Attributes:
+        world: which.
+        features, d_in, mean_l0: of it.
+        measured_l0: features present per row of the scored sample.
+        dictionaries: in the order of the settings.
+    """
+
+    world: str
+    features: int
+    d_in: int
+    mean_l0: float
+    measured_l0: float
+    dictionaries: tuple[DictionaryScores, ...]
+
+
+def run_recovery(
+    settings: RecoverySettings, seed: int, progress: Callable[[int, int], None] | None = None
+) -> RecoveryResult:
+    """Train all architectures in one pass over a world's batches, by their default settings, and score them.
+
+    Raises:
+        ConfigError: as the world's maker; scipy is missing.
+        TrainingError: one of them diverged.
+        TrainingInterrupted: Ctrl-C.
+    """
+    world = settings.make_world(seed)
+    recipes = {
+        architecture: Recipe(
+            DictionaryConfig.model_validate({"architecture": architecture, "d_sae": settings.d_sae, "k": settings.k}),
+            TrainConfig(tokens=settings.tokens),
+            seed,
+        )
+        for architecture in settings.architectures
+    }
+    source = WorldSource(world, settings.batch_size)
+    outcome = train_all(
+        {"activations": source},
+        recipes,
+        progress=None if progress is None else lambda done, total, _: progress(done, total),
+    )
+    for architecture, reason in outcome.failures.items():
+        raise TrainingError(f"{architecture}: {reason}")
+    made = [
+        score(dictionary, world, settings.scored, seed, outcome.costs[architecture].seconds)
+        for architecture, dictionary in outcome.dictionaries.items()
+    ]
+    measured = float((world.sample(settings.scored, stream=TEST).values > 0).sum()) / settings.scored
+    return RecoveryResult(settings.world, settings.features, settings.d_in, world.mean_l0, measured, tuple(made))
+
+
+def score(dictionary: Dictionary, world: World, rows: int, seed: int = 0, seconds: float = 0.0) -> DictionaryScores:
+    """How well a dictionary recovers a world's features.
+
+    Args:
+        dictionary: any, trained on the world's activations.
+        world: with known features.
+        rows: of the sample on which thresholds are chosen, and of the one that is scored.
+        seed: of the nulls.
+        seconds: that its training steps took.
+    """
+    validation, test = (world.sample(rows, stream=stream).labelled() for stream in (VALIDATION, TEST))
+    density = firing_density(dictionary, test.activations)
+    live = density > 0
+    found = recovery(dictionary.W_dec, world.directions, live, seed=seed)
+    told = detection(dictionary, found.matching, validation, test, seed=seed)
+    hit = (found.matching.cosine >= COSINE).double()
+    right = torch.zeros(dictionary.d_sae, dtype=torch.float64)
+    right[found.matching.learned[hit > 0]] = 1
+    frequency_rows = by_group(
+        world.frequency, hit, found.matching.cosine, told.precision, told.recall, told.f1, told.null_f1
+    )
+    return DictionaryScores(
+        architecture=dictionary.architecture,
+        live=int(live.sum()),
+        l0=float(density.sum()),
+        scores=found.scores,
+        null=found.null,
+        f1=told.mean(told.f1),
+        null_f1=told.mean(told.null_f1),
+        by_frequency=tuple(FrequencyGroup(*row) for row in frequency_rows),
+        by_density=tuple(FiringGroup(*row) for row in by_group(density[live], right[live])),
+        seconds=seconds,
+    )

@@ -1,0 +1,188 @@
+"""The experiments' results for people: tables, as Markdown with the figures, and for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sae.superposition.dictionaries import COSINE, DictionaryScores, RecoveryResult
+from sae.superposition.experiments import DimensionalityResult, GeometryResult, PhaseResult
+from sae.superposition.geometry import REPRESENTED
+from sae.superposition.phases import AWAY
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from sae.superposition.run import Finished
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        head: of the columns.
+        rows: cells as text.
+        note: what must be known to read it.
+    """
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str
+
+
+def markdown(done: Sequence[Finished]) -> str:
+    """`superposition.md`: a section for each experiment."""
+    parts = ["# Toy models of superposition"]
+    for experiment in done:
+        parts.append(f"## {experiment.title}")
+        if experiment.figure:
+            parts.append(f"![{experiment.title}]({experiment.figure})")
+        for table in tables(experiment.result):
+            parts += [_pipes(table), table.note]
+        parts.append(f"`{experiment.name}`, seed {experiment.seed}: {experiment.seconds:,.0f} seconds.")
+    if any(experiment.figure is None for experiment in done):
+        parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
+    return "\n\n".join(parts) + "\n"
+
+
+def terminal_tables(done: Finished) -> list[RichTable]:
+    """The same tables for the terminal."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    made = []
+    for number, table in enumerate(tables(done.result)):
+        title = f"{done.title} ({done.seconds:,.0f} s)" if number == 0 else None
+        rich = RichTable(box=box.SIMPLE_HEAD, title=title, caption=table.note, caption_justify="left")
+        for column, name in enumerate(table.head):
+            rich.add_column(name, justify="left" if column == 0 else "right")
+        for row in table.rows:
+            rich.add_row(*row)
+        made.append(rich)
+    return made
+
+
+def tables(result: Any) -> list[Table]:
+    """The tables of a result."""
+    return _TABLES[type(result)](result)
+
+
+def _geometry(result: GeometryResult) -> list[Table]:
+    rows = [
+        (
+            f"{model.density:g}",
+            f"{min(model.losses):.4g}",
+            " ".join(f"{d:.2f}" for d in model.dimensionality),
+            f"{sum(model.dimensionality):.3f}",
+            " ".join(f"{angle:.0f}" for angle in model.angles) or "–",
+            f"{model.pentagons} of {len(model.losses)}",
+        )
+        for model in result.models
+    ]
+    note = (
+        "Of the run of lowest loss: the dimensionality of each feature, their sum, and the angles in degrees between "
+        "neighbours. Pentagons: runs, each from one seed, whose angles are 72° ± 2° and dimensionalities 2/5 ± 0.02."
+    )
+    return [Table(("density", "loss", "dimensionality", "sum", "angles", "pentagons"), rows, note)]
+
+
+def _dimensionality(result: DimensionalityResult) -> list[Table]:
+    rows = []
+    for p, per_feature, norms, numbers in zip(
+        result.densities, result.dimensions_per_feature, result.norms, result.dimensionality, strict=True
+    ):
+        learned = sorted(d for norm, d in zip(norms, numbers, strict=True) if norm > REPRESENTED)
+        middle = f"{learned[len(learned) // 2]:.3f}" if learned else "–"
+        rows.append((f"{1 / p:.3g}", f"{per_feature:.3f}", f"{len(learned)}", middle, f"{sum(numbers):.2f}"))
+    note = (
+        f"m / ‖W‖² is hidden dimensions for each learned feature. Learned: features of norm above {REPRESENTED:g}, and "
+        f"their median dimensionality. The sum is over all features, and never exceeds m = {result.hidden}."
+    )
+    return [Table(("1 / density", "m / ‖W‖²", "learned", "median", "sum"), rows, note)]
+
+
+def _phases(result: PhaseResult) -> list[Table]:
+    ratios = sorted(ratio for row in result.loss_ratio for ratio in row)
+    rows = [
+        ("cells", f"{result.agree}", f"{result.cells}", f"{result.agree / result.cells:.1%}"),
+        (
+            f"cells of margin ≥ {AWAY:g}",
+            f"{result.agree_away}",
+            f"{result.cells_away}",
+            f"{result.agree_away / result.cells_away:.1%}" if result.cells_away else "–",
+        ),
+    ]
+    note = (
+        "A cell agrees where the last feature's phase is the same in the trained model and in the configuration of "
+        "least loss. Margin: loss of the second-best phase divided by that of the best; dots mark cells of less, "
+        f"crosses cells that differ. Trained loss divided by the least analytic one: {ratios[0]:.3f} to "
+        f"{ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}."
+    )
+    return [Table(("", "agree", "of", "share"), rows, note)]
+
+
+def _recovery(result: RecoveryResult) -> list[Table]:
+    head = ("", *(column for made in result.dictionaries for column in (made.architecture, "null")))
+    note = (
+        f"{result.features} features in {result.d_in} dimensions, {result.mean_l0:g} present on average "
+        f"({result.measured_l0:.3f} in the scored sample). Null: as many random directions as there are live features; "
+        "of F1, another feature's latent. Precision and recall are by one-to-one matching."
+    )
+    made = [Table(head, list(_direction_rows(result.dictionaries)), note)]
+    if len({group.frequency for group in result.dictionaries[0].by_frequency}) > 1:
+        made.append(_by_tenth(result))
+    return made
+
+
+def _direction_rows(dictionaries: Sequence[DictionaryScores]) -> Iterable[tuple[str, ...]]:
+    def row(name: str, *pairs: tuple[float, float]) -> tuple[str, ...]:
+        return (name, *(f"{number:.3f}" for pair in pairs for number in pair))
+
+    for name, attribute in (
+        ("mean max cosine, true", "mean_max_cosine_true"),
+        ("mean max cosine, learned", "mean_max_cosine_learned"),
+        ("matched cosine", "matched_cosine"),
+    ):
+        yield row(name, *((getattr(d.scores, attribute), getattr(d.null, attribute)) for d in dictionaries))
+    for t in dictionaries[0].scores.recall:
+        yield row(f"recall at {t:g}", *((d.scores.recall[t], d.null.recall[t]) for d in dictionaries))
+    for t in dictionaries[0].scores.precision:
+        yield row(f"precision at {t:g}", *((d.scores.precision[t], d.null.precision[t]) for d in dictionaries))
+    yield row("detection F1", *((d.f1, d.null_f1) for d in dictionaries))
+    yield ("live features", *(cell for d in dictionaries for cell in (f"{d.live}", "")))
+    yield ("fire per row", *(cell for d in dictionaries for cell in (f"{d.l0:.2f}", "")))
+
+
+def _by_tenth(result: RecoveryResult) -> Table:
+    columns = ("recall", "precision", "F1", "null")
+    head = ("tenth", "frequency", *(f"{d.architecture} {column}" for d in result.dictionaries for column in columns))
+    rows = []
+    for number, group in enumerate(result.dictionaries[0].by_frequency):
+        cells = []
+        for d in result.dictionaries:
+            own = d.by_frequency[number]
+            precision = f"{d.by_density[number].precision:.3f}" if number < len(d.by_density) else "–"
+            cells += [f"{own.recall:.3f}", precision, f"{own.f1:.3f}", f"{own.null_f1:.3f}"]
+        rows.append((f"{number + 1}", f"{group.frequency:.4f}", *cells))
+    note = (
+        f"Recall at cosine {COSINE:g} and detection F1 are of tenths of the true features, most frequent first; "
+        f"precision at cosine {COSINE:g} is of tenths of the live learned features, most often firing first. Null: F1 "
+        "of another feature's latent."
+    )
+    return Table(head, rows, note)
+
+
+def _pipes(table: Table) -> str:
+    lines = ["| " + " | ".join(table.head) + " |", "|---" + "|--:" * (len(table.head) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+    return "\n".join(lines)
+
+
+_TABLES = {
+    GeometryResult: _geometry,
+    DimensionalityResult: _dimensionality,
+    PhaseResult: _phases,
+    RecoveryResult: _recovery,
+}

@@ -1,0 +1,268 @@
+"""A folder of experiments: each is run once, kept at once, and skipped when it is there already."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+import sae
+from sae.errors import ConfigError, FormatError
+from sae.files import locked, read_json, write_bytes, write_json
+from sae.superposition import dictionaries, experiments
+from sae.superposition.figures import draw
+from sae.superposition.report import markdown
+from sae.training.loop import TrainingInterrupted
+
+FORMAT, FORMAT_VERSION = "sae-superposition", 1
+JSON_FILE, MARKDOWN_FILE = "superposition.json", "superposition.md"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What can be run.
+
+    Attributes:
+        title: what it is called in the report.
+        settings: the default ones; their type says which are possible.
+        run: of settings, seed and progress.
+        result: type of what comes of it.
+    """
+
+    title: str
+    settings: Any
+    run: Callable[..., Any]
+    result: type
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An experiment that has been run.
+
+    Attributes:
+        name: of it, in `EXPERIMENTS`.
+        title: what it is called.
+        settings: it was run with.
+        seed: likewise.
+        seconds: it took.
+        result: what came of it.
+        figure: file name of its figure; None where matplotlib was missing.
+    """
+
+    name: str
+    title: str
+    settings: Any
+    seed: int
+    seconds: float
+    result: Any
+    figure: str | None
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "geometry": Experiment(
+        "Features in the plane as density falls",
+        experiments.GeometrySettings(),
+        experiments.run_geometry,
+        experiments.GeometryResult,
+    ),
+    "dimensionality": Experiment(
+        "Feature dimensionality",
+        experiments.DimensionalitySettings(),
+        experiments.run_dimensionality,
+        experiments.DimensionalityResult,
+    ),
+    "phases-2-1": Experiment(
+        "Phases of two features in one dimension",
+        experiments.PhaseSettings(2, 1),
+        experiments.run_phases,
+        experiments.PhaseResult,
+    ),
+    "phases-3-2": Experiment(
+        "Phases of three features in two dimensions",
+        experiments.PhaseSettings(3, 2),
+        experiments.run_phases,
+        experiments.PhaseResult,
+    ),
+    "recovery-toy": Experiment(
+        "Dictionaries on a toy model's hidden activations",
+        dictionaries.RecoverySettings("toy", features=64, d_in=16, mean_l0=1.0, d_sae=128, k=2),
+        dictionaries.run_recovery,
+        dictionaries.RecoveryResult,
+    ),
+    "recovery-even": Experiment(
+        "Dictionaries on even features",
+        dictionaries.RecoverySettings("even"),
+        dictionaries.run_recovery,
+        dictionaries.RecoveryResult,
+    ),
+    "recovery-hard": Experiment(
+        "Dictionaries on uneven, correlated and hierarchical features",
+        dictionaries.RecoverySettings("hard"),
+        dictionaries.run_recovery,
+        dictionaries.RecoveryResult,
+    ),
+}
+
+
+def run(
+    folder: str | Path,
+    names: Iterable[str] = (),
+    *,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = lambda stage, done, total: None,
+    finished: Callable[[Finished], None] = lambda experiment: None,
+) -> dict[str, Finished]:
+    """Run experiments; after each, `superposition.json`, `superposition.md` and its figure are written.
+
+    An experiment that the folder has already, with the same settings and seed and from the same version of this
+    package, is not run again.
+
+    Args:
+        folder: made where it is missing; of another kind, it is refused.
+        names: of `EXPERIMENTS`; none: all.
+        seed: of everything random.
+        settings: in place of an experiment's default ones, by its name.
+        progress: called with (experiment, inputs done, inputs in all).
+        finished: called with each experiment that is done, run or read.
+
+    Raises:
+        ConfigError: an unknown experiment, a folder that holds something else, or other settings than those in it.
+        TrainingInterrupted: Ctrl-C; what was done before is kept.
+    """
+    chosen = _chosen(names)
+    folder = Path(folder).expanduser()
+    _check_folder(folder)
+    wanted = {name: (settings or {}).get(name, EXPERIMENTS[name].settings) for name in chosen}
+    with locked(folder, "'sae superposition'"):
+        kept = _read(folder)
+        for name in chosen:
+            if name in kept:
+                _check_same(folder, name, kept[name], wanted[name], seed)
+        _write(folder, kept)
+        done = {}
+        for name in chosen:
+            if name not in kept:
+                kept[name] = _run(name, wanted[name], seed, folder, progress)
+                _write(folder, kept)
+            done[name] = _restore(folder, name, kept[name])
+            finished(done[name])
+    return done
+
+
+def key_of(name: str, settings: Any, seed: int) -> str:
+    """Hash of all that decides an experiment's result: its settings, seed, and the version of this package."""
+    identity = {"name": name, "settings": dataclasses.asdict(settings), "seed": seed, "version": sae.__version__}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _chosen(names: Iterable[str]) -> list[str]:
+    names = list(dict.fromkeys(names)) or list(EXPERIMENTS)
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise ConfigError(f"experiment {name!r}: there are {', '.join(EXPERIMENTS)}")
+    return names
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out={str(folder)!r} is a file: choose a folder")
+    if not folder.is_dir() or (folder / JSON_FILE).is_file():
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", f".{JSON_FILE}.tmp"))
+    if others:
+        raise ConfigError(
+            f"folder {str(folder)!r} holds {others[0]!r} and no {JSON_FILE}: it is not one of 'sae superposition'; "
+            "choose another with --out"
+        )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / JSON_FILE
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise FormatError(f"{str(path)!r} is not of 'sae superposition'; choose another folder with --out")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"{str(path)!r} has format version {content.get('format_version')}, this package reads {FORMAT_VERSION}; "
+            "choose another folder with --out"
+        )
+    return {name: entry for name, entry in content["experiments"].items() if name in EXPERIMENTS}
+
+
+def _check_same(folder: Path, name: str, entry: Mapping[str, Any], settings: Any, seed: int) -> None:
+    if entry.get("key") == key_of(name, settings, seed):
+        return
+    held = {"sae version": entry.get("sae_version"), "seed": entry.get("seed"), **_flat(entry.get("settings", {}))}
+    asked = {
+        "sae version": sae.__version__,
+        "seed": seed,
+        **_flat(json.loads(json.dumps(dataclasses.asdict(settings)))),
+    }
+    key = next((key for key, value in asked.items() if held.get(key) != value), "settings")
+    raise ConfigError(
+        f"experiment {name!r} in {str(folder)!r}: made with {key}={held.get(key)!r}, now {asked.get(key)!r}; choose "
+        "another folder with --out"
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _run(name: str, settings: Any, seed: int, folder: Path, progress: Progress) -> dict[str, Any]:
+    experiment = EXPERIMENTS[name]
+    started = time.perf_counter()
+    try:
+        result = experiment.run(settings, seed, lambda done, total: progress(name, done, total))
+    except TrainingInterrupted as stopped:
+        raise TrainingInterrupted(
+            f"experiment {name!r} was stopped; those before it are in {str(folder)!r}: run the same command again to "
+            "go on"
+        ) from stopped
+    return {
+        "key": key_of(name, settings, seed),
+        "sae_version": sae.__version__,
+        "seed": seed,
+        "settings": dataclasses.asdict(settings),
+        "seconds": round(time.perf_counter() - started, 1),
+        "result": TypeAdapter(experiment.result).dump_python(result, mode="json"),
+    }
+
+
+def _restore(folder: Path, name: str, entry: Mapping[str, Any]) -> Finished:
+    """An experiment from its entry, its figure drawn where that is missing and can be."""
+    experiment = EXPERIMENTS[name]
+    try:
+        result = TypeAdapter(experiment.result).validate_python(entry["result"])
+        settings = TypeAdapter(type(experiment.settings)).validate_python(entry["settings"])
+        seed, seconds = entry["seed"], entry["seconds"]
+    except (ValidationError, KeyError) as error:
+        raise FormatError(
+            f"experiment {name!r} in {str(folder / JSON_FILE)!r} cannot be read; choose another folder with --out"
+        ) from error
+    path = folder / f"{name}.png"
+    if not path.is_file() and (png := draw(result)) is not None:
+        write_bytes(path, png)
+    return Finished(name, experiment.title, settings, seed, seconds, result, path.name if path.is_file() else None)
+
+
+def _write(folder: Path, kept: Mapping[str, Any]) -> None:
+    """Everything the folder has, in the order of `EXPERIMENTS`; by the JSON file, which is first, it is known."""
+    ordered = {name: kept[name] for name in EXPERIMENTS if name in kept}
+    write_json(folder / JSON_FILE, {"format": FORMAT, "format_version": FORMAT_VERSION, "experiments": ordered})
+    text = markdown([_restore(folder, name, entry) for name, entry in ordered.items()])
+    write_bytes(folder / MARKDOWN_FILE, text.encode())
