@@ -37,6 +37,8 @@ _HOME = {
     "harvest": "sae.pipeline",
     "load": "sae.architectures",
     "load_config": "sae.config_file",
+    "probe": "sae.probing",
+    "probe_run": "sae.probing.of_run",
     "run": "sae.pipeline",
     "splice": "sae.splicing",
     "sweep": "sae.sweep",

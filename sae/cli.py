@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 import sae
+from sae.commands.probe import probe
 from sae.config_file import describe_keys, load_config
 from sae.errors import ConfigError, SaeError
 
@@ -240,6 +241,9 @@ def verify(path: Path) -> None:
             "'sae harvest' to restore it"
         )
     click.echo(f"{files} files are as they were harvested")
+
+
+cli.add_command(probe)
 
 
 def _show_report(report: Any) -> None:

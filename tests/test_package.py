@@ -30,9 +30,12 @@ FLOW = [
     ["splicing"],
     ["evaluation"],
     ["features"],
+    ["probing"],
     ["viewer"],
     ["pipeline", "progress"],
+    ["probing.of_run"],
     ["sweep"],
+    ["commands"],
     ["cli", "__main__"],
 ]
 CORE = {
