@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import ShapeError
@@ -156,84 +156,49 @@ def measure_absorption(
         data.labels, data.groups.numpy(), seed=settings.seed,
         test_fraction=settings.test_fraction, validation_fraction=settings.validation_fraction,
     )  # fmt: skip
-    dense, latents = data.dense().numpy(), data.latents(dictionary).numpy()
-    design = Design(dense, split)
-    directions = dictionary.W_dec.detach().double().cpu().numpy()
-    offset = dictionary.b_dec.detach().double().cpu().numpy()
+    measured = _Concepts(dictionary, data, split, settings)
     labels = np.array(data.labels)
     concepts = []
     for one in sorted(set(data.labels)):
-        truth = labels == one
-        check_split(split, truth, f"{name} {one!r}")
-        dense_probe = design.fit(truth, balanced=True, refit=False)
-        main, f1_by_k, sparse_probe = _main_latents(latents, truth, split, settings)
-        able = _f1(truth, dense_probe.decisions(dense), split.validation) >= settings.able_f1
-        seen = dense_probe.decisions(dense) > 0
-        positives = split.test[truth[split.test] & seen[split.test]] if able else split.test[:0]
-        silent = positives[(latents[positives][:, main] <= SILENT).all(1)]
-        p = dense_probe.weights / np.linalg.norm(dense_probe.weights)
-        carriers = _carriers(latents[silent], (dense[silent] - offset) @ p, directions, p, main, settings)
-        absorbed = carriers >= 0
-        numbers, counts = np.unique(carriers[absorbed], return_counts=True)
-        ranked = sorted(zip(numbers.tolist(), counts.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
-        concepts.append(
-            ConceptResult(
-                one, int(truth.sum()), _f1(truth, dense_probe.decisions(dense), split.validation), able,
-                tuple(main), tuple(f1_by_k),
-                (
-                    _test_f1(truth, dense_probe.decisions(dense), split, data),
-                    _test_f1(truth, sparse_probe.decisions(latents[:, main]), split, data),
-                ),
-                tuple(positives.tolist()), tuple(silent.tolist()), tuple(silent[absorbed].tolist()), tuple(ranked),
-            )
-        )  # fmt: skip
+        check_split(split, labels == one, f"{name} {one!r}")
+        concepts.append(measured.measure(one, labels == one))
     return AbsorptionResult(tuple(concepts))
 
 
-def _main_latents(
-    latents: Float[np.ndarray, "rows d_sae"], truth: Bool[np.ndarray, " rows"], split: Split, settings: LetterConfig
-) -> tuple[list[int], list[float], LinearProbe]:
-    """The latents that a concept is split into, F1 for every k tried, and the probe on these latents."""
-    ranked = rank_columns(latents[split.train], truth[split.train], "difference", signed=True).tolist()
-    probes: list[LinearProbe] = []
-    scores: list[float] = []
-    for k in range(1, min(settings.max_splits, len(ranked)) + 1):
-        fitted = Design(latents[:, ranked[:k]], split).fit(truth, balanced=True, refit=False)
-        score = _f1(truth, fitted.decisions(latents[:, ranked[:k]]), split.validation)
-        better = not scores or score > scores[-1] + settings.split_gain
-        scores.append(score)
-        if not better:
-            break
-        probes.append(fitted)
-    return ranked[: len(probes)], scores, probes[-1]
+class _Concepts:
+    """Activations, latents and directions, and what is measured of one class after another."""
 
+    def __init__(self, dictionary: Decoding, data: LabelledActivations, split: Split, settings: LetterConfig) -> None:
+        self.split, self.settings, self.groups = split, settings, data.groups.numpy()
+        self.dense, self.latents = data.dense().numpy(), data.latents(dictionary).numpy()
+        self.design = Design(self.dense, split)
+        self.directions = dictionary.W_dec.detach().double().cpu().numpy()
+        self.offset = dictionary.b_dec.detach().double().cpu().numpy()
 
-def _carriers(
-    latents: Float[np.ndarray, "rows d_sae"], projection: Float[np.ndarray, " rows"],
-    directions: Float[np.ndarray, "d_sae d_in"], p: Float[np.ndarray, " d_in"], main: Sequence[int],
-    settings: LetterConfig,
-) -> np.ndarray:  # fmt: skip
-    """For each row the latent that absorbs the concept there, −1 where none does."""
-    along = directions @ p
-    norms = np.linalg.norm(directions, axis=1)
-    cosines = np.divide(along, norms, out=np.zeros_like(along), where=norms > 0)
-    carried = latents * along
-    carried[:, main] = -np.inf
-    best = carried.argmax(1) if len(carried) else np.zeros(0, dtype=np.int64)
-    amount = carried[np.arange(len(carried)), best]
-    fits = (cosines[best] >= settings.cosine) & (projection > 0) & (amount >= settings.share * projection)
-    return np.where(fits, best, -1)
+    def measure(self, name: str, truth: Bool[np.ndarray, " rows"]) -> ConceptResult:
+        """Dense probe, main latents, and the test examples on which they are silent and another latent is not."""
+        dense_probe = self.design.fit(truth, balanced=True, refit=False)
+        decisions = dense_probe.decisions(self.dense)
+        dense_f1 = _f1(truth, decisions, self.split.validation)
+        main, f1_by_k, sparse_probe = _main_latents(self.latents, truth, self.split, self.settings)
+        test = self.split.test
+        able = dense_f1 >= self.settings.able_f1
+        positives = test[truth[test] & (decisions[test] > 0)] if able else test[:0]
+        silent = positives[(self.latents[positives][:, main] <= SILENT).all(1)]
+        carriers = self._carriers(silent, dense_probe.weights / np.linalg.norm(dense_probe.weights), main)
+        numbers, counts = np.unique(carriers[carriers >= 0], return_counts=True)
+        absorbing = sorted(zip(numbers.tolist(), counts.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
+        sparse_decisions = sparse_probe.decisions(self.latents[:, main])
+        f1s = [binary_scores(truth[test], one[test], self.groups[test]).f1 for one in (decisions, sparse_decisions)]
+        return ConceptResult(
+            name, int(truth.sum()), dense_f1, able, tuple(main), tuple(f1_by_k), (f1s[0], f1s[1]),
+            tuple(positives.tolist()), tuple(silent.tolist()), tuple(silent[carriers >= 0].tolist()), tuple(absorbing),
+        )  # fmt: skip
 
-
-def _f1(truth: np.ndarray, decisions: np.ndarray, rows: np.ndarray) -> float:
+    def _f1(truth: np.ndarray, decisions: np.ndarray, rows: np.ndarray) -> float:
     says = decisions[rows] > 0
     total = truth[rows].sum() + says.sum()
     return float(2 * (truth[rows] & says).sum() / total) if total else 0.0
-
-
-def _test_f1(truth: np.ndarray, decisions: np.ndarray, split: Split, data: LabelledActivations) -> Estimate:
-    groups = data.groups.numpy()[split.test]
-    return binary_scores(truth[split.test], decisions[split.test], groups).f1
 
 
 def _share(part: Sequence[int], whole: Sequence[int]) -> Estimate:

@@ -39,7 +39,7 @@ class LabelledActivations:
         example: the example each row belongs to, ascending from 0; examples of several rows are averaged.
         labels: of each example.
         groups: of each example; those of one group depend on each other.
-        left_out: examples that had no token that counts.
+        left_out: texts that are no examples: without a label, or without a token that counts.
     """
 
     rows: Float[Tensor, "rows d_in"]

@@ -30,7 +30,7 @@ class Examples:
         example: the example that each row belongs to: one row each, or all of a text where these are averaged.
         labels: of each example.
         groups: of each example: equal for examples of equal contexts or of one text, which depend on each other.
-        left_out: examples that were chosen and have no token that counts.
+        left_out: texts without a label, and those drawn that have no token that counts.
     """
 
     contexts: tuple[tuple[int, ...], ...]
@@ -61,9 +61,9 @@ def choose_examples(
     Raises:
         DataError: too many classes, fewer than two, or too few examples of them.
     """
-    check_classes(data.name, data.labels or [label for spans in data.spans for _, _, label in spans])
     if data.spans:
         return _tokens_of_spans(data, tokenizer, policy, bos, settings)
+    check_classes(data.name, data.labels)
     chosen = _balanced(data.labels, settings)
     texts = [data.texts[number] for number in chosen]
     contexts = [_context(ids, policy, bos, settings) for ids in _ids(tokenizer, texts)]
@@ -78,7 +78,12 @@ def choose_examples(
         ]
         kept.append(number)
     return _examples(
-        data.name, contexts, rows, [data.labels[chosen[number]] for number in kept], kept, len(contexts) - len(kept)
+        data.name,
+        contexts,
+        rows,
+        [data.labels[chosen[number]] for number in kept],
+        kept,
+        data.left_out + len(contexts) - len(kept),
     )
 
 
@@ -130,7 +135,7 @@ def _tokens_of_spans(
     rows = [(place[candidates[number][0]], candidates[number][1], row) for row, number in enumerate(chosen)]
     return _examples(
         data.name, [contexts[text] for text in read], rows, [labels[number] for number in chosen],
-        [row[0] for row in rows], 0,
+        [row[0] for row in rows], data.left_out,
     )  # fmt: skip
 
 

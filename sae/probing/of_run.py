@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +85,21 @@ class _Probing:
 
     def run(self, data: Sequence[DataFile], letters: LetterConfig | None) -> ProbeRecord:
         with locked(self.run_folder / FOLDER, "probing"):
-            record = ProbeRecord.read(self.run_folder, self.subject)
-            chosen = _in_random_order(data, self.settings)
-            asked = [file.name for file in chosen]
-            for number, file in enumerate(chosen):
-                record = self._add(record, file.name, self._identity(file), lambda file=file: self._probed(file),
-                                   self._kept_settings(), alone=len(chosen) == 1)  # fmt: skip
-                self._run.progress("probes", number + 1, len(chosen))
+            files = {file.name: file for file in _in_random_order(data, self.settings)}
+            asked = {name: self._identity(file) for name, file in files.items()}
             if letters is not None:
-                asked.append(FIRST_LETTERS)
-                identity = identify(subject=self._subject_hash, settings=letters.model_dump())
-                record = self._add(record, FIRST_LETTERS, identity, lambda: self._lettered(letters),
-                                   letters.model_dump(), alone=True)  # fmt: skip
-            record = self._without_stale(record, asked)
-            self._write(record)
-        return record.only(dict.fromkeys(asked))
+                asked[FIRST_LETTERS] = identify(subject=self._subject_hash, settings=letters.model_dump())
+            record = self._without_stale(ProbeRecord.read(self.run_folder, self.subject), asked)
+            for number, (name, file) in enumerate(files.items()):
+                if name not in record.entries:
+                    entry = self._entry(asked[name], lambda file=file: self._probed(file), alone=len(files) == 1)
+                    record = self._written(record.with_entry(name, entry))
+                self._run.progress("probes", number + 1, len(files))
+            if letters is not None and FIRST_LETTERS not in record.entries:
+                entry = self._entry(asked[FIRST_LETTERS], lambda: self._lettered(letters), alone=True)
+                record = record.with_entry(FIRST_LETTERS, entry)
+            self._written(record)
+        return record.only(asked)
 
     @property
     def _subject_hash(self) -> str:
@@ -110,55 +111,44 @@ class _Probing:
     def _identity(self, file: DataFile) -> str:
         return identify(subject=self._subject_hash, data=file.sha256(), settings=self._kept_settings())
 
-    def _add(
-        self, record: ProbeRecord, name: str, identity: str, make: Callable[[], Entry], settings: dict[str, Any], *,
-        alone: bool,
-    ) -> ProbeRecord:  # fmt: skip
-        """The record with this data set's entry, which is made where there is none of the same identity."""
-        held = record.entries.get(name)
-        if held is not None and held.identity == identity and held.failure is None:
-            return record
+    def _entry(self, identity: str, make: Callable[[], Entry], *, alone: bool) -> Entry:
+        """What comes of a data set; its failure where there are others."""
         started = time.perf_counter()
         try:
             made = make()
         except DataError as error:
             if alone:
                 raise
-            made = Entry("", {}, failure=str(error))
-        entry = Entry(
-            identity, settings, made.result, made.letters, made.failure, made.left_out, time.perf_counter() - started
-        )
-        record = record.with_entry(name, entry)
-        self._write(record)
-        return record
+            made = Entry("", self._kept_settings(), failure=str(error))
+        return replace(made, identity=identity, seconds=time.perf_counter() - started)
 
-    def _without_stale(self, record: ProbeRecord, asked: Sequence[str]) -> ProbeRecord:
-        """Without data sets of earlier calls that were probed with other settings: one table has one kind of probe."""
+    def _without_stale(self, record: ProbeRecord, asked: Mapping[str, str]) -> ProbeRecord:
+        """Of what is asked for only what is the same in everything and no failure; of the rest, which earlier calls
+        left, only what was probed with the same settings: one table has one kind of probe.
+        """
         settings = self._kept_settings()
         kept = [
             name
             for name, entry in record.entries.items()
-            if name in asked or name == FIRST_LETTERS or entry.settings == settings
+            if (name in asked and entry.identity == asked[name] and entry.failure is None)
+            or (name not in asked and (name == FIRST_LETTERS or entry.settings == settings))
         ]
         return record.only(dict.fromkeys(kept))
 
-    def _write(self, record: ProbeRecord) -> None:
+    def _written(self, record: ProbeRecord) -> ProbeRecord:
         write_bytes(self.run_folder / MARKDOWN_FILE, markdown(record).encode())
         record.write(self.run_folder)
+        return record
 
     def _probed(self, file: DataFile) -> Entry:
-        left_out = 0
-
         def examples(language_model: LanguageModel) -> Examples:
-            nonlocal left_out
             texts = file.read(self.settings)
-            left_out = texts.left_out
             return choose_examples(texts, language_model.tokenizer, self.policy, language_model.bos, self.settings)
 
         settings = {key: getattr(self.settings, key) for key in _OF_EXAMPLES}
         activations = self._activations(file.name, {"data": file.sha256(), **settings}, examples)
         result = probe_examples(self.dictionary, activations, self.settings, file.name)
-        return Entry("", {}, result, left_out=activations.left_out + left_out)
+        return Entry("", self._kept_settings(), result, left_out=activations.left_out)
 
     def _lettered(self, letters: LetterConfig) -> Entry:
         read = {key: getattr(letters, key) for key in ("words", "prompt", "seed")}
@@ -169,7 +159,7 @@ class _Probing:
         )
         found = measure_absorption(self.dictionary, activations, letters, "first letters")
         return Entry(
-            "", {},
+            "", letters.model_dump(),
             letters={
                 "able": len(found.able),
                 "means": {name: found.mean(name) for name in ("rate", "silent_rate", "splits")},
@@ -191,7 +181,7 @@ class _Probing:
         _check_model(language_model, self.model)
         made = read_activations(
             language_model, self.hook, examples(language_model),
-            lambda done, total: self._run.progress(f"read {name}"[:24], done, total),
+            lambda done, total: self._run.progress("activations", done, total),
         )  # fmt: skip
         save_activations(made, path)
         return made

@@ -29,7 +29,7 @@ class Entry:
         result: of a labelled data set; None for first letters, and where it failed.
         letters: the JSON of first letters; None for labelled data sets.
         failure: why there is no result.
-        left_out: examples without a token that counts, and rows without text or label.
+        left_out: rows without text or label, and texts without a token that counts.
         seconds: it took, the language model's passes included.
     """
 
@@ -112,13 +112,15 @@ class ProbeRecord:
 
     @staticmethod
     def read(folder: Path, subject: dict[str, Any]) -> ProbeRecord:
-        """What `probe.json` has of the same subject; nothing where it is of another one, not there, or damaged."""
+        """What `probe.json` has of the same subject and version; nothing where it is of another, or damaged."""
         empty = ProbeRecord(subject)
         if not (folder / JSON_FILE).is_file():
             return empty
         try:
             record = read_json(folder / JSON_FILE)
-            if record["format_version"] != FORMAT_VERSION or record["subject"] != subject:
+            if (record["format_version"], record["sae_version"]) != (FORMAT_VERSION, sae.__version__):
+                return empty
+            if record["subject"] != subject:
                 return empty
             return ProbeRecord(subject, {name: Entry.from_json(one) for name, one in record["data_sets"].items()})
         except (FormatError, KeyError, TypeError, AttributeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def _data_set_head(record: ProbeRecord) -> list[str]:
 
 def _data_set_rows(record: ProbeRecord) -> Iterable[list[str]]:
     methods = shown(method_order(record.results))
-    for name, result in sorted(record.results.items()):
+    for name, result in sorted(record.results.items(), key=lambda item: _natural(item[0])):
         total = sum(result.examples.values())
         cells = [str(result.methods[method].scores.auc) if method in result.methods else _NONE for method in methods]
         best = result.methods.get("latents-1")
@@ -165,6 +166,11 @@ def _pair(pair: Sequence[float | None] | None, *, sign: bool = False) -> str:
         return _NONE
     value = f"{pair[0]:+.3f}" if sign else f"{pair[0]:.3f}"
     return f"{value} ± " + (_NONE if pair[1] is None else f"{pair[1]:.3f}")
+
+
+def _natural(name: str) -> list[Any]:
+    """Names with their numbers in order: 5_… before 10_…."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _pipe_table(head: Sequence[str], rows: list[list[str]]) -> str:
