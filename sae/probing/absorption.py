@@ -195,7 +195,42 @@ class _Concepts:
             tuple(positives.tolist()), tuple(silent.tolist()), tuple(silent[carriers >= 0].tolist()), tuple(absorbing),
         )  # fmt: skip
 
-    def _f1(truth: np.ndarray, decisions: np.ndarray, rows: np.ndarray) -> float:
+    def _carriers(
+        self, rows: Int[np.ndarray, " silent"], p: Float[np.ndarray, " d_in"], main: Sequence[int]
+    ) -> Int[np.ndarray, " silent"]:
+        """For each row the latent that absorbs the concept there, −1 where none does."""
+        along = self.directions @ p
+        norms = np.linalg.norm(self.directions, axis=1)
+        cosines = np.divide(along, norms, out=np.zeros_like(along), where=norms > 0)
+        carried = self.latents[rows] * along
+        carried[:, main] = -np.inf
+        best = carried.argmax(1)
+        amount = carried[np.arange(len(rows)), best]
+        projection = (self.dense[rows] - self.offset) @ p
+        fits = cosines[best] >= self.settings.cosine
+        fits &= (projection > 0) & (amount >= self.settings.share * projection)
+        return np.where(fits, best, -1)
+
+
+def _main_latents(
+    latents: Float[np.ndarray, "rows d_sae"], truth: Bool[np.ndarray, " rows"], split: Split, settings: LetterConfig
+) -> tuple[list[int], list[float], LinearProbe]:
+    """The latents that a concept is split into, F1 for every k tried, and the probe on these latents."""
+    ranked = rank_columns(latents[split.train], truth[split.train], "difference", signed=True).tolist()
+    probes: list[LinearProbe] = []
+    scores: list[float] = []
+    for k in range(1, min(settings.max_splits, len(ranked)) + 1):
+        fitted = Design(latents[:, ranked[:k]], split).fit(truth, balanced=True, refit=False)
+        score = _f1(truth, fitted.decisions(latents[:, ranked[:k]]), split.validation)
+        better = not scores or score > scores[-1] + settings.split_gain
+        scores.append(score)
+        if not better:
+            break
+        probes.append(fitted)
+    return ranked[: len(probes)], scores, probes[-1]
+
+
+def _f1(truth: np.ndarray, decisions: np.ndarray, rows: np.ndarray) -> float:
     says = decisions[rows] > 0
     total = truth[rows].sum() + says.sum()
     return float(2 * (truth[rows] & says).sum() / total) if total else 0.0
