@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from sae.probing.splits import Split, check_split, split_examples
 SILENT = 1e-8
 
 
+@runtime_checkable
 class Decoding(Protocol):
     """A dictionary whose latents have directions: `W_dec [d_sae, d_in]` and `b_dec [d_in]`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ TOKENS_AT_ONCE = 2048
 ROWS_AT_ONCE = 2048
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """Anything that turns activations into latents."""
 

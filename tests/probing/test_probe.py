@@ -129,7 +129,7 @@ def test_the_ranking_decides_which_neuron_is_best() -> None:
 def test_groups_widen_errors_and_keep_copies_together() -> None:
     """Every example four times: as if independent, copies of test examples are among the training ones."""
     labels = balanced(120)
-    x = noise(120, 60, seed=1)
+    x = noise(120, 300, seed=1)
     four = [x.repeat_interleave(4, 0), labels.repeat_interleave(4).tolist()]
     settings = ProbeConfig(k=(1,), splits=1, pca=False)
     leaking = sae.probe(Columns(torch.relu), *four, settings)
