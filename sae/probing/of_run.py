@@ -120,7 +120,7 @@ class _Probing:
             if alone:
                 raise
             made = Entry("", self._kept_settings(), failure=str(error))
-        return replace(made, identity=identity, seconds=time.perf_counter() - started)
+        return replace(made, identity=identity, seconds=round(time.perf_counter() - started, 3))
 
     def _without_stale(self, record: ProbeRecord, asked: Mapping[str, str]) -> ProbeRecord:
         """Of what is asked for only what is the same in everything and no failure; of the rest, which earlier calls

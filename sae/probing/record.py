@@ -47,7 +47,7 @@ class Entry:
             "settings": self.settings,
             "failure": self.failure,
             "left_out": self.left_out,
-            "seconds": round(self.seconds, 3),
+            "seconds": self.seconds,
             **({"letters": self.letters} if self.letters is not None else {}),
             **(self.result.to_json() if self.result is not None else {}),
         }

@@ -96,10 +96,10 @@ def test_a_dictionary_that_does_not_absorb_scores_0() -> None:
 
 
 def test_silence_without_a_carrier_is_no_absorption() -> None:
-    """The letter's latent is missing on children and nothing stands in for it."""
+    """The letter's latent is missing on children, and theirs point away from the letter."""
     data, child = words(0.25)
     dictionary = Planted(True)
-    dictionary.W_dec[CHILD] = torch.eye(D_IN)[-1]
+    dictionary.W_dec[CHILD] = -dictionary.W_dec[LETTER].repeat_interleave(KINDS, 0)
     result = measure_absorption(dictionary, data, SETTINGS)
     for concept in result.concepts:
         assert concept.rate.value == 0

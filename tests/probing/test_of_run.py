@@ -61,6 +61,21 @@ def own_run(demo_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def demo_model() -> sae.LanguageModel:
+    return sae.LanguageModel(sae.ModelConfig(name="demo"))
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch: pytest.MonkeyPatch, demo_model: sae.LanguageModel) -> None:
+    """Runs of the demo model share one that is loaded; others load theirs."""
+
+    def load(config: sae.ModelConfig, *arguments: object) -> sae.LanguageModel:
+        return demo_model if config.name == "demo" else sae.LanguageModel(config, "cpu")
+
+    monkeypatch.setattr(pipeline, "LanguageModel", load)
+
+
+@pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
     for number, words in enumerate((("import", "return"), ("self", "class"), ("zero", "none"))):
@@ -102,9 +117,11 @@ def test_files_and_numbers(own_run: Path, sets: Path) -> None:
     assert re.search(rf"\| 1 neuron \|.*\| {mean:.3f} ± {error:.3f} \|", text)
 
 
-def test_the_numbers_are_those_of_activations_read_by_hand(own_run: Path, sets: Path) -> None:
+def test_the_numbers_are_those_of_activations_read_by_hand(
+    own_run: Path, sets: Path, demo_model: sae.LanguageModel
+) -> None:
     record = sae.probe_run(own_run, [sets / "set1.csv"], QUICK.model_copy(update={"examples": 80}))
-    model = sae.LanguageModel(sae.ModelConfig(name="demo"))
+    model = demo_model
     hook = "blocks.2.hook_resid_pre"
     rows, labels = [], []
     for line in (sets / "set1.csv").read_text().splitlines()[1:]:
