@@ -26,8 +26,11 @@ SILENT = 1e-8
 class Decoding(Protocol):
     """A dictionary whose latents have directions: `W_dec [d_sae, d_in]` and `b_dec [d_in]`."""
 
-    W_dec: Tensor
-    b_dec: Tensor
+    @property
+    def W_dec(self) -> Tensor: ...
+
+    @property
+    def b_dec(self) -> Tensor: ...
 
     def encode(self, x: Tensor, /) -> Tensor:
         """`[batch, d_in]` → `[batch, d_sae]`."""

@@ -120,8 +120,9 @@ def test_the_ranking_decides_which_neuron_is_best() -> None:
     loud = 50 * noise(300, 1, seed=1) + 10 * labels[:, None]
     small = 0.1 * noise(300, 1, seed=2) + 0.5 * labels[:, None]
     x = torch.cat([loud, small], 1)
-    for ranking, best in (("difference", 0), ("standardised", 1)):
-        settings = ProbeConfig(k=(1,), splits=1, pca=False, ranking=ranking)
+    by_difference = ProbeConfig(k=(1,), splits=1, pca=False, ranking="difference")
+    standardised = ProbeConfig(k=(1,), splits=1, pca=False, ranking="standardised")
+    for settings, best in ((by_difference, 0), (standardised, 1)):
         result = sae.probe(Columns(torch.relu), x, labels.tolist(), settings)
         assert result.methods["neurons-1"].columns == {"True": [[best]]}
 
