@@ -27,7 +27,7 @@ class Decoding(Protocol):
     """A dictionary whose latents have directions: `W_dec [d_sae, d_in]` and `b_dec [d_in]`."""
 
     @property
-    def W_dec(self) -> Tensor: ...
+    def W_dec(self) -> Tensor: ...  # noqa: N802
 
     @property
     def b_dec(self) -> Tensor: ...
