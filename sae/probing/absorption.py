@@ -127,9 +127,9 @@ def measure_absorption(
 
     1. A dense probe is fitted to the activations, both classes weighted the same. Where its F1 on validation examples
        is below `able_f1`, the model does not show the concept at this place, and it is not measured.
-    2. Probes on the k latents that fire most more often for the class (largest positive difference of the means on
-       training examples) are fitted for k = 1, 2, …, as long as one more raises F1 on validation examples by more than
-       `split_gain`. The latents of the last that did are the main ones: S.
+    2. Probes on the k latents that tell most about the class (largest positive difference of the means on training
+       examples, in standard deviations: the correlation with the label) are fitted for k = 1, 2, …, as long as one more
+       raises F1 on validation examples by more than `split_gain`. The latents of the last that did are the main ones: S.
     3. On the test examples of the class in which the dense probe sees it, with its direction p of norm 1: absorbed are
        those on which all of S are silent, and the latent j with the largest projection f_j (W_dec,j · p) has
        cos(W_dec,j, p) ≥ `cosine` and carries at least `share` of (x − b_dec) · p > 0.
@@ -220,7 +220,7 @@ def _main_latents(
     latents: Float[np.ndarray, "rows d_sae"], truth: Bool[np.ndarray, " rows"], split: Split, settings: LetterConfig
 ) -> tuple[list[int], list[float], LinearProbe]:
     """The latents that a concept is split into, F1 for every k tried, and the probe on these latents."""
-    ranked = rank_columns(latents[split.train], truth[split.train], "difference", signed=True).tolist()
+    ranked = rank_columns(latents[split.train], truth[split.train], "standardised", signed=True).tolist()
     probes: list[LinearProbe] = []
     scores: list[float] = []
     for k in range(1, min(settings.max_splits, len(ranked)) + 1):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sae.probing.probe import MAJORITY
-from sae.probing.record import ProbeRecord
+from sae.probing.record import MARKDOWN_FILE, ProbeRecord
 from sae.probing.scores import METRICS
 from sae.probing.summary import duels, heading, method_order, shown, summarise
 
@@ -50,20 +50,19 @@ def markdown(record: ProbeRecord) -> str:
 
 
 def summary_table(record: ProbeRecord) -> Table:
-    """Means over data sets, for the terminal."""
+    """Means over data sets, for the terminal: what fits into 80 columns."""
     from rich import box
     from rich.table import Table
 
     count = len(record.results)
     title = next(iter(record.results)) if count == 1 else f"{count} data sets"
     table = Table(box=box.SIMPLE_HEAD, title=f"{record.subject['hook']}: probes on {title}")
-    table.add_column("", no_wrap=True)
-    for name in (*_METRICS.values(), "AUC, shuffled", "best AUC on"):
-        table.add_column(name, justify="right")
-    for row in _summary_rows(record):
-        table.add_row(*row)
+    for name in ("", "accuracy", "AUC", "AUC, shuffled", "best on"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, accuracy, _, *others in _summary_rows(record):
+        table.add_row(name, accuracy, *others)
     over = "test examples" if count == 1 else "data sets"
-    table.caption = f"± standard error over {over}"
+    table.caption = f"± standard error over {over}; F1 and each data set: {MARKDOWN_FILE}"
     return table
 
 
