@@ -129,7 +129,7 @@ def measure_absorption(
        is below `able_f1`, the model does not show the concept at this place, and it is not measured.
     2. Probes on the k latents that tell most about the class (largest positive difference of the means on training
        examples, in standard deviations: the correlation with the label) are fitted for k = 1, 2, …, as long as one more
-       raises F1 on validation examples by more than `split_gain`. The latents of the last that did are the main ones: S.
+       raises F1 on validation examples by more than `split_gain`. Those of the last that did are the main ones: S.
     3. On the test examples of the class in which the dense probe sees it, with its direction p of norm 1: absorbed are
        those on which all of S are silent, and the latent j with the largest projection f_j (W_dec,j · p) has
        cos(W_dec,j, p) ≥ `cosine` and carries at least `share` of (x − b_dec) · p > 0.
