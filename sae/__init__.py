@@ -42,6 +42,8 @@ _HOME = {
     "load": "sae.architectures",
     "load_config": "sae.config_file",
     "measure_effects": "sae.causal",
+    "probe": "sae.probing",
+    "probe_run": "sae.probing.of_run",
     "run": "sae.pipeline",
     "splice": "sae.splicing",
     "sweep": "sae.sweep",

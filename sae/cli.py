@@ -14,6 +14,7 @@ import sae
 from sae.commands.compare import compare
 from sae.commands.effects import effects
 from sae.commands.overrides import evaluation_overrides
+from sae.commands.probe import probe
 from sae.commands.superposition import superposition
 from sae.config_file import describe_keys, load_config
 from sae.errors import SaeError
@@ -242,6 +243,7 @@ def verify(path: Path) -> None:
 cli.add_command(compare)
 cli.add_command(effects)
 cli.add_command(superposition)
+cli.add_command(probe)
 
 
 def _show_report(report: Any) -> None:

@@ -1,0 +1,63 @@
+"""`sae probe`: sparse probes on a run's latents, beside dense ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sae.errors import SaeError
+
+
+class _Keys(click.Command):
+    """A command whose help ends with the keys of probes."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from sae.probing.settings import describe_keys
+
+        super().format_epilog(ctx, formatter)
+        with formatter.section("Keys, as KEY=VALUE"):
+            formatter.write_dl([(f"{key}={default}"[:80], text) for key, default, text in describe_keys()], col_max=34)
+
+
+@click.command(cls=_Keys)
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, metavar="[DATA]... [KEY=VALUE]...")
+@click.pass_obj
+def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> None:
+    """Probe a dictionary for labels.
+
+    Logistic regressions on 1, 2, 5, 16 and all latents, on as many neurons, on principal components, and on the whole
+    activation, beside the majority class and shuffled labels. probe.json and probe.md are written into RUN, a run
+    folder; what was measured already is not measured again.
+
+    DATA is a .csv, .jsonl or .parquet file with a text and a label column, or a folder of them; 'sae-probes' for the
+    113 data sets of that package, or the folder that its wheel was unpacked to; or 'first-letters' for splitting and
+    absorption of the first letters of words. Left out: sae-probes.
+    """
+    from rich.console import Console
+
+    from sae import pipeline
+    from sae.probing.data import SAE_PROBES, find_data
+    from sae.probing.of_run import probe_run
+    from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE
+    from sae.probing.render import letters_table, summary_table
+    from sae.probing.settings import read_overrides
+    from sae.progress import progress_bars
+
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    sources = [argument for argument in arguments if argument not in overrides] or [SAE_PROBES]
+    settings = read_overrides(overrides)
+    with_letters = FIRST_LETTERS in sources
+    data = find_data([source for source in sources if source != FIRST_LETTERS])
+    with progress_bars(quiet=options["quiet"]) as progress:
+        run = pipeline.Run.open(path, settings.of_run, progress)
+        record = probe_run(run, data, settings.probes, letters=settings.letters if with_letters else None)
+    console = Console()
+    if record.results:
+        console.print(summary_table(record))
+    if record.letters is not None:
+        console.print(letters_table(record))
+    click.echo(f"{len(record.entries) - len(record.failures)} probed; tables in {run.folder / MARKDOWN_FILE}")
+    if record.failures:
+        raise SaeError(f"{len(record.failures)} data sets were not probed; {MARKDOWN_FILE} says why")

@@ -1,0 +1,24 @@
+"""Is a label readable from a dictionary's latents? Sparse probes beside dense ones, splitting and absorption."""
+
+from __future__ import annotations
+
+from sae.probing.absorption import AbsorptionResult, ConceptResult, measure_absorption
+from sae.probing.activations import LabelledActivations
+from sae.probing.data import DataFile, LabelledTexts, find_data
+from sae.probing.probe import MethodResult, ProbeResult, probe
+from sae.probing.settings import LetterConfig, ProbeConfig
+
+__all__ = [
+    "AbsorptionResult",
+    "ConceptResult",
+    "DataFile",
+    "LabelledActivations",
+    "LabelledTexts",
+    "LetterConfig",
+    "MethodResult",
+    "ProbeConfig",
+    "ProbeResult",
+    "find_data",
+    "measure_absorption",
+    "probe",
+]

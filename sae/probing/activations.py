@@ -1,0 +1,145 @@
+"""A language model's activations at the rows that examples are made of; read once, kept in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae.errors import DataError, FormatError, ShapeError
+from sae.files import read_json, write_json, write_tensors
+from sae.language_model import LanguageModel
+from sae.probing.examples import Examples
+
+TOKENS_AT_ONCE = 2048
+ROWS_AT_ONCE = 2048
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Anything that turns activations into latents."""
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        """`[batch, d_in]` → `[batch, d_sae]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelledActivations:
+    """Activations of a data set's examples.
+
+    Attributes:
+        rows: raw activations.
+        example: the example each row belongs to, ascending from 0; examples of several rows are averaged.
+        labels: of each example.
+        groups: of each example; those of one group depend on each other.
+        left_out: texts that are no examples: without a label, or without a token that counts.
+    """
+
+    rows: Float[Tensor, "rows d_in"]
+    example: Int[Tensor, " rows"]
+    labels: tuple[str, ...]
+    groups: Int[Tensor, " examples"]
+    left_out: int = 0
+
+    def dense(self) -> Float[Tensor, "examples d_in"]:
+        """Activations by example."""
+        return self._by_example(self.rows)
+
+    @torch.no_grad()
+    def latents(self, dictionary: Encoder) -> Float[Tensor, "examples d_sae"]:
+        """Latents by example: of several rows the mean of their latents, not the latents of their mean.
+
+        Raises:
+            ShapeError: they are of no `[rows, d_sae]`, not finite, or the dictionary takes another width.
+        """
+        total: Tensor | None = None
+        for rows, example in zip(self.rows.split(ROWS_AT_ONCE), self.example.split(ROWS_AT_ONCE), strict=True):
+            latents = dictionary.encode(rows).detach().float().cpu()
+            if latents.ndim != 2 or len(latents) != len(rows) or not bool(latents.isfinite().all()):
+                raise ShapeError(
+                    f"latents of shape {list(latents.shape)} from activations {list(rows.shape)}: expected finite ones "
+                    f"of [{len(rows)}, d_sae] from encode"
+                )
+            if total is None:
+                total = latents.new_zeros(len(self.labels), latents.shape[1])
+            total.index_add_(0, example, latents)
+        assert total is not None
+        return total / self._counts()
+
+    def _by_example(self, rows: Tensor) -> Tensor:
+        return rows.new_zeros(len(self.labels), rows.shape[1]).index_add_(0, self.example, rows) / self._counts()
+
+    def _counts(self) -> Tensor:
+        return torch.bincount(self.example, minlength=len(self.labels))[:, None]
+
+
+def read_activations(
+    language_model: LanguageModel, hook: str, examples: Examples, progress: Callable[[int, int], None] | None = None
+) -> LabelledActivations:
+    """Run the model up to the hook point over all contexts, and keep the rows of the examples.
+
+    Contexts are read by length, several at once, filled up on the right with tokens that come after all that is read:
+    in a causal model they change nothing before them.
+
+    Raises:
+        DataError: an activation is not finite.
+    """
+    longest = max(map(len, examples.contexts))
+    language_model.check_context_length(longest)
+    wanted: dict[int, list[int]] = {}
+    for row, context in enumerate(examples.context):
+        wanted.setdefault(context, []).append(row)
+    order = sorted(wanted, key=lambda number: len(examples.contexts[number]))
+    rows: Tensor | None = None
+    done, total = 0, sum(len(examples.contexts[number]) for number in order)
+    while order:
+        length = len(examples.contexts[order[-1]])
+        batch = [order.pop() for _ in range(min(len(order), max(1, TOKENS_AT_ONCE // length)))]
+        padded = [_filled(examples.contexts[number], length) for number in batch]
+        tokens = torch.tensor(padded, device=language_model.device)
+        activations = language_model.activations(tokens, [hook])[hook].float().cpu()
+        if rows is None:
+            rows = activations.new_zeros(len(examples.example), activations.shape[-1])
+        for place, number in enumerate(batch):
+            of_context = wanted[number]
+            rows[of_context] = activations[place, [examples.position[row] for row in of_context]]
+            done += len(examples.contexts[number])
+        if progress is not None:
+            progress(done, total)
+    assert rows is not None
+    if not bool(rows.isfinite().all()):
+        raise DataError(f"activations at {hook!r} are not finite (NaN or infinity); set model.dtype=float32")
+    return LabelledActivations(
+        rows, torch.tensor(examples.example), examples.labels, torch.tensor(examples.groups), examples.left_out
+    )
+
+
+def save_activations(activations: LabelledActivations, path: Path) -> None:
+    """Write `path` with suffixes .safetensors and .json, the latter last: where it is, the other is whole."""
+    tensors = {name: getattr(activations, name).contiguous() for name in ("rows", "example", "groups")}
+    write_tensors(path.with_suffix(".safetensors"), tensors)
+    write_json(path.with_suffix(".json"), {"labels": activations.labels, "left_out": activations.left_out})
+
+
+def load_activations(path: Path) -> LabelledActivations | None:
+    """What `save_activations` wrote; None where it is not there, or damaged."""
+    if not path.with_suffix(".json").is_file():
+        return None
+    try:
+        tensors = load_file(path.with_suffix(".safetensors"))
+        record: dict[str, Any] = read_json(path.with_suffix(".json"))
+        return LabelledActivations(**tensors, labels=tuple(record["labels"]), left_out=record["left_out"])
+    except (OSError, SafetensorError, FormatError, KeyError, TypeError):
+        return None
+
+
+def _filled(context: tuple[int, ...], length: int) -> list[int]:
+    return [*context, *[context[-1]] * (length - len(context))]

@@ -1,0 +1,253 @@
+"""Files of labelled texts, and the data sets of sae-probes: where they lie, and what is in them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae.errors import ConfigError, DataError
+from sae.probing.settings import ProbeConfig
+
+SAE_PROBES = "sae-probes"
+TEXT_COLUMNS, LABEL_COLUMNS, SPANS = ("text", "prompt"), ("label", "target"), "spans"
+_MASTER = "probing_datasets_MASTER.csv.zst"
+_SUFFIXES = (".csv", ".csv.zst", ".jsonl", ".parquet")
+
+Span = tuple[int, int, str]
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts with a label each, or with labelled spans of characters.
+
+    Attributes:
+        name: of the data set.
+        texts: none of them empty.
+        labels: one for each text; empty where there are spans.
+        spans: for each text its (first character, character after the last, label); empty where there are labels.
+        left_out: rows without text or label.
+    """
+
+    name: str
+    texts: tuple[str, ...] = field(repr=False)
+    labels: tuple[str, ...] = field(default=(), repr=False)
+    spans: tuple[tuple[Span, ...], ...] = field(default=(), repr=False)
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of labelled texts that has not been read yet.
+
+    Attributes:
+        name: what its data set is called: the file's name without suffixes.
+        path: .csv, .csv.zst, .jsonl or .parquet.
+    """
+
+    name: str
+    path: Path
+
+    def sha256(self) -> str:
+        """Of its bytes."""
+        try:
+            return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"data {str(self.path)!r}: cannot be read ({error.strerror or error})") from error
+
+    def read(self, settings: ProbeConfig) -> LabelledTexts:
+        """The texts and labels of its columns.
+
+        Raises:
+            DataError: it cannot be read, a column is missing, or nothing is labelled.
+        """
+        records = list(_records(self.path, settings))
+        return _labelled(self.name, str(self.path), records, settings)
+
+
+def find_data(sources: Sequence[str]) -> list[DataFile]:
+    """The files that DATA arguments name, in order, none twice.
+
+    Args:
+        sources: files; folders of them; `sae-probes` for the 113 binary data sets of that package (Kantamneni et al.
+            2025), where it is installed; or a folder that its wheel was unpacked to.
+
+    Raises:
+        DataError: there is nothing of that name, or no file in the folder.
+        ConfigError: the package is not installed.
+    """
+    found = [file for source in sources for file in _find(source)]
+    names: dict[str, Path] = {}
+    for file in found:
+        other = names.setdefault(file.name, file.path)
+        if other.resolve() != file.path.resolve():
+            raise DataError(
+                f"data {str(file.path)!r}: {str(other)!r} is called {file.name!r} as well; rename one of the files"
+            )
+    return list({file.name: file for file in found}.values())
+
+
+def _find(source: str) -> Iterator[DataFile]:
+    path = Path(source).expanduser()
+    if source == SAE_PROBES and not path.exists():
+        path = _installed()
+    if path.is_file():
+        if not path.name.endswith(_SUFFIXES):
+            raise DataError(f"data {source!r}: expected a file that ends in {', '.join(_SUFFIXES)}")
+        yield DataFile(_stem(path), path)
+        return
+    if not path.is_dir():
+        raise DataError(
+            f"data {source!r}: no such file or folder; give a .csv, .jsonl or .parquet file, 'sae-probes', or a folder "
+            "that its wheel was unpacked to"
+        )
+    places = [folder / _MASTER for folder in (path, path / "data", path / "sae_probes" / "data")]
+    master = next((place for place in places if place.is_file()), None)
+    if master is not None:
+        yield from _of_sae_probes(master)
+        return
+    files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
+    if not files:
+        raise DataError(f"data {source!r}: the folder holds no file that ends in {', '.join(_SUFFIXES)}")
+    yield from (DataFile(_stem(file), file) for file in files)
+
+
+def _installed() -> Path:
+    """The folder of the installed package, which is not imported: it would bring all of SAELens along."""
+    found = importlib.util.find_spec("sae_probes")
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(
+            "data 'sae-probes': the package is not installed; 'pip install --no-deps sae-probes==0.4.2' brings its "
+            "data sets without its libraries, or unpack its wheel and give that folder"
+        )
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def _of_sae_probes(master: Path) -> Iterator[DataFile]:
+    """The binary ones; the list has others too, with numbers or many classes."""
+    for record in _csv(master, ["Data type", "Dataset save name"]):
+        if record["Data type"] == "Binary Classification":
+            path = master.parent / f"{record['Dataset save name']}.zst"
+            if not path.is_file():
+                raise DataError(f"data {str(path)!r}: {_MASTER} lists it and it is not there; unpack the wheel again")
+            yield DataFile(_stem(path), path)
+
+
+def _stem(path: Path) -> str:
+    suffix = next(suffix for suffix in sorted(_SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix))
+    return path.name.removesuffix(suffix)
+
+
+def _records(path: Path, settings: ProbeConfig) -> Iterator[dict[str, Any]]:
+    wanted = [name for name in (settings.text, settings.label) if name is not None]
+    if path.name.endswith((".csv", ".csv.zst")):
+        names = [*wanted, *TEXT_COLUMNS, *LABEL_COLUMNS]
+        return _csv(path, names)
+    return _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
+
+
+def _csv(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of those of the named columns that there are; all columns' names, without values, in an empty file."""
+    pyarrow = _pyarrow()
+    from pyarrow import csv as arrow_csv
+
+    try:
+        with pyarrow.input_stream(str(path), compression="zstd" if path.suffix == ".zst" else None) as stream:
+            content = stream.read()
+        header = next(csv.reader([content[: content.find(b"\n") + 1 or None].decode("utf-8-sig")]), [])
+        kept = [name for name in dict.fromkeys(names) if name in header]
+        if not kept:
+            yield dict.fromkeys(header)
+            return
+        table = arrow_csv.read_csv(
+            pyarrow.BufferReader(content),
+            read_options=arrow_csv.ReadOptions(block_size=len(content) + 1),
+            parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
+            convert_options=arrow_csv.ConvertOptions(
+                include_columns=kept, column_types=dict.fromkeys(kept, pyarrow.string()), strings_can_be_null=False
+            ),
+        )
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"data {str(path)!r}: not a whole CSV file ({' '.join(str(error).split())[:200]})") from error
+    yield from table.to_pylist()
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data {str(path)!r}: cannot be read as UTF-8 ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"data {str(path)!r}: line {number} is not JSON ({error.msg})") from error
+        if not isinstance(record, dict):
+            raise DataError(f"data {str(path)!r}: line {number} is no object with a text and a label")
+        yield record
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    _pyarrow()
+    from pyarrow import parquet
+
+    try:
+        yield from parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"data {str(path)!r}: not a parquet file ({' '.join(str(error).split())[:200]})") from error
+
+
+def _labelled(name: str, where: str, records: list[dict[str, Any]], settings: ProbeConfig) -> LabelledTexts:
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    text = _column(where, "text", settings.text, TEXT_COLUMNS, columns)
+    label = _column(where, "label", settings.label, (*LABEL_COLUMNS, SPANS), columns)
+    kept = [
+        record
+        for record in records
+        if str(record.get(text) or "").strip() and record.get(label) is not None and record.get(label) != ""
+    ]
+    if not kept:
+        raise DataError(f"data {where!r}: no row has both a {text!r} and a {label!r}")
+    texts = tuple(str(record[text]).encode("utf-8", "replace").decode() for record in kept)
+    left_out = len(records) - len(kept)
+    if any(isinstance(record[label], list) for record in kept):
+        spans = tuple(_spans(where, number, record[label]) for number, record in enumerate(kept, 1))
+        return LabelledTexts(name, texts, spans=spans, left_out=left_out)
+    return LabelledTexts(name, texts, tuple(str(record[label]) for record in kept), left_out=left_out)
+
+
+def _column(where: str, role: str, asked: str | None, known: Sequence[str], columns: Sequence[str]) -> str:
+    found = next((column for column in ([asked] if asked is not None else known) if column in columns), None)
+    if found is None:
+        missing = repr(asked) if asked is not None else " or ".join(map(repr, known))
+        raise DataError(
+            f"data {where!r}: no column {missing}; set {role}=COLUMN to one of: {', '.join(columns) or 'none'}"
+        )
+    return found
+
+
+def _spans(where: str, number: int, spans: Any) -> tuple[Span, ...]:
+    try:
+        return tuple((int(start), int(end), str(label)) for start, end, label in spans)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"data {where!r}, text {number}: spans={spans!r:.80}: expected a list of [first character, character after "
+            "the last, label]"
+        ) from error
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError(
+            "labelled .csv, .zst and .parquet files need pyarrow, of the package's extra: pip install 'sae[lm]'"
+        ) from error
+    return pyarrow

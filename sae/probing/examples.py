@@ -1,0 +1,188 @@
+"""Labelled texts → tokens, and which positions of them are examples: what a language model is asked to read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae.errors import DataError
+from sae.probing.data import LabelledTexts
+from sae.probing.settings import ProbeConfig
+from sae.tokens import TokenPolicy
+
+LEAST_OF_A_CLASS = 12
+MOST_CLASSES = 64
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Contexts of tokens, and the rows of them that are read.
+
+    Attributes:
+        contexts: tokens of each text that is read, BOS included.
+        context: the context that each row lies in.
+        position: its place there.
+        example: the example that each row belongs to: one row each, or all of a text where these are averaged.
+        labels: of each example.
+        groups: of each example: equal for examples of equal contexts or of one text, which depend on each other.
+        left_out: texts without a label, and those drawn that have no token that counts.
+    """
+
+    contexts: tuple[tuple[int, ...], ...]
+    context: tuple[int, ...]
+    position: tuple[int, ...]
+    example: tuple[int, ...]
+    labels: tuple[str, ...]
+    groups: tuple[int, ...]
+    left_out: int
+
+
+def choose_examples(
+    data: LabelledTexts, tokenizer: Any, policy: TokenPolicy, bos: int | None, settings: ProbeConfig
+) -> Examples:
+    """Draw examples by seed, as many of each class as there are of the others where possible, and find their tokens.
+
+    Tokens that the policy masks (BOS, first positions, special tokens) are no examples: a text stands for itself by its
+    last token that counts, or by all of them.
+
+    Args:
+        data: texts with labels, or with labelled spans: there every token whose first character, spaces aside, lies in
+            a span is an example.
+        tokenizer: the language model's; with offsets where there are spans.
+        policy: which tokens count.
+        bos: opens each context, where the policy says so.
+        settings: how many, and how long.
+
+    Raises:
+        DataError: too many classes, fewer than two, or too few examples of them.
+    """
+    if data.spans:
+        return _tokens_of_spans(data, tokenizer, policy, bos, settings)
+    check_classes(data.name, data.labels)
+    chosen = _balanced(data.labels, settings)
+    texts = [data.texts[number] for number in chosen]
+    contexts = [_context(ids, policy, bos, settings) for ids in _ids(tokenizer, texts)]
+    rows: list[tuple[int, int, int]] = []
+    kept: list[int] = []
+    for number, context in enumerate(contexts):
+        positions = _eligible(context, policy)
+        if not positions:
+            continue
+        rows += [
+            (number, position, len(kept)) for position in (positions[-1:] if settings.pool == "last" else positions)
+        ]
+        kept.append(number)
+    return _examples(
+        data.name,
+        contexts,
+        rows,
+        [data.labels[chosen[number]] for number in kept],
+        kept,
+        data.left_out + len(contexts) - len(kept),
+    )
+
+
+def check_classes(name: str, labels: Sequence[str]) -> None:
+    """Raise DataError where labels are no classes to tell apart."""
+    counts = Counter(labels)
+    if len(counts) > MOST_CLASSES:
+        raise DataError(
+            f"data {name!r}: {len(counts):,} different labels, such as {min(counts)!r}: probes tell at most "
+            f"{MOST_CLASSES} classes apart; choose another column with label=COLUMN, or put numbers into ranges"
+        )
+    if len(counts) < 2:
+        raise DataError(f"data {name!r}: all labels are {next(iter(counts), None)!r}; two classes at least are needed")
+    enough = sum(count >= LEAST_OF_A_CLASS for count in counts.values())
+    if enough < 1 or (enough < 2 and len(counts) == 2):
+        label, count = min(counts.items(), key=lambda item: item[1])
+        raise DataError(
+            f"data {name!r}: {count} example{'' if count == 1 else 's'} of {label!r}, at least {LEAST_OF_A_CLASS} are "
+            "needed; add some"
+        )
+
+
+def _tokens_of_spans(
+    data: LabelledTexts, tokenizer: Any, policy: TokenPolicy, bos: int | None, settings: ProbeConfig
+) -> Examples:
+    """Every labelled token of the texts is a candidate; the model reads the texts of those that are drawn."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"data {data.name!r}: spans need a tokenizer that tells where its tokens lie, a fast one")
+    encoded = tokenizer(list(data.texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    contexts: list[tuple[int, ...]] = []
+    candidates: list[tuple[int, int]] = []
+    labels: list[str] = []
+    for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+        contexts.append(_context(ids, policy, bos, settings))
+        opening = int(policy.prepend_bos and bos is not None)
+        skipped = len(ids) - (len(contexts[-1]) - opening)
+        for position in _eligible(contexts[-1], policy):
+            if position < opening:
+                continue
+            start, end = offsets[skipped + position - opening]
+            label = _label_of(data.texts[number], start, end, data.spans[number], settings.outside)
+            if label is not None:
+                candidates.append((number, position))
+                labels.append(label)
+    check_classes(data.name, labels)
+    chosen = _balanced(labels, settings)
+    read = sorted({candidates[number][0] for number in chosen})
+    place = {text: number for number, text in enumerate(read)}
+    rows = [(place[candidates[number][0]], candidates[number][1], row) for row, number in enumerate(chosen)]
+    return _examples(
+        data.name, [contexts[text] for text in read], rows, [labels[number] for number in chosen],
+        [row[0] for row in rows], data.left_out,
+    )  # fmt: skip
+
+
+def _label_of(
+    text: str, start: int, end: int, spans: Sequence[tuple[int, int, str]], outside: str | None
+) -> str | None:
+    """Label of the span with the token's first character that is no space."""
+    start += len(text[start:end]) - len(text[start:end].lstrip())
+    return next((label for first, after, label in spans if first <= start < min(after, end)), outside)
+
+
+def _balanced(labels: Sequence[str], settings: ProbeConfig) -> list[int]:
+    """Numbers of the examples drawn, in their own order."""
+    classes = sorted(set(labels))
+    of_each = max(1, settings.examples // len(classes))
+    rng = np.random.default_rng(settings.seed)
+    array = np.array(labels)
+    drawn = [rng.permutation(np.flatnonzero(array == name))[:of_each] for name in classes]
+    return sorted(int(number) for numbers in drawn for number in numbers)
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _context(ids: Sequence[int], policy: TokenPolicy, bos: int | None, settings: ProbeConfig) -> tuple[int, ...]:
+    """The last tokens of a text, behind BOS where contexts have one."""
+    opening = (bos,) if policy.prepend_bos and bos is not None else ()
+    return (*opening, *ids[-(settings.max_tokens - len(opening)) :])
+
+
+def _eligible(context: tuple[int, ...], policy: TokenPolicy) -> list[int]:
+    if not context:
+        return []
+    return policy.eligible(torch.tensor([context]))[0].nonzero().flatten().tolist()
+
+
+def _examples(
+    name: str, contexts: Sequence[tuple[int, ...]], rows: list[tuple[int, int, int]], labels: list[str],
+    context_of: list[int], left_out: int,
+) -> Examples:  # fmt: skip
+    if not labels:
+        raise DataError(f"data {name!r}: every token is masked by the token policy; give longer texts")
+    check_classes(name, labels)
+    same: dict[tuple[int, ...], int] = {}
+    groups = tuple(same.setdefault(contexts[number], len(same)) for number in context_of)
+    return Examples(
+        tuple(contexts), *(tuple(row[part] for row in rows) for part in range(3)),
+        labels=tuple(labels), groups=groups, left_out=left_out,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""Words of a tokenizer's vocabulary, each of one token, and their first letters as labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sae.errors import DataError
+from sae.features.vocabulary import Vocabulary
+from sae.probing.examples import Examples
+from sae.probing.settings import LetterConfig
+from sae.tokens import TokenPolicy
+
+LEAST_WORDS, LEAST_LENGTH, LEAST_LETTERS = 20, 3, 2
+
+
+def vocabulary_words(tokenizer: Any) -> dict[int, str]:
+    """Tokens that are a space and at least three ASCII letters, by id: the word in lower case."""
+    vocabulary = Vocabulary.of(tokenizer)
+    words = {}
+    for token, content in enumerate(vocabulary.tokens):
+        word = content[1:]
+        if token in vocabulary.special or content[:1] != b" " or len(word) < LEAST_LENGTH:
+            continue
+        if word.isalpha() and word.isascii():
+            words[token] = word.decode().lower()
+    return words
+
+
+def letter_examples(tokenizer: Any, policy: TokenPolicy, bos: int | None, settings: LetterConfig) -> Examples:
+    """Contexts of BOS, the prompt and a word, with the word's first letter as its label; words are drawn by seed.
+
+    Letters with fewer than 20 words are left out.
+
+    Raises:
+        DataError: the vocabulary has words of fewer than two letters, or the policy masks the word's position.
+    """
+    words = vocabulary_words(tokenizer)
+    by_letter: dict[str, list[int]] = {}
+    for token, word in words.items():
+        by_letter.setdefault(word[0], []).append(token)
+    enough = {letter: tokens for letter, tokens in sorted(by_letter.items()) if len(tokens) >= LEAST_WORDS}
+    if len(enough) < LEAST_LETTERS:
+        raise DataError(
+            f"first letters: the vocabulary has {len(words):,} words of one token, and at least {LEAST_WORDS} for "
+            f"{len(enough)} letters; {LEAST_LETTERS} letters are needed: this model's tokens are too short for them"
+        )
+    prompt = tokenizer(settings.prompt, add_special_tokens=False)["input_ids"] if settings.prompt else []
+    opening = [*([bos] if policy.prepend_bos and bos is not None else []), *prompt]
+    if len(opening) < policy.masked_positions:
+        raise DataError(
+            f"letters.prompt={settings.prompt!r}: the word is at position {len(opening)}, and the first "
+            f"{policy.masked_positions} are masked; give a longer prompt"
+        )
+    rng = np.random.default_rng(settings.seed)
+    contexts: list[tuple[int, ...]] = []
+    labels: list[str] = []
+    for letter, tokens in enough.items():
+        for token in sorted(rng.permutation(tokens)[: settings.words].tolist()):
+            contexts.append((*opening, token))
+            labels.append(letter)
+    count = len(contexts)
+    return Examples(
+        tuple(contexts), tuple(range(count)), (len(opening),) * count, tuple(range(count)), tuple(labels),
+        _by_word([words[context[-1]] for context in contexts]), 0,
+    )  # fmt: skip
+
+
+def _by_word(words: list[str]) -> tuple[int, ...]:
+    """One group for a word however it is written: `The` and `the` are not on two sides of a split."""
+    numbers: dict[str, int] = {}
+    return tuple(numbers.setdefault(word, len(numbers)) for word in words)

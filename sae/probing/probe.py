@@ -1,0 +1,273 @@
+"""Labelled activations in, a `ProbeResult` out: sparse probes on latents and on neurons, dense ones, and nulls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.errors import DataError, ShapeError
+from sae.probing.activations import Encoder, LabelledActivations
+from sae.probing.examples import check_classes
+from sae.probing.linear import Design, principal_components, rank_columns, require_sklearn
+from sae.probing.scores import BinaryScores, SplitScores, binary_scores, majority_scores, over_classes, over_splits
+from sae.probing.settings import ProbeConfig
+from sae.probing.splits import LEAST_PER_PART, Split, check_split, split_examples
+
+LATENTS, NEURONS, COMPONENTS, MAJORITY = "latents", "neurons", "components", "majority"
+_KEPT_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One kind of probe, averaged over splits and, where there are more than two, over classes one against the rest.
+
+    Attributes:
+        scores: on the test examples.
+        shuffled: the same probe, chosen and fitted with the training and validation labels shuffled; None of the
+            majority null.
+        columns: for each class and split, the latents or neurons it reads, best ranked first; empty where it reads all.
+        strengths: for each class and split, scikit-learn's C that was chosen.
+    """
+
+    scores: SplitScores
+    shuffled: SplitScores | None
+    columns: dict[str, list[list[int]]]
+    strengths: dict[str, list[float]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.scores.to_json(),
+            "shuffled": self.shuffled.to_json() if self.shuffled else None,
+            "columns": self.columns,
+            "strengths": self.strengths,
+        }
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> MethodResult:
+        shuffled = record["shuffled"]
+        return MethodResult(
+            SplitScores.from_json(record), SplitScores.from_json(shuffled) if shuffled else None,
+            record["columns"], record["strengths"],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """All probes on one data set.
+
+    Attributes:
+        methods: by name: `latents-1`, `latents-all`, `neurons-1`, `neurons-all` (the dense probe), `components-16`,
+            `majority`, and so on.
+        classes: the class or classes that count as positive, each against the rest; of two classes the later in order.
+        examples: in each class, of all there are.
+        groups: independent ones among the examples.
+        parts: training, validation and test examples of the first split.
+    """
+
+    methods: dict[str, MethodResult]
+    classes: tuple[str, ...]
+    examples: dict[str, int]
+    groups: int
+    parts: tuple[int, int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "classes": list(self.classes),
+            "examples": self.examples,
+            "groups": self.groups,
+            "parts": list(self.parts),
+            "methods": {name: method.to_json() for name, method in self.methods.items()},
+        }
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> ProbeResult:
+        methods = {name: MethodResult.from_json(method) for name, method in record["methods"].items()}
+        first, second, third = record["parts"]
+        return ProbeResult(
+            methods, tuple(record["classes"]), record["examples"], record["groups"], (first, second, third)
+        )
+
+
+def probe(
+    dictionary: Encoder,
+    activations: Float[Tensor, "rows d_in"],
+    labels: Sequence[Any],
+    settings: ProbeConfig | None = None,
+    *,
+    groups: Sequence[int] | None = None,
+) -> ProbeResult:
+    """Fit probes for labels on a dictionary's latents and on the activations themselves, and score them.
+
+    For every k of the settings, the k latents whose means over the two classes of the training examples differ most
+    are read by a logistic regression, and so are k neurons (columns of the activations) and k principal components; and
+    all latents and all neurons. The regularisation is the one with the least log loss on the validation examples, the
+    probe is then fitted to training and validation examples, and scored once on the test examples. More than two
+    classes are told apart one against the rest.
+
+    Args:
+        dictionary: any object with `encode`, `[batch, d_in]` → `[batch, d_sae]`.
+        activations: raw activations, one row an example.
+        labels: one an example; they are compared as text.
+        settings: k, ranking, splits, seed; what concerns texts has no effect here.
+        groups: a number for each example; those of one group, such as tokens of one text, are never on two sides of a
+            split, and count as one draw in standard errors. None: every example by itself.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+        DataError: fewer than two classes, or too few examples of them.
+        ShapeError: activations, labels and groups are not of one length, or the dictionary takes another width.
+    """
+    count = len(activations)
+    if len(labels) != count or (groups is not None and len(groups) != count):
+        raise ShapeError(
+            f"{count:,} activations, {len(labels):,} labels"
+            + (f" and {len(groups):,} groups" if groups is not None else "")
+            + ": expected one for each"
+        )
+    if not bool(activations.isfinite().all()):
+        raise DataError("activations have values that are infinite or not a number; take them out, or read them again")
+    held = LabelledActivations(
+        activations.detach().float().cpu(), torch.arange(count), tuple(map(str, labels)),
+        torch.arange(count) if groups is None else torch.tensor(list(groups)),
+    )  # fmt: skip
+    return probe_examples(dictionary, held, settings or ProbeConfig())
+
+
+def probe_examples(
+    dictionary: Encoder, data: LabelledActivations, settings: ProbeConfig, name: str = "labels"
+) -> ProbeResult:
+    """`probe` of activations that were read from a language model; `name` is the data set's, for messages."""
+    require_sklearn()
+    check_classes(name, data.labels)
+    names, counts = np.unique(np.array(data.labels), return_counts=True)
+    groups = data.groups.numpy()
+    splits = [
+        split_examples(
+            data.labels, groups, seed=settings.seed + number,
+            test_fraction=settings.test_fraction, validation_fraction=settings.validation_fraction,
+        )
+        for number in range(settings.splits)
+    ]  # fmt: skip
+    truths = {str(one): np.array(data.labels) == one for one in (names[1:] if len(names) == 2 else names)}
+    if len(names) == 2:
+        for split in splits:
+            check_split(split, truths[str(names[1])], f"data {name!r}")
+    else:
+        truths = {one: truth for one, truth in truths.items() if all(_both_sides(split, truth) for split in splits)}
+        if not truths:
+            raise DataError(f"data {name!r}: no class has {LEAST_PER_PART} test examples; give more examples")
+    tasks = _Tasks(dictionary, data, groups, settings)
+    found = [tasks.run(split, truths, number) for number, split in enumerate(splits)]
+    return ProbeResult(
+        {method: _collect([one[method] for one in found], list(truths)) for method in found[0]},
+        tuple(truths),
+        {str(one): int(count) for one, count in zip(names, counts, strict=True)},
+        len(np.unique(groups)),
+        (len(splits[0].train), len(splits[0].validation), len(splits[0].test)),
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One probe for one class under one split."""
+
+    scores: BinaryScores
+    shuffled: BinaryScores | None
+    columns: list[int]
+    strength: float
+
+
+class _Tasks:
+    """The examples' latents, neurons and components, and every probe on them under a split."""
+
+    def __init__(
+        self, dictionary: Encoder, data: LabelledActivations, groups: Int[np.ndarray, " examples"],
+        settings: ProbeConfig,
+    ) -> None:  # fmt: skip
+        self.columns = {LATENTS: data.latents(dictionary).numpy(), NEURONS: data.dense().numpy()}
+        self.groups, self.settings = groups, settings
+
+    def run(self, split: Split, truths: dict[str, Bool[np.ndarray, " rows"]], number: int) -> dict[str, list[_Outcome]]:
+        """By method, an outcome for every class."""
+        rng = np.random.default_rng([self.settings.seed, number])
+        shuffled = {name: _shuffled(truth, split, rng) for name, truth in truths.items()}
+        outcomes: dict[str, list[_Outcome]] = {}
+
+        def score(method: str, fit: Callable[[np.ndarray], tuple[np.ndarray, list[int], float]]) -> None:
+            for name, truth in truths.items():
+                decisions, columns, strength = fit(truth)
+                null, _, _ = fit(shuffled[name])
+                outcomes.setdefault(method, []).append(
+                    _Outcome(self._scores(truth, decisions, split), self._scores(truth, null, split), columns, strength)
+                )
+
+        for kind, x in self.columns.items():
+            for k in self._sizes(x.shape[1]):
+                score(f"{kind}-{k}", lambda truth, x=x, k=k: self._sparse(x, split, truth, k))
+            score(f"{kind}-all", _dense(x, split))
+        if self.settings.pca:
+            coordinates = principal_components(self.columns[NEURONS], split.train, max(self.settings.k))
+            for k in self._sizes(coordinates.shape[1]):
+                score(f"{COMPONENTS}-{k}", _dense(coordinates[:, :k], split))
+        for truth in truths.values():
+            null = majority_scores(truth[split.fitted], truth[split.test], self.groups[split.test])
+            outcomes.setdefault(MAJORITY, []).append(_Outcome(null, None, [], 0.0))
+        return outcomes
+
+    def _sizes(self, most: int) -> list[int]:
+        return [k for k in self.settings.k if k <= most]
+
+    def _sparse(
+        self, x: Float[np.ndarray, "rows columns"], split: Split, truth: Bool[np.ndarray, " rows"], k: int
+    ) -> tuple[np.ndarray, list[int], float]:
+        """A probe on the k columns that rank first on the training rows."""
+        chosen = rank_columns(x[split.train], truth[split.train], self.settings.ranking)[:k]
+        fitted = Design(x[:, chosen], split).fit(truth)
+        return fitted.decisions(x[split.test][:, chosen]), chosen[:_KEPT_COLUMNS].tolist(), fitted.strength
+
+    def _scores(self, truth: np.ndarray, decisions: np.ndarray, split: Split) -> BinaryScores:
+        return binary_scores(truth[split.test], decisions, self.groups[split.test])
+
+
+def _dense(
+    x: Float[np.ndarray, "rows columns"], split: Split
+) -> Callable[[np.ndarray], tuple[np.ndarray, list[int], float]]:
+    """Probes on all columns; what does not depend on labels is done once."""
+    design, test = Design(x, split), x[split.test]
+
+    def fit(truth: np.ndarray) -> tuple[np.ndarray, list[int], float]:
+        fitted = design.fit(truth)
+        return fitted.decisions(test), [], fitted.strength
+
+    return fit
+
+
+def _shuffled(truth: Bool[np.ndarray, " rows"], split: Split, rng: np.random.Generator) -> Bool[np.ndarray, " rows"]:
+    """Labels of the training rows permuted among themselves, and those of the validation rows."""
+    shuffled = truth.copy()
+    for rows in (split.train, split.validation):
+        shuffled[rows] = rng.permutation(truth[rows])
+    return shuffled
+
+
+def _collect(outcomes: list[list[_Outcome]], classes: list[str]) -> MethodResult:
+    """From split by split, class by class."""
+    by_class = list(zip(*outcomes, strict=True))
+    nulls = [[one.shuffled for one in of_class if one.shuffled is not None] for of_class in by_class]
+    return MethodResult(
+        over_classes([over_splits([one.scores for one in of_class]) for of_class in by_class]),
+        over_classes([over_splits(of_class) for of_class in nulls]) if nulls[0] else None,
+        {name: [one.columns for one in of_class] for name, of_class in zip(classes, by_class, strict=True)},
+        {name: [one.strength for one in of_class] for name, of_class in zip(classes, by_class, strict=True)},
+    )
+
+
+def _both_sides(split: Split, truth: Bool[np.ndarray, " rows"]) -> bool:
+    parts = (truth[split.train], truth[split.validation], truth[split.test])
+    return all(min(part.sum(), (~part).sum()) >= LEAST_PER_PART for part in parts)

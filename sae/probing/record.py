@@ -1,0 +1,132 @@
+"""What `probe.json` holds: results by data set, each with the identity of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sae
+from sae.errors import FormatError
+from sae.files import read_json, write_json
+from sae.probing.probe import ProbeResult
+
+FORMAT, FORMAT_VERSION = "sae-probes", 1
+JSON_FILE, MARKDOWN_FILE = "probe.json", "probe.md"
+FIRST_LETTERS = "first-letters"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The outcome for one data set.
+
+    Attributes:
+        identity: hash of dictionary, model, hook point, token policy, data set and settings.
+        settings: of its probes.
+        result: of a labelled data set; None for first letters, and where it failed.
+        letters: the JSON of first letters; None for labelled data sets.
+        failure: why there is no result.
+        left_out: rows without text or label, and texts without a token that counts.
+        seconds: it took, the language model's passes included.
+    """
+
+    identity: str
+    settings: dict[str, Any]
+    result: ProbeResult | None = None
+    letters: dict[str, Any] | None = None
+    failure: str | None = None
+    left_out: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity,
+            "settings": self.settings,
+            "failure": self.failure,
+            "left_out": self.left_out,
+            "seconds": self.seconds,
+            **({"letters": self.letters} if self.letters is not None else {}),
+            **(self.result.to_json() if self.result is not None else {}),
+        }
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> Entry:
+        result = ProbeResult.from_json(record) if "methods" in record else None
+        return Entry(
+            record["identity"], record["settings"], result, record.get("letters"), record["failure"],
+            record["left_out"], record["seconds"],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """All results of one dictionary.
+
+    Attributes:
+        subject: what was probed: dictionary, model, hook point, token policy.
+        entries: by data set, in the order in which they were made; failures among them.
+    """
+
+    subject: dict[str, Any]
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def results(self) -> dict[str, ProbeResult]:
+        """Of labelled data sets that were probed."""
+        return {name: entry.result for name, entry in self.entries.items() if entry.result is not None}
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why others were not."""
+        return {name: entry.failure for name, entry in self.entries.items() if entry.failure is not None}
+
+    @property
+    def letters(self) -> dict[str, Any] | None:
+        """First letters, where they were measured."""
+        entry = self.entries.get(FIRST_LETTERS)
+        return None if entry is None else entry.letters
+
+    def with_entry(self, name: str, entry: Entry) -> ProbeRecord:
+        """The same with an entry more, or another in place of one."""
+        return ProbeRecord(self.subject, {**self.entries, name: entry})
+
+    def only(self, names: Mapping[str, Any]) -> ProbeRecord:
+        """Without data sets of other names."""
+        return ProbeRecord(self.subject, {name: self.entries[name] for name in names if name in self.entries})
+
+    def write(self, folder: Path) -> None:
+        """Write `probe.json`, atomically."""
+        write_json(
+            folder / JSON_FILE,
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "sae_version": sae.__version__,
+                "subject": self.subject,
+                "data_sets": {name: entry.to_json() for name, entry in self.entries.items()},
+            },
+        )
+
+    @staticmethod
+    def read(folder: Path, subject: dict[str, Any]) -> ProbeRecord:
+        """What `probe.json` has of the same subject and version; nothing where it is of another, or damaged."""
+        empty = ProbeRecord(subject)
+        if not (folder / JSON_FILE).is_file():
+            return empty
+        try:
+            record = read_json(folder / JSON_FILE)
+            if (record["format_version"], record["sae_version"]) != (FORMAT_VERSION, sae.__version__):
+                return empty
+            if record["subject"] != subject:
+                return empty
+            return ProbeRecord(subject, {name: Entry.from_json(one) for name, one in record["data_sets"].items()})
+        except (FormatError, KeyError, TypeError, AttributeError):
+            return empty
+
+
+def identify(**parts: Any) -> str:
+    """One hash of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

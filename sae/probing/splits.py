@@ -1,0 +1,68 @@
+"""Examples in three parts, stratified, never with one group on two sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sae.errors import DataError
+
+LEAST_PER_PART = 2
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of the examples that train, that choose the regularisation, and that are scored once."""
+
+    train: Int[np.ndarray, " train"]
+    validation: Int[np.ndarray, " validation"]
+    test: Int[np.ndarray, " test"]
+
+    @property
+    def fitted(self) -> Int[np.ndarray, " fitted"]:
+        """Training and validation rows."""
+        return np.concatenate([self.train, self.validation])
+
+
+def split_examples(
+    labels: Sequence[str], groups: Int[np.ndarray, " rows"], *,
+    test_fraction: float, validation_fraction: float, seed: int,
+) -> Split:  # fmt: skip
+    """A random split of the groups, in each class (that of a group's first example) by the same shares.
+
+    Args:
+        labels: class of each example.
+        groups: examples of one group, such as equal texts or the tokens of one text, stay together.
+        test_fraction, validation_fraction: shares of the groups.
+        seed: of the draw; the same seed, labels and groups give the same split.
+    """
+    numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    classes = np.array(labels)[first]
+    part_of = np.zeros(len(numbers), dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    for name in sorted(set(classes.tolist())):
+        members = rng.permutation(np.flatnonzero(classes == name))
+        test = round(test_fraction * len(members))
+        validation = round(validation_fraction * len(members))
+        part_of[members[:test]] = 2
+        part_of[members[test : test + validation]] = 1
+    return Split(*(np.flatnonzero(part_of[inverse] == part) for part in range(3)))
+
+
+def check_split(split: Split, positive: Bool[np.ndarray, " rows"], what: str) -> None:
+    """Raise DataError where a part lacks examples of a side."""
+    for name, rows in (("training", split.train), ("validation", split.validation), ("test", split.test)):
+        yes = int(positive[rows].sum())
+        least = min(yes, len(rows) - yes)
+        if least < LEAST_PER_PART:
+            raise DataError(
+                f"{what}: {least} {name} example{'' if least == 1 else 's'} on one side, expected at least "
+                f"{LEAST_PER_PART}: give more examples of each class, or a larger {_setting(name)}"
+            )
+
+
+def _setting(part: str) -> str:
+    return {"training": "share for training", "validation": "validation_fraction", "test": "test_fraction"}[part]

@@ -1,0 +1,163 @@
+"""Labelled files: what is read from them, and one clear line where they cannot be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from sae.errors import ConfigError, DataError
+from sae.probing.data import DataFile, LabelledTexts, find_data
+from sae.probing.settings import ProbeConfig
+
+AWKWARD = ['a "quoted", thing\nover two lines', "plain", "x" * 300_000, "Ünïcode → 東京"]
+
+
+def read(path: Path, **settings) -> LabelledTexts:
+    [file] = find_data([str(path)])
+    return file.read(ProbeConfig(**settings))
+
+
+def write_csv(path: Path, header: str, rows: list[tuple[str, str]]) -> Path:
+    quoted = ['"{}",{}'.format(text.replace('"', '""'), label) for text, label in rows]
+    path.write_text("\n".join([header, *quoted]) + "\n", encoding="utf-8")
+    return path
+
+
+def compress(path: Path) -> Path:
+    packed = path.with_name(f"{path.name}.zst")
+    with pyarrow.output_stream(str(packed), compression="zstd") as stream:
+        stream.write(path.read_bytes())
+    path.unlink()
+    return packed
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_csv(tmp_path: Path, packed: bool) -> None:
+    path = write_csv(tmp_path / "set.csv", "prompt,target", list(zip(AWKWARD, ["1", "0", "True", "01"], strict=True)))
+    data = read(compress(path) if packed else path)
+    assert data == LabelledTexts("set", tuple(AWKWARD), ("1", "0", "True", "01"))
+
+
+def test_jsonl_and_parquet(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": number % 2} for number, text in enumerate(AWKWARD)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    assert read(tmp_path / "a.jsonl") == LabelledTexts("a", tuple(AWKWARD), ("0", "1", "0", "1"))
+    assert read(tmp_path / "b.parquet") == LabelledTexts("b", tuple(AWKWARD), ("0", "1", "0", "1"))
+
+
+def test_spans(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "Anna sang", "spans": [[0, 4, "name"]]}\n{"text": "hm", "spans": []}\n')
+    assert read(tmp_path / "a.jsonl") == LabelledTexts("a", ("Anna sang", "hm"), spans=(((0, 4, "name"),), ()))
+    (tmp_path / "b.jsonl").write_text('{"text": "Anna", "spans": [[0, "name"]]}\n')
+    with pytest.raises(DataError, match=r"text 1: spans=.*expected a list of \[first character"):
+        read(tmp_path / "b.jsonl")
+
+
+def test_columns_are_found_or_named(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "set.csv", "question,kind", [("what", "a"), ("who", "b")])
+    assert read(path, text="question", label="kind").labels == ("a", "b")
+    with pytest.raises(DataError, match=r"no column 'text' or 'prompt'; set text=COLUMN to one of: question, kind"):
+        read(path)
+    with pytest.raises(DataError, match=r"no column 'sort'; set label=COLUMN to one of: question"):
+        read(path, text="question", label="sort")
+
+
+def test_rows_without_text_or_label_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "set.csv", "text,label", [("a", "1"), ("", "1"), ("b", ""), ("c", "0")])
+    data = read(path)
+    assert (data.texts, data.labels, data.left_out) == (("a", "c"), ("1", "0"), 2)
+    with pytest.raises(DataError, match="no row has both a 'text' and a 'label'"):
+        read(write_csv(tmp_path / "none.csv", "text,label", [("", "1")]))
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    whole = compress(write_csv(tmp_path / "set.csv", "text,label", [("word " * 500, str(n)) for n in range(50)]))
+    whole.write_bytes(whole.read_bytes()[:-20])
+    with pytest.raises(DataError, match="not a whole CSV file"):
+        read(whole)
+    for name, content in (
+        ("a.jsonl", b"{broken\n"),
+        ("b.jsonl", b"[1]\n"),
+        ("c.parquet", b"no"),
+        ("d.csv", b"\xff,\n1"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=name):
+            read(tmp_path / name)
+
+
+def test_places(tmp_path: Path) -> None:
+    for name in ("b.csv", "a.jsonl", "notes.md"):
+        (tmp_path / name).write_text("")
+    assert [file.name for file in find_data([str(tmp_path)])] == ["a", "b"]
+    assert [file.name for file in find_data([str(tmp_path / "b.csv"), str(tmp_path)])] == ["b", "a"]
+    with pytest.raises(DataError, match=r"notes.md': expected a file that ends in .csv, .csv.zst, .jsonl, .parquet"):
+        find_data([str(tmp_path / "notes.md")])
+    with pytest.raises(DataError, match=r"no such file or folder; give a \.csv"):
+        find_data([str(tmp_path / "missing.csv")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="the folder holds no file that ends in"):
+        find_data([str(tmp_path / "empty")])
+    (tmp_path / "empty" / "b.csv").write_text("")
+    with pytest.raises(DataError, match="is called 'b' as well; rename one"):
+        find_data([str(tmp_path), str(tmp_path / "empty")])
+
+
+def unpacked_wheel(folder: Path) -> Path:
+    """Laid out as sae-probes 0.4.2 is."""
+    data = folder / "sae_probes" / "data"
+    (data / "cleaned_data").mkdir(parents=True)
+    (folder / "sae_probes" / "__init__.py").write_text("raise RuntimeError('imported')")
+    master = data / "probing_datasets_MASTER.csv"
+    master.write_text(
+        '"Source","Dataset save name","Data type"\n'
+        '"x","cleaned_data/5_is_male.csv","Binary Classification"\n'
+        '"","cleaned_data/8_latitude.csv","Continuous Data"\n'
+        '"","cleaned_data/131_temp_Typical Time.csv","Binary Classification"\n'
+    )
+    compress(master)
+    for name in ("5_is_male", "8_latitude", "131_temp_Typical Time"):
+        compress(write_csv(data / "cleaned_data" / f"{name}.csv", "prompt,prompt_len,target", [("Ann", "3,0")]))
+    return folder
+
+
+def test_the_binary_data_sets_of_sae_probes_from_a_folder(tmp_path: Path) -> None:
+    folder = unpacked_wheel(tmp_path / "wheel")
+    for place in (folder, folder / "sae_probes", folder / "sae_probes" / "data"):
+        files = find_data([str(place)])
+        assert [file.name for file in files] == ["5_is_male", "131_temp_Typical Time"]
+    assert files[0].read(ProbeConfig()) == LabelledTexts("5_is_male", ("Ann",), ("0",))
+    files[0].path.unlink()
+    with pytest.raises(DataError, match="lists it and it is not there; unpack the wheel again"):
+        find_data([str(folder)])
+
+
+def test_the_installed_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"the package is not installed; 'pip install --no-deps sae-probes==0.4.2'"):
+        find_data(["sae-probes"])
+    monkeypatch.syspath_prepend(unpacked_wheel(tmp_path / "site"))
+    assert [file.name for file in find_data(["sae-probes"])] == ["5_is_male", "131_temp_Typical Time"]
+    assert "sae_probes" not in sys.modules
+
+
+def test_hashes_are_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"abc")
+    file = DataFile("a", tmp_path / "a.csv")
+    assert file.sha256() == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    (tmp_path / "a.csv").unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        file.sha256()
+
+
+def test_pyarrow_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_csv(tmp_path / "set.csv", "text,label", [("a", "1")])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"need pyarrow, of the package's extra: pip install 'sae\[lm\]'"):
+        read(path)
