@@ -60,6 +60,9 @@ class ToolConfig:
     seqpos_slice: tuple[int | None, ...] = (None,)
     dataset_trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        self.metadata: Any = self  # SAELens 6 looks for most of these there
+
     def to_dict(self) -> dict[str, Any]:
         """The fields above as JSON-able values; what a tool added is left out."""
         return asdict(self)

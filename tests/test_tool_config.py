@@ -102,7 +102,7 @@ def test_several_sources_of_text_are_one_path() -> None:
 def test_cfg_can_be_changed_and_keeps_what_a_tool_adds() -> None:
     dictionary = sparse_dictionary("topk", METADATA)
     dictionary.cfg.model_name = "pythia"
-    dictionary.cfg.metadata = object()  # pyright: ignore[reportAttributeAccessIssue]  as SAEBench does
+    dictionary.cfg.metadata = object()  # as SAEBench does
     assert dictionary.cfg.model_name == "pythia"
     assert "metadata" not in dictionary.cfg.to_dict()
     assert dictionary.metadata["model"]["name"] == "gpt2", "the record of the training is another thing"
@@ -120,6 +120,14 @@ def test_device_and_dtype_are_those_of_the_weights_and_cfg_follows() -> None:
     assert dictionary.double().cfg.dtype == "float64"
     meta = copy.deepcopy(dictionary).to("meta")
     assert (meta.device.type, meta.cfg.device, dictionary.cfg.device) == ("meta", "meta", "cpu")
+
+
+def test_saelens_finds_the_same_in_cfg_metadata() -> None:
+    """Its ActivationsStore.from_sae reads the hook point and the context there."""
+    cfg = copy.deepcopy(sparse_dictionary("topk", METADATA).cfg)
+    assert (cfg.metadata.hook_name, cfg.metadata.context_size) == ("blocks.7.hook_resid_pre", 64)
+    cfg.hook_name = "elsewhere"
+    assert cfg.metadata.hook_name == "elsewhere"
 
 
 def test_a_copy_has_a_cfg_of_its_own() -> None:
