@@ -77,7 +77,7 @@ def tool_config(config: Mapping[str, Any], device: str) -> ToolConfig:
     """
     metadata: Mapping[str, Any] = config["metadata"]
     model, tokens, data, trained = (_part(metadata, name) for name in ("model", "tokens", "data", "trained"))
-    hook, architecture = metadata.get("hook"), config["architecture"]
+    hook, architecture = metadata.get("hook"), str(config["architecture"])
     layer = _LAYER.match(hook) if hook else None
     source = data.get("source")
     return ToolConfig(
