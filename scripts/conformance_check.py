@@ -235,7 +235,16 @@ def saebench_tests(folder: Path) -> list[Row]:
     shutil.rmtree(own, ignore_errors=True)
     shutil.copytree(folder, own, ignore=shutil.ignore_patterns("conftest.py", "__pycache__"))
     (own / "conftest.py").write_text(CONFTEST, encoding="utf-8")
-    command = ["-m", "pytest", "-q", "--import-mode=importlib", f"--rootdir={own}", f"--junitxml={own}/junit.xml"]
+    (own / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")  # or it would find this project's
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "--continue-on-collection-errors",
+        "--import-mode=importlib",
+        f"-c={own}/pytest.ini",
+        f"--junitxml={own}/junit.xml",
+    ]
     run = subprocess.run([sys.executable, *command, str(own)], check=False, capture_output=True, text=True)
     report = own / "junit.xml"
     if not report.is_file():
@@ -244,7 +253,8 @@ def saebench_tests(folder: Path) -> list[Row]:
     for case in ElementTree.parse(report).iter("testcase"):
         bad = next((case.find(tag) for tag in ("failure", "error", "skipped") if case.find(tag) is not None), None)
         message = "" if bad is None else " ".join((bad.get("message") or "").split())[:200]
-        rows.append(Row("SAEBench's unit test", f"{case.get('classname')}.{case.get('name')}", message, bad is None))
+        name = f"{(case.get('classname') or '').lstrip('.')}.{case.get('name')}"
+        rows.append(Row("SAEBench's unit test", name, message, bad is None))
     return rows
 
 
