@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from sae.errors import FormatError, ShapeError
 from sae.files import write_json, write_tensors
-from sae.kernels.interface import Selection
+from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.kernels.pattern import Pattern
 from sae.sparse import decode, encode_at, padded
+from sae.tool_config import ToolConfig, tool_config
 
 FORMAT = "sae-dictionary"
 FORMAT_VERSION = 1
@@ -70,6 +71,7 @@ class Dictionary(nn.Module, ABC):
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self._cfg: ToolConfig | None = None
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
         for name in self.bias_names:
             self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)))
@@ -117,12 +119,19 @@ class Dictionary(nn.Module, ABC):
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Feature activations, dense: zero where a feature does not fire."""
-        values, indices = self.encode_sparse(x)
-        return values.new_zeros(*values.shape[:-1], self.d_sae).scatter_add(-1, indices, values)
+        pattern, values = self._encode_rows(x)
+        return pattern.dense(values).view(*x.shape[:-1], self.d_sae)
 
     def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruction from dense features."""
-        return features @ self.W_dec + self.b_dec
+        """Reconstruction from dense features.
+
+        On a CPU only what fires is multiplied, where that is little and no gradient of the features is wanted: as in
+        `forward`, so that `decode(encode(x))` is the same to the last bit.
+        """
+        if not self._is_worth_sparse(features):
+            return features @ self.W_dec + self.b_dec
+        pattern, values = Pattern.of_nonzeros(features.reshape(-1, self.d_sae))
+        return decode(pattern, values, self.W_dec).view(*features.shape[:-1], self.d_in) + self.b_dec
 
     def decode_sparse(self, codes: Codes) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction from sparse codes; equal to `decode` of the same features."""
@@ -134,7 +143,7 @@ class Dictionary(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction x̂ of x."""
         pattern, values = self._encode_rows(x)
-        return decode(pattern, values, self.W_dec).reshape(x.shape) + self.b_dec
+        return decode(*pattern.ascending(values), self.W_dec).reshape(x.shape) + self.b_dec
 
     def _encode_rows(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
         self._check_width(x)
@@ -143,6 +152,13 @@ class Dictionary(nn.Module, ABC):
         pattern = selection.pattern
         pre = encode_at(rows, self.b_dec, self.W_enc.T, self.b_enc, selection)
         return pattern, self.activate(pre, pattern.features)
+
+    def _is_worth_sparse(self, features: Tensor) -> bool:
+        """Whether dense features have so few non-zeros that to find them costs less than to multiply the zeros."""
+        fits = features.shape[-1:] == (self.d_sae,) and features.dtype == self.W_dec.dtype
+        if not fits or features.device.type != "cpu" or (features.requires_grad and torch.is_grad_enabled()):
+            return False
+        return int(features.count_nonzero()) <= DENSE_ABOVE * features.numel()
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1:] != (self.d_in,):
@@ -227,13 +243,44 @@ class Dictionary(nn.Module, ABC):
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             **self.settings(),
-            "dtype": str(self.W_dec.dtype).removeprefix("torch."),
+            "dtype": _name_of(self.dtype),
             "metadata": self.metadata,
         }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the weights, in which everything is computed; inputs of another are converted."""
+        return self.W_dec.dtype
+
+    @property
+    def cfg(self) -> ToolConfig:
+        """What SAELens and SAEBench ask of a dictionary, in their names; made when it is first asked for.
+
+        Yours to change, as in `dictionary.cfg.model_name = "gpt2"`: nothing here reads it, and it is not saved.
+        """
+        if self._cfg is None:
+            self._cfg = tool_config(self.config(), str(self.device))
+        return self._cfg
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dictionary:
+        """What `.to()`, `.cuda()`, `.bfloat16()` and the like are made of."""
+        moved = super()._apply(fn, recurse)
+        if self._cfg is not None:
+            self._cfg.dtype, self._cfg.device = _name_of(self.dtype), str(self.device)
+        return moved
 
     def extra_repr(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.settings().items())
         return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def checked_k(k: int, d_sae: int) -> int:

@@ -32,18 +32,21 @@ class Elementwise(Dictionary):
         return select_above(x, self.b_dec, self.W_enc.T, self.b_enc, self.bounds())
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        pre = self.pre_activations(x)
-        return self.activate(pre, slice(None)).masked_fill(pre <= self.bounds(), 0)
+        return self._encode_densely(x) if self._is_dense(x) else super().encode(x)
 
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
         if not self._is_dense(x):
             return super().encode_sparse(x)
-        features = self.encode(x)
+        features = self._encode_densely(x)
         values, indices = features.topk(max(int((features > 0).sum(-1).max()), 1), dim=-1)
         return Codes(values, indices)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        return self.decode(self.encode(x)) if self._is_dense(x) else super().forward(x)
+        return self.decode(self._encode_densely(x)) if self._is_dense(x) else super().forward(x)
+
+    def _encode_densely(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        pre = self.pre_activations(x)
+        return self.activate(pre, slice(None)).masked_fill(pre <= self.bounds(), 0)
 
     @torch.no_grad()
     def _is_dense(self, x: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -50,6 +50,13 @@ class Pattern:
         offsets = torch.arange(batch + 1, device=indices.device) * k
         return Pattern(indices.reshape(-1), offsets, d_sae, k)
 
+    @staticmethod
+    def of_nonzeros(matrix: Float[Tensor, "batch d_sae"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
+        """Where a matrix is not zero, by ascending features, and what it is there. Waits for the device."""
+        rows, features = matrix.nonzero(as_tuple=True)
+        offsets = torch.searchsorted(rows, torch.arange(len(matrix) + 1, device=matrix.device))
+        return Pattern(features, offsets, matrix.shape[1]), matrix[rows, features]
+
     @property
     def batch(self) -> int:
         """Number of rows."""
@@ -79,6 +86,13 @@ class Pattern:
         features, order = torch.sort(self.features, stable=True)
         bounds = torch.arange(self.d_sae + 1, device=features.device)
         return ByFeature(order, self.rows[order], torch.searchsorted(features, bounds))
+
+    def ascending(self, values: Float[Tensor, " pairs"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
+        """The same codes, the features of every row in ascending order; as they are where rows differ in length."""
+        if self.k is None:
+            return self, values
+        features, order = self.features.view(-1, self.k).sort(dim=-1)
+        return replace(self, features=features.flatten()), values.view(-1, self.k).gather(-1, order).flatten()
 
     def dense(self, values: Float[Tensor, " pairs"]) -> Float[Tensor, "batch d_sae"]:
         """The matrix itself."""
