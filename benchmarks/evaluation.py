@@ -36,7 +36,7 @@ from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.architectures import TopK
 from sae.config import EvaluationConfig, FeaturesConfig, ModelConfig
-from sae.evaluation import evaluate_all
+from sae.evaluation import evaluate_all, write_report
 from sae.features.collect import scan
 from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT, TRAIN
@@ -134,7 +134,9 @@ def cost(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     made = dictionary(cache.d_in(hook), 4096, arguments.k)
 
     def evaluation() -> None:
-        evaluate_all({"one": made}, cache, hook=hook, language_model=language_model)
+        found = evaluate_all({"one": made}, cache, hook=hook, language_model=language_model)["one"]
+        if arguments.documents:
+            write_report(found, arguments.documents)
 
     def passes() -> None:
         for batch in cache.contexts(HELD_OUT, batch_contexts=EvaluationConfig().batch_contexts):
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=32_768, help="held-out tokens of the evaluation")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--cost-tokens", type=int, default=1_000_000, help="held-out tokens of --only cost")
+    parser.add_argument("--documents", type=Path, help="keep its report there, for scripts/interval_coverage.py")
     parser.add_argument("--only", choices=("features", "evaluation", "cost"))
     parser.add_argument("--name", default="evaluation-cpu", help="of the files in results/")
     arguments = parser.parse_args()
