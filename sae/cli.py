@@ -251,7 +251,8 @@ def _show_report(report: Any) -> None:
 
     from sae.evaluation import report_table
 
-    Console().print(report_table(report))
+    console = Console()
+    console.print(report_table(report, console.width))
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sae.evaluation.figures import Figure
 
 NONE = "–"
+_WIDE = 120
 RECONSTRUCTION = {
     "fvu": "fraction of variance unexplained",
     "explained_variance": "1 − fvu",
@@ -62,23 +63,36 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def report_table(report: Report) -> Table:
-    """The metrics, dictionary and baselines side by side."""
+def report_table(report: Report, width: int | None = None) -> Table:
+    """The metrics, dictionary and baselines side by side.
+
+    Args:
+        report: the evaluation.
+        width: characters of the terminal; below 120, baselines come without their standard errors, so that no cell has
+            to be broken. None: it is wide enough.
+    """
     from rich import box
     from rich.table import Table
 
+    narrow = width is not None and width < _WIDE
     table = Table(
-        box=box.SIMPLE_HEAD, title=f"{report.hook}: {report.tokens:,} held-out tokens of {report.documents:,} documents"
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0 if narrow else 1),
+        pad_edge=False,
+        show_edge=not narrow,
+        title=f"{report.hook}: {report.tokens:,} held-out tokens of {report.documents:,} documents",
     )
     table.add_column("metric", no_wrap=True)
     for name in report.columns:
-        table.add_column(HEADINGS[name], justify="right")
+        table.add_column(HEADINGS[name], justify="right", no_wrap=name not in report.baselines)
     section = len(RECONSTRUCTION)
-    for number, (label, _, *cells) in enumerate(_rows(report)):
+    for number, (label, _, own, *others) in enumerate(_rows(report)):
         if number in (section, section + len(SPARSITY) + len(COUNTS)):
             table.add_section()
-        table.add_row(label.strip("`"), *cells)
-    table.caption = "\n".join(filter(None, ["± standard error over documents", fewer_tokens(report)]))
+        short = [cell.partition(" ")[0] for cell in others] if narrow else others
+        table.add_row(label.strip("`"), own, *short)
+    errors = "± standard error over documents" + ("; those of the baselines are in eval.md" if narrow else "")
+    table.caption = "\n".join(filter(None, [errors, fewer_tokens(report)]))
     return table
 
 

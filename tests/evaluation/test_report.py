@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_terminal_table(report: Report) -> None:
     for name in ("fvu", "cosine", "l0", "dead", "delta_ce", "kl", "PCA", "random", "identity"):
         assert name in text
     assert str(report.scores.reconstruction.fvu) in text
+
+
+def test_a_narrow_terminal_breaks_no_cell(report: Report) -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(width=80, record=True, file=nowhere)
+        console.print(report_table(report, console.width))
+    text = console.export_text()
+    lines = [line.split() for line in text.splitlines()]
+    pca = report.baselines["pca"].reconstruction
+    for name in ("fvu", "mse", "cosine"):
+        own = str(getattr(report.scores.reconstruction, name)).split()
+        row = next(line for line in lines if line[:1] == [name])
+        assert row[: len(own) + 2] == [name, *own, str(getattr(pca, name)).split()[0]]
+    assert "eval.md" in text and "…" not in text
 
 
 def test_without_language_model_or_documents_there_are_dashes_not_nans(tmp_path: Path) -> None:
