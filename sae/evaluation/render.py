@@ -89,11 +89,18 @@ def report_table(report: Report, width: int | None = None) -> Table:
     for number, (label, _, own, *others) in enumerate(_rows(report)):
         if number in (section, section + len(SPARSITY) + len(COUNTS)):
             table.add_section()
-        short = [cell.partition(" ")[0] for cell in others] if narrow else others
+        short = [_without_error(cell) for cell in others] if narrow else others
         table.add_row(label.strip("`"), own, *short)
     errors = "± standard error over documents" + ("; those of the baselines are in eval.md" if narrow else "")
     table.caption = "\n".join(filter(None, [errors, fewer_tokens(report)]))
     return table
+
+
+def _without_error(cell: str) -> str:
+    """The value in at most seven characters: what is below its error is not worth more."""
+    value = cell.partition(" ")[0]
+    shorter = (f"{float(value.replace(',', '')):.{digits}g}" for digits in (3, 2, 1) if len(value) > 7)
+    return next((text for text in (value, *shorter) if len(text) <= 7), value)
 
 
 def _rows(report: Report) -> Iterator[list[str]]:
