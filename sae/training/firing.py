@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+LEARN_BOUNDS = ("gated", "jumprelu")
+"""Architectures that learn a bound for each feature, below which it does not fire, against a penalty."""
+
 
 def default_dead_after(architecture: str, d_sae: int, k: int) -> int:
     """Tokens without firing after which a feature is dead: 200,000.
@@ -16,7 +19,7 @@ def default_dead_after(architecture: str, d_sae: int, k: int) -> int:
     its own for each feature against a penalty, which shuts out what does not pay yet; a feature that has been shut out
     learns nothing, so it must be found before much of the training is over (docs/log.md).
     """
-    return min(200_000, 64 * d_sae // k) if architecture in ("gated", "jumprelu") else 200_000
+    return min(200_000, 64 * d_sae // k) if architecture in LEARN_BOUNDS else 200_000
 
 
 class FiringRecord:

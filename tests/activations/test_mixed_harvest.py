@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harvest_case import Config, contents
 
 from sae.activations import ActivationCache, verify
 from sae.activations.harvest import harvest
@@ -19,8 +20,6 @@ from sae.corpus import is_held_out
 from sae.errors import CacheError, DataError
 from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT, SPLITS, TRAIN
-
-Config = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +42,6 @@ def mixed_config(tiny_config: Config, text_folder: Path, letters: Path) -> Confi
         return tiny_config(**{**settings, **overrides})
 
     return make
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def owners(cache: ActivationCache, split: str) -> list[str]:

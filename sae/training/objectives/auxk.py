@@ -11,6 +11,7 @@ from sae.dictionary import Dictionary
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.sparse import decode, encode_at, rows_of, select_topk
+from sae.training.firing import LEARN_BOUNDS
 from sae.training.objectives.common import Context, mean_squared_error
 
 
@@ -20,7 +21,7 @@ def default_aux_coefficient(architecture: str) -> float:
     It touches dead features only and Adam divides by the size of past gradients, so this is how fast they learn beside
     what they have forgotten. At 1/32 those that a penalty shut out hardly moved (docs/log.md).
     """
-    return 1.0 if architecture in ("gated", "jumprelu") else 1 / 32
+    return 1.0 if architecture in LEARN_BOUNDS else 1 / 32
 
 
 def default_k_aux(architecture: str, d_in: int, k: int) -> int:
@@ -28,7 +29,7 @@ def default_k_aux(architecture: str, d_in: int, k: int) -> int:
 
     Sharing it among all, they learned what no single one of them was worth firing for.
     """
-    return k if architecture in ("gated", "jumprelu") else max(1, d_in // 2)
+    return k if architecture in LEARN_BOUNDS else max(1, d_in // 2)
 
 
 def auxk_loss(

@@ -1,0 +1,132 @@
+"""A harvest that lost files, ran out of disk or was killed ends with the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from harvest_case import HOOKS, Config, contents
+
+from sae.activations import ActivationCache, verify
+from sae.activations.harvest import harvest
+from sae.errors import CacheError
+from sae.language_model import LanguageModel
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        [f"{HOOKS[0]}/train-00003.safetensors"],
+        [f"{HOOKS[1]}/held_out-00001.safetensors", f"{HOOKS[0]}/train-00000.safetensors"],
+        ["tokens/train-00001.safetensors"],
+        ["documents.json"],
+        ["tokens/held_out-00000.safetensors", f"{HOOKS[1]}/held_out-00000.safetensors"],
+    ],
+)
+@pytest.mark.parametrize("truncated", [False, True])
+def test_lost_files_are_restored_with_the_same_bytes(
+    lost: list[str], truncated: bool, tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = shutil.copytree(tiny_cache.path, tmp_path / "cache")
+    before = contents(folder)
+    for name in lost:
+        if truncated:
+            (folder / name).write_bytes(before[name][:-7])
+        else:
+            (folder / name).unlink()
+    cache = harvest(tiny_config(harvest__cache=str(folder), harvest__hooks=HOOKS), language_model)
+    assert contents(cache.path) == before
+
+
+def test_restoring_what_has_changed_is_refused_and_touches_nothing(
+    tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel, tmp_path: Path, monkeypatch
+) -> None:
+    folder = shutil.copytree(tiny_cache.path, tmp_path / "cache")
+    config = tiny_config(harvest__cache=str(folder), harvest__hooks=HOOKS)
+    shard = f"{HOOKS[0]}/train-00003.safetensors"
+    (folder / shard).unlink()
+    before = contents(folder)
+    original = language_model.activations
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            language_model, "activations", lambda t, hooks: {h: x + 1e-3 for h, x in original(t, hooks).items()}
+        )
+        with pytest.raises(CacheError, match=rf"{shard} was made again and differs from its checksum \(other hardware"):
+            harvest(config, language_model)
+    assert contents(folder) == before
+    harvest(config, language_model)
+    (folder / "tokens/train-00003.safetensors").unlink()
+    monkeypatch.setattr("sae.tokens.is_held_out", lambda name, seed, fraction: name > "030")
+    with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed\); delete the cache"):
+        harvest(config, language_model)
+
+
+@pytest.mark.parametrize("writes", [0, 3, 11, 14, 20])
+def test_disk_full_then_resumed_gives_the_same_bytes(
+    writes: int, tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel, monkeypatch
+) -> None:
+    """The disk is full from the given number of syncs on; then there is space again."""
+    done = [0]
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        done[0] += 1
+        if done[0] > 2 * writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    config = tiny_config(harvest__hooks=HOOKS)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            CacheError, match=r"disk full: '.*' needs [\d,]+ bytes or more; nothing is damaged: free some space"
+        ):
+            harvest(config, language_model)
+    assert not [name for name in contents(config.cache_folder) if name.endswith(".tmp")]
+    assert contents(harvest(config, language_model).path) == contents(tiny_cache.path)
+
+
+def test_a_harvest_that_cannot_fit_is_not_begun(
+    tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,200 rows of two hooks of 32 float32: 307,200 bytes."""
+    Usage = namedtuple("Usage", "total used free")
+    config = tiny_config(harvest__hooks=HOOKS)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 307_199))
+        with pytest.raises(
+            CacheError, match=r"disk full: .*/activations' needs 0.00 GB more, 0.00 GB are free: .*int8"
+        ):
+            harvest(config, language_model)
+        assert not list(config.cache_folder.glob("blocks.*/*"))
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 307_200))
+        cache = harvest(config, language_model)
+    assert contents(cache.path) == contents(tiny_cache.path)
+
+
+def test_killed_harvests_end_with_the_same_bytes(tiny_model: Path, text_folder: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, and at steps of the file system, then resumed to the end."""
+    script = Path(__file__).with_name("killed_harvest.py")
+    command = [sys.executable, str(script), str(tiny_model), str(text_folder), str(tmp_path), "10"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=one_thread)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    report = json.loads(answer.stdout.splitlines()[-1])
+    where = [state for _, killed, state in report["states"] if killed]
+    assert where.count("text") >= 3, report
+    assert where.count("activations") >= 8, report
+    runs = sorted(path for path in tmp_path.iterdir() if path.name != "whole")
+    assert len(runs) >= 15
+    whole = contents(tmp_path / "whole")
+    assert len(whole) == 2 * 10 + 10 + 3  # two hooks and tokens in 8 + 2 shards; documents, manifest, lock
+    for run in runs:
+        assert contents(run) == whole, run.name
+    assert verify(tmp_path / "whole") == (31, [])
