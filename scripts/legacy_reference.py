@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "evaluation"))
 
-import legacy_case as case
+import legacy_case as case  # pyright: ignore[reportMissingImports]
 from sae_bench.evals.core import main as sae_bench  # pyright: ignore[reportMissingImports]
 from sae_lens import evals as sae_lens  # pyright: ignore[reportMissingImports]
 from sae_lens.training.activation_scaler import ActivationScaler  # pyright: ignore[reportMissingImports]
