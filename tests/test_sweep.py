@@ -92,7 +92,7 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
     monkeypatch.setattr(ActivationLoader, "__iter__", counting)
     config = swept(tiny_config, dictionary={"architecture": ALL, "k": [2, 4]})
     done = sweep(config)
-    assert read == ["blocks.1.hook_resid_pre"], "one reading for all dictionaries"
+    assert read == ["blocks.1.hook_resid_pre"] * 2, "one reading for all dictionaries, one for their frozen decoders"
     assert set(done.points) == {f"{name}-k{k}" for name in ALL for k in (2, 4)}
     for name, point in done.points.items():
         folder = Path(config.out) / name
