@@ -26,5 +26,5 @@ for metric in METRICS:
     if whole.value is None or not whole.standard_error:
         continue
     made = [estimate(metric, {name: column[draw] for name, column in totals.items()}) for draw in draws]
-    covered = sum(abs((one.value or 0) - whole.value) <= 1.96 * (one.standard_error or 0) for one in made)
+    covered = sum(one.interval is not None and one.interval[0] <= whole.value <= one.interval[1] for one in made)
     print(f"{metric:<30} {whole!s:<24} covered {covered / resamples:.1%}")

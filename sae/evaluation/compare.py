@@ -58,7 +58,7 @@ class Compared:
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Compared:
         estimates = {
-            part: {name: Estimate(made["value"], made["standard_error"]) for name, made in record[part].items()}
+            part: {name: Estimate.from_json(made) for name, made in record[part].items()}
             for part in ("metrics", "differences")
         }
         return Compared(**{**record, **estimates})
@@ -222,7 +222,7 @@ def _compared(record: Mapping[str, Any], description: str, differences: dict[str
     dead, dense = record.get("dead"), record.get("dense")
     return Compared(
         description=description,
-        metrics={name: Estimate(made["value"], made["standard_error"]) for name, made in metrics.items()},
+        metrics={name: Estimate.from_json(made) for name, made in metrics.items()},
         features=record.get("features") or 0,
         dead=dead["features"] if dead else None,
         dense=dense["features"] if dense else None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sae.evaluation.compare import Compared, Comparison
 from sae.evaluation.estimate import Estimate
-from sae.evaluation.metrics import NOISE, below_noise
+from sae.evaluation.metrics import below_noise
 from sae.evaluation.render import (
     COUNTS,
     DOWNSTREAM,
@@ -117,7 +117,7 @@ def signed(difference: Estimate) -> str:
 def _second_lines(comparison: Comparison) -> str:
     return (
         f"second lines: difference to {comparison.first} ± its standard error, paired over documents; {MARK}: below "
-        f"noise, less than {NOISE:g} standard errors"
+        "noise, its 95 % interval holds 0"
     )
 
 

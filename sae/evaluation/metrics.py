@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,12 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.evaluation.estimate import TOKENS, Estimate, ratio
+from sae.evaluation.estimate import TOKENS, Estimate, jackknife, left_out, ratio
 
 POSITIONS = "positions"
 """Counts the tokens whose language-model losses were measured; `tokens` counts the others' sample."""
-NOISE = 2.0
-"""Standard errors within which a difference is called noise."""
 
 Totals = Mapping[str, Tensor]
 """Float64 sums `[documents]` by name, over all documents of the split; 0 in those without a token."""
@@ -63,16 +60,15 @@ def estimate(metric: str, totals: Totals) -> Estimate:
     numerator, denominator = _terms(METRICS[metric], totals)
     made = ratio(numerator, denominator)
     if METRICS[metric].complement and made.value is not None:
-        return Estimate(1 - made.value, made.standard_error)
+        return Estimate(1 - made.value, made.standard_error, made.degrees_of_freedom)
     return made
 
 
 def difference(metric: str, totals: Totals, reference: Totals) -> Estimate | None:
     """How much larger a metric is than in a reference that was evaluated on the same tokens.
 
-    With R = Σa/Σb here and R' = Σa'/Σb' there, the standard error is that of R − R', linearised and paired:
-    √(n/(n−1) · Σ((a_i − R b_i)/Σb − (a'_i − R' b'_i)/Σb')²) over the n documents, so that what makes a document hard
-    for both cancels (Miller 2024, "Adding Error Bars to Evals").
+    With R = Σa/Σb here and R' = Σa'/Σb' there, the standard error is the jackknife's of R − R': a document is left out
+    of both at once, so that what makes it hard for both cancels (Miller 2024, "Adding Error Bars to Evals").
 
     Returns:
         None where one of them has not measured the metric, or not on the same tokens.
@@ -85,29 +81,21 @@ def difference(metric: str, totals: Totals, reference: Totals) -> Estimate | Non
     ours, theirs = estimate(metric, totals), estimate(metric, reference)
     if ours.value is None or theirs.value is None:
         return Estimate(None, None)
-    residuals = _residuals(kind, totals) - _residuals(kind, reference)
-    n = len(residuals)
-    error = math.sqrt(n / (n - 1) * float(residuals.square().sum())) if n > 1 else None
-    return Estimate(ours.value - theirs.value, error)
+    (a, b), (other_a, other_b) = _terms(kind, totals), _terms(kind, reference)
+    found = jackknife(left_out(a, b) - left_out(other_a, other_b), b, other_b)
+    return Estimate(ours.value - theirs.value, *found)
 
 
 def below_noise(difference: Estimate) -> bool:
-    """Whether a difference is less than two standard errors, or none at all."""
-    if difference.value is None or difference.standard_error is None:
+    """Whether 0 lies in a difference's 95 % interval, or there is none at all."""
+    if difference.interval is None:
         return False
-    return difference.value == 0 or abs(difference.value) < NOISE * difference.standard_error
+    return difference.value == 0 or difference.interval[0] < 0 < difference.interval[1]
 
 
 def _has(kind: Ratio, totals: Totals) -> bool:
     names = (*kind.numerator.split("-"), *kind.denominator.split("-"), kind.count)
     return all(name in totals for name in names)
-
-
-def _residuals(kind: Ratio, totals: Totals) -> Float[Tensor, " documents"]:
-    """What each document adds to the linearised ratio."""
-    numerator, denominator = _terms(kind, totals)
-    total = denominator.sum()
-    return (numerator - numerator.sum() / total * denominator) / total
 
 
 def _terms(kind: Ratio, totals: Totals) -> tuple[Float[Tensor, " documents"], Float[Tensor, " documents"]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.figures import Canvas, logarithmic
-from sae.evaluation.metrics import NOISE, Totals, below_noise, difference
+from sae.evaluation.metrics import Totals, below_noise, difference
 from sae.evaluation.report import HEADINGS
 
 COLOURS = {
@@ -64,7 +64,7 @@ class Point:
         """From the content of an `eval.json` and what training cost."""
 
         def estimate(name: str, of: Mapping[str, Any] = report) -> Estimate:
-            return Estimate(of[name]["value"], of[name]["standard_error"])
+            return Estimate.from_json(of[name])
 
         return Point(
             architecture, hook, d_sae, k, seed, estimate("l0"), estimate("fvu"),
@@ -139,8 +139,7 @@ def pareto_table(
     )
     if differences:
         parts.append(
-            f"≈: no different from the row above: the difference, paired over documents, is below {NOISE:g} of its "
-            "standard errors.\n"
+            "≈: no different from the row above: the 95 % interval of the difference, paired over documents, holds 0.\n"
         )
     parts += _baselines(points)
     if failures:

@@ -84,7 +84,8 @@ def report_table(report: Report, width: int | None = None) -> Table:
     )
     table.add_column("metric", no_wrap=True)
     for name in report.columns:
-        table.add_column(HEADINGS[name], justify="right", no_wrap=name not in report.baselines)
+        heading = "x̂ = x" if narrow and name == "identity" else HEADINGS[name]
+        table.add_column(heading, justify="right", no_wrap=name not in report.baselines)
     section = len(RECONSTRUCTION)
     for number, (label, _, own, *others) in enumerate(_rows(report)):
         if number in (section, section + len(SPARSITY) + len(COUNTS)):

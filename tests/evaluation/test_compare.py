@@ -109,7 +109,7 @@ def test_markdown_states_tokens_policy_and_noise(comparison: Comparison, tmp_pat
     counts = comparison.evaluated
     assert f"the same {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents" in text
     assert f"left out are {counts['masked_tokens']:,} tokens: the first position of every context" in text
-    assert "≈: below noise, less than 2 standard errors" in text
+    assert "≈: below noise, its 95 % interval holds 0" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 2
     for table in tables:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.evaluation.estimate import DocumentSums, Estimate, ratio
+from sae.evaluation.estimate import DocumentSums, Estimate, ratio, student_t
 
 
 def _tokens(documents: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -61,7 +61,45 @@ def test_documents_without_tokens_are_no_sample() -> None:
     sums.add_(torch.tensor([2, 2, 7]), {"a": torch.tensor([1.0, 3.0, 5.0])})
     assert (sums.tokens, sums.documents) == (3, 2)
     assert sums["a"].tolist() == [4.0, 5.0]
-    assert sums.mean("a").standard_error == pytest.approx(math.sqrt(2 * (2.0**2 + 2.0**2)) / 3)
+    # The mean is 3, and 5 or 2 with one of the two documents left out.
+    assert sums.mean("a").standard_error == pytest.approx(math.sqrt(0.5 * (2.0**2 + 1.0**2)))
+
+
+def test_degrees_of_freedom_count_documents_as_far_as_they_are_of_one_length() -> None:
+    def degrees(lengths: list[int]) -> float | None:
+        b = torch.tensor(lengths).double()
+        return ratio(b * torch.arange(len(lengths)), b).degrees_of_freedom
+
+    assert degrees([7] * 12) == pytest.approx(11), "n − 1"
+    assert degrees([100, 100, 100, *[1] * 50]) == pytest.approx(3.01, abs=1e-3), "as good as three documents"
+    assert degrees([1000, 1]) == 1.0
+
+
+def test_a_document_that_is_all_there_is_has_no_standard_error() -> None:
+    assert ratio(torch.tensor([3.0, 0.0]).double(), torch.tensor([2.0, 0.0]).double()) == Estimate(1.5, None)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile", "tolerance"),
+    [
+        (1.0, 12.706205, 0.12),
+        (2.0, 4.302653, 0.01),
+        (4.0, 2.776445, 1e-3),
+        (10.0, 2.228139, 1e-5),
+        (60.0, 2.000298, 1e-6),
+    ],
+)
+def test_student_t_is_that_of_the_tables(degrees: float, quantile: float, tolerance: float) -> None:
+    assert student_t(degrees) == pytest.approx(quantile, rel=tolerance)
+    assert student_t(None) == pytest.approx(1.959964, rel=1e-7)
+
+
+def test_the_interval_is_student_s_and_survives_json() -> None:
+    made = Estimate(2.0, 0.1, 10.0)
+    assert made.interval == pytest.approx((2 - 0.2228139, 2 + 0.2228139), rel=1e-5)
+    again = Estimate.from_json(made.to_json())
+    assert again == made and again.interval == made.interval
+    assert Estimate(2.0, None).interval is None
 
 
 @pytest.mark.parametrize(

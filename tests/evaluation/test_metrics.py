@@ -35,11 +35,12 @@ def _slow_difference(a: Any, b: Any, other_a: Any, other_b: Any) -> tuple[float,
     value, other = sum(a) / sum(b), sum(other_a) / sum(other_b)
     squares = 0.0
     for i in range(len(a)):
-        here = (a[i] - value * b[i]) / sum(b)
-        there = (other_a[i] - other * other_b[i]) / sum(other_b)
-        squares += (here - there) ** 2
+        rest = [number for number in range(len(a)) if number != i]
+        here = sum(a[j] for j in rest) / sum(b[j] for j in rest)
+        there = sum(other_a[j] for j in rest) / sum(other_b[j] for j in rest)
+        squares += ((here - there) - (value - other)) ** 2
     n = len(a)
-    return value - other, math.sqrt(n / (n - 1) * squares)
+    return value - other, math.sqrt((n - 1) / n * squares)
 
 
 def test_differences_equal_a_loop_over_documents() -> None:
@@ -77,9 +78,11 @@ def test_paired_errors_are_those_of_the_bootstrap_and_far_below_unpaired_ones() 
     assert found.standard_error < math.hypot(*alone) / 4
 
 
-def test_noise_is_two_standard_errors() -> None:
-    assert below_noise(Estimate(0.0199, 0.01)) and below_noise(Estimate(-0.0199, 0.01))
-    assert not below_noise(Estimate(0.0201, 0.01)) and not below_noise(Estimate(-0.0201, 0.01))
+def test_noise_is_what_the_95_percent_interval_holds() -> None:
+    for value in (0.0195, -0.0195):
+        assert below_noise(Estimate(value, 0.01)) and not below_noise(Estimate(1.01 * value, 0.01))
+    for value in (0.0277, -0.0277):  # t of 4 degrees of freedom: 2.776
+        assert below_noise(Estimate(value, 0.01, 4.0)) and not below_noise(Estimate(1.01 * value, 0.01, 4.0))
     assert below_noise(Estimate(0.0, 0.0)), "the same numbers"
     assert not below_noise(Estimate(0.1, None)), "nobody knows"
     one = _totals()
@@ -133,7 +136,8 @@ def test_the_95_percent_interval_covers_the_full_value_in_92_to_98_percent_of_sa
         sample = {name: column[drawn] for name, column in population.items()}
         made = estimate(metric, sample)
         assert made.value is not None and made.standard_error is not None
-        covered += abs(made.value - truth) <= 1.96 * made.standard_error
+        assert made.interval is not None
+        covered += made.interval[0] <= truth <= made.interval[1]
         effective = math.sqrt(150 / float(sample["tokens"].sum()))
         as_if_independent += abs(made.value - truth) <= 1.96 * made.standard_error * effective
     assert 184 <= covered <= 196, f"{covered / 2:.1f} %"
@@ -151,6 +155,6 @@ def test_the_interval_of_a_paired_difference_covers_as_often() -> None:
         drawn = torch.from_numpy(rng.choice(POPULATION, 150, replace=False))
         samples = ({name: column[drawn] for name, column in part.items()} for part in (other, population))
         made = difference("fvu", *samples)
-        assert made is not None and made.value is not None and made.standard_error is not None
-        covered += abs(made.value - truth.value) <= 1.96 * made.standard_error
+        assert made is not None and made.interval is not None
+        covered += made.interval[0] <= truth.value <= made.interval[1]
     assert 184 <= covered <= 196, f"{covered / 2:.1f} %"

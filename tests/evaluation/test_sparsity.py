@@ -31,8 +31,8 @@ def test_l0_density_dead_and_dense_by_hand() -> None:
     assert scores.l0_counts.tolist() == [1, 7, 1, 1]
     assert scores.l0.value == pytest.approx(1.2, rel=1e-15)
     assert scores.l1.value == pytest.approx((3.5 + 3 + 0 + 2 + 12) / 10, rel=1e-15)
-    document_sums = torch.tensor([4.0 - 1.2 * 3, 8.0 - 1.2 * 7])
-    assert scores.l0.standard_error == pytest.approx(float((2 * document_sums.square().sum()).sqrt() / 10))
+    without = torch.tensor([8 / 7, 4 / 3], dtype=torch.float64)  # L0 of the one document, and of the other
+    assert scores.l0.standard_error == pytest.approx(float((without - 1.2).square().sum().div(2).sqrt()))
     assert scores.l0_quantiles == {"0": 0, "0.05": 0, "0.25": 1, "0.5": 1, "0.75": 1, "0.95": 3, "1": 3}
 
 
@@ -52,7 +52,7 @@ def test_dead_dictionary(tmp_path: Path) -> None:
     report = evaluate(dictionary, make_cache(tmp_path, rows), hook=HOOK)
     scores = report.to_json()
     tokens = report.tokens
-    assert scores["l0"] == {"value": 0, "standard_error": 0}
+    assert (scores["l0"]["value"], scores["l0"]["standard_error"]) == (0, 0)
     assert scores["dead"] == {"features": 24, "share": 1, "tokens": tokens, "in_training": None}
     assert scores["density"]["mean"] == 0 and sum(scores["density"]["log10_histogram"]["features"]) == 0
     assert scores["relative_reconstruction_bias"]["value"] is not None  # x̂ = b_dec
