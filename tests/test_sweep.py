@@ -303,7 +303,10 @@ def test_values_no_different_from_the_row_above_are_marked() -> None:
     assert "≈" not in lines["| a"] and "≈" not in lines["| b"]
     assert " ≈ |" in lines["| c"] and lines["| c"].count("≈") == 1
     text = pareto_table(points, {}, None, found)
-    assert "≈: no different from the row above: the difference, paired over documents, is below 2 of its" in text
+    assert (
+        "≈: no different from the row above: the 95 % interval of the difference, paired over documents, holds 0"
+        in text
+    )
     assert "≈" not in pareto_table(points, {}, None)
     elsewhere = {**points, "c": dataclasses.replace(points["c"], hook="blocks.1.hook_resid_pre")}
     assert set(to_row_above(elsewhere, totals)) == {"b"}, "other activations"
