@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -52,15 +53,16 @@ def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None) 
     return table
 
 
-def effect_line(effect: FeatureEffect, settings: EffectSettings) -> str:
-    """What stands beside a feature where a user looks at it."""
+def effect_lines(effect: FeatureEffect, settings: EffectSettings) -> str:
+    """What stands beside a feature where a user looks at it: a few lines."""
     if not effect.positions:
         return f"{what_is_done(settings)}: it was changed nowhere in the held-out text read"
-    direct = "" if effect.direct is None else f"   direct {effect.direct}"
+    direct = "" if effect.direct is None else f" (direct {signed(effect.direct)})"
     random = "" if effect.random_kl.value is None else f" (random direction {effect.random_kl})"
     return (
-        f"{what_is_done(settings)}: loss {signed(effect.loss)}, next {settings.window} {signed(effect.loss_after)}   "
-        f"KL {effect.kl}{random}{direct}   nats, {effect.positions} places in {effect.documents} documents"
+        f"{what_is_done(settings)} at {effect.positions} places in {effect.documents} documents, nats:\n"
+        f"loss {signed(effect.loss)}{direct}, next {settings.window} {signed(effect.loss_after)}\n"
+        f"KL {effect.kl}{random}"
     )
 
 
@@ -73,13 +75,19 @@ def signed(estimate: Estimate) -> str:
 def summary_lines(effects: Effects) -> list[str]:
     """What came of all features together: how direct and measured effects agree, and how many exceed the null."""
     measured = [effect for effect in effects.features.values() if effect.positions]
-    above = [_exceeds_zero(effect.kl_above_random) for effect in measured if effect.kl_above_random.standard_error]
+    random = [effect.kl_above_random for effect in measured]
+    elsewhere = [independent_difference(effect.kl, effect.elsewhere_kl) for effect in measured]
     lines = []
-    if above:
-        lines.append(
-            f"{sum(above):,} of {len(above):,} features change the next-token distribution more than a random "
-            "direction as long does at the same places (KL, difference above two standard errors)."
-        )
+    for differences, null in (
+        (random, "a random direction as long does at the same places"),
+        (elsewhere, "their own directions do where they do not fire"),
+    ):
+        above = [_exceeds_zero(difference) for difference in differences if difference.standard_error]
+        if above:
+            lines.append(
+                f"{sum(above):,} of {len(above):,} features change the next-token distribution more than {null} "
+                "(KL, difference above two standard errors)."
+            )
     for name, correlation in (("features", effects.over_features), ("places", effects.over_positions)):
         if correlation is not None and correlation.value is not None:
             lines.append(f"Direct against measured change of the loss over {name}: {_correlation(correlation)}.")
@@ -153,6 +161,15 @@ def _by_feature(effects: Effects) -> str:
 def _tokens(changes: Sequence[TokenChange]) -> str:
     """Token text as code that no character of it can end."""
     return " ".join(f"`{visible(change.token).replace('`', 'ˋ')}`" for change in changes) or _NONE
+
+
+def independent_difference(a: Estimate, b: Estimate) -> Estimate:
+    """a − b of different places; its standard error where both have one."""
+    if a.value is None or b.value is None:
+        return Estimate(None, None)
+    if a.standard_error is None or b.standard_error is None:
+        return Estimate(a.value - b.value, None)
+    return Estimate(a.value - b.value, math.hypot(a.standard_error, b.standard_error))
 
 
 def _exceeds_zero(estimate: Estimate) -> bool:
