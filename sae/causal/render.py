@@ -25,8 +25,14 @@ def what_is_done(settings: EffectSettings) -> str:
     return {0.0: "ablated", 2.0: "doubled"}.get(settings.scale, f"times {settings.scale:g}")
 
 
-def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None) -> Table:
+def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None, *, narrow: bool = False) -> Table:
     """The first features in the order of a column, for the terminal; token text is never markup.
+
+    Args:
+        effects: of some features.
+        sort: one of `SORT_COLUMNS`.
+        limit: rows; None: all.
+        narrow: leave out density and following positions, so that 80 columns are enough.
 
     Raises:
         ConfigError: there is no such column.
@@ -36,21 +42,38 @@ def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None) 
     from rich.text import Text
 
     settings = effects.settings
-    table = Table(box=box.SIMPLE_HEAD, title=f"{effects.hook}: features {what_is_done(settings)}, nats", pad_edge=False)
-    for name in ("feature", "density", "Δ loss", f"next {settings.window}", "direct", "KL", "random"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
-    table.add_column("more likely then", no_wrap=True, overflow="ellipsis")
-    chosen = effects.sorted_by(sort)
-    for effect in chosen[:limit]:
-        tokens = Text(" ").join(Text(visible(change.token), style="on grey23") for change in effect.raised)
-        short = [_short(estimate) for estimate in (effect.loss_after, effect.direct, effect.random_kl)]
-        loss, kl = str(effect.loss), str(effect.kl)
-        table.add_row(str(effect.feature), f"{effect.density:.2%}", loss, short[0], short[1], kl, short[2], tokens)
-    table.caption = (
-        f"{len(chosen[:limit]):,} of {len(chosen):,} features by {sort}. Means over places; ± standard error over "
-        "documents. Δ: of the loss; random: KL of a random direction as long"
-    )
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{effects.hook}: features {what_is_done(settings)}, nats", title_justify="left",
+        pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    columns = {
+        "feature": lambda effect: str(effect.feature),
+        "density": lambda effect: f"{effect.density:.2%}",
+        "Δ loss": lambda effect: str(effect.loss),
+        f"next {settings.window}": lambda effect: _short(effect.loss_after),
+        "direct": lambda effect: _short(effect.direct),
+        "KL": lambda effect: str(effect.kl),
+        "random": lambda effect: _short(effect.random_kl),
+    }
+    if narrow:
+        del columns["density"], columns[f"next {settings.window}"]
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("more likely then")  # the one that could wrap gives way to the others; its text is cut instead
+    between = Text(" ", no_wrap=True, overflow="ellipsis")
+    for effect in effects.sorted_by(sort)[:limit]:
+        tokens = between.join(Text(visible(change.token), style="on grey23") for change in effect.raised)
+        table.add_row(*(text(effect) for text in columns.values()), tokens)
     return table
+
+
+def table_note(effects: Effects, sort: str, limit: int | None) -> str:
+    """What stands under the table."""
+    shown = len(effects) if limit is None else min(limit, len(effects))
+    return (
+        f"{shown:,} of {len(effects):,} features by {sort}. Means over places; ± standard error over documents. "
+        "direct: Δ loss to first order, through no block; random: KL of a random direction as long."
+    )
 
 
 def effect_lines(effect: FeatureEffect, settings: EffectSettings) -> str:
