@@ -35,8 +35,8 @@ def draw_effects(effects: Effects, changes: Changes) -> bytes | None:
     if not len(fires):
         return None
     canvas = Canvas(1, 2, (9.6, 4.6))
-    _panel(canvas.axes[0], _means(fires), _means(random), effects.over_features, "means of features")
-    _panel(canvas.axes[1], _some(fires), _some(random), effects.over_positions, "single places")
+    _panel(canvas.axes[0], _means(fires), _means(random), effects.over_features, "features")
+    _panel(canvas.axes[1], _some(fires), _some(random), effects.over_positions, "places")
     return canvas.png()
 
 
@@ -57,13 +57,16 @@ def _panel(axes: Axes, dots: _Dots, null: _Dots, correlation: Correlation | None
         getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear, linscale=1.0)
         getattr(axes, f"set_{axis}lim")(-1.4 * most, 1.4 * most)
     axes.plot([-most, 0, most], [-most, 0, most], color=_GREY, linewidth=0.8, linestyle="--")
-    for some, colour, label in ((null, _ORANGE, "random direction as long"), (dots, _BLUE, "feature")):
+    for some, colour, label in ((null, _ORANGE, "random direction"), (dots, _BLUE, "feature")):
         axes.scatter(some.direct, some.loss, s=9, linewidths=0, alpha=0.55, color=colour, label=label)
     axes.set_xlabel("direct change of the loss, nats")
     axes.set_ylabel("measured change of the loss, nats")
     note = "" if correlation is None or correlation.value is None else f", r = {correlation.value:.2f}"
     axes.set_title(f"{title}{note}", fontsize=9, loc="left", color="#374151")
-    axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower right", labelcolor="#374151")
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor="#374151", loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2,
+        borderaxespad=0.1, handletextpad=0.1, columnspacing=1.0,
+    )  # fmt: skip
 
 
 def _means(changes: Changes) -> _Dots:
