@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.causal.continuation import Continuation, Readout
 from sae.evaluation.estimate import double, row_sums
 from sae.language_model import LanguageModel
+
+_ROUNDING = 0.05
 
 
 @dataclass(frozen=True)
@@ -53,22 +57,46 @@ class DirectPath:
 
     @staticmethod
     def of(language_model: LanguageModel, hook: str) -> DirectPath | None:
-        """None where a change at the hook point is no change of the residual stream, or logits are capped after."""
+        """None where a change at the hook point is no change of the residual stream, or logits are capped or scaled.
+
+        Whether norm and unembedding are all that makes the logits is tried on two tokens, whatever the family.
+        """
         cfg = language_model.bridge.cfg
         cap = getattr(cfg, "output_logits_soft_cap", None)
         if not language_model.is_residual(hook) or (cap is not None and cap > 0):
             return None
-        return DirectPath(language_model.unembedding(), not cfg.uses_rms_norm, float(cfg.eps))
+        path = DirectPath(language_model.unembedding(), not cfg.uses_rms_norm, float(cfg.eps))
+        two = torch.tensor([[0, 1]], device=language_model.device)
+        continuation = Continuation(language_model, hook)
+        return path if path.gives(continuation(two, continuation.activations(two), two)) else None
+
+    def gives(self, readout: Readout) -> bool:
+        """Whether logits differ between the first two positions as the normed residual does through W_U.
+
+        A bias is the same at both.
+        """
+        final, logits = readout.final[0, :2], readout.logits[0, :2]
+        normed, _ = self._normed(final)
+        expected, actual = (both[0] - both[1] for both in (normed @ self.W_U, logits))
+        return bool((actual - expected).norm() <= _ROUNDING * actual.norm())
 
     def through_norm(
         self, final: Float[Tensor, "rows d_model"], change: Float[Tensor, "rows d_model"]
     ) -> Float[Tensor, "rows d_model"]:
         """Jδ for every row of residuals and changes."""
         if self.centres:
-            final, change = (v - v.mean(-1, keepdim=True) for v in (final, change))
-        sigma = (final.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
-        normed = final / sigma
+            change = change - change.mean(-1, keepdim=True)
+        normed, sigma = self._normed(final)
         return (change - normed * (normed * change).mean(-1, keepdim=True)) / sigma
+
+    def _normed(
+        self, final: Float[Tensor, "rows d_model"]
+    ) -> tuple[Float[Tensor, "rows d_model"], Float[Tensor, "rows 1"]]:
+        """n and σ."""
+        if self.centres:
+            final = final - final.mean(-1, keepdim=True)
+        sigma = (final.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
+        return final / sigma, sigma
 
     def log_probability(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,7 @@ def scan_firings(
     positions: int,
     seed: int,
     tokens: int | None = None,
+    features: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Firings:
@@ -82,6 +83,7 @@ def scan_firings(
         positions: most places kept of a feature; see `spread`.
         seed: of the draw. A firing's chance depends on it, on the feature and on the row alone.
         tokens: held-out tokens read, in whole contexts; None: all.
+        features: those whose places are kept; None: all.
         device: where tokens are encoded.
         progress: called with tokens done and tokens in all.
 
@@ -90,7 +92,7 @@ def scan_firings(
     """
     if dictionary.W_dec.device != torch.empty(0, device=device).device:
         dictionary = copy.deepcopy(dictionary).to(device)
-    found = _Found(dictionary.d_sae, positions, seed)
+    found = _Found(dictionary.d_sae, positions, seed, features)
     of = min(cache.rows(HELD_OUT), tokens or cache.rows(HELD_OUT))
     at_once = max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
     for batch in cache.contexts(HELD_OUT, hook, batch_contexts=at_once, max_tokens=tokens):
@@ -144,8 +146,9 @@ def _place_in_run(*columns: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 class _Found:
     """Running counts, and the firings kept so far."""
 
-    def __init__(self, d_sae: int, positions: int, seed: int) -> None:
+    def __init__(self, d_sae: int, positions: int, seed: int, features: Sequence[int] | None) -> None:
         self.positions, self.seed, self.tokens = positions, seed, 0
+        self.wanted = np.ones(d_sae, dtype=bool) if features is None else np.isin(np.arange(d_sae), features)
         self.count = np.zeros(d_sae, dtype=np.int64)
         self.sum = np.zeros(d_sae, dtype=np.float64)
         self.rows: list[np.ndarray] = []
@@ -165,7 +168,8 @@ class _Found:
         self.sum += np.bincount(feature, weights=values[fires], minlength=len(self.sum))
         self.rows.append(batch.first_row + np.flatnonzero(counts))
         self.documents.append(documents)
-        feature, offset = feature[counts[offset]], offset[counts[offset]]
+        chosen = counts[offset] & self.wanted[feature]
+        feature, offset = feature[chosen], offset[chosen]
         self.waiting.append(Places(feature, batch.first_row + offset, documents[offset]))
         if sum(len(places.row) for places in self.waiting) > max(_KEPT_AT_ONCE, 2 * self.positions * len(self.count)):
             self.waiting = [self._kept()]

@@ -92,7 +92,7 @@ def measure_effects(
             return known.effects().only(features)
         firings = scan_firings(
             dictionary, cache, hook, positions=settings.positions, seed=settings.seed, tokens=settings.tokens,
-            device=device, progress=lambda *done: report("firings", *done),
+            features=features, device=device, progress=lambda *done: report("firings", *done),
         )  # fmt: skip
         chosen = sorted(set(features)) if features is not None else draw_features(firings, sample, settings.seed)
         meter = ChangeMeter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,14 @@ def what_is_done(settings: EffectSettings) -> str:
     return {0.0: "ablated", 2.0: "doubled"}.get(settings.scale, f"times {settings.scale:g}")
 
 
-def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None) -> Table:
+def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None, *, narrow: bool = False) -> Table:
     """The first features in the order of a column, for the terminal; token text is never markup.
+
+    Args:
+        effects: of some features.
+        sort: one of `SORT_COLUMNS`.
+        limit: rows; None: all.
+        narrow: leave out density and following positions, so that 80 columns are enough.
 
     Raises:
         ConfigError: there is no such column.
@@ -35,32 +42,50 @@ def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None) 
     from rich.text import Text
 
     settings = effects.settings
-    table = Table(box=box.SIMPLE_HEAD, title=f"{effects.hook}: features {what_is_done(settings)}, nats", pad_edge=False)
-    for name in ("feature", "density", "Δ loss", f"next {settings.window}", "direct", "KL", "random"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
-    table.add_column("more likely then", no_wrap=True, overflow="ellipsis")
-    chosen = effects.sorted_by(sort)
-    for effect in chosen[:limit]:
-        tokens = Text(" ").join(Text(visible(change.token), style="on grey23") for change in effect.raised)
-        short = [_short(estimate) for estimate in (effect.loss_after, effect.direct, effect.random_kl)]
-        loss, kl = str(effect.loss), str(effect.kl)
-        table.add_row(str(effect.feature), f"{effect.density:.2%}", loss, short[0], short[1], kl, short[2], tokens)
-    table.caption = (
-        f"{len(chosen[:limit]):,} of {len(chosen):,} features by {sort}. Means over places; ± standard error over "
-        "documents. Δ: of the loss; random: KL of a random direction as long"
-    )
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{effects.hook}: features {what_is_done(settings)}, nats", title_justify="left",
+        pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    columns = {
+        "feature": lambda effect: str(effect.feature),
+        "density": lambda effect: f"{effect.density:.2%}",
+        "Δ loss": lambda effect: str(effect.loss),
+        f"next {settings.window}": lambda effect: _short(effect.loss_after),
+        "direct": lambda effect: _short(effect.direct),
+        "KL": lambda effect: str(effect.kl),
+        "random": lambda effect: _short(effect.random_kl),
+    }
+    if narrow:
+        del columns["density"], columns[f"next {settings.window}"]
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("more likely then")  # the one that could wrap gives way to the others; its text is cut instead
+    between = Text(" ", no_wrap=True, overflow="ellipsis")
+    for effect in effects.sorted_by(sort)[:limit]:
+        tokens = between.join(Text(visible(change.token), style="on grey23") for change in effect.raised)
+        table.add_row(*(text(effect) for text in columns.values()), tokens)
     return table
 
 
-def effect_line(effect: FeatureEffect, settings: EffectSettings) -> str:
-    """What stands beside a feature where a user looks at it."""
+def table_note(effects: Effects, sort: str, limit: int | None) -> str:
+    """What stands under the table."""
+    shown = len(effects) if limit is None else min(limit, len(effects))
+    return (
+        f"{shown:,} of {len(effects):,} features by {sort}. Means over places; ± standard error over documents. "
+        "direct: Δ loss to first order, through no block; random: KL of a random direction as long."
+    )
+
+
+def effect_lines(effect: FeatureEffect, settings: EffectSettings) -> str:
+    """What stands beside a feature where a user looks at it: a few lines."""
     if not effect.positions:
         return f"{what_is_done(settings)}: it was changed nowhere in the held-out text read"
-    direct = "" if effect.direct is None else f"   direct {effect.direct}"
+    direct = "" if effect.direct is None else f" (direct {signed(effect.direct)})"
     random = "" if effect.random_kl.value is None else f" (random direction {effect.random_kl})"
     return (
-        f"{what_is_done(settings)}: loss {signed(effect.loss)}, next {settings.window} {signed(effect.loss_after)}   "
-        f"KL {effect.kl}{random}{direct}   nats, {effect.positions} places in {effect.documents} documents"
+        f"{what_is_done(settings)} at {effect.positions} places in {effect.documents} documents, nats:\n"
+        f"loss {signed(effect.loss)}{direct}, next {settings.window} {signed(effect.loss_after)}\n"
+        f"KL {effect.kl}{random}"
     )
 
 
@@ -73,13 +98,19 @@ def signed(estimate: Estimate) -> str:
 def summary_lines(effects: Effects) -> list[str]:
     """What came of all features together: how direct and measured effects agree, and how many exceed the null."""
     measured = [effect for effect in effects.features.values() if effect.positions]
-    above = [_exceeds_zero(effect.kl_above_random) for effect in measured if effect.kl_above_random.standard_error]
+    random = [effect.kl_above_random for effect in measured]
+    elsewhere = [independent_difference(effect.kl, effect.elsewhere_kl) for effect in measured]
     lines = []
-    if above:
-        lines.append(
-            f"{sum(above):,} of {len(above):,} features change the next-token distribution more than a random "
-            "direction as long does at the same places (KL, difference above two standard errors)."
-        )
+    for differences, null in (
+        (random, "a random direction as long does at the same places"),
+        (elsewhere, "their own directions do where they do not fire"),
+    ):
+        above = [_exceeds_zero(difference) for difference in differences if difference.standard_error]
+        if above:
+            lines.append(
+                f"{sum(above):,} of {len(above):,} features change the next-token distribution more than {null} "
+                "(KL, difference above two standard errors)."
+            )
     for name, correlation in (("features", effects.over_features), ("places", effects.over_positions)):
         if correlation is not None and correlation.value is not None:
             lines.append(f"Direct against measured change of the loss over {name}: {_correlation(correlation)}.")
@@ -153,6 +184,15 @@ def _by_feature(effects: Effects) -> str:
 def _tokens(changes: Sequence[TokenChange]) -> str:
     """Token text as code that no character of it can end."""
     return " ".join(f"`{visible(change.token).replace('`', 'ˋ')}`" for change in changes) or _NONE
+
+
+def independent_difference(a: Estimate, b: Estimate) -> Estimate:
+    """a − b of different places; its standard error where both have one."""
+    if a.value is None or b.value is None:
+        return Estimate(None, None)
+    if a.standard_error is None or b.standard_error is None:
+        return Estimate(a.value - b.value, None)
+    return Estimate(a.value - b.value, math.hypot(a.standard_error, b.standard_error))
 
 
 def _exceeds_zero(estimate: Estimate) -> bool:

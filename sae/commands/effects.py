@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 _DRAWN = 200
+_WIDE = 100
 
 
 @click.command()
@@ -53,7 +54,7 @@ def effects(
     from sae import pipeline
     from sae.causal import EffectSettings, measure_effects
     from sae.causal.effects import check_column
-    from sae.causal.render import effects_table, summary_lines
+    from sae.causal.render import effects_table, summary_lines, table_note
     from sae.progress import progress_bars
 
     check_column(sort)
@@ -73,6 +74,6 @@ def effects(
             progress=progress,
         )
     console = Console()
-    console.print(effects_table(measured, sort, limit))
-    for line in summary_lines(measured):
+    console.print(effects_table(measured, sort, limit, narrow=console.width < _WIDE))
+    for line in (table_note(measured, sort, limit), *summary_lines(measured)):
         console.print(line, highlight=False)

@@ -73,6 +73,8 @@ def measure_legacy(
     Returns:
         By the dictionaries' names; nothing where there is no whole context among the tokens.
     """
+    if not dictionaries:
+        return {}
     special = torch.tensor(cache.policy.masked_ids, dtype=torch.long)
     everything = {**dictionaries, _MEAN: _mean_predictor(mean.float().to(device))}
     sums = {name: BatchSums(cache.d_in(hook)) for name in everything}

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.legacy import CONTEXTS_PER_BATCH
-from sae.evaluation.legacy_pass import LegacyScores
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, Report, Scores
 from sae.tokens import TokenPolicy
 
@@ -53,7 +52,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         *_losses(report),
         "## Sparsity",
         _sparsity(report),
-        *_legacy(report.legacy),
+        *_legacy(report),
     ]
     if figures is None:
         parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
@@ -235,7 +234,10 @@ def _sparsity(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _legacy(legacy: LegacyScores | None) -> list[str]:
+def _legacy(report: Report) -> list[str]:
+    legacy, title = report.legacy, "## For comparison with published numbers only"
+    if "reads" in report.dictionary:
+        return [title, "Nothing: the formulas of other packages are for dictionaries that give what they read."]
     if legacy is None:
         return []
     columns = [part[package] for part in (legacy.of, legacy.mean_predictor) for package in part]
@@ -243,7 +245,7 @@ def _legacy(legacy: LegacyScores | None) -> list[str]:
     rows = [[f"`{name}`", *(_number(column.get(name)) for column in columns)] for name in names]
     head = ["", *legacy.of, *(f"x̂ = x̄, {package}" for package in legacy.mean_predictor)]
     return [
-        "## For comparison with published numbers only",
+        title,
         f"What the formulas of other packages give on the first {legacy.tokens:,} held-out tokens whose id is not a "
         f"special one, in batches of {CONTEXTS_PER_BATCH} contexts. They are not the metrics above, even where they "
         "are called the same: `sae/evaluation/legacy.py` has each equation, and how it differs. Beside the dictionary "

@@ -25,6 +25,7 @@ from sae.features.vocabulary import Vocabulary
 from sae.features.write import Collected, write_store
 from sae.neighbours import nearest_neighbours
 from sae.tokens import TRAIN
+from sae.transcoding import Hooks
 
 if TYPE_CHECKING:
     from sae.language_model import LanguageModel
@@ -53,7 +54,7 @@ def collect(
     number of tokens. The result does not depend on `batch_contexts` (beyond the rounding of matrix products).
 
     Args:
-        dictionary: takes raw activations at `hook`.
+        dictionary: takes raw activations at `hook`; of a transcoder, logits are those of what it gives.
         cache: its training split is read.
         folder: where the store is written; an older store there is replaced.
         settings: what is kept.
@@ -67,9 +68,10 @@ def collect(
 
     Raises:
         CacheError: the hook point is not in the cache, or of another width; or the store cannot be written.
-        ConfigError: `settings.tokens` is less than one context.
+        ConfigError: `settings.tokens` is less than one context, or a transcoder reads another hook point.
     """
     check_width(dictionary, cache, hook)
+    gives = _gives(dictionary, hook)
     if dictionary.W_dec.device != torch.device(device):
         dictionary = copy.deepcopy(dictionary).to(device)
     collected = scan(dictionary, cache, settings, hook, seed, batch_contexts, progress)
@@ -83,7 +85,7 @@ def collect(
         hook=hook,
         seed=seed,
         vocabulary=vocabulary,
-        logits=_logits(dictionary, language_model, hook, settings, len(vocabulary)),
+        logits=_logits(dictionary, language_model, gives, settings, len(vocabulary)),
         neighbours=nearest_neighbours(dictionary.W_dec.detach(), settings.neighbours),
     )
 
@@ -126,6 +128,17 @@ def check_width(dictionary: Dictionary, cache: ActivationCache, hook: str) -> No
         )
 
 
+def _gives(dictionary: Dictionary, hook: str) -> str:
+    """The hook point whose activations are made of the features that are read at `hook`."""
+    hooks = Hooks.of(dictionary.metadata)
+    if not hooks.of_transcoder:
+        return hook
+    if hooks.reads != hook:
+        raise ConfigError(f"hook {hook!r}: the transcoder reads {hooks.reads!r}; its features are collected there")
+    assert hooks.gives is not None
+    return hooks.gives
+
+
 @torch.no_grad()
 def _encode(dictionary: Dictionary, batch: ContextBatch) -> tuple[Int[np.ndarray, " t"], np.ndarray, np.ndarray]:
     """Rows of the batch that are eligible, and their codes `[t, k]`."""
@@ -137,10 +150,10 @@ def _encode(dictionary: Dictionary, batch: ContextBatch) -> tuple[Int[np.ndarray
 
 
 def _logits(
-    dictionary: Dictionary, language_model: LanguageModel | None, hook: str, settings: FeaturesConfig, tokens: int
+    dictionary: Dictionary, language_model: LanguageModel | None, gives: str, settings: FeaturesConfig, tokens: int
 ) -> LogitEffects | None:
-    """None where there is no model, or the hook point is not in the space that the unembedding reads."""
-    if language_model is None or not language_model.is_residual(hook):
+    """None where there is no model, or `gives` is not in the space that the unembedding reads."""
+    if language_model is None or not language_model.is_residual(gives):
         return None
     return logit_effects(dictionary.W_dec.detach(), language_model.unembedding()[:, :tokens], settings.logits)
 

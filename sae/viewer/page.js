@@ -142,7 +142,7 @@ function neighboursCard(feature) {
 }
 
 function effectCard(feature) {
-  const rows = feature.e.map(([name, value]) => element("div", "", element("dt", "", name), element("dd", "", value)));
+  const rows = feature.e.map(([name, value]) => element("div", "", element("dt", "", name), element("dd", "", value.replace("-", "−"))));
   return element("section", "card effect", element("h3", "", `Effect on the model, ${data.changed}, nats`), element("dl", "", ...rows));
 }
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sae.causal.effects import Effects
-from sae.causal.render import effect_line
+from sae.causal.render import effect_lines
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
 from sae.features.text import visible
@@ -26,7 +26,7 @@ def print_feature(feature: Feature, console: Console | None = None, effects: Eff
     console = console or Console()
     console.print(_header(feature))
     if effects is not None and feature.index in effects.features:
-        console.print(_labelled("effect", Text(effect_line(effects[feature.index], effects.settings))))
+        console.print(_labelled("effect", Text(effect_lines(effects[feature.index], effects.settings))))
     if feature.promoted is not None and feature.suppressed is not None:
         console.print(_labelled("raises", _logits(feature.promoted)))
         console.print(_labelled("lowers", _logits(feature.suppressed)))

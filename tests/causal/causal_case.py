@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,12 +49,30 @@ def make_gemma(folder: Path, tiny_model: Path, cap: float | None = None) -> Lang
         num_key_value_heads=1, head_dim=8, max_position_embeddings=32, final_logit_softcapping=cap,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
+    return _saved(lambda: Gemma2ForCausalLM(config), folder)
+
+
+def make_granite(folder: Path, tiny_model: Path, logits_scaling: float = 1.0) -> LanguageModel:
+    """A tiny Granite: Llama's blocks (rotary positions, fewer keys than queries), its logits divided by a number."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    shutil.copytree(tiny_model, folder)  # for the tokenizer
+    config = GraniteConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, logits_scaling=logits_scaling,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return _saved(lambda: GraniteForCausalLM(config), folder)
+
+
+def _saved(make: Callable[[], Any], folder: Path) -> LanguageModel:
+    """A model with weights far from where they begin, through its folder."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        gemma = Gemma2ForCausalLM(config).eval().requires_grad_(False)
-        for name, parameter in gemma.named_parameters():
+        model = make().eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():
             parameter.add_((0.3 if "norm" in name else 0.2) * torch.randn_like(parameter))
-    gemma.save_pretrained(folder)
+    model.save_pretrained(folder)
     return LanguageModel(ModelConfig(name=str(folder)))
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from causal_case import HEADS, MLP, POST, RESID, make_gemma
+from causal_case import HEADS, MLP, POST, RESID, make_gemma, make_granite
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
@@ -37,3 +37,9 @@ def held_out(
 def gemma(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     """A tiny model of another family. Read only."""
     return make_gemma(tmp_path_factory.mktemp("gemma") / "gemma", tiny_model)
+
+
+@pytest.fixture(scope="session")
+def granite(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """A tiny model of Llama's blocks. Read only."""
+    return make_granite(tmp_path_factory.mktemp("granite") / "granite", tiny_model)

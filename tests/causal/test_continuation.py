@@ -24,11 +24,11 @@ def picked(logits: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("hook", [RESID, "blocks.2.hook_resid_pre", "blocks.0.hook_resid_pre", POST, MLP, HEADS])
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "granite"])
 def test_logits_are_those_of_the_whole_model_with_the_activations_replaced(
-    language_model: LanguageModel, gemma: LanguageModel, tokens: Tensor, hook: str, family: str
+    language_model: LanguageModel, gemma: LanguageModel, granite: LanguageModel, tokens: Tensor, hook: str, family: str
 ) -> None:
-    model = language_model if family == "gpt2" else gemma
+    model = {"gpt2": language_model, "gemma2": gemma, "granite": granite}[family]
     continuation = Continuation(model, hook)
     x = continuation.activations(tokens)
     for new in (x, 0.5 * x.flip(-1) + 0.1):

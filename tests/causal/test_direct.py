@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from causal_case import HEADS, MLP, POST, RESID, make_gemma
+from causal_case import HEADS, MLP, POST, RESID, make_gemma, make_granite
 from torch import Tensor
 
 from sae.causal.direct import DirectPath
@@ -66,3 +66,9 @@ def test_where_there_is_no_direct_path(language_model: LanguageModel, tiny_model
     assert DirectPath.of(language_model, MLP) is not None and DirectPath.of(language_model, POST) is not None
     capped = make_gemma(tmp_path / "capped", tiny_model, cap=30.0)
     assert DirectPath.of(capped, RESID) is None, "tanh of the logits comes after the unembedding"
+
+
+def test_scaled_logits_have_no_direct_path(granite: LanguageModel, tiny_model: Path, tmp_path: Path) -> None:
+    """Granite divides them, after the unembedding, by a number of its configuration."""
+    assert DirectPath.of(granite, RESID) is not None
+    assert DirectPath.of(make_granite(tmp_path / "scaled", tiny_model, logits_scaling=16.0), RESID) is None

@@ -100,6 +100,9 @@ def test_counts_and_places_are_those_of_dense_codes(held_out: ActivationCache, m
     few = scan_firings(dictionary, held_out, RESID, positions=3, seed=0)
     for feature in range(48):
         assert few.places.rows_of(feature).tolist() == found.places.rows_of(feature)[:3].tolist()
+    two = scan_firings(dictionary, held_out, RESID, positions=3, seed=0, features=[7, 9])
+    assert set(two.places.feature) == {7, 9} and two.count.tolist() == found.count.tolist()
+    assert all(two.places.rows_of(feature).tolist() == few.places.rows_of(feature).tolist() for feature in (7, 9))
     assert any(len(set(found.documents[few.places.rows_of(feature)])) == 3 for feature in range(48))
 
 

@@ -98,11 +98,14 @@ def density(cache: ActivationCache, feature: int) -> float:
 def test_a_feature_that_never_fires_has_no_effect_and_no_pass(
     held_out: ActivationCache, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_pass(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model ran")
+    forward = type(language_model.bridge).forward
+
+    def no_context(self: Any, given: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        assert given.shape[:2] == (1, 2), "the model ran on more than the two tokens that the direct path is tried on"
+        return forward(self, given, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(language_model.bridge), "forward", no_pass)
+        patch.setattr(type(language_model.bridge), "forward", no_context)
         effect = measure(held_out, language_model, features=[DEAD])[DEAD]
     assert effect.positions == effect.documents == effect.density == 0
     assert effect.loss == effect.kl == effect.loss_after == effect.direct == Estimate(0.0, None)
@@ -330,6 +333,10 @@ def test_refusals(held_out: ActivationCache, language_model: LanguageModel, tiny
         measure(held_out, language_model, features=[3, 48])
     with pytest.raises(ConfigError, match=f"hook '{MLP}': the dictionary was trained on '{RESID}'"):
         measure_effects(make_dictionary(held_out, RESID), held_out, language_model, hook=MLP)
+    transcoder = make_dictionary(held_out, RESID)
+    transcoder.metadata["target_hook"] = MLP
+    with pytest.raises(ConfigError, match=f"a transcoder, from '{RESID}' to '{MLP}': effects are measured of dict"):
+        measure_effects(transcoder, held_out, language_model, hook=RESID)
     with pytest.raises(CacheError, match=r"hook 'blocks.9.hook_mlp_out' is not in it"):
         measure_effects(unnamed(held_out), held_out, language_model, hook="blocks.9.hook_mlp_out")
     narrow = TopK(16, 48, k=4)

@@ -18,6 +18,7 @@ from sae.architectures import TopK
 from sae.config import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, evaluate_all
+from sae.evaluation.render import markdown
 from sae.evaluation.streams import held_out_blocks
 from sae.language_model import LanguageModel
 from sae.splicing import splice
@@ -122,6 +123,16 @@ def test_from_training_to_a_report(many_documents: ActivationCache, tmp_path: Pa
     assert trained is not None and untrained is not None
     assert trained < 0.2
     assert untrained > 1
+    compared = sae.compare({"t": loaded, "u": make_transcoder(many_documents)}, many_documents, hook=GIVES)
+    assert compared.dictionaries["u"].differences["fvu"].value == pytest.approx(untrained - trained, rel=1e-5)
+
+
+def test_formulas_of_other_packages_are_left_out_with_a_word(many_documents: ActivationCache) -> None:
+    plain = TopK(32, 64, k=4, metadata={"hook": GIVES}).requires_grad_(False)
+    reports = evaluate_all({"t": make_transcoder(many_documents), "p": plain}, many_documents, hook=GIVES)
+    assert reports["t"].legacy is None and reports["p"].legacy is not None
+    words = "Nothing: the formulas of other packages are for dictionaries that give what they read."
+    assert words in markdown(reports["t"], []) and words not in markdown(reports["p"], [])
 
 
 def test_rows_of_other_hook_points_belong_to_the_same_tokens(many_documents: ActivationCache) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from sae.activations import ActivationCache
 from sae.architectures import TopK
 from sae.config import FeaturesConfig
+from sae.errors import ConfigError
 from sae.features import Features, collect
 from sae.language_model import LanguageModel
 
@@ -50,3 +52,22 @@ def test_text_and_logits_are_the_models(
         assert feature.promoted[0].token == raised or (raised == "�" and feature.promoted[0].token.startswith("\\x"))
         assert abs(feature.suppressed[0].logit - float(effects.min())) < 1e-4
     assert features.info["model"] == language_model.info.name
+
+
+def test_features_of_a_transcoder_are_read_at_one_hook_point_and_raise_logits_at_another(
+    tiny_cache: ActivationCache, language_model: LanguageModel, tmp_path: Path
+) -> None:
+    def store(reads: str, gives: str) -> Features:
+        transcoder = TopK(32, 48, k=4, metadata={"hook": reads, "target_hook": gives})
+        settings, tokenizer = FeaturesConfig(top=1, logits=5, neighbours=2), language_model.tokenizer
+        return collect(
+            transcoder, tiny_cache, tmp_path / gives, settings,
+            hook=HOOK, tokenizer=tokenizer, language_model=language_model,
+        )  # fmt: skip
+
+    residual, heads = store(HOOK, "blocks.1.hook_mlp_out"), store(HOOK, "blocks.1.attn.hook_z")
+    assert residual.info["hook"] == HOOK
+    assert residual[0].promoted is not None
+    assert heads[0].promoted is None, "the unembedding does not read the heads"
+    with pytest.raises(ConfigError, match=r"hook 'blocks\.1\.hook_resid_pre': the transcoder reads 'blocks\.0\."):
+        store("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out")

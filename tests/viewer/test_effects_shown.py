@@ -44,12 +44,14 @@ def test_effects_of_this_dictionary_alone_are_shown(make_features) -> None:
         effects_beside(features)
 
 
-def test_a_line_in_the_terminal(make_features) -> None:
+def test_lines_in_the_terminal(make_features) -> None:
     features, effects = make_features("word"), make_effects()
     lines = printed(print_feature, features[0]).splitlines()
     with_effects = printed(print_feature, features[0], effects=effects).splitlines()
     added = [line for line in with_effects if line not in lines]
-    assert " ".join(" ".join(added).split()).startswith("effect ablated: loss +0.250 ± 0.012, next 16 -0.125 ± 0.012")
+    assert " ".join(" ".join(added).split()).startswith(
+        "effect ablated at 64 places in 31 documents, nats: loss +0.250 ± 0.012 (direct +0.062 ± 0.012), next"
+    )
     assert printed(print_feature, features[1], effects=effects) == printed(print_feature, features[1])
 
 
@@ -82,7 +84,7 @@ def test_a_card_on_the_page(browser, make_features, tmp_path: Path) -> None:  # 
     card = page.locator(".effect")
     assert card.locator("h3").inner_text().lower() == "effect on the model, ablated, nats"
     assert card.locator("dd").all_inner_texts() == [
-        "+0.250 ± 0.012", "-0.125 ± 0.012", "0.125 ± 0.012", "0.002 ± 0.012", "+0.062 ± 0.012",
+        "+0.250 ± 0.012", "−0.125 ± 0.012", "0.125 ± 0.012", "0.002 ± 0.012", "+0.062 ± 0.012",
         "64 places, 31 documents",
     ]  # fmt: skip
     page.evaluate("location.hash = '1'")
