@@ -112,7 +112,7 @@ class FeatureEffect:
         values: dict[str, Any] = {name: record[name] for name in _names(FeatureEffect)}
         for name, value in values.items():
             if isinstance(value, dict):
-                values[name] = Estimate(value["value"], value["standard_error"])
+                values[name] = Estimate.from_json(value)
             elif name in ("raised", "lowered"):
                 values[name] = tuple(TokenChange(str(token), float(change)) for token, change in value)
         return FeatureEffect(**values)
