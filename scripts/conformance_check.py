@@ -96,7 +96,8 @@ def saebench_tests(folder: Path, names: list[str]) -> list[Row]:
     for case in ElementTree.parse(report).iter("testcase"):
         bad = next((found for tag in ("failure", "error", "skipped") if (found := case.find(tag)) is not None), None)
         message = "" if bad is None else f"{bad.tag}: {bad.get('message')}"
-        test, _, parameter = (case.get("name") or "").rstrip("]").partition("[")
+        name, _, parameter = (case.get("name") or "").rstrip("]").partition("[")
+        test = f"{case.get('classname')}.{name}"
         outcomes.setdefault(test, {})[parameter] = " ".join(message.split())[:200]
     return [
         Row("SAEBench's unit test", test, _outcome(of_each), not any(of_each.values()))
@@ -110,7 +111,7 @@ def _outcome(of_each: dict[str, str]) -> str:
 
 
 def check_everything(tests: Path | None) -> tuple[list[Row], list[str]]:
-    """Every check's row, and the tables of numbers."""
+    """Every check's row, and the tables of numbers where all of them are there."""
     import sae
 
     dictionaries = {
@@ -125,10 +126,12 @@ def check_everything(tests: Path | None) -> tuple[list[Row], list[str]]:
         "defaults": core.run_core(dictionaries, core.DEFAULTS),
         "special tokens left": core.run_core(dictionaries, core.OURS),
     }
-    rows += [
+    core_rows = [
         attempt("core evaluation", name, lambda name=name, d=d: core.check_core(name, numbers, reports[name], d))
         for name, d in dictionaries.items()
     ]
+    tables = core.tables(numbers, reports) if all(row.passed for row in core_rows) else []
+    rows += core_rows
     topk = dictionaries["topk"]
     rows.append(attempt("core, bfloat16", "topk", lambda: core.check_bfloat16(topk)))
     rows += [
@@ -137,7 +140,7 @@ def check_everything(tests: Path | None) -> tuple[list[Row], list[str]]:
     ]
     rows.append(attempt("sae-probes in SAEBench", "topk", lambda: probes.check_probing_evaluation(topk)))
     rows += saebench_tests(tests, list(dictionaries)) if tests else []
-    return rows, core.tables(numbers, reports)
+    return rows, tables
 
 
 def main() -> None:
