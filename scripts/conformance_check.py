@@ -1,6 +1,7 @@
 """Runs SAEBench's and sae-probes' own code on this package's dictionaries and prints what passed.
 
-    python conformance_check.py FOLDER [--tests SAEBENCH/tests/unit]
+    python conformance_check.py FOLDER
+    python conformance_check.py FOLDER --tests SAEBENCH/tests/unit
 
 Runs in the environment that scripts/conformance makes, on what scripts/conformance_prepare.py wrote to FOLDER. The
 dictionaries are as `sae.load` gives them; of their `cfg` only `model_name` is set, to a name transformer-lens 3 knows.
@@ -83,6 +84,7 @@ def gpt2_l4_sae(request):
 def saebench_tests(folder: Path, names: list[str]) -> list[Row]:
     """SAEBench's own unit tests, a row for each, on every dictionary."""
     own = Path("results/saebench-tests")
+    shutil.rmtree(own, ignore_errors=True)
     shutil.copytree(folder, own, ignore=shutil.ignore_patterns("conftest.py", "__pycache__"))
     (own / "conftest.py").write_text(CONFTEST.format(names=names), encoding="utf-8")
     (own / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")  # or it would find this project's
@@ -110,14 +112,12 @@ def _outcome(of_each: dict[str, str]) -> str:
     return failures or (f"on each of {len(of_each)} dictionaries" if "" not in of_each else "without a dictionary")
 
 
-def check_everything(tests: Path | None) -> tuple[list[Row], list[str]]:
+def check_everything(names: list[str]) -> tuple[list[Row], list[str]]:
     """Every check's row, and the tables of numbers where all of them are there."""
     import sae
 
-    dictionaries = {
-        path.parent.parent.name: sae.load(path.parent)
-        for path in sorted(Path("sweep").glob("*/dictionary/config.json"))
-    }
+    shutil.rmtree("results", ignore_errors=True)
+    dictionaries = {name: sae.load(Path("sweep", name)) for name in names}
     reports = {name: json.loads(Path("sweep", name, "eval.json").read_text(encoding="utf-8")) for name in dictionaries}
     for dictionary in dictionaries.values():
         dictionary.cfg.model_name = MODEL
@@ -139,30 +139,30 @@ def check_everything(tests: Path | None) -> tuple[list[Row], list[str]]:
         for name, d in dictionaries.items()
     ]
     rows.append(attempt("sae-probes in SAEBench", "topk", lambda: probes.check_probing_evaluation(topk)))
-    rows += saebench_tests(tests, list(dictionaries)) if tests else []
     return rows, tables
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what scripts/conformance_prepare.py filled")
-    parser.add_argument("--tests", type=Path, help="tests/unit of a checkout of SAEBench, to run as well")
+    parser.add_argument("--tests", type=Path, help="tests/unit of a checkout of SAEBench, to run these instead")
     arguments = parser.parse_args()
     tests = arguments.tests.resolve() if arguments.tests else None
     if tests and not tests.is_dir():
         parser.error(f"--tests {str(tests)!r} is no folder; give tests/unit of a checkout of SAEBench")
     os.chdir(arguments.folder)
     os.environ |= {"HF_HOME": str(Path("hub").resolve()), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    shutil.rmtree("results", ignore_errors=True)
+    names = sorted(path.parent.parent.name for path in Path("sweep").glob("*/dictionary/config.json"))
 
-    rows, numbers = check_everything(tests)
+    rows, numbers = (saebench_tests(tests, names), []) if tests else check_everything(names)
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     table = ["| | check | of | outcome |", "|---|---|---|---|", *map(str, rows)]
     text = "\n".join([versions, "", *table, "", *numbers, ""])
-    Path("conformance.md").write_text(text, encoding="utf-8")
+    written = Path("conformance-tests.md" if tests else "conformance.md")
+    written.write_text(text, encoding="utf-8")
     print(text)
     failed = sum(not row.passed for row in rows)
-    print(f"{len(rows) - failed} of {len(rows)} checks passed; the table is in {Path('conformance.md').resolve()}")
+    print(f"{len(rows) - failed} of {len(rows)} checks passed; the table is in {written.resolve()}")
     sys.exit(1 if failed else 0)
 
 
