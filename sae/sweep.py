@@ -234,6 +234,7 @@ def _point(run: Run, variant: str) -> Point:
 
 
 def _write(folder: Path, points: dict[str, Point], failures: dict[str, str]) -> None:
+    differences = to_row_above(points, {name: load_file(folder / name / DOCUMENTS_FILE) for name in points})
     write_json(
         folder / JSON_FILE,
         {
@@ -245,7 +246,6 @@ def _write(folder: Path, points: dict[str, Point], failures: dict[str, str]) -> 
             "failures": failures,
         },
     )
-    differences = to_row_above(points, {name: load_file(folder / name / DOCUMENTS_FILE) for name in points})
     figure = draw_pareto(list(points.values()))
     if figure:
         write_bytes(folder / FIGURE_FILE, figure)
