@@ -1,6 +1,6 @@
 """Runs SAEBench's and sae-probes' own code on this package's dictionaries and prints what passed.
 
-    python conformance_check.py FOLDER
+    python conformance_check.py FOLDER [--only custom | core | probes]
     python conformance_check.py FOLDER --tests SAEBENCH/tests/unit
 
 Runs in the environment that scripts/conformance makes, on what scripts/conformance_prepare.py wrote to FOLDER. The
@@ -27,6 +27,7 @@ import conformance_core as core
 import conformance_probes as probes
 
 MODEL = "gpt2"
+GROUPS = ("custom", "core", "probes")
 LIBRARIES = ("sae-bench", "sae-probes", "sae-lens", "transformer-lens", "transformers", "datasets", "torch", "numpy")
 
 
@@ -50,6 +51,11 @@ def attempt(check: str, of: str, run: Callable[[], str]) -> Row:
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return Row(check, of, reason, False)
+
+
+def each(check: str, dictionaries: dict[str, Any], run: Callable[[str, Any], str]) -> list[Row]:
+    """The same check of every dictionary, given its name and itself."""
+    return [attempt(check, name, lambda n=name, d=d: run(n, d)) for name, d in dictionaries.items()]
 
 
 def check_custom_sae(dictionary: Any) -> str:
@@ -112,39 +118,46 @@ def _outcome(of_each: dict[str, str]) -> str:
     return failures or (f"on each of {len(of_each)} dictionaries" if "" not in of_each else "without a dictionary")
 
 
-def check_everything(names: list[str]) -> tuple[list[Row], list[str]]:
-    """Every check's row, and the tables of numbers where all of them are there."""
-    import sae
-
-    shutil.rmtree("results", ignore_errors=True)
-    dictionaries = {name: sae.load(Path("sweep", name)) for name in names}
+def core_rows(dictionaries: dict[str, Any]) -> tuple[list[Row], list[str]]:
+    """SAEBench's core evaluation, and its tables where all of it passed."""
     reports = {name: json.loads(Path("sweep", name, "eval.json").read_text(encoding="utf-8")) for name in dictionaries}
-    for dictionary in dictionaries.values():
-        dictionary.cfg.model_name = MODEL
-    rows = [attempt("custom-SAE checks", name, lambda d=d: check_custom_sae(d)) for name, d in dictionaries.items()]
     numbers = {
         "defaults": core.run_core(dictionaries, core.DEFAULTS),
         "special tokens left": core.run_core(dictionaries, core.OURS),
     }
-    core_rows = [
-        attempt("core evaluation", name, lambda name=name, d=d: core.check_core(name, numbers, reports[name], d))
-        for name, d in dictionaries.items()
-    ]
-    tables = core.tables(numbers, reports) if all(row.passed for row in core_rows) else []
-    rows += core_rows
-    topk = dictionaries["topk"]
-    rows.append(attempt("core, bfloat16", "topk", lambda: core.check_bfloat16(topk)))
-    rows += [
-        attempt("sae-probes", name, lambda name=name, d=d: probes.check_probes(name, d))
-        for name, d in dictionaries.items()
-    ]
-    rows.append(attempt("sae-probes in SAEBench", "topk", lambda: probes.check_probing_evaluation(topk)))
-    return rows, tables
+    rows = each("core evaluation", dictionaries, lambda name, d: core.check_core(name, numbers, reports[name], d))
+    tables = core.tables(numbers, reports) if all(row.passed for row in rows) else []
+    return [*rows, attempt("core, bfloat16", "topk", lambda: core.check_bfloat16(dictionaries["topk"]))], tables
+
+
+def probe_rows(dictionaries: dict[str, Any]) -> list[Row]:
+    """sae-probes, by itself and inside SAEBench."""
+    shutil.rmtree(probes.ACTIVATIONS, ignore_errors=True)
+    inside = attempt("sae-probes in SAEBench", "topk", lambda: probes.check_probing_evaluation(dictionaries["topk"]))
+    return [*each("sae-probes", dictionaries, probes.check_probes), inside]
+
+
+def run_group(group: str, tests: Path | None) -> tuple[list[Row], list[str]]:
+    """A group's rows, and the tables beneath them."""
+    import sae
+
+    names = sorted(path.parent.parent.name for path in Path("sweep").glob("*/dictionary/config.json"))
+    if tests:
+        return saebench_tests(tests, names), []
+    dictionaries = {name: sae.load(Path("sweep", name)) for name in names}
+    for dictionary in dictionaries.values():
+        dictionary.cfg.model_name = MODEL
+    if group == "core":
+        return core_rows(dictionaries)
+    if group == "probes":
+        return probe_rows(dictionaries), []
+    return each("custom-SAE checks", dictionaries, lambda _, d: check_custom_sae(d)), []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what scripts/conformance_prepare.py filled")
+    parser.add_argument("--only", choices=GROUPS, help="run this group of checks alone")
     parser.add_argument("--tests", type=Path, help="tests/unit of a checkout of SAEBench, to run these instead")
     arguments = parser.parse_args()
     tests = arguments.tests.resolve() if arguments.tests else None
@@ -152,17 +165,16 @@ def main() -> None:
         parser.error(f"--tests {str(tests)!r} is no folder; give tests/unit of a checkout of SAEBench")
     os.chdir(arguments.folder)
     os.environ |= {"HF_HOME": str(Path("hub").resolve()), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    names = sorted(path.parent.parent.name for path in Path("sweep").glob("*/dictionary/config.json"))
-
-    rows, numbers = (saebench_tests(tests, names), []) if tests else check_everything(names)
-    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    table = ["| | check | of | outcome |", "|---|---|---|---|", *map(str, rows)]
-    text = "\n".join([versions, "", *table, "", *numbers, ""])
-    written = Path("conformance-tests.md" if tests else "conformance.md")
-    written.write_text(text, encoding="utf-8")
-    print(text)
-    failed = sum(not row.passed for row in rows)
-    print(f"{len(rows) - failed} of {len(rows)} checks passed; the table is in {written.resolve()}")
+    print(", ".join(f"{name} {version(name)}" for name in LIBRARIES))
+    failed = 0
+    for group in ["tests"] if tests else [arguments.only] if arguments.only else GROUPS:
+        rows, tables = run_group(group, tests)
+        text = "\n".join(["| | check | of | outcome |", "|---|---|---|---|", *map(str, rows), "", *tables, ""])
+        written = Path(f"conformance-{group}.md")
+        written.write_text(text, encoding="utf-8")
+        failures = sum(not row.passed for row in rows)
+        failed += failures
+        print(f"\n{text}\n{group}: {len(rows) - failures} of {len(rows)} passed; written to {written.resolve()}")
     sys.exit(1 if failed else 0)
 
 
