@@ -143,6 +143,8 @@ class Dictionary(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction x̂ of x."""
         pattern, values = self._encode_rows(x)
+        if pattern.density > DENSE_ABOVE and values.device.type == "cpu":  # of many selected, few may fire
+            return self.decode(pattern.dense(values).view(*x.shape[:-1], self.d_sae))
         return decode(*pattern.ascending(values), self.W_dec).reshape(x.shape) + self.b_dec
 
     def _encode_rows(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:

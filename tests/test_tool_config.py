@@ -165,6 +165,20 @@ def test_decoding_what_was_encoded_is_the_forward_pass(architecture: str) -> Non
     torch.testing.assert_close(dictionary.decode(features).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [0.0, -2.0, -9.0])
+def test_decoding_is_the_forward_pass_where_many_are_selected(shift: float) -> None:
+    """TopK selects half of all, of which most, few or none fire: dense and sparse products round differently."""
+    dictionary = ARCHITECTURES["topk"](D_IN, D_SAE, k=D_SAE // 2)
+    dictionary.load_state_dict(sparse_dictionary("topk").state_dict())
+    with torch.no_grad():
+        dictionary.b_enc.fill_(shift)
+    dictionary.eval().requires_grad_(False)
+    x = torch.randn(3, 50, D_IN, generator=torch.Generator().manual_seed(4)) + dictionary.b_dec
+    features = dictionary.encode(x)
+    assert ((features > 0).float().mean() < 0.1) == (shift < 0)
+    assert torch.equal(dictionary(x), dictionary.decode(features))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_encoding_is_elementwise_what_the_definition_says(architecture: str) -> None:
     """In float64, from pre-activations alone, whichever way it is computed."""
