@@ -208,6 +208,7 @@ class Detection:
         return float(of[self.occurrences > 0].mean())
 
 
+@torch.no_grad()
 def detection(
     dictionary: Dictionary, matching: Matching, validation: Labelled, test: Labelled, *, seed: int = 0
 ) -> Detection:
@@ -264,6 +265,7 @@ def best_thresholds(
     return halfway.where(best.values >= 0, torch.inf)
 
 
+@torch.no_grad()
 def firing_density(dictionary: Dictionary, activations: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_sae"]:
     """Share of the rows on which each feature fires, in float64."""
     counts = torch.zeros(dictionary.d_sae, dtype=torch.float64)
