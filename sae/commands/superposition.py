@@ -30,12 +30,11 @@ def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: P
 
     from sae.progress import progress_bars
     from sae.superposition import EXPERIMENTS, run
-    from sae.superposition.report import terminal_tables
+    from sae.superposition.report import show
 
     with progress_bars(quiet=options["quiet"], units=dict.fromkeys(EXPERIMENTS, "inputs")) as progress:
         done = run(out, experiments, seed=seed, progress=progress)
     console = Console()
     for experiment in done.values():
-        for table in terminal_tables(experiment):
-            console.print(table)
+        show(experiment, console)
     click.echo(f"{len(done)} experiments in {out}")

@@ -93,7 +93,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "recovery-toy": Experiment(
         "Dictionaries on a toy model's hidden activations",
-        dictionaries.RecoverySettings("toy", features=64, d_in=16, mean_l0=1.0, d_sae=128, k=2),
+        dictionaries.RecoverySettings("toy", features=64, d_in=16, mean_l0=1.0, d_sae=128, k=1),
         dictionaries.run_recovery,
         dictionaries.RecoveryResult,
     ),

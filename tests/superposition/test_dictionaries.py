@@ -53,7 +53,7 @@ def test_a_dictionary_recovers_what_a_toy_model_has_laid_out() -> None:
 
 def test_dictionaries_recover_128_features_in_64_dimensions() -> None:
     settings = RecoverySettings(
-        "even", features=128, d_in=64, mean_l0=4.0, d_sae=256, k=4, tokens=200_000, batch_size=1024, scored=4000
+        "even", features=128, d_in=64, mean_l0=4.0, d_sae=256, k=4, tokens=300_000, batch_size=1024, scored=4000
     )
     for dictionary in run_recovery(settings, seed=0).dictionaries:
         assert dictionary.scores.recall[0.9] >= 0.95, dictionary

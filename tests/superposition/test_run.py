@@ -61,7 +61,7 @@ def test_the_folder_has_numbers_tables_and_figures(finished: Path) -> None:
     for name, experiment in EXPERIMENTS.items():
         assert f"## {experiment.title}" in text and f"]({name}.png)" in text
         assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "| recall at 0.9 |" in text and "| tenth | frequency |" in text and "nan" not in text
+    assert "| recall at 0.9 |" in text and "| batch_topk, tenth | frequency |" in text and "nan" not in text
 
 
 def test_what_is_done_is_not_run_again(finished: Path) -> None:
