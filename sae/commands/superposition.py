@@ -1,4 +1,4 @@
-"""`sae superposition`: toy models with known features."""
+"""`sae superposition`: toy models, and dictionaries on activations whose features are known."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import click
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of everything random.")
 @click.pass_obj
 def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: Path, seed: int) -> None:
-    """Run toy models with known features.
+    """Train toy models of superposition, and dictionaries whose true features are known.
 
     EXPERIMENT is one or several of: geometry, dimensionality, phases-2-1, phases-3-2, recovery-toy, recovery-even,
     recovery-hard; without any, all of them. superposition.json, superposition.md and a figure for each are written
@@ -29,13 +29,12 @@ def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: P
     from rich.console import Console
 
     from sae.progress import progress_bars
-    from sae.superposition import run
-    from sae.superposition.report import terminal_tables
+    from sae.superposition import EXPERIMENTS, run
+    from sae.superposition.report import show
 
-    with progress_bars(quiet=options["quiet"]) as progress:
+    with progress_bars(quiet=options["quiet"], units=dict.fromkeys(EXPERIMENTS, "inputs")) as progress:
         done = run(out, experiments, seed=seed, progress=progress)
     console = Console()
     for experiment in done.values():
-        for table in terminal_tables(experiment):
-            console.print(table)
+        show(experiment, console)
     click.echo(f"{len(done)} experiments in {out}")

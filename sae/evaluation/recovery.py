@@ -208,6 +208,7 @@ class Detection:
         return float(of[self.occurrences > 0].mean())
 
 
+@torch.no_grad()
 def detection(
     dictionary: Dictionary, matching: Matching, validation: Labelled, test: Labelled, *, seed: int = 0
 ) -> Detection:
@@ -234,15 +235,21 @@ def detection(
     swapped = torch.empty_like(order)
     swapped[order] = order.roll(1)  # one cycle through all, so that none keeps its own
     labels, test_labels = validation.present[:, matched], test.present[:, matched]
-    scores = _scores(unseen, test_labels, best_thresholds(seen, labels))
-    null = _scores(unseen[:, swapped], test_labels, best_thresholds(seen[:, swapped], labels))
+    precision, recall, f1 = _scores(unseen, test_labels, best_thresholds(seen, labels))
+    _, _, null_f1 = _scores(unseen[:, swapped], test_labels, best_thresholds(seen[:, swapped], labels))
 
     def everywhere(numbers: Tensor) -> Tensor:
         whole = torch.zeros(len(matching.learned), dtype=torch.float64)
         whole[matched] = numbers
         return whole
 
-    return Detection(*(everywhere(part) for part in (*scores, null[2])), test.present.sum(0))
+    return Detection(
+        precision=everywhere(precision),
+        recall=everywhere(recall),
+        f1=everywhere(f1),
+        null_f1=everywhere(null_f1),
+        occurrences=test.present.sum(0),
+    )
 
 
 def best_thresholds(
@@ -264,6 +271,7 @@ def best_thresholds(
     return halfway.where(best.values >= 0, torch.inf)
 
 
+@torch.no_grad()
 def firing_density(dictionary: Dictionary, activations: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_sae"]:
     """Share of the rows on which each feature fires, in float64."""
     counts = torch.zeros(dictionary.d_sae, dtype=torch.float64)

@@ -23,7 +23,6 @@ from sae.training import Recipe, train_all
 
 COSINE = 0.9
 """From which on a learned direction counts as the true one, in tables by frequency."""
-Row = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,8 @@ def run_recovery(
         for architecture, dictionary in outcome.dictionaries.items()
     ]
     measured = float((world.sample(settings.scored, stream=TEST).values > 0).sum()) / settings.scored
-    return RecoveryResult(settings.world, settings.features, settings.d_in, world.mean_l0, measured, tuple(made))
+    features, d_in = world.directions.shape
+    return RecoveryResult(settings.world, features, d_in, world.mean_l0, measured, tuple(made))
 
 
 def score(dictionary: Dictionary, world: World, rows: int, seed: int = 0, seconds: float = 0.0) -> DictionaryScores:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sae.superposition.geometry import dimensions_per_feature, feature_dimensionality, is_pentagon, neighbour_angles
-from sae.superposition.phases import AWAY, PHASES, phase_diagram, phase_grid
+from sae.superposition.phases import AWAY, phase_diagram, phase_grid
 from sae.superposition.toy import ToyTraining, expected_loss, train_toy_models
 
 Steps = Callable[[int, int], None]
@@ -56,16 +56,23 @@ class PlaneModels:
 
 @dataclass(frozen=True)
 class GeometryResult:
-    """One entry for each density."""
+    """By density.
 
+    Attributes:
+        importance: of each feature, in all models.
+        models: one entry for each density.
+    """
+
+    importance: Row
     models: tuple[PlaneModels, ...]
 
 
 def run_geometry(settings: GeometrySettings, seed: int, progress: Steps | None = None) -> GeometryResult:
     """Train `runs` models at each density."""
     density = torch.tensor(settings.densities).repeat_interleave(settings.runs)
-    importance = settings.importance ** torch.arange(settings.features).expand(len(density), -1)
-    models = train_toy_models(density, importance.float(), 2, settings.training, seed=seed, progress=progress)
+    importance = (settings.importance ** torch.arange(settings.features)).float()
+    weights = importance.expand(len(density), -1)
+    models = train_toy_models(density, weights, 2, settings.training, seed=seed, progress=progress)
     made = []
     for number, p in enumerate(settings.densities):
         of_density = models.select(torch.arange(number * settings.runs, (number + 1) * settings.runs))
@@ -81,7 +88,7 @@ def run_geometry(settings: GeometrySettings, seed: int, progress: Steps | None =
                 dimensionality=_row(feature_dimensionality(chosen)),
             )
         )
-    return GeometryResult(tuple(made))
+    return GeometryResult(_row(importance), tuple(made))
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,6 @@ def run_phases(settings: PhaseSettings, seed: int, progress: Steps | None = None
         *phase_grid(settings.densities, settings.importances),
         restarts=settings.restarts, training=settings.training, seed=seed, progress=progress,
     )  # fmt: skip
-    assert int(made.trained.max()) < len(PHASES)
     agree, cells = made.agreement()
     agree_away, cells_away = made.agreement(AWAY)
     return PhaseResult(

@@ -11,11 +11,15 @@ from sae.superposition.experiments import DimensionalityResult, GeometryResult, 
 from sae.superposition.phases import AWAY, PHASES
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREY, _INK, _PALE = "#2b6ca3", "#d97b29", "#6b7280", "#374151", "#e5e7eb"
-_FEATURES = ("#2b6ca3", "#d97b29", "#3b8a4f", "#9d3c8a", "#b45309", "#6b7280", "#0f766e", "#be123c")
+_BLUE, _ORANGE, _RED, _GREY, _INK, _PALE = "#2b6ca3", "#d97b29", "#be123c", "#6b7280", "#374151", "#e5e7eb"
+_FEATURES = ("#2b6ca3", "#d97b29", "#3b8a4f", "#9d3c8a", "#be123c", "#6b7280", "#0f766e", "#b45309")
 _PHASE_COLOURS = ("#e5e7eb", "#2b6ca3", "#d97b29")
+_RECALL: dict[str, Any] = {"marker": "o", "linestyle": "-", "markersize": 4}
+_PRECISION: dict[str, Any] = {"marker": "s", "linestyle": ":", "markersize": 3.5}
+_NULL: dict[str, Any] = {"linestyle": "--", "linewidth": 1}
 _POLYTOPES = {"tetrahedron 3/4": 3 / 4, "triangle 2/3": 2 / 3, "pair 1/2": 1 / 2, "pentagon 2/5": 2 / 5}
 
 
@@ -29,10 +33,11 @@ def draw(result: Any) -> bytes | None:
 
 
 def _geometry(result: GeometryResult) -> bytes:
-    canvas = Canvas(1, len(result.models), (1.75 * len(result.models), 2.15))
-    for axes, model in zip(canvas.axes, result.models, strict=True):
-        from matplotlib.patches import Circle
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Circle
 
+    canvas = Canvas(1, len(result.models), (1.75 * len(result.models), 2.5))
+    for axes, model in zip(canvas.axes, result.models, strict=True):
         _bare(axes)
         axes.add_patch(Circle((0, 0), 1, fill=False, color=_PALE, linewidth=1))
         for number, (x, y) in enumerate(model.W):
@@ -43,6 +48,13 @@ def _geometry(result: GeometryResult) -> bytes:
         axes.set_ylim(-1.35, 1.35)
         axes.set_aspect("equal")
         axes.set_title(f"density {model.density:g}", fontsize=9, color=_INK)
+    handles = [
+        Line2D([], [], color=color, marker="o", markersize=4.5, label=f"importance {importance:.2f}")
+        for color, importance in zip(_FEATURES, result.importance, strict=False)
+    ]
+    canvas.figure.legend(
+        handles=handles, frameon=False, fontsize=8, labelcolor=_INK, loc="outside lower center", ncols=len(handles)
+    )
     return canvas.png()
 
 
@@ -52,8 +64,9 @@ def _dimensionality(result: DimensionalityResult) -> bytes:
     x = [1 / p for p in result.densities]
     for at, numbers in zip(x, result.dimensionality, strict=True):
         axes.plot([at] * len(numbers), numbers, "o", color=_BLUE, markersize=2.6, alpha=0.25, markeredgewidth=0)
-    axes.plot(x, result.dimensions_per_feature, color=_ORANGE, linewidth=1.6)
-    axes.text(x[0], result.dimensions_per_feature[0] + 0.03, " m / ‖W‖²", color=_ORANGE, fontsize=9, va="bottom")
+    axes.plot([], [], "o", color=_BLUE, markersize=3, label="dimensionality of a feature")
+    axes.plot(x, result.dimensions_per_feature, color=_ORANGE, linewidth=1.6, label="m / ‖W‖²")
+    canvas.figure.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="outside upper center", ncols=2)
     logarithmic(axes, "x", (x[0], x[-1]))
     axes.set_xlim(x[0] / 1.1, x[-1] * 1.1)
     axes.set_ylim(-0.02, 1.08)
@@ -62,12 +75,13 @@ def _dimensionality(result: DimensionalityResult) -> bytes:
         axes.axhline(height, color=_GREY, linewidth=0.7, linestyle="--")
         axes.text(1.01, height, label, transform=axes.get_yaxis_transform(), fontsize=8, color=_GREY, va="center")
     axes.set_xlabel("1 / density")
-    axes.set_ylabel("dimensions of a feature")
+    axes.set_ylabel("dimensions")
     return canvas.png()
 
 
 def _phases(result: PhaseResult) -> bytes:
     from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     canvas = Canvas(1, 2, (8.2, 3.9))
@@ -90,11 +104,18 @@ def _phases(result: PhaseResult) -> bytes:
                 near.append((1 / p, importance))
             if result.trained[row][column] != result.analytic[row][column]:
                 differ.append((1 / p, importance))
-    _mark(canvas.axes[1], near, ".", _INK, 3.0)
-    _mark(canvas.axes[0], differ, "x", "#be123c", 5.0)
-    legend = [Patch(color=colour, label=phase) for colour, phase in zip(_PHASE_COLOURS, PHASES, strict=True)]
+    legend: list[Artist] = [
+        Patch(color=colour, label=phase) for colour, phase in zip(_PHASE_COLOURS, PHASES, strict=True)
+    ]
+    for axes, places, marker, color, label in (
+        (canvas.axes[1], near, ".", _INK, f"margin below {AWAY:g}"),
+        (canvas.axes[0], differ, "x", _RED, "not as analytic"),
+    ):
+        style = {"marker": marker, "color": color, "linestyle": "none", "markersize": 5}
+        axes.plot([x for x, _ in places], [y for _, y in places], **style)
+        legend.append(Line2D([], [], label=label, **style))
     canvas.figure.legend(
-        handles=legend, frameon=False, fontsize=9, labelcolor=_INK, loc="outside upper center", ncols=3
+        handles=legend, frameon=False, fontsize=9, labelcolor=_INK, loc="outside upper center", ncols=5
     )
     return canvas.png()
 
@@ -103,29 +124,41 @@ def _recovery(result: RecoveryResult) -> bytes:
     by_frequency = len({group.frequency for group in result.dictionaries[0].by_frequency}) > 1
     canvas = Canvas(1, 3 if by_frequency else 1, (10.2 if by_frequency else 4.6, 3.3))
     for made in result.dictionaries:
-        color, name = COLOURS.get(made.architecture, _INK), made.architecture
-        thresholds = list(made.scores.recall)
-        canvas.axes[0].plot(thresholds, list(made.scores.recall.values()), "o-", color=color, markersize=4, label=name)
-        canvas.axes[0].plot(thresholds, list(made.scores.precision.values()), "s:", color=color, markersize=3.5)
-        canvas.axes[0].plot(thresholds, list(made.null.recall.values()), "--", color=_GREY, linewidth=1)
+        color, thresholds = COLOURS.get(made.architecture, _INK), list(made.scores.recall)
+        canvas.axes[0].plot(thresholds, list(made.scores.recall.values()), color=color, **_RECALL)
+        canvas.axes[0].plot(thresholds, list(made.scores.precision.values()), color=color, **_PRECISION)
+        canvas.axes[0].plot(thresholds, list(made.null.recall.values()), color=_GREY, **_NULL)
         if by_frequency:
             groups, fired = made.by_frequency, made.by_density
             tenths, firing_tenths = range(1, len(groups) + 1), range(1, len(fired) + 1)
-            canvas.axes[1].plot(tenths, [group.recall for group in groups], "o-", color=color, markersize=4)
-            canvas.axes[1].plot(firing_tenths, [group.precision for group in fired], "s:", color=color, markersize=3.5)
-            canvas.axes[2].plot(tenths, [group.f1 for group in groups], "o-", color=color, markersize=4)
-            canvas.axes[2].plot(tenths, [group.null_f1 for group in groups], "--", color=_GREY, linewidth=1)
-    titles = ("recall —, precision ···, at cosine", f"recall —, precision ···, at cosine {COSINE:g}", "detection F1")
+            canvas.axes[1].plot(tenths, [group.recall for group in groups], color=color, **_RECALL)
+            canvas.axes[1].plot(firing_tenths, [group.precision for group in fired], color=color, **_PRECISION)
+            canvas.axes[2].plot(tenths, [group.f1 for group in groups], color=color, **_RECALL)
+            canvas.axes[2].plot(tenths, [group.null_f1 for group in groups], color=_GREY, **_NULL)
+    titles = ("recovered directions", f"recovered directions, cosine {COSINE:g}", "detection F1")
     for axes, title in zip(canvas.axes, titles, strict=False):
         axes.set_title(title, fontsize=9, loc="left", color=_INK)
         axes.set_ylim(-0.03, 1.05)
-    canvas.axes[0].set_xlabel("cosine")
-    canvas.axes[0].plot([], [], "--", color=_GREY, linewidth=1, label="null")
-    canvas.figure.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="outside upper center", ncols=4)
+    canvas.axes[0].set_xlabel("cosine from which on a direction counts as found")
     for axes in canvas.axes[1:]:
         axes.set_xlabel("tenth of the features, most frequent first")
         axes.set_xticks(range(1, 11))
+    _recovery_legend(canvas, [made.architecture for made in result.dictionaries])
     return canvas.png()
+
+
+def _recovery_legend(canvas: Canvas, architectures: list[str]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Artist] = [Patch(color=COLOURS.get(name, _INK), label=name) for name in architectures]
+    handles += [Line2D([], [], color=_INK, label="recall" if len(canvas.axes) == 1 else "recall, F1", **_RECALL)]
+    handles += [Line2D([], [], color=_INK, label="precision", **_PRECISION)]
+    handles += [Line2D([], [], color=_GREY, label="null", **_NULL)]
+    canvas.figure.legend(
+        handles=handles, frameon=False, fontsize=8, labelcolor=_INK, loc="outside upper center",
+        ncols=3 if len(canvas.axes) == 1 else len(handles),
+    )  # fmt: skip
 
 
 def _bare(axes: Axes) -> None:
@@ -133,12 +166,6 @@ def _bare(axes: Axes) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
-
-
-def _mark(axes: Axes, places: list[tuple[float, float]], marker: str, color: str, size: float) -> None:
-    if places:
-        x, y = zip(*places, strict=True)
-        axes.plot(x, y, marker, color=color, markersize=size, linestyle="none")
 
 
 _FIGURES = {

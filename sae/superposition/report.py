@@ -12,7 +12,7 @@ from sae.superposition.geometry import REPRESENTED
 from sae.superposition.phases import AWAY
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from rich.console import Console
 
     from sae.superposition.run import Finished
 
@@ -24,7 +24,7 @@ class Table:
     Attributes:
         head: of the columns.
         rows: cells as text.
-        note: what must be known to read it.
+        note: what must be known to read it; empty where the next table's holds for it too.
     """
 
     head: tuple[str, ...]
@@ -40,28 +40,28 @@ def markdown(done: Sequence[Finished]) -> str:
         if experiment.figure:
             parts.append(f"![{experiment.title}]({experiment.figure})")
         for table in tables(experiment.result):
-            parts += [_pipes(table), table.note]
+            parts += [_pipes(table), table.note] if table.note else [_pipes(table)]
         parts.append(f"`{experiment.name}`, seed {experiment.seed}: {experiment.seconds:,.0f} seconds.")
     if any(experiment.figure is None for experiment in done):
         parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
     return "\n\n".join(parts) + "\n"
 
 
-def terminal_tables(done: Finished) -> list[RichTable]:
-    """The same tables for the terminal."""
+def show(done: Finished, console: Console) -> None:
+    """The same in the terminal, without the figure."""
     from rich import box
     from rich.table import Table as RichTable
 
-    made = []
-    for number, table in enumerate(tables(done.result)):
-        title = f"{done.title} ({done.seconds:,.0f} s)" if number == 0 else None
-        rich = RichTable(box=box.SIMPLE_HEAD, title=title, caption=table.note, caption_justify="left")
+    console.print(f"{done.title} ({done.seconds:,.0f} s)", style="bold", highlight=False)
+    for table in tables(done.result):
+        rich = RichTable(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for column, name in enumerate(table.head):
             rich.add_column(name, justify="left" if column == 0 else "right")
         for row in table.rows:
             rich.add_row(*row)
-        made.append(rich)
-    return made
+        console.print(rich)
+        if table.note:
+            console.print(table.note + "\n", style="dim", highlight=False)
 
 
 def tables(result: Any) -> list[Table]:
@@ -132,7 +132,13 @@ def _recovery(result: RecoveryResult) -> list[Table]:
     )
     made = [Table(head, list(_direction_rows(result.dictionaries)), note)]
     if len({group.frequency for group in result.dictionaries[0].by_frequency}) > 1:
-        made.append(_by_tenth(result))
+        note = (
+            f"Recall at cosine {COSINE:g} and detection F1 are of tenths of the true features, most frequent first; "
+            f"precision at cosine {COSINE:g} is of tenths of the live learned features, most often firing first. Null: "
+            "F1 of another feature's latent."
+        )
+        *others, last = result.dictionaries
+        made += [*(_by_tenth(dictionary, "") for dictionary in others), _by_tenth(last, note)]
     return made
 
 
@@ -155,22 +161,14 @@ def _direction_rows(dictionaries: Sequence[DictionaryScores]) -> Iterable[tuple[
     yield ("fire per row", *(cell for d in dictionaries for cell in (f"{d.l0:.2f}", "")))
 
 
-def _by_tenth(result: RecoveryResult) -> Table:
-    columns = ("recall", "precision", "F1", "null")
-    head = ("tenth", "frequency", *(f"{d.architecture} {column}" for d in result.dictionaries for column in columns))
+def _by_tenth(dictionary: DictionaryScores, note: str) -> Table:
+    head = (f"{dictionary.architecture}, tenth", "frequency", "recall", "precision", "F1", "null")
     rows = []
-    for number, group in enumerate(result.dictionaries[0].by_frequency):
-        cells = []
-        for d in result.dictionaries:
-            own = d.by_frequency[number]
-            precision = f"{d.by_density[number].precision:.3f}" if number < len(d.by_density) else "–"
-            cells += [f"{own.recall:.3f}", precision, f"{own.f1:.3f}", f"{own.null_f1:.3f}"]
-        rows.append((f"{number + 1}", f"{group.frequency:.4f}", *cells))
-    note = (
-        f"Recall at cosine {COSINE:g} and detection F1 are of tenths of the true features, most frequent first; "
-        f"precision at cosine {COSINE:g} is of tenths of the live learned features, most often firing first. Null: F1 "
-        "of another feature's latent."
-    )
+    for number, group in enumerate(dictionary.by_frequency):
+        fired = dictionary.by_density[number : number + 1]
+        precision = f"{fired[0].precision:.3f}" if fired else "–"
+        scores = (f"{group.recall:.3f}", precision, f"{group.f1:.3f}", f"{group.null_f1:.3f}")
+        rows.append((f"{number + 1}", f"{group.frequency:.4f}", *scores))
     return Table(head, rows, note)
 
 

@@ -93,7 +93,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "recovery-toy": Experiment(
         "Dictionaries on a toy model's hidden activations",
-        dictionaries.RecoverySettings("toy", features=64, d_in=16, mean_l0=1.0, d_sae=128, k=2),
+        dictionaries.RecoverySettings("toy", features=64, d_in=16, mean_l0=1.0, d_sae=128, k=1),
         dictionaries.run_recovery,
         dictionaries.RecoveryResult,
     ),
@@ -119,7 +119,6 @@ def run(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     progress: Progress = lambda stage, done, total: None,
-    finished: Callable[[Finished], None] = lambda experiment: None,
 ) -> dict[str, Finished]:
     """Run experiments; after each, `superposition.json`, `superposition.md` and its figure are written.
 
@@ -132,7 +131,6 @@ def run(
         seed: of everything random.
         settings: in place of an experiment's default ones, by its name.
         progress: called with (experiment, inputs done, inputs in all).
-        finished: called with each experiment that is done, run or read.
 
     Raises:
         ConfigError: an unknown experiment, a folder that holds something else, or other settings than those in it.
@@ -154,7 +152,6 @@ def run(
                 kept[name] = _run(name, wanted[name], seed, folder, progress)
                 _write(folder, kept)
             done[name] = _restore(folder, name, kept[name])
-            finished(done[name])
     return done
 
 
@@ -174,7 +171,7 @@ def _chosen(names: Iterable[str]) -> list[str]:
 
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out={str(folder)!r} is a file: choose a folder")
+        raise ConfigError(f"out={str(folder)!r} is a file: choose a folder with --out")
     if not folder.is_dir() or (folder / JSON_FILE).is_file():
         return
     others = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", f".{JSON_FILE}.tmp"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -111,8 +112,6 @@ def test_training_resumes_from_a_world(tmp_path, hard: World) -> None:
     def trained(folder, tokens: int) -> sae.Dictionary:
         settings = sae.TrainConfig(tokens=tokens, checkpoint_every=4, log_every=4, decay_fraction=0)
         return sae.train(WorldSource(hard, 32), sae.DictionaryConfig(d_sae=40, k=2), settings, folder=folder)
-
-    import shutil
 
     whole = trained(tmp_path / "whole", 8 * 32)
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
