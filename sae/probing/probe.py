@@ -248,8 +248,8 @@ def _dense(
 
 
 def _shuffled(truth: Bool[np.ndarray, " rows"], split: Split, rng: np.random.Generator) -> Bool[np.ndarray, " rows"]:
-    """Labels permuted within each part. Test labels too: else a null that hits on a real direction by chance, either way
-    round, scores far from ½.
+    """Labels permuted within each part. Were test labels left as they are, a null that hits on a real direction by
+    chance, either way round, would score far from ½.
     """
     shuffled = truth.copy()
     for rows in (split.train, split.validation, split.test):
