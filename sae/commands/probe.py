@@ -50,7 +50,7 @@ def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> N
     settings = read_overrides(overrides)
     with_letters = FIRST_LETTERS in sources
     data = find_data([source for source in sources if source != FIRST_LETTERS])
-    with progress_bars(quiet=options["quiet"]) as progress:
+    with progress_bars(quiet=options["quiet"], units={"probes": "data sets"}) as progress:
         run = pipeline.Run.open(path, settings.of_run, progress)
         record = probe_run(run, data, settings.probes, letters=settings.letters if with_letters else None)
     console = Console()

@@ -57,7 +57,8 @@ def probe_run(
         letters: measure first letters, with these settings; None: don't.
 
     Returns:
-        The data sets that were asked for. `probe.json` keeps others of the same dictionary and settings as well.
+        The data sets that were asked for. The files show what earlier calls made with the same settings as well;
+        `probe.json` keeps what they made with others, for calls that ask for it again.
 
     Raises:
         ConfigError: scikit-learn is not installed, or the dictionary does not say where it was trained.
@@ -73,6 +74,7 @@ def probe_run(
 class _Probing:
     def __init__(self, run: Run, settings: ProbeConfig) -> None:
         self.run_folder, self.settings, self._run = run.folder, settings, run
+        self._tokens_read = 0
         self.dictionary = run.dictionary("cpu")
         self.hook, self.policy, self.model = _origin(self.dictionary, run)
         subject = {
@@ -89,7 +91,7 @@ class _Probing:
             asked = {name: self._identity(file) for name, file in files.items()}
             if letters is not None:
                 asked[FIRST_LETTERS] = identify(subject=self._subject_hash, settings=letters.model_dump())
-            record = self._without_stale(ProbeRecord.read(self.run_folder, self.subject), asked)
+            record = self._arranged(ProbeRecord.read(self.run_folder, self.subject), asked)
             for number, (name, file) in enumerate(files.items()):
                 if name not in record.entries:
                     entry = self._entry(asked[name], lambda file=file: self._probed(file), alone=len(files) == 1)
@@ -122,18 +124,18 @@ class _Probing:
             made = Entry("", self._kept_settings(), failure=str(error))
         return replace(made, identity=identity, seconds=round(time.perf_counter() - started, 3))
 
-    def _without_stale(self, record: ProbeRecord, asked: Mapping[str, str]) -> ProbeRecord:
-        """Of what is asked for only what is the same in everything and no failure; of the rest, which earlier calls
-        left, only what was probed with the same settings: one table has one kind of probe.
+    def _arranged(self, record: ProbeRecord, asked: Mapping[str, str]) -> ProbeRecord:
+        """Entries: of what is asked for what is the same in everything and no failure; of the rest, which earlier calls
+        left, what was probed with the same settings, since one table has one kind of probe.
         """
         settings = self._kept_settings()
-        kept = [
-            name
-            for name, entry in record.entries.items()
-            if (name in asked and entry.identity == asked[name] and entry.failure is None)
-            or (name not in asked and (name == FIRST_LETTERS or entry.settings == settings))
-        ]
-        return record.only(dict.fromkeys(kept))
+
+        def belongs(name: str, entry: Entry) -> bool:
+            if name in asked:
+                return entry.identity == asked[name] and entry.failure is None
+            return name == FIRST_LETTERS or entry.settings == settings
+
+        return record.arranged(belongs)
 
     def _written(self, record: ProbeRecord) -> ProbeRecord:
         write_bytes(self.run_folder / MARKDOWN_FILE, markdown(record).encode())
@@ -179,10 +181,13 @@ class _Probing:
             return held
         language_model = self._run.language_model
         _check_model(language_model, self.model)
-        made = read_activations(
-            language_model, self.hook, examples(language_model),
-            lambda done, total: self._run.progress("activations", done, total),
-        )  # fmt: skip
+        before = self._tokens_read
+
+        def progress(done: int, total: int) -> None:
+            self._tokens_read = before + done
+            self._run.progress("activations", before + done, before + total)
+
+        made = read_activations(language_model, self.hook, examples(language_model), progress)
         save_activations(made, path)
         return made
 

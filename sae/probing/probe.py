@@ -29,8 +29,8 @@ class MethodResult:
 
     Attributes:
         scores: on the test examples.
-        shuffled: the same probe, chosen and fitted with the training and validation labels shuffled; None of the
-            majority null.
+        shuffled: the same probe, chosen, fitted and scored with labels that were shuffled within each part; None of
+            the majority null.
         columns: for each class and split, the latents or neurons it reads, best ranked first; empty where it reads all.
         strengths: for each class and split, scikit-learn's C that was chosen.
     """
@@ -203,9 +203,8 @@ class _Tasks:
             for name, truth in truths.items():
                 decisions, columns, strength = fit(truth)
                 null, _, _ = fit(shuffled[name])
-                outcomes.setdefault(method, []).append(
-                    _Outcome(self._scores(truth, decisions, split), self._scores(truth, null, split), columns, strength)
-                )
+                scores, of_null = self._scores(truth, decisions, split), self._scores(shuffled[name], null, split)
+                outcomes.setdefault(method, []).append(_Outcome(scores, of_null, columns, strength))
 
         for kind, x in self.columns.items():
             for k in self._sizes(x.shape[1]):
@@ -249,9 +248,11 @@ def _dense(
 
 
 def _shuffled(truth: Bool[np.ndarray, " rows"], split: Split, rng: np.random.Generator) -> Bool[np.ndarray, " rows"]:
-    """Labels of the training rows permuted among themselves, and those of the validation rows."""
+    """Labels permuted within each part. Were test labels left as they are, a null that hits on a real direction by
+    chance, either way round, would score far from ½.
+    """
     shuffled = truth.copy()
-    for rows in (split.train, split.validation):
+    for rows in (split.train, split.validation, split.test):
         shuffled[rows] = rng.permutation(truth[rows])
     return shuffled
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,12 @@ class ProbeRecord:
     Attributes:
         subject: what was probed: dictionary, model, hook point, token policy.
         entries: by data set, in the order in which they were made; failures among them.
+        others: made with other settings, or of other data of the same name; kept for calls that ask for them again.
     """
 
     subject: dict[str, Any]
     entries: dict[str, Entry] = field(default_factory=dict)
+    others: tuple[tuple[str, Entry], ...] = ()
 
     @property
     def results(self) -> dict[str, ProbeResult]:
@@ -91,11 +93,19 @@ class ProbeRecord:
 
     def with_entry(self, name: str, entry: Entry) -> ProbeRecord:
         """The same with an entry more, or another in place of one."""
-        return ProbeRecord(self.subject, {**self.entries, name: entry})
+        return replace(self, entries={**self.entries, name: entry})
 
     def only(self, names: Mapping[str, Any]) -> ProbeRecord:
-        """Without data sets of other names."""
+        """Data sets of these names alone, in this order."""
         return ProbeRecord(self.subject, {name: self.entries[name] for name in names if name in self.entries})
+
+    def arranged(self, belongs: Callable[[str, Entry], bool]) -> ProbeRecord:
+        """Of all there is, those that belong as entries and the rest as others; failures that do not are left out."""
+        everything = [*self.entries.items(), *self.others]
+        inside = {name: entry for name, entry in reversed(everything) if belongs(name, entry)}
+        ordered = {name: inside[name] for name, _ in everything if name in inside}
+        rest = [(name, entry) for name, entry in everything if entry.failure is None and inside.get(name) is not entry]
+        return ProbeRecord(self.subject, ordered, tuple(rest))
 
     def write(self, folder: Path) -> None:
         """Write `probe.json`, atomically."""
@@ -107,6 +117,7 @@ class ProbeRecord:
                 "sae_version": sae.__version__,
                 "subject": self.subject,
                 "data_sets": {name: entry.to_json() for name, entry in self.entries.items()},
+                "others": [{"name": name, **entry.to_json()} for name, entry in self.others],
             },
         )
 
@@ -122,7 +133,8 @@ class ProbeRecord:
                 return empty
             if record["subject"] != subject:
                 return empty
-            return ProbeRecord(subject, {name: Entry.from_json(one) for name, one in record["data_sets"].items()})
+            entries = {name: Entry.from_json(one) for name, one in record["data_sets"].items()}
+            return ProbeRecord(subject, entries, tuple((one["name"], Entry.from_json(one)) for one in record["others"]))
         except (FormatError, KeyError, TypeError, AttributeError):
             return empty
 

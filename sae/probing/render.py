@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 _NONE = "–"
 _METRICS = {"accuracy": "accuracy", "f1": "F1", "auc": "AUC"}
+_SUMMARY_HEAD = ("", *_METRICS.values(), "AUC, shuffled labels", "best AUC on")
+_DUEL_HEAD = ("", "", "mean difference", "higher on", "lower on", "clearly higher", "clearly lower")
+_LETTER_HEAD = (
+    "letter", "words", "F1, dense", "F1, main latents", "main latents", "seen", "silent", "absorption rate",
+    "absorbing",
+)  # fmt: skip
+_SHOWN_LATENTS = 3
 
 
 def markdown(record: ProbeRecord) -> str:
@@ -26,24 +33,16 @@ def markdown(record: ProbeRecord) -> str:
         f"Dictionary `{subject['dictionary']['weights_sha256'][:12]}` ({subject['dictionary']['architecture']}, "
         f"{subject['dictionary']['d_in']:,} → {subject['dictionary']['d_sae']:,}) of `{subject['model'].get('name')}`.",
     ]
-    results = record.results
-    if results:
-        parts += [
-            f"## Means over {len(results)} data sets",
-            _pipe_table(["", *_METRICS.values(), "AUC, shuffled labels", "best AUC on"], list(_summary_rows(record))),
-            "± standard error over data sets. Probes are logistic regressions on test examples that neither choice nor "
-            "fit has seen; of k latents or neurons, those whose class means differ most on the training examples.",
-            "## One against another, by AUC",
-            _pipe_table(["", "", "mean difference", "higher on", "lower on", "clearly higher", "clearly lower"],
-                        list(_duel_rows(record))),
-            "Clearly: by more than two standard errors, taken as if the two erred independently.",
-            "## AUC by data set",
-            _pipe_table(_data_set_head(record), list(_data_set_rows(record))),
-            "± standard error over test examples (DeLong), averaged over the random splits. The last column is the "
-            "largest class's share of all examples; data sets of more than two classes are averaged over classes.",
-        ]  # fmt: skip
+    if record.results:
+        parts += _data_set(record) if len(record.results) == 1 else _data_sets(record)
     if record.letters is not None:
-        parts += ["## First letters", _letters_text(record.letters), _letters_table(record.letters)]
+        parts += [
+            "## First letters",
+            _letters_text(record.letters),
+            _pipe_table(_LETTER_HEAD, _letter_rows(record.letters)),
+            "F1 on test words. Seen: test words of the letter in which the dense probe sees it; silent and absorbed "
+            "are shares of these.",
+        ]
     if record.failures:
         parts += ["## Not probed", "\n".join(f"- {name}: {why}" for name, why in record.failures.items())]
     return "\n\n".join(parts) + "\n"
@@ -67,18 +66,61 @@ def summary_table(record: ProbeRecord) -> Table:
 
 
 def letters_table(record: ProbeRecord) -> Table:
-    """First letters, for the terminal."""
+    """First letters, for the terminal: counts of words, in 80 columns."""
     from rich import box
     from rich.table import Table
 
     assert record.letters is not None
     table = Table(box=box.SIMPLE_HEAD, title=f"{record.subject['hook']}: first letters")
-    for number, name in enumerate(_LETTER_HEAD):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in _letter_rows(record.letters):
-        table.add_row(*row)
-    table.caption = _letters_text(record.letters)
+    for name in ("letter", "F1, dense", "F1, main", "main latents", "silent", "absorbed"):
+        table.add_column(name, justify="left" if name == "letter" else "right")
+    for one in record.letters["concepts"]:
+        dense = _estimate(one["dense_f1"], 2)
+        counts = [f"{one[name]} of {one['positives']}" for name in ("silent", "absorbed")]
+        measured = [_estimate(one["main_f1"], 2), _main_latents(one), *counts]
+        table.add_row(one["name"], dense, *(measured if one["able"] else ["not able", _NONE, _NONE, _NONE]))
+    table.caption = f"{_letters_text(record.letters)} Rates with errors: {MARKDOWN_FILE}"
     return table
+
+
+def _data_sets(record: ProbeRecord) -> list[str]:
+    """Sections on several data sets."""
+    return [
+        f"## Means over {len(record.results)} data sets",
+        _pipe_table(_SUMMARY_HEAD, _summary_rows(record)),
+        f"± standard error over data sets. {_how(record)}",
+        "## One against another, by AUC",
+        _pipe_table(_DUEL_HEAD, _duel_rows(record)),
+        "Clearly: by more than two standard errors, taken as if the two erred independently.",
+        "## AUC by data set",
+        _pipe_table(_data_set_head(record), _data_set_rows(record)),
+        "± standard error over test examples (DeLong), averaged over the random splits; 0 where every positive is "
+        "above every negative, which is not certainty. The last column is the largest class's share of all examples; "
+        "data sets of more than two classes are averaged over classes.",
+    ]
+
+
+def _data_set(record: ProbeRecord) -> list[str]:
+    """Sections on the only one."""
+    [(name, result)] = record.results.items()
+    best = result.methods["latents-1"].columns if "latents-1" in result.methods else {}
+    latents = "; ".join(f"{label!r}: {', '.join(str(one[0]) for one in splits)}" for label, splits in best.items())
+    return [
+        f"## `{name}`",
+        _pipe_table(_SUMMARY_HEAD[:-1], (row[:-1] for row in _summary_rows(record))),
+        f"{sum(result.examples.values()):,} examples. ± standard error over test examples (of AUC: DeLong), averaged "
+        f"over the random splits. {_how(record)}",
+        *([f"Best latent in each split, for {latents}."] if latents else []),
+    ]
+
+
+def _how(record: ProbeRecord) -> str:
+    settings = next(entry.settings for entry in record.entries.values() if entry.result is not None)
+    unit = ", in standard deviations," if settings["ranking"] == "standardised" else ""
+    return (
+        "Probes are logistic regressions on test examples that neither choice nor fit has seen; of k latents or "
+        f"neurons, those whose class means differ most{unit} on the training examples."
+    )
 
 
 def _summary_rows(record: ProbeRecord) -> Iterable[list[str]]:
@@ -120,44 +162,38 @@ def _data_set_rows(record: ProbeRecord) -> Iterable[list[str]]:
         yield [f"`{name}`", f"{total:,}", *cells, ", ".join(map(str, chosen)) or _NONE, majority]
 
 
-_LETTER_HEAD = (
-    "letter", "words", "F1, dense", "F1, main latents", "main latents", "silent", "absorption rate", "absorbing",
-)  # fmt: skip
-
-
-def _letters_table(letters: dict[str, Any]) -> str:
-    return _pipe_table(list(_LETTER_HEAD), list(_letter_rows(letters)))
-
-
 def _letter_rows(letters: dict[str, Any]) -> Iterable[list[str]]:
-    for concept in letters["concepts"]:
-        able = concept["able"]
-        main = ", ".join(map(str, concept["main_latents"]))
-        absorbing = ", ".join(f"{one['latent']} ({one['examples']}×)" for one in concept["absorbing_latents"][:3])
-        yield [
-            concept["name"], f"{concept['examples']:,}", _estimate(concept["dense_f1"]),
-            *([_estimate(concept["main_f1"]), main] if able else ["not able", _NONE]),
-            *([_estimate(concept[name]) if able else _NONE for name in ("silent_rate", "absorption_rate")]),
-            (absorbing or _NONE) if able else _NONE,
+    for one in letters["concepts"]:
+        absorbing = ", ".join(f"{j['latent']} ({j['examples']}×)" for j in one["absorbing_latents"][:_SHOWN_LATENTS])
+        measured = [
+            _estimate(one["main_f1"]), _main_latents(one), str(one["positives"]), _estimate(one["silent_rate"]),
+            _estimate(one["absorption_rate"]), absorbing or _NONE,
         ]  # fmt: skip
+        dense = _estimate(one["dense_f1"])
+        yield [one["name"], f"{one['examples']:,}", dense, *(measured if one["able"] else ["not able", *[_NONE] * 5])]
+
+
+def _main_latents(letter: dict[str, Any]) -> str:
+    latents = list(map(str, letter["main_latents"]))
+    return ", ".join(latents[:_SHOWN_LATENTS] + (["…"] if len(latents) > _SHOWN_LATENTS else []))
 
 
 def _letters_text(letters: dict[str, Any]) -> str:
-    able, means = letters["able"], letters["means"]
+    able, count, means = letters["able"], len(letters["concepts"]), letters["means"]
     if not able:
-        return f"None of {len(letters['concepts'])} letters has a dense probe of sufficient F1: not measured."
+        return f"None of {count} letters has a dense probe of sufficient F1 on validation words: not measured."
     return (
-        f"{able} of {len(letters['concepts'])} letters have a dense probe of sufficient F1. Over these, ± standard "
+        f"{able} of {count} letters have a dense probe of sufficient F1 on validation words. Over these, ± standard "
         f"error over letters: absorption rate {_pair(means['rate'])}, main latents silent "
         f"{_pair(means['silent_rate'])}, main latents {_pair(means['splits'])}."
     )
 
 
-def _estimate(record: dict[str, float | None]) -> str:
-    if record["value"] is None:
+def _estimate(record: dict[str, float | None], decimals: int = 3) -> str:
+    value, error = record["value"], record["standard_error"]
+    if value is None:
         return _NONE
-    error = record["standard_error"]
-    return f"{record['value']:.3f} ± " + (_NONE if error is None else f"{error:.3f}")
+    return f"{value:.{decimals}f} ± " + (_NONE if error is None else f"{error:.{decimals}f}")
 
 
 def _pair(pair: Sequence[float | None] | None, *, sign: bool = False) -> str:
@@ -172,8 +208,8 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _pipe_table(head: Sequence[str], rows: list[list[str]]) -> str:
+def _pipe_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     rule = [":--" if number == 0 else "--:" for number in range(len(head))]
     return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (list(head), rule, *rows)
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, rule, *rows)
     )

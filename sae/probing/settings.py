@@ -91,6 +91,11 @@ class LetterConfig(_Settings):
         default=0.4, gt=0, description="least share of the projection on the probe that an absorbing latent carries"
     )
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return "" if value is None else value  # `letters.prompt=`, as YAML reads it
+
 
 @dataclass(frozen=True)
 class ProbeSettings:

@@ -104,12 +104,12 @@ def duels(results: Mapping[str, ProbeResult]) -> list[Duel]:
 
 
 def heading(method: str) -> str:
-    """What a method is called in tables: `1 latent`, `16 neurons`, `all latents`, `dense`."""
+    """What a method is called in tables: `1 latent`, `16 neurons`, `all latents`, `dense probe`."""
     if method == MAJORITY:
         return "majority"
     kind, _, k = method.partition("-")
     if k == "all":
-        return {"latents": "all latents", "neurons": "dense (all neurons)"}[kind]
+        return {"latents": "all latents", "neurons": "dense probe"}[kind]
     return f"{k} {kind.removesuffix('s') if k == '1' else kind}"
 
 

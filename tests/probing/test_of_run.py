@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -12,15 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 import sae
 from sae import cli, pipeline
 from sae.config_file import parse_config
 from sae.errors import ConfigError, DataError, ModelError
 from sae.probing import of_run
+from sae.probing.render import letters_table
 from sae.probing.settings import LetterConfig, ProbeConfig, describe_keys, read_overrides
 
-QUICK = ProbeConfig(k=(1, 2), splits=1, examples=60)
+QUICK = ProbeConfig(k=(1, 2), splits=1, examples=60, pca=False)
 FILLER = "winter garden engine mother number silver road window question".split()
 
 
@@ -138,8 +141,9 @@ def test_results_are_reused_only_where_nothing_differs(
     own_run: Path, sets: Path, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(sets, tmp_path / "sets"))
+    (folder / "set2.csv").unlink()
     first = sae.probe_run(own_run, [folder], QUICK)
-    assert sorted(counted) == ["set0", "set1", "set2"]
+    assert sorted(counted) == ["set0", "set1"]
     counted.clear()
 
     def refuse(*_: object) -> None:
@@ -150,14 +154,18 @@ def test_results_are_reused_only_where_nothing_differs(
         assert sae.probe_run(own_run, [folder], QUICK) == first
         assert counted == []
         other = sae.probe_run(own_run, [folder], QUICK.model_copy(update={"k": (1,)}))
-        assert sorted(counted) == ["set0", "set1", "set2"], "other settings, the same activations"
+        assert sorted(counted) == ["set0", "set1"], "other settings, the same activations"
         assert "latents-2" not in other.results["set0"].methods
+        assert "2 latents" not in (own_run / "probe.md").read_text(), "one table has one kind of probe"
+        counted.clear()
+        assert sae.probe_run(own_run, [folder], QUICK) == first
+        assert counted == [], "other settings in between lose nothing"
         write_set(folder / "set1.csv", ("self", "class"), seed=9)
         with pytest.raises(AssertionError, match="loaded"):
             sae.probe_run(own_run, [folder], QUICK)
     counted.clear()
     changed = sae.probe_run(own_run, [folder], QUICK)
-    assert "set1" in counted
+    assert counted == ["set1"]
     assert changed.results["set0"] == first.results["set0"]
     assert changed.results["set1"] != first.results["set1"]
     counted.clear()
@@ -166,7 +174,7 @@ def test_results_are_reused_only_where_nothing_differs(
     dictionary.save(own_run / "dictionary")
     monkeypatch.setattr(pipeline, "LanguageModel", refuse)
     stale = sae.probe_run(own_run, [folder], QUICK)
-    assert sorted(counted) == ["set0", "set1", "set2"], "another dictionary, the same activations"
+    assert sorted(counted) == ["set0", "set1"], "another dictionary, the same activations"
     for name in ("set0", "set1"):
         assert stale.results[name].methods["neurons-all"] == changed.results[name].methods["neurons-all"]
 
@@ -202,6 +210,20 @@ def test_a_seeded_sample_of_the_data_sets(own_run: Path, sets: Path) -> None:
     assert list(whole.results)[:2] == list(two.results)
 
 
+def test_a_data_set_alone_has_errors_over_its_test_examples(own_run: Path, sets: Path) -> None:
+    settings = QUICK.model_copy(update={"splits": 2, "ranking": "standardised"})
+    [result] = sae.probe_run(own_run, [sets / "set0.csv"], settings).results.values()
+    text = (own_run / "probe.md").read_text()
+    scores = result.methods["latents-1"].scores
+    assert f"| 1 latent | {scores.accuracy} | {scores.f1} | {scores.auc} |" in text
+    assert "## `set0`" in text
+    assert "data sets" not in text
+    assert "60 examples. ± standard error over test examples" in text
+    assert "those whose class means differ most, in standard deviations, on the training examples" in text
+    first, second = (columns[0] for columns in result.methods["latents-1"].columns["1"])
+    assert f"Best latent in each split, for '1': {first}, {second}." in text
+
+
 def test_one_bad_data_set_does_not_stop_the_others(own_run: Path, sets: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sets, tmp_path / "sets"))
     (folder / "bad.csv").write_text("text,label\n" + "a,1\n" * 30)
@@ -214,7 +236,7 @@ def test_one_bad_data_set_does_not_stop_the_others(own_run: Path, sets: Path, tm
 
 
 def test_first_letters_of_the_demo_model(own_run: Path) -> None:
-    settings = LetterConfig(words=25, prompt="import os\n", able_f1=0.2)
+    settings = LetterConfig(words=25, prompt="import os\n", able_f1=0.2, max_splits=2)
     record = sae.probe_run(own_run, [], letters=settings)
     assert record.letters is not None
     concepts = record.letters["concepts"]
@@ -225,6 +247,13 @@ def test_first_letters_of_the_demo_model(own_run: Path) -> None:
             assert concept["absorption_rate"]["value"] is None
     assert record.letters["able"] == sum(concept["able"] for concept in concepts)
     assert "## First letters" in (own_run / "probe.md").read_text()
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(letters_table(record))
+    printed = console.export_text()
+    assert "…" not in printed.partition("letters have")[0].replace(", …", ""), "no cell is cut at 80 columns"
+    for one in concepts:
+        counts = rf"{one['silent']} of {one['positives']} +{one['absorbed']} of {one['positives']}"
+        assert re.search(rf"^ *{one['name']} .* {counts if one['able'] else 'not able .*'} *$", printed, re.MULTILINE)
     assert sae.probe_run(own_run, [], letters=settings).letters == json.loads(json.dumps(record.letters))
 
 
@@ -256,12 +285,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def test_the_command(own_run: Path, sets: Path, monkeypatch, capsys) -> None:
-    status, out, err = command(monkeypatch, capsys, "probe", own_run, sets, "k=[1, 2]", "splits=1", "examples=60")
+    status, out, err = command(monkeypatch, capsys, "probe", own_run, sets, "k=1", "splits=1", "examples=60")
     assert status == 0, err
     assert "probes on 3 data sets" in out
     assert "1 latent" in out
     assert max(map(len, out.splitlines()[:16])) <= 80
-    assert "dense (all neurons)" in out
+    assert "dense probe" in out
     assert f"3 probed; tables in {own_run / 'probe.md'}" in out.replace("\n", "")
     status, out, err = command(monkeypatch, capsys, "probe", own_run, sets / "set0.csv", "k=1", "exampels=60")
     assert (status, out) == (1, "")
@@ -290,4 +319,5 @@ def test_settings_from_words() -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             read_overrides([word])
+    assert read_overrides(["letters.prompt="]).letters.prompt == ""
     assert yaml.safe_load({key: default for key, default, _ in describe_keys()}["k"]) == [1, 2, 5, 16]

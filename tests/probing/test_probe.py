@@ -61,6 +61,23 @@ def test_a_latent_that_is_the_label_is_found() -> None:
     assert result.examples == {"False": 100, "True": 100}
 
 
+def test_the_null_of_a_label_that_all_columns_tell_is_chance() -> None:
+    """Scored on true test labels, it would be near 0 or 1: whatever it hits on is the label or its opposite."""
+    labels = balanced(400)
+    x = 0.1 * noise(400, 8) + torch.where(labels, 1.0, -1.0)[:, None]
+    for seed in range(3):
+        settings = ProbeConfig(k=(1,), splits=1, pca=False, seed=seed)
+        result = sae.probe(Columns(torch.relu), x, labels.tolist(), settings)
+        for name, method in result.methods.items():
+            if name != "majority":
+                null = method.shuffled
+                assert method.scores.auc.value > 0.99
+                assert null is not None
+                assert null.auc.standard_error is not None
+                assert 0.04 < null.auc.standard_error < 0.07, name
+                assert abs(null.auc.value - 0.5) < 3.3 * null.auc.standard_error, name
+
+
 def test_noise_scores_what_the_null_scores() -> None:
     labels = balanced(600, seed=2)
     settings = ProbeConfig(k=(1, 5), splits=1)
@@ -144,8 +161,9 @@ def test_groups_widen_errors_and_keep_copies_together() -> None:
 
 def test_results_depend_on_the_seed_alone_and_survive_json() -> None:
     x, labels = noise(150, 12), balanced(150).tolist()
-    first, again = (sae.probe(Columns(torch.relu), x, labels, QUICK) for _ in range(2))
-    other = sae.probe(Columns(torch.relu), x, labels, QUICK.model_copy(update={"seed": 9}))
+    settings = ProbeConfig(k=(2,), splits=2, pca=False)
+    first, again = (sae.probe(Columns(torch.relu), x, labels, settings) for _ in range(2))
+    other = sae.probe(Columns(torch.relu), x, labels, settings.model_copy(update={"seed": 9}))
     assert first == again
     assert first != other
     assert ProbeResult.from_json(json.loads(json.dumps(first.to_json()))) == first

@@ -65,9 +65,9 @@ def test_the_error_of_an_auc_is_delongs(seed: int) -> None:
 
 
 def test_errors_are_what_resampling_finds() -> None:
-    """Eight hundred draws from one distribution: their scatter is the error that a single draw tells, on average."""
+    """Five hundred draws from one distribution: their scatter is the error that a single draw tells, on average."""
     values, errors = [], []
-    for seed in range(800):
+    for seed in range(500):
         labels, decisions = examples(seed, count=100)
         scores = binary_scores(labels, decisions, alone(labels))
         values.append([scores.accuracy.value, scores.f1.value, scores.auc.value])
