@@ -105,11 +105,11 @@ def summary_lines(effects: Effects) -> list[str]:
         (random, "a random direction as long does at the same places"),
         (elsewhere, "their own directions do where they do not fire"),
     ):
-        above = [_exceeds_zero(difference) for difference in differences if difference.standard_error]
+        above = [lower > 0 for lower, _ in filter(None, (difference.interval for difference in differences))]
         if above:
             lines.append(
                 f"{sum(above):,} of {len(above):,} features change the next-token distribution more than {null} "
-                "(KL, difference above two standard errors)."
+                "(KL, the difference's 95 % interval is above 0)."
             )
     for name, correlation in (("features", effects.over_features), ("places", effects.over_positions)):
         if correlation is not None and correlation.value is not None:
@@ -187,16 +187,13 @@ def _tokens(changes: Sequence[TokenChange]) -> str:
 
 
 def independent_difference(a: Estimate, b: Estimate) -> Estimate:
-    """a − b of different places; its standard error where both have one."""
+    """a − b of different places; its standard error where both have one, with the fewer degrees of freedom."""
     if a.value is None or b.value is None:
         return Estimate(None, None)
     if a.standard_error is None or b.standard_error is None:
         return Estimate(a.value - b.value, None)
-    return Estimate(a.value - b.value, math.hypot(a.standard_error, b.standard_error))
-
-
-def _exceeds_zero(estimate: Estimate) -> bool:
-    return (estimate.value or 0.0) > 2 * (estimate.standard_error or 0.0)
+    degrees = [known for known in (a.degrees_of_freedom, b.degrees_of_freedom) if known is not None]
+    return Estimate(a.value - b.value, math.hypot(a.standard_error, b.standard_error), min(degrees, default=None))
 
 
 def _correlation(correlation: Correlation) -> str:
