@@ -13,6 +13,7 @@ import torch
 
 import sae
 from sae.architectures import ARCHITECTURES
+from sae.architectures.topk import TopK
 from sae.dictionary import Dictionary, weights_sha256
 
 D_IN, D_SAE, K = 24, 384, 4
@@ -168,7 +169,7 @@ def test_decoding_what_was_encoded_is_the_forward_pass(architecture: str) -> Non
 @pytest.mark.parametrize("shift", [0.0, -2.0, -9.0])
 def test_decoding_is_the_forward_pass_where_many_are_selected(shift: float) -> None:
     """TopK selects half of all, of which most, few or none fire: dense and sparse products round differently."""
-    dictionary = ARCHITECTURES["topk"](D_IN, D_SAE, k=D_SAE // 2)
+    dictionary = TopK(D_IN, D_SAE, k=D_SAE // 2)
     dictionary.load_state_dict(sparse_dictionary("topk").state_dict())
     with torch.no_grad():
         dictionary.b_enc.fill_(shift)
