@@ -37,4 +37,4 @@ def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: P
     console = Console()
     for experiment in done.values():
         show(experiment, console)
-    click.echo(f"{len(done)} experiments in {out}")
+    click.echo(f"{len(done)} experiment{'s' if len(done) > 1 else ''} in {out}")

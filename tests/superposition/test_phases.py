@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,8 @@ def least_by_quadrature(cosine: float, others: int, p: float, points: int) -> fl
     def loss(b: float) -> float:
         return float(sum(w * np.mean((x - np.maximum(z + b, 0)) ** 2) for w, x, z in parts))
 
-    return float(minimize_scalar(loss, bounds=(-0.5, 1), method="bounded", options={"xatol": 1e-7}).fun)
+    found: Any = minimize_scalar(loss, bounds=(-0.5, 1), method="bounded", options={"xatol": 1e-7})
+    return float(found.fun)
 
 
 @pytest.mark.parametrize("p", DENSITIES)
