@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -19,6 +19,7 @@ from sae.commands.superposition import superposition
 from sae.config_file import describe_keys, load_config
 from sae.errors import SaeError
 
+_INTERRUPTED = "interrupted; run the same command again to go on"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -257,15 +258,16 @@ def _show_report(report: Any) -> None:
 
 def main() -> None:
     """Run the command line: errors of this package become one line and exit status 1; Ctrl-C gives 130."""
-    from sae.training.loop import TrainingInterrupted
+    try:
+        from sae.training.loop import TrainingInterrupted
+    except KeyboardInterrupt:
+        _fail(_INTERRUPTED, 130)
 
     debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        _fail("interrupted; run the same command again to go on", 130)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _fail(_INTERRUPTED, 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -286,7 +288,7 @@ def main() -> None:
         )
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     click.echo(message, err=True)
     sys.exit(status)
 
