@@ -31,10 +31,10 @@ from tests.conftest import TinyConfig
 ALL = list(ARCHITECTURES)
 
 
-def swept(tiny_config: TinyConfig, **axes: object) -> sae.RunConfig:
+def swept(tiny_config: TinyConfig, *, frozen_decoder_tokens: int = 0, **axes: object) -> sae.RunConfig:
     return tiny_config(
         data__tokens=2000, train__tokens=4000, train__log_every=10, evaluation__tokens=100,
-        evaluation__downstream_tokens=64, sweep=axes,
+        evaluation__downstream_tokens=64, evaluation__frozen_decoder_tokens=frozen_decoder_tokens, sweep=axes,
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
         return original(self)
 
     monkeypatch.setattr(ActivationLoader, "__iter__", counting)
-    config = swept(tiny_config, dictionary={"architecture": ALL, "k": [2, 4]})
+    config = swept(tiny_config, frozen_decoder_tokens=1000, dictionary={"architecture": ALL, "k": [2, 4]})
     done = sweep(config)
     assert read == ["blocks.1.hook_resid_pre"] * 2, "one reading for all dictionaries, one for their frozen decoders"
     assert set(done.points) == {f"{name}-k{k}" for name in ALL for k in (2, 4)}
