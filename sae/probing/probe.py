@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,11 @@ def probe(
 def probe_examples(
     dictionary: Encoder, data: LabelledActivations, settings: ProbeConfig, name: str = "labels"
 ) -> ProbeResult:
-    """`probe` of activations that were read from a language model; `name` is the data set's, for messages."""
+    """`probe` of activations that were read from a language model.
+
+    Args:
+        name: the data set's, for messages and for the draw of its shuffled labels.
+    """
     require_sklearn()
     check_classes(name, data.labels)
     names, counts = np.unique(np.array(data.labels), return_counts=True)
@@ -162,7 +167,7 @@ def probe_examples(
         truths = {one: truth for one, truth in truths.items() if all(_both_sides(split, truth) for split in splits)}
         if not truths:
             raise DataError(f"data {name!r}: no class has {LEAST_PER_PART} test examples; give more examples")
-    tasks = _Tasks(dictionary, data, groups, settings)
+    tasks = _Tasks(dictionary, data, groups, settings, name)
     found = [tasks.run(split, truths, number) for number, split in enumerate(splits)]
     return ProbeResult(
         {method: _collect([one[method] for one in found], list(truths)) for method in found[0]},
@@ -188,14 +193,15 @@ class _Tasks:
 
     def __init__(
         self, dictionary: Encoder, data: LabelledActivations, groups: Int[np.ndarray, " examples"],
-        settings: ProbeConfig,
+        settings: ProbeConfig, name: str,
     ) -> None:  # fmt: skip
         self.columns = {LATENTS: data.latents(dictionary).numpy(), NEURONS: data.dense().numpy()}
         self.groups, self.settings = groups, settings
+        self.of_name = zlib.crc32(name.encode())  # nulls of different data sets must not share their permutation
 
     def run(self, split: Split, truths: dict[str, Bool[np.ndarray, " rows"]], number: int) -> dict[str, list[_Outcome]]:
         """By method, an outcome for every class."""
-        rng = np.random.default_rng([self.settings.seed, number])
+        rng = np.random.default_rng([self.settings.seed, number, self.of_name])
         shuffled = {name: _shuffled(truth, split, rng) for name, truth in truths.items()}
         outcomes: dict[str, list[_Outcome]] = {}
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import sae
 from sae.errors import DataError, ShapeError
-from sae.probing.probe import ProbeResult
+from sae.probing.activations import LabelledActivations
+from sae.probing.probe import ProbeResult, probe_examples
 from sae.probing.settings import ProbeConfig
 from sae.probing.splits import split_examples
 
@@ -167,6 +168,17 @@ def test_results_depend_on_the_seed_alone_and_survive_json() -> None:
     assert first == again
     assert first != other
     assert ProbeResult.from_json(json.loads(json.dumps(first.to_json()))) == first
+
+
+def test_data_sets_of_the_same_labels_have_nulls_of_their_own() -> None:
+    """Else chance goes the same way in all, and the standard error over data sets does not tell of it."""
+    labels, count = tuple(map(str, balanced(150).tolist())), torch.arange(150)
+    data = LabelledActivations(noise(150, 12), count, labels, count)
+    settings = ProbeConfig(k=(1,), splits=1, pca=False)
+    first, second = (probe_examples(Columns(torch.relu), data, settings, name) for name in ("a", "b"))
+    for method in ("latents-1", "neurons-all"):
+        assert first.methods[method].scores == second.methods[method].scores
+        assert first.methods[method].shuffled != second.methods[method].shuffled
 
 
 def test_numbers_of_columns_that_there_are_not_are_left_out() -> None:
