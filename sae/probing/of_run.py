@@ -126,9 +126,13 @@ class _Probing:
 
     def _arranged(self, record: ProbeRecord, asked: Mapping[str, str]) -> ProbeRecord:
         """Entries: of what is asked for what is the same in everything and no failure; of the rest, which earlier calls
-        left, what was probed with the same settings, since one table has one kind of probe.
+        left, what was probed with the same settings, since one table has one kind of probe. Where first letters alone
+        are asked for, that is the table there is.
         """
         settings = self._kept_settings()
+        if not asked.keys() - {FIRST_LETTERS}:
+            labelled = (entry.settings for name, entry in record.entries.items() if name != FIRST_LETTERS)
+            settings = next(labelled, settings)
 
         def belongs(name: str, entry: Entry) -> bool:
             if name in asked:

@@ -235,7 +235,8 @@ def test_one_bad_data_set_does_not_stop_the_others(own_run: Path, sets: Path, tm
         sae.probe_run(own_run, [folder / "bad.csv"], QUICK)
 
 
-def test_first_letters_of_the_demo_model(own_run: Path) -> None:
+def test_first_letters_of_the_demo_model(own_run: Path, sets: Path) -> None:
+    sae.probe_run(own_run, [sets / "set0.csv"], QUICK)
     settings = LetterConfig(words=25, prompt="import os\n", able_f1=0.2, max_splits=2)
     record = sae.probe_run(own_run, [], letters=settings)
     assert record.letters is not None
@@ -246,7 +247,9 @@ def test_first_letters_of_the_demo_model(own_run: Path) -> None:
         if not concept["able"]:
             assert concept["absorption_rate"]["value"] is None
     assert record.letters["able"] == sum(concept["able"] for concept in concepts)
-    assert "## First letters" in (own_run / "probe.md").read_text()
+    text = (own_run / "probe.md").read_text()
+    assert "## First letters" in text
+    assert "## `set0`" in text, "the table of the call before, whatever its settings"
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(letters_table(record))
     printed = console.export_text()
@@ -254,6 +257,7 @@ def test_first_letters_of_the_demo_model(own_run: Path) -> None:
     for one in concepts:
         counts = rf"{one['silent']} of {one['positives']} +{one['absorbed']} of {one['positives']}"
         assert re.search(rf"^ *{one['name']} .* {counts if one['able'] else 'not able .*'} *$", printed, re.MULTILINE)
+    assert set(json.loads((own_run / "probe.json").read_text())["data_sets"]) == {"set0", "first-letters"}
     assert sae.probe_run(own_run, [], letters=settings).letters == json.loads(json.dumps(record.letters))
 
 
