@@ -10,6 +10,7 @@ import numpy as np
 
 from sae.causal.effects import Correlation, Effects, EffectSettings, FeatureEffect, TokenChange
 from sae.evaluation.estimate import Estimate
+from sae.evaluation.render import pipe_table
 from sae.features.text import visible
 
 if TYPE_CHECKING:
@@ -133,7 +134,9 @@ def markdown(effects: Effects, figure: str | None) -> str:
         f"tokens. Losses and divergences in nats: of the next token at the place, and summed over the following "
         f"{settings.window} positions of its document. ± is the standard error over documents.",
         "## All features",
-        _pipe_table(["mean of a feature", *(f"{share:.0%}" for share in _QUANTILES)], _distributions(measured)),
+        pipe_table(
+            ["mean of a feature", *(f"{share:.0%}" for share in _QUANTILES)], _distributions(measured), text_columns=1
+        ),
         "Quantiles over features. Random direction: as long, at the same places. Elsewhere: the feature's mean "
         "activation added where it does not fire.",
         *summary_lines(effects),
@@ -178,7 +181,7 @@ def _by_feature(effects: Effects) -> str:
     note = (
         "" if len(effects) <= _ROWS_IN_MARKDOWN else f"\n\nThe {_ROWS_IN_MARKDOWN} of the largest KL; the JSON has all."
     )
-    return _pipe_table([*head, "more / less likely, direct"], rows) + note
+    return pipe_table([*head, "more / less likely, direct"], rows, text_columns=1) + note
 
 
 def _tokens(changes: Sequence[TokenChange]) -> str:
@@ -210,10 +213,3 @@ def _short(estimate: Estimate | None) -> str:
 
 def _cell(estimate: Estimate | None) -> str:
     return _NONE if estimate is None else str(estimate)
-
-
-def _pipe_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = [":--", *(["--:"] * (len(head) - 1))]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, rule, *rows)
-    )

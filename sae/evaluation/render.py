@@ -258,7 +258,7 @@ def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.5g}"
 
 
-def pipe_table(head: Sequence[str], rows: Iterable[list[str]], text_columns: int = 2) -> str:
+def pipe_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 2) -> str:
     """A Markdown table, the first columns to the left."""
     rule = [":--" if number < text_columns else "--:" for number in range(len(head))]
     return "\n".join(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +16,7 @@ from sae.dictionary import Codes, Dictionary
 from sae.errors import CacheError, ConfigError, FormatError
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_dictionary
 from sae.evaluation.report import identify
+from sae.model_identity import hash_weights
 from sae.transcoding import Hooks
 
 
@@ -114,7 +114,8 @@ def _of_object(
         )
     d_sae = features.shape[1]
     reconstructor = from_object(thing, d_sae, f"dictionary: {kind}, {d_in:,} → {d_sae:,}")
-    identity = {"architecture": kind, "d_in": d_in, "d_sae": d_sae, "weights_sha256": _state_sha256(thing)}
+    weights = hash_weights(thing) if isinstance(thing, nn.Module) else None
+    identity = {"architecture": kind, "d_in": d_in, "d_sae": d_sae, "weights_sha256": weights}
     return Subject(reconstructor, identity, None, d_sae, {}, {})
 
 
@@ -161,15 +162,3 @@ def _check_finite(name: str, module: nn.Module) -> None:
                 f"{name}: {part} has values that are infinite or not a number; take an earlier checkpoint, or "
                 "train again"
             )
-
-
-def _state_sha256(thing: Autoencoder) -> str | None:
-    """A hash of a module's weights and buffers; None of what is no module."""
-    if not isinstance(thing, nn.Module):
-        return None
-    digest = hashlib.sha256(type(thing).__qualname__.encode())
-    for name, tensor in sorted(thing.state_dict().items()):
-        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(content)
-    return digest.hexdigest()

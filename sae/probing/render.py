@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sae.evaluation.render import pipe_table
 from sae.probing.probe import MAJORITY
 from sae.probing.record import MARKDOWN_FILE, ProbeRecord
 from sae.probing.scores import METRICS
@@ -39,7 +40,7 @@ def markdown(record: ProbeRecord) -> str:
         parts += [
             "## First letters",
             _letters_text(record.letters),
-            _pipe_table(_LETTER_HEAD, _letter_rows(record.letters)),
+            pipe_table(_LETTER_HEAD, _letter_rows(record.letters), text_columns=1),
             "F1 on test words. Seen: test words of the letter in which the dense probe sees it; silent and absorbed "
             "are shares of these.",
         ]
@@ -87,13 +88,13 @@ def _data_sets(record: ProbeRecord) -> list[str]:
     """Sections on several data sets."""
     return [
         f"## Means over {len(record.results)} data sets",
-        _pipe_table(_SUMMARY_HEAD, _summary_rows(record)),
+        pipe_table(_SUMMARY_HEAD, _summary_rows(record), text_columns=1),
         f"± standard error over data sets. {_how(record)}",
         "## One against another, by AUC",
-        _pipe_table(_DUEL_HEAD, _duel_rows(record)),
+        pipe_table(_DUEL_HEAD, _duel_rows(record), text_columns=1),
         "Clearly: by more than two standard errors, taken as if the two erred independently.",
         "## AUC by data set",
-        _pipe_table(_data_set_head(record), _data_set_rows(record)),
+        pipe_table(_data_set_head(record), _data_set_rows(record), text_columns=1),
         "± standard error over test examples (DeLong), averaged over the random splits; 0 where every positive is "
         "above every negative, which is not certainty. The last column is the largest class's share of all examples; "
         "data sets of more than two classes are averaged over classes.",
@@ -107,7 +108,7 @@ def _data_set(record: ProbeRecord) -> list[str]:
     latents = "; ".join(f"{label!r}: {', '.join(str(one[0]) for one in splits)}" for label, splits in best.items())
     return [
         f"## `{name}`",
-        _pipe_table(_SUMMARY_HEAD[:-1], (row[:-1] for row in _summary_rows(record))),
+        pipe_table(_SUMMARY_HEAD[:-1], (row[:-1] for row in _summary_rows(record)), text_columns=1),
         f"{sum(result.examples.values()):,} examples. ± standard error over test examples (of AUC: DeLong), averaged "
         f"over the random splits. {_how(record)}",
         *([f"Best latent in each split, for {latents}."] if latents else []),
@@ -206,10 +207,3 @@ def _pair(pair: Sequence[float | None] | None, *, sign: bool = False) -> str:
 def _natural(name: str) -> list[Any]:
     """Names with their numbers in order: 5_… before 10_…."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _pipe_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = [":--" if number == 0 else "--:" for number in range(len(head))]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, rule, *rows)
-    )
