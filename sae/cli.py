@@ -13,6 +13,7 @@ import click
 import sae
 from sae.commands.compare import compare
 from sae.commands.effects import effects
+from sae.commands.keys import with_keys
 from sae.commands.overrides import evaluation_overrides
 from sae.commands.probe import probe
 from sae.commands.superposition import superposition
@@ -21,15 +22,7 @@ from sae.errors import SaeError
 
 _INTERRUPTED = "interrupted; run the same command again to go on"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-
-class _Keys(click.Command):
-    """A command whose help ends with every configuration key."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        super().format_epilog(ctx, formatter)
-        with formatter.section("Keys, for the file and as KEY=VALUE"):
-            formatter.write_dl([(f"{key}={default}", text) for key, default, text in describe_keys()], col_max=34)
+_OfConfiguration = with_keys("Keys, for the file and as KEY=VALUE", describe_keys)
 
 
 @click.group(context_settings=_CONTEXT)
@@ -47,7 +40,7 @@ def _config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("config", type=click.Path(path_type=Path))(command)
 
 
-@cli.command(cls=_Keys)
+@cli.command(cls=_OfConfiguration)
 @_config_arguments
 @click.pass_obj
 def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
@@ -81,7 +74,7 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     )
 
 
-@cli.command(cls=_Keys)
+@cli.command(cls=_OfConfiguration)
 @_config_arguments
 @click.pass_obj
 def harvest(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
@@ -98,7 +91,7 @@ def harvest(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) 
     click.echo(cache)
 
 
-@cli.command(cls=_Keys)
+@cli.command(cls=_OfConfiguration)
 @_config_arguments
 @click.pass_obj
 def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
@@ -115,7 +108,7 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     click.echo(f"{dictionary} in {settings.folder / 'dictionary'}")
 
 
-@cli.command(cls=_Keys)
+@cli.command(cls=_OfConfiguration)
 @_config_arguments
 @click.pass_obj
 def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:

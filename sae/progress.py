@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 NO_UNITS: Mapping[str, str] = MappingProxyType({})
@@ -40,19 +49,24 @@ def progress_bars(
         _PerSecond(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    tasks = {}
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bars:
+    tasks: dict[str, TaskID] = {}
+    bars = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
 
-        def finish() -> None:
-            """A stage ends where the next begins, though it may stop short of a last partial batch."""
-            for task in tasks.values():
-                bars.update(task, completed=bars.tasks[task].total)
+    def finish() -> None:
+        """A stage ends where the next begins, though it may stop short of a last partial batch."""
+        for task in tasks.values():
+            bars.update(task, completed=bars.tasks[task].total)
 
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                finish()
-                tasks[stage] = bars.add_task(stage, total=total, unit=units.get(stage, "tokens"))
-            bars.update(tasks[stage], completed=done, total=total)
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            finish()
+            bars.start()  # with the first stage: bars that never were would leave an empty line
+            tasks[stage] = bars.add_task(stage, total=total, unit=units.get(stage, "tokens"))
+        bars.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield show
         finish()
+    finally:
+        if bars.live.is_started:
+            bars.stop()

@@ -12,9 +12,10 @@ os.environ |= {
 }
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import install_import_hook
 
@@ -36,6 +37,7 @@ install_import_hook(  # before anything imports sae
 import pytest
 import torch
 
+from sae import cli
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.config import ModelConfig, RunConfig
@@ -52,6 +54,17 @@ slowly never often quietly again and but because while although red old heavy br
 """.split()
 
 TinyConfig = Callable[..., RunConfig]
+
+
+class Outcome(NamedTuple):
+    """What a command left."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
 
 
 def write_text_folder(folder: Path, documents: int = 60, seed: int = 0) -> Path:
@@ -147,3 +160,44 @@ def tiny_cache(
     overrides = {"harvest.hooks": ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]}
     config = make_tiny_config(tiny_model, text_folder, tmp_path_factory.mktemp("cache") / "run", overrides)
     return harvest(config, language_model)
+
+
+ShortDocuments = Callable[..., ActivationCache]
+
+
+@pytest.fixture(scope="session")
+def short_documents(
+    tiny_model: Path, text_folder: Path, language_model: LanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> ShortDocuments:
+    """Makes float32 caches whose documents are single lines of the text, so that the held-out split has many.
+
+    `short_documents(lines=8, data__tokens=1000)`: `lines` of each file, and overrides as of `tiny_config`.
+    """
+
+    def make(lines: int, **overrides: Any) -> ActivationCache:
+        folder = tmp_path_factory.mktemp("short")
+        (folder / "text").mkdir()
+        for path in text_folder.iterdir():
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:lines]):
+                (folder / "text" / f"{path.stem}-{number}.txt").write_text(f"{line}\n", encoding="utf-8")
+        return harvest(make_tiny_config(tiny_model, folder / "text", folder / "run", overrides), language_model)
+
+    return make
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Calls `sae --quiet` with arguments, as from a terminal."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sae", "--quiet", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return call

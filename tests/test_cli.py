@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import torch
 import yaml
 
 import sae
-from sae import cli
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +45,6 @@ def finished_run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def own_run(finished_run: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(finished_run, tmp_path / "own"))
-
-
-class Outcome:
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["sae", "--quiet", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            status = int(stopped.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(status, captured.out, captured.err)
-
-    return call
 
 
 def assert_refused(outcome: Outcome, *parts: str) -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from sae.commands.keys import with_keys
 from sae.errors import SaeError
 
 
-class _Keys(click.Command):
-    """A command whose help ends with the keys of probes."""
+def _keys() -> Iterator[tuple[str, str, str]]:
+    from sae.probing.settings import describe_keys
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from sae.probing.settings import describe_keys
-
-        super().format_epilog(ctx, formatter)
-        with formatter.section("Keys, as KEY=VALUE"):
-            formatter.write_dl([(f"{key}={default}"[:80], text) for key, default, text in describe_keys()], col_max=34)
+    return describe_keys()
 
 
-@click.command(cls=_Keys)
+@click.command(cls=with_keys("Keys, as KEY=VALUE", _keys))
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, metavar="[DATA]... [KEY=VALUE]...")
 @click.pass_obj

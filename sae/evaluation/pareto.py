@@ -12,6 +12,7 @@ from typing import Any
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.figures import Canvas, logarithmic
 from sae.evaluation.metrics import Totals, below_noise, difference
+from sae.evaluation.render import NONE, pipe_table
 from sae.evaluation.report import HEADINGS
 
 COLOURS = {
@@ -113,11 +114,11 @@ def pareto_table(
 
     def marked(name: str, metric: str, estimate: Estimate | None) -> str:
         found = differences.get(name, {}).get(metric)
-        return ("–" if estimate is None else str(estimate)) + (" ≈" if found and below_noise(found) else "")
+        return (NONE if estimate is None else str(estimate)) + (" ≈" if found and below_noise(found) else "")
 
     with_loss = any(point.delta_ce is not None for point in points.values())
     head = ["dictionary", "L0", "FVU", *(["ΔCE"] if with_loss else []), "never fire", "ms per 1,000 tokens", "MB"]
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    rows = []
     for name, point in points.items():
         cells = [name, str(point.l0), marked(name, "fvu", point.fvu)]
         if with_loss:
@@ -125,14 +126,14 @@ def pareto_table(
         per_thousand = 1e6 * point.seconds / point.tokens if point.seconds and point.tokens else None
         cells += [
             f"{point.dead:.1%}",
-            "–" if per_thousand is None else f"{per_thousand:,.1f}",
-            "–" if point.bytes is None else f"{point.bytes / 1e6:,.0f}",
+            NONE if per_thousand is None else f"{per_thousand:,.1f}",
+            NONE if point.bytes is None else f"{point.bytes / 1e6:,.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     parts = ["# Sweep\n"]
     if figure:
         parts.append(f"![error against L0]({figure})\n")
-    parts.append("\n".join(lines) + "\n")
+    parts.append(pipe_table(head, rows, text_columns=1) + "\n")
     parts.append(
         "± is the standard error over documents. Time is that of a dictionary's own training steps, memory\n"
         "that of its weights and optimiser.\n"
@@ -159,8 +160,8 @@ def _baselines(points: Mapping[str, Point]) -> list[str]:
         for name, point in points.items()
     ]
     head = ["FVU", "dictionary", *(HEADINGS[kind] for kind in kinds)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["--:"] * (len(head) - 1)], *rows)]
-    return ["## Baselines\n", "\n".join(lines) + "\n", "Of the same size each; the identity has FVU 0 and ΔCE 0.\n"]
+    table = pipe_table(head, rows, text_columns=1)
+    return ["## Baselines\n", f"{table}\n", "Of the same size each; the identity has FVU 0 and ΔCE 0.\n"]
 
 
 def draw_pareto(points: Sequence[Point]) -> bytes | None:

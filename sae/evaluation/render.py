@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.legacy import CONTEXTS_PER_BATCH
-from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, Report, Scores
+from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, Report
 from sae.tokens import TokenPolicy
 
 if TYPE_CHECKING:
@@ -86,46 +86,41 @@ def report_table(report: Report, width: int | None = None) -> Table:
         heading = "x̂ = x" if narrow and name == "identity" else HEADINGS[name]
         table.add_column(heading, justify="right", no_wrap=name not in report.baselines)
     section = len(RECONSTRUCTION)
-    for number, (label, _, own, *others) in enumerate(_rows(report)):
+    for number, (label, _, *cells) in enumerate(_rows(report, short_baselines=narrow)):
         if number in (section, section + len(SPARSITY) + len(COUNTS)):
             table.add_section()
-        short = [_without_error(cell) for cell in others] if narrow else others
-        table.add_row(label.strip("`"), own, *short)
+        table.add_row(label.strip("`"), *cells)
     errors = "± standard error over documents" + ("; those of the baselines are in eval.md" if narrow else "")
     table.caption = "\n".join(filter(None, [errors, fewer_tokens(report)]))
     return table
 
 
-def _without_error(cell: str) -> str:
-    """The value in at most seven characters: what is below its error is not worth more."""
-    value = cell.partition(" ")[0]
-    shorter = (f"{float(value.replace(',', '')):.{digits}g}" for digits in (3, 2, 1) if len(value) > 7)
-    return next((text for text in (value, *shorter) if len(text) <= 7), value)
+def _rows(report: Report, *, short_baselines: bool = False) -> Iterator[list[str]]:
+    """Label, meaning, and a cell for every column; short ones are without errors and shares."""
+    columns = [(scores, short_baselines and name in report.baselines) for name, scores in report.columns.items()]
 
+    def cells(part: str, name: str) -> Iterator[str]:
+        for scores, short in columns:
+            estimate: Estimate = getattr(getattr(scores, part), name, Estimate(None, None))
+            yield estimate.short() if short else str(estimate)
 
-def _rows(report: Report) -> Iterator[list[str]]:
-    """Label, meaning, and a cell for every column."""
-    columns = list(report.columns.values())
+    def counts(name: str) -> Iterator[str]:
+        for scores, short in columns:
+            if scores.sparsity is None:
+                yield NONE
+                continue
+            count = getattr(scores.sparsity, name)
+            yield f"{count:,}" if short else share_of(count, len(scores.sparsity.firings))
+
     for name, meaning in RECONSTRUCTION.items():
-        yield [f"`{name}`", meaning, *(str(getattr(scores.reconstruction, name)) for scores in columns)]
+        yield [f"`{name}`", meaning, *cells("reconstruction", name)]
     for name, meaning in SPARSITY.items():
-        yield [f"`{name}`", meaning, *(_cell(scores.sparsity, name) for scores in columns)]
+        yield [f"`{name}`", meaning, *cells("sparsity", name)]
     for name, meaning in COUNTS.items():
-        yield [f"`{name}`", meaning, *(_count(scores, name) for scores in columns)]
+        yield [f"`{name}`", meaning, *counts(name)]
     if report.scores.downstream is not None:
         for name, meaning in DOWNSTREAM.items():
-            yield [f"`{name}`", meaning, *(_cell(scores.downstream, name) for scores in columns)]
-
-
-def _cell(scores: Any, name: str) -> str:
-    estimate: Estimate | None = None if scores is None else getattr(scores, name)
-    return NONE if estimate is None else str(estimate)
-
-
-def _count(scores: Scores, name: str) -> str:
-    if scores.sparsity is None:
-        return NONE
-    return share_of(getattr(scores.sparsity, name), len(scores.sparsity.firings))
+            yield [f"`{name}`", meaning, *cells("downstream", name)]
 
 
 def share_of(count: int, features: int) -> str:

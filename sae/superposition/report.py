@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sae.evaluation.render import pipe_table
 from sae.superposition.dictionaries import COSINE, DictionaryScores, RecoveryResult
 from sae.superposition.experiments import DimensionalityResult, GeometryResult, PhaseResult
 from sae.superposition.geometry import REPRESENTED
@@ -40,7 +41,8 @@ def markdown(done: Sequence[Finished]) -> str:
         if experiment.figure:
             parts.append(f"![{experiment.title}]({experiment.figure})")
         for table in tables(experiment.result):
-            parts += [_pipes(table), table.note] if table.note else [_pipes(table)]
+            parts.append(pipe_table(table.head, table.rows, text_columns=1))
+            parts += [table.note] if table.note else []
         parts.append(f"`{experiment.name}`, seed {experiment.seed}: {experiment.seconds:,.0f} seconds.")
     if any(experiment.figure is None for experiment in done):
         parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
@@ -170,12 +172,6 @@ def _by_tenth(dictionary: DictionaryScores, note: str) -> Table:
         scores = (f"{group.recall:.3f}", precision, f"{group.f1:.3f}", f"{group.null_f1:.3f}")
         rows.append((f"{number + 1}", f"{group.frequency:.4f}", *scores))
     return Table(head, rows, note)
-
-
-def _pipes(table: Table) -> str:
-    lines = ["| " + " | ".join(table.head) + " |", "|---" + "|--:" * (len(table.head) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-    return "\n".join(lines)
 
 
 _TABLES = {

@@ -117,3 +117,17 @@ def test_the_interval_is_student_s_and_survives_json() -> None:
 )
 def test_text_has_two_digits_of_the_standard_error(estimate: Estimate, text: str) -> None:
     assert str(estimate) == text
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(0.123456, 0.00123), "0.1235"),
+        (Estimate(12345.6, 34.2), "12,346"),
+        (Estimate(-123.45678, 0.00123), "-123"),
+        (Estimate(1234567.8, 12.0), "1.2e+06"),
+        (Estimate(None, None), "–"),
+    ],
+)
+def test_short_text_has_seven_characters_at_most(estimate: Estimate, text: str) -> None:
+    assert estimate.short() == text

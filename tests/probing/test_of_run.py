@@ -7,7 +7,6 @@ import json
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import yaml
 from rich.console import Console
 
 import sae
-from sae import cli, pipeline
+from sae import pipeline
 from sae.config_file import parse_config
 from sae.errors import ConfigError, DataError, ModelError
 from sae.probing import of_run
@@ -276,20 +275,8 @@ def test_a_dictionary_of_unknown_origin_is_refused(own_run: Path, sets: Path) ->
         sae.probe_run(own_run, [sets], QUICK)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object):
-    monkeypatch.setattr(sys, "argv", ["sae", "--quiet", *map(str, arguments)])
-    capsys.readouterr()
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stopped:
-        status = int(stopped.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_the_command(own_run: Path, sets: Path, monkeypatch, capsys) -> None:
-    status, out, err = command(monkeypatch, capsys, "probe", own_run, sets, "k=1", "splits=1", "examples=60")
+def test_the_command(own_run: Path, sets: Path, command) -> None:
+    status, out, err = command("probe", own_run, sets, "k=1", "splits=1", "examples=60")
     assert status == 0, err
     assert "probes on 3 data sets" in out
     assert "1 latent" in out
@@ -297,13 +284,13 @@ def test_the_command(own_run: Path, sets: Path, monkeypatch, capsys) -> None:
     assert max(map(len, table.splitlines())) <= 80
     assert "dense probe" in out
     assert f"3 probed; tables in {own_run / 'probe.md'}" in out.replace("\n", "")
-    status, out, err = command(monkeypatch, capsys, "probe", own_run, sets / "set0.csv", "k=1", "exampels=60")
+    status, out, err = command("probe", own_run, sets / "set0.csv", "k=1", "exampels=60")
     assert (status, out) == (1, "")
     assert err.strip() == "Error: unknown setting 'exampels' of probes: did you mean examples?"
-    status, out, err = command(monkeypatch, capsys, "probe", own_run / "none", sets)
+    status, out, err = command("probe", own_run / "none", sets)
     assert status == 1
     assert "no config.yaml there" in err
-    status, out, err = command(monkeypatch, capsys, "probe", "--help")
+    status, out, err = command("probe", "--help")
     assert status == 0
     for key, _, _ in describe_keys():
         assert key in out, key

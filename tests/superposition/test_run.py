@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import sae
-from sae import cli
 from sae.errors import ConfigError, FormatError
 from sae.superposition import EXPERIMENTS, ToyTraining, run
 from sae.superposition.dictionaries import RecoverySettings
@@ -176,27 +175,20 @@ def test_a_damaged_entry_is_refused(finished: Path, tmp_path: Path) -> None:
         run(tmp_path, ["dimensionality"], settings=SMALL)
 
 
-def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command) -> None:
     for name, experiment in list(EXPERIMENTS.items()):
         small = type(experiment)(experiment.title, SMALL[name], experiment.run, experiment.result)
         monkeypatch.setitem(EXPERIMENTS, name, small)
-    monkeypatch.setattr(
-        sys, "argv", ["sae", "--quiet", "superposition", "geometry", "phases-2-1", "--out", str(tmp_path / "out")]
-    )
-    cli.main()
-    printed = capsys.readouterr().out
+    status, printed, _ = command("superposition", "geometry", "phases-2-1", "--out", tmp_path / "out")
+    assert status == 0
     assert "Features in the plane as density falls" in printed and "2 experiments in" in printed
     assert "cells of margin" in printed
-    monkeypatch.setattr(sys, "argv", ["sae", "superposition", "geometri", "--out", str(tmp_path / "other")])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 1
-    assert "experiment 'geometri': there are geometry, dimensionality, phases-2-1" in capsys.readouterr().err
+    status, _, error = command("superposition", "geometri", "--out", tmp_path / "other")
+    assert status == 1
+    assert "experiment 'geometri': there are geometry, dimensionality, phases-2-1" in error
     assert not (tmp_path / "other").exists()
 
 
-def test_the_help_names_every_experiment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["sae", "superposition", "--help"])
-    cli.main()
-    text = " ".join(capsys.readouterr().out.split())
+def test_the_help_names_every_experiment(command) -> None:
+    text = " ".join(command("superposition", "--help").out.split())
     assert ", ".join(EXPERIMENTS) in text
