@@ -262,7 +262,8 @@ def main() -> None:
     )
     described = report.machine()
     text = f"{shape}\n\n{markdown(rows, a)}"
-    numbers = {"arguments": {k: str(v) for k, v in vars(a).items()}, "rows": [vars(row) for row in rows]}
+    settings = {name: value for name, value in vars(a).items() if not isinstance(value, Path)}
+    numbers = {"arguments": settings, "rows": [vars(row) for row in rows]}
     report.write(a.name or f"quality-{a.steps}", "Quality of training, beside other toolkits", text, numbers, described)
 
 
