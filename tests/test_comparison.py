@@ -17,7 +17,6 @@ from sae.errors import ConfigError
 from sae.evaluation import Comparison
 from sae.pipeline import Run
 from tests.conftest import make_tiny_config
-from tests.test_cli import command  # noqa: F401  a fixture
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +148,7 @@ def test_what_cannot_be_compared_is_refused(runs: Path, tmp_path: Path) -> None:
         compare_folders([runs / "k4" / "dictionary", runs / "k6" / "dictionary"])
 
 
-def test_the_command_prints_and_writes(runs: Path, tmp_path: Path, command: Any) -> None:  # noqa: F811
+def test_the_command_prints_and_writes(runs: Path, tmp_path: Path, command: Any) -> None:
     outcome = command("compare", runs / "k4", runs / "k6", "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     for part in ("fvu", "k4", "k6", "baseline", "frozen decoder, L0 6", "second lines: difference to k4"):
