@@ -148,19 +148,18 @@ def _measure_batch(
     made = [_reconstruction(reconstructor, rows, read) for reconstructor in reconstructors.values()]
     replacements = [_at(eligible, new) for new in (*constants.values(), *made)]
     logits = language_model.replaced_logits(tokens, hook, [clean_pass, *replacements])
-    clean = list(_log_probabilities(next(logits), eligible))
+    clean = list(_log_probabilities(next(logits)))
     chances = [log_p.exp() for log_p in clean]
-    next_tokens = [ids[1:][counted[:-1]] for ids, counted in zip(tokens, eligible, strict=True)]
-    values = {"clean": _losses(clean, next_tokens)}
+    counted = batch.eligible[:, :-1].flatten()
+    values = {"clean": _losses(clean, tokens)[counted]}
     for name in constants:
-        values[name] = _losses(_log_probabilities(next(logits), eligible), next_tokens)
+        values[name] = _losses(_log_probabilities(next(logits)), tokens)[counted]
     for key in reconstructors:
         losses, divergences = [], []
-        replaced = _log_probabilities(next(logits), eligible)
-        for log_q, log_p, p, ids in zip(replaced, clean, chances, next_tokens, strict=True):
+        for log_q, log_p, p, ids in zip(_log_probabilities(next(logits)), clean, chances, tokens, strict=True):
             losses.append(_losses([log_q], [ids]))
             divergences.append(row_sums((log_p - log_q).mul_(p)))
-        values |= {_ce(key): torch.cat(losses), _kl(key): torch.cat(divergences)}
+        values |= {_ce(key): torch.cat(losses)[counted], _kl(key): torch.cat(divergences)[counted]}
     return values
 
 
@@ -180,18 +179,19 @@ def _at(eligible: Bool[Tensor, "context seq"], new: Replacement) -> Replacement:
     return replace
 
 
-def _log_probabilities(
-    logits: Float[Tensor, "context seq vocab"], eligible: Bool[Tensor, "context seq"]
-) -> Iterator[Float[Tensor, "_ vocab"]]:
-    """At the counted positions, one context at a time, as a copy of all logits would be large."""
-    for of_context, counted in zip(logits, eligible, strict=True):
-        yield of_context[:-1][counted[:-1]].log_softmax(-1)
+def _log_probabilities(logits: Float[Tensor, "context seq vocab"]) -> Iterator[Float[Tensor, "_ vocab"]]:
+    """At every position that has a next token, one context at a time, as a copy of all logits would be large.
+
+    Few of these positions do not count; to leave them out here would copy all the others.
+    """
+    for of_context in logits:
+        yield of_context[:-1].log_softmax(-1)
 
 
-def _losses(log_probabilities: Iterable[Tensor], next_tokens: Iterable[Tensor]) -> Float[Tensor, " rows"]:
+def _losses(log_probabilities: Iterable[Tensor], tokens: Iterable[Tensor]) -> Float[Tensor, " rows"]:
     """Next-token losses, of one context after another."""
-    pairs = zip(log_probabilities, next_tokens, strict=True)
-    return double(torch.cat([-log_p.gather(-1, ids[:, None])[:, 0] for log_p, ids in pairs]))
+    pairs = zip(log_probabilities, tokens, strict=True)
+    return double(torch.cat([-log_p.gather(-1, ids[1:, None])[:, 0] for log_p, ids in pairs]))
 
 
 def _scores(sums: DocumentSums, spliced: str, kl: str | None) -> DownstreamScores:

@@ -1,7 +1,7 @@
 """The back end for a CPU, out of PyTorch's own operators: it runs on any device, and is made for caches and cores.
 
-The encoder's product is made some rows at a time in one buffer of `CHUNK_NUMBERS`, which the next rows overwrite, so
-that `[batch, d_sae]` never exists. Gradients are made, used and dropped a block of features at a time.
+The encoder's product is made some rows at a time in one buffer, which the next rows overwrite, so that
+`[batch, d_sae]` never exists. Gradients are made, used and dropped a block of features at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from sae.kernels.interface import DENSE_ABOVE, AdamStep, Block, Gradient, Moment
 from sae.kernels.pattern import Pattern
 from sae.kernels.products import product
 
-CHUNK_NUMBERS = 1 << 25
-GROUP_SIZE = 32
+CHUNK_NUMBERS, CHUNK_ROWS = 1 << 25, 512
+"""A buffer has at most so many numbers, and no more than these rows where it is larger than `KEPT_NUMBERS`."""
+KEPT_NUMBERS = (1 << 23) - 4096
+"""What malloc keeps for the next call, in float32; from 32 MiB on it gets new pages each time, which are cleared."""
+GROUP_SIZE = 8
 BATCH_GROUP_SIZES = (64, 32, 16, 8)
 BLOCK_FEATURES = 512
 SURPLUS = 1.25
@@ -148,22 +151,24 @@ def adam_(
 def largest(pre: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
     """The k largest of each row, in no order, and where they are.
 
-    All of them are in the k groups of columns that have the largest maxima, so only those groups are searched.
+    All of them are in the k groups of columns that have the largest maxima, so only those groups are searched; and the
+    largest maxima are found in the same way. Columns of a group stand n / `GROUP_SIZE` apart, as so the maxima of
+    neighbouring groups are made in one instruction.
     """
-    n, size = pre.shape[1], GROUP_SIZE
-    if n % size or n < 8 * k * size:  # with fewer groups than these, looking for them costs more than it saves
+    n = pre.shape[1]
+    if n % GROUP_SIZE or n < 2 * k * GROUP_SIZE:  # with fewer groups, looking for them costs more than it saves
         values, features = pre.topk(k, dim=-1, sorted=False)
         return values, features
-    grouped = pre.unflatten(-1, (-1, size))
-    chosen = grouped.amax(-1).topk(k, dim=-1, sorted=False).indices
-    candidates = grouped.gather(1, chosen[..., None].expand(-1, -1, size)).flatten(1)
+    grouped = pre.unflatten(-1, (GROUP_SIZE, -1))
+    _, chosen = largest(grouped.amax(1), k)
+    candidates = grouped.gather(2, chosen[:, None].expand(-1, GROUP_SIZE, -1)).flatten(1)
     values, places = candidates.topk(k, dim=-1, sorted=False)
-    return values, chosen.gather(1, places // size) * size + places % size
+    return values, chosen.gather(1, places % k) + places // k * (n // GROUP_SIZE)
 
 
 def _chunks(x: Tensor, encoder: Tensor, bias: Tensor) -> Iterator[tuple[slice, Float[Tensor, "rows d_sae"]]]:
     """x · encoderᵀ + bias, some rows at a time; each is overwritten by the next."""
-    most = max(1, CHUNK_NUMBERS // len(encoder))
+    most = max(1, min(CHUNK_NUMBERS // len(encoder), max(CHUNK_ROWS, KEPT_NUMBERS // len(encoder))))
     size = -(-len(x) // -(-len(x) // most)) if len(x) else 1
     buffer = bias.new_empty(min(size, len(x)), len(encoder))
     for start in range(0, max(len(x), 1), size):

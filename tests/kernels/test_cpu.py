@@ -19,6 +19,7 @@ def test_largest_is_topk(columns: int, k: int) -> None:
     pre[2, 5:] = pre[2, 0]
     values, places = cpu.largest(pre, k)
     assert torch.equal(values, pre.gather(1, places))
+    assert places.sort(1).values.diff(dim=1).all(), "a place twice"
     assert torch.equal(values.sort(1).values, pre.topk(k).values.sort(1).values)
 
 
