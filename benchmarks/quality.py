@@ -7,7 +7,8 @@ toolkit runs in an environment of its own, which the script makes. Where an arch
 decides L0, the peers' weight is searched until L0 is within 5 % of k; this toolkit finds its own. Where a peer cannot
 be brought there, this toolkit is trained once more for the L0 that it reached. Results go to `benchmarks/results/`. A
 comparison takes hours on a CPU: every training's result is kept in `--keep` under a key of all that it depends on (what
-the cache was made from, settings, versions, and for this toolkit its own source), and the same command goes on.
+the cache was made from, settings, versions, and for this toolkit the modules that it trains with), and the same command
+goes on.
 """
 
 from __future__ import annotations
@@ -48,6 +49,14 @@ SEARCHED = {
 }
 """Where the search for a peer's sparsity weight begins; what is not here has none, or aims at L0 itself."""
 PENALISED = ("relu", "gated", "jumprelu")
+TRACE = """
+import sys, torch
+from quality_worker import Task, ours
+x = torch.randn(64, 8)
+ours(Task(sys.argv[1], x, x, d_sae=32, k=4, steps=8, batch=16, seed=0, coefficient=None))
+print(*(module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "sae"), sep="\\n")
+"""
+"""Trains a small dictionary and prints which of this toolkit's files that took."""
 DEAF = 0.02
 """Least change of log L0 for one of the log weight."""
 
@@ -96,7 +105,9 @@ def run(toolkit: str, architecture: str, data: Data, seed: int, coefficient: flo
     weight = "default" if coefficient is None else repr(coefficient)
     numbers = [str(number) for number in (a.d_sae, a.k, a.steps, a.batch, seed)]
     interpreter = python(toolkit, a.environments)
-    key = digest([toolkit, architecture, *numbers, weight, data.identity, digest(sources(toolkit, interpreter))])
+    key = digest(
+        [toolkit, architecture, *numbers, weight, data.identity, digest(sources(toolkit, architecture, interpreter))]
+    )
     kept = a.keep / f"{toolkit}-{architecture}-{seed}-{key}.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -117,12 +128,17 @@ def run(toolkit: str, architecture: str, data: Data, seed: int, coefficient: flo
 
 
 @functools.cache
-def sources(toolkit: str, interpreter: Path) -> tuple[Path | str, ...]:
+def sources(toolkit: str, architecture: str, interpreter: Path) -> tuple[Path | str, ...]:
     """What decides how a toolkit trains: its version, or our own code; and the worker."""
+
+    def printed(*arguments: str) -> str:
+        command = [interpreter, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=WORKER.parent).stdout
+
     if toolkit in PEERS:
-        listed = subprocess.run([interpreter, "-m", "pip", "freeze"], capture_output=True, text=True, check=True)
-        return WORKER, listed.stdout
-    return WORKER, torch.__version__, *sorted((ROOT / "sae").rglob("*.py"))
+        return WORKER, printed("-m", "pip", "freeze")
+    files = printed("-c", TRACE, architecture).splitlines()
+    return WORKER, torch.__version__, *sorted(Path(file) for file in files)
 
 
 def digest(parts: Iterable[Path | str]) -> str:
