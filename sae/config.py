@@ -263,8 +263,8 @@ class TrainConfig(_Settings):
     )
     dead_after_tokens: PositiveInt | None = Field(
         default=None,
-        description="a feature that has not fired for so many tokens counts as dead, and is revived; null: 200,000, "
-        "for gated and jumprelu 64 · d_sae / k if that is less",
+        description="a feature that has not fired for so many tokens counts as dead, and is revived; null: a thirtieth "
+        "of the training, from 200,000 to 10,000,000, for gated and jumprelu 64 · d_sae / k if that is less",
     )
     center: bool = Field(
         default=False, description="subtract the mean activation before training (folded into the saved biases)"
@@ -365,8 +365,8 @@ class RunConfig(_Settings):
     )
     sweep_at_once: PositiveInt | None = Field(
         default=None,
-        description="for `sae sweep`: dictionaries trained in one pass, where memory is short; the others follow in "
-        "further passes over the activations; null: all in one",
+        description="for `sae sweep`: dictionaries trained in one pass, and evaluated in one, where memory is short; "
+        "the others follow in further passes over the activations; null: all in one",
     )
 
     @property

@@ -32,6 +32,7 @@ from sae.files import locked, read_json, write_bytes
 from sae.language_model import LanguageModel
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
+from sae.training.readers import check_read
 from sae.training.sinks import METRICS_FILE, Wandb
 from sae.training.trainee import Recipe, chosen_settings, setting_of
 
@@ -114,6 +115,7 @@ class Run:
         cache = self.cache()
         if self.is_trained():
             return self.trained_already(cache)
+        check_read(self.config.dictionary, self.config.train)
         with locked(self.folder, "training"), self.configured():
             dictionary = self._train(cache)
             dictionary.save(self.folder / "dictionary")
@@ -293,6 +295,8 @@ def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
         The run, whose `dictionary()`, `evaluate()` and `features()` read what was made.
     """
     whole = Run(config, progress)
+    if not whole.is_trained():
+        check_read(config.dictionary, config.train)  # before hours of harvesting
     whole.harvest()
     whole.train()
     if not whole.is_evaluated():
@@ -301,10 +305,11 @@ def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
     return whole
 
 
-def evaluate_runs(runs: Sequence[Run]) -> list[Report]:
+def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Report]:
     """The reports on several runs' dictionaries, each also written into its folder.
 
-    Runs with the same activations, model and evaluation settings are evaluated together.
+    Runs with the same activations, model and evaluation settings are evaluated together, `at_once` at most; the reports
+    on these are written before the next are evaluated.
 
     Raises:
         SaeError: as `Run.cache` and `sae.evaluation.evaluate` do.
@@ -322,7 +327,9 @@ def evaluate_runs(runs: Sequence[Run]) -> list[Report]:
         key = (first.config.model, first.device)
         if key not in models:
             models[key] = first.language_model
-        reports |= _evaluate_group({number: runs[number] for number in numbers}, models[key])
+        for start in range(0, len(numbers), at_once or len(numbers)):
+            part = numbers[start : start + (at_once or len(numbers))]
+            reports |= _evaluate_group({number: runs[number] for number in part}, models[key])
     return [reports[number] for number in range(len(runs))]
 
 

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from sae.pipeline import Run, evaluate_runs
 from sae.training.agreement import common_pass
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import Cost, train_all
+from sae.training.readers import no_reader, unread
 from sae.training.sinks import Wandb
 from sae.training.trainee import Recipe
 
@@ -83,13 +84,35 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
         settings["out"] = str(Path(config.out) / name)
         settings["harvest"]["cache"] = str(config.cache_folder)
         made[name] = parse_config(settings)
-    return made
+    return _without_unread(made, axes)
+
+
+def _without_unread(made: dict[str, RunConfig], swept: Collection[str]) -> dict[str, RunConfig]:
+    """The variants, without what is set for all of them and only the others' architectures read.
+
+    Raises:
+        ConfigError: a setting that none reads; or that is swept, and gives some the same dictionary twice.
+    """
+    unread_by = {name: unread(variant.dictionary, variant.train) for name, variant in made.items()}
+    for key in dict.fromkeys(key for found in unread_by.values() for key in found):
+        names = [name for name, found in unread_by.items() if key in found]
+        if key in swept or len(names) == len(made):
+            idle = dict.fromkeys(made[name].dictionary.architecture for name in names)
+            raise no_reader(f"{'sweep.' if key in swept else ''}{key}", unread_by[names[0]][key], idle)
+    cleaned = {}
+    for name, variant in made.items():
+        settings = variant.model_dump(mode="json")
+        for key in unread_by[name]:
+            section, _, setting = key.partition(".")
+            del settings[section][setting]
+        cleaned[name] = parse_config(settings)
+    return cleaned
 
 
 def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Sweep:
     """Harvest what is missing, train every variant that is not there yet, evaluate, compare.
 
-    They are trained in one pass over the activations, or `config.sweep_at_once` of them in each.
+    They are trained in one pass over the activations and evaluated in another; `config.sweep_at_once` at most in each.
 
     Raises:
         ConfigError: as `variants` does.
@@ -107,7 +130,7 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
         for run in fresh:
             run.language_model = base.language_model
         if fresh:
-            evaluate_runs(fresh)
+            evaluate_runs(fresh, config.sweep_at_once)
         points = {name: _point(run, _variant(config, run.config)) for name, run in trained.items()}
         _write(base.folder, points, failures)
     return Sweep(base.folder, points, failures)

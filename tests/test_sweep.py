@@ -67,11 +67,27 @@ def test_variants_are_all_combinations_by_names_of_what_differs(tiny_config: Tin
         ({"dictionary": {"k": [4, 4]}}, "sweep has 'k4' twice"),
         ({"dictionary": {"kk": [4]}}, "unknown setting 'dictionary.kk': did you mean dictionary.k"),
         ({"dictionary": {"k": [4, 100]}}, "dictionary.k=100 exceeds dictionary.d_sae=64"),
+        (
+            {"dictionary": {"architecture": ["relu", "topk"]}, "train": {"l1_coefficient": [1.0, 2.0]}},
+            "sweep.train.l1_coefficient=1.0 has no effect on topk, only on relu, gated: take it out",
+        ),
     ],
 )
 def test_what_cannot_be_swept_is_refused(tiny_config: TinyConfig, axes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         variants(swept(tiny_config, **axes))
+
+
+def test_a_setting_for_all_is_left_out_where_it_has_no_effect(tiny_config: TinyConfig) -> None:
+    config = swept(tiny_config, dictionary={"architecture": ["topk", "relu", "jumprelu"]})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"l1_coefficient": 3.0})})
+    made = variants(config)
+    assert {name: variant.train.l1_coefficient for name, variant in made.items()} == {
+        "topk": None, "relu": 3.0, "jumprelu": None,
+    }  # fmt: skip
+    for_nobody = config.model_copy(update={"sweep": {"dictionary": {"architecture": ["topk", "jumprelu"]}}})
+    with pytest.raises(ConfigError, match=r"train.l1_coefficient=3.0 has no effect on topk, jumprelu, only on relu, g"):
+        variants(for_nobody)
 
 
 def test_a_single_run_does_not_take_a_sweep(tiny_config: TinyConfig) -> None:
@@ -156,6 +172,27 @@ def test_some_at_a_time_are_the_same_dictionaries(tiny_config: TinyConfig, tmp_p
     whole = sweep(config.model_copy(update={"sweep_at_once": None, "out": str(tmp_path / "whole")}))
     for name in whole.points:
         assert torch.equal(done.dictionary(name).W_dec, whole.dictionary(name).W_dec), name
+
+
+def test_a_sweep_cut_short_in_its_evaluation_goes_on_after_what_was_written(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = swept(tiny_config, dictionary={"d_sae": [48, 64], "k": [2, 4]}).model_copy(update={"sweep_at_once": 2})
+    evaluated: list[int] = []
+    original = sae.pipeline.evaluate_all
+
+    def cut_short(dictionaries: dict[str, object], *arguments: object, **others: object) -> object:
+        evaluated.append(len(dictionaries))
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return original(dictionaries, *arguments, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("sae.pipeline.evaluate_all", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config)
+    done = sweep(config)
+    assert evaluated == [2, 2, 2], "two, two that were cut short, and these again"
+    assert {(point.d_sae, point.k) for point in done.points.values()} == {(48, 2), (48, 4), (64, 2), (64, 4)}
 
 
 @pytest.mark.parametrize(
@@ -286,6 +323,17 @@ def test_the_table_gives_time_for_a_thousand_tokens_and_memory() -> None:
     assert "| topk-k8 | 8.00 ± 0.10 | 0.250 ± 0.010 | 0.0250 ± 0.0010 | 2.0% | 3,000.0 | 5 |" in text
 
 
+def test_the_table_has_means_over_seeds() -> None:
+    points = {
+        "topk-k8-seed0": point("topk", 8, 0.3), "topk-k8-seed1": point("topk", 8, 0.4, 1),
+        "relu-k8-seed0": point("relu", 8, 0.5),
+    }  # fmt: skip
+    text = pareto_table(points, {}, None)
+    assert "| topk, k 8 | 2 | 8 ± 0 | 0.350 ± 0.071 | 0.0350 ± 0.0071 |" in text
+    assert "| relu, k 8" not in text
+    assert "## Over seeds" not in pareto_table({"relu-k8-seed0": points["relu-k8-seed0"]}, {}, None)
+
+
 def test_values_no_different_from_the_row_above_are_marked() -> None:
     """Half of the second's error is the first's, document by document; the third's is the second's but for noise."""
     rng = torch.Generator().manual_seed(0)
@@ -316,10 +364,12 @@ def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypa
     from matplotlib.axes import Axes
 
     drawn: dict[str, tuple[tuple[float, ...], ...]] = {}
+    losses: dict[str, tuple[tuple[float, ...], ...]] = {}
     original = Axes.errorbar
 
     def note(self: Axes, x: tuple[float, ...], y: tuple[float, ...], **how: object) -> object:
-        drawn.setdefault(str(how["label"]), (x, y, how["yerr"]))  # type: ignore[arg-type]
+        panel = losses if str(how["label"]) in drawn else drawn
+        panel[str(how["label"])] = (x, y, how["yerr"])  # type: ignore[assignment]
         return original(self, x, y, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Axes, "errorbar", note)
@@ -329,10 +379,17 @@ def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypa
     assert drawn["topk"][1] == pytest.approx((0.35, 0.2))
     assert drawn["topk"][2] == pytest.approx((0.0707107, 0.01), rel=1e-4)
     assert drawn["relu"][:2] == ((8.0,), (0.5,))
+    assert losses["topk"][0] == (8.0, 16.0)
+    assert losses["topk"][1] == pytest.approx((0.035, 0.02))
+    assert losses["topk"][2] == pytest.approx((0.00707107, 0.001), rel=1e-4)
     assert draw_pareto([]) is None
     nothing = dataclasses.replace(point("relu", 8, 0.5), l0=Estimate(0.0, 0.0))
     assert draw_pareto([nothing])
-    drawn.clear()
+    drawn.clear(), losses.clear()
+    wide = [point("topk", 8, 0.2), dataclasses.replace(point("topk", 8, 0.1), d_sae=128)]
+    assert draw_pareto(wide)
+    assert {label: found[1] for label, found in drawn.items()} == {"topk, 64": (0.2,), "topk, 128": (0.1,)}
+    drawn.clear(), losses.clear()
     weights = [dataclasses.replace(point("relu", 8, fvu), variant=f"l1_coefficient{fvu}") for fvu in (0.2, 0.4)]
     draw_pareto(weights)
     assert drawn["relu"][1] == (0.2, 0.4), "other settings are no seeds"

@@ -142,12 +142,31 @@ def pareto_table(
         parts.append(
             "≈: no different from the row above: the 95 % interval of the difference, paired over documents, holds 0.\n"
         )
+    parts += _over_seeds(list(points.values()))
     parts += _baselines(points)
     if failures:
         parts.append(
             "## Not trained\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items()) + "\n"
         )
     return "\n".join(parts)
+
+
+def _over_seeds(points: Sequence[Point]) -> list[str]:
+    """Means over seeds, where a dictionary was trained with several, and their spread."""
+    groups = {label: [seeds for seeds in series if len(seeds) > 1] for label, series in _grouped(points).items()}
+    rows = []
+    for label, series in groups.items():
+        for seeds in series:
+            cells = [", ".join(filter(None, (label, f"k {seeds[0].k}", seeds[0].variant))), str(len(seeds))]
+            for metric in ("l0", "fvu", "delta_ce"):
+                values = _values(seeds, metric)
+                spread = Estimate(statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
+                cells.append(NONE if spread is None else str(spread))
+            rows.append(cells)
+    if not rows:
+        return []
+    table = pipe_table(["dictionary", "seeds", "L0", "FVU", "ΔCE"], rows, text_columns=1)
+    return ["## Over seeds\n", f"{table}\n", "± is the standard deviation over seeds.\n"]
 
 
 def _baselines(points: Mapping[str, Point]) -> list[str]:
@@ -220,14 +239,18 @@ def _grouped(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
 
 def _average(seeds: list[Point], metric: str) -> tuple[float, float, float] | None:
     """Mean L0, mean of the metric, and its spread."""
-    estimates = [getattr(point, metric) for point in seeds]
-    values = [estimate.value for estimate in estimates if estimate is not None and estimate.value is not None]
-    l0 = [point.l0.value for point in seeds if point.l0.value]
+    values, l0 = _values(seeds, metric), [value for value in _values(seeds, "l0") if value]
     if not values or not l0:
         return None
-    errors = [estimate.standard_error for estimate in estimates if estimate is not None]
+    errors = [estimate.standard_error for point in seeds if (estimate := getattr(point, metric)) is not None]
     spread = statistics.stdev(values) if len(values) > 1 else errors[0] or 0.0
     return statistics.mean(l0), statistics.mean(values), spread
+
+
+def _values(points: Sequence[Point], metric: str) -> list[float]:
+    """Of those for which it was measured."""
+    estimates = [getattr(point, metric) for point in points]
+    return [estimate.value for estimate in estimates if estimate is not None and estimate.value is not None]
 
 
 def _colour(architecture: str) -> str:

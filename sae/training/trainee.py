@@ -27,6 +27,7 @@ from sae.training.normalisation import Normalisation, fold_, normalisation_of
 from sae.training.objectives import OBJECTIVES, Context, Losses
 from sae.training.objectives.auxk import default_aux_coefficient, default_k_aux
 from sae.training.optimizer import FeatureAdam
+from sae.training.readers import PENALISED
 from sae.training.schedules import SteeredWeight, default_learning_rate, learning_rate, warmed_up
 from sae.training.source import BatchSource
 
@@ -90,7 +91,9 @@ class Trainee:
         self.k_aux = settings.k_aux or default_k_aux(shape.architecture, input_source.d_in, shape.k)
         weight = settings.aux_coefficient
         self.aux_coefficient = default_aux_coefficient(shape.architecture) if weight is None else weight
-        dead_after = settings.dead_after_tokens or default_dead_after(shape.architecture, shape.d_sae, shape.k)
+        dead_after = settings.dead_after_tokens or default_dead_after(
+            shape.architecture, shape.d_sae, shape.k, steps * self.batch_size
+        )
         self.normalisation = normalisation_of(input_source, settings.center, device)
         self.target_normalisation = (
             None if target_source is None else normalisation_of(target_source, settings.center, device)
@@ -112,11 +115,10 @@ class Trainee:
         if self.step_number == 0:
             self._begin(x, target)
             self.firing.density = self.recipe.dictionary.k / self.dictionary.d_sae  # what it begins with
-        losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, self._context())
+        context = self._context()
+        losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, context)
         losses.total.backward()
         self.optimizer.step(self._rate())
-        if self.optimizer.norm is not None:
-            losses = replace(losses, terms={**losses.terms, "gradient_norm": self.optimizer.norm})
         self.step_number += 1
         self.firing.record(losses.counts, losses.l0, len(x), self.step_number)
         if self.steered is not None:
@@ -127,7 +129,7 @@ class Trainee:
         bad = ~losses.total.detach().isfinite()
         self.bad_input |= bad & (self.first_bad_step < 0) & ~(x.isfinite().all() & target.isfinite().all())
         self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step_number, self.first_bad_step)
-        return losses
+        return replace(losses, terms={**losses.terms, **self._beside(context)})
 
     def folded(self) -> Dictionary:
         """A copy that takes raw activations, decoder rows of norm 1."""
@@ -267,6 +269,15 @@ class Trainee:
             bandwidth=settings.bandwidth,
         )
 
+    def _beside(self, context: Context) -> dict[str, Float[Tensor, ""]]:
+        """What the log shows beside the terms of the loss."""
+        shown = {"gradient_norm": self.optimizer.norm}
+        if self.dictionary.architecture in PENALISED:
+            shown["sparsity_weight"] = torch.as_tensor(context.sparsity)
+        if isinstance(self.dictionary, OneThreshold):
+            shown["threshold"] = self.dictionary.threshold.clone()
+        return {name: value for name, value in shown.items() if value is not None}
+
     def _rate(self) -> float:
         settings = self.settings
         return learning_rate(self.step_number, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
@@ -344,7 +355,7 @@ def _in_bfloat16(shape: DictionaryConfig, settings: TrainConfig, device: torch.d
 
     Not where what exceeds a threshold fires: rounding would decide it.
     """
-    if shape.architecture in ("relu", "gated", "jumprelu"):
+    if shape.architecture in PENALISED:
         return False
     if settings.products == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
         warnings.warn(

@@ -23,6 +23,8 @@ from sae.errors import ConfigError, FormatError, TrainingError
 from sae.pipeline import Run
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.initialise import geometric_median
+from sae.training.meter import Meter
+from sae.training.objectives import Losses
 from tests.conftest import TinyConfig
 from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, settings
 
@@ -300,3 +302,75 @@ def test_what_was_made_before_a_setting_existed_is_still_what_was_asked_for(tiny
     run.train()
     with pytest.raises(FormatError, match=r"made with freeze=\[\], now \['W_dec'\] is asked for"):
         Run(tiny_config(data__tokens=2000, train__freeze=["W_dec"])).train()
+
+
+def test_jumprelu_takes_the_weight_and_the_bandwidth_that_are_set() -> None:
+    def made(steps: int = 400, **changes: float) -> sae.Dictionary:
+        return train(IterableSource(planted(50)), shape("jumprelu"), settings(steps, **{"lr": 3e-3, **changes}))
+
+    def l0(dictionary: sae.Dictionary) -> float:
+        return float((dictionary.encode(torch.cat(planted(50))) > 0).sum(1).float().mean())
+
+    heavy = made(l0_coefficient=0.5)
+    assert l0(heavy) < 0.7 * l0(made(l0_coefficient=0.02))
+    begun, narrow = made(1, lr=1e-12).get_parameter("threshold"), made(l0_coefficient=0.5, bandwidth=1e-9)
+    torch.testing.assert_close(narrow.get_parameter("threshold"), begun)  # nothing is ever within so small a window
+    assert (heavy.get_parameter("threshold") - begun).abs().max() > 0.1 * begun.max()
+
+
+def test_jumprelu_s_l0_comes_to_k() -> None:
+    """The default penalty, d_in times the square of L0 / k − 1, is heavy enough for that."""
+    made = train(IterableSource(planted(50)), shape("jumprelu"), settings(1000, lr=3e-3))
+    assert float((made.encode(torch.cat(planted(50))) > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.1)
+
+
+def test_what_an_architecture_does_not_read_is_refused_before_anything_is_made(tiny_config: TinyConfig) -> None:
+    for changes, message in (
+        ({"train__l0_coefficient": 0.5}, r"train.l0_coefficient=0.5 has no effect on topk, only on jumprelu: take it"),
+        ({"train__bandwidth": 0.5, "dictionary__architecture": "relu"}, "train.bandwidth=0.5 has no effect on relu"),
+        ({"dictionary__prefixes": [0.5, 1.0]}, "dictionary.prefixes=.* has no effect on topk, only on matryoshka"),
+        ({"train__k_aux": 5, "dictionary__architecture": "relu"}, "train.k_aux=5 has no effect on relu"),
+        (
+            {"train__products": "bfloat16", "dictionary__architecture": "gated"},
+            "train.products='bfloat16' has no effect on gated, only on topk, batch_topk, matryoshka",
+        ),
+    ):
+        config = tiny_config(**changes)
+        with pytest.raises(ConfigError, match=message):
+            sae.run(config)
+        assert not config.folder.exists()
+    sae.harvest(tiny_config())
+    with pytest.raises(ConfigError, match="has no effect on topk"):
+        Run(tiny_config(train__l0_coefficient=0.5)).train()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_log_has_every_term_of_the_loss_and_its_weight(architecture: str) -> None:
+    lines: list[dict[str, float]] = []
+    chosen = settings(120, log_every=1, dead_after_tokens=2 * BATCH, aux_coefficient=0.3, max_gradient_norm=10.0)
+    train(
+        IterableSource(raw(20)), shape(architecture), chosen,
+        progress=lambda done, of, metrics: lines.append({k: float(v) for k, v in metrics.items()}),
+    )  # fmt: skip
+    for line in lines:
+        weight = line.get("sparsity_weight", 0.0)
+        penalty = line.get("l1", line.get("l0_penalty", 0.0))
+        revived = 0.3 * (line.get("aux", 0.0) + line.get("revival", 0.0))
+        error = line["mse_prefixes" if architecture == "matryoshka" else "mse"] + line.get("gate_mse", 0.0)
+        assert line["loss"] == pytest.approx(error + weight * penalty + revived, rel=1e-5), line["step"]
+    last = lines[-1]
+    assert ("sparsity_weight" in last) == (architecture in ("relu", "gated", "jumprelu"))
+    assert ("threshold" in last) == (architecture in ("batch_topk", "matryoshka"))
+    assert last["gradient_norm"] > 0
+    assert any("revival" in line for line in lines) == (architecture in ("relu", "gated"))
+    assert any("aux" in line for line in lines) == (architecture != "relu")
+
+
+def test_a_term_that_some_steps_lack_is_nothing_in_them() -> None:
+    """So the terms that are logged sum to the loss that is, whatever the interval."""
+    meter, one = Meter(BATCH), torch.ones(())
+    nothing = torch.zeros(D_SAE)
+    meter.add(Losses(2 * one, {"mse": 2 * one}, nothing, one), one)
+    meter.add(Losses(5 * one, {"mse": 2 * one, "aux": 3 * one}, nothing, one), one)
+    found = meter.read()
+    assert (found["loss"], found["mse"], found["aux"]) == (3.5, 2.0, 1.5)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import sae
+from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig, TrainConfig
 from sae.errors import TrainingError
 from sae.training import IterableSource, TrainingInterrupted, train
@@ -69,6 +70,16 @@ def test_saved_dictionary_takes_raw_activations() -> None:
     torch.testing.assert_close(moved.encode(37.0 * x + 500.0), 37.0 * plain.encode(x), rtol=1e-2, atol=0.5)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_setting_is_in_units_of_training(architecture: str) -> None:
+    """Penalties, bandwidths, thresholds mean the same whatever the data's scale; a power of two rounds nothing."""
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    small, large = (train(IterableSource(planted(50, scale=scale)), shape, settings(100)) for scale in (1.0, 32.0))
+    x = torch.cat(planted(5))
+    assert torch.equal(large(32.0 * x), 32.0 * small(x))
+    assert torch.equal(large.encode(32.0 * x), 32.0 * small.encode(x))
+
+
 def test_batch_topk_has_a_threshold_from_the_first_checkpoint_on(tmp_path: Path) -> None:
     """Token by token as many features fire on average as in the batches of training, in the units of the data."""
     data = planted(20, scale=12.0)
@@ -101,13 +112,16 @@ def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(monkeypatch: pyte
 
 
 def test_every_checkpoint_holds_a_usable_dictionary(tmp_path: Path) -> None:
-    data = planted(20, scale=12.0)
-    final = train(IterableSource(data), SHAPE, settings(60, keep_checkpoints=5), folder=tmp_path)
+    """Each in the units of the data: on data of another scale and mean, what it would have been, in that scale."""
+    chosen = settings(60, keep_checkpoints=5, center=True)
+    train(IterableSource(planted(20)), SHAPE, chosen, folder=tmp_path / "plain")
+    final = train(IterableSource(planted(20, scale=12.0, shift=30.0)), SHAPE, chosen, folder=tmp_path)
     checkpoints = list_checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in checkpoints] == ["step-00000025", "step-00000050", "step-00000060"]
-    scores = [fvu(sae.load(path), torch.cat(data)) for path in checkpoints]
-    assert scores[0] > scores[-1]
-    assert all(score < 1 for score in scores)
+    x = torch.cat(planted(20))
+    for path in checkpoints:
+        expected = 12.0 * sae.load(tmp_path / "plain" / "checkpoints" / path.name)(x)
+        torch.testing.assert_close(sae.load(path)(12.0 * x + 30.0) - 30.0, expected, rtol=1e-3, atol=1e-2)
     loaded = sae.load(checkpoints[-1])
     for (name, ours), theirs in zip(final.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(ours, theirs), name

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.architectures import Gated, ReLU, TopK
+from sae.architectures import Gated, JumpReLU, ReLU, TopK
 from sae.dictionary import Dictionary
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
-from sae.training.objectives import Context, gated_loss, relu_loss, topk_loss
+from sae.training.objectives import Context, gated_loss, jumprelu_loss, relu_loss, topk_loss
 from sae.training.optimizer import FeatureAdam
+from tests.training.dense_reference import straight_through
 
 D_IN, D_SAE, K, BATCH = 6, 20, 3, 15
 
@@ -264,3 +265,22 @@ def test_auxk_revives_features_that_lose_every_competition() -> None:
     without, with_aux = dead_after_training(0.0), dead_after_training(1 / 32)
     assert without > 40, f"only {without} features stay dead without AuxK, so the test shows nothing"
     assert with_aux < without / 3, f"{with_aux} dead with AuxK, {without} without"
+
+
+@pytest.mark.parametrize("aim", [None, 4])
+def test_jumprelu_loss_and_gradients_equal_the_dense_formula(aim: int | None) -> None:
+    """Both penalties: L0 itself, and its distance from a target. Their straight-through gradients written densely."""
+    dictionary, x = random_dictionary(JumpReLU), inputs("ordinary")
+    threshold, width, weight = dictionary.get_parameter("threshold"), 0.8, 1.7
+    with torch.no_grad():
+        threshold.abs_()
+    losses = jumprelu_loss(dictionary, x, x, replace(context(), sparsity=weight, target_l0=aim, bandwidth=width))
+    pre = ((x - dictionary.b_dec) @ dictionary.W_enc + dictionary.b_enc).relu()
+    features, fires = straight_through(pre, threshold, width)
+    l0 = fires.sum(1).mean()
+    penalty = l0 if aim is None else (l0 / aim - 1) ** 2
+    expected = ((x - features @ dictionary.W_dec - dictionary.b_dec) ** 2).sum(1).mean() + weight * penalty
+    torch.testing.assert_close(losses.total, expected, rtol=1e-12, atol=0)
+    expected_gradients = gradients(expected, dictionary)
+    for name, gradient in gradients(losses.total, dictionary).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-10, atol=1e-12, msg=name)

@@ -32,11 +32,17 @@ def test_dead_features_are_counted_in_tokens() -> None:
 
 def test_penalised_features_are_dead_where_the_average_feature_fires_64_times() -> None:
     """32 of 4,608 features per token: the average feature fires once in 144 tokens, 64 times in 9,216."""
-    assert default_dead_after("gated", 4608, 32) == default_dead_after("jumprelu", 4608, 32) == 9_216
-    assert default_dead_after("gated", 2304, 16) == 9_216
-    assert default_dead_after("gated", 131_072, 32) == 200_000
+    for tokens in (1_000_000, 1_000_000_000):
+        for architecture in ("gated", "jumprelu"):
+            assert default_dead_after(architecture, 4608, 32, tokens) == 9_216
+            assert default_dead_after(architecture, 2304, 16, tokens) == 9_216
+    assert default_dead_after("gated", 131_072, 32, 1_000_000) == 200_000
+
+
+def test_others_are_dead_after_a_thirtieth_of_the_training_within_bounds() -> None:
     for architecture in ("relu", "topk", "batch_topk", "matryoshka"):
-        assert default_dead_after(architecture, 4608, 32) == 200_000
+        for tokens, expected in ((819_200, 200_000), (60_000_000, 2_000_000), (1_000_000_000, 10_000_000)):
+            assert default_dead_after(architecture, 4608, 32, tokens) == expected
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def relu_loss(
         found = firing(selection.pattern, values)
         l1 = (values * norms[selection.pattern.features]).sum() / len(x)
     mse = mean_squared_error(target, reconstruction)
-    terms = {"mse": mse.detach(), "l1": l1.detach()}
-    return Losses(mse + context.sparsity * l1 + revival(dictionary, x, context), terms, *found)
+    total, terms = mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}
+    return Losses(*_with(total, terms, context.aux_coefficient, revival=revival(dictionary, context)), *found)
 
 
 def gated_loss(
@@ -78,12 +78,11 @@ def gated_loss(
         mean_squared_error(target, of_gate),
         gate.sum() / len(x),
     )
-    total = mse + context.sparsity * l1 + gate_mse + revival(dictionary, x, context)
+    total = mse + context.sparsity * l1 + gate_mse
     terms = {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    if aux is not None:
-        total, terms = total + context.aux_coefficient * aux, {**terms, "aux": aux.detach()}
-    return Losses(total, terms, *found)
+    revived = revival(dictionary, context)
+    return Losses(*_with(total, terms, context.aux_coefficient, revival=revived, aux=aux), *found)
 
 
 def jumprelu_loss(
@@ -110,22 +109,29 @@ def jumprelu_loss(
     penalty = l0 if context.target_l0 is None else (l0 / context.target_l0 - 1).square()
     total, terms = mse + context.sparsity * penalty, {"mse": mse.detach(), "l0_penalty": penalty.detach()}
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    if aux is not None:
-        total, terms = total + context.aux_coefficient * aux, {**terms, "aux": aux.detach()}
-    return Losses(total, terms, *firing(pattern, values))
+    return Losses(*_with(total, terms, context.aux_coefficient, aux=aux), *firing(pattern, values))
 
 
-def revival(dictionary: Dictionary, x: Float[Tensor, "batch d_in"], context: Context) -> Float[Tensor, ""] | float:
-    """−α Σ of the mean pre-activations of dead features, whose bias it raises until they fire.
+def revival(dictionary: Dictionary, context: Context) -> Float[Tensor, ""] | None:
+    """−Σ of the biases of dead features, which it raises until they fire; None where none is dead.
 
     Where everything positive fires, dead features are negative everywhere, AuxK sees nothing of them, and this is what
     is left: Anthropic's pre-activation loss (January 2025 update), with its gradient to the bias alone.
     """
     candidates = context.dead_candidates
     if context.aux_coefficient == 0 or len(candidates) == 0:
-        return 0.0
-    dead = context.dead[candidates]
-    return -context.aux_coefficient * (dictionary.b_enc[candidates] * dead).sum()
+        return None
+    return -(dictionary.b_enc[candidates] * context.dead[candidates]).sum()
+
+
+def _with(
+    total: Float[Tensor, ""], terms: dict[str, Float[Tensor, ""]], weight: float, **more: Float[Tensor, ""] | None
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """The total and its terms with some more of this weight, where there are any."""
+    for name, term in more.items():
+        if term is not None:
+            total, terms = total + weight * term, {**terms, name: term.detach()}
+    return total, terms
 
 
 def jump(pre: Float[Tensor, " pairs"], bounds: Float[Tensor, " pairs"], width: float) -> Float[Tensor, " pairs"]:

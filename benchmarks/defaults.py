@@ -1,0 +1,260 @@
+"""What each default of training is worth: one setting at a time is changed, everything else stays as it is.
+
+    python benchmarks/defaults.py CACHE [HOOK]
+
+CACHE is an activation cache that `sae harvest` made; that of `configs/quickstart.yaml` will do. Dictionaries of one
+batch size and length are trained in one pass. Each is scored on held-out activations: FVU against that of the default
+on its line, and features that never fire. Where a penalty is steered to k, L0 comes out a little beside it, so FVU is
+taken at k: times √(L0 / k). Results go to `benchmarks/results/`, the figure to `docs/defaults.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from peers.quality_worker import score
+
+from sae.activations import ActivationCache
+from sae.activations.loader import ActivationLoader
+from sae.architectures import ARCHITECTURES
+from sae.config import DictionaryConfig, TrainConfig
+from sae.dictionary import Dictionary
+from sae.evaluation.figures import Canvas, logarithmic
+from sae.evaluation.pareto import COLOURS
+from sae.tokens import HELD_OUT
+from sae.training import Recipe, train_all
+from sae.training.readers import PENALISED
+from sae.training.schedules import default_learning_rate
+
+FIGURE = Path(__file__).parents[1] / "docs" / "defaults.png"
+MANY = 0.05
+"""Share of features that never fire from which on a point is drawn hollow."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A dictionary to train: what differs from the defaults.
+
+    Attributes:
+        architecture: its architecture.
+        d_sae: its width; 0: the usual one.
+        length: training tokens, as a multiple of the usual number.
+        settings: of `TrainConfig`, in a form that can be compared; `lr` counts in default rates.
+    """
+
+    architecture: str = "topk"
+    d_sae: int = 0
+    length: float = 1.0
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One setting: its values, and a line of trials for whatever it was tried on.
+
+    Attributes:
+        name: the setting.
+        values: what is tried, as shown.
+        default: which of these is the default.
+        lines: by label, a trial for each value or None where it was not tried.
+    """
+
+    name: str
+    values: list[str]
+    default: int
+    lines: Mapping[str, Sequence[Trial | None]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """FVU at k, L0, and the share of features that never fired, on held-out activations; means over seeds."""
+
+    fvu: float
+    l0: float
+    never_fired: float
+
+
+def panel(name: str, values: Mapping[str, Any], default: str, architectures: tuple[str, ...] = ("topk",)) -> Panel:
+    """A setting on several architectures; the default's trial is the one without any change."""
+    lines = {
+        architecture: [
+            Trial(architecture, settings=() if shown == default else ((name, value),))
+            for shown, value in values.items()
+        ]
+        for architecture in architectures
+    }
+    return Panel(name, list(values), list(values).index(default), lines)
+
+
+def rate_panel(name: str, of: Mapping[str, dict[str, Any]], wide: str) -> Panel:
+    """The learning rate, in default rates, on dictionaries that differ in something else; further on one of them, or none."""
+    factors = {"¼": 0.25, "½": 0.5, "1": 1.0, "2": 2.0, "4": 4.0}
+    factors = {shown: factor for shown, factor in factors.items() if wide or 0.25 < factor < 4}
+    lines: dict[str, list[Trial | None]] = {}
+    for label, changes in of.items():
+        lines[label] = [
+            None if label != wide and shown in "¼4"
+            else Trial(**changes, settings=() if factor == 1 else (("lr", factor),))
+            for shown, factor in factors.items()
+        ]  # fmt: skip
+    return Panel(name, list(factors), list(factors).index("1"), lines)
+
+
+def panels(d_sae: int, d_in: int, k: int) -> list[Panel]:
+    """Everything that is tried."""
+    widths = {f"{d_sae // 2:,}": {"d_sae": d_sae // 2}, f"{d_sae:,}": {}, f"{4 * d_sae:,}": {"d_sae": 4 * d_sae}}
+    lengths = {"½": {"length": 0.5}, "1": {}, "3": {"length": 3.0}}
+    everyone = {name: {"architecture": name} for name in ARCHITECTURES}
+    return [
+        rate_panel("lr, in default rates, by d_sae", widths, f"{d_sae:,}"),
+        rate_panel("lr, in default rates, by length", lengths, "1"),
+        rate_panel("lr, in default rates", everyone, ""),
+        panel("batch_size", {str(n): n for n in (256, 512, 1024, 2048, 4096)}, "1024"),
+        panel("warmup_fraction", {"0": 0.0, "0.02": 0.02, "0.1": 0.1, "0.3": 0.3}, "0.02"),
+        panel("decay_fraction", {"0": 0.0, "0.1": 0.1, "0.2": 0.2, "0.5": 0.5, "0.8": 0.8}, "0.2"),
+        panel("beta1", {"0": 0.0, "0.5": 0.5, "0.9": 0.9, "0.95": 0.95}, "0.9"),
+        panel("beta2", {"0.9": 0.9, "0.99": 0.99, "0.999": 0.999, "0.9999": 0.9999}, "0.999"),
+        panel("aux_coefficient", {"0": 0.0, "1/32": 1 / 32, "1": 1.0}, "1/32", ("topk", "batch_topk", "matryoshka")),
+        panel("aux_coefficient", {"0": 0.0, "1/32": 1 / 32, "1": 1.0}, "1", ("gated", "jumprelu")),
+        panel("k_aux", {"k": k, "d_in / 4": d_in // 4, "d_in / 2": d_in // 2, "d_in": d_in}, "d_in / 2"),
+        panel("dead_after_tokens", {"20,000": 20_000, "200,000": 200_000, "never": 10**12}, "200,000"),
+        panel("initial_b_dec", {"median": "geometric_median", "mean": "mean", "zeros": "zeros"}, "median"),
+        panel("center", {"no": False, "yes": True}, "no", ("topk", "jumprelu")),
+        panel("bandwidth", {"¼": 0.25, "½": 0.5, "1": 1.0, "2": 2.0, "4": 4.0}, "1", ("jumprelu",)),
+        panel("sparsity_warmup_fraction", {"0": 0.0, "0.05": 0.05, "0.2": 0.2, "0.5": 0.5}, "0.05", PENALISED),
+    ]
+
+
+def train_trials(trials: list[Trial], cache: ActivationCache, hook: str, a: argparse.Namespace) -> dict[Trial, Scores]:
+    """Score every trial, those of one batch size and length trained in one pass; what diverged is left out."""
+    loader = ActivationLoader(cache, hook, batch_size=512, split=HELD_OUT)
+    held_out = torch.cat(list(itertools.islice(loader, loader.tokens_per_epoch // 512)))
+    passes: dict[tuple[int, float], list[Trial]] = defaultdict(list)
+    for trial in dict.fromkeys(trials):
+        passes[dict(trial.settings).get("batch_size", 1024), trial.length].append(trial)
+    found: dict[Trial, list[Scores]] = defaultdict(list)
+    for ((batch, length), members), seed in itertools.product(passes.items(), range(a.seeds)):
+        recipes = {str(n): recipe(trial, batch, round(a.tokens * length), seed, a) for n, trial in enumerate(members)}
+        started = time.perf_counter()
+        outcome = train_all({"activations": ActivationLoader(cache, hook, batch_size=batch, seed=seed)}, recipes)
+        print(f"{len(members)} of batch {batch}, length {length}: {time.perf_counter() - started:.0f} s", flush=True)
+        for name, dictionary in outcome.dictionaries.items():
+            trial = members[int(name)]
+            found[trial].append(measured(dictionary, held_out, trial, a.k))
+    return {
+        trial: Scores(*(statistics.mean(values) for values in zip(*map(astuple, of_seeds), strict=True)))
+        for trial, of_seeds in found.items()
+    }
+
+
+def recipe(trial: Trial, batch: int, tokens: int, seed: int, a: argparse.Namespace) -> Recipe:
+    d_sae = trial.d_sae or a.d_sae
+    settings = {"tokens": tokens, "batch_size": batch, **dict(trial.settings)}
+    if "lr" in settings:
+        settings["lr"] *= default_learning_rate(d_sae)
+    shape = {"architecture": trial.architecture, "d_sae": d_sae, "k": a.k}
+    return Recipe(DictionaryConfig.model_validate(shape), TrainConfig.model_validate(settings), seed)
+
+
+@torch.no_grad()
+def measured(dictionary: Dictionary, held_out: torch.Tensor, trial: Trial, k: int) -> Scores:
+    found = score(lambda x: (dictionary(x), dictionary.encode(x)), held_out)
+    at_k = (found["l0"] / k) ** 0.5 if trial.architecture in PENALISED else 1.0
+    return Scores(found["fvu"] * at_k, found["l0"], found["never_fired"] / dictionary.d_sae)
+
+
+def draw(shown: list[Panel], found: Mapping[Trial, Scores]) -> bytes:
+    """A panel for each setting: FVU over that of the default, hollow where many features never fire."""
+    columns = 4
+    rows = -(-len(shown) // columns)
+    canvas = Canvas(rows, columns, (3.1 * columns, 2.3 * rows))
+    palette = ["#2b6ca3", "#d97b29", "#3b8a4f", "#9d3c8a", "#b45309", "#6b7280"]
+    for axes, one in zip(canvas.axes, shown, strict=False):
+        heights = []
+        for number, (label, trials) in enumerate(one.lines.items()):
+            base = trials[one.default]
+            assert base is not None
+            points = [
+                (place, found[trial].fvu / found[base].fvu, found[trial].never_fired)
+                for place, trial in enumerate(trials) if trial is not None and trial in found
+            ]  # fmt: skip
+            colour = COLOURS.get(label, palette[number % len(palette)])
+            axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, linewidth=1.2, label=label)
+            for place, height, share in points:
+                fill = "white" if share > MANY else colour
+                axes.plot(place, height, "o", color=colour, markerfacecolor=fill, markersize=4.5)
+            heights += [height for _, height, _ in points]
+        axes.axvline(one.default, color="#d1d5db", linewidth=5, zorder=0)
+        axes.set_xticks(range(len(one.values)), one.values)
+        axes.set_title(one.name, fontsize=9, loc="left", color="#374151")
+        if max(heights) > 1.5:
+            logarithmic(axes, "y", (min(heights), max(heights)))
+        else:
+            axes.set_ylim(min(0.95, min(heights) - 0.02), max(1.05, max(heights) + 0.02))
+        if len(one.lines) > 1:
+            axes.legend(frameon=False, fontsize=6.5, labelcolor="#374151", ncols=2)
+    for axes in canvas.axes[len(shown) :]:
+        axes.set_visible(False)
+    return canvas.png()
+
+
+def table(shown: list[Panel], found: Mapping[Trial, Scores]) -> str:
+    """Every point of the figure."""
+    rows = []
+    for one in shown:
+        for label, trials in one.lines.items():
+            base = trials[one.default]
+            assert base is not None
+            for value, trial in zip(one.values, trials, strict=True):
+                if trial is None:
+                    continue
+                cells = ["diverged", "", "", ""]
+                if (made := found.get(trial)) is not None:
+                    ratio = made.fvu / found[base].fvu
+                    cells = [f"{made.fvu:.4f}", f"{ratio:.3f}", f"{made.l0:.1f}", f"{made.never_fired:.1%}"]
+                mark = " (default)" if trial == base else ""
+                rows.append([one.name, label, f"{value}{mark}", *cells])
+    return report.table(["setting", "of", "value", "FVU at k", "÷ default's", "L0", "never fired"], rows, left=3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("hook", nargs="?", help="default: the cache's first")
+    parser.add_argument("--d-sae", type=int, default=2048)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--name", default="defaults", help="of the files in results/")
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    a = parser.parse_args()
+    cache = ActivationCache(a.cache)
+    hook = a.hook or next(iter(cache.manifest.hooks))
+    shown = panels(a.d_sae, cache.d_in(hook), a.k)
+    wanted = [trial for one in shown for line in one.lines.values() for trial in line if trial is not None]
+    found = train_trials(wanted, cache, hook, a)
+    a.figure.write_bytes(draw(shown, found))
+    model = cache.manifest.model.get("name")
+    text = (
+        f"{model}, `{hook}`, {cache.d_in(hook)} → {a.d_sae:,}, k {a.k}, batch 1,024, {a.tokens:,} tokens, {a.seeds} "
+        f"seeds, unless said.\n\n{table(shown, found)}"
+    )
+    numbers = {
+        "arguments": {name: value for name, value in vars(a).items() if not isinstance(value, Path)},
+        "trials": [{**asdict(trial), **asdict(made)} for trial, made in found.items()],
+    }
+    report.write(a.name, "What each default of training is worth", text, numbers, report.machine())
+
+
+if __name__ == "__main__":
+    main()
