@@ -97,7 +97,7 @@ def panel(name: str, values: Mapping[str, Any], default: str, architectures: tup
 
 
 def rate_panel(name: str, of: Mapping[str, dict[str, Any]], wide: str) -> Panel:
-    """The learning rate, in default rates, on dictionaries that differ in something else; further on one of them, or none."""
+    """The learning rate in default rates, on dictionaries that differ in something else; further out on one of them."""
     factors = {"¼": 0.25, "½": 0.5, "1": 1.0, "2": 2.0, "4": 4.0}
     factors = {shown: factor for shown, factor in factors.items() if wide or 0.25 < factor < 4}
     lines: dict[str, list[Trial | None]] = {}
