@@ -4,8 +4,8 @@
 
 CACHE is an activation cache that `sae harvest` made; that of `configs/quickstart.yaml` will do. Dictionaries of one
 batch size and length are trained in one pass. Each is scored on held-out activations: FVU against that of the default
-on its line, and features that never fire. Where a penalty is steered to k, L0 comes out a little beside it, so FVU is
-taken at k: times √(L0 / k). Results go to `benchmarks/results/`, the figure to `docs/defaults.png`.
+on its line, and features that never fire. Where L0 comes out a little beside k, FVU is taken at k: times √(L0 / k).
+Results go to `benchmarks/results/`, after each pass, the figure to `docs/`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
 from sae.evaluation.figures import Canvas, logarithmic
 from sae.evaluation.pareto import COLOURS
+from sae.files import write_json
 from sae.tokens import HELD_OUT
 from sae.training import Recipe, train_all
-from sae.training.readers import PENALISED
+from sae.training.applicability import PENALISED
+from sae.training.firing import default_dead_after
 from sae.training.schedules import default_learning_rate
 
-FIGURE = Path(__file__).parents[1] / "docs" / "defaults.png"
+DOCS = Path(__file__).parents[1] / "docs"
 MANY = 0.05
 """Share of features that never fire from which on a point is drawn hollow."""
+FAR = 0.15
+"""Share of k by which L0 may be off; further off FVU says nothing beside the default's."""
+BATCH = 2048
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,9 @@ def rate_panel(name: str, of: Mapping[str, dict[str, Any]], wide: str) -> Panel:
     return Panel(name, list(factors), list(factors).index("1"), lines)
 
 
-def panels(d_sae: int, d_in: int, k: int) -> list[Panel]:
+def panels(d_sae: int, d_in: int, k: int, tokens: int) -> list[Panel]:
     """Everything that is tried."""
+    usual = f"{default_dead_after('topk', d_sae, k, tokens):,}"
     widths = {f"{d_sae // 2:,}": {"d_sae": d_sae // 2}, f"{d_sae:,}": {}, f"{4 * d_sae:,}": {"d_sae": 4 * d_sae}}
     lengths = {"½": {"length": 0.5}, "1": {}, "3": {"length": 3.0}}
     everyone = {name: {"architecture": name} for name in ARCHITECTURES}
@@ -119,7 +125,7 @@ def panels(d_sae: int, d_in: int, k: int) -> list[Panel]:
         rate_panel("lr, in default rates, by d_sae", widths, f"{d_sae:,}"),
         rate_panel("lr, in default rates, by length", lengths, "1"),
         rate_panel("lr, in default rates", everyone, ""),
-        panel("batch_size", {str(n): n for n in (256, 512, 1024, 2048, 4096)}, "1024"),
+        panel("batch_size", {str(n): n for n in (512, 1024, BATCH, 4096)}, str(BATCH)),
         panel("warmup_fraction", {"0": 0.0, "0.02": 0.02, "0.1": 0.1, "0.3": 0.3}, "0.02"),
         panel("decay_fraction", {"0": 0.0, "0.1": 0.1, "0.2": 0.2, "0.5": 0.5, "0.8": 0.8}, "0.2"),
         panel("beta1", {"0": 0.0, "0.5": 0.5, "0.9": 0.9, "0.95": 0.95}, "0.9"),
@@ -127,7 +133,7 @@ def panels(d_sae: int, d_in: int, k: int) -> list[Panel]:
         panel("aux_coefficient", {"0": 0.0, "1/32": 1 / 32, "1": 1.0}, "1/32", ("topk", "batch_topk", "matryoshka")),
         panel("aux_coefficient", {"0": 0.0, "1/32": 1 / 32, "1": 1.0}, "1", ("gated", "jumprelu")),
         panel("k_aux", {"k": k, "d_in / 4": d_in // 4, "d_in / 2": d_in // 2, "d_in": d_in}, "d_in / 2"),
-        panel("dead_after_tokens", {"20,000": 20_000, "200,000": 200_000, "never": 10**12}, "200,000"),
+        panel("dead_after_tokens", {"20,000": 20_000, usual: 0, "never": 10**12}, usual),
         panel("initial_b_dec", {"median": "geometric_median", "mean": "mean", "zeros": "zeros"}, "median"),
         panel("center", {"no": False, "yes": True}, "no", ("topk", "jumprelu")),
         panel("bandwidth", {"¼": 0.25, "½": 0.5, "1": 1.0, "2": 2.0, "4": 4.0}, "1", ("jumprelu",)),
@@ -141,7 +147,7 @@ def train_trials(trials: list[Trial], cache: ActivationCache, hook: str, a: argp
     held_out = torch.cat(list(itertools.islice(loader, loader.tokens_per_epoch // 512)))
     passes: dict[tuple[int, float], list[Trial]] = defaultdict(list)
     for trial in dict.fromkeys(trials):
-        passes[dict(trial.settings).get("batch_size", 1024), trial.length].append(trial)
+        passes[dict(trial.settings).get("batch_size", BATCH), trial.length].append(trial)
     found: dict[Trial, list[Scores]] = defaultdict(list)
     for ((batch, length), members), seed in itertools.product(passes.items(), range(a.seeds)):
         recipes = {str(n): recipe(trial, batch, round(a.tokens * length), seed, a) for n, trial in enumerate(members)}
@@ -151,10 +157,16 @@ def train_trials(trials: list[Trial], cache: ActivationCache, hook: str, a: argp
         for name, dictionary in outcome.dictionaries.items():
             trial = members[int(name)]
             found[trial].append(measured(dictionary, held_out, trial, a.k))
+        write_json(report.RESULTS / f"{a.name}-trials.json", as_json(found))
     return {
         trial: Scores(*(statistics.mean(values) for values in zip(*map(astuple, of_seeds), strict=True)))
-        for trial, of_seeds in found.items()
-    }
+        for trial, of_seeds in found.items() if len(of_seeds) == a.seeds
+    }  # fmt: skip
+
+
+def as_json(found: Mapping[Trial, Sequence[Scores]]) -> list[dict[str, Any]]:
+    """Every trial with its scores, one for each seed."""
+    return [{**asdict(trial), "seeds": [asdict(scores) for scores in of_seeds]} for trial, of_seeds in found.items()]
 
 
 def recipe(trial: Trial, batch: int, tokens: int, seed: int, a: argparse.Namespace) -> Recipe:
@@ -169,11 +181,19 @@ def recipe(trial: Trial, batch: int, tokens: int, seed: int, a: argparse.Namespa
 @torch.no_grad()
 def measured(dictionary: Dictionary, held_out: torch.Tensor, trial: Trial, k: int) -> Scores:
     found = score(lambda x: (dictionary(x), dictionary.encode(x)), held_out)
-    at_k = (found["l0"] / k) ** 0.5 if trial.architecture in PENALISED else 1.0
+    at_k = 1.0 if trial.architecture == "topk" else (found["l0"] / k) ** 0.5
     return Scores(found["fvu"] * at_k, found["l0"], found["never_fired"] / dictionary.d_sae)
 
 
-def draw(shown: list[Panel], found: Mapping[Trial, Scores]) -> bytes:
+def ratio_of(trial: Trial | None, base: Trial | None, found: Mapping[Trial, Scores], k: int) -> float | None:
+    """FVU over that of the default; None where one of them diverged or is far from k."""
+    one, other = (None if t is None else found.get(t) for t in (trial, base))
+    if one is None or other is None or max(abs(one.l0 / k - 1), abs(other.l0 / k - 1)) > FAR:
+        return None
+    return one.fvu / other.fvu
+
+
+def draw(shown: list[Panel], found: Mapping[Trial, Scores], k: int) -> bytes:
     """A panel for each setting: FVU over that of the default, hollow where many features never fire."""
     columns = 4
     rows = -(-len(shown) // columns)
@@ -182,12 +202,11 @@ def draw(shown: list[Panel], found: Mapping[Trial, Scores]) -> bytes:
     for axes, one in zip(canvas.axes, shown, strict=False):
         heights = []
         for number, (label, trials) in enumerate(one.lines.items()):
-            base = trials[one.default]
-            assert base is not None
             points = [
-                (place, found[trial].fvu / found[base].fvu, found[trial].never_fired)
-                for place, trial in enumerate(trials) if trial is not None and trial in found
-            ]  # fmt: skip
+                (place, ratio, found[trial].never_fired)
+                for place, trial in enumerate(trials)
+                if trial is not None and (ratio := ratio_of(trial, trials[one.default], found, k)) is not None
+            ]
             colour = COLOURS.get(label, palette[number % len(palette)])
             axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, linewidth=1.2, label=label)
             for place, height, share in points:
@@ -197,6 +216,8 @@ def draw(shown: list[Panel], found: Mapping[Trial, Scores]) -> bytes:
         axes.axvline(one.default, color="#d1d5db", linewidth=5, zorder=0)
         axes.set_xticks(range(len(one.values)), one.values)
         axes.set_title(one.name, fontsize=9, loc="left", color="#374151")
+        if not heights:
+            continue
         if max(heights) > 1.5:
             logarithmic(axes, "y", (min(heights), max(heights)))
         else:
@@ -208,21 +229,20 @@ def draw(shown: list[Panel], found: Mapping[Trial, Scores]) -> bytes:
     return canvas.png()
 
 
-def table(shown: list[Panel], found: Mapping[Trial, Scores]) -> str:
+def table(shown: list[Panel], found: Mapping[Trial, Scores], k: int) -> str:
     """Every point of the figure."""
     rows = []
     for one in shown:
         for label, trials in one.lines.items():
-            base = trials[one.default]
-            assert base is not None
             for value, trial in zip(one.values, trials, strict=True):
                 if trial is None:
                     continue
-                cells = ["diverged", "", "", ""]
-                if (made := found.get(trial)) is not None:
-                    ratio = made.fvu / found[base].fvu
-                    cells = [f"{made.fvu:.4f}", f"{ratio:.3f}", f"{made.l0:.1f}", f"{made.never_fired:.1%}"]
-                mark = " (default)" if trial == base else ""
+                made, ratio = found.get(trial), ratio_of(trial, trials[one.default], found, k)
+                cells = ["diverged", "–", "–", "–"]
+                if made is not None:
+                    relative = "–" if ratio is None else f"{ratio:.3f}"
+                    cells = [f"{made.fvu:.4f}", relative, f"{made.l0:.1f}", f"{made.never_fired:.1%}"]
+                mark = " (default)" if trial == trials[one.default] else ""
                 rows.append([one.name, label, f"{value}{mark}", *cells])
     return report.table(["setting", "of", "value", "FVU at k", "÷ default's", "L0", "never fired"], rows, left=3)
 
@@ -233,27 +253,24 @@ def main() -> None:
     parser.add_argument("hook", nargs="?", help="default: the cache's first")
     parser.add_argument("--d-sae", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--tokens", type=int, default=800_000)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--name", default="defaults", help="of the files in results/")
-    parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--name", default="defaults", help="of the files in results/ and of the figure in docs/")
     a = parser.parse_args()
     cache = ActivationCache(a.cache)
     hook = a.hook or next(iter(cache.manifest.hooks))
-    shown = panels(a.d_sae, cache.d_in(hook), a.k)
+    shown = panels(a.d_sae, cache.d_in(hook), a.k, a.tokens)
     wanted = [trial for one in shown for line in one.lines.values() for trial in line if trial is not None]
     found = train_trials(wanted, cache, hook, a)
-    a.figure.write_bytes(draw(shown, found))
     model = cache.manifest.model.get("name")
     text = (
-        f"{model}, `{hook}`, {cache.d_in(hook)} → {a.d_sae:,}, k {a.k}, batch 1,024, {a.tokens:,} tokens, {a.seeds} "
-        f"seeds, unless said.\n\n{table(shown, found)}"
+        f"{model}, `{hook}`, {cache.d_in(hook)} → {a.d_sae:,}, k {a.k}, batch {BATCH:,}, {a.tokens:,} tokens, "
+        f"{a.seeds} seeds, unless said.\n\n{table(shown, found, a.k)}"
     )
-    numbers = {
-        "arguments": {name: value for name, value in vars(a).items() if not isinstance(value, Path)},
-        "trials": [{**asdict(trial), **asdict(made)} for trial, made in found.items()],
-    }
+    arguments = {name: value for name, value in vars(a).items() if not isinstance(value, Path)}
+    numbers = {"arguments": arguments, "trials": [{**asdict(trial), **asdict(made)} for trial, made in found.items()]}
     report.write(a.name, "What each default of training is worth", text, numbers, report.machine())
+    (DOCS / f"{a.name}.png").write_bytes(draw(shown, found, a.k))
 
 
 if __name__ == "__main__":

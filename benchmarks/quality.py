@@ -4,11 +4,11 @@
 
 CACHE is an activation cache that `sae harvest` made; one on SmolLM2-135M comes from `configs/local-model.yaml`. Each
 toolkit runs in an environment of its own, which the script makes. Where an architecture has a penalty whose weight
-decides L0, the peers' weight is searched until L0 is within 5 % of k; this toolkit finds its own. Those of one
-architecture are compared where their L0 on held-out rows are within 5 %, for which this toolkit is trained once more
-for the L0 that a peer reached. Results go to `benchmarks/results/`. A comparison takes hours on a CPU: every training's
-result is kept in `--keep` under a key of all that it depends on (what the cache was made from, settings, versions, and
-for this toolkit the modules that it trains with), and the same command goes on.
+decides L0, the peers' weight is searched until L0 is within 5 % of k; this toolkit finds its own. Dictionaries of one
+architecture are compared where their L0 on held-out rows are within 5 %: for a peer that ended at another L0 this
+toolkit's k is searched until it ends there too. Results go to `benchmarks/results/`. A comparison takes hours on a CPU:
+every training's result is kept in `--keep` under a key of all that it depends on (what the cache was made from,
+settings, versions, and for this toolkit the modules that it trains with), and the same command goes on.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.files import write_json
 from sae.tokens import HELD_OUT, TRAIN
+from sae.training.applicability import PENALISED
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "peers" / "quality_worker.py"
@@ -48,15 +49,16 @@ SEARCHED = {
     "dictionary_learning": {"relu": 1.0, "gated": 1.0},
 }
 """Where the search for a peer's sparsity weight begins; what is not here has none, or aims at L0 itself."""
-PENALISED = ("relu", "gated", "jumprelu")
 TRACE = """
 import sys, torch
 from quality_worker import Task, ours
+from sae.architectures import ARCHITECTURES
 x = torch.randn(64, 8)
-ours(Task(sys.argv[1], x, x, d_sae=32, k=4, steps=8, batch=16, seed=0, coefficient=None))
+for name in ARCHITECTURES:
+    ours(Task(name, x, x, d_sae=32, k=4, steps=8, batch=16, seed=0, coefficient=None))
 print(*(module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "sae"), sep="\\n")
 """
-"""Trains a small dictionary and prints which of this toolkit's files that took."""
+"""Trains small dictionaries and prints which of this toolkit's files that took."""
 DEAF = 0.02
 """Least change of log L0 for one of the log weight."""
 
@@ -105,18 +107,13 @@ def run(toolkit: str, architecture: str, data: Data, seed: int, coefficient: flo
     weight = "default" if coefficient is None else repr(coefficient)
     numbers = [str(number) for number in (a.d_sae, a.k, a.steps, a.batch, seed)]
     interpreter = python(toolkit, a.environments)
-    key = digest(
-        [toolkit, architecture, *numbers, weight, data.identity, digest(sources(toolkit, architecture, interpreter))]
-    )
+    key = digest([toolkit, architecture, *numbers, weight, data.identity, digest(sources(toolkit, interpreter))])
     kept = a.keep / f"{toolkit}-{architecture}-{seed}-{key}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     command = [interpreter, WORKER, toolkit, architecture, data.path, *numbers, weight]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // a.at_once))}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{toolkit} {architecture}: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    threads = max(1, torch.get_num_threads() // a.at_once)
+    found = json.loads(printed(command, OMP_NUM_THREADS=str(threads)).splitlines()[-1])
     print(
         f"{toolkit} {architecture} seed {seed} weight {weight}: FVU {found['fvu']:.4f}, L0 {found['l0']:.1f}, "
         f"{found['never_fired']} never fired, {found['seconds']:.0f} s",
@@ -128,17 +125,26 @@ def run(toolkit: str, architecture: str, data: Data, seed: int, coefficient: flo
 
 
 @functools.cache
-def sources(toolkit: str, architecture: str, interpreter: Path) -> tuple[Path | str, ...]:
+def sources(toolkit: str, interpreter: Path) -> tuple[Path | str, ...]:
     """What decides how a toolkit trains: its version, or our own code; and the worker."""
-
-    def printed(*arguments: str) -> str:
-        command = [interpreter, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=WORKER.parent).stdout
-
     if toolkit in PEERS:
-        return WORKER, printed("-m", "pip", "freeze")
-    files = printed("-c", TRACE, architecture).splitlines()
+        return WORKER, printed([interpreter, "-m", "pip", "freeze"])
+    files = printed([interpreter, "-c", TRACE]).splitlines()
     return WORKER, torch.__version__, *sorted(Path(file) for file in files)
+
+
+def printed(command: list[Any], **environment: str) -> str:
+    """What a command prints, run where the worker is.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=WORKER.parent, env={**os.environ, **environment}
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 def digest(parts: Iterable[Path | str]) -> str:
@@ -187,30 +193,41 @@ def compare(toolkit: str, architecture: str, data: Data, a: Any) -> Row:
 
 def close(l0: float, wanted: float) -> bool:
     """Whether two L0 may be compared."""
-    return abs(l0 / wanted - 1) <= 0.05
+    return wanted > 0 and abs(l0 / wanted - 1) <= 0.05
 
 
-def beside(row: Row, rows: Iterable[Row], data: Data, a: Any) -> list[Row]:
-    """This toolkit's row of a penalised architecture, with another for each L0 of a peer that it is not within 5 % of.
+def beside(row: Row, peers: Iterable[Row], data: Data, a: Any) -> list[Row]:
+    """This toolkit's row of a penalised architecture, and one more for each peer that ended at another L0."""
+    found = [row]
+    for peer in peers:
+        if peer.architecture == row.architecture and not any(comparable(ours, peer) for ours in found):
+            k = k_for(row.architecture, statistics.mean(peer.l0), data, a)
+            if k is not None:
+                found.append(compare("sae", row.architecture, data, with_k(a, k)))
+    return found
+
+
+def k_for(architecture: str, wanted: float, data: Data, a: Any) -> int | None:
+    """The k with which this toolkit's L0 on held-out rows is as wanted; None where no training came there.
 
     What is steered is L0 in training; on held-out rows it is higher, so k is corrected by what came of it.
     """
-    found = [row]
-    for peer in rows:
-        if peer.toolkit not in PEERS or peer.architecture != row.architecture:
-            continue
-        if any(comparable(ours, peer) for ours in found):
-            continue
-        wanted = statistics.mean(peer.l0)
-        k, made = round(wanted), row
-        for _ in range(a.searches):
-            made = compare("sae", row.architecture, data, argparse.Namespace(**{**vars(a), "k": k}))
-            corrected = min(a.d_sae, max(1, round(k * wanted / max(statistics.mean(made.l0), 1e-3))))
-            if comparable(made, peer) or corrected == k:
-                break
-            k = corrected
-        found.append(made)
-    return found
+    tried: set[int] = set()
+    k = round(wanted)
+    while len(tried) < a.searches:
+        k = min(a.d_sae, max(1, k))
+        if k in tried:
+            return None
+        tried.add(k)
+        l0 = run("sae", architecture, data, 0, None, with_k(a, k))["l0"]
+        if close(l0, wanted):
+            return k
+        k = round(k * wanted / max(l0, 1e-3))
+    return None
+
+
+def with_k(a: Any, k: int) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(a), "k": k})
 
 
 def comparable(row: Row, peer: Row) -> bool:
@@ -269,7 +286,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=8192)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--searches", type=int, default=6, help="trainings at most to match a peer's L0")
+    parser.add_argument("--searches", type=int, default=6, help="trainings at most to come to an L0")
     parser.add_argument("--at-once", type=int, default=1, help="trainings beside each other")
     parser.add_argument("--keep", type=Path, default=KEPT, help="results of single trainings")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
@@ -282,10 +299,11 @@ def main() -> None:
         tasks = list(itertools.product(a.architectures, a.toolkits))
         with ThreadPoolExecutor(a.at_once) as pool:
             rows = list(pool.map(lambda task: compare(task[1], task[0], data, a), tasks))
+            peers = tuple(row for row in rows if row.toolkit in PEERS)
             ours = [row for row in rows if row.toolkit == "sae" and row.architecture in PENALISED]
-            for row, found in zip(ours, pool.map(lambda row: beside(row, rows, data, a), ours), strict=True):
-                place = rows.index(row)
-                rows[place : place + 1] = found
+            matched = list(pool.map(lambda row: beside(row, peers, data, a), ours))
+            for row, found in zip(ours, matched, strict=True):
+                rows[rows.index(row) : rows.index(row) + 1] = found
     model = cache.manifest.model.get("name")
     shape = (
         f"{model}, `{hook}`, {cache.d_in(hook)} → {a.d_sae:,}, k {a.k}, batch {a.batch:,}, {a.steps:,} steps "

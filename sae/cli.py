@@ -57,6 +57,7 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     settings = load_config(config, overrides)
     with progress_bars(quiet=options["quiet"]) as progress:
         whole = pipeline.Run(settings, progress)
+        whole.check()
         whole.harvest()
         whole.train()
         report = None if whole.is_evaluated() else whole.evaluate()

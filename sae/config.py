@@ -264,7 +264,7 @@ class TrainConfig(_Settings):
     dead_after_tokens: PositiveInt | None = Field(
         default=None,
         description="a feature that has not fired for so many tokens counts as dead, and is revived; null: a thirtieth "
-        "of the training, from 200,000 to 10,000,000, for gated and jumprelu 64 · d_sae / k if that is less",
+        "of the training, at least 200,000, at most 10,000,000; for gated and jumprelu 64 · d_sae / k if that is less",
     )
     center: bool = Field(
         default=False, description="subtract the mean activation before training (folded into the saved biases)"

@@ -30,9 +30,9 @@ from sae.evaluation.report import identify, read_stored
 from sae.features import Features, collect
 from sae.files import locked, read_json, write_bytes
 from sae.language_model import LanguageModel
+from sae.training.applicability import check_read
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
-from sae.training.readers import check_read
 from sae.training.sinks import METRICS_FILE, Wandb
 from sae.training.trainee import Recipe, chosen_settings, setting_of
 
@@ -108,14 +108,23 @@ class Run:
         check_same_request(cache.path, cache.manifest, self.config)
         return cache
 
-    def train(self) -> Dictionary:
-        """The dictionary, trained (or trained to the end) where it is not there yet."""
+    def check(self) -> None:
+        """Say before hours of harvesting what cannot be trained.
+
+        Raises:
+            ConfigError: the settings name several dictionaries, or one has no effect.
+        """
         if self.config.sweep:
             raise ConfigError("sweep names several dictionaries: train them with 'sae sweep', or take sweep out")
+        if not self.is_trained():
+            check_read(self.config.dictionary, self.config.train)
+
+    def train(self) -> Dictionary:
+        """The dictionary, trained (or trained to the end) where it is not there yet."""
+        self.check()
         cache = self.cache()
         if self.is_trained():
             return self.trained_already(cache)
-        check_read(self.config.dictionary, self.config.train)
         with locked(self.folder, "training"), self.configured():
             dictionary = self._train(cache)
             dictionary.save(self.folder / "dictionary")
@@ -295,8 +304,7 @@ def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
         The run, whose `dictionary()`, `evaluate()` and `features()` read what was made.
     """
     whole = Run(config, progress)
-    if not whole.is_trained():
-        check_read(config.dictionary, config.train)  # before hours of harvesting
+    whole.check()
     whole.harvest()
     whole.train()
     if not whole.is_evaluated():

@@ -26,9 +26,9 @@ from sae.evaluation.report import DOCUMENTS_FILE
 from sae.files import locked, read_json, write_bytes, write_json
 from sae.pipeline import Run, evaluate_runs
 from sae.training.agreement import common_pass
+from sae.training.applicability import no_reader, unread
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import Cost, train_all
-from sae.training.readers import no_reader, unread
 from sae.training.sinks import Wandb
 from sae.training.trainee import Recipe
 

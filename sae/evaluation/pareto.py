@@ -142,7 +142,9 @@ def pareto_table(
         parts.append(
             "≈: no different from the row above: the 95 % interval of the difference, paired over documents, holds 0.\n"
         )
-    parts += _over_seeds(list(points.values()))
+    parts += _over_seeds(
+        list(points.values()), {"l0": "L0", "fvu": "FVU", **({"delta_ce": "ΔCE"} if with_loss else {})}
+    )
     parts += _baselines(points)
     if failures:
         parts.append(
@@ -151,21 +153,22 @@ def pareto_table(
     return "\n".join(parts)
 
 
-def _over_seeds(points: Sequence[Point]) -> list[str]:
-    """Means over seeds, where a dictionary was trained with several, and their spread."""
-    groups = {label: [seeds for seeds in series if len(seeds) > 1] for label, series in _grouped(points).items()}
+def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> list[str]:
+    """Means over seeds of metrics with their headings, where a dictionary was trained with several, and the spread."""
     rows = []
-    for label, series in groups.items():
+    for label, series in _grouped(points).items():
         for seeds in series:
+            if len(seeds) < 2:
+                continue
             cells = [", ".join(filter(None, (label, f"k {seeds[0].k}", seeds[0].variant))), str(len(seeds))]
-            for metric in ("l0", "fvu", "delta_ce"):
+            for metric in metrics:
                 values = _values(seeds, metric)
                 spread = Estimate(statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
                 cells.append(NONE if spread is None else str(spread))
             rows.append(cells)
     if not rows:
         return []
-    table = pipe_table(["dictionary", "seeds", "L0", "FVU", "ΔCE"], rows, text_columns=1)
+    table = pipe_table(["dictionary", "seeds", *metrics.values()], rows, text_columns=1)
     return ["## Over seeds\n", f"{table}\n", "± is the standard deviation over seeds.\n"]
 
 

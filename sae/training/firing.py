@@ -73,11 +73,12 @@ class FiringRecord:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "silent_tokens": self.silent_tokens, "candidates": self.candidates, "density": self.density,
-            "counts": self.counts, "tokens": self.tokens,
+            "dead_after": self.dead_after, "silent_tokens": self.silent_tokens, "candidates": self.candidates,
+            "density": self.density, "counts": self.counts, "tokens": self.tokens,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dead_after = state.get("dead_after", self.dead_after)
         self.silent_tokens.copy_(state["silent_tokens"])
         self.candidates = state["candidates"].to(self.silent_tokens.device)
         self.density = state["density"]

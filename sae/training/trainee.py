@@ -21,13 +21,13 @@ from sae.dictionary import Dictionary, weights_sha256
 from sae.errors import ConfigError, TrainingError
 from sae.kernels.products import cpu_has_bfloat16
 from sae.neighbours import nearest_neighbours
+from sae.training.applicability import PENALISED, READERS
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisation_of
 from sae.training.objectives import OBJECTIVES, Context, Losses
 from sae.training.objectives.auxk import default_aux_coefficient, default_k_aux
 from sae.training.optimizer import FeatureAdam
-from sae.training.readers import PENALISED
 from sae.training.schedules import SteeredWeight, default_learning_rate, learning_rate, warmed_up
 from sae.training.source import BatchSource
 
@@ -129,7 +129,7 @@ class Trainee:
         bad = ~losses.total.detach().isfinite()
         self.bad_input |= bad & (self.first_bad_step < 0) & ~(x.isfinite().all() & target.isfinite().all())
         self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step_number, self.first_bad_step)
-        return replace(losses, terms={**losses.terms, **self._beside(context)})
+        return replace(losses, terms={**losses.terms, **self._also_logged(context)})
 
     def folded(self) -> Dictionary:
         """A copy that takes raw activations, decoder rows of norm 1."""
@@ -269,7 +269,7 @@ class Trainee:
             bandwidth=settings.bandwidth,
         )
 
-    def _beside(self, context: Context) -> dict[str, Float[Tensor, ""]]:
+    def _also_logged(self, context: Context) -> dict[str, Float[Tensor, ""]]:
         """What the log shows beside the terms of the loss."""
         shown = {"gradient_norm": self.optimizer.norm}
         if self.dictionary.architecture in PENALISED:
@@ -297,8 +297,10 @@ def build(shape: DictionaryConfig, d_in: int) -> Dictionary:
 
 def chosen_settings(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
     """The settings that decide the weights, but for those that training begins with, which go by their hash."""
-    others = {"log_every", "checkpoint_every", "keep_checkpoints", "snapshots", "start_from"}
-    return {**shape.model_dump(exclude={"hook"}, mode="json"), **settings.model_dump(exclude=others, mode="json")}
+    others = {"hook", "log_every", "checkpoint_every", "keep_checkpoints", "snapshots", "start_from"}
+    unread = {key.partition(".")[2] for key, readers in READERS.items() if shape.architecture not in readers}
+    chosen = {**shape.model_dump(mode="json"), **settings.model_dump(mode="json")}
+    return {key: value for key, value in chosen.items() if key not in others | unread}
 
 
 def setting_of(held: Mapping[str, Any], key: str) -> Any:
@@ -345,7 +347,7 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
 
 def _steered(shape: DictionaryConfig, settings: TrainConfig, device: torch.device) -> SteeredWeight | None:
     """The weight of an L1 penalty that nobody has fixed."""
-    if shape.architecture not in ("relu", "gated") or settings.l1_coefficient is not None:
+    if shape.architecture not in READERS["train.l1_coefficient"] or settings.l1_coefficient is not None:
         return None
     return SteeredWeight(shape.k, 2.0, device)
 

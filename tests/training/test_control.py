@@ -22,6 +22,8 @@ from sae.dictionary import weights_sha256
 from sae.errors import ConfigError, FormatError, TrainingError
 from sae.pipeline import Run
 from sae.training import IterableSource, TrainingInterrupted, train
+from sae.training.applicability import READERS, unread
+from sae.training.checkpoint import STATE_FILE, list_checkpoints
 from sae.training.initialise import geometric_median
 from sae.training.meter import Meter
 from sae.training.objectives import Losses
@@ -318,10 +320,58 @@ def test_jumprelu_takes_the_weight_and_the_bandwidth_that_are_set() -> None:
     assert (heavy.get_parameter("threshold") - begun).abs().max() > 0.1 * begun.max()
 
 
-def test_jumprelu_s_l0_comes_to_k() -> None:
-    """The default penalty, d_in times the square of L0 / k − 1, is heavy enough for that."""
-    made = train(IterableSource(planted(50)), shape("jumprelu"), settings(1000, lr=3e-3))
-    assert float((made.encode(torch.cat(planted(50))) > 0).sum(1).float().mean()) == pytest.approx(K, rel=0.1)
+READ_BY_SOME = {
+    "train.l1_coefficient": 5.0, "train.l0_coefficient": 5.0, "train.bandwidth": 0.3,
+    "train.sparsity_warmup_fraction": 0.9, "train.k_aux": 1, "train.products": "bfloat16",
+    "dictionary.prefixes": (0.25, 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_settings_are_read_by_those_that_they_are_said_to_be_for(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae.training.trainee.cpu_has_bfloat16", lambda: True)
+
+    def made(key: str = "", value: object = None) -> tuple[str, bool]:
+        section, _, name = key.partition(".")
+        changed = {name: value} if key else {}
+        of = shape(architecture, **(changed if section == "dictionary" else {}))
+        chosen = settings(60, dead_after_tokens=BATCH, **(changed if section == "train" else {}))
+        return weights_sha256(train(IterableSource(raw(20)), of, chosen)), bool(unread(of, chosen))
+
+    assert READ_BY_SOME.keys() == READERS.keys()
+    plain, _ = made()
+    for key, value in READ_BY_SOME.items():
+        changed, refused = made(key, value)
+        assert (changed != plain) == (architecture in READERS[key]), key
+        assert refused == (architecture not in READERS[key]), key
+
+
+def test_a_setting_that_was_never_read_holds_up_no_resumption(tmp_path: Path) -> None:
+    """Before such settings were refused, checkpoints were made with them."""
+    train(IterableSource(planted(30)), shape(), settings(25, l1_coefficient=3.0), folder=tmp_path)
+    state = list_checkpoints(tmp_path / "checkpoints")[-1] / STATE_FILE
+    held = torch.load(state, weights_only=True)
+    held["identity"]["l1_coefficient"] = 3.0  # as it was noted then
+    held["identity"]["tokens"] = 50 * BATCH
+    torch.save(held, state)
+    seen: list[int] = []
+    train(
+        IterableSource(planted(30)), shape(), settings(50), folder=tmp_path, progress=lambda done, *_: seen.append(done)
+    )
+    assert seen[0] == 30 * BATCH
+
+
+def test_a_resumed_training_keeps_the_age_at_which_its_features_are_dead(tmp_path: Path) -> None:
+    """Whatever the default has become since."""
+    train(IterableSource(planted(30)), shape(), settings(25), folder=tmp_path)
+    state = list_checkpoints(tmp_path / "checkpoints")[-1] / STATE_FILE
+    held = torch.load(state, weights_only=True)
+    held["identity"]["tokens"], held["firing"]["dead_after"] = 50 * BATCH, 777
+    torch.save(held, state)
+    made = train(IterableSource(planted(30)), shape(), settings(50), folder=tmp_path)
+    assert made.metadata["trained"]["dead_after_tokens"] == 777
 
 
 def test_what_an_architecture_does_not_read_is_refused_before_anything_is_made(tiny_config: TinyConfig) -> None:
@@ -339,6 +389,8 @@ def test_what_an_architecture_does_not_read_is_refused_before_anything_is_made(t
         with pytest.raises(ConfigError, match=message):
             sae.run(config)
         assert not config.folder.exists()
+    with pytest.raises(ConfigError, match="train them with 'sae sweep'"):
+        sae.run(tiny_config(train__l0_coefficient=0.5, sweep={"dictionary": {"k": [2, 4]}}))
     sae.harvest(tiny_config())
     with pytest.raises(ConfigError, match="has no effect on topk"):
         Run(tiny_config(train__l0_coefficient=0.5)).train()
@@ -361,13 +413,30 @@ def test_the_log_has_every_term_of_the_loss_and_its_weight(architecture: str) ->
     last = lines[-1]
     assert ("sparsity_weight" in last) == (architecture in ("relu", "gated", "jumprelu"))
     assert ("threshold" in last) == (architecture in ("batch_topk", "matryoshka"))
+    if architecture == "jumprelu":
+        assert last["sparsity_weight"] == D_IN, "the default weight of (L0 / k − 1)²"
     assert last["gradient_norm"] > 0
     assert any("revival" in line for line in lines) == (architecture in ("relu", "gated"))
     assert any("aux" in line for line in lines) == (architecture != "relu")
 
 
+def test_logged_numbers_are_means_of_the_steps_between() -> None:
+    """Also what is changed in place, as the threshold is."""
+
+    def logged(log_every: int) -> list[float]:
+        found: list[float] = []
+        train(
+            IterableSource(raw(20)), shape("batch_topk"), settings(8, log_every=log_every),
+            progress=lambda done, of, metrics: found.append(float(metrics["threshold"])),
+        )  # fmt: skip
+        return found
+
+    single = logged(1)
+    assert logged(2) == pytest.approx([(a + b) / 2 for a, b in zip(single[::2], single[1::2], strict=True)], rel=1e-5)
+
+
 def test_a_term_that_some_steps_lack_is_nothing_in_them() -> None:
-    """So the terms that are logged sum to the loss that is, whatever the interval."""
+    """So that what is logged of terms of constant weight adds up over any interval."""
     meter, one = Meter(BATCH), torch.ones(())
     nothing = torch.zeros(D_SAE)
     meter.add(Losses(2 * one, {"mse": 2 * one}, nothing, one), one)

@@ -74,10 +74,13 @@ def test_saved_dictionary_takes_raw_activations() -> None:
 def test_every_setting_is_in_units_of_training(architecture: str) -> None:
     """Penalties, bandwidths, thresholds mean the same whatever the data's scale; a power of two rounds nothing."""
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
-    small, large = (train(IterableSource(planted(50, scale=scale)), shape, settings(100)) for scale in (1.0, 32.0))
-    x = torch.cat(planted(5))
-    assert torch.equal(large(32.0 * x), 32.0 * small(x))
-    assert torch.equal(large.encode(32.0 * x), 32.0 * small.encode(x))
+    for penalty in ({}, {"l1_coefficient": 0.3, "l0_coefficient": 0.3, "bandwidth": 0.5, "max_gradient_norm": 1.0}):
+        small, large = (
+            train(IterableSource(planted(50, scale=scale)), shape, settings(100, **penalty)) for scale in (1.0, 32.0)
+        )
+        x = torch.cat(planted(5))
+        assert torch.equal(large(32.0 * x), 32.0 * small(x))
+        assert torch.equal(large.encode(32.0 * x), 32.0 * small.encode(x))
 
 
 def test_batch_topk_has_a_threshold_from_the_first_checkpoint_on(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,7 +50,7 @@ class Losses:
 
     Attributes:
         total: what is minimised.
-        terms: its terms without their weights, detached, for the log.
+        terms: its terms without their weights, detached, and whatever else is logged.
         counts: on how many tokens of the batch each feature fired.
         l0: mean number of features that fired per token.
         threshold: the smallest activation that was let through, where the architecture learns that.
@@ -61,6 +61,13 @@ class Losses:
     counts: Float[Tensor, " d_sae"]
     l0: Float[Tensor, ""]
     threshold: Float[Tensor, ""] | None = None
+
+
+def with_term(losses: Losses, weight: float, name: str, term: Float[Tensor, ""] | None) -> Losses:
+    """The losses with one more term of this weight, where there is one."""
+    if term is None:
+        return losses
+    return replace(losses, total=losses.total + weight * term, terms={**losses.terms, name: term.detach()})
 
 
 Objective = Callable[[Dictionary, Tensor, Tensor, Context], Losses]

@@ -23,6 +23,7 @@ from sae.training.objectives.common import (
     pre_activations_at,
     pre_activations_densely,
     reconstruct,
+    with_term,
 )
 
 
@@ -46,7 +47,8 @@ def relu_loss(
         l1 = (values * norms[selection.pattern.features]).sum() / len(x)
     mse = mean_squared_error(target, reconstruction)
     total, terms = mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}
-    return Losses(*_with(total, terms, context.aux_coefficient, revival=revival(dictionary, context)), *found)
+    losses = Losses(total, terms, *found)
+    return with_term(losses, context.aux_coefficient, "revival", revival(dictionary, context))
 
 
 def gated_loss(
@@ -80,9 +82,10 @@ def gated_loss(
     )
     total = mse + context.sparsity * l1 + gate_mse
     terms = {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}
+    losses = Losses(total, terms, *found)
+    losses = with_term(losses, context.aux_coefficient, "revival", revival(dictionary, context))
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    revived = revival(dictionary, context)
-    return Losses(*_with(total, terms, context.aux_coefficient, revival=revived, aux=aux), *found)
+    return with_term(losses, context.aux_coefficient, "aux", aux)
 
 
 def jumprelu_loss(
@@ -109,7 +112,7 @@ def jumprelu_loss(
     penalty = l0 if context.target_l0 is None else (l0 / context.target_l0 - 1).square()
     total, terms = mse + context.sparsity * penalty, {"mse": mse.detach(), "l0_penalty": penalty.detach()}
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    return Losses(*_with(total, terms, context.aux_coefficient, aux=aux), *firing(pattern, values))
+    return with_term(Losses(total, terms, *firing(pattern, values)), context.aux_coefficient, "aux", aux)
 
 
 def revival(dictionary: Dictionary, context: Context) -> Float[Tensor, ""] | None:
@@ -122,16 +125,6 @@ def revival(dictionary: Dictionary, context: Context) -> Float[Tensor, ""] | Non
     if context.aux_coefficient == 0 or len(candidates) == 0:
         return None
     return -(dictionary.b_enc[candidates] * context.dead[candidates]).sum()
-
-
-def _with(
-    total: Float[Tensor, ""], terms: dict[str, Float[Tensor, ""]], weight: float, **more: Float[Tensor, ""] | None
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """The total and its terms with some more of this weight, where there are any."""
-    for name, term in more.items():
-        if term is not None:
-            total, terms = total + weight * term, {**terms, name: term.detach()}
-    return total, terms
 
 
 def jump(pre: Float[Tensor, " pairs"], bounds: Float[Tensor, " pairs"], width: float) -> Float[Tensor, " pairs"]:

@@ -22,6 +22,7 @@ from sae.training.objectives.common import (
     mean_squared_error,
     pre_activations_at,
     reconstruct,
+    with_term,
 )
 
 
@@ -90,9 +91,8 @@ def _with_auxk(
     error: Float[Tensor, ""],
 ) -> Losses:  # fmt: skip
     """The error and AuxK on what the selection found among the dead features."""
-    terms, total = {"mse": error.detach()}, error
+    losses = Losses(error, {"mse": error.detach()}, *firing(selection.pattern, values))
     if selection.subset_values is not None and selection.subset_places is not None:
         aux = auxk_loss(dictionary, x, residual.detach(), context, selection.subset_values, selection.subset_places)
-        terms["aux"] = aux.detach()
-        total = total + context.aux_coefficient * aux
-    return Losses(total, terms, *firing(selection.pattern, values))
+        losses = with_term(losses, context.aux_coefficient, "aux", aux)
+    return losses

@@ -1,4 +1,4 @@
-"""Settings that only some architectures read, and what becomes of one that nobody would."""
+"""Which architectures read which settings; one that would have no effect is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ READERS: dict[str, tuple[str, ...]] = {
     "train.bandwidth": ("jumprelu",),
     "train.sparsity_warmup_fraction": PENALISED,
     "train.k_aux": (*SELECTED, "gated", "jumprelu"),
+    "train.products": SELECTED,
 }
+"""Every other setting is read by all."""
 
 
 def unread(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, object]:
@@ -28,10 +30,9 @@ def unread(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, object]:
     for key, readers in READERS.items():
         section, _, name = key.partition(".")
         value = getattr(parts[section], name)
-        if shape.architecture not in readers and value != type(parts[section]).model_fields[name].default:
+        no_choice = (type(parts[section]).model_fields[name].default, "float32")  # products are float32 without one
+        if shape.architecture not in readers and value not in no_choice:
             found[key] = value
-    if settings.products == "bfloat16" and shape.architecture not in SELECTED:
-        found["train.products"] = settings.products
     return found
 
 
@@ -47,8 +48,8 @@ def check_read(shape: DictionaryConfig, settings: TrainConfig) -> None:
 
 def no_reader(key: str, value: object, architectures: Collection[str]) -> ConfigError:
     """What to say of a setting that none of these architectures reads."""
-    readers = ", ".join(READERS.get(key.removeprefix("sweep."), SELECTED))
+    readers = ", ".join(READERS[key.removeprefix("sweep.")])
     return ConfigError(
-        f"{key}={value!r} has no effect on {', '.join(architectures)}, only on {readers}: take it out, or choose "
-        "another dictionary.architecture"
+        f"{key}={value!r} has no effect on {', '.join(architectures)}, only on {readers}: take it out, or train "
+        "these apart"
     )
