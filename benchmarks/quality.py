@@ -40,7 +40,6 @@ from sae.files import write_json
 from sae.tokens import HELD_OUT, TRAIN
 from sae.training.applicability import PENALISED
 
-ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "peers" / "quality_worker.py"
 KEPT = Path(__file__).parent / "results" / "trainings"
 PEERS = ("saelens", "dictionary_learning")
