@@ -23,6 +23,7 @@ from typing import Any
 import report
 import torch
 from peers.quality_worker import score
+from quality import activations
 
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
@@ -104,14 +105,15 @@ def panel(name: str, values: Mapping[str, Any], default: str, architectures: tup
 def rate_panel(name: str, of: Mapping[str, dict[str, Any]], wide: str) -> Panel:
     """The learning rate in default rates, on dictionaries that differ in something else; further out on one of them."""
     factors = {"¼": 0.25, "½": 0.5, "1": 1.0, "2": 2.0, "4": 4.0}
-    factors = {shown: factor for shown, factor in factors.items() if wide or 0.25 < factor < 4}
-    lines: dict[str, list[Trial | None]] = {}
-    for label, changes in of.items():
-        lines[label] = [
-            None if label != wide and shown in "¼4"
-            else Trial(**changes, settings=() if factor == 1 else (("lr", factor),))
-            for shown, factor in factors.items()
-        ]  # fmt: skip
+    lines = {
+        label: [
+            Trial(**changes, settings=() if factor == 1 else (("lr", factor),))
+            if label == wide or 0.25 < factor < 4
+            else None
+            for factor in factors.values()
+        ]
+        for label, changes in of.items()
+    }
     return Panel(name, list(factors), list(factors).index("1"), lines)
 
 
@@ -143,8 +145,7 @@ def panels(d_sae: int, d_in: int, k: int, tokens: int) -> list[Panel]:
 
 def train_trials(trials: list[Trial], cache: ActivationCache, hook: str, a: argparse.Namespace) -> dict[Trial, Scores]:
     """Score every trial, those of one batch size and length trained in one pass; what diverged is left out."""
-    loader = ActivationLoader(cache, hook, batch_size=512, split=HELD_OUT)
-    held_out = torch.cat(list(itertools.islice(loader, loader.tokens_per_epoch // 512)))
+    held_out = activations(cache, hook, HELD_OUT)
     passes: dict[tuple[int, float], list[Trial]] = defaultdict(list)
     for trial in dict.fromkeys(trials):
         passes[dict(trial.settings).get("batch_size", BATCH), trial.length].append(trial)

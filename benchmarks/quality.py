@@ -87,16 +87,18 @@ class Data:
     held_out_rows: int
 
 
+def activations(cache: ActivationCache, hook: str, split: str, count: int | None = None) -> torch.Tensor:
+    """The cache's eligible activations `[rows, d_in]`, `count` of them or all, rounded down to whole batches of 512."""
+    loader = ActivationLoader(cache, hook, batch_size=512, split=split)
+    wanted = min(count or loader.tokens_per_epoch, loader.tokens_per_epoch)
+    return torch.cat(list(itertools.islice(loader, wanted // 512)))
+
+
 def export(cache: ActivationCache, hook: str, held_out_rows: int, path: Path) -> Data:
     """Write the cache's eligible activations, scaled to E‖x‖² = d_in."""
     scale = (cache.d_in(hook) / cache.statistics(hook).mean_squared_norm) ** 0.5
-
-    def rows(split: str, count: int | None) -> torch.Tensor:
-        loader = ActivationLoader(cache, hook, batch_size=512, split=split)
-        wanted = min(count or loader.tokens_per_epoch, loader.tokens_per_epoch) // 512 * 512
-        return torch.cat(list(itertools.islice(loader, wanted // 512))) * scale
-
-    train, held_out = rows(TRAIN, None).half(), rows(HELD_OUT, held_out_rows)
+    train = (activations(cache, hook, TRAIN) * scale).half()
+    held_out = activations(cache, hook, HELD_OUT, held_out_rows) * scale
     torch.save({"train": train, "held_out": held_out}, path)
     return Data(path, f"{cache.manifest.identity(hook)} {len(held_out)}", len(train), len(held_out))
 

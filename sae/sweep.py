@@ -99,14 +99,16 @@ def _without_unread(made: dict[str, RunConfig], swept: Collection[str]) -> dict[
         if key in swept or len(names) == len(made):
             idle = dict.fromkeys(made[name].dictionary.architecture for name in names)
             raise no_reader(f"{'sweep.' if key in swept else ''}{key}", unread_by[names[0]][key], idle)
-    cleaned = {}
-    for name, variant in made.items():
-        settings = variant.model_dump(mode="json")
-        for key in unread_by[name]:
-            section, _, setting = key.partition(".")
-            del settings[section][setting]
-        cleaned[name] = parse_config(settings)
-    return cleaned
+    return {name: _without(variant, unread_by[name]) for name, variant in made.items()}
+
+
+def _without(variant: RunConfig, keys: Collection[str]) -> RunConfig:
+    """The variant with these settings as they are by default."""
+    settings = variant.model_dump(mode="json")
+    for key in keys:
+        section, _, setting = key.partition(".")
+        del settings[section][setting]
+    return parse_config(settings) if keys else variant
 
 
 def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Sweep:

@@ -125,6 +125,9 @@ def test_every_checkpoint_holds_a_usable_dictionary(tmp_path: Path) -> None:
     for path in checkpoints:
         expected = 12.0 * sae.load(tmp_path / "plain" / "checkpoints" / path.name)(x)
         torch.testing.assert_close(sae.load(path)(12.0 * x + 30.0) - 30.0, expected, rtol=1e-3, atol=1e-2)
+    scores = [fvu(sae.load(path), 12.0 * x + 30.0) for path in checkpoints]
+    assert scores[0] > scores[-1]
+    assert all(score < 1 for score in scores)
     loaded = sae.load(checkpoints[-1])
     for (name, ours), theirs in zip(final.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
