@@ -145,7 +145,7 @@ def panels(d_sae: int, d_in: int, k: int, tokens: int) -> list[Panel]:
 
 def train_trials(trials: list[Trial], cache: ActivationCache, hook: str, a: argparse.Namespace) -> dict[Trial, Scores]:
     """Score every trial, those of one batch size and length trained in one pass; what diverged is left out."""
-    held_out = activations(cache, hook, HELD_OUT)
+    held_out = activations(cache, hook, HELD_OUT).to(a.device)
     passes: dict[tuple[int, float], list[Trial]] = defaultdict(list)
     for trial in dict.fromkeys(trials):
         passes[dict(trial.settings).get("batch_size", BATCH), trial.length].append(trial)
@@ -153,7 +153,8 @@ def train_trials(trials: list[Trial], cache: ActivationCache, hook: str, a: argp
     for ((batch, length), members), seed in itertools.product(passes.items(), range(a.seeds)):
         recipes = {str(n): recipe(trial, batch, round(a.tokens * length), seed, a) for n, trial in enumerate(members)}
         started = time.perf_counter()
-        outcome = train_all({"activations": ActivationLoader(cache, hook, batch_size=batch, seed=seed)}, recipes)
+        loader = ActivationLoader(cache, hook, batch_size=batch, seed=seed, device=a.device)
+        outcome = train_all({"activations": loader}, recipes, device=a.device)
         print(f"{len(members)} of batch {batch}, length {length}: {time.perf_counter() - started:.0f} s", flush=True)
         for name, dictionary in outcome.dictionaries.items():
             trial = members[int(name)]
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=800_000)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--name", default="defaults", help="of the files in results/ and of the figure in docs/")
     a = parser.parse_args()
     cache = ActivationCache(a.cache)
@@ -270,7 +272,7 @@ def main() -> None:
     )
     arguments = {name: value for name, value in vars(a).items() if not isinstance(value, Path)}
     numbers = {"arguments": arguments, "trials": [{**asdict(trial), **asdict(made)} for trial, made in found.items()]}
-    report.write(a.name, "What each default of training is worth", text, numbers, report.machine())
+    report.write(a.name, "What each default of training is worth", text, numbers, report.machine(a.device))
     (DOCS / f"{a.name}.png").write_bytes(draw(shown, found, a.k))
 
 

@@ -6,9 +6,10 @@ CACHE is an activation cache that `sae harvest` made; one on SmolLM2-135M comes 
 toolkit runs in an environment of its own, which the script makes. Where an architecture has a penalty whose weight
 decides L0, the peers' weight is searched until L0 is within 5 % of k; this toolkit finds its own. Dictionaries of one
 architecture are compared where their L0 on held-out rows are within 5 %: for a peer that ended at another L0 this
-toolkit's k is searched until it ends there too. Results go to `benchmarks/results/`. A comparison takes hours on a CPU:
-every training's result is kept in `--keep` under a key of all that it depends on (what the cache was made from,
-settings, versions, and for this toolkit the modules that it trains with), and the same command goes on.
+toolkit's k is searched until it ends there too. Results go to `benchmarks/results/`. A comparison takes hours on a
+CPU, minutes with `--device cuda --at-once 9`: every training's result is kept in `--keep` under a key of all that it
+depends on (what the cache was made from, settings, versions, and for this toolkit the modules that it trains with), and
+the same command goes on.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from quality_worker import Task, ours
 from sae.architectures import ARCHITECTURES
 x = torch.randn(64, 8)
 for name in ARCHITECTURES:
-    ours(Task(name, x, x, d_sae=32, k=4, steps=8, batch=16, seed=0, coefficient=None))
+    ours(Task(name, x, x, d_sae=32, k=4, steps=8, batch=16, seed=0, coefficient=None, device="cpu"))
 print(*(module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "sae"), sep="\\n")
 """
 """Trains small dictionaries and prints which of this toolkit's files that took."""
@@ -108,11 +109,12 @@ def run(toolkit: str, architecture: str, data: Data, seed: int, coefficient: flo
     weight = "default" if coefficient is None else repr(coefficient)
     numbers = [str(number) for number in (a.d_sae, a.k, a.steps, a.batch, seed)]
     interpreter = python(toolkit, a.environments)
-    key = digest([toolkit, architecture, *numbers, weight, data.identity, digest(sources(toolkit, interpreter))])
+    made_by = digest(sources(toolkit, interpreter))
+    key = digest([toolkit, architecture, *numbers, weight, a.device, data.identity, made_by])
     kept = a.keep / f"{toolkit}-{architecture}-{seed}-{key}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    command = [interpreter, WORKER, toolkit, architecture, data.path, *numbers, weight]
+    command = [interpreter, WORKER, toolkit, architecture, data.path, *numbers, weight, a.device]
     threads = max(1, torch.get_num_threads() // a.at_once)
     found = json.loads(printed(command, OMP_NUM_THREADS=str(threads)).splitlines()[-1])
     print(
@@ -288,10 +290,11 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=8192)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--searches", type=int, default=6, help="trainings at most to come to an L0")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--at-once", type=int, default=1, help="trainings beside each other")
     parser.add_argument("--keep", type=Path, default=KEPT, help="results of single trainings")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
-    parser.add_argument("--name", help="of the files in results/; default: quality-STEPS")
+    parser.add_argument("--name", help="of the files in results/; default: quality-STEPS-DEVICE")
     a = parser.parse_args()
     cache = ActivationCache(a.cache)
     hook = a.hook or next(iter(cache.manifest.hooks))
@@ -311,11 +314,12 @@ def main() -> None:
         f"({a.steps * a.batch / data.train_rows:.1f} times over {data.train_rows:,} rows), "
         f"{data.held_out_rows:,} held-out rows, {a.seeds} seeds, mean ± standard deviation over them."
     )
-    described = report.machine()
+    described = report.machine(a.device)
     text = f"{shape}\n\n{markdown(rows, a)}"
     settings = {name: value for name, value in vars(a).items() if not isinstance(value, Path)}
     numbers = {"arguments": settings, "rows": [vars(row) for row in rows]}
-    report.write(a.name or f"quality-{a.steps}", "Quality of training, beside other toolkits", text, numbers, described)
+    name, title = a.name or f"quality-{a.steps}-{a.device}", "Quality of training, beside other toolkits"
+    report.write(name, title, text, numbers, described)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains one dictionary with one toolkit, in that toolkit's own environment, and scores it; prints one line of JSON.
 
-    python quality_worker.py TOOLKIT ARCHITECTURE DATA D_SAE K STEPS BATCH SEED COEFFICIENT
+    python quality_worker.py TOOLKIT ARCHITECTURE DATA D_SAE K STEPS BATCH SEED COEFFICIENT DEVICE
 
 DATA is what `benchmarks/quality.py` wrote: activations scaled to E‖x‖² = d_in. Every toolkit sees the same batches in
 the same order and is used with its default options, by its own trainer. COEFFICIENT is the weight of the sparsity
@@ -37,6 +37,7 @@ class Task:
     batch: int
     seed: int
     coefficient: float | None
+    device: str
 
     @property
     def d_in(self) -> int:
@@ -52,7 +53,7 @@ class Task:
         while True:
             order = torch.randperm(len(self.train), generator=generator)
             for start in range(0, len(order) - self.batch + 1, self.batch):
-                yield self.train[order[start : start + self.batch]].float()
+                yield self.train[order[start : start + self.batch].to(self.device)].float()
 
     def batches(self) -> Iterator[tuple[int, Tensor]]:
         return zip(range(self.steps), self, strict=False)
@@ -68,7 +69,7 @@ def ours(task: Task) -> dict[str, Reconstruct]:
     )
     settings = TrainConfig(tokens=task.steps * task.batch, batch_size=task.batch, **chosen)  # type: ignore[arg-type]
     shape = DictionaryConfig(architecture=task.architecture, d_sae=task.d_sae, k=task.k)  # type: ignore[arg-type]
-    made = sae.train(sae.IterableSource(task), shape, settings, seed=task.seed)
+    made = sae.train(sae.IterableSource(task), shape, settings, seed=task.seed, device=task.device)
     return {"": lambda x: (made(x), made.encode(x))}
 
 
@@ -83,7 +84,7 @@ def saelens(task: Task) -> dict[str, Reconstruct]:
         "matryoshka": "MatryoshkaBatchTopK",
     }  # fmt: skip
     name = names[task.architecture]
-    shape = {"d_in": task.d_in, "d_sae": task.d_sae, "device": "cpu", "dtype": "float32"}
+    shape = {"d_in": task.d_in, "d_sae": task.d_sae, "device": task.device, "dtype": "float32"}
     if task.architecture in ("topk", "batch_topk", "matryoshka"):
         shape["k"] = task.k
     if task.architecture == "matryoshka":
@@ -93,7 +94,10 @@ def saelens(task: Task) -> dict[str, Reconstruct]:
     torch.manual_seed(task.seed)
     made = getattr(saes, f"{name}TrainingSAE")(getattr(saes, f"{name}TrainingSAEConfig")(**shape))
     settings = SAETrainerConfig(
-        total_training_samples=task.steps * task.batch, train_batch_size_samples=task.batch, device="cpu", lr_end=3e-5
+        total_training_samples=task.steps * task.batch,
+        train_batch_size_samples=task.batch,
+        device=task.device,
+        lr_end=3e-5,
     )
     trainer = SAETrainer(cfg=settings, sae=made, data_provider=iter(()))
     for _, x in task.batches():
@@ -122,7 +126,7 @@ def dictionary_learning(task: Task) -> dict[str, Reconstruct]:
 
     common = {
         "steps": task.steps, "activation_dim": task.d_in, "dict_size": task.d_sae, "layer": 0, "lm_name": "none",
-        "device": "cpu", "seed": task.seed, "warmup_steps": task.warmup,
+        "device": task.device, "seed": task.seed, "warmup_steps": task.warmup,
     }  # fmt: skip
     chosen = {"k": task.k, "threshold_start_step": min(1000, task.steps // 2)}
     penalty = {} if task.coefficient is None else {"l1_penalty": task.coefficient}
@@ -171,22 +175,24 @@ def score(reconstruct: Reconstruct, held_out: Tensor, batch: int = 2048) -> dict
         x_hat, features = reconstruct(x)
         error += float((x - x_hat).double().square().sum())
         active += int((features > 0).sum())
-        now = (features > 0).any(0)
+        now = (features > 0).any(0).cpu()
         fired = now if not len(fired) else fired | now
     total = float((held_out - held_out.mean(0)).double().square().sum())
     return {"fvu": error / total, "l0": active / len(held_out), "never_fired": int((~fired).sum())}
 
 
 def main() -> None:
-    toolkit, architecture, path, d_sae, k, steps, batch, seed, coefficient = sys.argv[1:]
-    data = torch.load(path, weights_only=True)
+    toolkit, architecture, path, d_sae, k, steps, batch, seed, coefficient, device = sys.argv[1:]
+    data = {name: x.to(device) for name, x in torch.load(path, weights_only=True, mmap=True).items()}
     task = Task(
         architecture, data["train"], data["held_out"], int(d_sae), int(k), int(steps), int(batch), int(seed),
-        None if coefficient == "default" else float(coefficient),
+        None if coefficient == "default" else float(coefficient), device,
     )  # fmt: skip
     function, package = TOOLKITS[toolkit]
     start = time.perf_counter()
     rules = function(task)
+    if device != "cpu":
+        torch.cuda.synchronize()
     result = {
         "seconds": time.perf_counter() - start,
         "version": importlib.metadata.version(package),
