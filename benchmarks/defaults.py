@@ -158,7 +158,7 @@ def train_trials(trials: list[Trial], cache: ActivationCache, hook: str, a: argp
         print(f"{len(members)} of batch {batch}, length {length}: {time.perf_counter() - started:.0f} s", flush=True)
         for name, dictionary in outcome.dictionaries.items():
             trial = members[int(name)]
-            found[trial].append(measured(dictionary, held_out, trial, a.k))
+            found[trial].append(measured(dictionary.to(a.device), held_out, trial, a.k))
         write_json(report.RESULTS / f"{a.name}-trials.json", as_json(found))
     return {
         trial: Scores(*(statistics.mean(values) for values in zip(*map(astuple, of_seeds), strict=True)))

@@ -69,7 +69,7 @@ def ours(task: Task) -> dict[str, Reconstruct]:
     )
     settings = TrainConfig(tokens=task.steps * task.batch, batch_size=task.batch, **chosen)  # type: ignore[arg-type]
     shape = DictionaryConfig(architecture=task.architecture, d_sae=task.d_sae, k=task.k)  # type: ignore[arg-type]
-    made = sae.train(sae.IterableSource(task), shape, settings, seed=task.seed, device=task.device)
+    made = sae.train(sae.IterableSource(task), shape, settings, seed=task.seed, device=task.device).to(task.device)
     return {"": lambda x: (made(x), made.encode(x))}
 
 
