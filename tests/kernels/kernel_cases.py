@@ -20,8 +20,9 @@ class Case:
     bias: Tensor
     k: int
 
-    def to(self, dtype: torch.dtype) -> Case:
-        return Case(self.x.to(dtype), self.encoder.to(dtype), self.bias.to(dtype), self.k)
+    def to(self, like: Tensor | str) -> Case:
+        """Of a tensor's dtype and on its device, or on the device of that name."""
+        return Case(self.x.to(like), self.encoder.to(like), self.bias.to(like), self.k)
 
 
 def _case(batch: int, d_in: int, d_sae: int, k: int, seed: int = 0) -> Case:

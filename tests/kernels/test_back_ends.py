@@ -26,9 +26,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 @pytest.fixture(params=BACK_ENDS)
 def kernels(request: pytest.FixtureRequest):
-    """A back end, the dtype it is tested in, and its tolerance."""
+    """A back end; a tensor of the dtype and on the device it is tested with; its tolerance."""
     name, dtype = request.param
-    return back_end(name), dtype, TOLERANCE[dtype]
+    return back_end(name), torch.empty(0, dtype=dtype, device=DEVICE if name == "triton" else "cpu"), TOLERANCE[dtype]
 
 
 @pytest.fixture(params=CASES)
@@ -43,16 +43,16 @@ def compare(selection: Selection, expected: Selection, case: Case, tolerance: fl
 
 
 def test_the_k_largest_of_each_row(kernels, case: Case) -> None:
-    ours, dtype, tolerance = kernels
-    case = case.to(dtype)
+    ours, like, tolerance = kernels
+    case = case.to(like)
     selection = ours.select_topk(case.x, case.encoder, case.bias, case.k)
     assert selection.pattern.k == case.k
     compare(selection, REFERENCE.select_topk(case.x, case.encoder, case.bias, case.k), case, tolerance)
 
 
 def test_the_largest_of_the_batch(kernels, case: Case) -> None:
-    ours, dtype, tolerance = kernels
-    case = case.to(dtype)
+    ours, like, tolerance = kernels
+    case = case.to(like)
     count = case.k * len(case.x)
     selection = ours.select_batch_topk(case.x, case.encoder, case.bias, count)
     check_selection(selection, case, tolerance)
@@ -65,9 +65,9 @@ def test_the_largest_of_the_batch(kernels, case: Case) -> None:
 
 @pytest.mark.parametrize("level", [-1e4, 0.0, 1.5, 1e4])
 def test_all_above_their_feature_s_threshold(kernels, case: Case, level: float) -> None:
-    ours, dtype, tolerance = kernels
-    case = case.to(dtype)
-    threshold = level + torch.linspace(0, 1, len(case.bias), dtype=dtype)
+    ours, like, tolerance = kernels
+    case = case.to(like)
+    threshold = level + torch.linspace(0, 1, len(case.bias)).to(like)
     expected = REFERENCE.select_above(case.x, case.encoder, case.bias, threshold)
     compare(ours.select_above(case.x, case.encoder, case.bias, threshold), expected, case, tolerance)
 
@@ -75,10 +75,10 @@ def test_all_above_their_feature_s_threshold(kernels, case: Case, level: float) 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("k", [1, 3, 11])
 def test_a_second_selection_in_a_subset(kernels, batched: bool, k: int) -> None:
-    ours, dtype, tolerance = kernels
-    case = CASES["groups of columns"].to(dtype)
-    features = torch.arange(4, 1280, 116)
-    penalty = torch.zeros(len(features), dtype=dtype)
+    ours, like, tolerance = kernels
+    case = CASES["groups of columns"].to(like)
+    features = torch.arange(4, 1280, 116, device=like.device)
+    penalty = like.new_zeros(len(features))
     penalty[2] = -torch.inf
     subset = Subset(features, penalty, k)
     expected = REFERENCE.select_topk(case.x, case.encoder, case.bias, 3, subset)
@@ -95,23 +95,23 @@ def test_a_second_selection_in_a_subset(kernels, batched: bool, k: int) -> None:
     torch.testing.assert_close(values, pre, rtol=tolerance, atol=100 * tolerance)
 
 
-def ragged(dtype: torch.dtype, density: float, batch: int = 10, d_sae: int = 30) -> tuple[Pattern, torch.Tensor]:
+def ragged(like: torch.Tensor, density: float, batch: int = 10, d_sae: int = 30) -> tuple[Pattern, torch.Tensor]:
     """A pattern with rows and features that have nothing, and its values."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(batch, d_sae, generator=generator) < density
     mask[[0, 4]] = False
     mask[:, [0, 7, d_sae - 1]] = False
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
-    pattern = Pattern(mask.nonzero()[:, 1], offsets, d_sae)
-    return pattern, torch.randn(pattern.pairs, generator=generator, dtype=torch.float64).to(dtype)
+    pattern = Pattern(mask.nonzero()[:, 1].to(like.device), offsets.to(like.device), d_sae)
+    return pattern, torch.randn(pattern.pairs, generator=generator, dtype=torch.float64).to(like)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.6])
 def test_products_with_sparse_codes(kernels, density: float) -> None:
-    ours, dtype, tolerance = kernels
-    pattern, values = ragged(dtype, density)
+    ours, like, tolerance = kernels
+    pattern, values = ragged(like, density)
     generator = torch.Generator().manual_seed(2)
-    decoder, gradient = (torch.randn(n, 11, generator=generator).to(dtype) for n in (30, 10))
+    decoder, gradient = (torch.randn(n, 11, generator=generator).to(like) for n in (30, 10))
     close = {"rtol": tolerance, "atol": 100 * tolerance}
     term = Term(pattern, values, gradient)
     torch.testing.assert_close(
@@ -125,8 +125,8 @@ def test_products_with_sparse_codes(kernels, density: float) -> None:
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.6])
 def test_sums_of_columns(kernels, density: float) -> None:
-    ours, dtype, tolerance = kernels
-    pattern, values = ragged(dtype, density)
+    ours, like, tolerance = kernels
+    pattern, values = ragged(like, density)
     torch.testing.assert_close(
         ours.column_sums(pattern, values), REFERENCE.column_sums(pattern, values), rtol=tolerance, atol=100 * tolerance
     )
@@ -135,8 +135,8 @@ def test_sums_of_columns(kernels, density: float) -> None:
 @pytest.mark.parametrize(("name", "rows"), [("groups of columns", 1), ("ordinary", 5), ("ordinary", 9)])
 def test_not_a_number_is_selected_first(kernels, name: str, rows: int) -> None:
     """So that training that diverges is seen to."""
-    ours, dtype, _ = kernels
-    case = CASES[name].to(dtype)
+    ours, like, _ = kernels
+    case = CASES[name].to(like)
     x = case.x.clone()
     x[:rows, 0] = torch.nan
     for selection in (
@@ -152,24 +152,24 @@ def test_not_a_number_is_selected_first(kernels, name: str, rows: int) -> None:
 
 
 def test_a_feature_that_stands_twice_in_a_row_counts_twice(kernels) -> None:
-    ours, dtype, _ = kernels
-    pattern = Pattern.from_indices(torch.tensor([[2, 2], [0, 2]]), 3)
-    values, decoder = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=dtype), torch.eye(3, dtype=dtype)
-    expected = torch.tensor([[0.0, 0.0, 3.0], [4.0, 0.0, 8.0]], dtype=dtype)
+    ours, like, _ = kernels
+    pattern = Pattern.from_indices(torch.tensor([[2, 2], [0, 2]], device=like.device), 3)
+    values, decoder = torch.tensor([1.0, 2.0, 4.0, 8.0]).to(like), torch.eye(3).to(like)
+    expected = torch.tensor([[0.0, 0.0, 3.0], [4.0, 0.0, 8.0]]).to(like)
     torch.testing.assert_close(ours.decode(pattern, values, decoder), expected)
 
 
 PARTS = ["nothing", "a term", "two terms", "three terms", "blocks", "dense", "all"]
 
 
-def gradient_of(parts: str, dtype: torch.dtype, d_sae: int, d_in: int) -> Gradient:
+def gradient_of(parts: str, like: torch.Tensor, d_sae: int, d_in: int) -> Gradient:
     generator = torch.Generator().manual_seed(3)
 
     def matrix(n: int) -> torch.Tensor:
-        return torch.randn(n, d_in, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(n, d_in, generator=generator, dtype=torch.float64).to(like)
 
-    terms = [Term(*ragged(dtype, density, d_sae=d_sae), matrix(10)) for density in (0.05, 0.5, 0.03)]
-    shuffled = torch.randperm(d_sae, generator=generator)
+    terms = [Term(*ragged(like, density, d_sae=d_sae), matrix(10)) for density in (0.05, 0.5, 0.03)]
+    shuffled = torch.randperm(d_sae, generator=generator).to(like.device)
     blocks = [Block(shuffled[:5], matrix(5)), Block(shuffled[3:20].sort().values, matrix(17))]
     count = {"a term": 1, "two terms": 2, "three terms": 3, "all": 3}.get(parts, 0)
     return Gradient(
@@ -183,37 +183,37 @@ def gradient_of(parts: str, dtype: torch.dtype, d_sae: int, d_in: int) -> Gradie
 @pytest.mark.parametrize("unit_rows", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.25])
 def test_adam_takes_the_reference_s_steps(kernels, parts: str, unit_rows: bool, scale: float | None) -> None:
-    ours, dtype, tolerance = kernels
+    ours, like, tolerance = kernels
     d_sae, d_in = (530 if ours is back_end("cpu") else 31), 13
-    gradient = gradient_of(parts, dtype, d_sae, d_in)
-    start = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
+    gradient = gradient_of(parts, like, d_sae, d_in)
+    start = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(like)
     if unit_rows:
         start = torch.nn.functional.normalize(start, dim=1)
     results = []
     for which in (ours, REFERENCE):
-        weight, copy = start.clone(), torch.zeros(d_sae, d_in, dtype=torch.bfloat16)
+        weight, copy = start.clone(), like.new_zeros(d_sae, d_in, dtype=torch.bfloat16)
         moments = Moments(torch.zeros_like(weight), torch.zeros_like(weight))
         for number in range(1, 5):
-            factor = None if scale is None else torch.tensor(scale / number, dtype=dtype)
+            factor = None if scale is None else like.new_tensor(scale / number)
             step = AdamStep(0.01, 0.9, 0.99, 1e-8, number, unit_rows, factor)
             which.adam_(weight, moments, gradient, step, copy)
         results.append((weight, moments.first, moments.second))
-        torch.testing.assert_close(copy.to(dtype), weight, rtol=2**-7, atol=0)  # Triton's interpreter rounds down
+        torch.testing.assert_close(copy.to(like), weight, rtol=2**-7, atol=0)  # Triton's interpreter rounds down
     assert parts == "nothing" or not torch.equal(results[0][0], start)
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=100 * tolerance, atol=100 * tolerance)
     if unit_rows:
-        torch.testing.assert_close(results[0][0].norm(dim=1), torch.ones(d_sae, dtype=dtype))
+        torch.testing.assert_close(results[0][0].norm(dim=1), like.new_ones(d_sae))
 
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_norms_of_a_gradient_s_rows(kernels, parts: str, unit_rows: bool) -> None:
-    ours, dtype, tolerance = kernels
+    ours, like, tolerance = kernels
     d_sae, d_in = (530 if ours is back_end("cpu") else 31), 13
-    gradient = gradient_of(parts, dtype, d_sae, d_in)
-    weight = torch.nn.functional.normalize(torch.randn(d_sae, d_in, dtype=torch.float64), dim=1).to(dtype)
-    whole = torch.zeros(d_sae, d_in, dtype=torch.float64)
+    gradient = gradient_of(parts, like, d_sae, d_in)
+    weight = torch.nn.functional.normalize(torch.randn(d_sae, d_in, dtype=torch.float64), dim=1).to(like)
+    whole = like.new_zeros(d_sae, d_in, dtype=torch.float64)
     for term in gradient.terms:
         codes = term.pattern.dense(term.coefficients.double())
         whole += codes.T @ term.rows.double()
@@ -224,7 +224,7 @@ def test_norms_of_a_gradient_s_rows(kernels, parts: str, unit_rows: bool) -> Non
         whole -= (whole * weight).sum(1, keepdim=True) * weight
     found = ours.gradient_squares(weight, gradient, unit_rows)
     assert parts == "nothing" or found.sum() > 0
-    torch.testing.assert_close(found, whole.square().sum(1).to(dtype), rtol=100 * tolerance, atol=100 * tolerance)
+    torch.testing.assert_close(found, whole.square().sum(1).to(like), rtol=100 * tolerance, atol=100 * tolerance)
 
 
 def test_reference_adam_is_torch_s() -> None:

@@ -17,6 +17,7 @@ from sae.kernels.triton import batch, select_batch_topk, select_topk, topk
 from tests.kernels.kernel_cases import Case, check_selection, rows
 
 REFERENCE = back_end("reference")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_a_guess_misses_as_seldom_as_promised(d_sae: int, k: int) -> None:
 def some(seed: int = 0, d_sae: int = 160) -> Case:
     generator = torch.Generator().manual_seed(seed)
     x, encoder = torch.randn(9, 12, generator=generator), torch.randn(d_sae, 12, generator=generator)
-    return Case(x, encoder, torch.randn(d_sae, generator=generator), 5)
+    return Case(x, encoder, torch.randn(d_sae, generator=generator), 5).to(DEVICE)
 
 
 def guessing(monkeypatch: pytest.MonkeyPatch, rank: int, capacity: int) -> None:
@@ -86,7 +87,7 @@ def test_the_batch_s_selection_is_exact_whether_its_guess_hits_or_misses(
         case.x[3] *= 100
     assert batch.plan(9, 160, 45).capacity < 9 * 160, "everything would fit, so no guess could be too low"
     if guess is not None:
-        monkeypatch.setattr(batch, "_guess", lambda *_: torch.tensor(guess))
+        monkeypatch.setattr(batch, "_guess", lambda *_: torch.tensor(guess, device=DEVICE))
     selection = select_batch_topk(case.x, case.encoder, case.bias, 45)
     check_selection(selection, case, 2e-6)
     expected = REFERENCE.select_batch_topk(case.x, case.encoder, case.bias, 45)
@@ -115,12 +116,12 @@ def test_the_batch_s_guess_misses_as_seldom_as_promised(rows: int, d_sae: int, k
 def test_ties_beyond_the_room_never_take_the_place_of_larger_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four numbers are positive, in the last tile; all others are equal, and far more than there is room for."""
     monkeypatch.setattr(batch, "plan", lambda *_: batch.Plan(64, 3, 40))
-    x, encoder = torch.zeros(8, 4), torch.zeros(512, 4)
+    x, encoder, bias = (torch.zeros(shape, device=DEVICE) for shape in ((8, 4), (512, 4), (512,)))
     x[4:, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     encoder[511, 0] = 1.0
-    selection = select_batch_topk(x, encoder, torch.zeros(512), 8)
+    selection = select_batch_topk(x, encoder, bias, 8)
     assert selection.values.sort().values.tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
-    check_selection(selection, Case(x, encoder, torch.zeros(512), 1), 1e-6)
+    check_selection(selection, Case(x, encoder, bias, 1), 1e-6)
 
 
 @pytest.mark.parametrize("select", [select_topk, select_batch_topk])

@@ -23,6 +23,8 @@ from sae.training.initialise import initialise_
 from sae.training.objectives import OBJECTIVES, Context
 from sae.training.optimizer import FeatureAdam
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch):
@@ -44,15 +46,16 @@ class Trained:
     d_sae: int
     batch: int
     dead_after: int
+    device: str = "cpu"
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.dictionary: Dictionary = ARCHITECTURES[self.architecture](self.d_in, self.d_sae, k=4)
-        self.data = torch.randn(4, self.batch, self.d_in, generator=generator)
+        self.dictionary: Dictionary = ARCHITECTURES[self.architecture](self.d_in, self.d_sae, k=4).to(self.device)
+        self.data = torch.randn(4, self.batch, self.d_in, generator=generator).to(self.device)
         initialise_(self.dictionary, self.data[0], generator)
         self.optimizer = FeatureAdam(self.dictionary, 0.9, 0.999)
-        self.firing = FiringRecord(self.d_sae, self.dead_after, torch.device("cpu"), refresh_every=1)
+        self.firing = FiringRecord(self.d_sae, self.dead_after, torch.device(self.device), refresh_every=1)
 
     def step(self, number: int) -> None:
         context = Context(
@@ -76,7 +79,9 @@ def test_triton_takes_the_cpu_s_steps(use, architecture: str) -> None:
     runs = []
     for name in ("cpu", "triton"):
         use(name)
-        run = Trained(architecture, d_in=10, d_sae=96, batch=24, dead_after=48)
+        run = Trained(
+            architecture, d_in=10, d_sae=96, batch=24, dead_after=48, device=DEVICE if name == "triton" else "cpu"
+        )
         for number in range(4):
             run.step(number)
         assert len(run.firing.candidates) > 5, "no feature is dead, so AuxK is not tested"
@@ -85,7 +90,9 @@ def test_triton_takes_the_cpu_s_steps(use, architecture: str) -> None:
     for (label, ours), theirs in zip(
         runs[1].dictionary.named_parameters(), runs[0].dictionary.parameters(), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3, msg=lambda text, label=label: f"{label}: {text}")
+        torch.testing.assert_close(
+            ours.cpu(), theirs, rtol=1e-3, atol=1e-3, msg=lambda text, label=label: f"{label}: {text}"
+        )
 
 
 class Largest(TorchDispatchMode):
@@ -107,8 +114,8 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def largest_tensor_of_a_step(architecture: str, d_in: int, d_sae: int, batch: int) -> tuple[int, str]:
-    run = Trained(architecture, d_in=d_in, d_sae=d_sae, batch=batch, dead_after=10**9)
+def largest_tensor_of_a_step(architecture: str, d_in: int, d_sae: int, batch: int, device: str) -> tuple[int, str]:
+    run = Trained(architecture, d_in=d_in, d_sae=d_sae, batch=batch, dead_after=10**9, device=device)
     recorder = Largest()
     with recorder:
         run.step(0)
@@ -121,8 +128,8 @@ def test_a_step_makes_neither_all_pre_activations_nor_a_gradient_of_a_matrix(use
     """Everything a step allocates is smaller than [batch, d_sae] and than [d_sae, d_in]; the dense step's is not."""
     d_in, d_sae, batch = 20, 2048, 24
     use("triton")
-    numbers, operator = largest_tensor_of_a_step(architecture, d_in, d_sae, batch)
+    numbers, operator = largest_tensor_of_a_step(architecture, d_in, d_sae, batch, DEVICE)
     assert 0 < numbers < d_sae * min(d_in, batch), operator
     use("reference")
-    numbers, _ = largest_tensor_of_a_step(architecture, d_in, d_sae, batch)
+    numbers, _ = largest_tensor_of_a_step(architecture, d_in, d_sae, batch, DEVICE)
     assert numbers >= batch * d_sae, "the recorder does not see dense tensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig, TrainConfig
 from sae.training import IterableSource, train
 from sae.training.trainee import Recipe, Trainee
@@ -21,7 +22,7 @@ def batches(count: int) -> list[torch.Tensor]:
     return list(codes @ directions)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka"])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_the_gpu_s_loss_curve_is_the_cpu_s(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, products="float32")
