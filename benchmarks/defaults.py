@@ -119,7 +119,7 @@ def rate_panel(name: str, of: Mapping[str, dict[str, Any]], wide: str) -> Panel:
 
 def panels(d_sae: int, d_in: int, k: int, tokens: int) -> list[Panel]:
     """Everything that is tried."""
-    usual = f"{default_dead_after('topk', d_sae, k, tokens):,}"
+    usual = f"{default_dead_after(d_sae, k, tokens):,}"
     widths = {f"{d_sae // 2:,}": {"d_sae": d_sae // 2}, f"{d_sae:,}": {}, f"{4 * d_sae:,}": {"d_sae": 4 * d_sae}}
     lengths = {"½": {"length": 0.5}, "1": {}, "3": {"length": 3.0}}
     everyone = {name: {"architecture": name} for name in ARCHITECTURES}
@@ -132,10 +132,9 @@ def panels(d_sae: int, d_in: int, k: int, tokens: int) -> list[Panel]:
         panel("decay_fraction", {"0": 0.0, "0.1": 0.1, "0.2": 0.2, "0.5": 0.5, "0.8": 0.8}, "0.2"),
         panel("beta1", {"0": 0.0, "0.5": 0.5, "0.9": 0.9, "0.95": 0.95}, "0.9"),
         panel("beta2", {"0.9": 0.9, "0.99": 0.99, "0.999": 0.999, "0.9999": 0.9999}, "0.999"),
-        panel("aux_coefficient", {"0": 0.0, "1/32": 1 / 32, "1": 1.0}, "1/32", ("topk", "batch_topk", "matryoshka")),
-        panel("aux_coefficient", {"0": 0.0, "1/32": 1 / 32, "1": 1.0}, "1", ("gated", "jumprelu")),
-        panel("k_aux", {"k": k, "d_in / 4": d_in // 4, "d_in / 2": d_in // 2, "d_in": d_in}, "d_in / 2"),
-        panel("dead_after_tokens", {"20,000": 20_000, usual: 0, "never": 10**12}, usual),
+        panel("aux_coefficient", {"0": 0.0, "1/32": 1 / 32, "1": 1.0}, "1", tuple(ARCHITECTURES)),
+        panel("k_aux", {"k / 4": k // 4, "k": k, "d_in / 2": d_in // 2, "d_in": d_in}, "k", ("topk", "jumprelu")),
+        panel("dead_after_tokens", {usual: 0, "200,000": 200_000, "never": 10**12}, usual, tuple(ARCHITECTURES)),
         panel("initial_b_dec", {"median": "geometric_median", "mean": "mean", "zeros": "zeros"}, "median"),
         panel("center", {"no": False, "yes": True}, "no", ("topk", "jumprelu")),
         panel("bandwidth", {"¼": 0.25, "½": 0.5, "1": 1.0, "2": 2.0, "4": 4.0}, "1", ("jumprelu",)),
@@ -175,7 +174,7 @@ def recipe(trial: Trial, batch: int, tokens: int, seed: int, a: argparse.Namespa
     d_sae = trial.d_sae or a.d_sae
     settings = {"tokens": tokens, "batch_size": batch, **dict(trial.settings)}
     if "lr" in settings:
-        settings["lr"] *= default_learning_rate(d_sae)
+        settings["lr"] *= default_learning_rate(d_sae, tokens // batch)
     shape = {"architecture": trial.architecture, "d_sae": d_sae, "k": a.k}
     return Recipe(DictionaryConfig.model_validate(shape), TrainConfig.model_validate(settings), seed)
 

@@ -251,20 +251,19 @@ class TrainConfig(_Settings):
         default=(),
         description="numbers of training tokens after which the dictionary is saved for good, in `snapshots/`",
     )
-    aux_coefficient: float | None = Field(
-        default=None,
+    aux_coefficient: float = Field(
+        default=1.0,
         ge=0,
-        description="weight of what revives dead features: of the AuxK loss, and for relu and gated of their biases; "
-        "null: 1/32, for gated and jumprelu 1",
+        description="weight of what revives dead features: of the AuxK loss, and for relu and gated of their biases",
     )
     k_aux: PositiveInt | None = Field(
         default=None,
-        description="dead features used by AuxK per token; null: half of d_in, for gated and jumprelu k; not for relu",
+        description="dead features used by AuxK per token; null: k; not for relu",
     )
     dead_after_tokens: PositiveInt | None = Field(
         default=None,
-        description="a feature that has not fired for so many tokens counts as dead, and is revived; null: a thirtieth "
-        "of the training, at least 200,000, at most 10,000,000; for gated and jumprelu 64 · d_sae / k if that is less",
+        description="a feature that has not fired for so many tokens counts as dead, and is revived; null: "
+        "64 · d_sae / k, or a thousandth of the training if that is more",
     )
     center: bool = Field(
         default=False, description="subtract the mean activation before training (folded into the saved biases)"

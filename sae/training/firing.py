@@ -8,21 +8,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-LEARN_BOUNDS = ("gated", "jumprelu")
-"""Architectures that learn a bound for each feature, below which it does not fire, against a penalty."""
 
+def default_dead_after(d_sae: int, k: int, tokens: int) -> int:
+    """Tokens without firing after which a feature is dead: so many that the average feature fires 64 times in them.
 
-def default_dead_after(architecture: str, d_sae: int, k: int, tokens: int) -> int:
-    """Tokens without firing after which a feature is dead: a thirtieth of the training, from 200,000 to 10 million.
-
-    Ten million is what Gao et al. 2024 use; a short training would be over before that.
-
-    Gated's and JumpReLU's are dead sooner, where the average feature fires 64 times in so long. They learn a bound of
-    its own for each feature against a penalty, which shuts out what does not pay yet; a feature that has been shut out
-    learns nothing, so it must be found before much of the training is over (docs/log.md).
+    A thousandth of the training if that is more, and at most a thirtieth of it or 200,000, whichever is more, and the
+    ten million of Gao et al. 2024. A feature that does not fire learns nothing, so it must be found before much of the
+    training is over (docs/log.md).
     """
     longest = min(10_000_000, max(200_000, tokens // 30))
-    return min(longest, 64 * d_sae // k) if architecture in LEARN_BOUNDS else longest
+    return min(longest, max(64 * d_sae // k, tokens // 1000))
 
 
 class FiringRecord:

@@ -26,7 +26,6 @@ from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisation_of
 from sae.training.objectives import OBJECTIVES, Context, Losses
-from sae.training.objectives.auxk import default_aux_coefficient, default_k_aux
 from sae.training.optimizer import FeatureAdam
 from sae.training.schedules import SteeredWeight, default_learning_rate, learning_rate, warmed_up
 from sae.training.source import BatchSource
@@ -87,13 +86,8 @@ class Trainee:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.dictionary = build(shape, input_source.d_in).to(device)
         freeze_(self.dictionary, settings.freeze)
-        self.rate = settings.lr or default_learning_rate(shape.d_sae)
-        self.k_aux = settings.k_aux or default_k_aux(shape.architecture, input_source.d_in, shape.k)
-        weight = settings.aux_coefficient
-        self.aux_coefficient = default_aux_coefficient(shape.architecture) if weight is None else weight
-        dead_after = settings.dead_after_tokens or default_dead_after(
-            shape.architecture, shape.d_sae, shape.k, steps * self.batch_size
-        )
+        self.rate = settings.lr or default_learning_rate(shape.d_sae, steps)
+        dead_after = settings.dead_after_tokens or default_dead_after(shape.d_sae, shape.k, steps * self.batch_size)
         self.normalisation = normalisation_of(input_source, settings.center, device)
         self.target_normalisation = (
             None if target_source is None else normalisation_of(target_source, settings.center, device)
@@ -259,8 +253,8 @@ class Trainee:
             dead=self.firing.dead,
             dead_candidates=self.firing.candidates,
             sparsity=warm * (weight if self.steered is None else self.steered.value),
-            aux_coefficient=self.aux_coefficient,
-            k_aux=self.k_aux,
+            aux_coefficient=settings.aux_coefficient,
+            k_aux=settings.k_aux or self.recipe.dictionary.k,
             density=self.firing.density,
             encoder_sink=self.optimizer.encoder_sink,
             decoder_sink=self.optimizer.decoder_sink,

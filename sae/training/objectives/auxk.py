@@ -11,25 +11,7 @@ from sae.dictionary import Dictionary
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.sparse import decode, encode_at, rows_of, select_topk
-from sae.training.firing import LEARN_BOUNDS
 from sae.training.objectives.common import Context, mean_squared_error
-
-
-def default_aux_coefficient(architecture: str) -> float:
-    """1/32, as in Gao et al. 2024; for Gated and JumpReLU 1, the weight of the error itself.
-
-    It touches dead features only and Adam divides by the size of past gradients, so this is how fast they learn beside
-    what they have forgotten. At 1/32 those that a penalty shut out hardly moved (docs/log.md).
-    """
-    return 1.0 if architecture in LEARN_BOUNDS else 1 / 32
-
-
-def default_k_aux(architecture: str, d_in: int, k: int) -> int:
-    """Half of d_in, as in Gao et al. 2024; for Gated and JumpReLU k, so that dead features share the residual sparsely.
-
-    Sharing it among all, they learned what no single one of them was worth firing for.
-    """
-    return k if architecture in LEARN_BOUNDS else max(1, d_in // 2)
 
 
 def auxk_loss(
