@@ -24,13 +24,9 @@ def warmed_up(step: int, steps: int, warmup_fraction: float) -> float:
     return min(1.0, step / (warmup_fraction * steps)) if warmup_fraction > 0 else 1.0
 
 
-def default_learning_rate(d_sae: int, steps: int) -> float:
-    """2.4e-3 · √(4096 / d_sae) · (400 / steps)^0.3, as if for 400 steps where there are fewer.
-
-    It falls with the square root of the width, as in Gao et al. 2024, appendix A.3, and with the length: by half from
-    400 to 4,000 steps, since at a high rate features go on dying (docs/log.md).
-    """
-    return 2.4e-3 * (4096 / d_sae) ** 0.5 * (400 / max(400, steps)) ** 0.3
+def default_learning_rate(d_sae: int) -> float:
+    """2.4e-3 · √(4096 / d_sae): falls with the square root of the width, as in Gao et al. 2024, appendix A.3."""
+    return 2.4e-3 * (4096 / d_sae) ** 0.5
 
 
 class SteeredWeight:

@@ -119,7 +119,6 @@ def test_a_weight_warms_up_from_nothing() -> None:
     assert warmed_up(0, 100, 0.0) == 1.0
 
 
-def test_the_default_learning_rate_falls_with_width_and_length() -> None:
-    assert default_learning_rate(4096, 400) == default_learning_rate(4096, 1) == pytest.approx(2.4e-3)
-    assert default_learning_rate(4 * 4096, 400) == pytest.approx(1.2e-3)
-    assert default_learning_rate(4096, 4000) == pytest.approx(1.2e-3, rel=5e-3)
+def test_default_learning_rate_falls_with_the_root_of_the_width() -> None:
+    assert default_learning_rate(4096) == pytest.approx(2.4e-3)
+    assert default_learning_rate(4 * 4096) == pytest.approx(1.2e-3)
