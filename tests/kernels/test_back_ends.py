@@ -10,10 +10,9 @@ import torch
 from sae.kernels import back_end
 from sae.kernels.interface import AdamStep, Block, Gradient, Moments, Selection, Subset, Term
 from sae.kernels.pattern import Pattern
-from tests.kernels.kernel_cases import CASES, Case, check_selection, rows
+from tests.kernels.kernel_cases import CASES, DEVICE, Case, check_selection, rows
 
 REFERENCE = back_end("reference")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 BACK_ENDS = [
     pytest.param(("cpu", torch.float64), id="cpu-float64"),

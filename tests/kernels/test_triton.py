@@ -14,10 +14,9 @@ pytest.importorskip("triton")
 
 from sae.kernels import back_end
 from sae.kernels.triton import batch, select_batch_topk, select_topk, topk
-from tests.kernels.kernel_cases import Case, check_selection, rows
+from tests.kernels.kernel_cases import DEVICE, Case, check_selection, rows
 
 REFERENCE = back_end("reference")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize(

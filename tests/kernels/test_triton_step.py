@@ -22,8 +22,7 @@ from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
 from sae.training.objectives import OBJECTIVES, Context
 from sae.training.optimizer import FeatureAdam
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernels.kernel_cases import DEVICE
 
 
 @pytest.fixture
