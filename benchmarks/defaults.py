@@ -35,7 +35,6 @@ from sae.evaluation.pareto import COLOURS
 from sae.files import write_json
 from sae.tokens import HELD_OUT
 from sae.training import Recipe, train_all
-from sae.training.applicability import PENALISED
 from sae.training.firing import default_dead_after
 from sae.training.schedules import default_learning_rate
 
@@ -122,6 +121,7 @@ def panels(d_sae: int, d_in: int, k: int, tokens: int) -> list[Panel]:
     usual = f"{default_dead_after(d_sae, k, tokens):,}"
     widths = {f"{d_sae // 2:,}": {"d_sae": d_sae // 2}, f"{d_sae:,}": {}, f"{4 * d_sae:,}": {"d_sae": 4 * d_sae}}
     lengths = {"½": {"length": 0.5}, "1": {}, "3": {"length": 3.0}}
+    warmups = {"0": 0.0, "0.05": 0.05, "0.1": 0.1, "0.25": 0.25, "0.5": 0.5}
     everyone = {name: {"architecture": name} for name in ARCHITECTURES}
     return [
         rate_panel("lr, in default rates, by d_sae", widths, f"{d_sae:,}"),
@@ -138,7 +138,8 @@ def panels(d_sae: int, d_in: int, k: int, tokens: int) -> list[Panel]:
         panel("initial_b_dec", {"median": "geometric_median", "mean": "mean", "zeros": "zeros"}, "median"),
         panel("center", {"no": False, "yes": True}, "no", ("topk", "jumprelu")),
         panel("bandwidth", {"¼": 0.25, "½": 0.5, "1": 1.0, "2": 2.0, "4": 4.0}, "1", ("jumprelu",)),
-        panel("sparsity_warmup_fraction", {"0": 0.0, "0.05": 0.05, "0.2": 0.2, "0.5": 0.5}, "0.05", PENALISED),
+        panel("sparsity_warmup_fraction", warmups, "0.05", ("gated", "jumprelu")),
+        panel("sparsity_warmup_fraction", warmups, "0.1", ("relu",)),
     ]
 
 

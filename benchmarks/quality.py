@@ -9,7 +9,8 @@ architecture are compared where their L0 on held-out rows are within 5 %: for a 
 toolkit's k is searched until it ends there too. Results go to `benchmarks/results/`. A comparison takes hours on a
 CPU, minutes with `--device cuda --at-once 9`: every training's result is kept in `--keep` under a key of all that it
 depends on (what the cache was made from, settings, versions, and for this toolkit the modules that it trains with), and
-the same command goes on.
+the same command goes on. `--peers-from NAME` takes the peers' rows from a comparison in `benchmarks/results/` that was
+made with the same settings, possibly on another machine, and trains this toolkit's alone.
 """
 
 from __future__ import annotations
@@ -194,6 +195,22 @@ def compare(toolkit: str, architecture: str, data: Data, a: Any) -> Row:
     )  # fmt: skip
 
 
+def measured_before(name: str, a: Any) -> tuple[list[Row], str]:
+    """The peers' rows of a comparison that was written down, and where and when it was made.
+
+    Raises:
+        SystemExit: it was made with other settings.
+    """
+    held = json.loads((report.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    for setting in ("d_sae", "k", "batch", "steps", "held_out"):
+        if held["arguments"][setting] != getattr(a, setting):
+            theirs = held["arguments"][setting]
+            raise SystemExit(f"--peers-from {name}: made with {setting} {theirs}, now {getattr(a, setting)}")
+    rows = [Row(**row) for row in held["rows"] if row["toolkit"] in PEERS and row["architecture"] in a.architectures]
+    machine = held["machine"]
+    return rows, f"{name}, {machine['date']}, {machine.get('device', machine['processor'])}"
+
+
 def close(l0: float, wanted: float) -> bool:
     """Whether two L0 may be compared."""
     return wanted > 0 and abs(l0 / wanted - 1) <= 0.05
@@ -294,25 +311,29 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="trainings beside each other")
     parser.add_argument("--keep", type=Path, default=KEPT, help="results of single trainings")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
+    parser.add_argument("--peers-from", metavar="NAME", help="comparison in results/ whose rows of the peers count")
     parser.add_argument("--name", help="of the files in results/; default: quality-STEPS-DEVICE")
     a = parser.parse_args()
     cache = ActivationCache(a.cache)
     hook = a.hook or next(iter(cache.manifest.hooks))
     with tempfile.TemporaryDirectory() as folder:
         data = export(cache, hook, a.held_out, Path(folder) / "activations.pt")
-        tasks = list(itertools.product(a.architectures, a.toolkits))
+        before, where = measured_before(a.peers_from, a) if a.peers_from else ([], "")
+        tasks = list(itertools.product(a.architectures, ["sae"] if before else a.toolkits))
         with ThreadPoolExecutor(a.at_once) as pool:
-            rows = list(pool.map(lambda task: compare(task[1], task[0], data, a), tasks))
+            rows = [*pool.map(lambda task: compare(task[1], task[0], data, a), tasks), *before]
             peers = tuple(row for row in rows if row.toolkit in PEERS)
             ours = [row for row in rows if row.toolkit == "sae" and row.architecture in PENALISED]
             matched = list(pool.map(lambda row: beside(row, peers, data, a), ours))
             for row, found in zip(ours, matched, strict=True):
                 rows[rows.index(row) : rows.index(row) + 1] = found
+    rows.sort(key=lambda row: a.architectures.index(row.architecture))
     model = cache.manifest.model.get("name")
     shape = (
         f"{model}, `{hook}`, {cache.d_in(hook)} → {a.d_sae:,}, k {a.k}, batch {a.batch:,}, {a.steps:,} steps "
         f"({a.steps * a.batch / data.train_rows:.1f} times over {data.train_rows:,} rows), "
         f"{data.held_out_rows:,} held-out rows, {a.seeds} seeds, mean ± standard deviation over them."
+        + (f" Rows of the peers: {where}." if where else "")
     )
     described = report.machine(a.device)
     text = f"{shape}\n\n{markdown(rows, a)}"

@@ -221,8 +221,12 @@ class TrainConfig(_Settings):
         ge=0,
         description="weight of L0 against ‖x − x̂‖², for jumprelu; null: the penalty is d_in · (L0 / dictionary.k − 1)²",
     )
-    sparsity_warmup_fraction: float = Field(
-        default=0.05, ge=0, le=1, description="share of the steps with a rising weight of that penalty"
+    sparsity_warmup_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of the steps in which that penalty comes into force: its weight rises; where relu's is "
+        "steered, the L0 aimed at falls from 4 · k to k; null: 0.1 there, 0.05 otherwise",
     )
     bandwidth: float = Field(
         default=1.0,

@@ -24,9 +24,22 @@ def warmed_up(step: int, steps: int, warmup_fraction: float) -> float:
     return min(1.0, step / (warmup_fraction * steps)) if warmup_fraction > 0 else 1.0
 
 
+def falling_l0(step: int, steps: int, k: int, d_sae: int, fraction: float) -> float:
+    """The L0 aimed at: from `START_L0` · k, at most half of all features, in equal ratios to k over the first share.
+
+    What has fired often by then is not easily lost when few are let through; k_anneal of other toolkits, for a penalty.
+    """
+    start = max(k, min(START_L0 * k, d_sae // 2))
+    return k * (start / k) ** (1 - warmed_up(step, steps, fraction))
+
+
 def default_learning_rate(d_sae: int) -> float:
     """2.4e-3 · √(4096 / d_sae): falls with the square root of the width, as in Gao et al. 2024, appendix A.3."""
     return 2.4e-3 * (4096 / d_sae) ** 0.5
+
+
+START_L0 = 4
+"""Times k features fire when ReLU's training begins."""
 
 
 class SteeredWeight:

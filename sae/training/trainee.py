@@ -27,7 +27,7 @@ from sae.training.initialise import initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisation_of
 from sae.training.objectives import OBJECTIVES, Context, Losses
 from sae.training.optimizer import FeatureAdam
-from sae.training.schedules import SteeredWeight, default_learning_rate, learning_rate, warmed_up
+from sae.training.schedules import SteeredWeight, default_learning_rate, falling_l0, learning_rate, warmed_up
 from sae.training.source import BatchSource
 
 COSINES = 512
@@ -72,6 +72,7 @@ class Trainee:
         device: where.
 
     Attributes:
+        falls: whether the L0 aimed at falls to k from more: in ReLU's training from random directions.
         variance: of the last batch's targets, summed over d_in; what its FVU is relative to.
     """
 
@@ -98,6 +99,9 @@ class Trainee:
         )  # fmt: skip
         self.firing = FiringRecord(shape.d_sae, dead_after, device)
         self.steered = _steered(shape, settings, device)
+        self.falls = self.steered is not None and shape.architecture == "relu" and recipe.start is None
+        fraction = settings.sparsity_warmup_fraction
+        self.sparsity_warmup = (0.1 if self.falls else 0.05) if fraction is None else fraction
         self.variance = torch.ones((), device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
@@ -108,7 +112,6 @@ class Trainee:
         target = x if raw_target is None or self.target_normalisation is None else self.target_normalisation(raw_target)
         if self.step_number == 0:
             self._begin(x, target)
-            self.firing.density = self.recipe.dictionary.k / self.dictionary.d_sae  # what it begins with
         context = self._context()
         losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, context)
         losses.total.backward()
@@ -228,22 +231,26 @@ class Trainee:
 
     def _begin(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"]) -> None:
         """Set the weights that training begins with, from its first batch."""
-        k, start = self.recipe.dictionary.k, self.recipe.start
+        l0, start = round(self._wanted_l0()), self.recipe.start
         if start is None:
-            initialise_(self.dictionary, x, self.generator, target, k, self.settings.initial_b_dec)
+            initialise_(self.dictionary, x, self.generator, target, l0, self.settings.initial_b_dec)
         else:
             start = copy.deepcopy(start).to(x.device, x.dtype)
             theirs = self.target_normalisation
             fold_(start, self.normalisation.inverse(), None if theirs is None else theirs.inverse())
-            take_over_(self.dictionary, start, x, k)
+            take_over_(self.dictionary, start, x, l0)
         if self.steered is not None:
             self.steered.begin(self.dictionary.b_enc)
+        self.firing.density = l0 / self.dictionary.d_sae  # what it begins with
         self.optimizer.refresh()
 
     def _context(self) -> Context:
         settings, architecture = self.settings, self.recipe.dictionary.architecture
-        warm = warmed_up(self.step_number, self.steps, settings.sparsity_warmup_fraction)
-        target_l0 = None
+        target_l0, warm = None, 1.0
+        if self.steered is not None:
+            self.steered.target = self._wanted_l0()
+        if not self.falls:
+            warm = warmed_up(self.step_number, self.steps, self.sparsity_warmup)
         if architecture == "jumprelu":
             target_l0 = self.recipe.dictionary.k if settings.l0_coefficient is None else None
             weight = float(self.dictionary.d_in) if settings.l0_coefficient is None else settings.l0_coefficient
@@ -262,6 +269,11 @@ class Trainee:
             target_l0=target_l0,
             bandwidth=settings.bandwidth,
         )
+
+    def _wanted_l0(self) -> float:
+        """Features per token that training aims at, at this step."""
+        k, d_sae = self.recipe.dictionary.k, self.dictionary.d_sae
+        return falling_l0(self.step_number, self.steps, k, d_sae, self.sparsity_warmup) if self.falls else float(k)
 
     def _also_logged(self, context: Context) -> dict[str, Float[Tensor, ""]]:
         """What the log shows beside the terms of the loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from sae.config import DictionaryConfig
 from sae.errors import ConfigError, TrainingError
 from sae.training import IterableSource, Recipe, TrainingInterrupted, train, train_all
 from sae.training.checkpoint import list_checkpoints
-from sae.training.schedules import SteeredWeight
+from sae.training.schedules import START_L0, SteeredWeight, falling_l0
 from sae.training.trainee import Trainee
 from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, settings
 
@@ -218,6 +219,40 @@ def test_the_first_weight_of_training_is_twice_the_bound_where_k_fire(architectu
     assert trainee.steered is not None
     bound = -float(trainee.dictionary.b_enc.detach().mean())
     assert float(trainee.steered.integral.exp()) == pytest.approx(2 * bound, rel=1e-3)
+
+
+def test_the_l0_that_relu_aims_at_falls_in_equal_ratios() -> None:
+    aimed = [falling_l0(step, 100, 8, 1000, 0.2) for step in range(100)]
+    assert aimed[0] == START_L0 * 8 and aimed[20:] == [8.0] * 80
+    assert all(later / sooner == pytest.approx(START_L0**-0.05) for sooner, later in itertools.pairwise(aimed[:21]))
+    assert falling_l0(0, 100, 8, 20, 0.2) == 10  # half of all features
+    assert falling_l0(0, 100, 8, 10, 0.2) == 8  # never fewer than k
+    assert falling_l0(0, 100, 8, 1000, 0.0) == 8
+
+
+def test_relu_begins_with_more_than_k_and_has_k_when_the_share_of_the_steps_is_over() -> None:
+    data, seen = planted(100), {}
+    shape = DictionaryConfig(architecture="relu", d_sae=D_SAE, k=K)
+    train(
+        IterableSource(data), shape, settings(1000, log_every=10, lr=3e-3, sparsity_warmup_fraction=0.5),
+        progress=lambda done, of, metrics: seen.update({done // BATCH: metrics["l0"]}),
+    )  # fmt: skip
+    assert seen[10] > 0.75 * START_L0 * K
+    assert seen[250] == pytest.approx(START_L0**0.5 * K, rel=0.15)  # half of the way
+    assert seen[700] == pytest.approx(K, rel=0.1)
+
+
+def test_relu_that_starts_from_a_dictionary_begins_with_its_l0() -> None:
+    """Letting more of its features fire first would undo what it has learned."""
+    data, seen = planted(100), []
+    shape = DictionaryConfig(architecture="relu", d_sae=D_SAE, k=K)
+    start = train(IterableSource(data), shape, settings(1000, lr=3e-3))
+    recipe = Recipe(shape, settings(20, log_every=1, lr=1e-6), start=start)
+    train_all(
+        {"activations": IterableSource(data)}, {"a": recipe},
+        progress=lambda done, of, metrics: seen.append(metrics["a"]["l0"]),
+    )  # fmt: skip
+    assert max(seen) < 1.3 * K
 
 
 def test_what_one_pass_cannot_have_is_refused() -> None:
