@@ -195,20 +195,27 @@ def compare(toolkit: str, architecture: str, data: Data, a: Any) -> Row:
     )  # fmt: skip
 
 
-def measured_before(name: str, a: Any) -> tuple[list[Row], str]:
+def measured_before(name: str, data: Data, a: Any) -> tuple[list[Row], str]:
     """The peers' rows of a comparison that was written down, and where and when it was made.
 
     Raises:
-        SystemExit: it was made with other settings.
+        SystemExit: it was made with other settings or on other activations, or lacks an architecture.
     """
     held = json.loads((report.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    for setting in ("d_sae", "k", "batch", "steps", "held_out"):
-        if held["arguments"][setting] != getattr(a, setting):
-            theirs = held["arguments"][setting]
-            raise SystemExit(f"--peers-from {name}: made with {setting} {theirs}, now {getattr(a, setting)}")
+    if "peers_from" in held["arguments"]:
+        raise SystemExit(f"--peers-from {name}: its peers are of {held['arguments']['peers_from']}; name that")
+    recorded = "activations" in held
+    made_with = {**held["arguments"], "activations": held.get("activations", data.identity)}
+    now = {**vars(a), "activations": data.identity}
+    for setting in ("activations", "d_sae", "k", "batch", "steps", "held_out"):
+        if made_with[setting] != now[setting]:
+            raise SystemExit(f"--peers-from {name}: made with {setting} {made_with[setting]}, now {now[setting]}")
     rows = [Row(**row) for row in held["rows"] if row["toolkit"] in PEERS and row["architecture"] in a.architectures]
-    machine = held["machine"]
-    return rows, f"{name}, {machine['date']}, {machine.get('device', machine['processor'])}"
+    if missing := set(a.architectures) - {row.architecture for row in rows}:
+        raise SystemExit(f"--peers-from {name}: has no peer's {', '.join(sorted(missing))}")
+    machine, seeds = held["machine"], held["arguments"]["seeds"]
+    doubt = "" if recorded else ", which does not say what its activations were made from"
+    return rows, f"{name}, {machine['date']}, {machine.get('device', machine['processor'])}, {seeds} seeds{doubt}"
 
 
 def close(l0: float, wanted: float) -> bool:
@@ -318,8 +325,8 @@ def main() -> None:
     hook = a.hook or next(iter(cache.manifest.hooks))
     with tempfile.TemporaryDirectory() as folder:
         data = export(cache, hook, a.held_out, Path(folder) / "activations.pt")
-        before, where = measured_before(a.peers_from, a) if a.peers_from else ([], "")
-        tasks = list(itertools.product(a.architectures, ["sae"] if before else a.toolkits))
+        before, where = measured_before(a.peers_from, data, a) if a.peers_from else ([], "")
+        tasks = list(itertools.product(a.architectures, ["sae"] if a.peers_from else a.toolkits))
         with ThreadPoolExecutor(a.at_once) as pool:
             rows = [*pool.map(lambda task: compare(task[1], task[0], data, a), tasks), *before]
             peers = tuple(row for row in rows if row.toolkit in PEERS)
@@ -337,8 +344,8 @@ def main() -> None:
     )
     described = report.machine(a.device)
     text = f"{shape}\n\n{markdown(rows, a)}"
-    settings = {name: value for name, value in vars(a).items() if not isinstance(value, Path)}
-    numbers = {"arguments": settings, "rows": [vars(row) for row in rows]}
+    settings = {name: value for name, value in vars(a).items() if value is not None and not isinstance(value, Path)}
+    numbers = {"arguments": settings, "activations": data.identity, "rows": [vars(row) for row in rows]}
     name, title = a.name or f"quality-{a.steps}-{a.device}", "Quality of training, beside other toolkits"
     report.write(name, title, text, numbers, described)
 

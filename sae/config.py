@@ -200,7 +200,10 @@ class TrainConfig(_Settings):
     )
     batch_size: PositiveInt = Field(default=2048, description="tokens per step")
     lr: float | None = Field(
-        default=None, gt=0, description="peak learning rate of Adam; null: 2.4e-3 · √(4096 / d_sae)"
+        default=None,
+        gt=0,
+        description="peak learning rate of Adam; null: 2.4e-3 · √(4096 / d_sae), for relu times √(1000 / steps) from "
+        "a thousand steps on",
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the first moment")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Adam's decay of the second moment")
@@ -226,7 +229,7 @@ class TrainConfig(_Settings):
         ge=0,
         le=1,
         description="share of the steps in which that penalty comes into force: its weight rises; where relu's is "
-        "steered, the L0 aimed at falls from 4 · k to k; null: 0.1 there, 0.05 otherwise",
+        "steered, from random directions, the L0 aimed at falls to k instead; null: 0.1 there, 0.05 otherwise",
     )
     bandwidth: float = Field(
         default=1.0,
@@ -267,7 +270,7 @@ class TrainConfig(_Settings):
     dead_after_tokens: PositiveInt | None = Field(
         default=None,
         description="a feature that has not fired for so many tokens counts as dead, and is revived; null: "
-        "64 · d_sae / k, or a thousandth of the training if that is more",
+        "64 · d_sae / k, or a thousandth of the training if that is more; at most a thirtieth or 200,000",
     )
     center: bool = Field(
         default=False, description="subtract the mean activation before training (folded into the saved biases)"

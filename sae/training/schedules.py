@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,21 +26,28 @@ def warmed_up(step: int, steps: int, warmup_fraction: float) -> float:
 
 
 def falling_l0(step: int, steps: int, k: int, d_sae: int, fraction: float) -> float:
-    """The L0 aimed at: from `START_L0` · k, at most half of all features, in equal ratios to k over the first share.
+    """The L0 aimed at: from more than k in equal ratios to k over the first share of the steps.
 
-    What has fired often by then is not easily lost when few are let through; k_anneal of other toolkits, for a penalty.
+    It begins at `START_L0` · k and at a quarter of all features at most, and no higher than where a step lowers it by
+    `FALL`: L0 cannot follow any faster, and a weight that grows meanwhile ends by shutting everything out.
     """
-    start = max(k, min(START_L0 * k, d_sae // 2))
-    return k * (start / k) ** (1 - warmed_up(step, steps, fraction))
+    start = min(START_L0, d_sae / (4 * k), math.exp(FALL * fraction * steps))
+    return k * max(1.0, start) ** (1 - warmed_up(step, steps, fraction))
 
 
-def default_learning_rate(d_sae: int) -> float:
-    """2.4e-3 · √(4096 / d_sae): falls with the square root of the width, as in Gao et al. 2024, appendix A.3."""
-    return 2.4e-3 * (4096 / d_sae) ** 0.5
+def default_learning_rate(d_sae: int, architecture: str, steps: int) -> float:
+    """2.4e-3 · √(4096 / d_sae): falls with the square root of the width, as in Gao et al. 2024, appendix A.3.
+
+    For ReLU, whose features die in long trainings at a high rate, times √(1000 / steps) from a thousand steps on.
+    """
+    of_length = min(1.0, (1000 / steps) ** 0.5) if architecture == "relu" else 1.0
+    return 2.4e-3 * (4096 / d_sae) ** 0.5 * of_length
 
 
 START_L0 = 4
-"""Times k features fire when ReLU's training begins."""
+"""Times k features fire at most when ReLU's training begins."""
+FALL = 0.007
+"""Largest fall of the logarithm of the L0 aimed at, in a step: from 4 k to k in two hundred."""
 
 
 class SteeredWeight:

@@ -72,7 +72,8 @@ class Trainee:
         device: where.
 
     Attributes:
-        falls: whether the L0 aimed at falls to k from more: in ReLU's training from random directions.
+        falls: whether the L0 aimed at falls to k from more: in ReLU's training from random directions, where its
+            penalty is steered and its biases are trained.
         variance: of the last batch's targets, summed over d_in; what its FVU is relative to.
     """
 
@@ -87,7 +88,7 @@ class Trainee:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.dictionary = build(shape, input_source.d_in).to(device)
         freeze_(self.dictionary, settings.freeze)
-        self.rate = settings.lr or default_learning_rate(shape.d_sae)
+        self.rate = settings.lr or default_learning_rate(shape.d_sae, shape.architecture, steps)
         dead_after = settings.dead_after_tokens or default_dead_after(shape.d_sae, shape.k, steps * self.batch_size)
         self.normalisation = normalisation_of(input_source, settings.center, device)
         self.target_normalisation = (
@@ -99,7 +100,10 @@ class Trainee:
         )  # fmt: skip
         self.firing = FiringRecord(shape.d_sae, dead_after, device)
         self.steered = _steered(shape, settings, device)
-        self.falls = self.steered is not None and shape.architecture == "relu" and recipe.start is None
+        self.falls = (
+            self.steered is not None and shape.architecture == "relu"
+            and recipe.start is None and "b_enc" not in settings.freeze
+        )  # fmt: skip
         fraction = settings.sparsity_warmup_fraction
         self.sparsity_warmup = (0.1 if self.falls else 0.05) if fraction is None else fraction
         self.variance = torch.ones((), device=device)
