@@ -9,6 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+START_L0 = 4
+"""Times k features fire at most when ReLU's training begins."""
+FALL = 0.007
+"""Largest fall of the logarithm of the L0 aimed at, in a step: from 4 k to k in two hundred."""
+
 
 def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float, decay_fraction: float) -> float:
     """Linear rise over the first share of the steps, constant, linear fall to nearly nothing over the last share.
@@ -42,12 +47,6 @@ def default_learning_rate(d_sae: int, architecture: str, steps: int) -> float:
     """
     of_length = min(1.0, (1000 / steps) ** 0.5) if architecture == "relu" else 1.0
     return 2.4e-3 * (4096 / d_sae) ** 0.5 * of_length
-
-
-START_L0 = 4
-"""Times k features fire at most when ReLU's training begins."""
-FALL = 0.007
-"""Largest fall of the logarithm of the L0 aimed at, in a step: from 4 k to k in two hundred."""
 
 
 class SteeredWeight:

@@ -250,11 +250,10 @@ class Trainee:
 
     def _context(self) -> Context:
         settings, architecture = self.settings, self.recipe.dictionary.architecture
-        target_l0, warm = None, 1.0
+        warm = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
+        target_l0 = None
         if self.steered is not None:
             self.steered.target = self._wanted_l0()
-        if not self.falls:
-            warm = warmed_up(self.step_number, self.steps, self.sparsity_warmup)
         if architecture == "jumprelu":
             target_l0 = self.recipe.dictionary.k if settings.l0_coefficient is None else None
             weight = float(self.dictionary.d_in) if settings.l0_coefficient is None else settings.l0_coefficient
