@@ -3,9 +3,9 @@
     python benchmarks/defaults.py CACHE [HOOK]
 
 CACHE is an activation cache that `sae harvest` made; that of `configs/quickstart.yaml` will do. Dictionaries of one
-batch size and length are trained in one pass. Each is scored on held-out activations: FVU against that of the default
-on its line, and features that never fire. Where L0 comes out a little beside k, FVU is taken at k: times √(L0 / k).
-Results go to `benchmarks/results/`, after each pass, the figure to `docs/`.
+architecture, batch size and length are trained in one pass. Each is scored on held-out activations: FVU against that of
+the default on its line, and features that never fire. Where L0 comes out a little beside k, FVU is taken at k: times
+√(L0 / k). Results go to `benchmarks/results/`, after each pass, the figure to `docs/`.
 """
 
 from __future__ import annotations
@@ -146,16 +146,17 @@ def panels(d_sae: int, d_in: int, k: int, tokens: int) -> list[Panel]:
 def train_trials(trials: list[Trial], cache: ActivationCache, hook: str, a: argparse.Namespace) -> dict[Trial, Scores]:
     """Score every trial, those of one batch size and length trained in one pass; what diverged is left out."""
     held_out = activations(cache, hook, HELD_OUT).to(a.device)
-    passes: dict[tuple[int, float], list[Trial]] = defaultdict(list)
+    passes: dict[tuple[str, int, float], list[Trial]] = defaultdict(list)
     for trial in dict.fromkeys(trials):
-        passes[dict(trial.settings).get("batch_size", BATCH), trial.length].append(trial)
+        passes[trial.architecture, dict(trial.settings).get("batch_size", BATCH), trial.length].append(trial)
     found: dict[Trial, list[Scores]] = defaultdict(list)
-    for ((batch, length), members), seed in itertools.product(passes.items(), range(a.seeds)):
+    for ((architecture, batch, length), members), seed in itertools.product(passes.items(), range(a.seeds)):
         recipes = {str(n): recipe(trial, batch, round(a.tokens * length), seed, a) for n, trial in enumerate(members)}
         started = time.perf_counter()
         loader = ActivationLoader(cache, hook, batch_size=batch, seed=seed, device=a.device)
         outcome = train_all({"activations": loader}, recipes, device=a.device)
-        print(f"{len(members)} of batch {batch}, length {length}: {time.perf_counter() - started:.0f} s", flush=True)
+        took = f"{time.perf_counter() - started:.0f} s"
+        print(f"{len(members)} {architecture} of batch {batch}, length {length}, seed {seed}: {took}", flush=True)
         for name, dictionary in outcome.dictionaries.items():
             trial = members[int(name)]
             found[trial].append(measured(dictionary.to(a.device), held_out, trial, a.k))

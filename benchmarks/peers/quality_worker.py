@@ -5,7 +5,8 @@
 DATA is what `benchmarks/quality.py` wrote: activations scaled to E‖x‖² = d_in. Every toolkit sees the same batches in
 the same order and is used with its default options, by its own trainer. COEFFICIENT is the weight of the sparsity
 penalty where the architecture has one, or `default`. Warmups that would not end within the steps are cut to a
-twentieth of them. All are scored on the same held-out rows, by the inference that their users get.
+twentieth of them, that of dictionary_learning's penalty to a tenth. All are scored on the same held-out rows, by the
+inference that their users get.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class Task:
     def warmup(self) -> int:
         return min(1000, self.steps // 20)
 
+    @property
+    def penalty(self) -> dict[str, float]:
+        """The coefficient by the name that it has here and in SAELens; nothing where there is none."""
+        name = "l0_coefficient" if self.architecture == "jumprelu" else "l1_coefficient"
+        return {} if self.coefficient is None else {name: self.coefficient}
+
     def __iter__(self) -> Iterator[Tensor]:
         """Batches without end, a new order each epoch, the same for every toolkit."""
         generator = torch.Generator().manual_seed(1234 + self.seed)
@@ -64,10 +71,7 @@ def ours(task: Task) -> dict[str, Reconstruct]:
     import sae
     from sae.config import DictionaryConfig, TrainConfig
 
-    chosen = (
-        {} if task.coefficient is None else {"l1_coefficient": task.coefficient, "l0_coefficient": task.coefficient}
-    )
-    settings = TrainConfig(tokens=task.steps * task.batch, batch_size=task.batch, **chosen)  # type: ignore[arg-type]
+    settings = TrainConfig(tokens=task.steps * task.batch, batch_size=task.batch, **task.penalty)  # type: ignore[arg-type]
     shape = DictionaryConfig(architecture=task.architecture, d_sae=task.d_sae, k=task.k)  # type: ignore[arg-type]
     made = sae.train(sae.IterableSource(task), shape, settings, seed=task.seed, device=task.device).to(task.device)
     return {"": lambda x: (made(x), made.encode(x))}
@@ -89,8 +93,7 @@ def saelens(task: Task) -> dict[str, Reconstruct]:
         shape["k"] = task.k
     if task.architecture == "matryoshka":
         shape["matryoshka_widths"] = [round(s * task.d_sae) for s in (1 / 32, 3 / 32, 7 / 32, 15 / 32)]
-    if task.coefficient is not None:
-        shape["l0_coefficient" if task.architecture == "jumprelu" else "l1_coefficient"] = task.coefficient
+    shape |= task.penalty
     torch.manual_seed(task.seed)
     made = getattr(saes, f"{name}TrainingSAE")(getattr(saes, f"{name}TrainingSAEConfig")(**shape))
     settings = SAETrainerConfig(

@@ -46,6 +46,7 @@ def test_settings_are_read_by_those_that_they_are_said_to_be_for(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sae.training.trainee.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("sae.training.agreement.check_read", lambda *_: None)
 
     def made(key: str = "", value: object = None) -> tuple[str, bool]:
         section, _, name = key.partition(".")
@@ -64,7 +65,7 @@ def test_settings_are_read_by_those_that_they_are_said_to_be_for(
 
 def test_a_setting_that_was_never_read_holds_up_no_resumption(tmp_path: Path) -> None:
     """Before such settings were refused, checkpoints were made with them."""
-    train(IterableSource(planted(30)), shape(), settings(25, l1_coefficient=3.0), folder=tmp_path)
+    train(IterableSource(planted(30)), shape(), settings(25), folder=tmp_path)
     state = list_checkpoints(tmp_path / "checkpoints")[-1] / STATE_FILE
     held = torch.load(state, weights_only=True)
     held["identity"]["l1_coefficient"] = 3.0  # as it was noted then
@@ -108,3 +109,6 @@ def test_what_an_architecture_does_not_read_is_refused_before_anything_is_made(t
     sae.harvest(tiny_config())
     with pytest.raises(ConfigError, match="has no effect on topk"):
         Run(tiny_config(train__l0_coefficient=0.5)).train()
+    with pytest.raises(ConfigError, match=r"train\.l1_coefficient=3\.0 has no effect on topk"):
+        train(IterableSource(planted(1)), shape(), settings(1, l1_coefficient=3.0), folder=tiny_config().folder / "new")
+    assert not (tiny_config().folder / "new").exists()

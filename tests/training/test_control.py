@@ -24,7 +24,7 @@ from sae.pipeline import Run
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.initialise import geometric_median
 from tests.conftest import TinyConfig
-from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, settings
+from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, read_by, settings
 
 MATRICES = ("W_enc", "W_dec")
 NOT_BY_GRADIENT = {("batch_topk", "threshold"), ("matryoshka", "threshold")}
@@ -45,9 +45,9 @@ def raw(count: int = 100) -> list[torch.Tensor]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", [*MATRICES, "b_dec"])
 def test_what_is_frozen_stays_and_the_rest_learns(architecture: str, name: str) -> None:
+    chosen = read_by(architecture, freeze=(name,), l1_coefficient=0.1)
     short, long = (
-        train(IterableSource(planted(100)), shape(architecture), settings(steps, freeze=(name,), l1_coefficient=0.1))
-        for steps in (1, 60)
+        train(IterableSource(planted(100)), shape(architecture), settings(steps, **chosen)) for steps in (1, 60)
     )
     for label in (*MATRICES, "b_dec"):
         before, after = short.get_parameter(label), long.get_parameter(label)
@@ -64,7 +64,8 @@ def test_any_parameter_can_be_the_only_one_that_learns(architecture: str) -> Non
     names = [name for name, _ in whole.named_parameters() if (architecture, name) not in NOT_BY_GRADIENT]
     for name in names:
         others = tuple(other for other in names if other != name)
-        chosen = settings(20, freeze=others, l1_coefficient=0.1, max_gradient_norm=1.0, lr=3e-2, decay_fraction=0)
+        penalty = read_by(architecture, l1_coefficient=0.1)
+        chosen = settings(20, freeze=others, max_gradient_norm=1.0, lr=3e-2, decay_fraction=0, **penalty)
         made = train(IterableSource(planted(10)), shape(architecture), chosen)
         still = train(IterableSource(planted(10)), shape(architecture), chosen.model_copy(update={"lr": 1e-12}))
         assert not torch.allclose(made.get_parameter(name), still.get_parameter(name), atol=1e-4), name
@@ -113,9 +114,9 @@ def test_one_of_another_architecture_is_a_start_too(architecture: str) -> None:
     x = torch.cat(planted(100))
     as_gao = {"aux_coefficient": 1 / 32, "k_aux": D_IN // 2}
     first = train(IterableSource(planted(100)), shape(), settings(400, lr=3e-3, **as_gao))
+    chosen = settings(20, **read_by(architecture, l1_coefficient=0.1))
     warm, cold = (
-        train(IterableSource(planted(100)), shape(architecture), settings(20, l1_coefficient=0.1), start=start)
-        for start in (first, None)
+        train(IterableSource(planted(100)), shape(architecture), chosen, start=start) for start in (first, None)
     )
     assert fvu(warm, x) < 0.7 * fvu(cold, x)
     untouched = train(IterableSource(planted(100)), shape(architecture), settings(1, lr=1e-12), start=first)

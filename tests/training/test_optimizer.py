@@ -19,6 +19,7 @@ from sae.training.objectives import OBJECTIVES, Context
 from sae.training.optimizer import FeatureAdam
 from sae.training.schedules import learning_rate
 from tests.training.dense_reference import DenseReference
+from tests.training.test_loop import read_by
 
 D_IN, D_SAE, K, BATCH = 24, 192, 4, 96
 
@@ -98,8 +99,8 @@ def test_the_loss_curve_of_training_is_that_of_the_dense_reference(architecture:
     tolerance = 1e-3 if architecture == "relu" else 1e-4
     batches = samples(25, torch.float32)
     settings = TrainConfig(
-        tokens=100 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, l1_coefficient=0.3, l0_coefficient=0.01,
-        sparsity_warmup_fraction=0, dead_after_tokens=200_000,
+        tokens=100 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, dead_after_tokens=200_000,
+        **read_by(architecture, l1_coefficient=0.3, sparsity_warmup_fraction=0),
     )  # fmt: skip
     curve: list[float] = []
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
