@@ -5,14 +5,17 @@
 CACHE is an activation cache that `sae harvest` made; that of `configs/quickstart.yaml` will do. Dictionaries of one
 architecture, batch size and length are trained in one pass. Each is scored on held-out activations: FVU against that of
 the default on its line, and features that never fire. Where L0 comes out a little beside k, FVU is taken at k: times
-√(L0 / k). Results go to `benchmarks/results/`, after each pass, the figure to `docs/`.
+√(L0 / k). Results go to `benchmarks/results/`, the figure to `docs/`; each pass's are kept in `--keep`, and the same
+command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,7 +26,7 @@ from typing import Any
 import report
 import torch
 from peers.quality_worker import score
-from quality import activations
+from quality import KEPT, activations, digest, sources
 
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
@@ -144,32 +147,43 @@ def panels(d_sae: int, d_in: int, k: int, tokens: int) -> list[Panel]:
 
 
 def train_trials(trials: list[Trial], cache: ActivationCache, hook: str, a: argparse.Namespace) -> dict[Trial, Scores]:
-    """Score every trial, those of one batch size and length trained in one pass; what diverged is left out."""
-    held_out = activations(cache, hook, HELD_OUT).to(a.device)
+    """Score every trial, those of one architecture, batch and length trained in one pass; without what diverged."""
     passes: dict[tuple[str, int, float], list[Trial]] = defaultdict(list)
     for trial in dict.fromkeys(trials):
         passes[trial.architecture, dict(trial.settings).get("batch_size", BATCH), trial.length].append(trial)
+    held_out = activations(cache, hook, HELD_OUT).to(a.device)
     found: dict[Trial, list[Scores]] = defaultdict(list)
-    for ((architecture, batch, length), members), seed in itertools.product(passes.items(), range(a.seeds)):
+    for ((_, batch, length), members), seed in itertools.product(passes.items(), range(a.seeds)):
         recipes = {str(n): recipe(trial, batch, round(a.tokens * length), seed, a) for n, trial in enumerate(members)}
-        started = time.perf_counter()
         loader = ActivationLoader(cache, hook, batch_size=batch, seed=seed, device=a.device)
-        outcome = train_all({"activations": loader}, recipes, device=a.device)
-        took = f"{time.perf_counter() - started:.0f} s"
-        print(f"{len(members)} {architecture} of batch {batch}, length {length}, seed {seed}: {took}", flush=True)
-        for name, dictionary in outcome.dictionaries.items():
-            trial = members[int(name)]
-            found[trial].append(measured(dictionary.to(a.device), held_out, trial, a.k))
-        write_json(report.RESULTS / f"{a.name}-trials.json", as_json(found))
+        scores = train_pass(recipes, loader, held_out, cache.manifest.identity(hook), a)
+        for name, made in scores.items():
+            found[members[int(name)]].append(made)
     return {
         trial: Scores(*(statistics.mean(values) for values in zip(*map(astuple, of_seeds), strict=True)))
         for trial, of_seeds in found.items() if len(of_seeds) == a.seeds
     }  # fmt: skip
 
 
-def as_json(found: Mapping[Trial, Sequence[Scores]]) -> list[dict[str, Any]]:
-    """Every trial with its scores, one for each seed."""
-    return [{**asdict(trial), "seeds": [asdict(scores) for scores in of_seeds]} for trial, of_seeds in found.items()]
+def train_pass(
+    recipes: dict[str, Recipe], loader: ActivationLoader, held_out: torch.Tensor, identity: str, a: argparse.Namespace
+) -> dict[str, Scores]:
+    """Train and score dictionaries of one architecture, unless that was done before."""
+    first = next(iter(recipes.values()))
+    depends_on = [*sources("sae", Path(sys.executable)), Path(__file__), identity, a.device, repr(recipes)]
+    label = f"defaults-{first.dictionary.architecture}-{first.seed}"
+    kept = a.keep / f"{label}-{digest(depends_on)}.json"
+    if kept.exists():
+        return {name: Scores(**made) for name, made in json.loads(kept.read_text()).items()}
+    started = time.perf_counter()
+    outcome = train_all({"activations": loader}, recipes, device=a.device)
+    scores = {
+        name: measured(made.to(a.device), held_out, first.dictionary.architecture, a.k)
+        for name, made in outcome.dictionaries.items()
+    }
+    write_json(kept, {name: asdict(made) for name, made in scores.items()})
+    print(f"{label}: {len(recipes)} in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return scores
 
 
 def recipe(trial: Trial, batch: int, tokens: int, seed: int, a: argparse.Namespace) -> Recipe:
@@ -182,9 +196,9 @@ def recipe(trial: Trial, batch: int, tokens: int, seed: int, a: argparse.Namespa
 
 
 @torch.no_grad()
-def measured(dictionary: Dictionary, held_out: torch.Tensor, trial: Trial, k: int) -> Scores:
+def measured(dictionary: Dictionary, held_out: torch.Tensor, architecture: str, k: int) -> Scores:
     found = score(lambda x: (dictionary(x), dictionary.encode(x)), held_out)
-    at_k = 1.0 if trial.architecture == "topk" else (found["l0"] / k) ** 0.5
+    at_k = 1.0 if architecture == "topk" else (found["l0"] / k) ** 0.5
     return Scores(found["fvu"] * at_k, found["l0"], found["never_fired"] / dictionary.d_sae)
 
 
@@ -259,6 +273,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=800_000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--keep", type=Path, default=KEPT, help="results of single passes")
     parser.add_argument("--name", default="defaults", help="of the files in results/ and of the figure in docs/")
     a = parser.parse_args()
     cache = ActivationCache(a.cache)
