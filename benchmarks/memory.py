@@ -64,7 +64,7 @@ def count(architecture: str, dead_share: float, arguments: argparse.Namespace) -
         firing.candidates = firing.dead.nonzero().flatten()
         x = torch.zeros(arguments.batch, arguments.d_in)
         with torch.profiler.record_function("step"), _Zeros():
-            step(dictionary, optimizer, firing, x)
+            step(dictionary, optimizer, firing, x, arguments.k)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
@@ -78,10 +78,10 @@ def count(architecture: str, dead_share: float, arguments: argparse.Namespace) -
     return {"between": between, "peak": peak}
 
 
-def step(dictionary: Dictionary, optimizer: FeatureAdam, firing: FiringRecord, x: torch.Tensor) -> None:
+def step(dictionary: Dictionary, optimizer: FeatureAdam, firing: FiringRecord, x: torch.Tensor, k: int) -> None:
     """As `sae.train` takes it."""
     context = Context(
-        firing.dead, firing.candidates, 0.0, 1 / 32, dictionary.d_in // 2, firing.density,
+        firing.dead, firing.candidates, 0.0, 1.0, k, firing.density,
         optimizer.encoder_sink, optimizer.decoder_sink, optimizer.low,
     )  # fmt: skip
     losses = OBJECTIVES[dictionary.architecture](dictionary, x, x, context)

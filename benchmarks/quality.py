@@ -36,6 +36,7 @@ import report
 import torch
 from peers.environments import FOLDER, python
 
+import sae
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.files import write_json
@@ -66,7 +67,7 @@ DEAF = 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """One toolkit's dictionaries of one architecture, a number for each seed."""
+    """One toolkit's dictionaries of one architecture, a number for each seed; `k` is what was asked for."""
 
     toolkit: str
     architecture: str
@@ -77,6 +78,7 @@ class Row:
     seconds: list[float]
     coefficient: float | None
     other_rules: list[dict[str, Any]]
+    k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def sources(toolkit: str, interpreter: Path) -> tuple[Path | str, ...]:
     if toolkit in PEERS:
         return WORKER, printed([interpreter, "-m", "pip", "freeze"])
     files = printed([interpreter, "-c", TRACE]).splitlines()
-    return WORKER, torch.__version__, *sorted(Path(file) for file in files)
+    kernels = Path(sae.__file__).parent / "kernels"  # some are imported where there is a GPU only
+    return WORKER, torch.__version__, *sorted({*map(Path, files), *kernels.rglob("*.py")})
 
 
 def printed(command: list[Any], **environment: str) -> str:
@@ -191,7 +194,7 @@ def compare(toolkit: str, architecture: str, data: Data, a: Any) -> Row:
     return Row(
         toolkit, architecture, found[0]["version"], [f["fvu"] for f in found], [f["l0"] for f in found],
         [f["never_fired"] for f in found], [f["seconds"] for f in found], coefficient,
-        [f["other_rules"] for f in found],
+        [f["other_rules"] for f in found], a.k,
     )  # fmt: skip
 
 
@@ -286,6 +289,7 @@ def markdown(rows: list[Row], a: Any) -> str:
             [
                 row.architecture,
                 f"{row.toolkit} {row.version}",
+                "–" if row.k is None else str(row.k),
                 spread(row.fvu, 4),
                 spread(rules, 4) if rules else "–",
                 "–" if best is None else f"{statistics.mean(row.fvu) / best:.3f}",
@@ -295,8 +299,8 @@ def markdown(rows: list[Row], a: Any) -> str:
             ]
         )
     head = [
-        "architecture", "toolkit", "FVU", "FVU by the batch rule", "÷ best peer", "L0", f"of {a.d_sae:,} never fired",
-        "searched weight",
+        "architecture", "toolkit", "k", "FVU", "FVU by the batch rule", "÷ best peer", "L0",
+        f"of {a.d_sae:,} never fired", "searched weight",
     ]  # fmt: skip
     return report.table(head, cells, left=2)
 
@@ -318,15 +322,19 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="trainings beside each other")
     parser.add_argument("--keep", type=Path, default=KEPT, help="results of single trainings")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
-    parser.add_argument("--peers-from", metavar="NAME", help="comparison in results/ whose rows of the peers count")
+    parser.add_argument(
+        "--peers-from", metavar="NAME", help="comparison in results/ whose rows count; ours alone are trained"
+    )
     parser.add_argument("--name", help="of the files in results/; default: quality-STEPS-DEVICE")
     a = parser.parse_args()
+    if a.peers_from:
+        a.toolkits = ["sae"]
     cache = ActivationCache(a.cache)
     hook = a.hook or next(iter(cache.manifest.hooks))
     with tempfile.TemporaryDirectory() as folder:
         data = export(cache, hook, a.held_out, Path(folder) / "activations.pt")
         before, where = measured_before(a.peers_from, data, a) if a.peers_from else ([], "")
-        tasks = list(itertools.product(a.architectures, ["sae"] if a.peers_from else a.toolkits))
+        tasks = list(itertools.product(a.architectures, a.toolkits))
         with ThreadPoolExecutor(a.at_once) as pool:
             rows = [*pool.map(lambda task: compare(task[1], task[0], data, a), tasks), *before]
             peers = tuple(row for row in rows if row.toolkit in PEERS)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,8 +181,8 @@ class DictionaryConfig(_Settings):
     d_sae: PositiveInt = Field(default=4096, description="number of features")
     k: PositiveInt = Field(
         default=32,
-        description="features active per token; for relu, gated and jumprelu what the weight of their penalty is "
-        "steered towards, unless train.l1_coefficient or train.l0_coefficient fixes that",
+        description="features active per token; for relu, gated and jumprelu what their penalty aims at, unless "
+        "train.l1_coefficient or train.l0_coefficient fixes its weight",
     )
     prefixes: tuple[float, ...] = Field(
         default=PREFIXES,
@@ -229,7 +227,8 @@ class TrainConfig(_Settings):
         ge=0,
         le=1,
         description="share of the steps in which that penalty comes into force: its weight rises; where relu's is "
-        "steered, from random directions, the L0 aimed at falls to k instead; null: 0.1 there, 0.05 otherwise",
+        "steered, from random directions and with biases that are trained, the L0 aimed at falls to k instead; null: "
+        "0.1 there, 0.05 otherwise",
     )
     bandwidth: float = Field(
         default=1.0,
@@ -270,7 +269,8 @@ class TrainConfig(_Settings):
     dead_after_tokens: PositiveInt | None = Field(
         default=None,
         description="a feature that has not fired for so many tokens counts as dead, and is revived; null: "
-        "64 · d_sae / k, or a thousandth of the training if that is more; at most a thirtieth or 200,000",
+        "64 · d_sae / k, or a thousandth of the training if that is more; at most a thirtieth or 200,000, whichever is "
+        "more, and ten million",
     )
     center: bool = Field(
         default=False, description="subtract the mean activation before training (folded into the saved biases)"
@@ -389,18 +389,3 @@ class RunConfig(_Settings):
     def hook(self) -> str:
         """The hook point the dictionary is trained on."""
         return self.dictionary.hook or self.harvest.hooks[0]
-
-
-def nested_sizes(prefixes: Sequence[float], d_sae: int) -> tuple[int, ...]:
-    """Numbers of features of nested dictionaries, from ascending shares of d_sae.
-
-    Raises:
-        ValueError: they do not nest.
-    """
-    sizes = [round(share * d_sae) for share in prefixes]
-    if not sizes or sizes[0] < 1 or sizes[-1] != d_sae or any(b <= a for a, b in itertools.pairwise(sizes)):
-        raise ValueError(
-            f"prefixes={list(prefixes)}: expected ascending shares of d_sae={d_sae} that end in 1 and each add a "
-            f"feature at least, and these are {sizes} features"
-        )
-    return tuple(sizes)

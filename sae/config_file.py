@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from sae.config import RunConfig, is_text, nested_sizes
+from sae.config import RunConfig, is_text
 from sae.errors import ConfigError
+from sae.fit import check_fit
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -65,16 +66,7 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def _check_together(config: RunConfig) -> None:
-    dictionary = config.dictionary
-    if dictionary.k > dictionary.d_sae:
-        raise ConfigError(
-            f"dictionary.k={dictionary.k} exceeds dictionary.d_sae={dictionary.d_sae}: lower k or raise d_sae"
-        )
-    if dictionary.architecture == "matryoshka":
-        try:
-            nested_sizes(dictionary.prefixes, dictionary.d_sae)
-        except ValueError as error:
-            raise ConfigError(f"dictionary.{error}") from error
+    check_fit(config.dictionary, config.train)
     repeated = sorted({hook for hook in config.harvest.hooks if config.harvest.hooks.count(hook) > 1})
     if repeated:
         raise ConfigError(f"harvest.hooks names {', '.join(repeated)} more than once: name each hook point once")
@@ -82,8 +74,6 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError(
             f"dictionary.hook={config.hook!r} is not harvested; harvest.hooks has {', '.join(config.harvest.hooks)}"
         )
-    if config.train.warmup_fraction + config.train.decay_fraction > 1:
-        raise ConfigError("train.warmup_fraction + train.decay_fraction exceed 1: lower one of them")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ ROOT = Path(sae.__file__).parent
 FLOW = [
     ["errors", "files", "environment", "model_identity", "seeding"],
     ["mixture", "transcoding"],
-    ["config", "config_file"],
+    ["config", "fit", "config_file"],
     ["neighbours"],
     ["corpus"],
     ["tokens"],

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from sae.errors import ConfigError, TrainingError
+from sae.fit import check_fit
 from sae.training.applicability import check_read
 from sae.training.source import BatchSource
 from sae.training.trainee import Recipe, build, check_start, freeze_
@@ -69,11 +70,11 @@ def _check_recipe(recipe: Recipe, d_in: int, tokens: int) -> None:
     """Whether a dictionary can be trained as its recipe says; nothing of its size is made.
 
     Raises:
-        ConfigError: k, frozen names, a start or snapshots that do not fit; a setting without effect.
+        ConfigError: settings that contradict each other or have no effect; frozen names, a start or snapshots that do
+            not fit.
     """
     shape, settings = recipe.dictionary, recipe.settings
-    if shape.k > shape.d_sae:
-        raise ConfigError(f"dictionary.k={shape.k} exceeds dictionary.d_sae={shape.d_sae}: lower k or raise d_sae")
+    check_fit(shape, settings)
     check_read(shape, settings)
     with torch.device("meta"):
         dictionary = build(shape, d_in)

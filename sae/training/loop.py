@@ -90,10 +90,11 @@ def train(
     Args:
         source: batches `[batch, d_in]`; its `statistics` set the normalisation.
         dictionary: architecture, d_sae, k.
-        settings: how to train; `batch_size` and `pool_tokens` are the source's affair and not read here.
+        settings: how to train; `batch_size`, `pool_tokens` and `shuffle_seed` are the source's affair and not read
+            here.
         target: what is reconstructed from the input, row by row, where that is not the input itself (a transcoder).
-        start: a dictionary for raw activations whose weights it begins with; `settings.start_from` is the affair of
-            run folders and not read here.
+        start: a dictionary for raw activations whose weights it begins with; `settings.start_from` is for run folders
+            and refused here.
         seed: of the initialisation.
         device: where to train.
         folder: run folder for `metrics.jsonl`, `checkpoints/`, from whose newest it resumes, and `snapshots/`; None:
@@ -107,6 +108,7 @@ def train(
 
     Raises:
         TrainingInterrupted: Ctrl-C, after the state was saved.
+        ConfigError: settings that contradict each other, or that have no effect on this architecture.
         TrainingError: fewer tokens than a batch; NaN; a checkpoint of other settings.
     """
     sources = {"input": source} if target is None else {"input": source, "target": target}
@@ -145,7 +147,9 @@ def train_all(
 
     Raises:
         TrainingInterrupted: Ctrl-C, after all states were saved.
-        TrainingError: fewer tokens than a batch; a checkpoint of other settings; recipes or sources that do not fit.
+        ConfigError: recipes or sources that do not fit each other; settings that contradict each other or that have no
+            effect.
+        TrainingError: fewer tokens than a batch; a checkpoint of other settings.
     """
     if not recipes:
         raise ConfigError("there is no recipe: give at least one dictionary to train")

@@ -161,6 +161,8 @@ class Trainee:
             "dictionary": self.dictionary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "firing": self.firing.state_dict(),
+            "rate": self.rate,
+            "sparsity_warmup": self.sparsity_warmup,
             "steered": None if self.steered is None else self.steered.state_dict(),
             "normalisations": [
                 None if part is None else {"mean": part.mean, "scale": part.scale}
@@ -170,11 +172,13 @@ class Trainee:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same recipe."""
+        """Go on from a state of the same recipe, with the defaults that it was begun with."""
         self.step_number = state["step"]
         self.dictionary.load_state_dict(state["dictionary"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.firing.load_state_dict(state["firing"])
+        self.rate = state.get("rate", self.rate)
+        self.sparsity_warmup = state.get("sparsity_warmup", self.sparsity_warmup)
         if self.steered is not None:
             self.steered.load_state_dict(state["steered"])
         of_input, of_target = state["normalisations"]
@@ -342,9 +346,13 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
     """Whether training can begin with the weights that the recipe names.
 
     Raises:
-        ConfigError: they are of another shape, or nobody has loaded them.
+        ConfigError: they are of another shape, nobody has loaded them, or a setting says how to begin without them.
     """
-    start = recipe.start
+    start, chosen = recipe.start, recipe.settings.initial_b_dec
+    if start is not None and chosen != TrainConfig.model_fields["initial_b_dec"].default:
+        raise ConfigError(
+            f"train.initial_b_dec={chosen!r} has no effect where training starts from a dictionary: take it out"
+        )
     if start is None and recipe.settings.start_from is not None:
         raise ConfigError("train.start_from is read by run folders only: give start=sae.load(folder) instead")
     if start is not None and start.W_dec.shape != dictionary.W_dec.shape:

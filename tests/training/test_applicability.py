@@ -78,15 +78,23 @@ def test_a_setting_that_was_never_read_holds_up_no_resumption(tmp_path: Path) ->
     assert seen[0] == 30 * BATCH
 
 
-def test_a_resumed_training_keeps_the_age_at_which_its_features_are_dead(tmp_path: Path) -> None:
-    """Whatever the default has become since."""
-    train(IterableSource(planted(30)), shape(), settings(25), folder=tmp_path)
+def test_a_resumed_training_keeps_the_defaults_that_it_was_begun_with(tmp_path: Path) -> None:
+    """Whatever they have become since: learning rate, age at which features are dead, warmup of the penalty."""
+    train(IterableSource(planted(30)), shape("gated"), settings(25), folder=tmp_path)
     state = list_checkpoints(tmp_path / "checkpoints")[-1] / STATE_FILE
     held = torch.load(state, weights_only=True)
     held["identity"]["tokens"], held["firing"]["dead_after"] = 50 * BATCH, 777
+    held["rate"], held["sparsity_warmup"] = 0.00123, 1.0
     torch.save(held, state)
-    made = train(IterableSource(planted(30)), shape(), settings(50), folder=tmp_path)
+    lines: dict[int, dict[str, float]] = {}
+    made = train(
+        IterableSource(planted(30)), shape("gated"), settings(50), folder=tmp_path,
+        progress=lambda done, of, metrics: lines.update({done // BATCH: metrics}),
+    )  # fmt: skip
     assert made.metadata["trained"]["dead_after_tokens"] == 777
+    assert lines[30]["lr"] == pytest.approx(0.00123)
+    state = torch.load(list_checkpoints(tmp_path / "checkpoints")[-1] / STATE_FILE, weights_only=True)
+    assert (state["rate"], state["sparsity_warmup"]) == (0.00123, 1.0)
 
 
 def test_what_an_architecture_does_not_read_is_refused_before_anything_is_made(tiny_config: TinyConfig) -> None:

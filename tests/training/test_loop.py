@@ -148,8 +148,10 @@ def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "relu"])
 def test_interrupted_and_resumed_training_gives_the_same_weights(tmp_path: Path, architecture: str) -> None:
+    """ReLU is stopped while its L0 falls, too."""
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
-    whole = train(IterableSource(planted(30)), shape, settings(110), folder=tmp_path / "whole")
+    chosen = settings(110, **read_by(architecture, sparsity_warmup_fraction=0.9))
+    whole = train(IterableSource(planted(30)), shape, chosen, folder=tmp_path / "whole")
 
     class Stop:
         def log(self, metrics: dict[str, float | int]) -> None:
@@ -162,8 +164,8 @@ def test_interrupted_and_resumed_training_gives_the_same_weights(tmp_path: Path,
         with pytest.raises(
             TrainingInterrupted, match=r"stopped at step \d0 of 110; the state is saved in .* run the same"
         ):
-            train(IterableSource(planted(30)), shape, settings(110), folder=tmp_path / "parts", sinks=[Stop()])
-    parts = train(IterableSource(planted(30)), shape, settings(110), folder=tmp_path / "parts")
+            train(IterableSource(planted(30)), shape, chosen, folder=tmp_path / "parts", sinks=[Stop()])
+    parts = train(IterableSource(planted(30)), shape, chosen, folder=tmp_path / "parts")
     for (name, ours), theirs in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
         assert torch.equal(ours, theirs[1]), name
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]

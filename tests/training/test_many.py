@@ -244,18 +244,30 @@ def test_relu_begins_with_more_than_k_and_has_k_when_the_share_of_the_steps_is_o
     assert seen[700] == pytest.approx(K, rel=0.1)
 
 
-def test_relu_that_starts_from_a_dictionary_begins_with_its_l0() -> None:
-    """Letting more of its features fire first would undo what it has learned."""
+@pytest.mark.parametrize("of", ["topk", "relu"])
+def test_relu_that_starts_from_a_dictionary_does_not_begin_with_more_than_k(of: str) -> None:
+    """That would undo what it has learned: begun with another ReLU it keeps its biases, else k features fire."""
     data = planted(100)
-    start = train(IterableSource(data), DictionaryConfig(architecture="topk", d_sae=D_SAE, k=K), settings(300))
-    shape = DictionaryConfig(architecture="relu", d_sae=D_SAE, k=K)
+    trained = settings(300, lr=3e-3, sparsity_warmup_fraction=0.0) if of == "relu" else settings(300)
+    start = train(IterableSource(data), DictionaryConfig(architecture=of, d_sae=D_SAE, k=K), trained)  # type: ignore[arg-type]
+    shape = DictionaryConfig(architecture="relu", d_sae=D_SAE, k=2 * K)
     l0 = []
     for begun_with in (start, None):
         recipe = Recipe(shape, settings(3000, lr=1e-9), start=begun_with)
         trainee = Trainee(recipe, IterableSource(data), None, 3000, torch.device("cpu"))
         l0.append(float(trainee.step(data[0], None).l0))
-    assert l0[0] == pytest.approx(K, rel=0.02)
-    assert l0[1] > 3 * K
+    own = float((start.encode(data[0]) > 0).sum(1).float().mean())
+    assert l0[0] == pytest.approx(own if of == "relu" else 2 * K, rel=0.02)
+    assert l0[1] > 1.9 * 2 * K
+
+
+def test_relu_s_rate_falls_with_the_length_where_nobody_sets_it() -> None:
+    """Of TopK it does not."""
+    lines = []
+    for architecture, steps in (("relu", 4000), ("topk", 4000), ("relu", 100)):
+        recipe = Recipe(DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K), settings(steps))  # type: ignore[arg-type]
+        lines.append(Trainee(recipe, IterableSource(planted(10)), None, steps, torch.device("cpu")).rate)
+    assert lines[1] == lines[2] == pytest.approx(2 * lines[0])
 
 
 def test_relu_whose_biases_are_frozen_begins_with_k() -> None:
@@ -296,6 +308,17 @@ def test_what_one_pass_cannot_have_is_refused() -> None:
         train(source, DictionaryConfig(d_sae=D_SAE, k=K), settings(5), target=narrow)
     with pytest.raises(ConfigError, match="two recipes have the same folder"):
         train_all({"activations": source}, {"a": recipe("topk", Path("x")), "b": recipe("relu", Path("x"))})
+    for changes, message in (
+        (
+            {"architecture": "matryoshka", "prefixes": (0.5,)},
+            r"dictionary\.prefixes=\[0.5\]: expected ascending shares",
+        ),
+        ({"k": 2 * D_SAE}, r"dictionary\.k=\d+ exceeds dictionary\.d_sae"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(source, DictionaryConfig.model_validate({"d_sae": D_SAE, "k": K, **changes}), settings(5))
+    with pytest.raises(ConfigError, match=r"train\.warmup_fraction \+ train\.decay_fraction exceed 1"):
+        train(source, DictionaryConfig(d_sae=D_SAE, k=K), settings(5, warmup_fraction=0.6, decay_fraction=0.6))
     with pytest.raises(ConfigError, match="there is no recipe"):
         train_all({"activations": source}, {})
 
