@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=KEPT, help="results of single trainings")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
     parser.add_argument(
-        "--peers-from", metavar="NAME", help="comparison in results/ whose rows count; ours alone are trained"
+        "--peers-from", metavar="NAME", help="comparison in results/ whose peers' rows count; only ours are trained"
     )
     parser.add_argument("--name", help="of the files in results/; default: quality-STEPS-DEVICE")
     a = parser.parse_args()
