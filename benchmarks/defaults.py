@@ -190,7 +190,7 @@ def recipe(trial: Trial, batch: int, tokens: int, seed: int, a: argparse.Namespa
     d_sae = trial.d_sae or a.d_sae
     settings = {"tokens": tokens, "batch_size": batch, **dict(trial.settings)}
     if "lr" in settings:
-        settings["lr"] *= default_learning_rate(d_sae, trial.architecture, tokens // batch)
+        settings["lr"] *= default_learning_rate(d_sae, tokens // batch)
     shape = {"architecture": trial.architecture, "d_sae": d_sae, "k": a.k}
     return Recipe(DictionaryConfig.model_validate(shape), TrainConfig.model_validate(settings), seed)
 

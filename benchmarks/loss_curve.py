@@ -78,7 +78,7 @@ def compare(architecture: str, data: list[torch.Tensor], arguments: argparse.Nam
     dictionary = cls(source.d_in, shape.d_sae, **{name: getattr(shape, name) for name in cls.setting_names})
     initialise_(dictionary, data[0] * scale, torch.Generator().manual_seed(0))
     reference = DenseReference(architecture, dictionary, settings)
-    peak, dense = default_learning_rate(shape.d_sae, architecture, arguments.steps), []
+    peak, dense = default_learning_rate(shape.d_sae, arguments.steps), []
     start = time.perf_counter()
     for step, x in enumerate(itertools.islice(itertools.cycle(data), arguments.steps)):
         rate = learning_rate(step, arguments.steps, peak, settings.warmup_fraction, settings.decay_fraction)

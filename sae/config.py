@@ -200,8 +200,8 @@ class TrainConfig(_Settings):
     lr: float | None = Field(
         default=None,
         gt=0,
-        description="peak learning rate of Adam; null: 2.4e-3 · √(4096 / d_sae), for relu and batch_topk times "
-        "√(1000 / steps) from a thousand steps on",
+        description="peak learning rate of Adam; null: 2.4e-3 · √(4096 / d_sae), times √(2000 / steps) from two "
+        "thousand steps on",
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the first moment")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Adam's decay of the second moment")

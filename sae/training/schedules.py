@@ -40,14 +40,13 @@ def falling_l0(step: int, steps: int, k: int, d_sae: int, fraction: float) -> fl
     return k * max(1.0, start) ** (1 - warmed_up(step, steps, fraction))
 
 
-def default_learning_rate(d_sae: int, architecture: str, steps: int) -> float:
-    """2.4e-3 · √(4096 / d_sae): falls with the square root of the width, as in Gao et al. 2024, appendix A.3.
+def default_learning_rate(d_sae: int, steps: int) -> float:
+    """2.4e-3 · √(4096 / d_sae) · √(2000 / steps), the second root from two thousand steps on.
 
-    For ReLU and BatchTopK, whose features die in long trainings at a high rate, times √(1000 / steps) from a thousand
-    steps on (docs/log.md).
+    The first is of Gao et al. 2024, appendix A.3; the second since features die in long trainings at a high rate
+    (docs/log.md).
     """
-    of_length = min(1.0, (1000 / steps) ** 0.5) if architecture in ("relu", "batch_topk") else 1.0
-    return 2.4e-3 * (4096 / d_sae) ** 0.5 * of_length
+    return 2.4e-3 * (4096 / d_sae) ** 0.5 * min(1.0, (2000 / steps) ** 0.5)
 
 
 class SteeredWeight:

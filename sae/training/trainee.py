@@ -88,7 +88,7 @@ class Trainee:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.dictionary = build(shape, input_source.d_in).to(device)
         freeze_(self.dictionary, settings.freeze)
-        self.rate = settings.lr or default_learning_rate(shape.d_sae, shape.architecture, steps)
+        self.rate = settings.lr or default_learning_rate(shape.d_sae, steps)
         dead_after = settings.dead_after_tokens or default_dead_after(shape.d_sae, shape.k, steps * self.batch_size)
         self.normalisation = normalisation_of(input_source, settings.center, device)
         self.target_normalisation = (
