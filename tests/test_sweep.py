@@ -31,9 +31,11 @@ from tests.conftest import TinyConfig
 ALL = list(ARCHITECTURES)
 
 
-def swept(tiny_config: TinyConfig, *, frozen_decoder_tokens: int = 0, **axes: object) -> sae.RunConfig:
+def swept(
+    tiny_config: TinyConfig, *, tokens: int = 4000, frozen_decoder_tokens: int = 0, **axes: object
+) -> sae.RunConfig:
     return tiny_config(
-        data__tokens=2000, train__tokens=4000, train__log_every=10, evaluation__tokens=100,
+        data__tokens=2000, train__tokens=tokens, train__log_every=10, evaluation__tokens=100,
         evaluation__downstream_tokens=64, evaluation__frozen_decoder_tokens=frozen_decoder_tokens, sweep=axes,
     )  # fmt: skip
 
@@ -106,7 +108,7 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
         return original(self)
 
     monkeypatch.setattr(ActivationLoader, "__iter__", counting)
-    config = swept(tiny_config, frozen_decoder_tokens=1000, dictionary={"architecture": ALL, "k": [2, 4]})
+    config = swept(tiny_config, tokens=2000, frozen_decoder_tokens=1000, dictionary={"architecture": ALL, "k": [2, 4]})
     done = sweep(config)
     assert read == ["blocks.1.hook_resid_pre"] * 2, "one reading for all dictionaries, one for their frozen decoders"
     assert set(done.points) == {f"{name}-k{k}" for name in ALL for k in (2, 4)}
@@ -115,7 +117,7 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
         report = json.loads((folder / "eval.json").read_text())
         assert point.fvu.value == report["fvu"]["value"]
         assert point.l0.value == report["l0"]["value"]
-        assert point.tokens == 3968  # 62 steps of 64
+        assert point.tokens == 1984  # 31 steps of 64
         assert point.seconds is not None
         assert point.seconds > 0
         assert done.dictionary(name).architecture == point.architecture
@@ -283,7 +285,7 @@ def test_one_that_diverges_is_named_and_the_rest_is_compared(tiny_config: TinyCo
 
 @pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_gives_the_same_weights(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = swept(tiny_config, dictionary={"architecture": ALL})
+    config = swept(tiny_config, tokens=2400, dictionary={"architecture": ALL})
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     code = f"""
