@@ -231,19 +231,20 @@ def beside(row: Row, peers: Iterable[Row], data: Data, a: Any) -> list[Row]:
     found = [row]
     for peer in peers:
         if peer.architecture == row.architecture and not any(comparable(ours, peer) for ours in found):
-            k = k_for(row.architecture, statistics.mean(peer.l0), data, a)
+            k = k_for(row.architecture, statistics.mean(peer.l0), statistics.mean(row.l0), data, a)
             if k is not None:
                 found.append(compare("sae", row.architecture, data, with_k(a, k)))
     return found
 
 
-def k_for(architecture: str, wanted: float, data: Data, a: Any) -> int | None:
+def k_for(architecture: str, wanted: float, came_of_it: float, data: Data, a: Any) -> int | None:
     """The k with which this toolkit's L0 on held-out rows is as wanted; None where no training came there.
 
-    What is steered is L0 in training; on held-out rows it is higher, so k is corrected by what came of it.
+    What is steered is L0 in training; on held-out rows it is higher, so k is corrected by what came of it, at first
+    of the k that all were asked for.
     """
     tried: set[int] = set()
-    k = round(wanted)
+    k = round(a.k * wanted / max(came_of_it, 1e-3))
     while len(tried) < a.searches:
         k = min(a.d_sae, max(1, k))
         if k in tried:
