@@ -35,6 +35,7 @@ from sae.training.trainee import Recipe
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "sweep.json", "sweep.md", "pareto.png"
 COST_FILE = "cost.json"
 _SHARED = ("tokens", "batch_size", "pool_tokens", "log_every", "checkpoint_every", "shuffle_seed")
+_WEIGHTS = ("train.l1_coefficient", "train.l0_coefficient")
 Progress = Callable[[str, int, int], None]
 
 
@@ -233,18 +234,19 @@ def _keep_cost(folder: Path, cost: Cost, device: str) -> None:
 
 def _variant(config: RunConfig, made: RunConfig) -> str:
     """What is swept beside that which a point names itself."""
-    named = ("seed", "dictionary.architecture", "dictionary.hook", "dictionary.d_sae", "dictionary.k")
+    named = ("seed", *(f"dictionary.{name}" for name in ("architecture", "hook", "d_sae", "k")), *_WEIGHTS)
     settings = made.model_dump(mode="json")
     parts = []
     for key, _ in _axes(config.sweep):
         section, _, name = key.partition(".")
         if key not in named:
             parts.append(_label(key, settings[section][name]))
-    return "-".join(parts)
+    return ", ".join(parts)
 
 
 def _point(run: Run, variant: str) -> Point:
     """What the comparison shows of one dictionary, from its files."""
+    settings = run.config.train
     cost_path = run.folder / COST_FILE
     return Point.of(
         run.config.dictionary.architecture,
@@ -253,6 +255,7 @@ def _point(run: Run, variant: str) -> Point:
         d_sae=run.config.dictionary.d_sae,
         k=run.config.dictionary.k,
         seed=run.config.seed,
+        weight=settings.l0_coefficient if settings.l1_coefficient is None else settings.l1_coefficient,
         cost=read_json(cost_path) if cost_path.is_file() else {},
         variant=variant,
     )

@@ -392,6 +392,11 @@ def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypa
     assert draw_pareto(wide)
     assert {label: found[1] for label, found in drawn.items()} == {"topk, 64": (0.2,), "topk, 128": (0.1,)}
     drawn.clear(), losses.clear()
-    weights = [dataclasses.replace(point("relu", 8, fvu), variant=f"l1_coefficient{fvu}") for fvu in (0.2, 0.4)]
+    weights = [dataclasses.replace(point("relu", 8, fvu), weight=10 * fvu) for fvu in (0.2, 0.4)]
     draw_pareto(weights)
-    assert drawn["relu"][1] == (0.2, 0.4), "other settings are no seeds"
+    assert drawn["relu"][1] == (0.2, 0.4), "other weights of the penalty are other places on the line, not seeds"
+    drawn.clear(), losses.clear()
+    rates = [dataclasses.replace(point("topk", k, 1 / k), variant=f"lr{lr}") for k in (8, 16) for lr in (0.1, 0.2)]
+    draw_pareto(rates)
+    line = (0.125, 0.0625)
+    assert {label: found[1] for label, found in drawn.items()} == {"topk, lr0.1": line, "topk, lr0.2": line}

@@ -33,7 +33,8 @@ class Point:
 
     Attributes:
         architecture, hook, d_sae, k, seed: what it is.
-        variant: the other settings that differ in the sweep; points of one variant differ in the seed alone.
+        weight: the fixed weight of the penalty, where L0 is not steered to k.
+        variant: the other settings that differ in the sweep.
         l0, fvu, delta_ce: with standard errors over documents; `delta_ce` is None without a language model.
         dead: share of the features that never fired on the evaluated tokens.
         seconds: in its own training steps; None where unknown.
@@ -54,13 +55,14 @@ class Point:
     seconds: float | None = None
     bytes: int | None = None
     tokens: int | None = None
+    weight: float | None = None
     variant: str = ""
     baselines: dict[str, Estimate] = field(default_factory=dict)
 
     @staticmethod
     def of(
         architecture: str, report: Mapping[str, Any], *, hook: str, d_sae: int, k: int, seed: int,
-        cost: Mapping[str, Any], variant: str = "",
+        cost: Mapping[str, Any], weight: float | None = None, variant: str = "",
     ) -> Point:  # fmt: skip
         """From the content of an `eval.json` and what training cost."""
 
@@ -70,7 +72,7 @@ class Point:
         return Point(
             architecture, hook, d_sae, k, seed, estimate("l0"), estimate("fvu"),
             estimate("delta_ce") if report.get("delta_ce") else None, report["dead"]["share"],
-            cost.get("seconds"), cost.get("bytes"), cost.get("tokens"), variant,
+            cost.get("seconds"), cost.get("bytes"), cost.get("tokens"), weight, variant,
             {name: estimate("fvu", made) for name, made in report["baselines"].items()},
         )  # fmt: skip
 
@@ -160,7 +162,8 @@ def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> list[str
         for seeds in series:
             if len(seeds) < 2:
                 continue
-            cells = [", ".join(filter(None, (label, f"k {seeds[0].k}", seeds[0].variant))), str(len(seeds))]
+            weight = "" if seeds[0].weight is None else f", weight {seeds[0].weight:g}"
+            cells = [f"{label}, k {seeds[0].k}{weight}", str(len(seeds))]
             for metric in metrics:
                 values = _values(seeds, metric)
                 spread = Estimate(statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
@@ -187,10 +190,11 @@ def _baselines(points: Mapping[str, Point]) -> list[str]:
 
 
 def draw_pareto(points: Sequence[Point]) -> bytes | None:
-    """FVU, and ΔCE where it was measured, against L0: a line for each architecture and width, seeds averaged, as PNG.
+    """FVU, and ΔCE where it was measured, against L0, as PNG.
 
-    Error bars are standard deviations over seeds where there are several, else standard errors over documents. None
-    where matplotlib is not installed or there is nothing to draw.
+    A line for each architecture, and for whatever else differs but k, the penalty's fixed weight, and the seed; over
+    seeds it is the mean. Error bars are standard deviations over seeds where there are several, else standard errors
+    over documents. None where matplotlib is not installed or there is nothing to draw.
     """
     try:
         import matplotlib  # noqa: F401
@@ -229,14 +233,15 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
 
 
 def _grouped(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
-    """Lines by label, of points that differ in the seed alone."""
+    """Lines by label: along each k, or the weight of the penalty; at each place what differs in the seed alone."""
     hooks, widths = {point.hook for point in points}, {point.d_sae for point in points}
     lines: dict[str, dict[tuple[Any, ...], list[Point]]] = {}
     for point in points:
         label = point.architecture
         label += f", {point.d_sae:,}" if len(widths) > 1 else ""
         label += f", {point.hook}" if len(hooks) > 1 else ""
-        lines.setdefault(label, {}).setdefault((point.k, point.variant), []).append(point)
+        label += f", {point.variant}" if point.variant else ""
+        lines.setdefault(label, {}).setdefault((point.k, point.weight), []).append(point)
     return {label: list(series.values()) for label, series in lines.items()}
 
 
