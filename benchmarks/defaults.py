@@ -232,7 +232,8 @@ def draw(shown: list[Panel], found: Mapping[Trial, Scores], k: int) -> bytes:
             heights += [height for _, height, _ in points]
         axes.axvline(one.default, color="#d1d5db", linewidth=5, zorder=0)
         axes.set_xticks(range(len(one.values)), one.values)
-        axes.set_title(one.name, fontsize=9, loc="left", color="#374151")
+        title = one.name if len(one.lines) > 1 else f"{one.name}, {next(iter(one.lines))}"
+        axes.set_title(title, fontsize=9, loc="left", color="#374151")
         if not heights:
             continue
         if max(heights) > 1.5:

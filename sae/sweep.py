@@ -25,6 +25,7 @@ from sae.evaluation.pareto import Point, draw_pareto, pareto_table, to_row_above
 from sae.evaluation.report import DOCUMENTS_FILE
 from sae.files import locked, read_json, write_bytes, write_json
 from sae.pipeline import Run, evaluate_runs
+from sae.tokens import TRAIN
 from sae.training.agreement import common_pass
 from sae.training.applicability import no_reader, unread
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
@@ -135,7 +136,7 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
         if fresh:
             evaluate_runs(fresh, config.sweep_at_once)
         points = {name: _point(run, _variant(config, run.config)) for name, run in trained.items()}
-        _write(base.folder, points, failures)
+        _write(base.folder, points, failures, _described(base, cache, made.values()))
     return Sweep(base.folder, points, failures)
 
 
@@ -261,7 +262,20 @@ def _point(run: Run, variant: str) -> Point:
     )
 
 
-def _write(folder: Path, points: dict[str, Point], failures: dict[str, str]) -> None:
+def _described(base: Run, cache: ActivationCache, made: Iterable[RunConfig]) -> str:
+    """What all dictionaries of a sweep were trained on: where, and how much."""
+    made = list(made)
+    hooks = dict.fromkeys(f"`{variant.hook}`" for variant in made)
+    shapes = dict.fromkeys(f"{cache.d_in(variant.hook)} → {variant.dictionary.d_sae:,}" for variant in made)
+    settings = base.config.train
+    tokens = "one epoch" if settings.tokens is None else f"{settings.tokens:,} tokens"
+    return (
+        f"{cache.manifest.model.get('name')}, {', '.join(hooks)}, {', '.join(shapes)}; {tokens} in batches of "
+        f"{settings.batch_size:,}, of a cache of {cache.rows(TRAIN):,}; evaluated on held-out documents."
+    )
+
+
+def _write(folder: Path, points: dict[str, Point], failures: dict[str, str], of: str) -> None:
     differences = to_row_above(points, {name: load_file(folder / name / DOCUMENTS_FILE) for name in points})
     write_json(
         folder / JSON_FILE,
@@ -272,12 +286,13 @@ def _write(folder: Path, points: dict[str, Point], failures: dict[str, str]) -> 
                 for name, found in differences.items()
             },
             "failures": failures,
+            "of": of,
         },
     )
     figure = draw_pareto(list(points.values()))
     if figure:
         write_bytes(folder / FIGURE_FILE, figure)
-    text = pareto_table(points, failures, FIGURE_FILE if figure else None, differences)
+    text = pareto_table(points, failures, FIGURE_FILE if figure else None, differences, of)
     write_bytes(folder / MARKDOWN_FILE, text.encode())
 
 

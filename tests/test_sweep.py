@@ -133,6 +133,8 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
     error = step["standard_error"]
     assert step["below_noise"] == (error is not None and step["lower"] < 0 < step["upper"])
     assert "| FVU | dictionary | PCA | random | frozen decoder |" in text
+    of = "`blocks.1.hook_resid_pre`, 32 → 64; 2,000 tokens in batches of 64, of a cache of 2,000; evaluated"
+    assert of in text and of in written["of"]
     assert (Path(config.out) / "pareto.png").read_bytes().startswith(b"\x89PNG")
     # A variant's folder is a run of its own, which knows that it is done.
     alone = Run.open(Path(config.out) / "topk-k4")

@@ -92,6 +92,15 @@ class ActivationLoader:
         """Go on from a cursor; takes effect on the next `iter`."""
         self.position = state["position"]
 
+    def restart(self) -> None:
+        """Go to the beginning; takes effect on the next `iter`."""
+        self.position = 0
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """What decides which token comes when; loaders that are read side by side must have the same."""
+        return self.split, self.seed, self.tokens_per_epoch, self.pool_tokens, self.block_tokens
+
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
         parts: list[Tensor] = []
         missing = self.batch_size

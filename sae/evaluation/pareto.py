@@ -103,12 +103,17 @@ def to_row_above(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> D
 
 
 def pareto_table(
-    points: Mapping[str, Point], failures: Mapping[str, str], figure: str | None, differences: Differences = _NONE
+    points: Mapping[str, Point],
+    failures: Mapping[str, str],
+    figure: str | None,
+    differences: Differences = _NONE,
+    of: str | None = None,
 ) -> str:
     """The comparison as Markdown, a line for each dictionary.
 
     Args:
         points: what is compared.
+        of: what all were trained and evaluated on.
         failures: why others are missing.
         figure: file of the plot; None: there is none.
         differences: of `to_row_above`; values that differ less than their noise are marked.
@@ -132,7 +137,7 @@ def pareto_table(
             NONE if point.bytes is None else f"{point.bytes / 1e6:,.0f}",
         ]
         rows.append(cells)
-    parts = ["# Sweep\n"]
+    parts = ["# Sweep\n", *([f"{of}\n"] if of else [])]
     if figure:
         parts.append(f"![error against L0]({figure})\n")
     parts.append(pipe_table(head, rows, text_columns=1) + "\n")

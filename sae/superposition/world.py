@@ -148,6 +148,10 @@ class WorldSource:
         """Go to a batch."""
         self._next = state["next"]
 
+    def restart(self) -> None:
+        """Go to the first batch."""
+        self._next = 0
+
 
 def even_world(features: int = 512, d_in: int = 256, mean_l0: float = 8.0, *, seed: int = 0) -> World:
     """Independent features of one frequency, mean_l0 / features.

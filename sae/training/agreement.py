@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from sae.activations.loader import ActivationLoader
 from sae.errors import ConfigError, TrainingError
 from sae.fit import check_fit
 from sae.training.applicability import check_read
@@ -25,11 +26,19 @@ def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe
         for part in (recipe.source, recipe.target):
             if part is not None and part not in sources:
                 raise ConfigError(f"{name}: there is no source {part!r}; there is {', '.join(sources)}")
+            if part is not None and not hasattr(sources[part], "load_state_dict"):
+                raise ConfigError(
+                    f"{part}: a {type(sources[part]).__name__} is no source of batches: give an ActivationLoader, or "
+                    "sae.IterableSource(batches) of a list of tensors [batch, d_in]"
+                )
         if recipe.target is not None and sources[recipe.target].d_in != sources[recipe.source].d_in:
             raise ConfigError(
                 f"{name}: the target has {sources[recipe.target].d_in} numbers a row, the input "
                 f"{sources[recipe.source].d_in}: they must have as many"
             )
+    _check_sources(
+        {name: sources[name] for made in recipes.values() for name in (made.source, made.target) if name is not None}
+    )
     folders = [recipe.folder for recipe in recipes.values() if recipe.folder is not None]
     if len(set(folders)) < len(folders):
         raise ConfigError("two recipes have the same folder: give each one of its own")
@@ -52,10 +61,29 @@ def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe
     if tokens < source.batch_size:
         raise TrainingError(
             f"{tokens:,} training tokens are fewer than one batch of {source.batch_size:,}: "
-            "lower train.batch_size, or harvest more (data.tokens)"
+            f"{'raise train.tokens' if settings.tokens else 'harvest more (data.tokens)'}, or lower train.batch_size"
         )
     _check_recipes(recipes, sources, tokens // source.batch_size * source.batch_size)
     return source.batch_size, tokens
+
+
+def _check_sources(sources: Mapping[str, BatchSource]) -> None:
+    """Whether batches that are read together can be of the same tokens, as far as that is known beforehand.
+
+    Raises:
+        ConfigError: two are one object, or loaders have different orders.
+    """
+    for (one, ours), (other, theirs) in itertools.combinations(sources.items(), 2):
+        if ours is theirs:
+            raise ConfigError(
+                f"{one} and {other} are one source, and each would get every second batch: "
+                + ("leave target out" if other == "target" else "name it once, for all that read it")
+            )
+        if isinstance(ours, ActivationLoader) and isinstance(theirs, ActivationLoader) and ours.order != theirs.order:
+            raise ConfigError(
+                f"{one} and {other} give tokens in different orders: load them with the same split, seed, pool_tokens "
+                "and block_tokens, from caches of the same text"
+            )
 
 
 def _check_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, BatchSource], tokens: int) -> None:

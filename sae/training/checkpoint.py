@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         TrainingError: the file is damaged.
     """
     try:
+        with zipfile.ZipFile(path / STATE_FILE) as archive:
+            if wrong := archive.testzip():  # which PyTorch does not look at
+                raise ValueError(f"the checksum of {wrong} is wrong")
         return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:
         raise TrainingError(

@@ -29,7 +29,7 @@ from sae.training.checkpoint import (
 )
 from sae.training.meter import Meter, Stopwatch
 from sae.training.sinks import FeatureSink, JsonLines, Sink
-from sae.training.source import BatchSource
+from sae.training.source import BatchSource, IterableSource
 from sae.training.trainee import Recipe, Trainee
 
 Metrics = dict[str, float | int]
@@ -88,17 +88,19 @@ def train(
     """Train a dictionary on a stream of activations.
 
     Args:
-        source: batches `[batch, d_in]`; its `statistics` set the normalisation.
+        source: batches `[batch, d_in]`, read from the beginning, or where the checkpoint was that training resumes
+            from; its `statistics` set the normalisation.
         dictionary: architecture, d_sae, k.
         settings: how to train; `batch_size`, `pool_tokens` and `shuffle_seed` are the source's affair and not read
             here.
-        target: what is reconstructed from the input, row by row, where that is not the input itself (a transcoder).
+        target: what is reconstructed from the input where that is not the input itself (a transcoder): batches of the
+            same tokens in the same order, with as many numbers a row.
         start: a dictionary for raw activations whose weights it begins with; `settings.start_from` is for run folders
             and refused here.
         seed: of the initialisation.
         device: where to train.
-        folder: run folder for `metrics.jsonl`, `checkpoints/`, from whose newest it resumes, and `snapshots/`; None:
-            keep nothing.
+        folder: of `metrics.jsonl`, `checkpoints/`, from whose newest it resumes, and `snapshots/`; None: keep nothing.
+            What is returned is not saved there: `save` it.
         metadata: saved with the dictionary; `activations` in it names the data: resuming on others is refused.
         sinks: further places for the logged numbers.
         progress: called after every logged step with (tokens done, tokens in all, metrics).
@@ -252,7 +254,13 @@ class _Run:
         for name, x in batch.items():
             if x.ndim != 2 or x.shape[1] != self.sources[name].d_in:
                 raise TrainingError(f"a batch has shape {list(x.shape)}: expected [batch, {self.sources[name].d_in}]")
-        return {name: x.to(self.device) for name, x in batch.items()}
+        epochs = {source.epoch for source in self.sources.values() if isinstance(source, IterableSource)}
+        if len(epochs) > 1:
+            raise TrainingError(
+                f"at step {self.step + 1} {' and '.join(self.sources)} are not of one length: one has begun anew and "
+                "the other has not; give them as many batches each, row by row of the same tokens"
+            )
+        return {name: x.to(self.device, torch.float32) for name, x in batch.items()}
 
     def _log(self, progress: Callable[[int, int, dict[str, Metrics]], None] | None) -> None:
         metrics: dict[str, Metrics] = {}
@@ -325,6 +333,8 @@ class _Run:
                 held = load_checkpoint(newest)["identity"]
                 member.trainee.check_identity(held, f"checkpoint {str(newest)!r}")
         if not common:
+            for source in self.sources.values():
+                source.restart()
             if any(kept):
                 names = [name for name, paths in zip(self.members, kept, strict=True) if paths]
                 raise TrainingError(

@@ -43,6 +43,10 @@ class BatchSource(Protocol):
         """Go to a place; takes effect on the next `iter`."""
         ...
 
+    def restart(self) -> None:
+        """Go to the beginning, where a training that is not resumed begins; takes effect on the next `iter`."""
+        ...
+
 
 class IterableSource:
     """A source from an iterable of equal batches `[batch, d_in]`, such as a toy model's samples.
@@ -51,7 +55,7 @@ class IterableSource:
     passed over, so it must repeat itself: a list, or an object whose `__iter__` starts from the beginning.
 
     The first batch sets `batch_size`. Shorter ones, such as the last of a `DataLoader`, are left out, so that steps
-    times `batch_size` is the number of tokens.
+    times `batch_size` is the number of tokens. `epoch` counts how often the iterable was begun anew.
 
     Args:
         batches: iterated once per epoch.
@@ -80,10 +84,11 @@ class IterableSource:
         sample = torch.cat(first).double()
         self.statistics = Statistics(len(sample), sample.mean(0).float(), float(sample.square().sum(1).mean()))
         self._used = 0
+        self.epoch = 0
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
         skip = self._used
-        while True:
+        for self.epoch in itertools.count():
             empty = True
             for batch in self._batches:
                 if len(batch) < self.batch_size:
@@ -106,6 +111,9 @@ class IterableSource:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._used = state["used"]
+
+    def restart(self) -> None:
+        self._used = 0
 
 
 def _check(batch: Any, like: Any) -> None:

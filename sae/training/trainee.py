@@ -355,6 +355,8 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
         )
     if start is None and recipe.settings.start_from is not None:
         raise ConfigError("train.start_from is read by run folders only: give start=sae.load(folder) instead")
+    if start is not None and not isinstance(start, Dictionary):
+        raise ConfigError(f"start is a {type(start).__name__}: give a dictionary, such as sae.load(folder)")
     if start is not None and start.W_dec.shape != dictionary.W_dec.shape:
         raise ConfigError(
             f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, and d_sae={dictionary.d_sae} "

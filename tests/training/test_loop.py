@@ -271,6 +271,18 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         train(IterableSource(planted(20)), DictionaryConfig(d_sae=D_SAE, k=5), settings(30), folder=tmp_path)
 
 
+def test_a_checkpoint_with_altered_bytes_is_refused(tmp_path: Path) -> None:
+    train(IterableSource(planted(20)), SHAPE, settings(30), folder=tmp_path)
+    state = list_checkpoints(tmp_path / "checkpoints")[-1] / STATE_FILE
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    state.write_bytes(content)
+    with pytest.raises(TrainingError, match=r"step-00000030': damaged \(the checksum of .* is wrong\); delete it, and"):
+        train(IterableSource(planted(20)), SHAPE, settings(30), folder=tmp_path)
+    shutil.rmtree(state.parent)
+    train(IterableSource(planted(20)), SHAPE, settings(30), folder=tmp_path)
+
+
 def test_fewer_tokens_than_a_batch_is_refused() -> None:
     with pytest.raises(TrainingError, match=r"10 training tokens are fewer than one batch of 64"):
         train(IterableSource(planted(5)), SHAPE, TrainConfig(tokens=10))

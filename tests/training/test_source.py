@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import sae
+from sae.activations.loader import ActivationLoader
 from sae.errors import ConfigError, SaeError, TrainingError
-from sae.training import IterableSource
+from sae.training import BatchSource, IterableSource
 
 
 class Batches:
@@ -80,3 +84,69 @@ def test_batches_of_the_wrong_kind_are_refused() -> None:
     assert "a batch is a list: expected a tensor [batch, d_in]" in refusal(TrainingError, Batches([torch.ones(2, 3)]))
     longer = Batches(torch.ones(2, 3), torch.ones(5, 3))
     assert refusal(TrainingError, longer, take=2) == ("a batch has 5 rows, the first had 2: make batches of one size")
+
+
+SHAPE = sae.DictionaryConfig(d_sae=32, k=2)
+BATCHES = list(torch.randn(30, 16, 8, generator=torch.manual_seed(0)))
+
+
+def trained(source: BatchSource, target: BatchSource | None = None) -> sae.Dictionary:
+    settings = sae.TrainConfig(tokens=16 * 20, batch_size=16, dead_after_tokens=160)
+    return sae.train(source, SHAPE, settings, target=target)
+
+
+def test_every_training_reads_from_the_beginning() -> None:
+    source = IterableSource(BATCHES)
+    first, second = trained(source), trained(source)
+    assert torch.equal(first.W_dec, second.W_dec)
+
+
+def test_loaders_are_read_from_the_beginning_and_in_one_order(tiny_cache: sae.ActivationCache) -> None:
+    def loader(seed: int) -> ActivationLoader:
+        return ActivationLoader(tiny_cache, "blocks.1.hook_resid_pre", batch_size=16, seed=seed)
+
+    used = loader(0)
+    next(iter(used))
+    assert torch.equal(trained(used).W_dec, trained(loader(0)).W_dec)
+    with pytest.raises(ConfigError, match="input and target give tokens in different orders: load them with the same"):
+        trained(loader(0), target=loader(1))
+    assert trained(loader(0), target=loader(0)).d_in == tiny_cache.d_in("blocks.1.hook_resid_pre")
+
+
+def test_batches_of_any_floating_type_are_taken() -> None:
+    single, double = trained(IterableSource(BATCHES)), trained(IterableSource([batch.double() for batch in BATCHES]))
+    assert torch.equal(single.W_dec, double.W_dec)
+
+
+def test_targets_of_other_tokens_are_refused() -> None:
+    source = IterableSource(BATCHES)
+    with pytest.raises(ConfigError, match=r"input and target are one source, .*: leave target out"):
+        trained(source, target=source)
+    recipes = {name: sae.Recipe(SHAPE, sae.TrainConfig(tokens=320), source=name) for name in "ab"}
+    with pytest.raises(ConfigError, match=r"a and b are one source, .*: name it once, for all that read it"):
+        sae.train_all({"a": source, "b": source}, recipes)
+    for ours, theirs in ((BATCHES, BATCHES[:10]), (BATCHES[:10], BATCHES)):
+        with pytest.raises(TrainingError, match="at step 11 input and target are not of one length"):
+            trained(IterableSource(ours), target=IterableSource(theirs))
+    assert trained(IterableSource(BATCHES[:10]), target=IterableSource(BATCHES[:10])).d_sae == 32
+
+
+WRONG = """
+import sae, torch
+batches = torch.randn(5, 16, 8)
+for source, how in ((iter(list(batches)), {}), (batches, {}), (sae.IterableSource(list(batches)), {"start": "folder"})):
+    try:
+        sae.train(source, sae.DictionaryConfig(d_sae=32, k=2), sae.TrainConfig(tokens=320), **how)
+    except sae.SaeError as error:
+        print(error)
+"""
+
+
+def test_what_is_no_source_or_start_is_refused_with_the_way_out() -> None:
+    """In a process of its own, where types are not checked before."""
+    said = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, check=True).stdout.splitlines()
+    way_out = "is no source of batches: give an ActivationLoader, or sae.IterableSource(batches) of a list of tensors"
+    assert said[0].startswith(f"input: a list_iterator {way_out}")
+    assert said[1].startswith(f"input: a Tensor {way_out}")
+    assert said[2] == "start is a str: give a dictionary, such as sae.load(folder)"
+    assert len(said) == 3
