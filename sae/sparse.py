@@ -72,6 +72,14 @@ def rows_of(
     return cast(Tensor, _RowsOf.apply(matrix, features, sink)) if sink is not None else matrix[features]
 
 
+def entries_of(vector: Float[Tensor, " d_sae"], features: Int[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+    """vector[features], whose gradient is summed in the same order each time.
+
+    Indexing sums with atomic additions on a CPU's threads and in order on a GPU; `index_select` the other way round.
+    """
+    return vector.index_select(0, features) if vector.device.type == "cpu" else vector[features]
+
+
 def padded(
     pattern: Pattern, values: Float[Tensor, " pairs"]
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:

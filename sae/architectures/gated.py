@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.architectures.elementwise import Elementwise
+from sae.sparse import entries_of
 
 
 class Gated(Elementwise):
@@ -52,4 +53,8 @@ class Gated(Elementwise):
     def activate(
         self, pre: Float[Tensor, "*batch"], features: Int[Tensor, " pairs"] | slice
     ) -> Float[Tensor, "*batch"]:
-        return ((pre - self.b_gate[features]) * self.r_mag.exp()[features] + self.b_mag[features]).relu()
+        b_gate, gain, b_mag = (
+            vector if isinstance(features, slice) else entries_of(vector, features)
+            for vector in (self.b_gate, self.r_mag.exp(), self.b_mag)
+        )  # fmt: skip
+        return ((pre - b_gate) * gain + b_mag).relu()

@@ -20,6 +20,7 @@ from torch import Tensor
 import sae
 from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig, TrainConfig
+from sae.dictionary import weights_sha256
 from sae.errors import TrainingError
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.applicability import READERS
@@ -221,6 +222,21 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     parts = train(IterableSource(planted(30)), SHAPE, settings(200, checkpoint_every=7), folder=tmp_path / "parts")
     for (name, ours), theirs in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
         assert torch.equal(ours, theirs[1]), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_threads_make_the_same_weights_each_time(architecture: str) -> None:
+    """Enough pairs that PyTorch divides them among the threads."""
+    data = list(torch.randn(6, 2048, 32, generator=torch.Generator().manual_seed(0)))
+    shape = DictionaryConfig(architecture=architecture, d_sae=512, k=32)  # type: ignore[arg-type]
+    chosen = TrainConfig(tokens=6 * 2048, batch_size=2048)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        made = [weights_sha256(train(IterableSource(data), shape, chosen)) for _ in range(4)]
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(made)) == 1
 
 
 def test_seeds_matter_and_repeat() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae.architectures import Gated, JumpReLU
 from sae.dictionary import Dictionary
 from sae.kernels.interface import DENSE_ABOVE
-from sae.sparse import decode, select_above
+from sae.sparse import decode, entries_of, select_above
 from sae.training.objectives.auxk import auxk_after
 from sae.training.objectives.common import (
     Context,
@@ -44,7 +44,7 @@ def relu_loss(
         values = pre_activations_at(dictionary, x, context, selection).relu()
         reconstruction = reconstruct(dictionary, selection.pattern, values, context)
         found = firing(selection.pattern, values)
-        l1 = (values * norms[selection.pattern.features]).sum() / len(x)
+        l1 = (values * entries_of(norms, selection.pattern.features)).sum() / len(x)
     mse = mean_squared_error(target, reconstruction)
     total, terms = mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}
     losses = Losses(total, terms, *found)
@@ -104,7 +104,7 @@ def jumprelu_loss(
     selection = select_above(x, *encoder(dictionary), lowest)
     pattern = selection.pattern
     pre = pre_activations_at(dictionary, x, context, selection)
-    bounds = threshold[pattern.features]
+    bounds = entries_of(threshold, pattern.features)
     values = jump(pre, bounds, width)
     l0 = step(pre, bounds, width).sum() / len(x)
     reconstruction = reconstruct(dictionary, pattern, values, context)
