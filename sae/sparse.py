@@ -72,12 +72,14 @@ def rows_of(
     return cast(Tensor, _RowsOf.apply(matrix, features, sink)) if sink is not None else matrix[features]
 
 
-def entries_of(vector: Float[Tensor, " d_sae"], features: Int[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+def entries_of(vector: Float[Tensor, " d_sae"], features: Int[Tensor, " pairs"] | slice) -> Float[Tensor, " entries"]:
     """vector[features], whose gradient is summed in the same order each time.
 
     Indexing sums with atomic additions on a CPU's threads and in order on a GPU; `index_select` the other way round.
     """
-    return vector.index_select(0, features) if vector.device.type == "cpu" else vector[features]
+    if isinstance(features, slice) or vector.device.type != "cpu":
+        return vector[features]
+    return vector.index_select(0, features)
 
 
 def padded(

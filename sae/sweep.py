@@ -262,9 +262,8 @@ def _point(run: Run, variant: str) -> Point:
     )
 
 
-def _described(base: Run, cache: ActivationCache, made: Iterable[RunConfig]) -> str:
+def _described(base: Run, cache: ActivationCache, made: Collection[RunConfig]) -> str:
     """What all dictionaries of a sweep were trained on: where, and how much."""
-    made = list(made)
     hooks = dict.fromkeys(f"`{variant.hook}`" for variant in made)
     shapes = dict.fromkeys(f"{cache.d_in(variant.hook)} → {variant.dictionary.d_sae:,}" for variant in made)
     settings = base.config.train

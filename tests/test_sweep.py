@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,8 +19,6 @@ import sae
 from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES, load
 from sae.errors import ConfigError, FormatError, SaeError
-from sae.evaluation.estimate import Estimate
-from sae.evaluation.pareto import Point, draw_pareto, pareto_table, to_row_above
 from sae.pipeline import Run
 from sae.sweep import sweep, variants
 from sae.training import TrainingInterrupted
@@ -313,92 +310,3 @@ sae.sweep(sae.load_config({str(path)!r}))
     for name in ALL:
         for label, parameter in whole.dictionary(name).named_parameters():
             assert torch.equal(resumed.dictionary(name).get_parameter(label), parameter), (name, label)
-
-
-def point(architecture: str, k: int, fvu: float, seed: int = 0) -> Point:
-    return Point(
-        architecture, "blocks.0.hook_resid_pre", 64, k, seed, Estimate(float(k), 0.1), Estimate(fvu, 0.01),
-        Estimate(fvu / 10, 0.001), 0.02, 12.0, 5_000_000, 4000,
-    )  # fmt: skip
-
-
-def test_the_table_gives_time_for_a_thousand_tokens_and_memory() -> None:
-    text = pareto_table({"topk-k8": point("topk", 8, 0.25)}, {}, None)
-    assert "| topk-k8 | 8.00 ± 0.10 | 0.250 ± 0.010 | 0.0250 ± 0.0010 | 2.0% | 3,000.0 | 5 |" in text
-
-
-def test_the_table_has_means_over_seeds() -> None:
-    points = {
-        "topk-k8-seed0": point("topk", 8, 0.3), "topk-k8-seed1": point("topk", 8, 0.4, 1),
-        "relu-k8-seed0": point("relu", 8, 0.5),
-    }  # fmt: skip
-    text = pareto_table(points, {}, None)
-    assert "| topk, k 8 | 2 | 8 ± 0 | 0.350 ± 0.071 | 0.0350 ± 0.0071 |" in text
-    assert "| relu, k 8" not in text
-    assert "## Over seeds" not in pareto_table({"relu-k8-seed0": points["relu-k8-seed0"]}, {}, None)
-
-
-def test_values_no_different_from_the_row_above_are_marked() -> None:
-    """Half of the second's error is the first's, document by document; the third's is the second's but for noise."""
-    rng = torch.Generator().manual_seed(0)
-    error = torch.rand(50, generator=rng).double() + 1
-    tokens, deviation = torch.full((50,), 10.0).double(), torch.full((50,), 8.0).double()
-    noise = 0.1 * torch.randn(50, generator=rng).double()
-    errors = {"a": error, "b": error / 2, "c": error / 2 + noise - noise.mean()}
-    totals = {name: {"tokens": tokens, "error": made, "deviation": deviation} for name, made in errors.items()}
-    points = {name: point("topk", 8, float(made.sum() / 400)) for name, made in errors.items()}
-    found = to_row_above(points, totals)
-    assert set(found) == {"b", "c"}
-    assert found["b"]["fvu"].value == pytest.approx(-float(error.sum()) / 800)
-    assert "delta_ce" not in found["b"], "nobody measured it"
-    lines = {line.split(" | ")[0]: line for line in pareto_table(points, {}, None, found).splitlines()}
-    assert "≈" not in lines["| a"] and "≈" not in lines["| b"]
-    assert " ≈ |" in lines["| c"] and lines["| c"].count("≈") == 1
-    text = pareto_table(points, {}, None, found)
-    assert (
-        "≈: no different from the row above: the 95 % interval of the difference, paired over documents, holds 0"
-        in text
-    )
-    assert "≈" not in pareto_table(points, {}, None)
-    elsewhere = {**points, "c": dataclasses.replace(points["c"], hook="blocks.1.hook_resid_pre")}
-    assert set(to_row_above(elsewhere, totals)) == {"b"}, "other activations"
-
-
-def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
-
-    drawn: dict[str, tuple[tuple[float, ...], ...]] = {}
-    losses: dict[str, tuple[tuple[float, ...], ...]] = {}
-    original = Axes.errorbar
-
-    def note(self: Axes, x: tuple[float, ...], y: tuple[float, ...], **how: object) -> object:
-        panel = losses if str(how["label"]) in drawn else drawn
-        panel[str(how["label"])] = (x, y, how["yerr"])  # type: ignore[assignment]
-        return original(self, x, y, **how)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Axes, "errorbar", note)
-    points = [point("topk", 16, 0.2), point("topk", 8, 0.3, 0), point("topk", 8, 0.4, 1), point("relu", 8, 0.5)]
-    assert draw_pareto(points)
-    assert drawn["topk"][0] == (8.0, 16.0)
-    assert drawn["topk"][1] == pytest.approx((0.35, 0.2))
-    assert drawn["topk"][2] == pytest.approx((0.0707107, 0.01), rel=1e-4)
-    assert drawn["relu"][:2] == ((8.0,), (0.5,))
-    assert losses["topk"][0] == (8.0, 16.0)
-    assert losses["topk"][1] == pytest.approx((0.035, 0.02))
-    assert losses["topk"][2] == pytest.approx((0.00707107, 0.001), rel=1e-4)
-    assert draw_pareto([]) is None
-    nothing = dataclasses.replace(point("relu", 8, 0.5), l0=Estimate(0.0, 0.0))
-    assert draw_pareto([nothing])
-    drawn.clear(), losses.clear()
-    wide = [point("topk", 8, 0.2), dataclasses.replace(point("topk", 8, 0.1), d_sae=128)]
-    assert draw_pareto(wide)
-    assert {label: found[1] for label, found in drawn.items()} == {"topk, 64": (0.2,), "topk, 128": (0.1,)}
-    drawn.clear(), losses.clear()
-    weights = [dataclasses.replace(point("relu", 8, fvu), weight=10 * fvu) for fvu in (0.2, 0.4)]
-    draw_pareto(weights)
-    assert drawn["relu"][1] == (0.2, 0.4), "other weights of the penalty are other places on the line, not seeds"
-    drawn.clear(), losses.clear()
-    rates = [dataclasses.replace(point("topk", k, 1 / k), variant=f"lr{lr}") for k in (8, 16) for lr in (0.1, 0.2)]
-    draw_pareto(rates)
-    line = (0.125, 0.0625)
-    assert {label: found[1] for label, found in drawn.items()} == {"topk, lr0.1": line, "topk, lr0.2": line}

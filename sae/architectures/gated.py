@@ -53,8 +53,5 @@ class Gated(Elementwise):
     def activate(
         self, pre: Float[Tensor, "*batch"], features: Int[Tensor, " pairs"] | slice
     ) -> Float[Tensor, "*batch"]:
-        b_gate, gain, b_mag = (
-            vector if isinstance(features, slice) else entries_of(vector, features)
-            for vector in (self.b_gate, self.r_mag.exp(), self.b_mag)
-        )  # fmt: skip
+        b_gate, gain, b_mag = (entries_of(part, features) for part in (self.b_gate, self.r_mag.exp(), self.b_mag))
         return ((pre - b_gate) * gain + b_mag).relu()

@@ -36,14 +36,12 @@ def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe
                 f"{name}: the target has {sources[recipe.target].d_in} numbers a row, the input "
                 f"{sources[recipe.source].d_in}: they must have as many"
             )
-    _check_sources(
-        {name: sources[name] for made in recipes.values() for name in (made.source, made.target) if name is not None}
-    )
+    used = {name: sources[name] for made in recipes.values() for name in (made.source, made.target) if name is not None}
+    _check_sources(used)
     folders = [recipe.folder for recipe in recipes.values() if recipe.folder is not None]
     if len(set(folders)) < len(folders):
         raise ConfigError("two recipes have the same folder: give each one of its own")
-    used = [sources[name] for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None]
-    sizes = {source.batch_size for source in used}
+    sizes = {source.batch_size for source in used.values()}
     if len(sizes) > 1:
         raise ConfigError(f"the sources have batches of {sorted(sizes)} rows: make them of one size")
     for one, other in itertools.pairwise(recipes):
@@ -54,7 +52,7 @@ def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe
                     f"train.{key} is {ours} for {one} and {theirs} for {other}: one pass has one; train them apart"
                 )
     settings = next(iter(recipes.values())).settings
-    source = used[0]
+    source = next(iter(used.values()))
     tokens = settings.tokens or source.tokens_per_epoch
     if tokens is None:
         raise ConfigError("train.tokens: the source has no end, so say how many tokens to train on")

@@ -327,31 +327,33 @@ class _Run:
         """
         kept = [{int(path.name.removeprefix("step-")): path for path in m.checkpoints} for m in self.members.values()]
         common = set.intersection(*map(set, kept)) if kept else set()
+        self.step = max(common, default=0)
         for member, paths in zip(self.members.values(), kept, strict=True):
             if paths:
                 newest = paths[max(common or paths)]
-                held = load_checkpoint(newest)["identity"]
-                member.trainee.check_identity(held, f"checkpoint {str(newest)!r}")
-        if not common:
-            for source in self.sources.values():
-                source.restart()
-            if any(kept):
-                names = [name for name, paths in zip(self.members, kept, strict=True) if paths]
-                raise TrainingError(
-                    f"{', '.join(names)}: there are checkpoints, but of no step that all {len(kept)} have; train these "
-                    "apart from the others, or delete their checkpoints"
-                )
+                state = load_checkpoint(newest)
+                member.trainee.check_identity(state["identity"], f"checkpoint {str(newest)!r}")
+                if common:
+                    self._go_on(member, state)
+        if common:
             return
-        self.step = max(common)
-        for member in self.members.values():
-            warn_of_missed_snapshots(member.folder, member.trainee.settings, self.batch_size, self.step)
-        for member, paths in zip(self.members.values(), kept, strict=True):
-            state = load_checkpoint(paths[self.step])
-            member.trainee.load_state_dict(state)
-            recipe = member.trainee.recipe
-            for role, name in (("input", recipe.source), ("target", recipe.target)):
-                if name is not None:
-                    self.sources[name].load_state_dict(state["sources"][role])
+        for source in self.sources.values():
+            source.restart()
+        if any(kept):
+            names = [name for name, paths in zip(self.members, kept, strict=True) if paths]
+            raise TrainingError(
+                f"{', '.join(names)}: there are checkpoints, but of no step that all {len(kept)} have; train these "
+                "apart from the others, or delete their checkpoints"
+            )
+
+    def _go_on(self, member: _Member, state: dict[str, Any]) -> None:
+        """Take a member and its sources to where they were."""
+        warn_of_missed_snapshots(member.folder, member.trainee.settings, self.batch_size, self.step)
+        member.trainee.load_state_dict(state)
+        recipe = member.trainee.recipe
+        for role, name in (("input", recipe.source), ("target", recipe.target)):
+            if name is not None:
+                self.sources[name].load_state_dict(state["sources"][role])
 
     def _places(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
         """Where the sources of a recipe are, by what they are to it: their names differ from pass to pass."""
