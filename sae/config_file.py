@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
 
 from sae.config import RunConfig, is_text
 from sae.errors import ConfigError
@@ -76,9 +77,21 @@ def _check_together(config: RunConfig) -> None:
         )
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML of which no value is lost because its key stands a second time."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ConstructorError(None, None, f"{key.value!r} is there a second time", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except FileNotFoundError as error:
         raise ConfigError(f"config {str(path)!r}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,10 +33,9 @@ from sae.training.applicability import check_read
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
 from sae.training.sinks import METRICS_FILE, Wandb
-from sae.training.trainee import Recipe, chosen_settings, setting_of
+from sae.training.trainee import Recipe, build, check_start, chosen_settings, freeze_, setting_of
 
 CONFIG_YAML = "config.yaml"
-EMPTY: Mapping[str, Dictionary] = MappingProxyType({})
 Progress = Callable[[str, int, int], None]
 
 
@@ -85,6 +83,23 @@ class Run:
         """The model of `config.model`."""
         return LanguageModel(self.config.model, self.device)
 
+    @cached_property
+    def start(self) -> Dictionary | None:
+        """What training begins with, of `train.start_from`.
+
+        Raises:
+            FormatError: there is none; its weights are needed to resume as well, to see that they are the same.
+        """
+        place = self.config.train.start_from
+        if place is None:
+            return None
+        try:
+            return load(place)
+        except FormatError as error:
+            raise FormatError(
+                f"train.start_from: {error} (training that has begun goes on with the same weights)"
+            ) from error
+
     def harvest(self) -> ActivationCache:
         """The activation cache, harvested as far as it is missing."""
         folder = self.config.cache_folder
@@ -112,12 +127,21 @@ class Run:
         """Say before hours of harvesting what cannot be trained.
 
         Raises:
-            ConfigError: the settings name several dictionaries, or one has no effect.
+            ConfigError: the settings name several dictionaries, one has no effect, or what is to be frozen or started
+                from does not fit.
+            FormatError: there is no dictionary at `train.start_from`.
         """
         if self.config.sweep:
             raise ConfigError("sweep names several dictionaries: train them with 'sae sweep', or take sweep out")
-        if not self.is_trained():
-            check_read(self.config.dictionary, self.config.train)
+        if self.is_trained():
+            return
+        shape, settings = self.config.dictionary, self.config.train
+        check_read(shape, settings)
+        recipe = Recipe(shape, settings, start=self.start)
+        with torch.device("meta"):
+            dictionary = build(shape, recipe.start.d_in if recipe.start else 1)  # the true d_in is in the cache
+        freeze_(dictionary, settings.freeze)
+        check_start(recipe, dictionary)
 
     def train(self) -> Dictionary:
         """The dictionary, trained (or trained to the end) where it is not there yet."""
@@ -183,20 +207,16 @@ class Run:
             device=self.device,
         )
 
-    def recipe(self, cache: ActivationCache, starts: Mapping[str, Dictionary] = EMPTY) -> Recipe:
+    def recipe(self, cache: ActivationCache) -> Recipe:
         """What the run's dictionary is made of.
 
-        Args:
-            starts: dictionaries to start from that are loaded already, by their place.
-
         Raises:
-            FormatError: there is none at `train.start_from`.
+            FormatError: there is no dictionary at `train.start_from`.
         """
-        config, place = self.config, self.config.train.start_from
-        start = None if place is None else starts.get(place) or load_start(place)
+        config = self.config
         return Recipe(
             config.dictionary, config.train, config.seed, config.hook, folder=self.folder,
-            metadata=dictionary_metadata(cache, config.hook), start=start,
+            metadata=dictionary_metadata(cache, config.hook), start=self.start,
         )  # fmt: skip
 
     def sinks(self) -> list[Wandb]:
@@ -236,8 +256,8 @@ class Run:
         identity = self.cache().manifest.identity(self.config.hook)
         return record.get("activations") == identity and record.get("settings") == self.config.features.model_dump()
 
-    def trained_already(self, cache: ActivationCache, starts: Mapping[str, Dictionary] = EMPTY) -> Dictionary:
-        """The dictionary that is there, if it is the one asked for; `starts` as of `recipe`.
+    def trained_already(self, cache: ActivationCache) -> Dictionary:
+        """The dictionary that is there, if it is the one asked for.
 
         Raises:
             FormatError: it was made with other settings.
@@ -249,7 +269,7 @@ class Run:
             **chosen_settings(self.config.dictionary, self.config.train),
             "seed": self.config.seed,
             "activations": cache.manifest.identity(self.config.hook),
-            **self._start_identity(starts),
+            **self._start_identity(),
         }
         held = {**held, "hook": dictionary.metadata.get("hook")}
         for key, value in asked.items():
@@ -263,13 +283,10 @@ class Run:
         warn_of_missed_snapshots(self.folder, settings, settings.batch_size, dictionary.metadata["trained"]["steps"])
         return dictionary
 
-    def _start_identity(self, starts: Mapping[str, Dictionary]) -> dict[str, Any]:
+    def _start_identity(self) -> dict[str, Any]:
         """Hash of what training begins with; nothing where that has been deleted since."""
-        place = self.config.train.start_from
-        if place is None:
-            return {"start": None}
         try:
-            return {"start": weights_sha256(starts.get(place) or load(place))}
+            return {"start": None if self.start is None else weights_sha256(self.start)}
         except FormatError:
             return {}
 
@@ -366,20 +383,6 @@ def harvest(config: RunConfig, progress: Progress = _no_progress) -> ActivationC
 def collect_features(folder: str | Path, progress: Progress = _no_progress) -> Features:
     """The feature store of a run folder, collected where it is missing or stale."""
     return Run.open(folder, progress=progress).features()
-
-
-def load_start(place: str) -> Dictionary:
-    """The dictionary that training begins with.
-
-    Raises:
-        FormatError: there is none; its weights are needed to resume as well, to see that they are the same.
-    """
-    try:
-        return load(place)
-    except FormatError as error:
-        raise FormatError(
-            f"train.start_from: {error} (training that has begun goes on with the same weights)"
-        ) from error
 
 
 __all__ = ["Run", "choose_device", "collect_features", "harvest", "run"]

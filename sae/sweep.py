@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 
 from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
-from sae.architectures import load
 from sae.config import RunConfig
 from sae.config_file import parse_config
 from sae.dictionary import Dictionary
-from sae.errors import ConfigError, FormatError
+from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.metrics import below_noise
 from sae.evaluation.pareto import Point, draw_pareto, pareto_table, to_row_above
 from sae.evaluation.report import DOCUMENTS_FILE
@@ -125,9 +124,13 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
     """
     made = variants(config)
     base = Run(config, progress)
+    runs = {name: Run(variant, progress) for name, variant in made.items()}
+    _share_starts(runs.values())
+    for name, run in runs.items():
+        with _named(name):
+            run.check()
     with locked(base.folder, "sweep"):
         cache = base.harvest()
-        runs = {name: Run(variant, progress) for name, variant in made.items()}
         failures = _train(base, runs, cache, progress)
         trained = {name: run for name, run in runs.items() if name not in failures}
         fresh = [run for run in trained.values() if not run.is_evaluated()]
@@ -140,16 +143,24 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
     return Sweep(base.folder, points, failures)
 
 
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which dictionary is to blame."""
+    try:
+        yield
+    except SaeError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:
     """Train those that are not there yet; those that stopped at a common step go on together, the others begin so."""
-    starts = _starts(runs.values())
     for run in runs.values():
         if run.is_trained():
-            run.trained_already(cache, starts)
+            run.trained_already(cache)
     missing = {name: run for name, run in runs.items() if not run.is_trained()}
     if not missing:
         return {}
-    recipes = {name: run.recipe(cache, starts) for name, run in missing.items()}
+    recipes = {name: run.recipe(cache) for name, run in missing.items()}
     common_pass(_loaders(base, missing, cache), recipes)  # what cannot be trained is known before anything is
     failures: dict[str, str] = {}
     for group in _that_go_together(missing):
@@ -173,13 +184,14 @@ def _that_go_together(runs: dict[str, Run]) -> Iterator[dict[str, Run]]:
         yield {name: runs[name] for name in steps}
 
 
-def _starts(runs: Iterable[Run]) -> dict[str, Dictionary]:
-    """The dictionaries that runs start from, each loaded once; what is not there is missed where it is needed."""
-    starts: dict[str, Dictionary] = {}
-    for place in {place for run in runs if (place := run.config.train.start_from)}:
-        with contextlib.suppress(FormatError):
-            starts[place] = load(place)
-    return starts
+def _share_starts(runs: Iterable[Run]) -> None:
+    """Load each dictionary that several start from once; what is not there is missed where it is needed."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        place = run.config.train.start_from
+        if place is not None and first.setdefault(place, run) is not run:
+            with contextlib.suppress(FormatError):
+                run.start = first[place].start
 
 
 def _loaders(base: Run, runs: Mapping[str, Run], cache: ActivationCache) -> dict[str, ActivationLoader]:

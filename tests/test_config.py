@@ -137,6 +137,8 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
 
     assert "expected keys and values" in of_file(b"- a\n- b\n")
     assert "not YAML" in of_file(b"a: [1\n")
+    assert "'k' is there a second time" in of_file(b"dictionary:\n  k: 4\n  d_sae: 64\n  k: 8\n")
+    assert "'train' is there a second time" in of_file(b"train: {lr: 1}\ntrain: {l1_coefficient: 1}\n")
     assert "cannot be read" in of_file(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"config .*nothing\.yaml': no such file"):
         load_config(tmp_path / "nothing.yaml")

@@ -199,18 +199,24 @@ def test_a_sweep_cut_short_in_its_evaluation_goes_on_after_what_was_written(
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"train": {"freeze": [["W_dec"], ["threshold"]]}}, r"freezethreshold: train\.freeze: topk trains no"),
-        ({"train": {"snapshots": [[640], [999_999]]}}, r"snapshots999999: train\.snapshots has 999,999"),
-        ({"train": {"start_from": [None, "nowhere"]}}, r"train\.start_from: dictionary 'nowhere'"),
+        ({"train": {"freeze": [["W_dec"], ["threshold"]]}}, r"^freezethreshold: train\.freeze: topk trains no"),
+        ({"train": {"start_from": [None, "nowhere"]}}, r"^start_fromnowhere: train\.start_from: dictionary 'nowhere'"),
     ],
 )
-def test_what_one_cannot_do_is_said_before_any_is_trained(
+def test_what_one_cannot_do_is_said_before_activations_are_harvested(
     tiny_config: TinyConfig, axes: dict[str, object], message: str
 ) -> None:
-    config = swept(tiny_config, **axes).model_copy(update={"sweep_at_once": 1})
+    config = swept(tiny_config, **axes)
     with pytest.raises(SaeError, match=message):
         sweep(config)
-    assert not list(Path(config.out).glob("*/dictionary"))
+    assert not config.folder.exists()
+
+
+def test_what_the_cache_is_too_small_for_is_said_before_any_is_trained(tiny_config: TinyConfig) -> None:
+    config = swept(tiny_config, train={"snapshots": [[640], [999_999]]}).model_copy(update={"sweep_at_once": 1})
+    with pytest.raises(SaeError, match=r"snapshots999999: train\.snapshots has 999,999"):
+        sweep(config)
+    assert not list(config.folder.glob("*/dictionary"))
 
 
 def test_a_start_that_several_share_is_read_once(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +226,7 @@ def test_a_start_that_several_share_is_read_once(tiny_config: TinyConfig, monkey
     axes = {"train": {"start_from": [start.config.out], "freeze": [["W_dec"], ["b_dec"], []]}}
     config = swept(tiny_config, **axes).model_copy(update={"harvest": start.config.harvest})
     read: list[str] = []
-    for module in ("sae.sweep", "sae.pipeline"):
-        monkeypatch.setattr(
-            f"{module}.load", lambda place, **options: read.append(str(place)) or load(place, **options)
-        )
+    monkeypatch.setattr("sae.pipeline.load", lambda place, **options: read.append(str(place)) or load(place, **options))
     for _ in range(2):
         read.clear()
         sweep(config)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import sae
-from sae.architectures import ARCHITECTURES
+from sae.architectures import ARCHITECTURES, TopK
 from sae.dictionary import weights_sha256
-from sae.errors import ConfigError
+from sae.errors import ConfigError, FormatError
 from sae.pipeline import Run
 from sae.training import IterableSource, train
 from sae.training.applicability import READERS, unread
@@ -97,7 +97,8 @@ def test_a_resumed_training_keeps_the_defaults_that_it_was_begun_with(tmp_path: 
     assert (state["rate"], state["sparsity_warmup"]) == (0.00123, 1.0)
 
 
-def test_what_an_architecture_does_not_read_is_refused_before_anything_is_made(tiny_config: TinyConfig) -> None:
+def test_what_cannot_be_trained_is_refused_before_anything_is_made(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    TopK(8, 64, k=4).save(tmp_path)
     for changes, message in (
         ({"train__l0_coefficient": 0.5}, r"train.l0_coefficient=0.5 has no effect on topk, only on jumprelu: take it"),
         ({"train__bandwidth": 0.5, "dictionary__architecture": "relu"}, "train.bandwidth=0.5 has no effect on relu"),
@@ -107,9 +108,12 @@ def test_what_an_architecture_does_not_read_is_refused_before_anything_is_made(t
             {"train__products": "bfloat16", "dictionary__architecture": "gated"},
             "train.products='bfloat16' has no effect on gated, only on topk, batch_topk, matryoshka",
         ),
+        ({"train__freeze": ["W_gate"]}, "train.freeze: topk trains no 'W_gate'; it trains "),
+        ({"train__start_from": "nowhere"}, "train.start_from: dictionary 'nowhere': no config.json there"),
+        ({"train__start_from": str(tmp_path), "dictionary__d_sae": 32}, "d_sae=64 and d_in=8, and d_sae=32 and d_in=8"),
     ):
         config = tiny_config(**changes)
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises((ConfigError, FormatError), match=message):
             sae.run(config)
         assert not config.folder.exists()
     with pytest.raises(ConfigError, match="train them with 'sae sweep'"):
