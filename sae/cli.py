@@ -120,18 +120,22 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     A sweep that was interrupted goes on where it stopped.
     """
     from rich.console import Console
-    from rich.markdown import Markdown
 
+    from sae.evaluation.sweep_tables import sweep_tables
     from sae.progress import progress_bars
-    from sae.sweep import FIGURE_FILE, MARKDOWN_FILE
+    from sae.sweep import MARKDOWN_FILE
     from sae.sweep import sweep as run_sweep
 
     settings = load_config(config, overrides)
     with progress_bars(quiet=options["quiet"]) as progress:
         made = run_sweep(settings, progress)
-    text = (made.folder / MARKDOWN_FILE).read_text(encoding="utf-8")
-    Console().print(Markdown(text.replace(f"![error against L0]({FIGURE_FILE})\n", "")))
-    click.echo(f"{len(made.points)} dictionaries in {made.folder}")
+    console = Console()
+    console.print(made.of.replace("`", ""), "", highlight=False, sep="\n")
+    for table in sweep_tables(made.points, made.behind, console.width):
+        console.print(table, "")
+    click.echo(f"{len(made.points)} dictionaries in {made.folder}, compared in {MARKDOWN_FILE} there")
+    for name, reason in made.failures.items():
+        click.echo(f"not trained: {name}: {reason}")
     if made.failures:
         raise SaeError(f"{len(made.failures)} of the sweep's dictionaries were not trained; {MARKDOWN_FILE} says why")
 

@@ -19,9 +19,9 @@ from sae.config import RunConfig
 from sae.config_file import parse_config
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, FormatError, SaeError
-from sae.evaluation.metrics import below_noise
-from sae.evaluation.pareto import Point, draw_pareto, pareto_table, to_row_above
+from sae.evaluation.pareto import Point, draw_pareto
 from sae.evaluation.report import DOCUMENTS_FILE
+from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
 from sae.files import locked, read_json, write_bytes, write_json
 from sae.pipeline import Run, evaluate_runs
 from sae.tokens import TRAIN
@@ -47,11 +47,15 @@ class Sweep:
         folder: where `sweep.json`, `sweep.md` and `pareto.png` are, and a run folder for each dictionary.
         points: one for each dictionary, by the name of its folder.
         failures: why the others stopped.
+        behind: how far each is behind the best of its k, by name and metric.
+        of: what all were trained and evaluated on.
     """
 
     folder: Path
     points: dict[str, Point]
     failures: dict[str, str]
+    behind: Differences
+    of: str
 
     def dictionary(self, name: str) -> Dictionary:
         """A trained dictionary."""
@@ -139,8 +143,10 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
         if fresh:
             evaluate_runs(fresh, config.sweep_at_once)
         points = {name: _point(run, _variant(config, run.config)) for name, run in trained.items()}
-        _write(base.folder, points, failures, _described(base, cache, made.values()))
-    return Sweep(base.folder, points, failures)
+        behind = behind_best(points, {name: load_file(run.folder / DOCUMENTS_FILE) for name, run in trained.items()})
+        done = Sweep(base.folder, points, failures, behind, _described(base, cache, made.values()))
+        _write(done)
+    return done
 
 
 @contextlib.contextmanager
@@ -286,25 +292,23 @@ def _described(base: Run, cache: ActivationCache, made: Collection[RunConfig]) -
     )
 
 
-def _write(folder: Path, points: dict[str, Point], failures: dict[str, str], of: str) -> None:
-    differences = to_row_above(points, {name: load_file(folder / name / DOCUMENTS_FILE) for name in points})
+def _write(done: Sweep) -> None:
     write_json(
-        folder / JSON_FILE,
+        done.folder / JSON_FILE,
         {
-            "points": {name: point.to_json() for name, point in points.items()},
-            "to_row_above": {
-                name: {metric: {**made.to_json(), "below_noise": below_noise(made)} for metric, made in found.items()}
-                for name, found in differences.items()
+            "points": {name: point.to_json() for name, point in done.points.items()},
+            "behind": {
+                name: {metric: made.to_json() for metric, made in found.items()} for name, found in done.behind.items()
             },
-            "failures": failures,
-            "of": of,
+            "failures": done.failures,
+            "of": done.of,
         },
     )
-    figure = draw_pareto(list(points.values()))
+    figure = draw_pareto(list(done.points.values()))
     if figure:
-        write_bytes(folder / FIGURE_FILE, figure)
-    text = pareto_table(points, failures, FIGURE_FILE if figure else None, differences, of)
-    write_bytes(folder / MARKDOWN_FILE, text.encode())
+        write_bytes(done.folder / FIGURE_FILE, figure)
+    text = sweep_markdown(done.points, done.failures, FIGURE_FILE if figure else None, done.behind, done.of)
+    write_bytes(done.folder / MARKDOWN_FILE, text.encode())
 
 
 def _axes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:

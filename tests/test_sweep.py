@@ -122,13 +122,15 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
     assert written["points"]["topk-k2"]["l0"]["value"] == 2.0
     text = (Path(config.out) / "sweep.md").read_text()
     assert all(f"| {name} |" in text for name in done.points)
-    assert set(written["to_row_above"]) == set(list(done.points)[1:])
-    above, here = done.points["topk-k2"].fvu.value, done.points["topk-k4"].fvu.value
-    step = written["to_row_above"]["topk-k4"]["fvu"]
-    assert above is not None and here is not None
-    assert step["value"] == pytest.approx(here - above, abs=1e-12)
-    error = step["standard_error"]
-    assert step["below_noise"] == (error is not None and step["lower"] < 0 < step["upper"])
+    values = {name: point.fvu.value for name, point in done.points.items() if point.k == 4}
+    best = min(values, key=lambda name: values[name])
+    behind = {name: found["fvu"] for name, found in written["behind"].items() if name in values and "fvu" in found}
+    assert set(behind) == values.keys() - {best}
+    for name, step in behind.items():
+        assert step["best"] == best
+        assert step["value"] == pytest.approx(values[name] - values[best], abs=1e-12)
+        error = step["standard_error"]
+        assert step["below_noise"] == (error is not None and step["lower"] < 0 < step["upper"])
     assert "| FVU | dictionary | PCA | random | frozen decoder |" in text
     of = "`blocks.1.hook_resid_pre`, 32 → 64; 2,000 tokens in batches of 64, of a cache of 2,000; evaluated"
     assert of in text and of in written["of"]

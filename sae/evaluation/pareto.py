@@ -1,19 +1,14 @@
-"""Dictionaries against each other: error and loss of the language model against L0, as a figure and as a table."""
+"""Dictionaries against each other: error and loss of the language model against L0, as a figure."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.figures import Canvas, logarithmic
-from sae.evaluation.metrics import Totals, below_noise, difference
-from sae.evaluation.render import NONE, pipe_table
-from sae.evaluation.report import HEADINGS
 
 COLOURS = {
     "relu": "#6b7280",
@@ -24,7 +19,6 @@ COLOURS = {
     "matryoshka": "#3b8a4f",
 }
 _INK = "#374151"
-_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -80,120 +74,6 @@ class Point:
         return asdict(self)
 
 
-Differences = Mapping[str, Mapping[str, Estimate]]
-
-
-def to_row_above(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Differences:
-    """How FVU and ΔCE of each dictionary differ from those of the one above, with paired standard errors.
-
-    Args:
-        points: in the order of the table.
-        totals: sums over documents of each.
-
-    Returns:
-        By name and metric; nothing where the one above is on another hook point or was measured on other tokens.
-    """
-    found: dict[str, dict[str, Estimate]] = {}
-    for above, name in itertools.pairwise(points):
-        if points[above].hook != points[name].hook:
-            continue
-        made = {metric: difference(metric, totals[name], totals[above]) for metric in ("fvu", "delta_ce")}
-        found[name] = {metric: estimate for metric, estimate in made.items() if estimate is not None}
-    return found
-
-
-def pareto_table(
-    points: Mapping[str, Point],
-    failures: Mapping[str, str],
-    figure: str | None,
-    differences: Differences = _NONE,
-    of: str | None = None,
-) -> str:
-    """The comparison as Markdown, a line for each dictionary.
-
-    Args:
-        points: what is compared.
-        of: what all were trained and evaluated on.
-        failures: why others are missing.
-        figure: file of the plot; None: there is none.
-        differences: of `to_row_above`; values that differ less than their noise are marked.
-    """
-
-    def marked(name: str, metric: str, estimate: Estimate | None) -> str:
-        found = differences.get(name, {}).get(metric)
-        return (NONE if estimate is None else str(estimate)) + (" ≈" if found and below_noise(found) else "")
-
-    with_loss = any(point.delta_ce is not None for point in points.values())
-    head = ["dictionary", "L0", "FVU", *(["ΔCE"] if with_loss else []), "never fire", "ms per 1,000 tokens", "MB"]
-    rows = []
-    for name, point in points.items():
-        cells = [name, str(point.l0), marked(name, "fvu", point.fvu)]
-        if with_loss:
-            cells.append(marked(name, "delta_ce", point.delta_ce))
-        per_thousand = 1e6 * point.seconds / point.tokens if point.seconds and point.tokens else None
-        cells += [
-            f"{point.dead:.1%}",
-            NONE if per_thousand is None else f"{per_thousand:,.1f}",
-            NONE if point.bytes is None else f"{point.bytes / 1e6:,.0f}",
-        ]
-        rows.append(cells)
-    parts = ["# Sweep\n", *([f"{of}\n"] if of else [])]
-    if figure:
-        parts.append(f"![error against L0]({figure})\n")
-    parts.append(pipe_table(head, rows, text_columns=1) + "\n")
-    parts.append(
-        "± is the standard error over documents. Time is that of a dictionary's own training steps, memory\n"
-        "that of its weights and optimiser.\n"
-    )
-    if differences:
-        parts.append(
-            "≈: no different from the row above: the 95 % interval of the difference, paired over documents, holds 0.\n"
-        )
-    parts += _over_seeds(
-        list(points.values()), {"l0": "L0", "fvu": "FVU", **({"delta_ce": "ΔCE"} if with_loss else {})}
-    )
-    parts += _baselines(points)
-    if failures:
-        parts.append(
-            "## Not trained\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items()) + "\n"
-        )
-    return "\n".join(parts)
-
-
-def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> list[str]:
-    """Means over seeds of metrics with their headings, where a dictionary was trained with several, and the spread."""
-    rows = []
-    for label, series in _grouped(points).items():
-        for seeds in series:
-            if len(seeds) < 2:
-                continue
-            weight = "" if seeds[0].weight is None else f", weight {seeds[0].weight:g}"
-            cells = [f"{label}, k {seeds[0].k}{weight}", str(len(seeds))]
-            for metric in metrics:
-                values = _values(seeds, metric)
-                spread = Estimate(statistics.mean(values), statistics.stdev(values)) if len(values) > 1 else None
-                cells.append(NONE if spread is None else str(spread))
-            rows.append(cells)
-    if not rows:
-        return []
-    table = pipe_table(["dictionary", "seeds", *metrics.values()], rows, text_columns=1)
-    return ["## Over seeds\n", f"{table}\n", "± is the standard deviation over seeds.\n"]
-
-
-def _baselines(points: Mapping[str, Point]) -> list[str]:
-    """FVU of what each dictionary stands beside."""
-    kinds = dict.fromkeys(kind for point in points.values() for kind in point.baselines if kind != "identity")
-    if not kinds:
-        return []
-    rows = [
-        [name, str(point.fvu), *(str(point.baselines.get(kind, Estimate(None, None))) for kind in kinds)]
-        for name, point in points.items()
-    ]
-    head = ["FVU", "dictionary", *(HEADINGS[kind] for kind in kinds)]
-    table = pipe_table(head, rows, text_columns=1)
-    return ["## Baselines\n", f"{table}\n", "Of the same size each; the identity has FVU 0 and ΔCE 0.\n"]
-
-
 def draw_pareto(points: Sequence[Point]) -> bytes | None:
     """FVU, and ΔCE where it was measured, against L0, as PNG.
 
@@ -210,7 +90,7 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
     metrics = ["fvu", *(["delta_ce"] if any(point.delta_ce is not None for point in points) else [])]
     labels = {"fvu": "fraction of variance unexplained", "delta_ce": "ΔCE, nats per token"}
     canvas = Canvas(1, len(metrics), (4.6 * len(metrics), 3.9))
-    groups = _grouped(points)
+    groups = lines(points)
     for axes, metric in zip(canvas.axes, metrics, strict=True):
         values: list[float] = []
         positions: list[float] = []
@@ -237,22 +117,22 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
     return canvas.png()
 
 
-def _grouped(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
+def lines(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
     """Lines by label: along each k, or the weight of the penalty; at each place what differs in the seed alone."""
     hooks, widths = {point.hook for point in points}, {point.d_sae for point in points}
-    lines: dict[str, dict[tuple[Any, ...], list[Point]]] = {}
+    found: dict[str, dict[tuple[Any, ...], list[Point]]] = {}
     for point in points:
         label = point.architecture
         label += f", {point.d_sae:,}" if len(widths) > 1 else ""
         label += f", {point.hook}" if len(hooks) > 1 else ""
         label += f", {point.variant}" if point.variant else ""
-        lines.setdefault(label, {}).setdefault((point.k, point.weight), []).append(point)
-    return {label: list(series.values()) for label, series in lines.items()}
+        found.setdefault(label, {}).setdefault((point.k, point.weight), []).append(point)
+    return {label: list(series.values()) for label, series in found.items()}
 
 
 def _average(seeds: list[Point], metric: str) -> tuple[float, float, float] | None:
     """Mean L0, mean of the metric, and its spread."""
-    values, l0 = _values(seeds, metric), [value for value in _values(seeds, "l0") if value]
+    values, l0 = values_of(seeds, metric), [value for value in values_of(seeds, "l0") if value]
     if not values or not l0:
         return None
     errors = [estimate.standard_error for point in seeds if (estimate := getattr(point, metric)) is not None]
@@ -260,7 +140,7 @@ def _average(seeds: list[Point], metric: str) -> tuple[float, float, float] | No
     return statistics.mean(l0), statistics.mean(values), spread
 
 
-def _values(points: Sequence[Point], metric: str) -> list[float]:
+def values_of(points: Sequence[Point], metric: str) -> list[float]:
     """Of those for which it was measured."""
     estimates = [getattr(point, metric) for point in points]
     return [estimate.value for estimate in estimates if estimate is not None and estimate.value is not None]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sae.evaluation.figures import Figure
 
 NONE = "–"
-_WIDE = 120
+WIDE = 120
 RECONSTRUCTION = {
     "fvu": "fraction of variance unexplained",
     "explained_variance": "1 − fvu",
@@ -73,7 +73,7 @@ def report_table(report: Report, width: int | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
-    narrow = width is not None and width < _WIDE
+    narrow = width is not None and width < WIDE
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 0 if narrow else 1),
