@@ -127,6 +127,15 @@ def test_contexts_are_cut_and_coloured_as_stored(opened, make_features) -> None:
     assert shares == [pytest.approx(0.12 + 0.88 * activation / feature.max, abs=2e-3) for activation in firing]
 
 
+def test_a_long_run_of_spaces_stays_in_its_column(opened) -> None:
+    beyond = opened.locator(".text").first.evaluate("""line => {
+        line.querySelector(".fires").textContent = " ".repeat(600);
+        const rectangles = [...line.querySelector(".fires").getClientRects()];
+        return Math.max(...rectangles.map(one => one.right)) - line.getBoundingClientRect().right;
+    }""")
+    assert beyond <= 0.5
+
+
 def expect(locator: Any) -> Any:
     """Waits for what is asserted of it, without the `eval` that the page's policy forbids."""
     return pytest.importorskip("playwright.sync_api").expect(locator)
