@@ -130,7 +130,7 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     with progress_bars(quiet=options["quiet"]) as progress:
         made = run_sweep(settings, progress)
     console = Console()
-    console.print(made.of.replace("`", ""), "", highlight=False, sep="\n")
+    click.echo(made.of.replace("`", "") + "\n")
     for table in sweep_tables(made.points, made.behind, console.width):
         console.print(table, "")
     click.echo(f"{len(made.points)} dictionaries in {made.folder}, compared in {MARKDOWN_FILE} there")

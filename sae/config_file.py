@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from yaml.constructor import ConstructorError
+from yaml.composer import ComposerError
 
 from sae.config import RunConfig, is_text
 from sae.errors import ConfigError
@@ -80,13 +80,14 @@ def _check_together(config: RunConfig) -> None:
 class _EachKeyOnce(yaml.SafeLoader):
     """YAML of which no value is lost because its key stands a second time."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise ConstructorError(None, None, f"{key.value!r} is there a second time", key.start_mark)
+                raise ComposerError(None, None, f"{key.value!r} is there a second time", key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -114,7 +115,9 @@ def _parse_value(key: str, value: str, override: str) -> Any:
             return None if is_null else value
         hint = f"; what itself begins with '[' goes in quotes into a list: {key}=['[…']"
     try:
-        return yaml.safe_load(value)
+        return yaml.load(value, _EachKeyOnce)
+    except ComposerError as error:
+        raise ConfigError(f"override {override!r}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: {value!r} is not a YAML value{hint}") from error
 

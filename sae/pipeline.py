@@ -127,8 +127,8 @@ class Run:
         """Say before hours of harvesting what cannot be trained.
 
         Raises:
-            ConfigError: the settings name several dictionaries, one has no effect, or what is to be frozen or started
-                from does not fit.
+            ConfigError: the settings name several dictionaries, one has no effect, parameters to freeze are not there,
+                or the dictionary to start from has another d_sae (its d_in is compared when there are activations).
             FormatError: there is no dictionary at `train.start_from`.
         """
         if self.config.sweep:
@@ -137,11 +137,16 @@ class Run:
             return
         shape, settings = self.config.dictionary, self.config.train
         check_read(shape, settings)
-        recipe = Recipe(shape, settings, start=self.start)
+        start = self.start
+        if start is not None and start.d_sae != shape.d_sae:
+            raise ConfigError(
+                f"the dictionary to start from has d_sae={start.d_sae}, and d_sae={shape.d_sae} is asked for: choose "
+                "another train.start_from, or set dictionary.d_sae to its"
+            )
         with torch.device("meta"):
-            dictionary = build(shape, recipe.start.d_in if recipe.start else 1)  # the true d_in is in the cache
+            dictionary = build(shape, 1 if start is None else start.d_in)
         freeze_(dictionary, settings.freeze)
-        check_start(recipe, dictionary)
+        check_start(Recipe(shape, settings, start=start), dictionary)
 
     def train(self) -> Dictionary:
         """The dictionary, trained (or trained to the end) where it is not there yet."""

@@ -103,7 +103,7 @@ def test_sweep_prints_its_table_and_names_its_folder(command, config_file: Path,
     assert outcome.status == 0, outcome.err
     assert f"2 dictionaries in {tmp_path / 'swept'}" in outcome.out
     assert "tiny, blocks.1.hook_resid_pre, 32 → 64; 1,280 tokens" in outcome.out
-    assert "bold: the lowest of its k" in outcome.out
+    assert "*: the lowest of its k" in outcome.out
     assert_refused(command("sweep", config_file, f"out={tmp_path / 'none'}"), "sweep is empty: give lists of values")
     bad = command("sweep", config_file, f"out={tmp_path / 'bad'}", "sweep.train.lr=[1e30, 1e-3]")
     assert_refused(bad, "1 of the sweep's dictionaries were not trained; sweep.md says why")

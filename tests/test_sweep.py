@@ -129,8 +129,6 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
     for name, step in behind.items():
         assert step["best"] == best
         assert step["value"] == pytest.approx(values[name] - values[best], abs=1e-12)
-        error = step["standard_error"]
-        assert step["below_noise"] == (error is not None and step["lower"] < 0 < step["upper"])
     assert "| FVU | dictionary | PCA | random | frozen decoder |" in text
     of = "`blocks.1.hook_resid_pre`, 32 → 64; 2,000 tokens in batches of 64, of a cache of 2,000; evaluated"
     assert of in text and of in written["of"]

@@ -87,9 +87,9 @@ def difference(metric: str, totals: Totals, reference: Totals) -> Estimate | Non
 
 
 def below_noise(difference: Estimate) -> bool:
-    """Whether 0 lies in a difference's 95 % interval, or there is none at all."""
+    """Whether there is no difference at all, or 0 lies in its 95 % interval."""
     if difference.interval is None:
-        return False
+        return difference.value == 0
     return difference.value == 0 or difference.interval[0] < 0 < difference.interval[1]
 
 

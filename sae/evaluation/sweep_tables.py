@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,17 @@ from sae.evaluation.report import HEADINGS
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 _METRICS = {"l0": "L0", "fvu": "FVU", "delta_ce": "ΔCE"}
 _COMPARED = ("fvu", "delta_ce")
+_BEST = "*"
 _UNKNOWN = Estimate(None, None)
 
 
 @dataclass(frozen=True)
 class Behind:
-    """How far a dictionary is behind the best of its k.
+    """How far a dictionary is behind the best of its group, as `behind_best` makes them.
 
     Attributes:
         best: name of the dictionary whose value is the lowest.
@@ -45,17 +48,33 @@ _NOTHING: Differences = MappingProxyType({})
 
 @dataclass(frozen=True)
 class _Column:
-    """Cells under a heading; `short` is what a narrow terminal shows in their place, `best` the rows in bold."""
+    """Cells under a heading, and their marks, if any; `short` is what a narrow terminal shows in their place."""
 
     heading: str
     cells: list[str]
     short: list[str] | None
-    best: frozenset[int] = frozenset()
+    marks: list[str] = field(default_factory=list)
+
+    def in_terminal(self, narrow: bool) -> Iterator[Text]:
+        """The cells; values stand below each other whether they are marked or not."""
+        from rich.text import Text
+
+        cells = self.short if narrow and self.short else self.cells
+        for cell, mark in zip(cells, self.marks or [""] * len(cells), strict=True):
+            yield Text(f"{cell} {mark:1}" if any(self.marks) else cell, "bold" if mark == _BEST else "")
+
+    def in_markdown(self) -> Iterator[str]:
+        """The cells, the best in bold."""
+        for cell, mark in zip(self.cells, self.marks or [""] * len(self.cells), strict=True):
+            yield f"**{cell}**" if mark == _BEST else f"{cell} {mark}".strip()
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Columns under a title; `of_rest` is a note on those that a narrow terminal leaves out."""
+    """Columns under a title; `of_rest` is a note on those that a narrow terminal leaves out.
+
+    In `notes`, `{best}` is how the best is marked.
+    """
 
     title: str
     columns: list[_Column]
@@ -66,23 +85,27 @@ class _Table:
 def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Differences:
     """How far FVU and ΔCE of each dictionary are above the lowest of the same k, with paired standard errors.
 
-    Dictionaries are beside each other where hook point and k, and the penalty's weight where that is fixed, are the
-    same; width, seed and other settings may differ.
+    Dictionaries are beside each other where hook point and k, and the penalty with its weight where that is fixed, are
+    the same; width, seed and other settings may differ.
 
     Args:
         points: what is compared.
         totals: sums over documents of each.
 
     Returns:
-        By name and metric; nothing for the best, and for what was not measured or on other tokens than the best.
+        By name and metric; nothing for the best, and for what was not measured, is not finite, or is of other tokens
+        than the best.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, point in points.items():
-        groups.setdefault((point.hook, point.k, point.weight), []).append(name)
+        fixed = None if point.weight is None else (point.weight, point.architecture == "jumprelu")  # L0, or L1
+        groups.setdefault((point.hook, point.k, fixed), []).append(name)
     found: dict[str, dict[str, Behind]] = {}
     for names in groups.values():
         for metric in _COMPARED:
-            measured = {name: value for name in names for value in values_of([points[name]], metric)}
+            measured = {
+                name: value for name in names for value in values_of([points[name]], metric) if math.isfinite(value)
+            }
             best = min(measured, key=lambda name: measured[name], default="")
             for name in measured:
                 made = None if name == best else difference(metric, totals[name], totals[best])
@@ -113,15 +136,9 @@ def sweep_markdown(
         parts.append(f"![error against L0]({figure})\n")
     for table in _tables(points, differences):
         parts += [f"## {table.title}\n"] if table.title else []
-        rows = zip(
-            *(
-                [f"**{cell}**" if row in column.best else cell for row, cell in enumerate(column.cells)]
-                for column in table.columns
-            ),
-            strict=True,
-        )
+        rows = zip(*(column.in_markdown() for column in table.columns), strict=True)
         parts.append(pipe_table([column.heading for column in table.columns], rows, text_columns=1) + "\n")
-        parts += [f"{note}\n" for note in (*table.notes, table.of_rest) if note]
+        parts += [f"{note.format(best='**bold**')}\n" for note in (*table.notes, table.of_rest) if note]
     if failures:
         parts.append(
             "## Not trained\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items()) + "\n"
@@ -142,7 +159,6 @@ def sweep_tables(
     """
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     narrow = width is not None and width < WIDE
     made = []
@@ -151,16 +167,15 @@ def sweep_tables(
         notes = [*table.notes, *([table.of_rest] if table.of_rest and not narrow else [])]
         drawn = Table(
             title=table.title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
-            caption="\n".join(note.replace("**bold**", "bold") for note in notes), caption_justify="left",
+            caption="\n".join(note.format(best=_BEST) for note in notes), caption_justify="left",
         )  # fmt: skip
         for number, column in enumerate(shown):
             if number:
                 drawn.add_column(column.heading, justify="right", no_wrap=True)
             else:
                 drawn.add_column(column.heading, overflow="fold")
-        cells = [(column.short if narrow and column.short else column.cells, column.best) for column in shown]
-        for row in range(len(table.columns[0].cells)):
-            drawn.add_row(*(Text(column[row], "bold" if row in best else "") for column, best in cells))
+        for cells in zip(*(column.in_terminal(narrow) for column in shown), strict=True):
+            drawn.add_row(*cells)
         made.append(drawn)
     return made
 
@@ -182,29 +197,37 @@ def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], diffe
     columns = [_names(list(points), "dictionary")]
     for metric, heading in metrics.items():
         estimates = [_estimate(point, metric) for point in points.values()]
-        behind = [differences.get(name, {}).get(metric) for name in points]
-        best = {made.best for made in behind if made is not None}
-        cells = [
-            f"{estimate} {MARK}" if made is not None and below_noise(made.difference) else str(estimate)
-            for estimate, made in zip(estimates, behind, strict=True)
-        ]
+        behind = {name: found[metric] for name, found in differences.items() if metric in found}
+        best = {made.best for made in behind.values()}
+        same = {name for name, made in behind.items() if below_noise(made.difference)}
+        cells = [str(estimate) for estimate in estimates]
         short = [estimate.short() for estimate in estimates] if metric == "l0" else cells
-        rows = frozenset(row for row, name in enumerate(points) if name in best)
-        columns.append(_Column(heading, cells, short, rows))
+        marks = [_BEST if name in best else MARK if name in same else "" for name in points]
+        columns.append(_Column(heading, cells, short, marks))
     dead = [f"{point.dead:.1%}" for point in points.values()]
     columns += [
         _Column("never fire", dead, dead),
         _Column("ms per 1,000 tokens", [_time(point) for point in points.values()], None),
         _Column("MB", [_memory(point) for point in points.values()], None),
     ]
-    notes = ["± is the standard error over documents."]
-    if any(differences.values()):
-        notes.append(
-            f"**bold**: the lowest of its k. {MARK}: no different from it: the 95 % interval of the difference, paired "
-            "over documents, holds 0."
-        )
+    notes = ("± is the standard error over documents.", *_on_marks(list(points.values()), differences))
     of_rest = "Time is that of a dictionary's own training steps, memory that of its weights and optimiser."
-    return _Table("", columns, tuple(notes), of_rest)
+    return _Table("", columns, notes, of_rest)
+
+
+def _on_marks(points: Sequence[Point], differences: Differences) -> list[str]:
+    """What the marks mean."""
+    made = [behind.difference for found in differences.values() for behind in found.values()]
+    if not made:
+        return []
+    of = ["hook point"] if len({point.hook for point in points}) > 1 else []
+    of += ["k", *(["fixed weight of the penalty"] if any(point.weight is not None for point in points) else [])]
+    best = f"{{best}}: the lowest of its {' and '.join(of)}."
+    if all(difference.interval is None for difference in made):
+        return [f"{best} One document does not tell what is noise."]
+    return [
+        f"{best} {MARK}: no different from it: the 95 % interval of the difference, paired over documents, holds 0."
+    ]
 
 
 def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> _Table | None:

@@ -85,6 +85,7 @@ def test_noise_is_what_the_95_percent_interval_holds() -> None:
         assert below_noise(Estimate(value, 0.01, 4.0)) and not below_noise(Estimate(1.01 * value, 0.01, 4.0))
     assert below_noise(Estimate(0.0, 0.0)), "the same numbers"
     assert not below_noise(Estimate(0.1, None)), "nobody knows"
+    assert below_noise(Estimate(0.0, None)), "but here"
     one = _totals()
     assert difference("fvu", one, one) == Estimate(0.0, 0.0)
 

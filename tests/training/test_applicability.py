@@ -110,7 +110,10 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_made(tiny_config: 
         ),
         ({"train__freeze": ["W_gate"]}, "train.freeze: topk trains no 'W_gate'; it trains "),
         ({"train__start_from": "nowhere"}, "train.start_from: dictionary 'nowhere': no config.json there"),
-        ({"train__start_from": str(tmp_path), "dictionary__d_sae": 32}, "d_sae=64 and d_in=8, and d_sae=32 and d_in=8"),
+        (
+            {"train__start_from": str(tmp_path), "dictionary__d_sae": 32},
+            "has d_sae=64, and d_sae=32 is asked for",
+        ),
     ):
         config = tiny_config(**changes)
         with pytest.raises((ConfigError, FormatError), match=message):
