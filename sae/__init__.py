@@ -49,7 +49,7 @@ _HOME = {
     "sweep": "sae.sweep",
     "train": "sae.training",
     "train_all": "sae.training",
-    "verify": "sae.activations",
+    "verify": "sae.verification",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,8 @@ from sae.commands.probe import probe
 from sae.commands.superposition import superposition
 from sae.config_file import describe_keys, load_config
 from sae.errors import SaeError
+from sae.files import stands
+from sae.hashes import UnhashedWarning
 
 _INTERRUPTED = "interrupted; run the same command again to go on"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -52,6 +55,8 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     from rich.markdown import Markdown
 
     from sae import pipeline
+    from sae.evaluation.report import MARKDOWN_FILE
+    from sae.hashes import read_checked
     from sae.progress import progress_bars
 
     settings = load_config(config, overrides)
@@ -63,7 +68,8 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
         report = None if whole.is_evaluated() else whole.evaluate()
         features = whole.features()
     if report is None:
-        Console().print(Markdown((whole.folder / "eval.md").read_text(encoding="utf-8").partition("## Figures")[0]))
+        text = read_checked(whole.folder / MARKDOWN_FILE, most=1 << 24).decode("utf-8")
+        Console().print(Markdown(text.partition("## Figures")[0]))
     else:
         _show_report(report)
     folder = str(whole.folder)
@@ -201,7 +207,7 @@ def features(
     from sae.progress import progress_bars
     from sae.viewer import print_feature, print_features, write_page
 
-    if (path / pipeline.CONFIG_YAML).is_file():
+    if stands(path / pipeline.CONFIG_YAML):
         with progress_bars(quiet=options["quiet"]) as progress:
             store = pipeline.Run.open(path, (), progress).features()
     else:
@@ -220,23 +226,28 @@ def features(
 
 
 @cli.command()
-@click.argument("path", metavar="CACHE", type=click.Path(path_type=Path))
-def verify(path: Path) -> None:
-    """Check every file of an activation cache.
+@click.argument("paths", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--record", is_flag=True, help="Add hashes of files that an older sae wrote without any.")
+def verify(paths: tuple[Path, ...], record: bool) -> None:
+    """Check every file of a run, a cache or a dictionary.
 
-    CACHE is a cache or run folder. Files that are missing or differ from their checksum are named.
+    FOLDER is a run folder, a cache, a dictionary's folder or a feature store. All that sae wrote there is compared with
+    its hash, and read. Files that are missing, damaged, or contradict each other are named. Nothing outside is read.
     """
-    from sae.activations import verify as verify_cache
+    from sae.verification import record_hashes
+    from sae.verification import verify as verify_folder
 
-    files, problems = verify_cache(path)
+    files, problems = 0, []
+    for path in paths:
+        count, found = verify_folder(path)
+        files, problems = files + count, [*problems, *found]
+        if record and not found:
+            click.echo(f"{len(record_hashes(path))} hashes added in {path}")
     for problem in problems:
         click.echo(problem, err=True)
     if problems:
-        raise SaeError(
-            f"{len(problems)} of {files} files missing or damaged: delete what is damaged, and run the same "
-            "'sae harvest' to restore it"
-        )
-    click.echo(f"{files} files are as they were harvested")
+        raise SaeError(f"{len(problems)} problems in {files} files; each line above names a file and the way out")
+    click.echo(f"{files} files are as they were written")
 
 
 cli.add_command(compare)
@@ -261,6 +272,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, 130)
 
+    warnings.formatwarning = _one_line
     debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=False)
@@ -284,6 +296,15 @@ def main() -> None:
             f"Error: unexpected {type(error).__name__}: {' '.join(str(error).split())} ('sae --debug ...' shows more)",
             1,
         )
+
+
+_format_warning = warnings.formatwarning
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+    """Of our own warnings what they say, not where in the code they come from."""
+    ours = issubclass(category, UnhashedWarning)
+    return f"{message}\n" if ours else _format_warning(message, category, *where, **more)
 
 
 def _fail(message: str, status: int) -> NoReturn:

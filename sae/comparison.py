@@ -16,6 +16,7 @@ from sae.evaluation import Comparison, evaluate_all, write_comparison
 from sae.evaluation.compare import check_several, comparison_key, read_comparison
 from sae.evaluation.report import identify, read_stored
 from sae.evaluation.streams import Progress
+from sae.files import locked, stands
 from sae.pipeline import CONFIG_YAML, Run
 
 Evaluation = tuple[dict[str, Any], dict[str, Tensor]]
@@ -36,6 +37,7 @@ def compare_folders(
 
     Raises:
         ConfigError: fewer than two, one of them twice, or no run folder.
+        CacheError: another process writes into `out`.
         SaeError: as loading and evaluating do.
     """
     named = _named(places)
@@ -45,19 +47,25 @@ def compare_folders(
     dictionaries = {name: load(place) for name, place in named.items()}
     identities = {name: identify(dictionary) for name, dictionary in dictionaries.items()}
     activations = cache.manifest.identity(hook)
-    if out is not None:
-        written = read_comparison(out, comparison_key(identities, activations, hook, settings))
-        if written is not None:
-            return written
-    found: dict[str, Evaluation | None] = {
-        name: read_stored(place, identities[name], activations, hook=hook, settings=settings)
-        for name, place in named.items()
-    }
-    missing = {name: dictionaries[name] for name, stored in found.items() if stored is None}
-    if missing:
-        found |= _evaluate(run, cache, missing, progress)
-    comparison = Comparison.of({name: stored for name, stored in found.items() if stored is not None})
-    if out is not None:
+    key = comparison_key(identities, activations, hook, settings)
+
+    def made() -> Comparison:
+        found: dict[str, Evaluation | None] = {
+            name: read_stored(place, identities[name], activations, hook=hook, settings=settings)
+            for name, place in named.items()
+        }
+        missing = {name: dictionaries[name] for name, stored in found.items() if stored is None}
+        if missing:
+            found |= _evaluate(run, cache, missing, progress)
+        return Comparison.of({name: stored for name, stored in found.items() if stored is not None})
+
+    if out is None:
+        return made()
+    written = read_comparison(out, key)
+    if written is not None:
+        return written
+    with locked(Path(out).expanduser(), "comparison"):
+        comparison = made()
         write_comparison(comparison, out)
     return comparison
 
@@ -78,7 +86,7 @@ def _run(named: Mapping[str, Path], on: str | Path | None, overrides: tuple[str,
     if on is not None:
         return Run.open(on, overrides)
     for place in named.values():
-        if (place / CONFIG_YAML).is_file():
+        if stands(place / CONFIG_YAML):
             return Run.open(place, overrides)
     raise ConfigError(
         f"{', '.join(map(repr, map(str, named.values())))}: none is a run folder, so there are no held-out tokens to "

@@ -325,6 +325,10 @@ class EvaluationConfig(_Settings):
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
 
 
+MOST_EXAMPLES = 10_000
+"""Kept of a feature; more would neither be looked at nor fit into memory."""
+
+
 class FeaturesConfig(_Settings):
     """What is kept of every feature."""
 
@@ -334,10 +338,23 @@ class FeaturesConfig(_Settings):
         default=4, description="equal shares into which a feature's non-zero activations are cut"
     )
     per_quantile: PositiveInt = Field(default=4, description="random activations kept from each share")
-    before: int = Field(default=16, ge=0, description="tokens of context kept before the activating one")
-    after: int = Field(default=8, ge=0, description="tokens of context kept after it")
-    logits: PositiveInt = Field(default=10, description="tokens kept that the feature raises most, and lowers most")
-    neighbours: PositiveInt = Field(default=8, description="features kept with the most similar decoder directions")
+    before: int = Field(default=16, ge=0, le=1000, description="tokens of context kept before the activating one")
+    after: int = Field(default=8, ge=0, le=1000, description="tokens of context kept after it")
+    logits: int = Field(
+        default=10, ge=1, le=1000, description="tokens kept that the feature raises most, and lowers most"
+    )
+    neighbours: int = Field(
+        default=8, ge=1, le=1000, description="features kept with the most similar decoder directions"
+    )
+
+    @model_validator(mode="after")
+    def _fit_into_memory(self) -> FeaturesConfig:
+        examples = self.top + self.quantiles * self.per_quantile
+        if examples > MOST_EXAMPLES:
+            raise ValueError(
+                f"top + quantiles · per_quantile = {examples:,} examples of each feature; at most {MOST_EXAMPLES:,}"
+            )
+        return self
 
 
 class WandbConfig(_Settings):

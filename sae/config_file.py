@@ -14,8 +14,12 @@ from pydantic_core import ErrorDetails
 from yaml.composer import ComposerError
 
 from sae.config import RunConfig, is_text
-from sae.errors import ConfigError
+from sae.errors import ConfigError, DamagedError
 from sae.fit import check_fit
+from sae.hashes import read_checked
+
+MOST_YAML_BYTES = 1 << 20
+_MOST_VALUES = 10_000
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -45,7 +49,9 @@ def parse_config(settings: dict[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_explain(error.errors()[0])) from error
+        raise ConfigError(_explain(error.errors(include_url=False)[0])) from error
+    except RecursionError as error:
+        raise ConfigError("the settings are too deep") from error
     _check_together(config)
     return config
 
@@ -89,21 +95,62 @@ class _EachKeyOnce(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Nodes count as often as aliases repeat them, so that ten lines cannot stand for a billion values."""
+        node: Any = super().compose_node(parent, index)
+        inner = node.value if isinstance(node.value, list) else []
+        parts = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
+        node.size = 1 + sum(part.size for part in parts)
+        if node.size > _MOST_VALUES:
+            raise ComposerError(None, None, f"more than {_MOST_VALUES:,} values, aliases counted", node.start_mark)
+        return node
+
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ConfigError(f"config {str(path)!r}: no such file")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
-    except FileNotFoundError as error:
-        raise ConfigError(f"config {str(path)!r}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {str(path)!r}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {str(path)!r}: not YAML ({' '.join(str(error).split())})") from error
+        settings = parse_yaml(path, read_checked(path, most=MOST_YAML_BYTES, announce=False))
+    except DamagedError as error:
+        raise ConfigError(f"config {error}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(f"config {str(path)!r}: expected keys and values, such as 'seed: 0'")
     return settings
+
+
+def parse_yaml(path: Path, content: bytes) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        ConfigError: it is no YAML, a key stands twice, or it is too large or too deep.
+    """
+    try:
+        return _parsed(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {str(path)!r}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {str(path)!r}: not YAML ({_cut(str(error))})") from error
+
+
+def _parsed(text: str) -> Any:
+    """YAML as values.
+
+    Raises:
+        yaml.YAMLError: it is none; or deeper, or a number longer, than settings are.
+    """
+    try:
+        return yaml.load(text, _EachKeyOnce)
+    except RecursionError as error:
+        raise yaml.YAMLError("too deep") from error
+    except (ValueError, TypeError, OverflowError, AttributeError, KeyError) as error:
+        raise yaml.YAMLError(f"no value: {_cut(str(error))}") from error
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _parse_value(key: str, value: str, override: str) -> Any:
@@ -115,7 +162,7 @@ def _parse_value(key: str, value: str, override: str) -> Any:
             return None if is_null else value
         hint = f"; what itself begins with '[' goes in quotes into a list: {key}=['[…']"
     try:
-        return yaml.load(value, _EachKeyOnce)
+        return _parsed(value)
     except ComposerError as error:
         raise ConfigError(f"override {override!r}: {error.problem}") from error
     except yaml.YAMLError as error:
@@ -146,7 +193,7 @@ def _explain(error: ErrorDetails) -> str:
     message = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "string_type" and error["input"] is not None:
         message += "; put it in quotes"
-    return f"setting {key}={error['input']!r}: {message}"
+    return f"setting {key}={_cut(repr(error['input']))}: {message}"
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,20 +11,23 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sae.errors import FormatError, ShapeError
-from sae.files import write_json, write_tensors
+from sae.files import stands, write_json, write_tensors
+from sae.hashes import damaged, recorded
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.kernels.pattern import Pattern
+from sae.reading import load_tensors, read_object, taken_apart
 from sae.sparse import decode, encode_at, padded
+from sae.tokens import TokenPolicy
 from sae.tool_config import ToolConfig, tool_config
 
 FORMAT = "sae-dictionary"
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+_TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
+"""Settings of training that a saved dictionary has as its own."""
 
 
 @dataclass(frozen=True)
@@ -326,33 +328,58 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
             f"dictionary {str(path)!r}: pickled files are not read, since they can run code; "
             f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    if not (folder / CONFIG_FILE).is_file() and (folder / "dictionary" / CONFIG_FILE).is_file():
+    if not stands(folder / CONFIG_FILE) and stands(folder / "dictionary" / CONFIG_FILE):
         folder = folder / "dictionary"
-    if not (folder / CONFIG_FILE).is_file():
+    if not stands(folder / CONFIG_FILE):
         raise FormatError(f"dictionary {str(path)!r}: no {CONFIG_FILE} there; give a dictionary folder or a run folder")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"dictionary {str(folder / CONFIG_FILE)!r}: not JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_object(folder / CONFIG_FILE)
+    if config.get("format") != FORMAT:
         raise FormatError(f"dictionary {str(folder)!r}: {CONFIG_FILE} is not of this toolkit (no format {FORMAT!r})")
-    if config.get("format_version", 0) > FORMAT_VERSION:
+    version = config.get("format_version", 0)
+    if type(version) is not int or version > FORMAT_VERSION:
         raise FormatError(
-            f"dictionary {str(folder)!r}: format version {config['format_version']} is newer than this package reads "
+            f"dictionary {str(folder)!r}: format version {version} is newer than this package reads "
             f"({FORMAT_VERSION}); update the package"
         )
-    weights = folder / WEIGHTS_FILE
-    try:
-        tensors = load_file(weights, device=str(device))
-    except FileNotFoundError as error:
-        raise FormatError(f"dictionary {str(folder)!r}: {WEIGHTS_FILE} is missing") from error
-    except (SafetensorError, OSError) as error:
-        kind = "a pickle" if _is_pickle(weights) else f"damaged ({error})"
-        raise FormatError(f"dictionary {str(weights)!r}: {kind}, not a safetensors file; save it again") from error
+    tensors = load_tensors(folder / WEIGHTS_FILE, device)
+    _check_saved(folder, config, tensors)
     return SavedDictionary(config, tensors)
 
 
-def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(4)
-    return start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start == b"PK\x03\x04"
+def _check_saved(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration that contradicts the tensors or itself, and weights that are no numbers."""
+    for key in ("d_in", "d_sae", *(("k",) if "k" in config else ())):
+        if type(config.get(key)) is not int:
+            raise damaged(folder / CONFIG_FILE, f"{key}={config.get(key)!r}: expected a whole number")
+    shape = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
+    if shape != (config["d_sae"], config["d_in"]):
+        there = "no W_dec" if shape is None else f"W_dec {list(shape)}"
+        raise damaged(
+            folder / WEIGHTS_FILE,
+            f"weights do not fit {CONFIG_FILE}: {there}, where that says [{config['d_sae']}, {config['d_in']}]",
+        )
+    for name, tensor in tensors.items():
+        here = _name_of(tensor.dtype)
+        if here != config.get("dtype", here):
+            raise damaged(folder / WEIGHTS_FILE, f"{name} is {here}, where {CONFIG_FILE} says {config['dtype']!r}")
+        if not bool(tensor.isfinite().all()):
+            raise damaged(folder / WEIGHTS_FILE, f"{name} has values that are not finite (NaN or infinity)")
+    _check_metadata(folder / CONFIG_FILE, config)
+
+
+def _check_metadata(path: Path, config: Mapping[str, Any]) -> None:
+    metadata = config.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise damaged(path, "metadata should be keys and values")
+    if isinstance(metadata.get("tokens"), dict):
+        with taken_apart(path):
+            TokenPolicy.from_json(metadata["tokens"])
+    trained = metadata.get("trained", {})
+    settings = trained.get("settings", {}) if isinstance(trained, dict) else None
+    if not isinstance(settings, dict):
+        raise damaged(path, "metadata.trained should be keys and values")
+    if recorded(path):
+        return  # as it was saved, be it with another k than that of training
+    for key in _TRAINED_AS & config.keys() & settings.keys():
+        if config[key] != settings[key]:
+            raise damaged(path, f"{key}={config[key]!r}, and {settings[key]!r} in its own metadata")

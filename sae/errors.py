@@ -6,6 +6,7 @@
     ├── ModelError     the language model or the hook point cannot be had
     ├── CacheError     the activation cache is missing, damaged, of another model, or cannot be written
     ├── FormatError    a saved dictionary or feature store cannot be read
+    │   └── DamagedError  (a CacheError as well) a file is missing, damaged, changed, or no regular file
     ├── TrainingError  training cannot go on
     ├── ShapeError     activations have another width than the dictionary
     └── UnknownFeatureError  the dictionary has no feature of that number
@@ -38,6 +39,10 @@ class CacheError(SaeError):
 
 class FormatError(SaeError):
     """A saved dictionary or feature store cannot be read."""
+
+
+class DamagedError(FormatError, CacheError):
+    """A file that the toolkit wrote is missing, differs from its hash, cannot be parsed, or is no regular file."""
 
 
 class TrainingError(SaeError):

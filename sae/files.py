@@ -1,12 +1,14 @@
-"""Files that are either whole or not there: written under a temporary name, synced, renamed."""
+"""Files that are either whole or not there: written under a temporary name, synced, hashed, renamed."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,39 +16,48 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.errors import CacheError, FormatError
+from sae import hashes
+from sae.errors import CacheError
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> None:
     """Write a file so that a crash at any instant leaves the old content or the new, never a part.
+
+    Args:
+        path: its folder is made if it is missing.
+        content: all of it.
+        hashed: its hash goes into `SHA256SUMS` beside it; else it has none.
 
     Raises:
         CacheError: the folder cannot be written, or the disk is full; the old file is untouched.
     """
-    write_chunks(path, [content])
+    write_chunks(path, [content], hashed=hashed)
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) -> None:
     """`write_bytes` for content that comes in pieces and need not fit into memory.
 
     Raises:
         CacheError: the folder cannot be written, or the disk is full; the old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    written = 0
+    digest, written = hashlib.sha256(), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            for chunk in chunks:
-                written += len(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        _clear_once(path.parent)
+        with hashes.temporary_file(path) as (temporary, descriptor):
+            with open(descriptor, "wb", closefd=False) as file:
+                for chunk in chunks:
+                    written += len(chunk)
+                    file.write(chunk)
+                    if hashed:
+                        digest.update(chunk)
+            os.fsync(descriptor)
+            if not hashed:
+                hashes.forget(path)
+            with hashes.replacing(path, digest.hexdigest()) if hashed else contextlib.nullcontext():
+                temporary.replace(path)
+                _sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise CacheError(_explain(path, written, error)) from error
 
 
@@ -58,6 +69,35 @@ def write_json(path: Path, content: Any) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically. The same tensors give the same bytes."""
     write_bytes(path, save(dict(tensors)))
+
+
+def delete(path: Path) -> None:
+    """Delete a file, if it is there, and its hash.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            hashes.forget(path)
+    except OSError as error:
+        raise CacheError(f"cannot delete {str(path)!r}: {error.strerror}; choose another folder") from error
+
+
+def stands(path: Path) -> bool:
+    """Whether anything has this name, be it a file or not: what is no file is an error for whoever reads it."""
+    return os.path.lexists(path)
+
+
+_CLEARED: set[tuple[int, Path]] = set()
+
+
+def _clear_once(folder: Path) -> None:
+    key = os.getpid(), folder
+    if key not in _CLEARED:
+        _CLEARED.add(key)
+        hashes.clear_temporaries(folder)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -81,6 +121,8 @@ def _explain(path: Path, size: int, error: OSError) -> str:
 def locked(folder: Path, doing: str) -> Iterator[None]:
     """One process at a time in a folder; the lock goes when the process does, however it ends.
 
+    What a killed process left there is put in order first.
+
     Args:
         folder: made where it is missing.
         doing: what the process does there, for the message to a second one.
@@ -88,28 +130,26 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
     Raises:
         CacheError: the folder cannot be written, or another process holds it.
     """
+    path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise CacheError(_explain(folder, 0, error)) from error
-    with lock:
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CacheError(f"{str(path)!r} is no regular file; delete it")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise CacheError(
                 f"folder {str(folder)!r}: another {doing} is writing it; wait for it or stop it"
             ) from error
+        try:
+            hashes.clear_temporaries(folder)
+            hashes.settle(folder)
+        except OSError as error:
+            raise CacheError(_explain(folder / hashes.SUMS, 0, error)) from error
         yield
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        FormatError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"cannot read {str(path)!r}: {error}; delete it to have it made again") from error
+    finally:
+        os.close(descriptor)

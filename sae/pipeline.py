@@ -13,22 +13,25 @@ import torch
 import yaml
 
 import sae
-from sae.activations.cache import ActivationCache, read_manifest
+from sae.activations.cache import MANIFEST, ActivationCache, read_manifest
 from sae.activations.harvest import check_same_model, check_same_request
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.loader import ActivationLoader
 from sae.activations.metadata import dictionary_metadata
 from sae.architectures import load
 from sae.config import RunConfig
-from sae.config_file import load_config
+from sae.config_file import MOST_YAML_BYTES, load_config, parse_yaml
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
 from sae.environment import choose_device, git_commit
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation import Report, evaluate_all, write_report
 from sae.evaluation.report import identify, read_stored
 from sae.features import Features, collect
-from sae.files import locked, read_json, write_bytes
+from sae.features.layout import INDEX
+from sae.files import locked, stands, write_bytes
+from sae.hashes import check, read_checked
 from sae.language_model import LanguageModel
+from sae.reading import read_object
 from sae.training.applicability import check_read
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
@@ -62,11 +65,12 @@ class Run:
             ConfigError: the folder is not a run folder.
         """
         path = Path(folder).expanduser()
-        if not (path / CONFIG_YAML).is_file():
+        if not stands(path / CONFIG_YAML):
             raise ConfigError(
                 f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}'"
             )
-        if not (path / CONFIG_YAML).read_text(encoding="utf-8").strip():
+        check(path / CONFIG_YAML)
+        if (path / CONFIG_YAML).stat().st_size == 0:
             raise ConfigError(
                 f"run {str(folder)!r}: {CONFIG_YAML} is empty; run the same 'sae run' again to write it anew"
             )
@@ -103,7 +107,7 @@ class Run:
     def harvest(self) -> ActivationCache:
         """The activation cache, harvested as far as it is missing."""
         folder = self.config.cache_folder
-        if (folder / "manifest.json").is_file():
+        if stands(folder / MANIFEST):
             manifest = read_manifest(folder)
             check_same_request(folder, manifest, self.config)
             if manifest.complete and all(manifest.is_whole(folder, name) for name in manifest.files):
@@ -161,7 +165,7 @@ class Run:
 
     def is_trained(self) -> bool:
         """Whether the dictionary is there, whatever its settings were."""
-        return (self.folder / "dictionary" / CONFIG_FILE).is_file()
+        return stands(self.folder / "dictionary" / CONFIG_FILE)
 
     def evaluate(self) -> Report:
         """The report on the run's dictionary, also written as `eval.json` and `eval.md`."""
@@ -173,14 +177,21 @@ class Run:
         return read_stored(self.folder, *asked, hook=self.config.hook, settings=self.config.evaluation) is not None
 
     def features(self) -> Features:
-        """The feature store; collected anew where it is missing, damaged, or of another dictionary, cache or setting.
+        """The feature store; collected anew if it is missing, or of another dictionary, cache or setting.
 
         A store of this dictionary is enough where the activations have been deleted.
+
+        Raises:
+            DamagedError: a file of the store is damaged.
+            CacheError: another process collects features there.
         """
         folder = self.folder / "features"
-        with contextlib.suppress(FormatError):
-            if (folder / "features.json").is_file() and self._is_collected(folder):
-                return Features(folder)
+        if self._is_collected(folder):
+            return Features(folder)
+        with locked(folder, "collection of features"):
+            return Features(folder) if self._is_collected(folder) else self._collect(folder)
+
+    def _collect(self, folder: Path) -> Features:
         cache = self.cache()
         check_same_model(cache.path, cache.manifest, self.language_model)
         return collect(
@@ -253,10 +264,12 @@ class Run:
         return dictionary
 
     def _is_collected(self, folder: Path) -> bool:
-        record = read_json(folder / "features.json")
+        if not stands(folder / INDEX):
+            return False
+        record = read_object(folder / INDEX)
         if record.get("dictionary_sha256") != weights_sha256(self.dictionary("cpu")):
             return False
-        if not (self.config.cache_folder / "manifest.json").is_file():
+        if not stands(self.config.cache_folder / MANIFEST):
             return True
         identity = self.cache().manifest.identity(self.config.hook)
         return record.get("activations") == identity and record.get("settings") == self.config.features.model_dump()
@@ -299,8 +312,8 @@ class Run:
     def configured(self) -> Iterator[None]:
         """Write `config.yaml` before a step; a step that is refused leaves the one that was there."""
         path = self.folder / CONFIG_YAML
-        before = path.read_bytes() if path.is_file() else None
-        if before is None or yaml.safe_load(before) != self.config.model_dump(mode="json"):
+        before = read_checked(path, most=MOST_YAML_BYTES) if stands(path) else None
+        if before is None or parse_yaml(path, before) != self.config.model_dump(mode="json"):
             self._write_config(path)
         try:
             yield
@@ -351,6 +364,9 @@ def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Repor
         activations = run.cache().manifest.identity(config.hook)
         shared = (activations, config.hook, config.model, config.evaluation, run.device)
         groups.setdefault(shared, []).append(number)
+    for run in runs:
+        if stands(run.folder / METRICS_FILE):
+            check(run.folder / METRICS_FILE, announce=False)  # not only when its curves are drawn
     reports: dict[int, Report] = {}
     for numbers in groups.values():
         first = runs[numbers[0]]
@@ -359,7 +375,10 @@ def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Repor
             models[key] = first.language_model
         for start in range(0, len(numbers), at_once or len(numbers)):
             part = numbers[start : start + (at_once or len(numbers))]
-            reports |= _evaluate_group({number: runs[number] for number in part}, models[key])
+            with contextlib.ExitStack() as stack:
+                for folder in dict.fromkeys(runs[number].folder for number in part):
+                    stack.enter_context(locked(folder, "evaluation"))
+                reports |= _evaluate_group({number: runs[number] for number in part}, models[key])
     return [reports[number] for number in range(len(runs))]
 
 

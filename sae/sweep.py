@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.config import RunConfig
@@ -21,9 +19,11 @@ from sae.dictionary import Dictionary
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.pareto import Point, draw_pareto
 from sae.evaluation.report import DOCUMENTS_FILE
+from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
-from sae.files import locked, read_json, write_bytes, write_json
+from sae.files import locked, stands, write_bytes, write_json
 from sae.pipeline import Run, evaluate_runs
+from sae.reading import load_tensors, read_object, taken_apart
 from sae.tokens import TRAIN
 from sae.training.agreement import common_pass
 from sae.training.applicability import no_reader, unread
@@ -143,7 +143,7 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
         if fresh:
             evaluate_runs(fresh, config.sweep_at_once)
         points = {name: _point(run, _variant(config, run.config)) for name, run in trained.items()}
-        behind = behind_best(points, {name: load_file(run.folder / DOCUMENTS_FILE) for name, run in trained.items()})
+        behind = behind_best(points, {name: load_tensors(run.folder / DOCUMENTS_FILE) for name, run in trained.items()})
         done = Sweep(base.folder, points, failures, behind, _described(base, cache, made.values()))
         _write(done)
     return done
@@ -267,17 +267,18 @@ def _point(run: Run, variant: str) -> Point:
     """What the comparison shows of one dictionary, from its files."""
     settings = run.config.train
     cost_path = run.folder / COST_FILE
-    return Point.of(
-        run.config.dictionary.architecture,
-        read_json(run.folder / "eval.json"),
-        hook=run.config.hook,
-        d_sae=run.config.dictionary.d_sae,
-        k=run.config.dictionary.k,
-        seed=run.config.seed,
-        weight=settings.l0_coefficient if settings.l1_coefficient is None else settings.l1_coefficient,
-        cost=read_json(cost_path) if cost_path.is_file() else {},
-        variant=variant,
-    )
+    with taken_apart(run.folder / REPORT_FILE):
+        return Point.of(
+            run.config.dictionary.architecture,
+            read_object(run.folder / REPORT_FILE),
+            hook=run.config.hook,
+            d_sae=run.config.dictionary.d_sae,
+            k=run.config.dictionary.k,
+            seed=run.config.seed,
+            weight=settings.l0_coefficient if settings.l1_coefficient is None else settings.l1_coefficient,
+            cost=read_object(cost_path) if stands(cost_path) else {},
+            variant=variant,
+        )
 
 
 def _described(base: Run, cache: ActivationCache, made: Collection[RunConfig]) -> str:

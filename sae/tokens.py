@@ -57,7 +57,15 @@ class TokenPolicy:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> TokenPolicy:
-        return TokenPolicy(record["prepend_bos"], record["masked_positions"], tuple(record["masked_ids"]))
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError: the record is not one.
+        """
+        bos, positions, ids = record["prepend_bos"], record["masked_positions"], tuple(record["masked_ids"])
+        if type(bos) is not bool or any(type(number) is not int or number < 0 for number in (positions, *ids)):
+            raise TypeError("a token policy is true or false, a number of positions, and token ids")
+        return TokenPolicy(bos, positions, ids)
 
 
 @dataclass(frozen=True)

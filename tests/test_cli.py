@@ -156,7 +156,7 @@ def test_verify_passes_a_good_cache_and_names_a_flipped_byte(own_run: Path, comm
     shard.write_bytes(content)
     outcome = command("verify", own_run)
     assert outcome.status == 1
-    assert outcome.err.splitlines()[0].startswith("blocks.1.hook_resid_pre/train-00001.safetensors: checksum differs")
+    assert f"{shard}': damaged or changed: its SHA-256 is " in outcome.err.splitlines()[0]
 
 
 def test_unknown_key(config_file: Path, command) -> None:
@@ -250,9 +250,12 @@ def test_a_report_cut_short_is_written_again(config_file: Path, own_run: Path, c
     assert (own_run / "eval.md").is_file()
 
 
-def test_a_damaged_feature_store_is_collected_again(config_file: Path, own_run: Path, command) -> None:
+def test_a_damaged_feature_store_is_named_and_made_again_when_it_is_gone(own_run: Path, command) -> None:
     os.truncate(own_run / "features" / "features.safetensors", 100)
+    assert_refused(command("features", own_run, 3), "features.safetensors': damaged", "delete features.json and run")
+    (own_run / "features" / "features.json").unlink()
     assert command("features", own_run, 3).status == 0
+    assert command("verify", own_run).status == 0
 
 
 def test_features_can_be_looked_at_without_the_activations(own_run: Path, command) -> None:

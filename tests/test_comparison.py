@@ -15,6 +15,7 @@ from sae.comparison import compare_folders
 from sae.config import RunConfig
 from sae.errors import ConfigError
 from sae.evaluation import Comparison
+from sae.files import write_bytes, write_json
 from sae.pipeline import Run
 from tests.conftest import make_tiny_config
 
@@ -86,19 +87,18 @@ def test_together_or_from_files_is_the_same(runs: Path, evaluated: list[list[str
             assert other.value == pytest.approx(estimate.value, rel=1e-4, abs=1e-5), (name, metric)
 
 
-@pytest.mark.parametrize("what", ["weights", "k", "settings", "hook", "documents", "version", "activations"])
+@pytest.mark.parametrize("what", ["weights", "k", "settings", "hook", "version", "activations"])
 def test_what_is_stale_is_measured_again(
     own: Path, evaluated: list[list[str]], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     overrides: tuple[str, ...] = ()
     expected = ["k6"]
     if what == "weights":
-        shutil.copy(own / "k8/dictionary/weights.safetensors", own / "k6/dictionary/weights.safetensors")
+        content = (own / "k8/dictionary/weights.safetensors").read_bytes()
+        write_bytes(own / "k6/dictionary/weights.safetensors", content)
     elif what == "k":
         path = own / "k6" / "dictionary" / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "k": 5}))
-    elif what == "documents":
-        shutil.copy(own / "k4/eval-documents.safetensors", own / "k6/eval-documents.safetensors")
+        write_json(path, {**json.loads(path.read_text()), "k": 5})
     else:
         expected = ["k4", "k6"]
         if what == "settings":
@@ -109,7 +109,7 @@ def test_what_is_stale_is_measured_again(
             key, value = ("hook", "blocks.2.hook_resid_pre") if what == "hook" else ("activations", "0" * 64)
             for name in expected:
                 path = own / name / "eval.json"
-                path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+                write_json(path, {**json.loads(path.read_text()), key: value})
     compare_folders([own / "k4", own / "k6"], overrides=overrides)
     assert evaluated == [expected]
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import sae
 from sae.architectures import ARCHITECTURES, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from sae.dictionary import Dictionary
 from sae.errors import FormatError, ShapeError
+from sae.files import write_bytes, write_json, write_tensors
 
 
 def filled(cls: type[Dictionary], **settings: int) -> Dictionary:
@@ -172,7 +173,9 @@ def test_saved_and_loaded_is_the_same(dictionary: Dictionary, tmp_path: Path) ->
     assert type(loaded) is type(dictionary)
     assert loaded.metadata == dictionary.metadata
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["config.json", "weights.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
+        "SHA256SUMS", "config.json", "weights.safetensors",
+    ]  # fmt: skip
 
 
 def test_loads_from_the_run_folder_too(tmp_path: Path) -> None:
@@ -195,7 +198,7 @@ def test_half_precision_weights_stay_half_precision(tmp_path: Path) -> None:
 
 def edit_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    write_json(folder / "config.json", {**config, **changes})
 
 
 def test_what_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -222,9 +225,9 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path) -> Non
     (folder / "weights.safetensors").write_bytes(content[: len(content) // 2])
     assert "damaged" in refusal(folder)
     (folder / "weights.safetensors").unlink()
-    assert "weights.safetensors is missing" in refusal(folder)
+    assert "weights.safetensors': missing" in refusal(folder)
     folder = fresh()
-    save_file({"W_enc": torch.ones(3, 3)}, folder / "weights.safetensors")
+    write_tensors(folder / "weights.safetensors", {"W_enc": torch.ones(3, 3)})
     assert "weights do not fit config.json" in refusal(folder)
     folder = fresh()
     edit_config(folder, architecture="transcendental")
@@ -237,7 +240,9 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(tmp_path: Path) -> Non
     assert "k=0: expected 1 ≤ k ≤ d_sae=30" in refusal(folder)
     folder = fresh()
     (folder / "config.json").write_text("{")
-    assert "not JSON" in refusal(folder)
+    assert "config.json': damaged or changed" in refusal(folder)
+    write_bytes(folder / "config.json", b"{")
+    assert "config.json': damaged (Expecting property name" in refusal(folder)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

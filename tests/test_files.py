@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from sae.errors import CacheError, FormatError
-from sae.files import read_json, write_bytes, write_json, write_tensors
+from sae.files import write_bytes, write_json, write_tensors
+from sae.reading import read_json
+
+
+def sums(folder: Path) -> list[str]:
+    """Lines with a hash."""
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if re.search("[0-9a-f]{64}", line)]
 
 
 def test_written_files_are_read_again(tmp_path: Path) -> None:
@@ -49,7 +57,8 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(
     monkeypatch.setattr(os if step == "fsync" else Path, step, fail)
     with pytest.raises(CacheError, match=message):
         write_bytes(tmp_path / "a.bin", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", "a.bin"]
+    assert len(sums(tmp_path)) == 1
     assert (tmp_path / "a.bin").read_bytes() == b"old"
 
 
@@ -72,7 +81,11 @@ def test_content_is_on_the_disk_before_it_has_the_name(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(Path, "replace", watched_replace)
     write_bytes(tmp_path / "a.bin", b"12345")
-    assert steps == ["sync .a.bin.tmp 5", "rename to a.bin", "sync folder "]
+    size = len((tmp_path / "SHA256SUMS").read_bytes())
+    assert [re.sub(r"\d+-[0-9a-f]{8}", "N", step) for step in steps] == [
+        "sync .a.bin.N.tmp 5", f"sync .SHA256SUMS.N.tmp {size}", "rename to SHA256SUMS", "rename to a.bin",
+        "sync folder ",
+    ]  # fmt: skip
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
@@ -83,7 +96,9 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
 
 def test_damaged_and_missing_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{", encoding="utf-8")
-    with pytest.raises(FormatError, match=r"cannot read '.*a.json'.*delete it to have it made again"):
+    with pytest.raises(
+        FormatError, match=r"a.json': damaged \(Expecting.*\); delete it and run the command that made it again"
+    ):
         read_json(tmp_path / "a.json")
-    with pytest.raises(FormatError, match=r"cannot read '.*b.json'"):
+    with pytest.raises(FormatError, match=r"b.json': missing"):
         read_json(tmp_path / "b.json")

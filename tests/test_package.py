@@ -13,7 +13,8 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment", "model_identity", "seeding"],
+    ["errors", "environment", "model_identity", "seeding"],
+    ["hashes", "files", "reading"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],
     ["neighbours"],
@@ -34,7 +35,7 @@ FLOW = [
     ["features"],
     ["causal", "probing"],
     ["viewer"],
-    ["pipeline", "progress"],
+    ["pipeline", "progress", "verification"],
     ["probing.of_run"],
     ["sweep", "comparison"],
     ["commands"],
@@ -43,6 +44,8 @@ FLOW = [
 CORE = {
     "errors",
     "files",
+    "hashes",
+    "reading",
     "environment",
     "model_identity",
     "seeding",

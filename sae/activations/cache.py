@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from sae.errors import CacheError
-from sae.tokens import TRAIN, TokenPolicy
+from sae.errors import CacheError, DamagedError
+from sae.files import stands
+from sae.hashes import Identity, check, damaged, identity_of
+from sae.reading import open_tensors, read_json, read_object, tensor_of, validated
+from sae.tokens import SPLITS, TRAIN, TokenPolicy
 
 FORMAT = "sae-activations"
 FORMAT_VERSION = 1
 MANIFEST, DOCUMENTS = "manifest.json", "documents.json"
+RESTORE = "delete it and run the same 'sae harvest' to restore it"
+NUMBER_TYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
+}  # fmt: skip
+_SHARDS_AHEAD = 4
+_MOST_MAPPED = 256
+THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class FileEntry(BaseModel):
     """A shard as the manifest knows it."""
 
-    model_config = ConfigDict(extra="forbid")
-    rows: int
-    bytes: int
-    sha256: str
+    model_config = ConfigDict(extra="forbid", strict=True)
+    rows: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class HookEntry(BaseModel):
     """A hook point: its width, and sums over the eligible training tokens harvested so far, in float64."""
 
-    model_config = ConfigDict(extra="forbid")
-    d_in: int
-    tokens: int = 0
-    sum: list[float] = []
-    sum_of_squares: float = 0.0
+    model_config = ConfigDict(extra="forbid", strict=True)
+    d_in: PositiveInt
+    tokens: NonNegativeInt = 0
+    sum: list[FiniteFloat] = []
+    sum_of_squares: Annotated[FiniteFloat, Field(ge=0)] = 0.0
 
 
 class Manifest(BaseModel):
@@ -50,17 +62,17 @@ class Manifest(BaseModel):
     Of several sources, `data` also records `source_tokens`: by split and source, how many tokens came from it.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     complete: bool = False
     model: dict[str, Any]
     data: dict[str, Any]
     tokens: dict[str, Any]
-    context_length: int
-    shard_contexts: int
-    dtype: str
-    rows: dict[str, int]
+    context_length: PositiveInt
+    shard_contexts: PositiveInt
+    dtype: Literal["float32", "float16", "bfloat16", "int8"]
+    rows: dict[str, NonNegativeInt]
     text_sha256: str
     hooks: dict[str, HookEntry]
     files: dict[str, FileEntry]
@@ -75,6 +87,51 @@ class Manifest(BaseModel):
         """Whether a file is there and of the size it was written with."""
         entry, path = self.files.get(name), folder / name
         return entry is not None and path.is_file() and path.stat().st_size == entry.bytes
+
+    def shards(self, split: str) -> int:
+        """Number of shards of a split."""
+        return -(-self.rows[split] // (self.shard_contexts * self.context_length))
+
+    def shard_rows(self, split: str, number: int) -> int:
+        """Tokens in a shard: all have as many but the last."""
+        most = self.shard_contexts * self.context_length
+        return min(most, self.rows[split] - number * most)
+
+    def contradiction(self) -> str | None:
+        """What contradicts the rest; None if everything fits together."""
+        return self._contradiction_of_parts() or (self._contradiction_of_files() if self.complete else None)
+
+    def _contradiction_of_parts(self) -> str | None:
+        if missing := [split for split in SPLITS if split not in self.rows]:
+            return f"rows: {missing[0]!r} is missing"
+        try:
+            TokenPolicy.from_json(self.tokens)
+        except (KeyError, TypeError, ValueError) as error:
+            return f"tokens: {error}"
+        for hook, entry in self.hooks.items():
+            if entry.sum and len(entry.sum) != entry.d_in:
+                return f"hooks.{hook}.sum: {len(entry.sum):,} numbers, where d_in is {entry.d_in:,}"
+        for name in self.files:
+            if name.startswith("/") or ".." in name.split("/"):
+                return f"files: {name!r} leads out of the cache"
+        return None
+
+    def _contradiction_of_files(self) -> str | None:
+        count = 1 + sum(map(self.shards, SPLITS)) * (1 + len(self.hooks))
+        if len(self.files) != count:
+            return f"files: {len(self.files):,} of them, where {count:,} belong to so many rows and hook points"
+        wanted: dict[str, int | None] = {DOCUMENTS: None} | {
+            shard_name(part, split, number): self.shard_rows(split, number)
+            for part in ("tokens", *self.hooks)
+            for split in SPLITS
+            for number in range(self.shards(split))
+        }
+        for name, rows in wanted.items():
+            if name not in self.files:
+                return f"files: {name!r} is missing"
+            if rows is not None and self.files[name].rows != rows:
+                return f"files.{name}: {self.files[name].rows:,} rows, where {rows:,} belong into it"
+        return None
 
 
 @dataclass(frozen=True)
@@ -129,11 +186,14 @@ def shard_name(folder: str, split: str, number: int) -> str:
 class ActivationCache:
     """A harvested cache, opened for reading; shards are mapped into memory, not read.
 
+    A file is compared with its hash before anything of it is used, once a process.
+
     Args:
         path: the cache's folder, or the run folder that holds it.
 
     Raises:
         CacheError: there is no complete cache, or a file's size is not the manifest's.
+        DamagedError: (a CacheError) the manifest is damaged; later, a shard is.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -143,14 +203,14 @@ class ActivationCache:
             raise CacheError(
                 f"cache {str(self.path)!r}: the harvest is unfinished; run the same 'sae harvest' to finish it"
             )
+        self._mapped: dict[str, tuple[Identity, Any]] = {}
+        self._mapping = threading.Lock()
         for name, entry in self.manifest.files.items():
             file = self.path / name
             size = file.stat().st_size if file.is_file() else None
             if size != entry.bytes:
                 state = "is missing" if size is None else f"has {size:,} bytes instead of {entry.bytes:,}"
-                raise CacheError(
-                    f"cache {str(self.path)!r}: {name} {state}; delete it and run the same 'sae harvest' to restore it"
-                )
+                raise CacheError(f"cache {str(self.path)!r}: {name} {state}; {RESTORE}")
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -192,17 +252,23 @@ class ActivationCache:
         return Statistics(entry.tokens, mean.float(), entry.sum_of_squares / entry.tokens)
 
     def documents(self, split: str = TRAIN) -> list[str]:
-        """Names of the split's documents, in order."""
-        return json.loads((self.path / DOCUMENTS).read_text(encoding="utf-8"))[split]
+        """Names of the split's documents, in order.
+
+        Raises:
+            DamagedError: the list of them is damaged.
+        """
+        path = self.path / DOCUMENTS
+        names = read_json(path, self.manifest.files[DOCUMENTS].sha256, remedy=RESTORE)
+        return validated(path, dict[str, list[str]], names, RESTORE)[split]
 
     def shards(self, split: str = TRAIN) -> int:
         """Number of shards of a split."""
-        return -(-self.rows(split) // (self.manifest.shard_contexts * self.context_length))
+        return self.manifest.shards(split)
 
     def token_shard(self, split: str, number: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """Tokens and document indices of a shard, int32."""
-        file = self._open(shard_name("tokens", split, number))
-        return file.get_tensor("tokens"), file.get_tensor("documents")
+        name, rows = shard_name("tokens", split, number), (self.manifest.shard_rows(split, number),)
+        return self._tensor(name, "tokens", torch.int32, rows), self._tensor(name, "documents", torch.int32, rows)
 
     def eligible_shard(self, split: str, number: int) -> Bool[Tensor, " rows"]:
         """Which rows of a shard count."""
@@ -211,10 +277,26 @@ class ActivationCache:
 
     def activation_shard(self, hook: str, split: str, number: int) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
         """Activations `[rows, d_in]` of a shard as stored, mapped into memory; and the scale per row for int8."""
-        self._hook(hook)
-        file = self._open(shard_name(hook, split, number))
-        scale = file.get_tensor("scale") if self.manifest.dtype == "int8" else None
-        return file.get_tensor("activations"), scale
+        name, rows, d_in = shard_name(hook, split, number), self.manifest.shard_rows(split, number), self.d_in(hook)
+        scale = self._tensor(name, "scale", torch.float32, (rows,)) if self.manifest.dtype == "int8" else None
+        return self._tensor(name, "activations", NUMBER_TYPES[self.manifest.dtype], (rows, d_in)), scale
+
+    @contextlib.contextmanager
+    def checking(self, folder: str, split: str) -> Iterator[Callable[[int], Future[Identity]]]:
+        """Compare shards with their hashes in threads, ahead of their use; at the end, what has not begun is left.
+
+        Args:
+            folder: `tokens` or a hook point.
+            split: of the shards.
+
+        Yields:
+            A function that begins with the shard of a number.
+        """
+        pool = ThreadPoolExecutor(THREADS)
+        try:
+            yield lambda number: pool.submit(self._check, shard_name(folder, split, number))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def contexts(
         self, split: str = TRAIN, hook: str | None = None, *, batch_contexts: int = 64, max_tokens: int | None = None
@@ -224,8 +306,11 @@ class ActivationCache:
         A last context that is shorter than the others comes alone.
         """
         length, left = self.context_length, self.rows(split) if max_tokens is None else max_tokens
+        if hook:
+            self._hook(hook)
         first_row = 0
-        for number in range(self.shards(split)):
+        needed = range(min(self.shards(split), -(-left // (self.manifest.shard_contexts * length))))
+        for number in self._checked(needed, hook or "tokens", split):
             tokens, documents = self.token_shard(split, number)
             eligible = eligible_rows(tokens, self.policy, length)
             activations, scale = self.activation_shard(hook, split, number) if hook else (None, None)
@@ -251,20 +336,44 @@ class ActivationCache:
                 left -= stop - start
             first_row += len(tokens)
 
+    def _checked(self, numbers: Sequence[int], folder: str, split: str) -> Iterator[int]:
+        """Numbers of shards, each when it is checked; a few after it are being checked meanwhile."""
+        with self.checking(folder, split) as begin:
+            waiting: deque[Future[Identity]] = deque()
+            for place, number in enumerate(numbers):
+                while len(waiting) <= _SHARDS_AHEAD and place + len(waiting) < len(numbers):
+                    waiting.append(begin(numbers[place + len(waiting)]))
+                waiting.popleft().result()
+                yield number
+
     def _hook(self, hook: str) -> HookEntry:
         if hook not in self.manifest.hooks:
             raise CacheError(f"cache {str(self.path)!r}: hook {hook!r} is not in it; it holds {', '.join(self.hooks)}")
         return self.manifest.hooks[hook]
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019  a cache is opened once a run
+    def _check(self, name: str) -> Identity:
+        path = _inside(self.path, name)
+        return check(path, self.manifest.files[name].sha256, remedy=RESTORE)
+
     def _open(self, name: str) -> Any:
-        try:
-            return safe_open(self.path / name, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CacheError(
-                f"cache {str(self.path)!r}: {name} is damaged ({error}); delete it and run the same 'sae harvest' to "
-                "restore it"
-            ) from error
+        """A mapped file; checked again if somebody has written to it since."""
+        identity = self._check(name)
+        with self._mapping:
+            if name not in self._mapped or self._mapped[name][0] != identity:
+                if len(self._mapped) >= _MOST_MAPPED:
+                    self._mapped.pop(next(iter(self._mapped)))
+                file = open_tensors(self.path / name, self.manifest.files[name].sha256, remedy=RESTORE)
+                self._mapped[name] = identity_of((self.path / name).stat()), file
+            return self._mapped[name][1]
+
+    def _tensor(self, name: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of a file, if it is what the manifest says."""
+        path = self.path / name
+        tensor = tensor_of(self._open(name), key, path, RESTORE)
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            there, here = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
+            raise damaged(path, f"{key} is {there}, where {MANIFEST} says {here}", RESTORE)
+        return tensor
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{count:,} {split}{self._origin(split)}" for split, count in self.manifest.rows.items())
@@ -293,12 +402,12 @@ def verify(path: str | Path) -> tuple[int, list[str]]:
     """Compare every file of a cache with its checksum.
 
     Returns:
-        How many files were read, and a line for each that is missing or differs.
+        How many files the manifest names, and a line for each that is missing or differs.
     """
     folder = find_cache(path)
     manifest = read_manifest(folder)
-    with ThreadPoolExecutor() as pool:
-        problems = pool.map(lambda item: _check(folder, *item), manifest.files.items())
+    with ThreadPoolExecutor(THREADS) as pool:
+        problems = pool.map(lambda item: shard_problem(folder, *item), manifest.files.items())
         return len(manifest.files), [problem for problem in problems if problem]
 
 
@@ -310,7 +419,7 @@ def find_cache(path: str | Path) -> Path:
     """
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "activations"):
-        if (candidate / MANIFEST).is_file():
+        if stands(candidate / MANIFEST):
             return candidate
     raise CacheError(f"cache {str(path)!r}: no {MANIFEST} there; make one with 'sae harvest'")
 
@@ -321,23 +430,19 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CacheError: not a manifest of this format, or of a newer version.
     """
-    damaged = f"cache {str(folder)!r}: {MANIFEST} is damaged"
-    try:
-        record = json.loads((folder / MANIFEST).read_bytes())
-        written_as = (record["format"], record["format_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{damaged} ({error}); delete the cache and harvest it anew") from error
-    if written_as[0] != FORMAT or written_as[1] > FORMAT_VERSION:
+    path = folder / MANIFEST
+    record = read_object(path)
+    if record.get("format") != FORMAT or not isinstance(record.get("format_version"), int):
+        raise CacheError(f"cache {str(folder)!r}: {MANIFEST} is not of this toolkit (no format {FORMAT!r})")
+    if record["format_version"] > FORMAT_VERSION:
         raise CacheError(
-            f"cache {str(folder)!r}: format {written_as[0]!r} version {written_as[1]}; this package reads "
-            f"{FORMAT!r} up to version {FORMAT_VERSION}"
+            f"cache {str(folder)!r}: format {record['format']!r} version {record['format_version']}; this package "
+            f"reads {FORMAT!r} up to version {FORMAT_VERSION}"
         )
-    try:
-        return Manifest.model_validate(record)
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        reason = f"{where}: {error.errors()[0]['msg']}"
-        raise CacheError(f"{damaged} ({reason}); delete the cache and harvest it anew") from error
+    manifest: Manifest = validated(path, Manifest, record)
+    if reason := manifest.contradiction():
+        raise damaged(path, f"damaged ({reason})")
+    return manifest
 
 
 def _batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple[int, int]]:
@@ -348,18 +453,26 @@ def _batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple
         yield whole, rows
 
 
-def _check(folder: Path, name: str, entry: FileEntry) -> str | None:
-    file = folder / name
-    if not file.is_file():
-        return f"{name}: missing"
-    if file.stat().st_size != entry.bytes:
-        return f"{name}: {file.stat().st_size:,} bytes instead of {entry.bytes:,}"
-    with file.open("rb") as content:
-        digest = hashlib.sha256()
-        while chunk := content.read(1 << 24):
-            digest.update(chunk)
-    return (
-        None
-        if digest.hexdigest() == entry.sha256
-        else f"{name}: checksum differs; the file was changed after the harvest"
-    )
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file of the cache.
+
+    Raises:
+        DamagedError: it leads out of the cache.
+    """
+    path = folder / name
+    try:
+        leads_out = not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # a symbolic link to itself
+        leads_out = True
+    if leads_out:
+        raise DamagedError(f"{str(path)!r}: leads out of the cache; put the file itself there, or {RESTORE}")
+    return path
+
+
+def shard_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
+    """What is wrong with a file of a cache; None if nothing is."""
+    try:
+        check(_inside(folder, name), entry.sha256, remedy=RESTORE)
+    except DamagedError as error:
+        return str(error)
+    return None

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from sae.activations.cache import (
     DOCUMENTS,
     MANIFEST,
+    RESTORE,
     ActivationCache,
     FileEntry,
     HookEntry,
@@ -31,10 +32,11 @@ from sae.activations.cache import (
 )
 from sae.config import DataConfig, RunConfig
 from sae.errors import CacheError
-from sae.files import locked, write_bytes
+from sae.files import locked, stands, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label
+from sae.reading import load_tensors, taken_apart
 from sae.tokens import HELD_OUT, SPLITS, TRAIN, PackedRows, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]
@@ -61,7 +63,7 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
         language_model.check_hook(hook)
     language_model.check_context_length(config.data.context_length)
     with locked(folder, "harvest"):
-        if (folder / MANIFEST).is_file():
+        if stands(folder / MANIFEST):
             manifest = read_manifest(folder)
             check_same_request(folder, manifest, config)
             check_same_model(folder, manifest, language_model)
@@ -222,7 +224,7 @@ class _Harvester:
         writing: deque[tuple[list[tuple[str, Future[FileEntry]]], dict[str, tuple[Tensor, float, int]]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for split, number in self._shards():
-                tokens = load_file(self.folder / shard_name("tokens", split, number))["tokens"].long()
+                tokens = self._tokens(shard_name("tokens", split, number))
                 names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
                 missing = {hook: name for hook, name in names.items() if not self.manifest.is_whole(self.folder, name)}
                 if not missing:
@@ -244,6 +246,11 @@ class _Harvester:
         for split in SPLITS:
             for number in range(-(-self.manifest.rows[split] // shard_rows)):
                 yield split, number
+
+    def _tokens(self, name: str) -> Tensor:
+        path = self.folder / name
+        with taken_apart(path, RESTORE):
+            return load_tensors(path, expected=self.manifest.files[name].sha256, remedy=RESTORE)["tokens"].long()
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> FileEntry:
         rows = len(tensors["activations"])
@@ -333,7 +340,7 @@ def _write(folder: Path, name: str, content: bytes, rows: int, expected: FileEnt
             f"cache {str(folder)!r}: {name} was made again and differs from its checksum ({cause}); "
             "delete the cache and harvest it anew"
         )
-    write_bytes(folder / name, content)
+    write_bytes(folder / name, content, hashed=False)  # its hash is in the manifest
     return entry
 
 

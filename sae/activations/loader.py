@@ -63,7 +63,9 @@ class ActivationLoader:
         self.batch_size, self.seed, self.block_tokens = batch_size, seed, min(block_tokens, pool_tokens)
         self.device = torch.device(device)
         self.position = 0
-        self._eligible_rows = [cache.eligible_shard(split, number) for number in range(cache.shards(split))]
+        with cache.checking("tokens", split) as begin:
+            checks = [begin(number) for number in range(cache.shards(split))]
+            self._eligible_rows = [cache.eligible_shard(split, n) for n, check in enumerate(checks) if check.result()]
         self._shard, self._start, self._eligible = self._find_blocks()
         self.tokens_per_epoch = int(self._eligible.sum())
         if self.tokens_per_epoch == 0:
@@ -170,18 +172,21 @@ class ActivationLoader:
         offset = 0
         blocks = np.sort(blocks)
         shards = self._shard[blocks]
-        for number in np.unique(shards):
-            activations, scale = self.cache.activation_shard(self.hook, self.split, int(number))
-            starts = torch.from_numpy(self._start[blocks[shards == number]])
-            eligible = self._eligible_rows[number]
-            rows = (starts[:, None] + torch.arange(self.block_tokens)).flatten()
-            rows = rows[rows < len(activations)]
-            rows = rows[eligible[rows]]
-            places = order[offset : offset + len(rows)]
-            pool.index_copy_(0, places, activations.index_select(0, rows))
-            if scales is not None and scale is not None:
-                scales.index_copy_(0, places, scale[rows])
-            offset += len(rows)
+        with self.cache.checking(self.hook, self.split) as begin:
+            checks = {number: begin(number) for number in np.unique(shards).tolist()}
+            for number, check in checks.items():
+                check.result()
+                activations, scale = self.cache.activation_shard(self.hook, self.split, number)
+                starts = torch.from_numpy(self._start[blocks[shards == number]])
+                eligible = self._eligible_rows[number]
+                rows = (starts[:, None] + torch.arange(self.block_tokens)).flatten()
+                rows = rows[rows < len(activations)]
+                rows = rows[eligible[rows]]
+                places = order[offset : offset + len(rows)]
+                pool.index_copy_(0, places, activations.index_select(0, rows))
+                if scales is not None and scale is not None:
+                    scales.index_copy_(0, places, scale[rows])
+                offset += len(rows)
         return _Pool(pool, scales)
 
     def _find_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -37,7 +37,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
     """
     saved = read_saved(path, device)
     config: dict[str, Any] = saved.config
-    architecture = ARCHITECTURES.get(config.get("architecture", ""))
+    architecture = ARCHITECTURES.get(str(config.get("architecture", "")))
     if architecture is None:
         known = ", ".join(ARCHITECTURES)
         raise FormatError(
@@ -46,7 +46,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
     try:
         settings = {key: config[key] for key in architecture.setting_names}
         dictionary = architecture(config["d_in"], config["d_sae"], metadata=config.get("metadata"), **settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FormatError(f"dictionary {str(path)!r}: config.json is incomplete or wrong ({error})") from error
     try:
         dictionary.load_state_dict(saved.tensors)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import sae
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.evaluation.estimate import Estimate
+from sae.reading import conforming
 
 FORMAT, FORMAT_VERSION = "sae-effects", 1
 SORT_COLUMNS = ("kl", "loss", "kl_after", "loss_after", "direct", "density", "positions", "feature")
@@ -217,9 +218,10 @@ class Effects:
         """
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise FormatError(f"effects: not of this toolkit (no format {FORMAT!r})")
-        if record.get("format_version", 0) > FORMAT_VERSION:
+        version = record.get("format_version", 0)
+        if type(version) is not int or version > FORMAT_VERSION:
             raise FormatError(
-                f"effects: format version {record['format_version']} is newer than this package reads "
+                f"effects: format version {version} is newer than this package reads "
                 f"({FORMAT_VERSION}); update the package"
             )
         try:
@@ -229,9 +231,9 @@ class Effects:
             values["settings"] = EffectSettings(**values["settings"])
             for name in ("over_features", "over_positions"):
                 values[name] = None if values[name] is None else Correlation(**values[name])
-            return Effects(**values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"effects: damaged ({error!r})") from error
+            return conforming(Effects(**values))
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+            raise FormatError(f"effects: damaged ({' '.join(str(error).split())})") from error
 
 
 def check_column(column: str) -> None:

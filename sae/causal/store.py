@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 import sae
 from sae.causal.changes import NO_CHANGES, Changes
 from sae.causal.effects import FORMAT_VERSION, Effects, EffectSettings
 from sae.errors import FormatError
 from sae.features.store import Features
-from sae.files import read_json, write_bytes, write_json, write_tensors
+from sae.files import stands, write_bytes, write_json, write_tensors
+from sae.hashes import way_out
+from sae.reading import load_tensors, read_json, read_object, taken_apart
 
 _KEY = "key"
 
@@ -85,33 +85,39 @@ def read_effects(path: str | Path) -> Effects:
         FormatError: there are none, or they are damaged or of a newer version.
     """
     path = Path(path).expanduser()
-    file = path if path.is_file() else path / f"{stem(0.0)}.json"
-    if not file.is_file():
+    file = path if not path.is_dir() else path / f"{stem(0.0)}.json"
+    if not stands(file):
         raise FormatError(f"effects {str(path)!r}: no {file.name} there; make it with 'sae effects RUN'")
+    record = read_json(file)
     try:
-        return Effects.from_json(read_json(file))
+        return Effects.from_json(record)
     except FormatError as error:
-        raise FormatError(f"{str(file)!r}: {error}; delete it to have it made again") from error
+        raise FormatError(f"{str(file)!r}: {error}; {way_out(file)}") from error
 
 
 def resume(folder: Path, key: str, scale: float) -> tuple[Effects, Changes] | None:
     """What is there of the same key: effects, and the changes that they were made from; None where nothing is.
 
-    A file that is damaged, or of other weights, data or settings, counts as not there.
+    Files of other weights, data or settings count as not there.
+
+    Raises:
+        FormatError: a file is damaged.
     """
     name = stem(scale)
-    try:
-        effects = read_effects(folder / f"{name}.json")
-        tensors = load_file(folder / f"{name}.safetensors")
-    except (FormatError, SafetensorError, OSError):
+    index, singles = folder / f"{name}.json", folder / f"{name}.safetensors"
+    if not stands(index) or not stands(singles):
         return None
+    if read_object(index).get("sae_version") != sae.__version__:
+        return None
+    effects, tensors = read_effects(index), load_tensors(singles)
     of_changes = tensors.pop(_KEY, None)
     if effects.key != key or of_changes is None or of_changes.tolist() != _as_tensor(key).tolist():
         return None
     if tensors.keys() != NO_CHANGES.columns().keys():
         return None
-    changes = Changes(**{column: values.numpy() for column, values in tensors.items()})
-    return effects, changes.at(np.isin(changes.feature, list(effects.features)))
+    with taken_apart(singles):
+        changes = Changes(**{column: values.numpy() for column, values in tensors.items()})
+        return effects, changes.at(np.isin(changes.feature, list(effects.features)))
 
 
 def effects_beside(features: Features) -> Effects | None:
@@ -121,7 +127,7 @@ def effects_beside(features: Features) -> Effects | None:
         FormatError: they are damaged, or of a newer version.
     """
     folder = features.path.parent
-    if not (folder / f"{stem(0.0)}.json").is_file():
+    if not stands(folder / f"{stem(0.0)}.json"):
         return None
     effects = read_effects(folder)
     same = effects.dictionary.get("weights_sha256") == features.info.get("dictionary_sha256")

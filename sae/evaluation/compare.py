@@ -13,15 +13,16 @@ import torch
 import sae
 from sae.activations.cache import ActivationCache
 from sae.config import EvaluationConfig
-from sae.errors import ConfigError, FormatError
+from sae.errors import ConfigError
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.evaluate import evaluate_all
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
 from sae.evaluation.report import HEADINGS
 from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated
-from sae.files import read_json, write_bytes, write_json
+from sae.files import stands, write_bytes, write_json
 from sae.language_model import LanguageModel
+from sae.reading import conforming, read_object, taken_apart
 
 FORMAT, FORMAT_VERSION = "sae-comparison", 1
 COMMON = ("ce_clean", "ce_zero", "ce_mean")
@@ -205,16 +206,22 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
 
 
 def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | None:
-    """A written comparison, where it is of just this key, and of dictionaries that have a hash."""
+    """A written comparison, where it is of just this key, and of dictionaries that have a hash.
+
+    Raises:
+        DamagedError: the file is damaged.
+    """
     folder = Path(folder).expanduser()
-    try:
-        record = read_json(folder / JSON_FILE)
-        current = record["key"] == key and (record["format"], record["format_version"]) == (FORMAT, FORMAT_VERSION)
-    except (FormatError, KeyError, TypeError):
+    path = folder / JSON_FILE
+    if not stands(path) or not stands(folder / MARKDOWN_FILE):
         return None
+    record = read_object(path)
+    current = (record.get("key"), record.get("format"), record.get("format_version")) == (key, FORMAT, FORMAT_VERSION)
     hashed = all(identity["weights_sha256"] for _, identity in key["dictionaries"])
-    whole = (folder / MARKDOWN_FILE).is_file()
-    return Comparison.from_json(record) if current and hashed and whole else None
+    if not current or not hashed:
+        return None
+    with taken_apart(path):
+        return conforming(Comparison.from_json(record))
 
 
 def _compared(record: Mapping[str, Any], description: str, differences: dict[str, Estimate]) -> Compared:

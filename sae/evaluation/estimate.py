@@ -48,8 +48,15 @@ class Estimate:
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Estimate:
-        """What `to_json` made."""
-        return Estimate(record["value"], record["standard_error"], record["degrees_of_freedom"])
+        """What `to_json` made.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+        numbers = [record[name] for name in ("value", "standard_error", "degrees_of_freedom")]
+        if any(type(number) not in (int, float, type(None)) for number in numbers):
+            raise TypeError(f"an estimate is made of numbers, not {numbers}")
+        return Estimate(*numbers)
 
     def __str__(self) -> str:
         """`0.1234 ± 0.0012`: two digits of the standard error, and the value to the same place."""

@@ -7,21 +7,24 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safetensors.torch import load_file, save
+from pydantic import BaseModel
+from safetensors.torch import save
 from torch import Tensor
 
 import sae
 from sae.config import EvaluationConfig
 from sae.dictionary import Dictionary, weights_sha256
-from sae.errors import FormatError
 from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
+from sae.evaluation.estimate import Estimate
 from sae.evaluation.legacy_pass import LegacyScores
 from sae.evaluation.reconstruction import ReconstructionScores
 from sae.evaluation.sparsity import SparsityScores
 from sae.evaluation.streams import NormHistogram
-from sae.files import read_json, write_bytes, write_json
+from sae.files import stands, write_bytes, write_json
+from sae.hashes import check, damaged, sha256_of
+from sae.reading import load_tensors, read_object, taken_apart, validated
 from sae.tokens import TokenPolicy
 from sae.transcoding import Hooks
 
@@ -165,6 +168,33 @@ class Report:
         }
 
 
+class _Count(BaseModel):
+    features: int
+
+
+class _Baseline(BaseModel):
+    description: str
+    downstream_tokens: int | None
+    features: int | None
+    dead: _Count | None
+    dense: _Count | None
+
+
+class _Stored(BaseModel):
+    """What is read of `eval.json`, estimates left out."""
+
+    description: str
+    hook: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    token_policy: dict[str, Any]
+    evaluated: dict[str, int | None]
+    features: int | None
+    dead: _Count | None
+    dense: _Count | None
+    baselines: dict[Literal["pca", "random", "frozen_decoder", "identity"], _Baseline]
+
+
 def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:
     """Write `eval.json`, `eval.md`, `eval-documents.safetensors` and, where matplotlib is installed, `figures/*.png`.
 
@@ -218,15 +248,15 @@ def read_stored(
         settings: how much was asked for.
 
     Returns:
-        None where anything differs, be it the version of this package, and where a file is missing or damaged.
+        None where anything differs, be it the version of this package, and where a file is missing.
+
+    Raises:
+        DamagedError: a file is damaged.
     """
     folder = Path(folder).expanduser()
-    if not all((folder / name).is_file() for name in (JSON_FILE, MARKDOWN_FILE, DOCUMENTS_FILE)):
+    if not all(stands(folder / name) for name in (JSON_FILE, MARKDOWN_FILE, DOCUMENTS_FILE)):
         return None
-    try:
-        record = read_json(folder / JSON_FILE)
-    except FormatError:
-        return None
+    record = read_object(folder / JSON_FILE)
     asked = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -235,8 +265,19 @@ def read_stored(
         "activations": activations,
         "hook": hook,
         "settings": settings.model_dump(mode="json"),
-        "documents_sha256": hashlib.sha256((folder / DOCUMENTS_FILE).read_bytes()).hexdigest(),
     }
-    if not isinstance(record, dict) or any(record.get(key) != value for key, value in asked.items()):
+    if any(record.get(key) != value for key, value in asked.items()):
         return None
-    return record, load_file(folder / DOCUMENTS_FILE)
+    validated(folder / JSON_FILE, _Stored, record)
+    with taken_apart(folder / JSON_FILE):
+        TokenPolicy.from_json(record["token_policy"])
+        for part in (record, *record["baselines"].values()):
+            for value in part.values():
+                if isinstance(value, dict) and "standard_error" in value:
+                    Estimate.from_json(value)
+    check(folder / MARKDOWN_FILE)
+    path = folder / DOCUMENTS_FILE
+    totals = load_tensors(path)
+    if sha256_of(path) != record.get("documents_sha256"):
+        raise damaged(path, f"its SHA-256 is not the one in {JSON_FILE}")
+    return record, totals

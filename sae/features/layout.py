@@ -37,3 +37,6 @@ MEANINGS = {
         "document": "that document, an index into documents.json",
     },
 }
+
+OF_EXAMPLES = ("example_", "window_")
+"""Beginnings of the columns that have an entry for each example, or each token of its window, not each feature."""

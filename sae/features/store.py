@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import functools
-import json
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from sae.config import MOST_EXAMPLES
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
 from sae.features.vocabulary import CONTEXT_BEFORE, Vocabulary
+from sae.files import stands
+from sae.hashes import damaged
+from sae.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
 
 SORT_COLUMNS = ("density", "max", "count", "index", "mean")
 
@@ -53,11 +55,12 @@ class Features:
     def __init__(self, path: str | Path) -> None:
         self.path = _find_store(path)
         self.info = _read_index(self.path)
-        self._columns = _read(self.path / layout.COLUMNS, load_file)
-        self._text = _read(self.path / layout.TOKENS, functools.partial(safe_open, framework="pt"))
+        self._columns = load_tensors(self.path / layout.COLUMNS)
+        self._text = open_tensors(self.path / layout.TOKENS)
+        self._runs, self._document, self._tokens = (
+            tensor_of(self._text, name, self.path / layout.TOKENS) for name in ("document_start", "document", "tokens")
+        )
         self._check()
-        self._runs = self._text.get_tensor("document_start")
-        self._document = self._text.get_tensor("document")
         counts = self._columns["window_count"].long()
         self._window_end = counts.cumsum(0)
 
@@ -77,21 +80,22 @@ class Features:
         if not 0 <= index < len(self):
             raise UnknownFeatureError(f"feature {index}: the store has features 0 to {len(self) - 1}")
         count = int(self._columns["count"][index])
-        groups = self._examples(index)
-        return Feature(
-            index=index,
-            density=count / max(1, self.info["tokens"]),
-            count=count,
-            dead=count == 0,
-            max=float(self._columns["max"][index]),
-            mean=float(self._columns["mean"][index]),
-            histogram=self._histogram(index),
-            top=groups[0],
-            quantiles=groups[1:],
-            promoted=self._tokens_and_logits("promoted", index),
-            suppressed=self._tokens_and_logits("suppressed", index),
-            neighbours=self._neighbours(index),
-        )
+        with taken_apart(self.path / layout.COLUMNS):
+            groups = self._examples(index)
+            return Feature(
+                index=index,
+                density=count / max(1, self.info["tokens"]),
+                count=count,
+                dead=count == 0,
+                max=float(self._columns["max"][index]),
+                mean=float(self._columns["mean"][index]),
+                histogram=self._histogram(index),
+                top=groups[0],
+                quantiles=groups[1:],
+                promoted=self._tokens_and_logits("promoted", index),
+                suppressed=self._tokens_and_logits("suppressed", index),
+                neighbours=self._neighbours(index),
+            )
 
     @property
     def has_logits(self) -> bool:
@@ -126,12 +130,13 @@ class Features:
     @functools.cached_property
     def documents(self) -> list[str]:
         """Names of the documents scanned."""
-        return _read(self.path / layout.DOCUMENTS, _read_json)
+        path = self.path / layout.DOCUMENTS
+        return validated(path, list[str], read_json(path))
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """What the tokens look like."""
-        return Vocabulary.from_json(_read(self.path / layout.VOCABULARY, _read_json))
+        return Vocabulary.from_json(read_object(self.path / layout.VOCABULARY))
 
     def __repr__(self) -> str:
         dead = int((self._columns["count"] == 0).sum())
@@ -167,7 +172,7 @@ class Features:
             activations[offset + shift] = activation
         activations[row - first] = value
         early = max(context, first - CONTEXT_BEFORE)
-        tokens = self._text.get_slice("tokens")[early:last].tolist()
+        tokens = self._tokens[early:last].tolist()
         run = int(torch.searchsorted(self._runs, row, right=True)) - 1
         return Example(
             value=value,
@@ -203,51 +208,59 @@ class Features:
         d_sae, rows = self.info["d_sae"], self.info["rows"]
         for name in layout.MEANINGS[layout.COLUMNS]:
             if name not in self._columns and not name.startswith(("promoted", "suppressed")):
-                raise FormatError(_damaged(self.path / layout.COLUMNS, f"column {name!r} is missing"))
-        found = len(self._columns["count"]), self._text.get_slice("tokens").get_shape()[0]
-        if found != (d_sae, rows):
-            raise FormatError(
-                _damaged(self.path, f"{found[0]:,} features and {found[1]:,} tokens, not {d_sae:,} and {rows:,}")
-            )
+                raise damaged(self.path / layout.COLUMNS, f"column {name!r} is missing")
+        for name, column in self._columns.items():
+            each = name.startswith(layout.OF_EXAMPLES)
+            if column.ndim == 0 or (not each and len(column) != d_sae):
+                raise damaged(
+                    self.path / layout.COLUMNS, f"column {name!r} is {list(column.shape)} of {d_sae:,} features"
+                )
+        if self._tokens.shape != (rows,) or self._runs.ndim != 1 or self._runs.shape != self._document.shape:
+            raise damaged(self.path / layout.TOKENS, f"tokens are {list(self._tokens.shape)}, not [{rows}]")
+
+
+class _Settings(BaseModel):
+    """What is read of the settings of a collection."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    quantiles: Annotated[int, Field(ge=1, le=MOST_EXAMPLES)]
+    before: NonNegativeInt
+    after: NonNegativeInt
+
+
+class _Index(BaseModel):
+    """What is read of `features.json`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    d_sae: PositiveInt
+    hook: str
+    rows: NonNegativeInt
+    tokens: NonNegativeInt
+    context_length: PositiveInt
+    settings: _Settings
+    histogram_edges: list[FiniteFloat]
 
 
 def _find_store(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "features"):
-        if (candidate / layout.INDEX).is_file():
+        if stands(candidate / layout.INDEX):
             return candidate
     raise FormatError(f"features {str(path)!r}: no {layout.INDEX} there; make them with 'sae run CONFIG out=...'")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    info = _read(folder / layout.INDEX, _read_json)
-    if not isinstance(info, dict) or info.get("format") != layout.FORMAT:
+    path = folder / layout.INDEX
+    info = read_object(path)
+    if info.get("format") != layout.FORMAT:
         raise FormatError(
             f"features {str(folder)!r}: {layout.INDEX} is not of this toolkit (no format {layout.FORMAT!r})"
         )
-    if info.get("format_version", 0) > layout.FORMAT_VERSION:
+    version = info.get("format_version", 0)
+    if type(version) is not int or version > layout.FORMAT_VERSION:
         raise FormatError(
-            f"features {str(folder)!r}: format version {info['format_version']} is newer than this package reads "
+            f"features {str(folder)!r}: format version {version} is newer than this package reads "
             f"({layout.FORMAT_VERSION}); update the package"
         )
-    needed = ("d_sae", "hook", "rows", "tokens", "context_length", "settings", "histogram_edges")
-    if missing := [key for key in needed if key not in info]:
-        raise FormatError(_damaged(folder / layout.INDEX, f"{missing[0]!r} is missing"))
+    validated(path, _Index, info)
     return info
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _read(path: Path, reader: Any) -> Any:
-    try:
-        return reader(path)
-    except FileNotFoundError as error:
-        raise FormatError(_damaged(path, "missing")) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise FormatError(_damaged(path, " ".join(str(error).split()))) from error
-
-
-def _damaged(path: Path, reason: str) -> str:
-    return f"features {str(path)!r}: {reason}; run the same 'sae features' to make the store again"

@@ -16,13 +16,12 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache
 from sae.config import FeaturesConfig
 from sae.dictionary import Dictionary, weights_sha256
-from sae.errors import CacheError
 from sae.features import layout
 from sae.features.examples import Examples
 from sae.features.logits import LogitEffects
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
-from sae.files import write_chunks, write_json, write_tensors
+from sae.files import delete, write_chunks, write_json, write_tensors
 from sae.neighbours import Neighbours
 from sae.tokens import TRAIN
 
@@ -74,7 +73,7 @@ def write_store(
     Raises:
         CacheError: the folder cannot be written.
     """
-    _remove_index(folder)
+    delete(folder / layout.INDEX)
     write_tensors(folder / layout.COLUMNS, _columns(collected, logits, neighbours))
     _write_tokens(folder / layout.TOKENS, cache, collected)
     used = int(collected.document.max(initial=-1)) + 1
@@ -141,13 +140,6 @@ def _narrow(column: np.ndarray, *, small: bool = False) -> np.ndarray:
     if small and largest < 1 << 8:
         return column.astype(np.uint8)
     return column.astype(np.int32 if largest < 1 << 31 else np.int64)
-
-
-def _remove_index(folder: Path) -> None:
-    try:
-        (folder / layout.INDEX).unlink(missing_ok=True)
-    except OSError as error:
-        raise CacheError(f"cannot write {str(folder)!r}: {error.strerror}; choose another folder") from error
 
 
 def _write_tokens(path: Path, cache: ActivationCache, collected: Collected) -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.errors import DataError, FormatError, ShapeError
-from sae.files import read_json, write_json, write_tensors
+from sae.errors import DataError, ShapeError
+from sae.files import stands, write_json, write_tensors
 from sae.language_model import LanguageModel
 from sae.probing.examples import Examples
+from sae.reading import load_tensors, read_object, taken_apart
 
 TOKENS_AT_ONCE = 2048
 ROWS_AT_ONCE = 2048
@@ -130,15 +129,22 @@ def save_activations(activations: LabelledActivations, path: Path) -> None:
 
 
 def load_activations(path: Path) -> LabelledActivations | None:
-    """What `save_activations` wrote; None where it is not there, or damaged."""
-    if not path.with_suffix(".json").is_file():
+    """What `save_activations` wrote; None if it is not there.
+
+    Raises:
+        DamagedError: a file is damaged.
+    """
+    index, rows = path.with_suffix(".json"), path.with_suffix(".safetensors")
+    if not stands(index) or not stands(rows):
         return None
-    try:
-        tensors = load_file(path.with_suffix(".safetensors"))
-        record: dict[str, Any] = read_json(path.with_suffix(".json"))
-        return LabelledActivations(**tensors, labels=tuple(record["labels"]), left_out=record["left_out"])
-    except (OSError, SafetensorError, FormatError, KeyError, TypeError):
-        return None
+    tensors, record = load_tensors(rows), read_object(index)
+    with taken_apart(index):
+        labels = tuple(map(str, record["labels"]))
+        held = LabelledActivations(**tensors, labels=labels, left_out=int(record["left_out"]))
+        examples = len(labels), int(held.example.max()) + 1
+        if held.rows.ndim != 2 or len(held.example) != len(held.rows) or (len(held.groups), *examples[1:]) != examples:
+            raise ValueError("it does not fit the activations beside it")
+        return held
 
 
 def _filled(context: tuple[int, ...], length: int) -> list[int]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import sae
-from sae.errors import FormatError
-from sae.files import read_json, write_json
+from sae.files import stands, write_json
 from sae.probing.probe import ProbeResult
+from sae.reading import conforming, read_object, taken_apart
 
 FORMAT, FORMAT_VERSION = "sae-probes", 1
 JSON_FILE, MARKDOWN_FILE = "probe.json", "probe.md"
@@ -123,20 +123,23 @@ class ProbeRecord:
 
     @staticmethod
     def read(folder: Path, subject: dict[str, Any]) -> ProbeRecord:
-        """What `probe.json` has of the same subject and version; nothing where it is of another, or damaged."""
-        empty = ProbeRecord(subject)
-        if not (folder / JSON_FILE).is_file():
+        """What `probe.json` has of the same subject and version; nothing if it is of another, or missing.
+
+        Raises:
+            DamagedError: it is damaged.
+        """
+        empty, path = ProbeRecord(subject), folder / JSON_FILE
+        if not stands(path):
             return empty
-        try:
-            record = read_json(folder / JSON_FILE)
-            if (record["format_version"], record["sae_version"]) != (FORMAT_VERSION, sae.__version__):
-                return empty
-            if record["subject"] != subject:
-                return empty
-            entries = {name: Entry.from_json(one) for name, one in record["data_sets"].items()}
-            return ProbeRecord(subject, entries, tuple((one["name"], Entry.from_json(one)) for one in record["others"]))
-        except (FormatError, KeyError, TypeError, AttributeError):
+        record = read_object(path)
+        if (record.get("format_version"), record.get("sae_version")) != (FORMAT_VERSION, sae.__version__):
             return empty
+        if record.get("subject") != subject:
+            return empty
+        with taken_apart(path):
+            entries = {name: conforming(Entry.from_json(one)) for name, one in record["data_sets"].items()}
+            others = tuple((one["name"], conforming(Entry.from_json(one))) for one in record["others"])
+            return ProbeRecord(subject, entries, others)
 
 
 def identify(**parts: Any) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 import sae
-from sae.errors import ConfigError, FormatError
-from sae.files import locked, read_json, write_bytes, write_json
+from sae.errors import ConfigError, FormatError, SaeError
+from sae.files import locked, stands, write_bytes, write_json
+from sae.hashes import is_leftover
+from sae.reading import read_object, validated
 from sae.superposition import dictionaries, experiments
 from sae.superposition.figures import draw
 from sae.superposition.report import markdown
@@ -172,9 +174,9 @@ def _chosen(names: Iterable[str]) -> list[str]:
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out={str(folder)!r} is a file: choose a folder with --out")
-    if not folder.is_dir() or (folder / JSON_FILE).is_file():
+    if not folder.is_dir() or stands(folder / JSON_FILE):
         return
-    others = sorted(path.name for path in folder.iterdir() if path.name not in (".lock", f".{JSON_FILE}.tmp"))
+    others = sorted(path.name for path in folder.iterdir() if not is_leftover(path.name))
     if others:
         raise ConfigError(
             f"folder {str(folder)!r} holds {others[0]!r} and no {JSON_FILE}: it is not one of 'sae superposition'; "
@@ -184,23 +186,24 @@ def _check_folder(folder: Path) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / JSON_FILE
-    if not path.is_file():
+    if not stands(path):
         return {}
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_object(path)
+    if content.get("format") != FORMAT:
         raise FormatError(f"{str(path)!r} is not of 'sae superposition'; choose another folder with --out")
     if content.get("format_version") != FORMAT_VERSION:
         raise FormatError(
             f"{str(path)!r} has format version {content.get('format_version')}, this package reads {FORMAT_VERSION}; "
             "choose another folder with --out"
         )
-    return {name: entry for name, entry in content["experiments"].items() if name in EXPERIMENTS}
+    experiments = validated(path, dict[str, dict[str, Any]], content.get("experiments"))
+    return {name: entry for name, entry in experiments.items() if name in EXPERIMENTS}
 
 
 def _check_same(folder: Path, name: str, entry: Mapping[str, Any], settings: Any, seed: int) -> None:
     if entry.get("key") == key_of(name, settings, seed):
         return
-    held = {"sae version": entry.get("sae_version"), "seed": entry.get("seed"), **_flat(entry.get("settings", {}))}
+    held = {"sae version": entry.get("sae_version"), "seed": entry.get("seed"), **_flat(_settings_of(entry))}
     asked = {
         "sae version": sae.__version__,
         "seed": seed,
@@ -211,6 +214,11 @@ def _check_same(folder: Path, name: str, entry: Mapping[str, Any], settings: Any
         f"experiment {name!r} in {str(folder)!r}: made with {key}={held.get(key)!r}, now {asked.get(key)!r}; choose "
         "another folder with --out"
     )
+
+
+def _settings_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    settings = entry.get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -246,8 +254,8 @@ def _restore(folder: Path, name: str, entry: Mapping[str, Any]) -> Finished:
     try:
         result = TypeAdapter(experiment.result).validate_python(entry["result"])
         settings = TypeAdapter(type(experiment.settings)).validate_python(entry["settings"])
-        seed, seconds = entry["seed"], entry["seconds"]
-    except (ValidationError, KeyError) as error:
+        seed, seconds = int(entry["seed"]), float(entry["seconds"])
+    except (ValidationError, KeyError, TypeError, ValueError, SaeError) as error:
         raise FormatError(
             f"experiment {name!r} in {str(folder / JSON_FILE)!r} cannot be read; choose another folder with --out"
         ) from error

@@ -14,8 +14,8 @@ import torch
 
 from sae.config import TrainConfig
 from sae.dictionary import Dictionary
-from sae.errors import TrainingError
-from sae.files import write_bytes
+from sae.files import delete, stands, write_bytes
+from sae.hashes import check, damaged, recorded
 
 STATE_FILE = "state.pt"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
@@ -35,9 +35,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep`, and what a kill left half written."""
     for old in list_checkpoints(folder)[:-keep]:
-        (old / STATE_FILE).unlink()
+        delete(old / STATE_FILE)
     for other in folder.iterdir():
-        if _NAME.fullmatch(other.name) and not (other / STATE_FILE).is_file():
+        if _NAME.fullmatch(other.name) and not stands(other / STATE_FILE):
             shutil.rmtree(other)
 
 
@@ -45,7 +45,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE_FILE).is_file()]
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and stands(path / STATE_FILE)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -70,14 +70,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a state; nothing in it can run code.
 
     Raises:
-        TrainingError: the file is damaged.
+        DamagedError: the file is damaged.
     """
+    file = path / STATE_FILE
+    check(file)
     try:
-        with zipfile.ZipFile(path / STATE_FILE) as archive:
-            if wrong := archive.testzip():  # which PyTorch does not look at
-                raise ValueError(f"the checksum of {wrong} is wrong")
-        return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        if not recorded(file):
+            with zipfile.ZipFile(file) as archive:
+                if wrong := archive.testzip():  # which PyTorch does not look at
+                    raise ValueError(f"the checksum of {wrong} is wrong")
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise TrainingError(
-            f"checkpoint {str(path)!r}: damaged ({error}); delete it, and training goes on from the one before"
-        ) from error
+        raise damaged(file, f"damaged ({error})") from error
+    if not isinstance(state, dict) or not {"identity", "sources", "step"} <= state.keys():
+        raise damaged(file, "damaged (it is no state of a training)")
+    return state

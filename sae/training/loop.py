@@ -17,9 +17,11 @@ from torch import Tensor
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
+from sae.reading import taken_apart
 from sae.training.agreement import common_pass
 from sae.training.checkpoint import (
     CHECKPOINTS,
+    STATE_FILE,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
@@ -332,9 +334,10 @@ class _Run:
             if paths:
                 newest = paths[max(common or paths)]
                 state = load_checkpoint(newest)
-                member.trainee.check_identity(state["identity"], f"checkpoint {str(newest)!r}")
-                if common:
-                    self._go_on(member, state)
+                with taken_apart(newest / STATE_FILE):
+                    member.trainee.check_identity(state["identity"], f"checkpoint {str(newest)!r}")
+                    if common:
+                        self._go_on(member, state)
         if common:
             return
         for source in self.sources.values():

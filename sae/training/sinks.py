@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from pathlib import Path
@@ -11,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.config import WandbConfig
-from sae.errors import ConfigError, TrainingError
-from sae.files import write_bytes
+from sae.errors import ConfigError, DamagedError, TrainingError
+from sae.files import stands, write_bytes
+from sae.hashes import damaged, read_checked, record
+from sae.reading import MOST_JSON_BYTES, as_object, parse_json
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb-id.txt"
@@ -40,21 +43,31 @@ class JsonLines:
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         self.path = folder / METRICS_FILE
         kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if resume_step else []
-        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = self.path.open("a", encoding="utf-8")
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode(), hashed=False)  # it grows
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(self._explain(error)) from error
 
     def log(self, metrics: dict[str, float | int]) -> None:
         try:
             self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()
         except OSError as error:
-            raise TrainingError(
-                f"cannot write {str(self.path)!r}: {error.strerror}; training stops at the last checkpoint: "
-                "free some space and run the same command again"
-            ) from error
+            raise TrainingError(self._explain(error)) from error
 
     def close(self) -> None:
-        self._file.close()
+        """What could not be written is lost; the hash is that of what was."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            record(self.path)
+
+    def _explain(self, error: OSError) -> str:
+        return (
+            f"cannot write {str(self.path)!r}: {error.strerror}; training stops at the last checkpoint: "
+            "free some space and run the same command again"
+        )
 
 
 class Wandb:
@@ -99,21 +112,30 @@ class Wandb:
 
 def _wandb_id(folder: Path, resume: bool) -> str:
     path = folder / WANDB_ID_FILE
-    if resume and path.is_file():
-        return path.read_text(encoding="utf-8").strip()
+    if resume and stands(path):
+        return read_checked(path, most=1000).decode("utf-8", "replace").strip()
     new = secrets.token_hex(8)
     write_bytes(path, f"{new}\n".encode())
     return new
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.is_file():
+    """Lines of metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises:
+        DamagedError: another line is no JSON with a step, or the file of a finished training differs from its hash.
+    """
+    if not stands(path):
         return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    *lines, last = read_checked(path, most=MOST_JSON_BYTES, announce=False).split(b"\n")
+    records = [_metrics(path, line) for line in lines if line.strip()]
+    with contextlib.suppress(DamagedError):
+        records += [_metrics(path, last)] if last.strip() else []
+    return records
+
+
+def _metrics(path: Path, line: bytes) -> dict[str, Any]:
+    record = as_object(path, parse_json(path, line))
+    if type(record.get("step")) is not int or any(type(value) not in (int, float) for value in record.values()):
+        raise damaged(path, "damaged (a line without a step, or with something that is no number)")
+    return record

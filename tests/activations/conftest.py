@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.activations import ActivationCache
 from sae.activations.cache import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
+from sae.files import write_bytes
 
 WriteCache = Callable[..., ActivationCache]
 
@@ -60,7 +61,7 @@ def write_synthetic_cache(
         hooks={hook: HookEntry(d_in=activations.shape[1])},
         files=files,
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+    write_bytes(folder / MANIFEST, manifest.model_dump_json().encode())
     return ActivationCache(folder)
 
 

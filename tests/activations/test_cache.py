@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from sae.activations import ActivationCache, verify
 from sae.activations.cache import MANIFEST
 from sae.errors import CacheError
+from sae.files import write_json
 from sae.tokens import HELD_OUT, SPLITS, TRAIN
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -126,20 +129,32 @@ def test_verify_names_the_flipped_byte(copy: Path, name: str) -> None:
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
     ActivationCache(copy)
-    assert verify(copy) == (files, [f"{name}: checksum differs; the file was changed after the harvest"])
+    [problem] = verify(copy)[1]
+    assert re.fullmatch(
+        rf"'{copy / name}': damaged or changed: its SHA-256 is [0-9a-f]{{12}}… and should be [0-9a-f]{{12}}…; "
+        "delete it and run the same 'sae harvest' to restore it",
+        problem,
+    )
 
 
 def test_verify_names_everything_that_is_wrong(copy: Path) -> None:
     (copy / SHARD).unlink()
     (copy / "documents.json").write_bytes(b"")
-    size = json.loads((copy / MANIFEST).read_bytes())["files"]["documents.json"]["bytes"]
-    assert set(verify(copy)[1]) == {f"{SHARD}: missing", f"documents.json: 0 bytes instead of {size:,}"}
+    problems = verify(copy)[1]
+    assert len(problems) == 2
+    assert any(f"{SHARD}': missing; delete it" in problem for problem in problems)
+    assert any(
+        f"documents.json': damaged or changed: its SHA-256 is {hashlib.sha256(b'').hexdigest()[:12]}…" in problem
+        for problem in problems
+    )
 
 
 def test_shard_that_is_no_safetensors_file(copy: Path) -> None:
     cache = ActivationCache(copy)
     (copy / SHARD).write_bytes(b"\xff" * 100)
-    with pytest.raises(CacheError, match=rf"{SHARD} is damaged \(.*\); delete it and run the same 'sae harvest'"):
+    with pytest.raises(
+        CacheError, match=rf"{SHARD}': damaged or changed: .*; delete it and run the same 'sae harvest'"
+    ):
         list(cache.contexts(TRAIN, HOOK))
 
 
@@ -151,13 +166,13 @@ def test_shard_that_is_no_safetensors_file(copy: Path) -> None:
             {"format_version": 2, "news": 1},
             r"format 'sae-activations' version 2; this package reads .* up to version 1",
         ),
-        ({"format": "other"}, r"format 'other' version 1; this package reads 'sae-activations'"),
-        ({"rows": None}, r"manifest.json is damaged \(rows: .*\); delete the cache and harvest it anew"),
+        ({"format": "other"}, r"manifest.json is not of this toolkit \(no format 'sae-activations'\)"),
+        ({"rows": None}, r"manifest.json': damaged \(rows: .*\); delete the cache and harvest it anew"),
     ],
 )
 def test_manifests_of_another_kind(copy: Path, change: dict, message: str) -> None:
     record = json.loads((copy / MANIFEST).read_bytes())
-    (copy / MANIFEST).write_text(json.dumps({**record, **change}), encoding="utf-8")
+    write_json(copy / MANIFEST, {**record, **change})
     with pytest.raises(CacheError, match=message):
         ActivationCache(copy)
 
@@ -165,5 +180,5 @@ def test_manifests_of_another_kind(copy: Path, change: dict, message: str) -> No
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff"])
 def test_damaged_manifest(copy: Path, content: bytes) -> None:
     (copy / MANIFEST).write_bytes(content)
-    with pytest.raises(CacheError, match=r"manifest.json is damaged"):
+    with pytest.raises(CacheError, match=r"manifest.json': damaged or changed: its SHA-256 is"):
         ActivationCache(copy)

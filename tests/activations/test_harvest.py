@@ -18,6 +18,7 @@ from sae.activations.cache import dequantise
 from sae.activations.harvest import harvest
 from sae.config import ModelConfig
 from sae.errors import CacheError, DataError, ModelError
+from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT, SPLITS, TRAIN
 
@@ -182,7 +183,7 @@ def test_a_cache_of_other_settings_is_refused(
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["hooks"][HOOKS[1]]
     manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith(HOOKS[1])}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_json(folder / "manifest.json", manifest)
     before = contents(folder)
     harvest(tiny_config(harvest__cache=str(folder)), language_model)
     assert contents(folder) == before

@@ -126,7 +126,7 @@ def test_killed_harvests_end_with_the_same_bytes(tiny_model: Path, text_folder: 
     runs = sorted(path for path in tmp_path.iterdir() if path.name != "whole")
     assert len(runs) >= 15
     whole = contents(tmp_path / "whole")
-    assert len(whole) == 2 * 10 + 10 + 3  # two hooks and tokens in 8 + 2 shards; documents, manifest, lock
+    assert len(whole) == 2 * 10 + 10 + 4  # two hooks and tokens in 8 + 2 shards; documents, manifest, its hash, lock
     for run in runs:
         assert contents(run) == whole, run.name
     assert verify(tmp_path / "whole") == (31, [])

@@ -196,5 +196,5 @@ def test_a_shard_lost_while_loading_is_named(marked: tuple[ActivationCache, list
     cache, _ = marked
     loader = ActivationLoader(cache, HOOK, batch_size=10, pool_tokens=100)
     (cache.path / HOOK / "train-00003.safetensors").unlink()
-    with pytest.raises(CacheError, match=r"blocks.0.hook_resid_pre/train-00003.safetensors is damaged \(.*restore it"):
+    with pytest.raises(CacheError, match=r"blocks.0.hook_resid_pre/train-00003.safetensors': missing; .*restore it"):
         drawn(loader, 100)

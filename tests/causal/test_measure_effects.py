@@ -28,9 +28,10 @@ from sae.causal.meter import ChangeMeter, Measured
 from sae.causal.store import resume
 from sae.causal.summarise import pearson
 from sae.config import ModelConfig
-from sae.errors import CacheError, ConfigError, FormatError, UnknownFeatureError
+from sae.errors import CacheError, ConfigError, DamagedError, FormatError, UnknownFeatureError
 from sae.evaluation.estimate import Estimate
 from sae.features.vocabulary import Vocabulary
+from sae.files import write_json
 from sae.language_model import LanguageModel
 
 FEW = EffectSettings(positions=6, null_positions=3, window=2, top=4)
@@ -242,12 +243,12 @@ def test_saved_between_groups(
     assert kept == [[0], [0, 1], [0, 1, 2]]
     record = json.loads((tmp_path / "effects.json").read_text())
     record["features"] = record["features"][:2]
-    (tmp_path / "effects.json").write_text(json.dumps(record))
+    write_json(tmp_path / "effects.json", record)
     known = resume(tmp_path, effects.key, 0.0)
     assert known is not None and sorted(set(known[1].feature.tolist())) == [0, 1]
 
 
-def test_stale_or_damaged_results_are_not_reused(
+def test_stale_results_are_not_reused_and_damaged_ones_named(
     held_out: ActivationCache, language_model: LanguageModel, tmp_path: Path
 ) -> None:
     first = measure(held_out, language_model, folder=tmp_path, features=[0])
@@ -274,12 +275,14 @@ def test_stale_or_damaged_results_are_not_reused(
 
     content = (tmp_path / "effects.safetensors").read_bytes()
     (tmp_path / "effects.safetensors").write_bytes(content[:50])
-    assert resume(tmp_path, other.key, 0.0) is None
+    with pytest.raises(DamagedError, match="effects.safetensors': damaged or changed"):
+        resume(tmp_path, other.key, 0.0)
     (tmp_path / "effects.safetensors").write_bytes(content)
     assert resume(tmp_path, other.key, 0.0) is not None
     assert resume(tmp_path, first.key, 0.0) is None
     (tmp_path / "effects.json").write_text("{")
-    assert resume(tmp_path, other.key, 0.0) is None
+    with pytest.raises(DamagedError, match="effects.json': damaged or changed"):
+        resume(tmp_path, other.key, 0.0)
 
 
 def test_json_and_back(held_out: ActivationCache, language_model: LanguageModel, tmp_path: Path) -> None:
@@ -295,8 +298,8 @@ def test_json_and_back(held_out: ActivationCache, language_model: LanguageModel,
             Effects.from_json(damaged)
     with pytest.raises(FormatError, match=r"no effects.json there; make it with 'sae effects RUN'"):
         read_effects(tmp_path / "none")
-    (tmp_path / "effects.json").write_text("[]")
-    with pytest.raises(FormatError, match="delete it to have it made again"):
+    write_json(tmp_path / "effects.json", [])
+    with pytest.raises(FormatError, match="not of this toolkit.*; delete it and run the same 'sae effects' again"):
         read_effects(tmp_path)
 
 

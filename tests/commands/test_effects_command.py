@@ -14,6 +14,7 @@ import sae
 from sae.cli import cli
 from sae.config_file import parse_config
 from sae.errors import ConfigError, UnknownFeatureError
+from sae.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_effects_are_measured_written_and_shown_beside_features(run_folder: Path
     assert '"changed":"ablated"' in page.read_text(encoding="utf-8")
 
     record["dictionary"]["weights_sha256"] = "0" * 64
-    (run_folder / "effects.json").write_text(json.dumps(record))
+    write_json(run_folder / "effects.json", record)
     assert "ablated" not in call("features", run_folder, known[0]).output
 
 

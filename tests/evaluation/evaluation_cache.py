@@ -22,6 +22,7 @@ from sae.activations.cache import (
     shard_name,
 )
 from sae.dictionary import Codes, Dictionary
+from sae.files import write_bytes
 from sae.kernels.interface import Selection
 from sae.tokens import TokenPolicy
 
@@ -94,7 +95,9 @@ def make_cache(
     names = {
         split: [f"{n}.txt" for n in range(int(documents.max()) + 1)] for split, (_, _, documents) in splits.items()
     }
-    (folder / DOCUMENTS).write_text(json.dumps(names))
+    content = json.dumps(names).encode()
+    (folder / DOCUMENTS).write_bytes(content)
+    files[DOCUMENTS] = FileEntry(rows=0, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     x, tokens, _ = splits["train"]
     x = x[eligible_rows(tokens, policy, context_length)].double()
     total, squares = x.sum(0).tolist(), float(x.square().sum())
@@ -111,7 +114,7 @@ def make_cache(
         hooks={HOOK: HookEntry(d_in=x.shape[1], tokens=len(x), sum=total, sum_of_squares=squares)},
         files=files,
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    write_bytes(folder / MANIFEST, manifest.model_dump_json().encode())
     return ActivationCache(folder)
 
 

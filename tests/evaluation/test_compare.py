@@ -14,7 +14,7 @@ import sae
 from sae.activations import ActivationCache
 from sae.architectures import TopK
 from sae.config import EvaluationConfig
-from sae.errors import ConfigError, FormatError
+from sae.errors import ConfigError, DamagedError, FormatError
 from sae.evaluation import Comparison, comparison_tables, evaluate, write_comparison
 from sae.evaluation.compare import comparison_key, read_comparison
 from sae.evaluation.metrics import METRICS, below_noise
@@ -211,4 +211,5 @@ def test_a_comparison_cut_short_or_without_hashes_is_not_read(comparison: Compar
     write_comparison(dataclasses.replace(comparison, key=unhashed), tmp_path)
     assert read_comparison(tmp_path, unhashed) is None
     (tmp_path / "compare.json").write_text("{")
-    assert read_comparison(tmp_path, _key()) is None
+    with pytest.raises(DamagedError, match=r"compare.json': damaged or changed: .*run the same 'sae compare' again"):
+        read_comparison(tmp_path, _key())

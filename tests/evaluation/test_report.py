@@ -18,10 +18,11 @@ import sae
 from sae.activations import ActivationCache
 from sae.architectures import ReLU, TopK
 from sae.config import EvaluationConfig
-from sae.errors import ConfigError
+from sae.errors import ConfigError, DamagedError
 from sae.evaluation import Report, evaluate, evaluate_all, report_table, write_report
 from sae.evaluation.metrics import METRICS, estimate
 from sae.evaluation.report import read_stored
+from sae.files import write_json
 from sae.language_model import LanguageModel
 
 DEFINITIONS = (
@@ -278,16 +279,19 @@ def test_a_stored_report_that_is_not_whole_is_stale(report: Report, tmp_path: Pa
     assert _stored(report, tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["eval.json", "eval-documents.safetensors"])
-def test_a_damaged_one_is_stale_as_well(report: Report, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["eval.json", "eval.md", "eval-documents.safetensors"])
+def test_a_damaged_one_is_named(report: Report, tmp_path: Path, name: str) -> None:
     write_report(report, tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
-    assert _stored(report, tmp_path) is None
+    with pytest.raises(
+        DamagedError, match=rf"{name}': damaged or changed: .*; delete it and run the same 'sae run' or"
+    ):
+        _stored(report, tmp_path)
 
 
 def test_one_of_another_format_is_stale(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path)
     record = json.loads((tmp_path / "eval.json").read_text())
     for key, value in (("format", "another"), ("format_version", 1)):
-        (tmp_path / "eval.json").write_text(json.dumps({**record, key: value}))
+        write_json(tmp_path / "eval.json", {**record, key: value})
         assert _stored(report, tmp_path) is None, key

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae.activations.cache import DOCUMENTS, MANIFEST, ActivationCache, FileEntry, HookEntry, Manifest, shard_name
+from sae.files import write_bytes
 from sae.tokens import TokenPolicy
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -58,7 +59,9 @@ def make_cache(
             write(shard_name("tokens", split, number), rows, tokens=ids[part], documents=origin[part])
             write(shard_name(HOOK, split, number), rows, activations=x[part])
     names = {"train": [f"text/{number}.txt" for number in range(int(documents.max()) + 1)], "held_out": ["other.txt"]}
-    (folder / DOCUMENTS).write_text(json.dumps(names))
+    content = json.dumps(names).encode()
+    (folder / DOCUMENTS).write_bytes(content)
+    files[DOCUMENTS] = FileEntry(rows=0, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     eligible = activations[eligible_rows(tokens, context_length)].double()
     manifest = Manifest(
         complete=True,
@@ -80,7 +83,7 @@ def make_cache(
         },
         files=files,
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    write_bytes(folder / MANIFEST, manifest.model_dump_json().encode())
     return ActivationCache(folder)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from sae.errors import CacheError, ConfigError, FormatError, SaeError, UnknownFeatureError
 from sae.features import Features
+from sae.files import write_json
 
 
 def test_a_store_opens_by_itself_and_by_its_run_folder(features: Features) -> None:
@@ -108,21 +109,21 @@ def test_damaged_texts(features: Features, name: str, column: str) -> None:
 def test_files_of_two_collections_do_not_mix(case: Case, features: Features, tmp_path: Path) -> None:
     other = case.collect(tmp_path / "other", SETTINGS.model_copy(update={"tokens": 120}))
     (other.path / "tokens.safetensors").replace(features.path / "tokens.safetensors")
-    with pytest.raises(FormatError, match="8 features and 120 tokens, not 8 and 403"):
+    with pytest.raises(FormatError, match="tokens.safetensors': damaged or changed"):
         Features(features.path)
 
 
 def test_foreign_and_newer_indices(features: Features) -> None:
     index = features.path / "features.json"
     record = json.loads(index.read_text())
-    index.write_text(json.dumps({**record, "format_version": 99}))
+    write_json(index, {**record, "format_version": 99})
     with pytest.raises(FormatError, match=r"format version 99 is newer than this package reads \(1\); update"):
         Features(features.path)
-    index.write_text(json.dumps({**record, "format": "other"}))
+    write_json(index, {**record, "format": "other"})
     with pytest.raises(FormatError, match="not of this toolkit"):
         Features(features.path)
-    index.write_text(json.dumps({key: value for key, value in record.items() if key != "rows"}))
-    with pytest.raises(FormatError, match="'rows' is missing"):
+    write_json(index, {key: value for key, value in record.items() if key != "rows"})
+    with pytest.raises(FormatError, match=r"damaged \(rows: Field required\)"):
         Features(features.path)
 
 

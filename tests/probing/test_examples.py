@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sae
-from sae.errors import DataError
+from sae.errors import DamagedError, DataError
 from sae.language_model import LanguageModel
 from sae.probing.activations import load_activations, read_activations, save_activations
 from sae.probing.data import LabelledTexts
@@ -139,7 +139,8 @@ def test_activations_are_kept_in_files(language_model: LanguageModel, tmp_path: 
     for name in ("rows", "example", "groups"):
         assert torch.equal(getattr(again, name), getattr(read, name))
     path.with_suffix(".safetensors").write_bytes(b"damaged")
-    assert load_activations(path) is None
+    with pytest.raises(DamagedError, match="Time-abc.safetensors': damaged or changed"):
+        load_activations(path)
     assert load_activations(tmp_path / "missing") is None
 
 

@@ -18,6 +18,7 @@ import sae
 from sae import pipeline
 from sae.config_file import parse_config
 from sae.errors import ConfigError, DataError, ModelError
+from sae.files import write_json
 from sae.probing import of_run
 from sae.probing.render import letters_table
 from sae.probing.settings import LetterConfig, ProbeConfig, describe_keys, read_overrides
@@ -268,7 +269,7 @@ def test_another_model_is_refused(own_run: Path, sets: Path, tiny_model: Path) -
 
 def test_a_dictionary_of_unknown_origin_is_refused(own_run: Path, sets: Path) -> None:
     path = own_run / "dictionary" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": {}}))
+    write_json(path, {**json.loads(path.read_text()), "metadata": {}})
     with pytest.raises(
         ConfigError, match="does not say on which model, hook point and tokens it was trained; probe it"
     ):

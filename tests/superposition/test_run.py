@@ -11,6 +11,7 @@ import pytest
 
 import sae
 from sae.errors import ConfigError, FormatError
+from sae.files import write_json
 from sae.superposition import EXPERIMENTS, ToyTraining, run
 from sae.superposition.dictionaries import RecoverySettings
 from sae.superposition.experiments import DimensionalitySettings, GeometrySettings, PhaseSettings
@@ -48,7 +49,7 @@ def test_the_small_settings_are_of_all_experiments() -> None:
 
 
 def test_the_folder_has_numbers_tables_and_figures(finished: Path) -> None:
-    names = {path.name for path in finished.iterdir()} - {".lock"}
+    names = {path.name for path in finished.iterdir()} - {".lock", "SHA256SUMS"}
     assert names == {"superposition.json", "superposition.md", *(f"{name}.png" for name in EXPERIMENTS)}
     content = json.loads((finished / "superposition.json").read_text())
     assert list(content["experiments"]) == list(EXPERIMENTS)
@@ -159,10 +160,10 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
         run(tmp_path / "notes.txt", ["geometry"], settings=SMALL)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    (foreign / "superposition.json").write_text("[]")
+    write_json(foreign / "superposition.json", {"format": "another"})
     with pytest.raises(FormatError, match="is not of 'sae superposition'; choose another folder"):
         run(foreign, ["geometry"], settings=SMALL)
-    (foreign / "superposition.json").write_text('{"format": "sae-superposition", "format_version": 99}')
+    write_json(foreign / "superposition.json", {"format": "sae-superposition", "format_version": 99})
     with pytest.raises(FormatError, match="has format version 99, this package reads 1"):
         run(foreign, ["geometry"], settings=SMALL)
 
@@ -170,7 +171,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_entry_is_refused(finished: Path, tmp_path: Path) -> None:
     content = json.loads((finished / "superposition.json").read_text())
     del content["experiments"]["geometry"]["result"]["models"][0]["density"]
-    (tmp_path / "superposition.json").write_text(json.dumps(content))
+    write_json(tmp_path / "superposition.json", content)
     with pytest.raises(FormatError, match=r"experiment 'geometry' in .* cannot be read"):
         run(tmp_path, ["dimensionality"], settings=SMALL)
 

@@ -20,6 +20,7 @@ from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig
 from sae.dictionary import weights_sha256
 from sae.errors import ConfigError, FormatError, TrainingError
+from sae.files import write_json
 from sae.pipeline import Run
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.initialise import geometric_median
@@ -301,7 +302,7 @@ def test_what_was_made_before_a_setting_existed_is_still_what_was_asked_for(tiny
     config = json.loads(path.read_text())
     for key in ("initial_b_dec", "freeze", "max_gradient_norm"):
         del config["metadata"]["trained"]["settings"][key]
-    path.write_text(json.dumps(config))
+    write_json(path, config)
     run.train()
     with pytest.raises(FormatError, match=r"made with freeze=\[\], now \['W_dec'\] is asked for"):
         Run(tiny_config(data__tokens=2000, train__freeze=["W_dec"])).train()

@@ -21,7 +21,7 @@ import sae
 from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import weights_sha256
-from sae.errors import TrainingError
+from sae.errors import DamagedError, TrainingError
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.applicability import READERS
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
@@ -293,7 +293,7 @@ def test_a_checkpoint_with_altered_bytes_is_refused(tmp_path: Path) -> None:
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 0x40
     state.write_bytes(content)
-    with pytest.raises(TrainingError, match=r"step-00000030': damaged \(the checksum of .* is wrong\); delete it, and"):
+    with pytest.raises(DamagedError, match=r"state.pt': damaged or changed: .*; delete its checkpoint's folder, and"):
         train(IterableSource(planted(20)), SHAPE, settings(30), folder=tmp_path)
     shutil.rmtree(state.parent)
     train(IterableSource(planted(20)), SHAPE, settings(30), folder=tmp_path)

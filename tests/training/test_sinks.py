@@ -23,12 +23,12 @@ def test_json_lines_drop_what_will_be_repeated(tmp_path: Path) -> None:
     sink = JsonLines(tmp_path)
     for step in (10, 20, 30):
         sink.log({"step": step, "loss": 1.0 / step})
-    sink.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')  # cut short by a kill
     resumed = JsonLines(tmp_path, resume_step=20)
     resumed.log({"step": 30, "loss": 0.5})
     resumed.close()
+    sink.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"step": 10, "loss": 0.1}, {"step": 20, "loss": 0.05}, {"step": 30, "loss": 0.5},
     ]  # fmt: skip

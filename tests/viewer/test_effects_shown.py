@@ -40,7 +40,7 @@ def test_effects_of_this_dictionary_alone_are_shown(make_features) -> None:
     beside(features, hook="blocks.0.hook_mlp_out")
     assert effects_beside(features) is None, "another hook point's"
     (features.path.parent / "effects.json").write_text("{")
-    with pytest.raises(FormatError, match="delete it to have it made again"):
+    with pytest.raises(FormatError, match="delete it and run the same 'sae effects' again"):
         effects_beside(features)
 
 
