@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it: `same`, `error`, or what must not be: `different`, `traceback`, `hang`, `memory`, `unexpected`."""
+    """What came of it: `same`, `error`; or what is wrong: `different`, `traceback`, `hang`, `memory`, `unexpected`."""
 
     kind: str
     text: str
@@ -110,6 +110,8 @@ def wrong_number(path: Path, rng: random.Random) -> None:
     """Another digit in a number."""
     text = path.read_text(encoding="utf-8")
     places = [match.start() for match in re.finditer(r"(?<=[\s\[:,.])\d", text)]
+    if not places:
+        return flip(path, rng)
     place = rng.choice(places)
     other = rng.choice([digit for digit in "123456789" if digit != text[place]])
     path.write_text(text[:place] + other + text[place + 1 :], encoding="utf-8")
@@ -264,34 +266,41 @@ class Fuzzer:
         random.Random(self.seed).shuffle(cells)
         return cells
 
-    def outcome(self, case: Case, status: int | None, text: str, memory: int, before: dict[str, Any], place: Path):
-        """How a case ended."""
+    def outcome(
+        self, case: Case, status: int | None, text: str, memory: int, before: dict[str, Any], place: Path
+    ) -> Outcome:
+        """How a case ended; `status` is None if it had to be stopped."""
         if status is None:
-            return Outcome("hang", text)
-        if memory > MOST_MEMORY:
-            return Outcome("memory", f"{memory:,} bytes {text}")
-        if "Traceback" in text or status not in (0, 1):
-            return Outcome("traceback", f"status {status} {text}")
-        if "Error: unexpected" in text:
-            return Outcome("unexpected", text)
-        if status == 1:
-            lines = [line for line in text.splitlines() if line.startswith("Error: ")]
-            return Outcome("error", text) if len(lines) == 1 else Outcome("traceback", f"no single error: {text}")
-        if case.damage in UNLISTED:
-            return Outcome("same", text)  # without hashes nobody can tell
-        if case.verb == "verify":
-            listed = case.file.split("/")[-1] not in (".lock", "SHA256SUMS")
-            return Outcome("different", "verify found nothing") if listed else Outcome("same", text)
-        after = contents(place / "run")
+            kind = "hang"
+        elif memory > MOST_MEMORY:
+            kind = "memory"
+        elif "Error: unexpected" in text:
+            kind = "unexpected"
+        elif "Traceback" in text or status not in (0, 1):
+            kind = "traceback"
+        elif status == 1:
+            named = [line for line in text.splitlines() if line.startswith("Error: ")]
+            kind = "error" if len(named) == 1 else "traceback"
+        elif case.damage in UNLISTED:
+            kind = "same"  # without hashes nobody can tell
+        elif case.verb == "verify":
+            kind = "same" if Path(case.file).name in (".lock", "SHA256SUMS") else "different"
+        else:
+            kind = "same" if self._is_right(case.verb, text, before, contents(place / "run")) else "different"
+        return Outcome(kind, f"status {status}, {memory:,} bytes: {text}")
+
+    def _is_right(self, verb: str, text: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+        """Whether a verb printed and wrote what it does on the undamaged folder."""
         written = {name: value for name, value in after.items() if before.get(name) != value}
         printed = normalised(text)
-        for expected_text, expected in self.expected[case.verb]:
-            wrong = [name for name, value in written.items() if expected.get(name) != value]
-            if not wrong and printed == expected_text:
-                return Outcome("same", text)
-        return Outcome("different", f"written {sorted(written)}; printed {text}")
+        return any(
+            printed == expected_text and all(expected.get(name) == value for name, value in written.items())
+            for expected_text, expected in self.expected[verb]
+        )
 
-    def run(self, cases: list[Case], workers: int = 2, report: Callable[[Case, Outcome], None] | None = None):
+    def run(
+        self, cases: list[Case], workers: int = 2, report: Callable[[Case, Outcome], None] | None = None
+    ) -> dict[Case, Outcome]:
         """Outcomes by case."""
         waiting, running, outcomes = list(cases)[::-1], {}, {}
         while waiting or running:
@@ -348,8 +357,8 @@ class Fuzzer:
             printed = os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(printed, 1)
             os.dup2(printed, 2)
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-            sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+            sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+            sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
             os.environ["COLUMNS"] = "120"
             resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
             run_verb(verb, self.config)
@@ -390,6 +399,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=None, help="as many of the cells, drawn by the seed; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="the totals as the last line, for programs")
     arguments = parser.parse_args()
     started, counts = time.monotonic(), collections.Counter[tuple[str, str]]()
     bad = []
@@ -414,6 +424,8 @@ def main() -> None:
     print(f"{'all':24}" + "".join(f"{totals[kind]:12,}" for kind in kinds))
     files = len({cell.file for cell in cells})
     print(f"{counts.total():,} cases of {len(cells):,} cells: {files} files × damage × {len(VERBS)} verbs")
+    if arguments.json:
+        print(json.dumps(totals))
     allowed = {"same", "error", "unexpected"}
     sys.exit(0 if totals["unexpected"] <= 5 and not any(totals[kind] for kind in set(kinds) - allowed) else 1)
 

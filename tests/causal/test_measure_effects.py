@@ -275,13 +275,13 @@ def test_stale_results_are_not_reused_and_damaged_ones_named(
 
     content = (tmp_path / "effects.safetensors").read_bytes()
     (tmp_path / "effects.safetensors").write_bytes(content[:50])
-    with pytest.raises(DamagedError, match="effects.safetensors': damaged or changed"):
+    with pytest.raises(DamagedError, match=r"effects.safetensors': damaged or changed"):
         resume(tmp_path, other.key, 0.0)
     (tmp_path / "effects.safetensors").write_bytes(content)
     assert resume(tmp_path, other.key, 0.0) is not None
     assert resume(tmp_path, first.key, 0.0) is None
     (tmp_path / "effects.json").write_text("{")
-    with pytest.raises(DamagedError, match="effects.json': damaged or changed"):
+    with pytest.raises(DamagedError, match=r"effects.json': damaged or changed"):
         resume(tmp_path, other.key, 0.0)
 
 
@@ -299,7 +299,7 @@ def test_json_and_back(held_out: ActivationCache, language_model: LanguageModel,
     with pytest.raises(FormatError, match=r"no effects.json there; make it with 'sae effects RUN'"):
         read_effects(tmp_path / "none")
     write_json(tmp_path / "effects.json", [])
-    with pytest.raises(FormatError, match="not of this toolkit.*; delete it and run the same 'sae effects' again"):
+    with pytest.raises(FormatError, match=r"not of this toolkit.*; delete it and run the same 'sae effects' again"):
         read_effects(tmp_path)
 
 

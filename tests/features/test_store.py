@@ -109,7 +109,7 @@ def test_damaged_texts(features: Features, name: str, column: str) -> None:
 def test_files_of_two_collections_do_not_mix(case: Case, features: Features, tmp_path: Path) -> None:
     other = case.collect(tmp_path / "other", SETTINGS.model_copy(update={"tokens": 120}))
     (other.path / "tokens.safetensors").replace(features.path / "tokens.safetensors")
-    with pytest.raises(FormatError, match="tokens.safetensors': damaged or changed"):
+    with pytest.raises(FormatError, match=r"tokens.safetensors': damaged or changed"):
         Features(features.path)
 
 

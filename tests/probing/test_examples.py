@@ -139,7 +139,7 @@ def test_activations_are_kept_in_files(language_model: LanguageModel, tmp_path: 
     for name in ("rows", "example", "groups"):
         assert torch.equal(getattr(again, name), getattr(read, name))
     path.with_suffix(".safetensors").write_bytes(b"damaged")
-    with pytest.raises(DamagedError, match="Time-abc.safetensors': damaged or changed"):
+    with pytest.raises(DamagedError, match=r"Time-abc.safetensors': damaged or changed"):
         load_activations(path)
     assert load_activations(tmp_path / "missing") is None
 
