@@ -82,7 +82,7 @@ def delete(path: Path) -> None:
         if path.parent.is_dir():
             hashes.forget(path)
     except OSError as error:
-        raise CacheError(f"cannot delete {str(path)!r}: {error.strerror}; choose another folder") from error
+        raise CacheError(_explain(path, 0, error)) from error
 
 
 def stands(path: Path) -> bool:

@@ -111,7 +111,8 @@ def wrong_number(path: Path, rng: random.Random) -> None:
     text = path.read_text(encoding="utf-8")
     places = [match.start() for match in re.finditer(r"(?<=[\s\[:,.])\d", text)]
     if not places:
-        return flip(path, rng)
+        flip(path, rng)
+        return
     place = rng.choice(places)
     other = rng.choice([digit for digit in "123456789" if digit != text[place]])
     path.write_text(text[:place] + other + text[place + 1 :], encoding="utf-8")
@@ -196,6 +197,7 @@ def load_in_python() -> None:
 
     import sae
 
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         dictionary = sae.load("run")
         cache = sae.ActivationCache("run")
