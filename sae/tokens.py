@@ -19,6 +19,7 @@ from sae.config import DataConfig
 from sae.corpus import SINGLE_TEXT_SUFFIXES, check_apart, is_held_out, read_documents
 from sae.errors import DataError
 from sae.mixture import Turns
+from sae.seeding import STREAMS, document_random_1, python_random
 
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS: tuple[str, ...] = (TRAIN, HELD_OUT)
@@ -137,7 +138,7 @@ class Packer:
 
 
 def packed_shards(
-    config: DataConfig, tokenizer: Any, shard_contexts: int, packers: dict[str, Packer]
+    config: DataConfig, tokenizer: Any, shard_contexts: int, packers: dict[str, Packer], streams: int = STREAMS
 ) -> Iterator[tuple[str, PackedRows]]:
     """Read, tokenise and pack the text of `config`; yields a split's name and a shard's rows, as soon as one is full.
 
@@ -148,7 +149,8 @@ def packed_shards(
             asked for.
     """
     check_apart(config.sources)
-    readers = [_Reader(prepared_documents(config, number), tokenizer, packers) for number in range(len(config.sources))]
+    numbers = range(len(config.sources))
+    readers = [_Reader(prepared_documents(config, number, streams), tokenizer, packers) for number in numbers]
     turns = {split: Turns(config.shares) for split in packers}
     while not all(packer.full for packer in packers.values()):
         for split, packer in packers.items():
@@ -162,7 +164,7 @@ def packed_shards(
                 raise DataError(_too_little(config, split, packer, turns[split], reader.empty))
 
 
-def prepared_documents(config: DataConfig, number: int = 0) -> Iterator[tuple[str, str, str]]:
+def prepared_documents(config: DataConfig, number: int = 0, streams: int = STREAMS) -> Iterator[tuple[str, str, str]]:
     """(document's name, text, split) of a source, cut into sections and shuffled as asked; nothing that is empty.
 
     Sections keep the name of their document, so they fall on one side of the held-out split and count as one document
@@ -188,7 +190,10 @@ def prepared_documents(config: DataConfig, number: int = 0) -> Iterator[tuple[st
                     held_out = is_held_out(name, config.holdout_seed, config.holdout_fraction)
                     yield prefix + name, text, HELD_OUT if held_out else TRAIN
 
-    return _shuffled(prepared(), config.shuffle_documents) if config.shuffle_documents else prepared()
+    if not config.shuffle_documents:
+        return prepared()
+    rng = document_random_1() if streams == 1 else python_random("order of documents", number)
+    return _shuffled(prepared(), config.shuffle_documents, rng)
 
 
 class _Reader:
@@ -227,9 +232,10 @@ def _sections(text: str, characters: int | None) -> Iterator[str]:
         start = end
 
 
-def _shuffled(items: Iterable[tuple[str, str, str]], buffer_size: int) -> Iterator[tuple[str, str, str]]:
-    """A streaming shuffle: each item leaves from a random place of the buffer. Always the same order."""
-    rng = random.Random(0)
+def _shuffled(
+    items: Iterable[tuple[str, str, str]], buffer_size: int, rng: random.Random
+) -> Iterator[tuple[str, str, str]]:
+    """A streaming shuffle: each item leaves from a random place of the buffer."""
     items = iter(items)
     buffer = list(itertools.islice(items, buffer_size))
     for item in items:

@@ -35,12 +35,15 @@ from sae.files import locked, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label
+from sae.seeding import STREAMS
 from sae.tokens import HELD_OUT, SPLITS, TRAIN, PackedRows, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _SHARDS_IN_FLIGHT = 2
+_STREAMS = "streams"
+"""In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
 
 
 def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress | None = None) -> ActivationCache:
@@ -66,7 +69,7 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
             check_same_request(folder, manifest, config)
             check_same_model(folder, manifest, language_model)
             if not all(manifest.is_whole(folder, name) for name in manifest.files if _is_text(name)):
-                _write_text(folder, config, language_model, manifest.files)
+                _write_text(folder, config, language_model, manifest.files, manifest.data.get(_STREAMS, 1))
         else:
             manifest = _begin(folder, config, language_model)
         _check_space(folder, manifest)
@@ -151,8 +154,9 @@ class _Text:
 
 
 def _write_text(
-    folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry]
-) -> _Text:
+    folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry],
+    streams: int = STREAMS,
+) -> _Text:  # fmt: skip
     """Text to token shards and the documents' names. Repeated from the start when interrupted."""
     data = config.data
     bos = language_model.bos if data.prepend_bos else None
@@ -161,7 +165,8 @@ def _write_text(
     files: dict[str, FileEntry] = {}
     counts = dict.fromkeys(SPLITS, 0)
     rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    for split, packed in packed_shards(data, language_model.tokenizer, config.harvest.shard_contexts, packers):
+    shard_contexts = config.harvest.shard_contexts
+    for split, packed in packed_shards(data, language_model.tokenizer, shard_contexts, packers, streams):
         name = shard_name("tokens", split, counts[split])
         files[name] = _write(folder, name, save(_token_tensors(packed)), len(packed.tokens), expected.get(name))
         counts[split] += 1
@@ -189,7 +194,11 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     widths = {hook: x.shape[-1] for hook, x in language_model.activations(example, harvest_config.hooks).items()}
     manifest = Manifest(
         model=language_model.info.to_json(),
-        data={**_data_identity(data), **({"source_tokens": text.source_tokens} if text.source_tokens else {})},
+        data={
+            **_data_identity(data),
+            **({_STREAMS: STREAMS} if data.shuffle_documents else {}),
+            **({"source_tokens": text.source_tokens} if text.source_tokens else {}),
+        },
         tokens={**policy.to_json(), "mask_special_tokens": harvest_config.mask_special_tokens},
         context_length=data.context_length,
         shard_contexts=harvest_config.shard_contexts,

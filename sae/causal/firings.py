@@ -126,7 +126,7 @@ def spread(
     of the firings, and then of those parts together, is what is kept of all at once.
     """
     blank = np.zeros(len(row), dtype=np.float32)
-    key = random_keys(Block(feature, row, blank, document, row), seed)
+    key = random_keys(Block(feature, row, blank, document, row), "effects: places", seed)
     order = np.lexsort((row, key, document, feature))
     turn = _place_in_run(feature[order], document[order])
     order = order[np.lexsort((row[order], key[order], turn, feature[order]))]

@@ -27,6 +27,7 @@ from sae.evaluation.report import identify
 from sae.features.vocabulary import Vocabulary
 from sae.files import locked
 from sae.language_model import LanguageModel
+from sae.seeding import numpy_generator
 from sae.transcoding import Hooks
 
 _FEATURES_AT_ONCE = 64
@@ -124,7 +125,7 @@ def draw_features(firings: Firings, sample: int | None, seed: int) -> list[int]:
             "read; read more of them, or name features"
         )
     if sample is not None and sample < len(alive):
-        alive = np.random.default_rng(seed).choice(alive, sample, replace=False)
+        alive = numpy_generator("effects: features", seed).choice(alive, sample, replace=False)
     return sorted(alive.tolist())
 
 

@@ -17,6 +17,7 @@ from sae.causal.direct import DirectPath
 from sae.causal.firings import measurable
 from sae.dictionary import Dictionary
 from sae.evaluation.estimate import double, row_sums
+from sae.seeding import numpy_generator
 from sae.tokens import HELD_OUT
 
 _CLEAN_LOGITS = 1 << 26
@@ -163,7 +164,8 @@ class ChangeMeter:
         directions = self.dictionary.W_dec[torch.from_numpy(plan.feature).to(self.dictionary.W_dec.device)]
         directions = directions.float().cpu()
         for number in np.flatnonzero(plan.kind == RANDOM):
-            draw = np.random.default_rng([self.seed, int(plan.feature[number]), int(plan.row[number])])
+            feature, row = int(plan.feature[number]), int(plan.row[number])
+            draw = numpy_generator("effects: random directions", self.seed, feature, row)
             drawn = torch.from_numpy(draw.standard_normal(directions.shape[1])).float()
             directions[number] = drawn * (directions[number].norm() / drawn.norm())
         return directions

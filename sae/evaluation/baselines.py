@@ -16,6 +16,7 @@ from sae.dictionary import Codes
 from sae.evaluation.estimate import double
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.evaluation.streams import Progress, training_blocks
+from sae.seeding import torch_generator
 
 PCA_TOKENS, GAIN_TOKENS = 200_000, 16_384
 
@@ -62,8 +63,8 @@ def fit_baselines(
             for baseline in wanted
             if baseline.kind == "random" and baseline.d_sae == d_sae
         }
-        random = RandomDictionary(cache, hook, d_sae, set(ks.values()), device)
-        made |= {baseline: random.reconstructor(k) for baseline, k in ks.items()}
+        drawn = RandomDictionary(cache, hook, d_sae, set(ks.values()), device)
+        made |= {baseline: drawn.reconstructor(k) for baseline, k in ks.items()}
     if IDENTITY in wanted:
         made[IDENTITY] = identity()
     return made
@@ -152,7 +153,7 @@ class RandomDictionary:
     ) -> None:  # fmt: skip
         d_in = cache.d_in(hook)
         self.dictionary = TopK(d_in, d_sae, k=max(ks)).requires_grad_(False)
-        self.dictionary.W_dec.copy_(torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed)))
+        self.dictionary.W_dec.copy_(torch.randn(d_sae, d_in, generator=torch_generator("random dictionary", seed)))
         self.dictionary.normalise_decoder_()
         self.dictionary.W_enc.copy_(self.dictionary.W_dec.T)
         self.dictionary.b_dec.copy_(cache.statistics(hook).mean)

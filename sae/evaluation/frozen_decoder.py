@@ -17,6 +17,7 @@ from sae.training import Recipe, TrainingInterrupted, train_all
 
 BATCH, LEAST_STEPS = 1024, 16
 _POOL_TOKENS = 65_536
+_PURPOSE = "frozen decoder"
 
 
 def train_frozen_decoders(
@@ -26,9 +27,10 @@ def train_frozen_decoders(
     """Train encoders under fixed random decoders, all in one pass over the cache's training activations.
 
     Each is a dictionary of the architecture, d_sae and k of the one it stands beside, trained as that is by default
-    (`sae.train`, seed 0), but for W_dec, which keeps the random unit rows that training begins with: the "frozen
-    decoder" of Korznikov et al. 2026, "Sanity Checks for Sparse Autoencoders: Do SAEs Beat Random Baselines?". There it
-    is trained as long as the dictionary; here on `tokens`, so what it lacks for that counts for the dictionary.
+    (`sae.train`), but for W_dec, which keeps the random unit rows that this training begins with: the "frozen decoder"
+    of Korznikov et al. 2026, "Sanity Checks for Sparse Autoencoders: Do SAEs Beat Random Baselines?". No dictionary
+    begins with these rows. There it is trained as long as the dictionary; here on `tokens`, so what it lacks for that
+    counts for the dictionary.
 
     Args:
         wanted: their architectures, d_sae and k.
@@ -44,11 +46,13 @@ def train_frozen_decoders(
     """
     if not wanted:
         return {}
-    loader = ActivationLoader(cache, hook, batch_size=1, pool_tokens=_POOL_TOKENS, device=device)
+    loader = ActivationLoader(cache, hook, batch_size=1, purpose=_PURPOSE, pool_tokens=_POOL_TOKENS, device=device)
     tokens = min(tokens, loader.tokens_per_epoch)
     loader.batch_size = min(BATCH, max(1, tokens // LEAST_STEPS))
     settings = TrainConfig(tokens=tokens, freeze=("W_dec",))
-    recipes = {str(number): Recipe(_shape(baseline), settings) for number, baseline in enumerate(wanted)}
+    recipes = {
+        str(number): Recipe(_shape(baseline), settings, purpose=_PURPOSE) for number, baseline in enumerate(wanted)
+    }
     try:
         with torch.enable_grad():
             outcome = train_all(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from sae import seeding
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config import FeaturesConfig
 from sae.dictionary import Dictionary
@@ -221,15 +222,16 @@ class _Collector:
         bins = block.feature * FINE_BINS + fine_bins(block.value, self.scale)
         self.histogram += np.bincount(bins, minlength=self.histogram.size).reshape(self.histogram.shape)
         self.top.offer(block, LARGEST_BITS - float_bits(block.value))
-        self.sample.offer(block, random_keys(block, self.seed))
+        self.sample.offer(block, random_keys(block, "features: examples", self.seed))
         self.first_row, self.waiting = self.rows, 0
         self.firings, self.documents = [], []
 
 
-def random_keys(block: Block, seed: int) -> Int[np.ndarray, " firings"]:
-    """A number in [0, 2³²) for every firing that depends on seed, row and feature alone, and looks random."""
-    row = block.row.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
-    row = _mix((row ^ (row >> np.uint64(32))).astype(np.uint32))
+def random_keys(block: Block, purpose: str, seed: int) -> Int[np.ndarray, " firings"]:
+    """A number in [0, 2³²) for every firing that depends on purpose, seed, row and feature alone, and looks random."""
+    key = seeding.number(purpose, seed)
+    row = block.row.astype(np.uint64) + np.uint64(key)
+    row = _mix((row ^ (row >> np.uint64(32))).astype(np.uint32)) ^ np.uint32(key >> 32)
     return _mix(row ^ (block.feature.astype(np.uint32) * np.uint32(0x9E3779B1))).astype(np.int64)
 
 

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, DataError, ModelError
 from sae.evaluation.report import identify as identify_dictionary
@@ -27,6 +25,7 @@ from sae.probing.probe import probe_examples
 from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE, Entry, ProbeRecord, identify
 from sae.probing.render import markdown
 from sae.probing.settings import LetterConfig, ProbeConfig
+from sae.seeding import numpy_generator
 from sae.tokens import TokenPolicy
 
 FOLDER = "probing"
@@ -226,5 +225,5 @@ def _check_model(language_model: LanguageModel, model: dict[str, Any]) -> None:
 
 
 def _in_random_order(data: Sequence[DataFile], settings: ProbeConfig) -> list[DataFile]:
-    order = np.random.default_rng(settings.seed).permutation(len(data))
+    order = numpy_generator("probes: data sets", settings.seed).permutation(len(data))
     return [data[number] for number in order][: settings.sample]

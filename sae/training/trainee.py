@@ -21,6 +21,7 @@ from sae.dictionary import Dictionary, weights_sha256
 from sae.errors import ConfigError, TrainingError
 from sae.kernels.products import cpu_has_bfloat16
 from sae.neighbours import nearest_neighbours
+from sae.seeding import torch_generator
 from sae.training.applicability import PENALISED, READERS
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
@@ -49,6 +50,7 @@ class Recipe:
         folder: run folder, for `metrics.jsonl`, `checkpoints/` and `snapshots/`; None: nothing is kept.
         metadata: saved with the dictionary; `activations` in it names the data: resuming on others is refused.
         start: a dictionary, for raw activations, whose weights training begins with; None: random directions.
+        purpose: what it is trained for; dictionaries for two purposes begin apart, whatever their seeds.
     """
 
     dictionary: DictionaryConfig
@@ -59,6 +61,7 @@ class Recipe:
     folder: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     start: Dictionary | None = None
+    purpose: str = "training"
 
 
 class Trainee:
@@ -85,7 +88,7 @@ class Trainee:
         self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
         self.batch_size = input_source.batch_size
         self.identity = _identity(recipe, input_source, target_source)
-        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.generator = torch_generator(f"initial weights: {recipe.purpose}", recipe.seed)
         self.dictionary = build(shape, input_source.d_in).to(device)
         freeze_(self.dictionary, settings.freeze)
         self.rate = settings.lr or default_learning_rate(shape.d_sae, steps)
