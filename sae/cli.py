@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import io
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +21,7 @@ from sae.commands.probe import probe
 from sae.commands.superposition import superposition
 from sae.config_file import describe_keys, load_config
 from sae.errors import SaeError
+from sae.terminal import close, complain, complain_at_length, output, prepare, say, show_warning
 
 _INTERRUPTED = "interrupted; run the same command again to go on"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -48,10 +51,11 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
 
     CONFIG is a YAML file. What is done already is skipped. A run that was interrupted goes on where it stopped.
     """
-    from rich.console import Console
-    from rich.markdown import Markdown
+    from rich.text import Text
 
     from sae import pipeline
+    from sae.evaluation.report import JSON_FILE
+    from sae.files import read_json
     from sae.progress import progress_bars
 
     settings = load_config(config, overrides)
@@ -62,17 +66,11 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
         whole.train()
         report = None if whole.is_evaluated() else whole.evaluate()
         features = whole.features()
-    if report is None:
-        Console().print(Markdown((whole.folder / "eval.md").read_text(encoding="utf-8").partition("## Figures")[0]))
-    else:
-        _show_report(report)
+    _show_report(read_json(whole.folder / JSON_FILE) if report is None else report)
     folder = str(whole.folder)
-    Console().print(
-        f"\n{len(features):,} features in [bold]{folder}[/]: "
-        f"'sae features {folder}' lists them, 'sae features {folder} --page page.html' makes a page",
-        soft_wrap=True,
-        highlight=False,
-    )
+    line = Text(f"\n{len(features):,} features in ").append(folder, "bold")
+    line.append(f": 'sae features {folder}' lists them, 'sae features {folder} --page page.html' makes a page")
+    output().print(line, soft_wrap=True)
 
 
 @cli.command(cls=_OfConfiguration)
@@ -89,7 +87,7 @@ def harvest(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) 
     settings = load_config(config, overrides)
     with progress_bars(quiet=options["quiet"]) as progress:
         cache = pipeline.Run(settings, progress).harvest()
-    click.echo(cache)
+    say(cache)
 
 
 @cli.command(cls=_OfConfiguration)
@@ -106,7 +104,7 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     settings = load_config(config, overrides)
     with progress_bars(quiet=options["quiet"]) as progress:
         dictionary = pipeline.Run(settings, progress).train()
-    click.echo(f"{dictionary} in {settings.folder / 'dictionary'}")
+    say(f"{dictionary} in {settings.folder / 'dictionary'}")
 
 
 @cli.command(cls=_OfConfiguration)
@@ -119,8 +117,6 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     one pass over the activations. sweep.md, sweep.json and pareto.png compare them; each has a run folder of its own.
     A sweep that was interrupted goes on where it stopped.
     """
-    from rich.console import Console
-
     from sae.evaluation.sweep_tables import sweep_tables
     from sae.progress import progress_bars
     from sae.sweep import MARKDOWN_FILE
@@ -129,13 +125,13 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     settings = load_config(config, overrides)
     with progress_bars(quiet=options["quiet"]) as progress:
         made = run_sweep(settings, progress)
-    console = Console()
-    click.echo(made.of.replace("`", "") + "\n")
+    console = output()
+    say(made.of.replace("`", "") + "\n")
     for table in sweep_tables(made.points, made.behind, console.width):
         console.print(table, "")
-    click.echo(f"{len(made.points)} dictionaries in {made.folder}, compared in {MARKDOWN_FILE} there")
+    say(f"{len(made.points)} dictionaries in {made.folder}, compared in {MARKDOWN_FILE} there")
     for name, reason in made.failures.items():
-        click.echo(f"not trained: {name}: {reason}")
+        say(f"not trained: {name}: {reason}")
     if made.failures:
         raise SaeError(f"{len(made.failures)} of the sweep's dictionaries were not trained; {MARKDOWN_FILE} says why")
 
@@ -160,7 +156,7 @@ def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
         reports = pipeline.evaluate_runs(list(runs.values()))
     for run, report in zip(runs.values(), reports, strict=True):
         if len(runs) > 1:
-            click.echo(run.folder)
+            say(run.folder)
         _show_report(report)
 
 
@@ -193,8 +189,6 @@ def features(
 
     RUN is a run folder (its features are collected if they are not there yet) or a feature store.
     """
-    from rich.console import Console
-
     from sae import pipeline
     from sae.causal import effects_beside
     from sae.features import Features
@@ -206,11 +200,11 @@ def features(
             store = pipeline.Run.open(path, (), progress).features()
     else:
         store = Features(path)
-    console = Console()
+    console = output()
     if page is not None:
         chosen = list(indices) or store.sorted_by(sort, max_density=max_density)[:limit]
         write_page(store, chosen, page, f"Features of {path.name}", effects_beside(store))
-        click.echo(f"{len(chosen):,} features in {page}")
+        say(f"{len(chosen):,} features in {page}")
     elif indices:
         known = effects_beside(store)
         for index in indices:
@@ -230,13 +224,13 @@ def verify(path: Path) -> None:
 
     files, problems = verify_cache(path)
     for problem in problems:
-        click.echo(problem, err=True)
+        complain(problem)
     if problems:
         raise SaeError(
             f"{len(problems)} of {files} files missing or damaged: delete what is damaged, and run the same "
             "'sae harvest' to restore it"
         )
-    click.echo(f"{files} files are as they were harvested")
+    say(f"{files} files are as they were harvested")
 
 
 cli.add_command(compare)
@@ -246,16 +240,21 @@ cli.add_command(probe)
 
 
 def _show_report(report: Any) -> None:
-    from rich.console import Console
-
     from sae.evaluation import report_table
 
-    console = Console()
+    console = output()
     console.print(report_table(report, console.width))
 
 
 def main() -> None:
     """Run the command line: errors of this package become one line and exit status 1; Ctrl-C gives 130."""
+    prepare()
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        _main()
+
+
+def _main() -> None:
     try:
         from sae.training.loop import TrainingInterrupted
     except KeyboardInterrupt:
@@ -267,27 +266,28 @@ def main() -> None:
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail(_INTERRUPTED, 130)
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)
+        complain_at_length(usage.getvalue())
         sys.exit(error.exit_code)
     except TrainingInterrupted as error:
         _fail(str(error), 130)
-    except SaeError as error:
-        if debug:
-            raise
-        _fail(f"Error: {error}", 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close()
     except Exception as error:
         if debug:
-            raise
-        _fail(
-            f"Error: unexpected {type(error).__name__}: {' '.join(str(error).split())} ('sae --debug ...' shows more)",
-            1,
-        )
+            complain_at_length(traceback.format_exc())
+            sys.exit(1)
+        _fail(f"Error: {error}" if isinstance(error, SaeError) else f"Error: {_unexpected(error)}", 1)
+
+
+def _unexpected(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {text} ('sae --debug ...' shows more)"
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(message, err=True)
+    complain(message)
     sys.exit(status)
 
 

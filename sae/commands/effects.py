@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from sae.terminal import output
+
 _DRAWN = 200
-_WIDE = 100
 
 
 @click.command()
@@ -49,8 +50,6 @@ def effects(
     its direction on the logits, and beside random directions. effects.json, effects.md and a figure are written into
     RUN, a run folder; what is there already, of the same weights, data and settings, is not measured again.
     """
-    from rich.console import Console
-
     from sae import pipeline
     from sae.causal import EffectSettings, measure_effects
     from sae.causal.effects import check_column
@@ -73,7 +72,7 @@ def effects(
             device=run.device,
             progress=progress,
         )
-    console = Console()
-    console.print(effects_table(measured, sort, limit, narrow=console.width < _WIDE))
+    console = output()
+    console.print(effects_table(measured, sort, limit, console.width))
     for line in (table_note(measured, sort, limit), *summary_lines(measured)):
-        console.print(line, highlight=False)
+        console.print(line)
