@@ -75,8 +75,9 @@ def table_note(effects: Effects, sort: str, limit: int | None) -> str:
     """What stands under the table."""
     shown = len(effects) if limit is None else min(limit, len(effects))
     return (
-        f"{shown:,} of {len(effects):,} measured features by {sort}; the dictionary has {effects.dictionary['d_sae']:,}. "
-        "Means over places; ± standard error over documents. direct: Δ loss to first order, through no block; random: "
+        f"{shown:,} of {len(effects):,} measured features by {sort}; "
+        f"the dictionary has {effects.dictionary['d_sae']:,}. Means over places; ± standard error over documents. "
+        "direct: Δ loss to first order, through no block; random: "
         "KL of a random direction as long."
     )
 

@@ -97,7 +97,8 @@ def test_the_table_counts_all_features_of_the_dictionary(make_features) -> None:
     rare = features[2].density
     text = printed(print_features, features, max_density=rare).splitlines()[-1]
     kept = sum(features[index].density <= rare for index in range(4))
-    assert text.startswith(f"{kept} of 4 features by density, {kept} of them on at most {density_text(rare)} of tokens;")
+    limit = density_text(rare)
+    assert text.startswith(f"{kept} of 4 features by density, {kept} of them on at most {limit} of tokens;")
 
 
 def test_texts() -> None:
