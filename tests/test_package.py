@@ -13,7 +13,7 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment", "model_identity", "seeding"],
+    ["errors", "files", "environment", "model_identity", "modes", "seeding"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],
     ["neighbours"],
@@ -45,6 +45,7 @@ CORE = {
     "files",
     "environment",
     "model_identity",
+    "modes",
     "seeding",
     "mixture",
     "transcoding",

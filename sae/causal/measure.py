@@ -27,12 +27,14 @@ from sae.evaluation.report import identify
 from sae.features.vocabulary import Vocabulary
 from sae.files import locked
 from sae.language_model import LanguageModel
+from sae.modes import without_autocast
 from sae.transcoding import Hooks
 
 _FEATURES_AT_ONCE = 64
 Progress = Callable[[str, int, int], None]
 
 
+@without_autocast
 def measure_effects(
     dictionary: Dictionary,
     cache: ActivationCache,

@@ -50,11 +50,10 @@ def train_frozen_decoders(
     settings = TrainConfig(tokens=tokens, freeze=("W_dec",))
     recipes = {str(number): Recipe(_shape(baseline), settings) for number, baseline in enumerate(wanted)}
     try:
-        with torch.enable_grad():
-            outcome = train_all(
-                {"activations": loader}, recipes, device=device,
-                progress=lambda done, of, _: progress("frozen decoder", done, of),
-            )  # fmt: skip
+        outcome = train_all(
+            {"activations": loader}, recipes, device=device,
+            progress=lambda done, of, _: progress("frozen decoder", done, of),
+        )  # fmt: skip
     except TrainingInterrupted as stopped:
         raise TrainingInterrupted(
             "stopped while a baseline of the evaluation was trained; run the same command again to evaluate anew"

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import ConfigError, TrainingError
+from sae.modes import without_autocast
 from sae.training.schedules import learning_rate
 
 EXACT_UP_TO = 10
@@ -82,6 +83,9 @@ def sample_inputs(
     return torch.where(u < p, u / p, 0.0)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+@without_autocast
 def train_toy_models(
     density: Float[Tensor, " instances"],
     importance: Float[Tensor, "instances features"],
