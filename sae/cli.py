@@ -119,8 +119,8 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     """
     from sae.evaluation.sweep_tables import sweep_tables
     from sae.progress import progress_bars
-    from sae.sweep import MARKDOWN_FILE
-    from sae.sweep import sweep as run_sweep
+    from sae.sweeping import MARKDOWN_FILE
+    from sae.sweeping import sweep as run_sweep
 
     settings = load_config(config, overrides)
     with progress_bars(quiet=options["quiet"]) as progress:

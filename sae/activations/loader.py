@@ -183,8 +183,9 @@ class ActivationLoader:
     def _new_pool(self) -> _Pool:
         example, scale = self.cache.activation_shard(self.hook, self.split, 0)
         pinned = self.device.type == "cuda"
-        pool = torch.empty(self.pool_tokens, self.d_in, dtype=example.dtype, pin_memory=pinned)
-        return _Pool(pool, None if scale is None else torch.empty(self.pool_tokens, pin_memory=pinned))
+        with torch.inference_mode(False):  # another thread, which is not in the caller's mode, fills it
+            pool = torch.empty(self.pool_tokens, self.d_in, dtype=example.dtype, pin_memory=pinned)
+            return _Pool(pool, None if scale is None else torch.empty(self.pool_tokens, pin_memory=pinned))
 
     def _fill(self, memory: _Pool, blocks: np.ndarray, order: Int[Tensor, " rows"]) -> _Pool:
         """Read blocks in the cache's order, each row straight to its place in the shuffled pool."""

@@ -27,6 +27,7 @@ from sae.evaluation.report import identify
 from sae.features.vocabulary import Vocabulary
 from sae.files import locked
 from sae.language_model import LanguageModel
+from sae.modes import without_autocast
 from sae.seeding import numpy_generator
 from sae.transcoding import Hooks
 
@@ -34,6 +35,7 @@ _FEATURES_AT_ONCE = 64
 Progress = Callable[[str, int, int], None]
 
 
+@without_autocast
 def measure_effects(
     dictionary: Dictionary,
     cache: ActivationCache,

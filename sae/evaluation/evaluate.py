@@ -24,6 +24,7 @@ from sae.evaluation.sparsity import SparsityCounts
 from sae.evaluation.streams import ActivationSummary, Progress, held_out_blocks, summarise
 from sae.evaluation.subject import Evaluated, Subject, subject
 from sae.language_model import LanguageModel
+from sae.modes import without_autocast
 from sae.tokens import TokenPolicy
 
 
@@ -71,6 +72,7 @@ def evaluate(
 
 
 @torch.no_grad()
+@without_autocast
 def evaluate_all(
     dictionaries: Mapping[str, Evaluated],
     cache: ActivationCache,

@@ -54,11 +54,10 @@ def train_frozen_decoders(
         str(number): Recipe(_shape(baseline), settings, purpose=_PURPOSE) for number, baseline in enumerate(wanted)
     }
     try:
-        with torch.enable_grad():
-            outcome = train_all(
-                {"activations": loader}, recipes, device=device,
-                progress=lambda done, of, _: progress("frozen decoder", done, of),
-            )  # fmt: skip
+        outcome = train_all(
+            {"activations": loader}, recipes, device=device,
+            progress=lambda done, of, _: progress("frozen decoder", done, of),
+        )  # fmt: skip
     except TrainingInterrupted as stopped:
         raise TrainingInterrupted(
             "stopped while a baseline of the evaluation was trained; run the same command again to evaluate anew"

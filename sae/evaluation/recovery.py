@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, ShapeError
+from sae.modes import without_autocast
 from sae.seeding import torch_generator
 
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
@@ -70,6 +71,8 @@ class Recovery:
     matching: Matching
 
 
+@torch.no_grad()
+@without_autocast
 def recovery(
     learned: Float[Tensor, "d_sae d_in"],
     true: Float[Tensor, "true _"],
@@ -208,6 +211,7 @@ class Detection:
 
 
 @torch.no_grad()
+@without_autocast
 def detection(
     dictionary: Dictionary, matching: Matching, validation: Labelled, test: Labelled, *, seed: int = 0
 ) -> Detection:

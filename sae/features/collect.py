@@ -24,6 +24,7 @@ from sae.features.logits import LogitEffects, logit_effects
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
 from sae.features.write import Collected, write_store
+from sae.modes import without_autocast
 from sae.neighbours import nearest_neighbours
 from sae.tokens import TRAIN
 from sae.transcoding import Hooks
@@ -35,6 +36,7 @@ BLOCK_FIRINGS = 1 << 21
 _ENCODED_AT_ONCE = 1 << 26
 
 
+@without_autocast
 def collect(
     dictionary: Dictionary,
     cache: ActivationCache,

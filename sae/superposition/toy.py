@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import ConfigError, TrainingError
+from sae.modes import without_autocast
 from sae.seeding import torch_generator
 from sae.training.schedules import learning_rate
 
@@ -83,6 +84,9 @@ def sample_inputs(
     return torch.where(u < p, u / p, 0.0)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+@without_autocast
 def train_toy_models(
     density: Float[Tensor, " instances"],
     importance: Float[Tensor, "instances features"],

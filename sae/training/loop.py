@@ -17,6 +17,7 @@ from torch import Tensor
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
+from sae.modes import present_mode, training_mode
 from sae.training.agreement import common_pass
 from sae.training.checkpoint import (
     CHECKPOINTS,
@@ -140,6 +141,9 @@ def train_all(
     Every batch is read once and used by each dictionary in turn. Each is what `train` alone would make of the same
     source, bit for bit on a CPU, and has a folder of its own. One that diverges drops out; the others go on.
 
+    The caller's PyTorch modes (`no_grad`, `inference_mode`, `autocast`) hold for the sources alone: a step records
+    gradients, in float32.
+
     Args:
         sources: by name; with the same batch size, tokens in the same order.
         recipes: by whatever names. They may differ in everything but batch size and number of tokens.
@@ -155,7 +159,9 @@ def train_all(
     """
     if not recipes:
         raise ConfigError("there is no recipe: give at least one dictionary to train")
-    return _Run(sources, recipes, torch.device(device)).train(sinks or {}, progress)
+    callers_mode = present_mode()
+    with training_mode():
+        return _Run(sources, recipes, torch.device(device), callers_mode).train(sinks or {}, progress)
 
 
 @dataclass
@@ -184,7 +190,11 @@ class _Member:
 class _Run:
     """One pass."""
 
-    def __init__(self, sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe], device: torch.device) -> None:
+    def __init__(
+        self, sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe], device: torch.device,
+        callers_mode: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:  # fmt: skip
+        self.callers_mode = callers_mode
         used = {name for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None}
         self.sources = {name: source for name, source in sources.items() if name in used}
         self.device = device
@@ -248,7 +258,8 @@ class _Run:
             yield dict(zip(self.sources, parts, strict=True))
 
     def _next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Float[Tensor, "batch d_in"]]:
-        batch = next(batches, None)
+        with self.callers_mode():  # a source may run a language model
+            batch = next(batches, None)
         if batch is None:
             raise TrainingError(f"the source ended after {self.step} steps of {self.steps}; lower train.tokens")
         for name, x in batch.items():
@@ -260,7 +271,7 @@ class _Run:
                 f"at step {self.step + 1} {' and '.join(self.sources)} are not of one length: one has begun anew and "
                 "the other has not; give them as many batches each, row by row of the same tokens"
             )
-        return {name: x.to(self.device, torch.float32) for name, x in batch.items()}
+        return {name: x.detach().to(self.device, torch.float32) for name, x in batch.items()}
 
     def _log(self, progress: Callable[[int, int, dict[str, Metrics]], None] | None) -> None:
         metrics: dict[str, Metrics] = {}
