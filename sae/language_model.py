@@ -1,15 +1,12 @@
-"""The language model: read a hook point, replace one, unembed. The only file that knows transformer-lens."""
+"""The language model: read a hook point, replace one, unembed. Only this and `model_loading` know transformer-lens."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import io
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +16,8 @@ from torch import Tensor
 
 from sae.config import ModelConfig
 from sae.errors import ModelError
-from sae.model_identity import DEMO, DEMO_FOLDER, fingerprint, hash_tokenizer, hash_weights, model_label
+from sae.model_identity import fingerprint, hash_tokenizer, hash_weights
+from sae.model_loading import boot, load_pretrained
 from sae.tokens import TokenPolicy
 
 RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
@@ -77,12 +75,12 @@ class LanguageModel:
     """
 
     def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
-        model, self.tokenizer, label, revision = _load(config)
+        model, self.tokenizer, label, revision = load_pretrained(config)
         if model.config.bos_token_id is None and self.tokenizer.bos_token_id is None:
             model.config.bos_token_id = self.tokenizer.eos_token_id
         weights_sha256 = hash_weights(model)
         self.device = torch.device(device)
-        self.bridge = _boot(model.to(self.device).eval(), self.tokenizer, label, config)
+        self.bridge = boot(model.to(self.device).eval(), self.tokenizer, label, config)
         cfg = self.bridge.cfg
         self.info = ModelInfo(
             name=label,
@@ -272,75 +270,3 @@ class LanguageModel:
 
 class _AllFoundError(Exception):
     """Ends a forward pass in which every hook point has been read."""
-
-
-def _load(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
-    """Model, tokenizer, label, revision."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ModelError("language models need the package's extra: pip install 'sae[lm]'") from error
-    path = DEMO_FOLDER if config.name == DEMO else Path(config.name).expanduser()
-    arguments: dict[str, Any] = {}
-    if path.is_file() and path.suffix == ".gguf":
-        source, arguments = path.parent, {"gguf_file": path.name, "local_files_only": True}
-    elif path.is_dir():
-        source, arguments = path, {"local_files_only": True}
-    elif config.name.startswith((".", "/", "~")) or config.name.endswith(".gguf"):
-        raise ModelError(f"model {config.name!r}: no such folder or file")
-    else:
-        source, arguments = config.name, {"revision": config.revision or "main"}
-    local = isinstance(source, Path)
-    try:
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype), **arguments)
-            tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-        if local:
-            raise ModelError(f"model {config.name!r}: cannot be loaded ({reason})") from error
-        raise ModelError(
-            f"model {config.name!r}: neither a folder nor a .gguf file here, and the hub did not give it ({reason}). "
-            "Check the name and the network, or give a local folder, a .gguf file, or 'demo'"
-        ) from error
-    return model, tokenizer, model_label(config.name), getattr(model.config, "_commit_hash", None)
-
-
-def _boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    try:
-        with _quiet():
-            bridge = TransformerBridge.boot_transformers(
-                label, hf_model=model, tokenizer=tokenizer, dtype=getattr(torch, config.dtype)
-            )
-            if config.weight_processing != "none":
-                centre = config.weight_processing == "center_and_fold"
-                bridge.process_weights(fold_ln=True, center_writing_weights=centre, center_unembed=centre)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"model {config.name!r}: transformer-lens cannot bridge {type(model).__name__} ({reason})"
-        ) from error
-    return bridge.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' warnings and progress bars off the user's terminal."""
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

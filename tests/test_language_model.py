@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sae.config import ModelConfig
 from sae.errors import ModelError
-from sae.language_model import INNER_HOOKS, RESIDUAL_HOOKS, LanguageModel, model_label
+from sae.language_model import INNER_HOOKS, RESIDUAL_HOOKS, LanguageModel
+from sae.model_identity import model_label
 from sae.tokens import TokenPolicy
 
 LAYERS = range(3)

@@ -26,6 +26,7 @@ FLOW = [
     ["architectures"],
     ["activations.cache", "activations.loader", "activations"],
     ["training"],
+    ["model_loading"],
     ["language_model"],
     ["activations.harvest"],
     ["splicing"],

@@ -15,7 +15,8 @@ from sae.dictionary import Dictionary
 from sae.errors import ConfigError, DataError, ModelError
 from sae.evaluation.report import identify as identify_dictionary
 from sae.files import locked, write_bytes
-from sae.language_model import LanguageModel, fingerprint
+from sae.language_model import LanguageModel
+from sae.model_identity import fingerprint
 from sae.pipeline import Run
 from sae.probing.absorption import measure_absorption
 from sae.probing.activations import LabelledActivations, load_activations, read_activations, save_activations
