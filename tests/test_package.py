@@ -13,7 +13,7 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment", "model_identity", "seeding"],
+    ["errors", "files", "environment", "model_identity", "seeding", "hub_errors"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],
     ["neighbours"],
@@ -47,6 +47,7 @@ CORE = {
     "environment",
     "model_identity",
     "seeding",
+    "hub_errors",
     "mixture",
     "transcoding",
     "config",
