@@ -16,7 +16,7 @@ import sae
 from sae.commands.compare import compare
 from sae.commands.effects import effects
 from sae.commands.keys import with_keys
-from sae.commands.overrides import evaluation_overrides
+from sae.commands.overrides import evaluation_overrides, features_and_overrides
 from sae.commands.probe import probe
 from sae.commands.superposition import superposition
 from sae.config_file import describe_keys, load_config
@@ -162,7 +162,7 @@ def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("indices", nargs=-1, type=int, metavar="[FEATURE]...")
+@click.argument("arguments", nargs=-1, metavar="[FEATURE]... [KEY=VALUE]...")
 @click.option("--sort", default="density", show_default=True, help="Order of the list.")
 @click.option("--limit", default=40, show_default=True, type=click.IntRange(1), help="Features in the list or page.")
 @click.option(
@@ -177,7 +177,7 @@ def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
 def features(
     options: dict[str, bool],
     path: Path,
-    indices: tuple[int, ...],
+    arguments: tuple[str, ...],
     sort: str,
     limit: int,
     max_density: float,
@@ -187,7 +187,8 @@ def features(
 
     Without numbers a list; with them, the contexts in which those features fire; with --page, a page.
 
-    RUN is a run folder (its features are collected if they are not there yet) or a feature store.
+    RUN is a run folder (its features are collected if they are not there yet) or a feature store. KEY=VALUE overrides
+    settings of the run: model.*, harvest.cache, device.
     """
     from sae import pipeline
     from sae.causal import effects_beside
@@ -195,10 +196,13 @@ def features(
     from sae.progress import progress_bars
     from sae.viewer import print_feature, print_features, write_page
 
+    indices, overrides = features_and_overrides(arguments, path)
     if (path / pipeline.CONFIG_YAML).is_file():
         with progress_bars(quiet=options["quiet"]) as progress:
-            store = pipeline.Run.open(path, (), progress).features()
+            store = pipeline.Run.open(path, overrides, progress).features()
     else:
+        if overrides:
+            raise click.UsageError(f"{overrides[0]}: {str(path)!r} is no run folder, which alone has settings")
         store = Features(path)
     console = output()
     if page is not None:

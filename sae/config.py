@@ -54,6 +54,11 @@ class ModelConfig(_Settings):
         description="`demo` (embedded), a local folder, a .gguf file, or a name on the Hugging Face hub such as `gpt2`",
     )
     revision: str | None = Field(default=None, description="git revision of a hub model; null: the newest")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that comes with the model or its tokenizer; counts only on the command line, in "
+        "the file named there, or in Python: the config.yaml of a run folder only records it",
+    )
     dtype: ComputeDtype = Field(default="float32", description="number type the model computes in")
     weight_processing: Literal["none", "fold_ln", "center_and_fold"] = Field(
         default="none",

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.config import ModelConfig
 from sae.errors import ModelError
 from sae.model_identity import fingerprint, hash_tokenizer, hash_weights
-from sae.model_loading import boot, load_pretrained
+from sae.model_loading import boot, code_sha256, load_pretrained
 from sae.tokens import TokenPolicy
 
 RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
@@ -40,6 +40,8 @@ class ModelInfo:
         weight_processing: what was done to them then.
         dtype: number type of the computation.
         tokenizer_sha256: over vocabulary and special tokens.
+        trust_remote_code: whether code that comes with the model was allowed to run.
+        code_sha256: over the code of its own that it was made of; None: the libraries' classes alone.
     """
 
     name: str
@@ -53,6 +55,8 @@ class ModelInfo:
     d_model: int
     n_layers: int
     max_context: int
+    trust_remote_code: bool = False
+    code_sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +82,7 @@ class LanguageModel:
         model, self.tokenizer, label, revision = load_pretrained(config)
         if model.config.bos_token_id is None and self.tokenizer.bos_token_id is None:
             model.config.bos_token_id = self.tokenizer.eos_token_id
-        weights_sha256 = hash_weights(model)
+        weights_sha256, code = hash_weights(model), code_sha256(model, model.config, self.tokenizer)
         self.device = torch.device(device)
         self.bridge = boot(model.to(self.device).eval(), self.tokenizer, label, config)
         cfg = self.bridge.cfg
@@ -94,6 +98,8 @@ class LanguageModel:
             d_model=cfg.d_model,
             n_layers=cfg.n_layers,
             max_context=cfg.n_ctx,
+            trust_remote_code=config.trust_remote_code,
+            code_sha256=code,
         )
 
     @property

@@ -36,6 +36,7 @@ from sae.training.sinks import METRICS_FILE, Wandb
 from sae.training.trainee import Recipe, build, check_start, chosen_settings, freeze_, setting_of
 
 CONFIG_YAML = "config.yaml"
+TRUST_SETTING = "model.trust_remote_code"
 Progress = Callable[[str, int, int], None]
 
 
@@ -59,7 +60,8 @@ class Run:
         """The run of an existing folder, by its `config.yaml`; the folder may have been moved.
 
         Raises:
-            ConfigError: the folder is not a run folder.
+            ConfigError: the folder is not a run folder, or its configuration lets code of the model run and
+                `overrides` do not say so: who wrote the folder does not decide that.
         """
         path = Path(folder).expanduser()
         if not (path / CONFIG_YAML).is_file():
@@ -71,6 +73,12 @@ class Run:
                 f"run {str(folder)!r}: {CONFIG_YAML} is empty; run the same 'sae run' again to write it anew"
             )
         config = load_config(path / CONFIG_YAML, overrides)
+        if config.model.trust_remote_code and not _grants_code(overrides):
+            raise ConfigError(
+                f"run {str(folder)!r}: its {CONFIG_YAML} has {TRUST_SETTING}=true, which is only a record there: code "
+                f"that comes with model {config.model.name!r} would run; if you trust it, add {TRUST_SETTING}=true, "
+                f"else {TRUST_SETTING}=false"
+            )
         return Run(config.model_copy(update={"out": str(path)}), progress)
 
     @cached_property
@@ -319,6 +327,11 @@ class Run:
         write_bytes(path, f"# {made_by}, Python {platform.python_version()}\n{settings}".encode())
 
 
+def _grants_code(overrides: Sequence[str]) -> bool:
+    """Whether settings of the command line say themselves that code of the model may run."""
+    return any(override.partition("=")[0].strip() in (TRUST_SETTING, "model") for override in overrides)
+
+
 def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
     """Harvest, train, evaluate, collect features: everything that is not there yet.
 
@@ -385,9 +398,11 @@ def harvest(config: RunConfig, progress: Progress = _no_progress) -> ActivationC
     return Run(config, progress).harvest()
 
 
-def collect_features(folder: str | Path, progress: Progress = _no_progress) -> Features:
-    """The feature store of a run folder, collected where it is missing or stale."""
-    return Run.open(folder, progress=progress).features()
+def collect_features(
+    folder: str | Path, progress: Progress = _no_progress, overrides: tuple[str, ...] = ()
+) -> Features:
+    """The feature store of a run folder, collected where it is missing or stale; `overrides` as of `Run.open`."""
+    return Run.open(folder, overrides, progress).features()
 
 
 __all__ = ["Run", "choose_device", "collect_features", "harvest", "run"]

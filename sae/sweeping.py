@@ -23,7 +23,7 @@ from sae.evaluation.pareto import Point, draw_pareto
 from sae.evaluation.report import DOCUMENTS_FILE
 from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
 from sae.files import locked, read_json, write_bytes, write_json
-from sae.pipeline import Run, evaluate_runs
+from sae.pipeline import TRUST_SETTING, Run, evaluate_runs
 from sae.tokens import TRAIN
 from sae.training.agreement import common_pass
 from sae.training.applicability import no_reader, unread
@@ -59,7 +59,7 @@ class Sweep:
 
     def dictionary(self, name: str) -> Dictionary:
         """A trained dictionary."""
-        return Run.open(self.folder / name).dictionary()
+        return Run.open(self.folder / name, (f"{TRUST_SETTING}=false",)).dictionary()
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:

@@ -14,7 +14,7 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment", "model_identity", "modes", "seeding"],
+    ["errors", "files", "environment", "model_identity", "modes", "seeding", "hub_errors"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],
     ["neighbours"],
@@ -49,6 +49,7 @@ CORE = {
     "model_identity",
     "modes",
     "seeding",
+    "hub_errors",
     "mixture",
     "transcoding",
     "config",

@@ -128,7 +128,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
 def check_same_model(folder: Path, manifest: Manifest, language_model: LanguageModel) -> None:
     """Raise CacheError where the cache was made by other weights, weight processing or tokenizer; names may differ."""
     info = language_model.info.to_json()
-    for key in ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256"):
+    for key in ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256", "code_sha256"):
         if manifest.model.get(key) != info[key]:
             raise CacheError(
                 f"cache {str(folder)!r}: of another model: {key} is {manifest.model.get(key)!r} there and "
