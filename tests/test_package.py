@@ -14,6 +14,7 @@ ROOT = Path(sae.__file__).parent
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
     ["errors", "files", "environment", "model_identity", "seeding"],
+    ["hook_points"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],
     ["neighbours"],
@@ -27,7 +28,7 @@ FLOW = [
     ["activations.cache", "activations.loader", "activations"],
     ["training"],
     ["model_loading"],
-    ["language_model"],
+    ["hook_probe", "passes", "tail", "language_model"],
     ["activations.harvest"],
     ["splicing"],
     ["evaluation"],
@@ -47,6 +48,7 @@ CORE = {
     "environment",
     "model_identity",
     "seeding",
+    "hook_points",
     "mixture",
     "transcoding",
     "config",

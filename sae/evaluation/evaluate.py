@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import check_same_model
@@ -24,6 +23,7 @@ from sae.evaluation.sparsity import SparsityCounts
 from sae.evaluation.streams import ActivationSummary, Progress, held_out_blocks, summarise
 from sae.evaluation.subject import Evaluated, Subject, subject
 from sae.language_model import LanguageModel
+from sae.tail import Road
 from sae.tokens import TokenPolicy
 
 
@@ -102,8 +102,7 @@ def evaluate_all(
     subjects = {name: subject(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
     if language_model is not None:
         check_same_model(cache.path, cache.manifest, language_model)
-        probe = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
-        next(iter(language_model.replaced_logits(probe, hook, [_unchanged])))
+        language_model.tail(hook)  # proved before anything is read
     summary = summarise(cache, hook, settings, report_progress)
 
     def score(stage: str, reconstructors: Mapping[Any, Reconstructor]) -> dict[Hashable, Scores]:
@@ -136,7 +135,7 @@ def evaluate_all(
         name: _report(
             made, cache, hook, settings, summary,
             scores=scores[name], baselines={column: scores[key] for column, key in columns[name].items()},
-            legacy=legacy.get(name), seconds=seconds,
+            legacy=legacy.get(name), seconds=seconds, road=language_model.tail(hook).road if language_model else None,
         )
         for name, made in subjects.items()
     }  # fmt: skip
@@ -145,6 +144,7 @@ def evaluate_all(
 def _report(
     made: Subject, cache: ActivationCache, hook: str, settings: EvaluationConfig, summary: ActivationSummary, *,
     scores: Scores, baselines: dict[str, Scores], legacy: LegacyScores | None, seconds: float,
+    road: Road | None,
 ) -> Report:  # fmt: skip
     trained_with = made.metadata.get("tokens")
     return Report(
@@ -165,6 +165,7 @@ def _report(
         dead_in_training=made.dead_in_training(),
         norms=summary.norms,
         seconds=seconds,
+        road=road,
     )
 
 
@@ -213,10 +214,6 @@ def _score(
         key: Scores(made.description, sums[key].scores(), sparsity[key].scores() if key in sparsity else None)
         for key, made in reconstructors.items()
     }
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 def _silent(stage: str, done: int, of: int) -> None:
