@@ -15,6 +15,7 @@ import click
 import sae
 from sae.commands.compare import compare
 from sae.commands.effects import effects
+from sae.commands.hooks import hooks
 from sae.commands.keys import with_keys
 from sae.commands.overrides import evaluation_overrides, features_and_overrides
 from sae.commands.probe import probe
@@ -59,6 +60,7 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     from sae.progress import progress_bars
 
     settings = load_config(config, overrides)
+    _say_hook(settings)
     with progress_bars(quiet=options["quiet"]) as progress:
         whole = pipeline.Run(settings, progress)
         whole.check()
@@ -102,6 +104,7 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     from sae.progress import progress_bars
 
     settings = load_config(config, overrides)
+    _say_hook(settings)
     with progress_bars(quiet=options["quiet"]) as progress:
         dictionary = pipeline.Run(settings, progress).train()
     say(f"{dictionary} in {settings.folder / 'dictionary'}")
@@ -123,6 +126,7 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     from sae.sweeping import sweep as run_sweep
 
     settings = load_config(config, overrides)
+    _say_hook(settings)
     with progress_bars(quiet=options["quiet"]) as progress:
         made = run_sweep(settings, progress)
     console = output()
@@ -239,8 +243,15 @@ def verify(path: Path) -> None:
 
 cli.add_command(compare)
 cli.add_command(effects)
+cli.add_command(hooks)
 cli.add_command(superposition)
 cli.add_command(probe)
+
+
+def _say_hook(settings: Any) -> None:
+    """Which hook point is trained on, where several are harvested and none is named."""
+    if settings.hook_note:
+        click.echo(settings.hook_note, err=True)
 
 
 def _show_report(report: Any) -> None:

@@ -182,7 +182,10 @@ class DictionaryConfig(_Settings):
         description="`topk` (k per token), `batch_topk` (k per token on average), `matryoshka` (the same, nested), "
         "`jumprelu` (learned thresholds), `gated` and `relu` (with an L1 penalty)",
     )
-    hook: str | None = Field(default=None, description="hook point to train on; null: the first of harvest.hooks")
+    hook: str | None = Field(
+        default=None,
+        description="hook point to train on; null: the first of harvest.hooks; sweep.dictionary.hook takes a list",
+    )
     d_sae: PositiveInt = Field(default=4096, description="number of features")
     k: PositiveInt = Field(
         default=32,
@@ -394,3 +397,14 @@ class RunConfig(_Settings):
     def hook(self) -> str:
         """The hook point the dictionary is trained on."""
         return self.dictionary.hook or self.harvest.hooks[0]
+
+    @property
+    def hook_note(self) -> str | None:
+        """Which of several hook points is trained on, where nothing says so."""
+        others = len(self.harvest.hooks) - 1
+        if self.dictionary.hook is not None or not others or "hook" in (self.sweep.get("dictionary") or {}):
+            return None
+        return (
+            f"training on {self.hook}, the first of {others + 1} hook points in harvest.hooks; set dictionary.hook for "
+            "another, or sweep.dictionary.hook for several"
+        )

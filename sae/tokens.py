@@ -43,11 +43,25 @@ class TokenPolicy:
     masked_positions: int
     masked_ids: tuple[int, ...]
 
-    def eligible(self, tokens: Int[Tensor, "context seq"]) -> Bool[Tensor, "context seq"]:
-        """True where a token counts."""
-        masked = torch.isin(tokens, torch.tensor(self.masked_ids, dtype=tokens.dtype, device=tokens.device))
-        masked[:, : self.masked_positions] = True
-        return ~masked
+    def eligible(
+        self, tokens: Int[Tensor, "context seq"] | None, positions: Int[Tensor, "context seq"] | None = None
+    ) -> Bool[Tensor, "context seq"]:
+        """True where a token counts.
+
+        Args:
+            tokens: ids; None if they are not known, as in a pass over embeddings: then only positions matter.
+            positions: of each token in its text, and −1 for padding, which does not count; None: every context is a
+                text from its beginning.
+        """
+        if positions is None:
+            assert tokens is not None
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        eligible = positions >= max(self.masked_positions, 0)
+        if tokens is not None:
+            eligible = eligible & ~torch.isin(
+                tokens, torch.tensor(self.masked_ids, dtype=tokens.dtype, device=tokens.device)
+            )
+        return eligible
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ ROOT = Path(sae.__file__).parent
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
     ["errors", "files", "environment", "model_identity", "modes", "seeding", "hub_errors"],
+    ["hook_points"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],
     ["neighbours"],
@@ -28,7 +29,7 @@ FLOW = [
     ["activations.cache", "activations.loader", "activations"],
     ["training"],
     ["model_loading"],
-    ["language_model"],
+    ["hook_probe", "passes", "tail", "language_model"],
     ["activations.harvest"],
     ["splicing"],
     ["evaluation"],
@@ -50,6 +51,7 @@ CORE = {
     "modes",
     "seeding",
     "hub_errors",
+    "hook_points",
     "mixture",
     "transcoding",
     "config",

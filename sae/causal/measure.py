@@ -13,7 +13,6 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import check_same_model
 from sae.causal.changes import FIRING, Changes, plan_changes
-from sae.causal.continuation import Continuation
 from sae.causal.direct import DirectPath
 from sae.causal.effects import Effects, EffectSettings, FeatureEffect
 from sae.causal.firings import Firings, scan_firings
@@ -29,6 +28,7 @@ from sae.files import locked
 from sae.language_model import LanguageModel
 from sae.modes import without_autocast
 from sae.seeding import numpy_generator
+from sae.tail import Tail
 from sae.transcoding import Hooks
 
 _FEATURES_AT_ONCE = 64
@@ -85,7 +85,7 @@ def measure_effects(
         UnknownFeatureError: the dictionary has no such feature.
     """
     settings, report = settings or EffectSettings(), progress or _silent
-    continuation = _checked(dictionary, cache, language_model, hook, features)
+    tail = _checked(dictionary, cache, language_model, hook, features)
     if dictionary.W_dec.device != torch.empty(0, device=device).device:
         dictionary = copy.deepcopy(dictionary).to(device)
     path = None if folder is None else Path(folder).expanduser()
@@ -99,7 +99,7 @@ def measure_effects(
         )  # fmt: skip
         chosen = sorted(set(features)) if features is not None else draw_features(firings, sample, settings.seed)
         meter = ChangeMeter(
-            continuation, DirectPath.of(language_model, hook), dictionary, cache,
+            tail, DirectPath.of(language_model, hook), dictionary, cache,
             mean=firings.mean, scale=settings.scale, window=settings.window, seed=settings.seed,
             batch_contexts=batch_contexts, copies=copies,
         )  # fmt: skip
@@ -161,7 +161,7 @@ def _measured(
 def _checked(
     dictionary: Dictionary, cache: ActivationCache, language_model: LanguageModel, hook: str,
     features: Sequence[int] | None,
-) -> Continuation:  # fmt: skip
+) -> Tail:  # fmt: skip
     """The model at the hook point, where everything fits together."""
     trained_on = dictionary.metadata.get("hook")
     if Hooks.of(dictionary.metadata).of_transcoder:
@@ -180,7 +180,7 @@ def _checked(
         if not 0 <= feature < dictionary.d_sae:
             raise UnknownFeatureError(f"feature {feature}: the dictionary has features 0 to {dictionary.d_sae - 1}")
     check_same_model(cache.path, cache.manifest, language_model)
-    return Continuation(language_model, hook)
+    return language_model.tail(hook)
 
 
 def _blank(
@@ -190,7 +190,8 @@ def _blank(
     identity, activations, model = identify(dictionary), cache.manifest.identity(hook), language_model.info.to_json()
     key = effects_key(identity, activations, hook, model, settings)
     policy = cache.policy.to_json()
-    return Effects({}, settings, identity, hook, model, activations, policy, 0, None, None, key)
+    road = str(language_model.tail(hook).road)
+    return Effects({}, settings, identity, hook, model, activations, policy, 0, None, None, key, road)
 
 
 def _silent(stage: str, done: int, of: int) -> None:

@@ -137,7 +137,8 @@ def markdown(effects: Effects, figure: str | None) -> str:
         f"{len(effects):,} features, {what_is_done(settings)} (f becomes {settings.scale:g}·f) at up to "
         f"{settings.positions} places each, one place of one context at a time, found in {effects.tokens:,} held-out "
         f"tokens. Losses and divergences in nats: of the next token at the place, and summed over the following "
-        f"{settings.window} positions of its document. ± is the standard error over documents.",
+        f"{settings.window} positions of its document. ± is the standard error over documents."
+        + (f" {effects.road[0].upper()}{effects.road[1:]}." if effects.road else ""),
         "## All features",
         pipe_table(
             ["mean of a feature", *(f"{share:.0%}" for share in _QUANTILES)], _distributions(measured), text_columns=1

@@ -18,7 +18,8 @@ from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, row_
 from sae.evaluation.metrics import estimate
 from sae.evaluation.reconstruction import Reconstructor
 from sae.evaluation.streams import Progress
-from sae.language_model import LanguageModel, Replacement
+from sae.language_model import LanguageModel
+from sae.tail import Replacement
 from sae.tokens import HELD_OUT
 
 DOWNSTREAM_NAMES = (
@@ -94,7 +95,15 @@ def measure_downstream(
             spliced: dict[Hashable, Reconstructor] = dict(dictionaries.items())
             if is_first:
                 spliced |= at_first
-            values = _measure_batch(language_model, batch, hook, spliced, mean=mean, device=torch.device(device))
+            values = _measure_batch(
+                language_model,
+                batch,
+                hook,
+                spliced,
+                mean=mean,
+                device=torch.device(device),
+                check=not everywhere.tokens,
+            )
             for sums in (everywhere, first) if is_first else (everywhere,):
                 sums.add_(batch.documents[:, :-1][counted], {name: values[name] for name in sums.names[1:]})
         progress("language model", rows, of)
@@ -128,9 +137,9 @@ def _parted(batches: Iterable[ContextBatch], first_tokens: int | None) -> Iterat
 
 def _measure_batch(
     language_model: LanguageModel, batch: ContextBatch, hook: str, reconstructors: Mapping[Hashable, Reconstructor], *,
-    mean: Float[Tensor, " d_in"], device: torch.device,
+    mean: Float[Tensor, " d_in"], device: torch.device, check: bool,
 ) -> dict[str, Float[Tensor, " rows"]]:  # fmt: skip
-    """Numbers of each counted position, by column name."""
+    """Numbers of each counted position, by column name; `check` compares the clean pass with the model's own logits."""
     tokens = batch.tokens.to(language_model.device)
     eligible = batch.eligible.to(language_model.device)
 
@@ -148,7 +157,10 @@ def _measure_batch(
     made = [_reconstruction(reconstructor, rows, read) for reconstructor in reconstructors.values()]
     replacements = [_at(eligible, new) for new in (*constants.values(), *made)]
     logits = language_model.replaced_logits(tokens, hook, [clean_pass, *replacements])
-    clean = list(_log_probabilities(next(logits)))
+    clean_logits = next(logits)
+    if check:
+        language_model.tail(hook).check_clean(tokens, clean_logits)
+    clean = list(_log_probabilities(clean_logits))
     chances = [log_p.exp() for log_p in clean]
     counted = batch.eligible[:, :-1].flatten()
     values = {"clean": _losses(clean, tokens)[counted]}

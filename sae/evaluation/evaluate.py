@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import check_same_model
@@ -25,6 +24,7 @@ from sae.evaluation.streams import ActivationSummary, Progress, held_out_blocks,
 from sae.evaluation.subject import Evaluated, Subject, subject
 from sae.language_model import LanguageModel
 from sae.modes import without_autocast
+from sae.tail import Road
 from sae.tokens import TokenPolicy
 
 
@@ -104,8 +104,7 @@ def evaluate_all(
     subjects = {name: subject(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
     if language_model is not None:
         check_same_model(cache.path, cache.manifest, language_model)
-        probe = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
-        next(iter(language_model.replaced_logits(probe, hook, [_unchanged])))
+        language_model.tail(hook)  # proved before anything is read
     summary = summarise(cache, hook, settings, report_progress)
 
     def score(stage: str, reconstructors: Mapping[Any, Reconstructor]) -> dict[Hashable, Scores]:
@@ -138,7 +137,7 @@ def evaluate_all(
         name: _report(
             made, cache, hook, settings, summary,
             scores=scores[name], baselines={column: scores[key] for column, key in columns[name].items()},
-            legacy=legacy.get(name), seconds=seconds,
+            legacy=legacy.get(name), seconds=seconds, road=language_model.tail(hook).road if language_model else None,
         )
         for name, made in subjects.items()
     }  # fmt: skip
@@ -147,6 +146,7 @@ def evaluate_all(
 def _report(
     made: Subject, cache: ActivationCache, hook: str, settings: EvaluationConfig, summary: ActivationSummary, *,
     scores: Scores, baselines: dict[str, Scores], legacy: LegacyScores | None, seconds: float,
+    road: Road | None,
 ) -> Report:  # fmt: skip
     trained_with = made.metadata.get("tokens")
     return Report(
@@ -167,6 +167,7 @@ def _report(
         dead_in_training=made.dead_in_training(),
         norms=summary.norms,
         seconds=seconds,
+        road=road,
     )
 
 
@@ -215,10 +216,6 @@ def _score(
         key: Scores(made.description, sums[key].scores(), sparsity[key].scores() if key in sparsity else None)
         for key, made in reconstructors.items()
     }
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 def _silent(stage: str, done: int, of: int) -> None:

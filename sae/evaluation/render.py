@@ -198,6 +198,7 @@ def _losses(report: Report) -> list[str]:
         pipe_table(["hook point replaced by", "", "nats per token"], rows),
         f"Over {downstream.tokens:,} eligible positions with a next token, of {downstream.documents:,} documents. All "
         "replacements are made at the same eligible positions; the others keep the model's own activations."
+        + (_sentence(str(report.road)) if report.road else "")
         + _sentence(fewer_tokens(report.to_json())),
     ]
 

@@ -22,6 +22,7 @@ from sae.evaluation.reconstruction import ReconstructionScores
 from sae.evaluation.sparsity import SparsityScores
 from sae.evaluation.streams import NormHistogram
 from sae.files import read_json, write_bytes, write_json
+from sae.tail import Road
 from sae.tokens import TokenPolicy
 from sae.transcoding import Hooks
 
@@ -94,6 +95,7 @@ class Report:
         dead_in_training: features that had not fired for `tokens` tokens when training ended; None where unknown.
         norms: of the activations, eligible and masked.
         seconds: it took.
+        road: how replacements at the hook point became logits (`sae.tail.Road`); None without a language model.
     """
 
     dictionary: dict[str, Any]
@@ -113,6 +115,7 @@ class Report:
     dead_in_training: dict[str, Any] | None
     norms: NormHistogram
     seconds: float
+    road: Road | None = None
 
     @property
     def columns(self) -> dict[str, Scores]:
@@ -159,6 +162,7 @@ class Report:
                 for name, scores in self.baselines.items()
             },
             "legacy": self.legacy.to_json() if self.legacy else None,
+            "road": dataclasses.asdict(self.road) if self.road else None,
             "activation_norms": self.norms.to_json(),
             "documents_sha256": hashlib.sha256(self.documents_content()).hexdigest(),
             "seconds": round(self.seconds, 3),
