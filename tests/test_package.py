@@ -13,7 +13,8 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment", "model_identity", "seeding"],
+    ["errors", "files", "environment", "model_identity", "seeding", "printable"],
+    ["terminal", "columns"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],
     ["neighbours"],

@@ -49,6 +49,7 @@ def train_frozen_decoders(
     loader.batch_size = min(BATCH, max(1, tokens // LEAST_STEPS))
     settings = TrainConfig(tokens=tokens, freeze=("W_dec",))
     recipes = {str(number): Recipe(_shape(baseline), settings) for number, baseline in enumerate(wanted)}
+    progress("frozen decoder", 0, tokens)
     try:
         with torch.enable_grad():
             outcome = train_all(
