@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from sae.evaluation.report import identify, read_stored
 from sae.features import Features, collect
 from sae.files import locked, read_json, write_bytes
 from sae.language_model import LanguageModel
+from sae.model_identity import model_label
+from sae.progress import Notes
 from sae.training.applicability import check_read
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
@@ -89,7 +91,11 @@ class Run:
     @cached_property
     def language_model(self) -> LanguageModel:
         """The model of `config.model`."""
-        return LanguageModel(self.config.model, self.device)
+        stage = f"load {model_label(self.config.model.name)}"
+        self.progress(stage, 0, 1)
+        loaded = LanguageModel(self.config.model, self.device)
+        self.progress(stage, 1, 1)
+        return loaded
 
     @cached_property
     def start(self) -> Dictionary | None:
@@ -117,8 +123,10 @@ class Run:
             if manifest.complete and all(manifest.is_whole(folder, name) for name in manifest.files):
                 return ActivationCache(folder)
         with self.configured():
+            language_model = self.language_model
+            self.progress("read text", 0, 1)  # until the harvest reports for the first time
             return harvest_activations(
-                self.config, self.language_model, lambda done, total: self.progress("harvest", done, total)
+                self.config, language_model, lambda done, total: self.progress("harvest", done, total)
             )
 
     def cache(self) -> ActivationCache:
@@ -241,9 +249,11 @@ class Run:
 
     def _train(self, cache: ActivationCache) -> Dictionary:
         recipe, sinks, failed = self.recipe(cache), self.sinks(), True
+        loader = self.loader(cache)
+        self.progress("train", *self.trained_tokens(loader))
         try:
             dictionary = train(
-                self.loader(cache),
+                loader,
                 recipe.dictionary,
                 recipe.settings,
                 seed=recipe.seed,
@@ -252,13 +262,25 @@ class Run:
                 metadata=recipe.metadata,
                 start=recipe.start,
                 sinks=sinks,
-                progress=lambda done, total, _: self.progress("train", done, total),
+                progress=self._show_training,
             )
             failed = False
         finally:
             for sink in sinks:
                 sink.close(failed=failed)
         return dictionary
+
+    def trained_tokens(self, loader: ActivationLoader) -> tuple[int, int]:
+        """Tokens that earlier processes trained on, and how many there will be."""
+        settings, kept = self.config.train, list_checkpoints(self.folder / CHECKPOINTS)
+        steps = int(kept[-1].name.removeprefix("step-")) if kept else 0
+        tokens = settings.tokens or loader.tokens_per_epoch
+        return steps * settings.batch_size, tokens // settings.batch_size * settings.batch_size
+
+    def _show_training(self, done: int, total: int, metrics: Mapping[str, float | None]) -> None:
+        self.progress("train", done, total)
+        if isinstance(self.progress, Notes):
+            self.progress.beside("train", falling(metrics))
 
     def _is_collected(self, folder: Path) -> bool:
         record = read_json(folder / "features.json")
@@ -330,6 +352,12 @@ class Run:
 def _grants_code(overrides: Sequence[str]) -> bool:
     """Whether settings of the command line say themselves that code of the model may run."""
     return any(override.partition("=")[0].strip() in (TRUST_SETTING, "model") for override in overrides)
+
+
+def falling(metrics: Mapping[str, float | None]) -> str:
+    """What falls while training goes well."""
+    fvu, l0 = metrics.get("fvu"), metrics.get("l0")
+    return "" if fvu is None or l0 is None else f"FVU {fvu:.3f}, L0 {l0:.3g}"
 
 
 def run(config: RunConfig, progress: Progress = _no_progress) -> Run:

@@ -24,6 +24,7 @@ from sae.evaluation.report import DOCUMENTS_FILE
 from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
 from sae.files import locked, read_json, write_bytes, write_json
 from sae.pipeline import TRUST_SETTING, Run, evaluate_runs
+from sae.progress import Notes
 from sae.tokens import TRAIN
 from sae.training.agreement import common_pass
 from sae.training.applicability import no_reader, unread
@@ -221,6 +222,16 @@ def _train_together(
 ) -> dict[str, str]:
     sinks: dict[str, list[Wandb]] = {}
     finished: set[str] = set()
+    first = next(iter(runs.values()))
+    stage = f"train {len(runs)}"
+    progress(stage, *first.trained_tokens(loaders[first.config.hook]))
+
+    def show(done: int, total: int, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
+        progress(stage, done, total)
+        fvus = [one["fvu"] for one in metrics.values() if one["fvu"] is not None]
+        if isinstance(progress, Notes) and fvus:
+            progress.beside(stage, f"FVU {min(fvus):.3f} to {max(fvus):.3f}")
+
     try:
         sinks |= {name: run.sinks() for name, run in runs.items()}
         with contextlib.ExitStack() as stack:
@@ -231,7 +242,7 @@ def _train_together(
                 {name: recipes[name] for name in runs},
                 device=base.device,
                 sinks=sinks,
-                progress=lambda done, total, _: progress(f"train {len(runs)}", done, total),
+                progress=show,
             )
         for name, dictionary in outcome.dictionaries.items():
             _keep_cost(runs[name].folder, outcome.costs[name], base.device.type)

@@ -14,7 +14,8 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment", "model_identity", "modes", "seeding", "hub_errors"],
+    ["errors", "files", "environment", "model_identity", "modes", "seeding", "hub_errors", "printable"],
+    ["terminal", "columns"],
     ["hook_points"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],

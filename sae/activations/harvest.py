@@ -228,6 +228,7 @@ class _Harvester:
         self.done = 0
 
     def run(self) -> None:
+        self._advance(self._rows_there())
         writing: deque[tuple[list[tuple[str, Future[FileEntry]]], dict[str, tuple[Tensor, float, int]]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for split, number in self._shards():
@@ -235,7 +236,6 @@ class _Harvester:
                 names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
                 missing = {hook: name for hook, name in names.items() if not self.manifest.is_whole(self.folder, name)}
                 if not missing:
-                    self._advance(len(tokens))
                     continue
                 stored, sums = self._forward(tokens, split)
                 futures = [(name, pool.submit(self._write, name, stored[hook])) for hook, name in missing.items()]
@@ -247,6 +247,15 @@ class _Harvester:
         if not self.manifest.complete:
             self.manifest.complete = True
             _write_manifest(self.folder, self.manifest)
+
+    def _rows_there(self) -> int:
+        """Rows of shards that an earlier process wrote."""
+        size = self.manifest.shard_contexts * self.manifest.context_length
+        return sum(
+            min(size, self.manifest.rows[split] - number * size)
+            for split, number in self._shards()
+            if all(self.manifest.is_whole(self.folder, shard_name(h, split, number)) for h in self.manifest.hooks)
+        )
 
     def _shards(self) -> Iterator[tuple[str, int]]:
         shard_rows = self.manifest.shard_contexts * self.manifest.context_length

@@ -140,6 +140,8 @@ def _measured(
     density, done = firings.density, 0
     W_U = meter.direct.W_U if meter.direct is not None else None
 
+    report("effects", 0, len(plan))
+
     def count(made: int) -> None:
         nonlocal done
         done += made

@@ -116,14 +116,16 @@ def fit_pca(
     """
     shift = cache.statistics(hook).mean.double()
     tokens, total, products = 0, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
+    report = progress or (lambda stage, done, of: None)
+    of = min(max_tokens, cache.statistics(hook).tokens)
+    report("principal components", 0, of)
     for block in training_blocks(cache, hook, max_tokens):
         x = double(block.to(device))
         centred = x - shift.to(x.device)
         tokens += len(x)
         total += centred.sum(0).cpu()
         products += (centred.T @ centred).cpu()
-        if progress is not None:
-            progress("principal components", tokens, min(max_tokens, cache.statistics(hook).tokens))
+        report("principal components", tokens, of)
     offset = total / tokens
     vectors = torch.linalg.eigh(products / tokens - torch.outer(offset, offset)).eigenvectors
     return PrincipalComponents((shift + offset).float().to(device), vectors.flip(-1).float().to(device), tokens)

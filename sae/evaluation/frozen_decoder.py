@@ -53,6 +53,7 @@ def train_frozen_decoders(
     recipes = {
         str(number): Recipe(_shape(baseline), settings, purpose=_PURPOSE) for number, baseline in enumerate(wanted)
     }
+    progress("frozen decoder", 0, tokens)
     try:
         outcome = train_all(
             {"activations": loader}, recipes, device=device,

@@ -88,6 +88,7 @@ def summarise(cache: ActivationCache, hook: str, settings: EvaluationConfig, pro
     total = torch.zeros(cache.d_in(hook), dtype=torch.float64)
     tokens = rows = 0
     of = min(cache.rows(HELD_OUT), settings.tokens or cache.rows(HELD_OUT))
+    progress("activations", 0, of)
     for batch in cache.contexts(HELD_OUT, hook, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens):
         assert batch.activations is not None
         x = batch.activations[batch.eligible]

@@ -111,6 +111,8 @@ def scan(
     collector = _Collector(dictionary.d_sae, settings, cache.context_length, scale, seed)
     total = min(cache.rows(TRAIN), settings.tokens or cache.rows(TRAIN))
     at_once = batch_contexts or max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
+    if progress:
+        progress(0, total)
     for batch in cache.contexts(TRAIN, hook, batch_contexts=at_once, max_tokens=settings.tokens):
         collector.add(batch, *_encode(dictionary, batch))
         if progress:

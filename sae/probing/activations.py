@@ -100,6 +100,8 @@ def read_activations(
     order = sorted(wanted, key=lambda number: len(examples.contexts[number]))
     rows: Tensor | None = None
     done, total = 0, sum(len(examples.contexts[number]) for number in order)
+    if progress is not None:
+        progress(0, total)
     while order:
         length = len(examples.contexts[order[-1]])
         batch = [order.pop() for _ in range(min(len(order), max(1, TOKENS_AT_ONCE // length)))]

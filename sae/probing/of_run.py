@@ -92,6 +92,7 @@ class _Probing:
             if letters is not None:
                 asked[FIRST_LETTERS] = identify(subject=self._subject_hash, settings=letters.model_dump())
             record = self._arranged(ProbeRecord.read(self.run_folder, self.subject), asked)
+            self._run.progress("probes", 0, len(files))
             for number, (name, file) in enumerate(files.items()):
                 if name not in record.entries:
                     entry = self._entry(asked[name], lambda file=file: self._probed(file), alone=len(files) == 1)

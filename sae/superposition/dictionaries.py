@@ -160,6 +160,8 @@ def run_recovery(
         for architecture in settings.architectures
     }
     source = WorldSource(world, settings.batch_size)
+    if progress is not None:
+        progress(0, settings.tokens)
     outcome = train_all(
         {"activations": source},
         recipes,

@@ -123,6 +123,9 @@ def train_toy_models(
     inputs = torch_generator("toy models: inputs", seed)
     b = torch.zeros(instances, features)
     optimiser = torch.optim.Adam([W, b])
+    of = training.steps * training.batch_size * instances
+    if progress:
+        progress(0, of)
     for step in range(training.steps):
         x = sample_inputs(density, features, training.batch_size, inputs)
         W.grad, b.grad = loss_gradients(W, b, x, importance)
@@ -130,7 +133,7 @@ def train_toy_models(
             group["lr"] = learning_rate(step, training.steps, training.lr, 0.02, training.decay)
         optimiser.step()
         if progress and ((step + 1) % _REPORT_EVERY == 0 or step + 1 == training.steps):
-            progress((step + 1) * training.batch_size * instances, training.steps * training.batch_size * instances)
+            progress((step + 1) * training.batch_size * instances, of)
     if not (W.isfinite().all() and b.isfinite().all()):
         raise TrainingError(f"toy models diverged at lr={training.lr}: lower it")
     return ToyModels(W.detach(), b.detach(), density, importance)
