@@ -72,9 +72,10 @@ class DataConfig(_Settings):
 
     source: str | tuple[str, ...] = Field(
         default="stdlib",
-        description="`stdlib` (Python's standard library), a .txt/.md/.jsonl/.parquet file, a folder of them, a folder "
-        "saved by `datasets`, or a hub data set; or a list of these, such as [stdlib, path/to/books]: they are mixed, "
-        "and subset, split, column and streaming hold for each of them",
+        description="`stdlib` (Python's standard library), a .txt, .md, .jsonl, .json, .csv, .tsv or .parquet file "
+        "(all but the last also as .gz, .bz2, .xz or .zst), a folder of them, a folder saved by `datasets`, or a hub "
+        "data set; or a list of these, such as [stdlib, path/to/books]: they are mixed, and subset, split, column "
+        "and streaming hold for each of them",
     )
     weights: tuple[float, ...] | None = Field(
         default=None,
@@ -83,12 +84,32 @@ class DataConfig(_Settings):
     )
     subset: str | None = Field(default=None, description="configuration name of a hub data set")
     split: str = Field(default="train", description="split of a hub or saved data set")
-    column: str = Field(default="text", description="field that holds the text in .jsonl, .parquet and data sets")
+    column: str = Field(
+        default="text",
+        description="field that holds the text, in all but .txt and .md: text, a list of token ids, or a chat (a list "
+        "of messages with role and content, written out by the model's chat template)",
+    )
+    chat_roles: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="of chats, the roles whose messages count, such as [assistant]: the rest is context and left out "
+        "of training, statistics and evaluation; null: all text of a chat counts",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="for a column of token ids whose data set records a tokenizer: that name, if it is the model's own "
+        "tokenizer under another name",
+    )
     streaming: bool = Field(default=True, description="read a hub data set while it downloads")
     section_characters: PositiveInt | None = Field(
         default=None,
-        description="cut longer documents at line ends into sections of about so many characters, which are shuffled "
-        "one by one and remain one document for the held-out split and for standard errors; null: documents stay whole",
+        description="cut longer documents at line ends into sections of about that many characters, which are shuffled "
+        "one by one; null: documents stay whole, and sections of 10,000 characters where holdout_by needs some",
+    )
+    holdout_by: Literal["document", "section"] | None = Field(
+        default=None,
+        description="what is held out, and counts as one in standard errors: whole documents, or single sections of "
+        "them; null: documents, or sections if a source is one document",
     )
     shuffle_documents: PositiveInt | None = Field(
         default=None,
