@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import sysconfig
 from pathlib import Path
 
@@ -208,3 +209,16 @@ def test_shuffling_documents_is_a_repeatable_permutation(text_folder: Path) -> N
     assert shuffled != plain
     assert sorted(shuffled) == sorted(plain)
     assert all(plain.index(item) <= place + 16 for place, item in enumerate(shuffled))
+
+
+def test_documents_are_shuffled_as_they_were_before_streams_had_versions(text_folder: Path) -> None:
+    plain = list(prepared_documents(DataConfig(source=str(text_folder))))
+    config = DataConfig(source=str(text_folder), shuffle_documents=16)
+    rng, buffer, expected = random.Random(0), plain[:16], []
+    for item in plain[16:]:
+        place = rng.randrange(16)
+        expected.append(buffer[place])
+        buffer[place] = item
+    rng.shuffle(buffer)
+    assert list(prepared_documents(config, streams=1)) == expected + buffer
+    assert list(prepared_documents(config)) != expected + buffer

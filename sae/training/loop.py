@@ -334,17 +334,20 @@ class _Run:
         """Go on from the newest step that all have.
 
         Raises:
-            TrainingError: some have checkpoints, and no step is common to all; or one was made with other settings.
+            TrainingError: some have checkpoints, and no step is common to all; one was made with other settings; or two
+                had their tokens in different orders.
         """
         kept = [{int(path.name.removeprefix("step-")): path for path in m.checkpoints} for m in self.members.values()]
         common = set.intersection(*map(set, kept)) if kept else set()
         self.step = max(common, default=0)
-        for member, paths in zip(self.members.values(), kept, strict=True):
+        read: dict[str, tuple[str, Any]] = {}
+        for (name, member), paths in zip(self.members.items(), kept, strict=True):
             if paths:
                 newest = paths[max(common or paths)]
                 state = load_checkpoint(newest)
                 member.trainee.check_identity(state["identity"], f"checkpoint {str(newest)!r}")
                 if common:
+                    self._check_same_places(name, member.trainee.recipe, state["sources"], read)
                     self._go_on(member, state)
         if common:
             return
@@ -356,6 +359,20 @@ class _Run:
                 f"{', '.join(names)}: there are checkpoints, but of no step that all {len(kept)} have; train these "
                 "apart from the others, or delete their checkpoints"
             )
+
+    def _check_same_places(
+        self, name: str, recipe: Recipe, places: dict[str, Any], read: dict[str, tuple[str, Any]]
+    ) -> None:
+        """Raise TrainingError where a member's sources were not where, or of the order that, they are for others."""
+        for role, source in (("input", recipe.source), ("target", recipe.target)):
+            if source is None:
+                continue
+            other, place = read.setdefault(source, (name, places[role]))
+            if place != places[role]:
+                raise TrainingError(
+                    f"{other} and {name}: their checkpoints of step {self.step} are of different orders of the tokens "
+                    f"({place} and {places[role]}); train them apart"
+                )
 
     def _go_on(self, member: _Member, state: dict[str, Any]) -> None:
         """Take a member and its sources to where they were."""
