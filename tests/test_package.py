@@ -24,6 +24,7 @@ FLOW = [
     ["sparse"],
     ["tool_config"],
     ["dictionary"],
+    ["origin"],
     ["architectures"],
     ["activations.cache", "activations.loader", "activations"],
     ["training"],
@@ -59,6 +60,7 @@ CORE = {
     "sparse",
     "tool_config",
     "dictionary",
+    "origin",
     "architectures",
     "training",
 }
