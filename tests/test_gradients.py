@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sae import kernels
 from sae.architectures import ARCHITECTURES, Gated, JumpReLU, TopK
 from sae.architectures.elementwise import OneThreshold
 from sae.dictionary import Codes, Dictionary
 from sae.errors import ShapeError
-from sae.kernels import back_end, fastest
+from sae.kernels import back_end
 from sae.kernels.interface import Term
 from sae.kernels.pattern import Pattern
 
@@ -120,11 +121,11 @@ def test_gradients_are_those_of_plain_autograd_in_every_number_type(
 def test_a_bias_gradient_over_many_rows_is_not_rounded_away() -> None:
     """1,000 ones summed in bfloat16 one by one end at 256."""
     for dtype in (torch.bfloat16, torch.float16):
-        kernels, ones = back_end("cpu"), torch.ones(1000, dtype=dtype)
+        cpu, ones = back_end("cpu"), torch.ones(1000, dtype=dtype)
         pattern = Pattern.from_indices(torch.zeros(1000, 1, dtype=torch.int64), 20)
-        assert float(kernels.column_sums(pattern, ones)[0]) == 1000
+        assert float(cpu.column_sums(pattern, ones)[0]) == 1000
         rows = torch.ones(1000, 3, dtype=dtype)
-        assert kernels.feature_sums(Term(pattern, ones, rows))[0].tolist() == [1000] * 3
+        assert cpu.feature_sums(Term(pattern, ones, rows))[0].tolist() == [1000] * 3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -235,6 +236,7 @@ def test_features_and_codes_of_another_number_type_are_converted_like_activation
 
 def test_triton_s_kernels_take_the_number_types_that_they_sum_exactly() -> None:
     """They sum in float32; its compiler refuses products of float64."""
+    fastest = kernels.fastest
     assert fastest("cuda", torch.float64) == "cpu"
     assert fastest("cpu", torch.float32) == "cpu"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

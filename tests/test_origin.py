@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import sae
+from sae import language_model as language_model_module
 from sae.activations import ActivationCache
 from sae.config import FeaturesConfig
 from sae.errors import CacheError, ConfigError, ModelError, SaeError
 from sae.features import collect
-from sae.language_model import LanguageModel, _configured
-from sae.training.source import origin
+from sae.language_model import LanguageModel
+from sae.training import source as source_module
 
 READS, GIVES = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
 SHAPE, SETTINGS = sae.DictionaryConfig(d_sae=48, k=4), sae.TrainConfig(tokens=640)
@@ -66,6 +67,7 @@ def test_a_transcoder_s_loaders_tell_both_hook_points(cache: ActivationCache, la
 
 def test_of_a_target_that_nobody_knows_nothing_is_said(cache: ActivationCache) -> None:
     """It would pass for a dictionary of the hook point that it reads."""
+    origin = source_module.origin
     unknown = sae.IterableSource([torch.randn(64, 32) for _ in range(2)])
     assert origin(loader(cache, READS), unknown) == {}
     assert origin(unknown, loader(cache, GIVES)) == {}
@@ -122,4 +124,4 @@ def test_a_language_model_is_named_or_configured(language_model: LanguageModel, 
         assert sae.LanguageModel(name).info == language_model.info
     for wrong in (7, None, {"name": "gpt2"}, ["gpt2"]):
         with pytest.raises(SaeError, match=r"language model .*: expected a name such as 'gpt2', or a sae.ModelConfig"):
-            _configured(wrong)  # the constructor's first line
+            language_model_module._configured(wrong)  # the constructor's first line
