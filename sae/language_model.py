@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae import hook_points
 from sae.config import ModelConfig
-from sae.errors import ModelError
+from sae.errors import ConfigError, ModelError
 from sae.hook_probe import Hook, probe_tokens, read_hooks
 from sae.model_identity import fingerprint, hash_tokenizer, hash_weights
 from sae.model_loading import boot, code_sha256, load_pretrained
@@ -63,10 +63,11 @@ class LanguageModel:
     """A causal language model whose hook points can be read and replaced.
 
     Args:
-        config: which model, and how.
+        config: which model, and how; or just its name: a hub model, a folder, a .gguf file, or `demo`.
         device: where it runs.
 
     Raises:
+        ConfigError: `config` is neither.
         ModelError: the model cannot be found, downloaded or understood.
 
     Attributes:
@@ -75,7 +76,8 @@ class LanguageModel:
         info: the model's identity.
     """
 
-    def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
+    def __init__(self, config: ModelConfig | str | Path, device: str | torch.device = "cpu") -> None:
+        config = _configured(config)
         model, self.tokenizer, label, revision = load_pretrained(config)
         if model.config.bos_token_id is None and self.tokenizer.bos_token_id is None:
             model.config.bos_token_id = self.tokenizer.eos_token_id
@@ -306,3 +308,19 @@ class LanguageModel:
 
 class _AllFoundError(Exception):
     """Ends a forward pass in which every hook point has been read."""
+
+
+def _configured(model: Any) -> ModelConfig:
+    """The configuration of a model that is given by its name.
+
+    Raises:
+        ConfigError: it is neither a name nor a configuration.
+    """
+    if isinstance(model, str | Path):
+        return ModelConfig(name=str(model))
+    if isinstance(model, ModelConfig):
+        return model
+    raise ConfigError(
+        f"language model {model!r}: expected a name such as 'gpt2', or a sae.ModelConfig; it is a "
+        f"{type(model).__name__}"
+    )

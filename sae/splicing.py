@@ -11,6 +11,7 @@ from torch import Tensor
 from sae.dictionary import Dictionary
 from sae.errors import ModelError
 from sae.language_model import LanguageModel
+from sae.origin import Place, check_belongs
 from sae.passes import Pass
 from sae.tokens import TokenPolicy
 from sae.transcoding import Hooks
@@ -54,7 +55,8 @@ def splice(
     hooks = Hooks.of(dictionary.metadata, hook, target_hook)
     if hooks.reads is None or hooks.gives is None:
         raise ModelError("the dictionary does not say which hook point it belongs to: give hook='blocks.N.…'")
-    _check_model(language_model, dictionary)
+    info = language_model.info
+    check_belongs(dictionary, Place(f"model {info.name!r}", info.to_json(), ModelError))
     policy = _token_policy(dictionary)
 
     def replacement(y: Tensor, now: Pass | None) -> Tensor:
@@ -108,17 +110,3 @@ def _token_policy(dictionary: Dictionary) -> TokenPolicy | None:
             "set dictionary.metadata['tokens'] = None to replace every position"
         ) from error
     return policy
-
-
-def _check_model(language_model: LanguageModel, dictionary: Dictionary) -> None:
-    """Compare what the metadata says of the model; what it does not say is not checked."""
-    trained_on = dictionary.metadata.get("model")
-    if not isinstance(trained_on, dict):
-        return
-    for key in ("weights_sha256", "weight_processing"):
-        there, here = trained_on.get(key), getattr(language_model.info, key)
-        if there not in (None, here):
-            raise ModelError(
-                f"the dictionary was trained on {trained_on.get('name')!r} with {key}={there!r}; "
-                f"{language_model.info.name!r} has {here!r}: load the model it was trained on"
-            )

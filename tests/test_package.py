@@ -29,6 +29,7 @@ FLOW = [
     ["sparse"],
     ["tool_config"],
     ["dictionary"],
+    ["origin"],
     ["architectures"],
     ["activations.cache", "activations.loader", "activations"],
     ["training"],
@@ -68,6 +69,7 @@ CORE = {
     "sparse",
     "tool_config",
     "dictionary",
+    "origin",
     "architectures",
     "training",
 }

@@ -180,12 +180,11 @@ def refusal(language_model: LanguageModel, dictionary: Dictionary, tokens: Tenso
 def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
     other = {**language_model.info.to_json(), "name": "other", "weights_sha256": "0" * 64}
     message = refusal(language_model, make_dictionary(language_model, model=other), tokens)
-    assert (
-        "was trained on 'other' with weights_sha256='000" in message and "load the model it was trained on" in message
-    )
+    assert message.startswith("model 'tiny': of another model than the dictionary's: weights_sha256 is '")
+    assert message.endswith("'000" + "0" * 61 + "' in training, on 'other'; use the model that it was trained on")
     folded = {**language_model.info.to_json(), "weight_processing": "fold_ln"}
     message = refusal(language_model, make_dictionary(language_model, model=folded), tokens)
-    assert "weight_processing='fold_ln'; 'tiny' has 'none'" in message
+    assert "weight_processing is 'none' there and 'fold_ln' in training" in message
     message = refusal(language_model, make_dictionary(language_model, d_in=16), tokens)
     assert message == f"hook {HOOK!r}: activations are 32 wide, the dictionary takes 16"
     message = refusal(language_model, make_dictionary(language_model, hook=None), tokens)
@@ -193,7 +192,7 @@ def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
     message = refusal(language_model, make_dictionary(language_model, hook=3), tokens)
     assert "does not say which hook point" in message
     message = refusal(language_model, make_dictionary(language_model, model={"weights_sha256": "0" * 64}), tokens)
-    assert "was trained on None with weights_sha256='000" in message
+    assert "0' in training, on None; use the model" in message
     message = refusal(language_model, make_dictionary(language_model), tokens, hook="blocks.1.hook_resid_mid")
     assert "not replace it" in message
 

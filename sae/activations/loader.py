@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, Statistics, dequantise
+from sae.activations.metadata import dictionary_metadata
 from sae.errors import CacheError
 from sae.seeding import STREAMS, loader_generator_1, numpy_generator
 from sae.tokens import TRAIN
@@ -80,6 +82,11 @@ class ActivationLoader:
     def statistics(self) -> Statistics:
         """Mean and mean squared norm of what is loaded, from the cache's manifest."""
         return self.cache.statistics(self.hook)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Model, hook point, token policy and text of what is loaded: what a dictionary trained on it is told."""
+        return dictionary_metadata(self.cache, self.hook)
 
     @property
     def pool_bytes(self) -> int:

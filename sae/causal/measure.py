@@ -12,6 +12,7 @@ import torch
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import check_same_model
+from sae.activations.metadata import place_of
 from sae.causal.changes import FIRING, Changes, plan_changes
 from sae.causal.direct import DirectPath
 from sae.causal.effects import Effects, EffectSettings, FeatureEffect
@@ -27,6 +28,7 @@ from sae.features.vocabulary import Vocabulary
 from sae.files import locked
 from sae.language_model import LanguageModel
 from sae.modes import without_autocast
+from sae.origin import check_belongs
 from sae.seeding import numpy_generator
 from sae.tail import Tail
 from sae.transcoding import Hooks
@@ -79,7 +81,8 @@ def measure_effects(
         Effects of the features asked for. Correlations are over all that are known, in `folder` too.
 
     Raises:
-        CacheError: the hook point is not in the cache, or the cache is of another model.
+        CacheError: the hook point is not in the cache, or the cache is of another model than the dictionary
+            or the language model.
         ConfigError: the dictionary has another width or hook point; too little text.
         ModelError: the hook point cannot be replaced.
         UnknownFeatureError: the dictionary has no such feature.
@@ -171,13 +174,7 @@ def _checked(
             f"the dictionary is a transcoder, from {trained_on!r} to {dictionary.metadata['target_hook']!r}: effects "
             "are measured of dictionaries that give what they read"
         )
-    if trained_on is not None and trained_on != hook:
-        raise ConfigError(f"hook {hook!r}: the dictionary was trained on {trained_on!r}; measure its features there")
-    if cache.d_in(hook) != dictionary.d_in:
-        raise ConfigError(
-            f"hook {hook!r}: activations have {cache.d_in(hook):,} numbers, the dictionary takes {dictionary.d_in:,}; "
-            "give the hook point it was trained on"
-        )
+    check_belongs(dictionary, place_of(cache), reads=hook)
     for feature in features or ():
         if not 0 <= feature < dictionary.d_sae:
             raise UnknownFeatureError(f"feature {feature}: the dictionary has features 0 to {dictionary.d_sae - 1}")

@@ -13,9 +13,10 @@ from jaxtyping import Int
 
 from sae import seeding
 from sae.activations.cache import ActivationCache, ContextBatch
+from sae.activations.metadata import place_of
 from sae.config import FeaturesConfig
 from sae.dictionary import Dictionary
-from sae.errors import CacheError, ConfigError
+from sae.errors import ConfigError
 from sae.features.best import Best
 from sae.features.block import Block, Reach, make_block
 from sae.features.examples import pick_examples, reservoir_size
@@ -26,6 +27,7 @@ from sae.features.vocabulary import Vocabulary
 from sae.features.write import Collected, write_store
 from sae.modes import without_autocast
 from sae.neighbours import nearest_neighbours
+from sae.origin import check_belongs
 from sae.tokens import TRAIN
 from sae.transcoding import Hooks
 
@@ -70,11 +72,12 @@ def collect(
         progress: called with tokens done and tokens in all.
 
     Raises:
-        CacheError: the hook point is not in the cache, or of another width; or the store cannot be written.
-        ConfigError: `settings.tokens` is less than one context, or a transcoder reads another hook point.
+        CacheError: the hook point is not in the cache; the cache is of another model than the dictionary's; or the
+            store cannot be written.
+        ConfigError: `settings.tokens` is less than one context; the dictionary reads another hook point or width.
     """
-    check_width(dictionary, cache, hook)
-    gives = _gives(dictionary, hook)
+    check_belongs(dictionary, place_of(cache), reads=hook)
+    gives = Hooks.of(dictionary.metadata).gives or hook
     if dictionary.W_dec.device != torch.device(device):
         dictionary = copy.deepcopy(dictionary).to(device)
     collected = scan(dictionary, cache, settings, hook, seed, batch_contexts, progress)
@@ -122,26 +125,6 @@ def scan(
             f"features.tokens={settings.tokens}: less than one context of {cache.context_length} tokens; raise it"
         )
     return collector.finish()
-
-
-def check_width(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
-    """Raise CacheError unless the dictionary takes the activations cached at `hook`."""
-    if cache.d_in(hook) != dictionary.d_in:
-        raise CacheError(
-            f"cache {str(cache.path)!r}: {hook} has {cache.d_in(hook)} numbers per token, the dictionary takes "
-            f"{dictionary.d_in}; name the hook point it was trained on"
-        )
-
-
-def _gives(dictionary: Dictionary, hook: str) -> str:
-    """The hook point whose activations are made of the features that are read at `hook`."""
-    hooks = Hooks.of(dictionary.metadata)
-    if not hooks.of_transcoder:
-        return hook
-    if hooks.reads != hook:
-        raise ConfigError(f"hook {hook!r}: the transcoder reads {hooks.reads!r}; its features are collected there")
-    assert hooks.gives is not None
-    return hooks.gives
 
 
 @torch.no_grad()

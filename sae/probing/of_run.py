@@ -15,6 +15,7 @@ from sae.evaluation.report import identify as identify_dictionary
 from sae.files import locked, write_bytes
 from sae.language_model import LanguageModel
 from sae.model_identity import fingerprint
+from sae.origin import Place, check_belongs
 from sae.pipeline import Run
 from sae.probing.absorption import measure_absorption
 from sae.probing.activations import LabelledActivations, load_activations, read_activations, save_activations
@@ -185,7 +186,9 @@ class _Probing:
         if held is not None:
             return held
         language_model = self._run.language_model
-        _check_model(language_model, self.model)
+        info = language_model.info
+        here = Place(f"model {info.name!r}", info.to_json(), ModelError, model_keys=_OF_MODEL)
+        check_belongs(self.dictionary, here, reads=self.hook)
         before = self._tokens_read
 
         def progress(done: int, total: int) -> None:
@@ -214,16 +217,6 @@ def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[st
             f"({model.get('name')!r}); give that model with model.name=PATH"
         )
     return hook, policy, model
-
-
-def _check_model(language_model: LanguageModel, model: dict[str, Any]) -> None:
-    info = language_model.info.to_json()
-    for key in _OF_MODEL:
-        if key in model and model[key] != info[key]:
-            raise ModelError(
-                f"model {language_model.info.name!r}: {key} is {info[key]!r}, and {model[key]!r} where the dictionary "
-                "was trained; give that model with model.name=PATH"
-            )
 
 
 def _in_random_order(data: Sequence[DataFile], settings: ProbeConfig) -> list[DataFile]:

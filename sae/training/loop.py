@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from sae.training.checkpoint import (
 )
 from sae.training.meter import Meter, Stopwatch
 from sae.training.sinks import FeatureSink, JsonLines, Sink
-from sae.training.source import BatchSource, IterableSource
+from sae.training.source import BatchSource, IterableSource, origin
 from sae.training.trainee import Recipe, Trainee
 
 Metrics = dict[str, float | int]
@@ -102,7 +102,8 @@ def train(
         device: where to train.
         folder: of `metrics.jsonl`, `checkpoints/`, from whose newest it resumes, and `snapshots/`; None: keep nothing.
             What is returned is not saved there: `save` it.
-        metadata: saved with the dictionary; `activations` in it names the data: resuming on others is refused.
+        metadata: saved with the dictionary. An `ActivationLoader` gives it hook point, model, token policy and text;
+            entries here win. `activations` in it names the data: resuming on others is refused.
         sinks: further places for the logged numbers.
         progress: called after every logged step with (tokens done, tokens in all, metrics).
 
@@ -208,6 +209,8 @@ class _Run:
 
     def _trainee(self, recipe: Recipe, sources: Mapping[str, BatchSource]) -> Trainee:
         target = None if recipe.target is None else sources[recipe.target]
+        known = origin(sources[recipe.source], target)
+        recipe = replace(recipe, metadata={**known, **recipe.metadata})
         return Trainee(recipe, sources[recipe.source], target, self.steps, self.device)
 
     def train(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -46,6 +46,30 @@ class BatchSource(Protocol):
     def restart(self) -> None:
         """Go to the beginning, where a training that is not resumed begins; takes effect on the next `iter`."""
         ...
+
+
+@runtime_checkable
+class KnownSource(Protocol):
+    """A source that says where its activations come from, as `ActivationLoader` does. Nobody has to."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Saved with what is trained on it; with the names of `sae.dictionary_metadata`."""
+        ...
+
+
+def origin(source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
+    """What a dictionary's metadata say of its activations: of a transcoder, if both of its sources are known."""
+    if not isinstance(source, KnownSource):
+        return {}
+    read = dict(source.metadata)
+    if target is None:
+        return read
+    if not isinstance(target, KnownSource):
+        return {}
+    given = target.metadata
+    model = {} if given.get("model") == read.get("model") else {"target_model": given.get("model")}
+    return {"target_hook": given.get("hook"), "target_activations": given.get("activations"), **model, **read}
 
 
 class IterableSource:

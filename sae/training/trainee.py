@@ -48,7 +48,8 @@ class Recipe:
         source: name of the source of its input.
         target: name of the source of what it reconstructs; None: the input.
         folder: run folder, for `metrics.jsonl`, `checkpoints/` and `snapshots/`; None: nothing is kept.
-        metadata: saved with the dictionary; `activations` in it names the data: resuming on others is refused.
+        metadata: saved with the dictionary, and wins over what its sources say of themselves; `activations` in it names
+            the data: resuming on others is refused.
         start: a dictionary, for raw activations, whose weights training begins with; None: random directions.
         purpose: what it is trained for; dictionaries for two purposes begin apart, whatever their seeds.
     """
@@ -198,6 +199,8 @@ class Trainee:
             TrainingError: naming the first setting that differs.
         """
         for key, value in self.identity.items():
+            if key == "activations" and held.get(key) is None:  # older checkpoints were not told by their sources
+                continue
             if setting_of(held, key) != value:
                 raise TrainingError(
                     f"{where}: made with {key}={setting_of(held, key)!r}, now {value!r}; choose another run folder "

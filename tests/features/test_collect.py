@@ -238,7 +238,7 @@ def test_errors(case: Case, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"features\.tokens=5: less than one context of 12 tokens; raise it"):
         case.collect(tmp_path / "store", SETTINGS.model_copy(update={"tokens": 5}))
     narrow = ReLU(4, 8)
-    with pytest.raises(CacheError, match="has 8 numbers per token, the dictionary takes 4; name the hook point"):
+    with pytest.raises(ConfigError, match="activations have 8 numbers, the dictionary takes 4; give the hook"):
         collect(narrow, case.cache, tmp_path / "store", SETTINGS, hook=HOOK, tokenizer=FakeTokenizer())
     with pytest.raises(CacheError, match=r"hook 'blocks.9.hook_resid_pre' is not in it"):
         collect(case.dictionary, case.cache, tmp_path, SETTINGS, hook="blocks.9.hook_resid_pre", tokenizer=None)
