@@ -154,6 +154,7 @@ class LanguageModel:
         self, tokens: Int[Tensor, "context seq"], hooks: Sequence[str]
     ) -> dict[str, Float[Tensor, "context seq d_in"]]:
         """Activations at several hook points from one pass that stops at the last of them. Heads are concatenated."""
+        hooks = (hooks,) if isinstance(hooks, str) else hooks
         if len(hooks) == 1 and (layer := self.entering_block(hooks[0])) is not None:
             return {hooks[0]: self.bridge(tokens, stop_at_layer=layer)}
         found: dict[str, Tensor] = {}

@@ -13,12 +13,13 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "files", "environment", "model_identity", "seeding"],
+    ["errors", "files", "environment", "model_identity", "seeding", "printable"],
+    ["terminal", "columns"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],
     ["neighbours"],
-    ["text.document", "text.json_records", "text.sections"],
-    ["text.files", "text.digests", "text.chat", "text.chat_worker", "text.pieces"],
+    ["text.census", "text.document", "text.json_records", "text.sections"],
+    ["text.files", "text.digests", "text.chat", "text.chat_worker", "text.pieces", "text.fingerprint", "text.recorded"],
     ["text"],
     ["corpus"],
     ["tokens"],
@@ -50,6 +51,7 @@ CORE = {
     "environment",
     "model_identity",
     "seeding",
+    "printable",
     "mixture",
     "transcoding",
     "config",
