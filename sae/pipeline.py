@@ -130,8 +130,8 @@ class Run:
 
         Raises:
             ConfigError: the settings name several dictionaries, one has no effect, amounts of tokens cannot work (see
-                `sae.fit.check_amounts`), parameters to freeze are not there, or the dictionary to start from has another
-                d_sae (its d_in is compared when there are activations).
+                `sae.fit.check_amounts`), parameters to freeze are not there, or the dictionary to start from has
+                another d_sae (its d_in is compared when there are activations).
             FormatError: there is no dictionary at `train.start_from`.
         """
         if self.config.sweep:

@@ -25,6 +25,8 @@ def main() -> None:
 
     chat_template_utils.datetime = _FixedDate  # type: ignore[attr-defined]
     _limit_memory(limit)
+    answer.write("{}\n")  # ready
+    answer.flush()
     for line in sys.stdin:
         answer.write(json.dumps(_render(chat_template_utils, template, variables, json.loads(line))) + "\n")
         answer.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ CHATML = (
     "{% endfor %}"
 )
 TRIMMED = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}"
-LAST_ONLY = "{% for m in messages %}{{ m.role if loop.last else '' }}:{{ m.content | upper if m.content == 'x' else m.content }};{% endfor %}"
+LAST_ONLY = "{% for m in messages %}{{ m.role if loop.last else '' }}:{{ m.content }};{% endfor %}"
 TALK = Chat(
     (
         {"role": "system", "content": "user"},
@@ -74,19 +73,12 @@ def test_the_spans_are_the_contents_of_the_roles(template: str) -> None:
 )
 def test_hostile_templates_end_in_one_line(template: str, message: str) -> None:
     renderer = ChatTemplate(FakeTokenizer(template), seconds=1)
-    renderer.render  # noqa: B018
-    began = time.monotonic()
     try:
         with pytest.raises(DataError, match=message) as caught:
-            _warm(renderer)
+            renderer.render(TALK, "a:1")
     finally:
         renderer.close()
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - began < 150
-
-
-def _warm(renderer: ChatTemplate) -> None:
-    renderer.render(TALK, "a:1")
 
 
 def test_no_template() -> None:

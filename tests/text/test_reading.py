@@ -104,7 +104,7 @@ def test_what_a_folder_holds_besides_is_counted(tmp_path: Path) -> None:
         "data source 'x': 1 file without the column not read (package.json)",
     ]
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(DataError, match="package.json, record 1: no column 'text'; set data.column to one of: name"):
+    with pytest.raises(DataError, match=r"package.json, record 1: no column 'text'; set data.column to one of: name"):
         contents(tmp_path)
     (tmp_path / "package.json").unlink()
     with pytest.raises(DataError, match=r"holds no .txt.* file, only 2 of '.pdf', 1 of no suffix \(2 hidden ones"):
@@ -147,7 +147,7 @@ def test_parquet_and_saved_data_sets_hold_no_bytes(tmp_path: Path) -> None:
 
 def test_lists_in_csv_are_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('x\n"[1, 2, 3]"\n')
-    with pytest.raises(DataError, match="a.csv, row 1: column 'x' holds a list written as text"):
+    with pytest.raises(DataError, match=r"a.csv, row 1: column 'x' holds a list written as text"):
         contents(tmp_path / "a.csv", "x")
 
 
@@ -207,7 +207,7 @@ def test_one_document_is_divided_by_sections_and_says_so(shape: str, tmp_path: P
     assert "".join(str(text) for _, text, _ in found) == (words if shape in ("folder", "jsonl") else source.read_text())
     assert "it is one document: its sections are divided" in census.lines("x", chose_unit=False)[0]
     with pytest.raises(
-        DataError, match="it holds one document, and a held-out split needs at least two: set data.holdo"
+        DataError, match=r"it holds one document, and a held-out split needs at least two: set data.holdo"
     ):
         list(prepared_documents(DataConfig(source=str(source), holdout_by="document")))
 
