@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -15,6 +16,23 @@ from sae.mixture import check_mixture, source_labels, token_shares
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def listed(model: type[BaseModel], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with single values in a list where a list is expected; text is never taken letter by letter."""
+    return {
+        key: (value,) if (field := model.model_fields.get(key)) and _holds_list(field) and _is_single(value) else value
+        for key, value in settings.items()
+    }
+
+
+def _holds_list(field: FieldInfo) -> bool:
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    return str not in kinds and any(get_origin(kind) is tuple for kind in kinds)
+
+
+def _is_single(value: Any) -> bool:
+    return value is not None and not isinstance(value, list | tuple | set | dict)
 
 
 def is_text(field: FieldInfo) -> bool:
@@ -36,7 +54,7 @@ class _Settings(BaseModel):
             for key, value in settings.items()
             if (field := cls.model_fields.get(key)) and not is_text(field)
         }
-        return {**settings, **numbers}
+        return listed(cls, {**settings, **numbers})
 
 
 def _number(value: Any) -> Any:
@@ -185,11 +203,6 @@ class HarvestConfig(_Settings):
         default=None, description="folder of the activation cache; null: `activations` in the run folder"
     )
 
-    @field_validator("hooks", mode="before")
-    @classmethod
-    def _one_hook(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
 
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """Shares of d_sae that end nested dictionaries: each adds twice as many features as the one before."""
@@ -317,11 +330,6 @@ class TrainConfig(_Settings):
     checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(default=2, description="checkpoints kept, newest first")
 
-    @field_validator("freeze", "snapshots", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | int | float) else value
-
     @field_validator("freeze", "snapshots", mode="after")
     @classmethod
     def _in_order(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -358,7 +366,11 @@ class FeaturesConfig(_Settings):
     """What is kept of every feature."""
 
     tokens: PositiveInt | None = Field(default=None, description="training tokens to scan; null: all that are cached")
-    top: PositiveInt = Field(default=16, description="strongest activations kept per feature, at most one a document")
+    top: PositiveInt = Field(
+        default=16,
+        description="strongest activations kept per feature: at most one a document, or one a section of about 2,000 "
+        "tokens (or data.section_characters) where there are fewer documents than twice that",
+    )
     quantiles: PositiveInt = Field(
         default=4, description="equal shares into which a feature's non-zero activations are cut"
     )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
+from sae.text.census import Census
 from sae.text.document import Document
-from sae.text.files import READABLE, Census, field_of, read_file, read_folder
+from sae.text.files import READABLE, field_of, read_file, read_folder
 
 STANDARD_LIBRARY = "stdlib"
 # Character maps are tables of numbers; topics.py is read topic by topic instead of as source.

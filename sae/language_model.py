@@ -203,6 +203,7 @@ class LanguageModel:
         self, tokens: Int[Tensor, "context seq"], hooks: Sequence[str]
     ) -> dict[str, Float[Tensor, "context seq d_in"]]:
         """Activations at several hook points from one pass that stops at the last of them. Heads are concatenated."""
+        hooks = (hooks,) if isinstance(hooks, str) else hooks
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:

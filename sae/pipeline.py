@@ -28,9 +28,11 @@ from sae.evaluation import Report, evaluate_all, write_report
 from sae.evaluation.report import identify, read_stored
 from sae.features import Features, collect
 from sae.files import locked, read_json, write_bytes
+from sae.fit import amount_notes, check_amounts
 from sae.language_model import LanguageModel
 from sae.model_identity import model_label
 from sae.progress import Notes
+from sae.terminal import complain
 from sae.training.applicability import check_read
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
@@ -119,7 +121,7 @@ class Run:
         folder = self.config.cache_folder
         if (folder / "manifest.json").is_file():
             manifest = read_manifest(folder)
-            check_same_request(folder, manifest, self.config)
+            check_same_request(folder, manifest, self.config, text=True)
             if manifest.complete and all(manifest.is_whole(folder, name) for name in manifest.files):
                 return ActivationCache(folder)
         with self.configured():
@@ -129,26 +131,28 @@ class Run:
                 self.config, language_model, lambda done, total: self.progress("harvest", done, total)
             )
 
-    def cache(self) -> ActivationCache:
-        """The activation cache, which must be there.
+    def cache(self, *, text: bool = False) -> ActivationCache:
+        """The activation cache, which must be there; with `text`, and be of the text as it is now.
 
         Raises:
             CacheError: it is missing, unfinished, or made with other settings.
         """
         cache = ActivationCache(self.config.cache_folder)
-        check_same_request(cache.path, cache.manifest, self.config)
+        check_same_request(cache.path, cache.manifest, self.config, text=text)
         return cache
 
     def check(self) -> None:
-        """Say before hours of harvesting what cannot be trained.
+        """Say before hours of harvesting what cannot be trained or evaluated.
 
         Raises:
-            ConfigError: the settings name several dictionaries, one has no effect, parameters to freeze are not there,
-                or the dictionary to start from has another d_sae (its d_in is compared when there are activations).
+            ConfigError: the settings name several dictionaries, one has no effect, amounts of tokens cannot work (see
+                `sae.fit.check_amounts`), parameters to freeze are not there, or the dictionary to start from has
+                another d_sae (its d_in is compared when there are activations).
             FormatError: there is no dictionary at `train.start_from`.
         """
         if self.config.sweep:
             raise ConfigError("sweep names several dictionaries: train them with 'sae sweep', or take sweep out")
+        check_amounts(self.config)
         if self.is_trained():
             return
         shape, settings = self.config.dictionary, self.config.train
@@ -167,9 +171,11 @@ class Run:
     def train(self) -> Dictionary:
         """The dictionary, trained (or trained to the end) where it is not there yet."""
         self.check()
-        cache = self.cache()
+        cache = self.cache(text=True)
         if self.is_trained():
             return self.trained_already(cache)
+        for note in amount_notes(self.config):
+            complain(note)
         with locked(self.folder, "training"), self.configured():
             dictionary = self._train(cache)
             dictionary.save(self.folder / "dictionary")

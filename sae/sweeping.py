@@ -23,8 +23,10 @@ from sae.evaluation.pareto import Point, draw_pareto
 from sae.evaluation.report import DOCUMENTS_FILE
 from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
 from sae.files import locked, read_json, write_bytes, write_json
+from sae.fit import amount_notes, check_amounts
 from sae.pipeline import TRUST_SETTING, Run, evaluate_runs
 from sae.progress import Notes
+from sae.terminal import complain
 from sae.tokens import TRAIN
 from sae.training.agreement import common_pass
 from sae.training.applicability import no_reader, unread
@@ -128,6 +130,9 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
         SaeError: as the steps of a run do.
     """
     made = variants(config)
+    check_amounts(config)
+    for note in amount_notes(config):
+        complain(note)
     base = Run(config, progress)
     runs = {name: Run(variant, progress) for name, variant in made.items()}
     _share_starts(runs.values())

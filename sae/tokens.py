@@ -20,9 +20,10 @@ from sae.corpus import check_apart, holdout_share, is_held_out, read_documents
 from sae.errors import DataError
 from sae.mixture import Turns
 from sae.seeding import STREAMS, document_random_1, python_random
+from sae.text.census import Census
 from sae.text.digests import DigestSet, ReadTexts
 from sae.text.document import Chat, Content, Document, LongText, TokenIds, digest_of, is_empty
-from sae.text.files import Census
+from sae.text.recorded import check_recorded_tokenizer
 from sae.text.sections import sections
 from sae.text.tokenise import ContentTokenizer, TokenPart
 
@@ -216,11 +217,17 @@ def packed_shards(
             asked for.
     """
     check_apart(config.sources)
-    census, read = census or [Census() for _ in config.sources], ReadTexts() if distinct else None
+    census, read = census or [Census() for _ in config.sources], ReadTexts()
     separator = next(iter(packers.values())).separator
     contents = ContentTokenizer(tokenizer, config.chat_roles, separator)
     readers = [
-        _Reader(prepared_documents(config, number, streams, counts, read), contents, packers, config)
+        _Reader(
+            config.sources[number],
+            prepared_documents(config, number, streams, counts, read, distinct),
+            contents,
+            packers,
+            config,
+        )
         for number, counts in enumerate(census)
     ]
     turns = {split: Turns(config.shares) for split in packers}
@@ -246,7 +253,7 @@ def packed_shards(
 
 def prepared_documents(
     config: DataConfig, number: int = 0, streams: int = STREAMS, census: Census | None = None,
-    read: ReadTexts | None = None,
+    read: ReadTexts | None = None, distinct: bool = True,
 ) -> Iterator[tuple[str, Content, str]]:  # fmt: skip
     """(document's name, content, split) of a source, cut into sections and shuffled as asked; nothing that is empty.
 
@@ -262,7 +269,8 @@ def prepared_documents(
         number: of the source.
         streams: version of the random streams that documents are shuffled with.
         census: what is found and not read is counted there.
-        read: contents that have been read already, of this and other sources, which are not read again; None: all are.
+        read: contents that have been read already, of this and other sources; None: there are none.
+        distinct: leave out what has been read already.
 
     Raises:
         DataError: as `read_documents`; or one document is all there is, and documents are to be held out whole.
@@ -275,7 +283,7 @@ def prepared_documents(
     prefix = f"{config.labels[number]}/" if len(config.sources) > 1 else ""
 
     def prepared() -> Iterator[tuple[str, Content, str]]:
-        new = _new_documents(documents, census, read)
+        new = _new_documents(documents, census, (read or ReadTexts()) if distinct else None)
         first = list(itertools.islice(new, 2))
         if len(first) == 1 and config.holdout_by == "document":
             raise DataError(
@@ -309,20 +317,24 @@ class _Reader:
     """One source, read ahead.
 
     Attributes:
+        source: its name.
         documents: what is read, as `prepared_documents` gives it.
         contents: makes tokens of it.
         packers: by split; what is full needs no more.
         config: which text.
         waiting: by split, name and tokens of the documents (or sections) whose turn has not come, in order.
-        shares: by document, or by section where these are the unit, the least holdout_fraction that holds it out.
+        shares: where its documents (or sections) lie between training and held-out text.
+        compared: whether the tokenizer that it records for token ids has been compared with the model's.
     """
 
+    source: str
     documents: Iterator[tuple[str, Content, str]]
     contents: ContentTokenizer
     packers: dict[str, Packer]
     config: DataConfig
     waiting: dict[str, deque[tuple[str, Iterator[TokenPart]]]] = field(init=False)
     shares: _Shares = field(init=False)
+    compared: bool = False
 
     def __post_init__(self) -> None:
         self.waiting = {split: deque() for split in self.packers}
@@ -334,6 +346,9 @@ class _Reader:
         for name, _, _ in batch:
             self.shares.add(name)
         wanted = [(name, content, split) for name, content, split in batch if not self.packers[split].full]
+        if not self.compared and any(isinstance(content, TokenIds) for _, content, _ in wanted):
+            check_recorded_tokenizer(self.source, self.contents.tokenizer, self.config.tokenizer)
+            self.compared = True
         tokens = self.contents([(name, content) for name, content, _ in wanted])
         for (name, _, split), parts in zip(wanted, tokens, strict=True):
             self.waiting[split].append((name, parts))

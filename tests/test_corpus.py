@@ -121,7 +121,7 @@ def test_missing_and_empty_sources(tmp_path: Path) -> None:
     for missing in (str(tmp_path / "nothing"), "./nothing", "nothing.jsonl"):
         with pytest.raises(DataError, match=r"nothing.*': no such file or folder"):
             read_documents(missing)
-    with pytest.raises(DataError, match=r"the folder holds no .txt, .md, .jsonl, .parquet file"):
+    with pytest.raises(DataError, match=r"the folder holds no .txt, .md, .jsonl, .*, .parquet file"):
         read_documents(str(tmp_path))
 
 
@@ -165,7 +165,7 @@ def test_split_depends_on_the_names_only(tmp_path: Path) -> None:
     for folder, text in (("a", "some text"), ("b", "another text altogether")):
         (tmp_path / folder).mkdir()
         for name in names if folder == "a" else names[::2]:
-            (tmp_path / folder / name).write_text(text, encoding="utf-8")
+            (tmp_path / folder / name).write_text(f"{text} {name}", encoding="utf-8")
     a, b = (
         {
             name: split

@@ -47,7 +47,8 @@ class HookEntry(BaseModel):
 class Manifest(BaseModel):
     """Everything that says what a cache holds. `model`, `data` and `tokens` decide whether it fits a request.
 
-    Of several sources, `data` also records `source_tokens`: by split and source, how many tokens came from it.
+    Of several sources, `data` also records `source_tokens`: by split and source, how many tokens came from it. What
+    else was found in the text (see `sae.text.census.combined`) and where it came from stands there too.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -68,8 +69,23 @@ class Manifest(BaseModel):
     def identity(self, hook: str) -> str:
         """A hash of all that decides the activations at `hook` and which of them count: equal only for equal caches."""
         model = {key: value for key, value in self.model.items() if key not in ("name", "fingerprint")}
-        facts = [model, self.data, self.tokens, self.context_length, self.dtype, self.rows, self.text_sha256, hook]
+        facts = [
+            model,
+            self._deciding_data(),
+            self.tokens,
+            self.context_length,
+            self.dtype,
+            self.rows,
+            self.text_sha256,
+            hook,
+        ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _deciding_data(self) -> dict[str, Any]:
+        """Without what follows from the text, whose hash is a fact of its own; all of it in older manifests."""
+        if "token_columns" not in self.data:
+            return self.data
+        return {key: value for key, value in self.data.items() if key in ("holdout_fraction", "holdout_seed")}
 
     def is_whole(self, folder: Path, name: str) -> bool:
         """Whether a file is there and of the size it was written with."""
@@ -101,6 +117,7 @@ class ContextBatch:
         documents: index into `ActivationCache.documents(split)`.
         eligible: False for tokens masked out of training, statistics and evaluation.
         activations: as stored, converted to float32; None where no hook point was asked for.
+        sections: the number of the section of its document, among all; None where documents were not cut.
     """
 
     first_row: int
@@ -108,6 +125,7 @@ class ContextBatch:
     documents: Int[Tensor, "context seq"]
     eligible: Bool[Tensor, "context seq"]
     activations: Float[Tensor, "context seq d_in"] | None
+    sections: Int[Tensor, "context seq"] | None = None
 
     def contexts(self, first: int, end: int) -> ContextBatch:
         """Those from `first` up to `end`, as a batch of their own."""
@@ -118,6 +136,7 @@ class ContextBatch:
             self.documents[part],
             self.eligible[part],
             None if self.activations is None else self.activations[part],
+            None if self.sections is None else self.sections[part],
         )
 
 
@@ -199,6 +218,14 @@ class ActivationCache:
         """Number of shards of a split."""
         return -(-self.rows(split) // (self.manifest.shard_contexts * self.context_length))
 
+    def token_columns(self, split: str, number: int) -> dict[str, Tensor]:
+        """What a shard says of each token, `[rows]` each: `tokens` and `documents`.
+
+        And `sections` if documents were cut, and `counted` if only some roles of chats count.
+        """
+        file = self._open(shard_name("tokens", split, number))
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+
     def token_shard(self, split: str, number: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """Tokens and document indices of a shard, int32."""
         file = self._open(shard_name("tokens", split, number))
@@ -206,8 +233,8 @@ class ActivationCache:
 
     def eligible_shard(self, split: str, number: int) -> Bool[Tensor, " rows"]:
         """Which rows of a shard count."""
-        tokens, _ = self.token_shard(split, number)
-        return eligible_rows(tokens, self.policy, self.context_length)
+        columns = self.token_columns(split, number)
+        return eligible_rows(columns["tokens"], self.policy, self.context_length, columns.get("counted"))
 
     def activation_shard(self, hook: str, split: str, number: int) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
         """Activations `[rows, d_in]` of a shard as stored, mapped into memory; and the scale per row for int8."""
@@ -226,8 +253,9 @@ class ActivationCache:
         length, left = self.context_length, self.rows(split) if max_tokens is None else max_tokens
         first_row = 0
         for number in range(self.shards(split)):
-            tokens, documents = self.token_shard(split, number)
-            eligible = eligible_rows(tokens, self.policy, length)
+            columns = self.token_columns(split, number)
+            tokens, documents, sections = columns["tokens"], columns["documents"], columns.get("sections")
+            eligible = eligible_rows(tokens, self.policy, length, columns.get("counted"))
             activations, scale = self.activation_shard(hook, split, number) if hook else (None, None)
             for start, whole_stop in _batch_ranges(len(tokens), length, batch_contexts):
                 cut_short = left < whole_stop - start
@@ -245,6 +273,7 @@ class ActivationCache:
                     documents[start:stop].view(-1, seq).long(),
                     eligible[start:stop].view(-1, seq),
                     x,
+                    None if sections is None else sections[start:stop].view(-1, seq).long(),
                 )
                 if cut_short:
                     return
@@ -275,13 +304,23 @@ class ActivationCache:
         return f" ({given})" if given else ""
 
 
-def eligible_rows(tokens: Int[Tensor, " rows"], policy: TokenPolicy, context_length: int) -> Bool[Tensor, " rows"]:
-    """Which rows count, for rows that begin at a context's start and may end inside one."""
+def eligible_rows(
+    tokens: Int[Tensor, " rows"], policy: TokenPolicy, context_length: int, counted: Bool[Tensor, " rows"] | None = None
+) -> Bool[Tensor, " rows"]:
+    """Which rows count, for rows that begin at a context's start and may end inside one.
+
+    Args:
+        tokens: ids.
+        policy: decides by ids and positions.
+        context_length: tokens of a context.
+        counted: False for tokens of a chat's roles that do not count; None: there are none.
+    """
     whole = len(tokens) // context_length * context_length
     parts = [tokens[:whole].view(-1, context_length)]
     if whole < len(tokens):
         parts.append(tokens[whole:].view(1, -1))
-    return torch.cat([policy.eligible(part).flatten() for part in parts])
+    eligible = torch.cat([policy.eligible(part).flatten() for part in parts])
+    return eligible if counted is None else eligible & counted
 
 
 def dequantise(activations: Tensor, scale: Tensor | None) -> Float[Tensor, "rows d_in"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -30,18 +31,25 @@ from sae.activations.cache import (
     shard_name,
 )
 from sae.config import DataConfig, RunConfig
-from sae.errors import CacheError
+from sae.corpus import STANDARD_LIBRARY
+from sae.errors import CacheError, DataError
 from sae.files import locked, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label
 from sae.seeding import STREAMS
-from sae.tokens import HELD_OUT, SPLITS, TRAIN, PackedRows, Packer, TokenPolicy, packed_shards
+from sae.terminal import complain
+from sae.text.census import Census, combined
+from sae.text.fingerprint import source_fingerprint
+from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _SHARDS_IN_FLIGHT = 2
+_PLAIN_COLUMNS = ["tokens", "documents"]
+_COLUMNS = "token_columns"
+"""In a manifest's data: what token shards hold; missing where equal documents were read as often as they came."""
 _STREAMS = "streams"
 """In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
 
@@ -66,10 +74,10 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
     with locked(folder, "harvest"):
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
-            check_same_request(folder, manifest, config)
+            check_same_request(folder, manifest, config, text=True)
             check_same_model(folder, manifest, language_model)
             if not all(manifest.is_whole(folder, name) for name in manifest.files if _is_text(name)):
-                _write_text(folder, config, language_model, manifest.files, manifest.data.get(_STREAMS, 1))
+                _write_text(folder, config, language_model, manifest.files, manifest.data)
         else:
             manifest = _begin(folder, config, language_model)
         _check_space(folder, manifest)
@@ -77,13 +85,14 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
     return ActivationCache(folder)
 
 
-def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> None:
-    """Raise CacheError where the cache was made with other settings than `config`'s."""
+def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, text: bool = False) -> None:
+    """Raise CacheError if the cache was made with other settings than `config`'s; with `text`, from other text too."""
+    _check_sources(folder, manifest, config.data, text=text)
     asked = {
         "model.revision": config.model.revision,
         "model.weight_processing": config.model.weight_processing,
         "model.dtype": config.model.dtype,
-        **{f"data.{key}": value for key, value in _data_identity(config.data).items()},
+        **{f"data.{key}": value for key, value in _data_identity(config.data).items() if key != "source"},
         "data.tokens": config.data.tokens,
         "data.held_out_tokens": config.data.held_out_tokens,
         "data.context_length": config.data.context_length,
@@ -93,6 +102,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
         "harvest.shard_contexts": config.harvest.shard_contexts,
         "harvest.masked_positions": config.harvest.masked_positions,
         "harvest.mask_special_tokens": config.harvest.mask_special_tokens,
+        "data.chat_roles": None if config.data.chat_roles is None else list(config.data.chat_roles),
     }
     model = manifest.model
     held = {
@@ -108,6 +118,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
         "harvest.shard_contexts": manifest.shard_contexts,
         "harvest.masked_positions": manifest.tokens.get("masked_positions"),
         "harvest.mask_special_tokens": manifest.tokens.get("mask_special_tokens"),
+        "data.chat_roles": manifest.tokens.get("chat_roles"),
     }
     files = fingerprint(config.model.name)
     if files is None or model.get("fingerprint") is None:
@@ -136,10 +147,76 @@ def check_same_model(folder: Path, manifest: Manifest, language_model: LanguageM
             )
 
 
+def _where_from(data: DataConfig) -> dict[str, Any]:
+    """Sources by what they hold, not by where they lie: a folder's or file's name, and a hash of its texts."""
+    prints = [_fingerprint(source) for source in data.sources]
+    names = [
+        source if known is None else label
+        for source, label, known in zip(data.sources, data.labels, prints, strict=True)
+    ]
+    return {
+        "source": names[0] if isinstance(data.source, str) else names,
+        **({"fingerprints": prints} if any(prints) else {}),
+    }
+
+
+def _fingerprint(source: str) -> str | None:
+    """None for what is no folder or file of texts (any more)."""
+    if source == STANDARD_LIBRARY:
+        return None
+    try:
+        return source_fingerprint(source)
+    except (DataError, OSError):
+        return None
+
+
+def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: bool) -> None:
+    """Raise CacheError if the cache's text came from elsewhere; with `text`, if it has changed since, too."""
+    source = manifest.data.get("source")
+    held = [source] if isinstance(source, str) else list(source or [])
+    prints = manifest.data.get("fingerprints", [None] * len(held))
+    other = CacheError(
+        f"cache {str(folder)!r}: made with data.source={source!r}, now "
+        f"{data.source if isinstance(data.source, str) else list(data.sources)!r} is asked for; set harvest.cache to "
+        "another folder, or delete this one"
+    )
+    if len(held) != len(data.sources):
+        raise other
+    for before, known, asked, label in zip(held, prints, data.sources, data.labels, strict=True):
+        if known is None:
+            if before != asked and (
+                Path(before).is_absolute() == Path(asked).is_absolute() or not _same_path(before, asked)
+            ):
+                raise other
+            continue
+        now = _fingerprint(asked) if text or before != label else known
+        named_alike = before == label or len(held) == 1
+        if now == known and named_alike:
+            continue
+        if before != label:
+            raise other
+        if now is not None:
+            raise CacheError(
+                f"cache {str(folder)!r}: the text of data.source={asked!r} has changed since it was made; set "
+                "harvest.cache to another folder (or delete this one) to read it anew, or put the text back; sae eval "
+                "and sae features take the cache as it is"
+            )
+
+
+def _same_path(one: str, other: str) -> bool:
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _columns(data: DataConfig) -> list[str]:
+    cut, by_role = data.section_characters is not None, data.chat_roles is not None
+    return [*_PLAIN_COLUMNS, *(["sections"] if cut else []), *(["counted"] if by_role else [])]
+
+
 def _data_identity(data: DataConfig) -> dict[str, Any]:
     """The settings that decide the text; weights, as shares that sum to 1, only where there are several sources."""
     keys = ("subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction", "holdout_seed")
     settings = {key: getattr(data, key) for key in keys}
+    settings |= {key: value for key in ("holdout_by", "tokenizer") if (value := getattr(data, key)) is not None}
     if isinstance(data.source, str):
         return {"source": data.source, **settings}
     return {"source": list(data.sources), "weights": list(data.shares), **settings}
@@ -151,24 +228,32 @@ class _Text:
 
     files: dict[str, FileEntry]
     source_tokens: dict[str, dict[str, int]]
+    census: tuple[Census, ...]
 
 
 def _write_text(
     folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry],
-    streams: int = STREAMS,
+    before: dict[str, Any] | None = None,
 ) -> _Text:  # fmt: skip
-    """Text to token shards and the documents' names. Repeated from the start when interrupted."""
-    data = config.data
+    """Text to token shards and the documents' names. Repeated from the start when interrupted.
+
+    `before` is what the manifest says of the text that is to be restored.
+    """
+    data, before = config.data, {_STREAMS: STREAMS, _COLUMNS: _columns(config.data)} if before is None else before
     bos = language_model.bos if data.prepend_bos else None
     rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
     packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
     files: dict[str, FileEntry] = {}
     counts = dict.fromkeys(SPLITS, 0)
     rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    shard_contexts = config.harvest.shard_contexts
-    for split, packed in packed_shards(data, language_model.tokenizer, shard_contexts, packers, streams):
+    shard_contexts, columns = config.harvest.shard_contexts, before.get(_COLUMNS, _PLAIN_COLUMNS)
+    census = [Census() for _ in data.sources]
+    for split, packed in packed_shards(
+        data, language_model.tokenizer, shard_contexts, packers, before.get(_STREAMS, 1), census, _COLUMNS in before
+    ):
         name = shard_name("tokens", split, counts[split])
-        files[name] = _write(folder, name, save(_token_tensors(packed)), len(packed.tokens), expected.get(name))
+        tensors = {column: torch.from_numpy(getattr(packed, column)) for column in columns}
+        files[name] = _write(folder, name, save(tensors), len(packed.tokens), expected.get(name))
         counts[split] += 1
         numbers, rows_each = np.unique(packed.documents, return_counts=True)
         rows_of[split].update(dict(zip(numbers.tolist(), rows_each.tolist(), strict=True)))
@@ -177,7 +262,7 @@ def _write_text(
     files[DOCUMENTS] = _write(folder, DOCUMENTS, content, sum(map(len, names.values())), expected.get(DOCUMENTS))
     several = SPLITS if len(data.sources) > 1 else ()
     source_tokens = {split: tokens_by_source(data.labels, names[split], rows_of[split]) for split in several}
-    return _Text(dict(sorted(files.items())), source_tokens)
+    return _Text(dict(sorted(files.items())), source_tokens, tuple(census))
 
 
 def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Manifest:
@@ -188,7 +273,11 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
         masked_positions=harvest_config.masked_positions,
         mask_special_tokens=harvest_config.mask_special_tokens,
     )
+    policy = dataclasses.replace(policy, chat_roles=data.chat_roles)
     text = _write_text(folder, config, language_model, expected={})
+    for label, census in zip(data.labels, text.census, strict=True):
+        for line in census.lines(label, chose_unit=data.holdout_by is not None):
+            complain(line)
     text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
     example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
     widths = {hook: x.shape[-1] for hook, x in language_model.activations(example, harvest_config.hooks).items()}
@@ -197,6 +286,9 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
         data={
             **_data_identity(data),
             **({_STREAMS: STREAMS} if data.shuffle_documents else {}),
+            _COLUMNS: _columns(data),
+            **combined(text.census),
+            **_where_from(data),
             **({"source_tokens": text.source_tokens} if text.source_tokens else {}),
         },
         tokens={**policy.to_json(), "mask_special_tokens": harvest_config.mask_special_tokens},
@@ -232,12 +324,13 @@ class _Harvester:
         writing: deque[tuple[list[tuple[str, Future[FileEntry]]], dict[str, tuple[Tensor, float, int]]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for split, number in self._shards():
-                tokens = load_file(self.folder / shard_name("tokens", split, number))["tokens"].long()
+                columns = load_file(self.folder / shard_name("tokens", split, number))
+                tokens = columns["tokens"].long()
                 names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
                 missing = {hook: name for hook, name in names.items() if not self.manifest.is_whole(self.folder, name)}
                 if not missing:
                     continue
-                stored, sums = self._forward(tokens, split)
+                stored, sums = self._forward(tokens, columns.get("counted"), split)
                 futures = [(name, pool.submit(self._write, name, stored[hook])) for hook, name in missing.items()]
                 writing.append((futures, sums))
                 if len(writing) > _SHARDS_IN_FLIGHT:
@@ -268,11 +361,11 @@ class _Harvester:
         return _write(self.folder, name, save(tensors), rows, self.manifest.files.get(name))
 
     def _forward(
-        self, tokens: Tensor, split: str
+        self, tokens: Tensor, counted: Tensor | None, split: str
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[Tensor, float, int]]]:
         """A shard's activations as they will be stored, and each hook's sums over the eligible tokens of TRAIN."""
         hooks, length = list(self.manifest.hooks), self.manifest.context_length
-        eligible = eligible_rows(tokens, self.policy, length)
+        eligible = eligible_rows(tokens, self.policy, length, counted)
         stored = {hook: _empty(len(tokens), self.manifest.hooks[hook].d_in, self.manifest.dtype) for hook in hooks}
         sums = {hook: (torch.zeros(self.manifest.hooks[hook].d_in, dtype=torch.float64), 0.0, 0) for hook in hooks}
         step = self.batch_contexts * length
@@ -331,10 +424,6 @@ def _add_sums(
     return total + x.sum(0).cpu(), squares + float(x.square().sum()), count + len(x)
 
 
-def _token_tensors(packed: PackedRows) -> dict[str, Tensor]:
-    return {"tokens": torch.from_numpy(packed.tokens), "documents": torch.from_numpy(packed.documents)}
-
-
 def _empty(rows: int, d_in: int, dtype: str) -> dict[str, Tensor]:
     tensors = {"activations": torch.empty(rows, d_in, dtype=getattr(torch, dtype))}
     return {**tensors, "scale": torch.empty(rows)} if dtype == "int8" else tensors
@@ -345,7 +434,9 @@ def _write(folder: Path, name: str, content: bytes, rows: int, expected: FileEnt
     entry = FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     if expected is not None and entry != expected:
         cause = (
-            "the text has changed" if _is_text(name) else "other hardware, library versions or harvest.batch_contexts"
+            "the text has changed, or this version reads it in another way"
+            if _is_text(name)
+            else "other hardware, library versions or harvest.batch_contexts"
         )
         raise CacheError(
             f"cache {str(folder)!r}: {name} was made again and differs from its checksum ({cause}); "

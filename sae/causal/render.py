@@ -10,7 +10,7 @@ import numpy as np
 
 from sae.causal.effects import Correlation, Effects, EffectSettings, FeatureEffect, TokenChange
 from sae.columns import Column, fitted
-from sae.evaluation.estimate import Estimate
+from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.render import pipe_table
 from sae.features.text import visible
 
@@ -76,10 +76,15 @@ def table_note(effects: Effects, sort: str, limit: int | None) -> str:
     shown = len(effects) if limit is None else min(limit, len(effects))
     return (
         f"{shown:,} of {len(effects):,} measured features by {sort}; "
-        f"the dictionary has {effects.dictionary['d_sae']:,}. Means over places; ± standard error over documents. "
+        f"the dictionary has {effects.dictionary['d_sae']:,}. Means over places; {_errors(effects)}. "
         "direct: Δ loss to first order, through no block; random: "
         "KL of a random direction as long."
     )
+
+
+def _errors(effects: Effects) -> str:
+    """What stands after ±, or why nothing does."""
+    return error_note({"documents": max((effect.documents for effect in effects.features.values()), default=2)})
 
 
 def effect_lines(effect: FeatureEffect, settings: EffectSettings) -> str:
@@ -137,7 +142,7 @@ def markdown(effects: Effects, figure: str | None) -> str:
         f"{len(effects):,} features, {what_is_done(settings)} (f becomes {settings.scale:g}·f) at up to "
         f"{settings.positions} places each, one place of one context at a time, found in {effects.tokens:,} held-out "
         f"tokens. Losses and divergences in nats: of the next token at the place, and summed over the following "
-        f"{settings.window} positions of its document. ± is the standard error over documents."
+        f"{settings.window} positions of its document. {_errors(effects)}."
         + (f" {effects.road[0].upper()}{effects.road[1:]}." if effects.road else ""),
         "## All features",
         pipe_table(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sae.columns import Column, fitted
 from sae.evaluation.compare import Compared, Comparison
-from sae.evaluation.estimate import Estimate
+from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import below_noise
 from sae.evaluation.render import (
     COUNTS,
@@ -50,7 +50,7 @@ def comparison_tables(comparison: Comparison, width: int | None = None) -> list[
     table = fitted(
         [Column("metric", names, is_text=True), *columns], width,
         title=f"{comparison.hook}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        note=f"± standard error over documents\n{_second_lines(comparison)}",
+        note=f"{error_note(counts)}\n{_second_lines(comparison)}",
         sections={number for number, name in enumerate(names) if name in _SECTIONS},
     )  # fmt: skip
     made = comparison.baselines.values()
@@ -73,7 +73,7 @@ def comparison_markdown(comparison: Comparison) -> str:
         _subject(comparison),
         "\n".join(f"- {name}: {made.description}" for name, made in dictionaries.items()),
         _table(dictionaries),
-        f"Values are means over tokens ± standard errors over documents. {_sentence(_second_lines(comparison))}",
+        f"Values are means over tokens, {error_note(comparison.evaluated)}. {_sentence(_second_lines(comparison))}",
         "## Baselines",
         _table(baselines),
         _sentence("; ".join(made.description for made in baselines.values())),

@@ -75,6 +75,23 @@ class Estimate:
         return f"{value:,.{max(decimals, 0)}f}", f"{error:,.{max(decimals, 0)}f}"
 
 
+def error_note(evaluated: Mapping[str, Any]) -> str:
+    """What stands after ± in a table, or why nothing does.
+
+    Args:
+        evaluated: `documents`, and `downstream_documents` if losses of the language model were measured.
+    """
+    if evaluated["documents"] < 2:
+        return (
+            "no standard errors (–): they are over documents, and the held-out text has only one; harvest more of it, "
+            "or with data.holdout_by=section"
+        )
+    note = "± standard error over documents"
+    if evaluated.get("downstream_documents") == 1:
+        return f"{note}; losses are of one document and have none (–): raise evaluation.downstream_tokens"
+    return note
+
+
 class DocumentSums:
     """Running float64 sums of per-token numbers, one row per document.
 

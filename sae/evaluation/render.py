@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sae.columns import Column, fitted
-from sae.evaluation.estimate import Estimate
+from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.legacy import CONTEXTS_PER_BATCH
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report
 from sae.tokens import TokenPolicy
@@ -49,7 +49,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         _subject(report),
         "## Metrics",
         pipe_table(["", "", *(HEADINGS[name] for name in report.columns)], _rows(report)),
-        "Values are means over tokens ± standard errors over documents. Baselines: " + _baselines(report) + ".",
+        f"Values are means over tokens, {error_note(report.to_json()['evaluated'])}. Baselines: {_baselines(report)}.",
         *_losses(report),
         "## Sparsity",
         _sparsity(report),
@@ -86,7 +86,7 @@ def report_table(report: Report | Mapping[str, Any], width: int | None = None) -
     return fitted(
         [metrics, *columns], width,
         title=f"{record['hook']}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        note="\n".join(filter(None, ["± standard error over documents", fewer_tokens(record)])),
+        note="\n".join(filter(None, [error_note(counts), fewer_tokens(record)])),
         short_note=f"standard errors of the baselines are in {MARKDOWN_FILE}",
         sections=(section, section + len(SPARSITY) + len(COUNTS)),
     )  # fmt: skip
@@ -152,6 +152,8 @@ def describe_masks(policy: TokenPolicy) -> str:
     if policy.masked_ids:
         ids = ", ".join(map(str, policy.masked_ids[:8])) + (", …" if len(policy.masked_ids) > 8 else "")
         masks.append(f"special tokens (ids {ids})")
+    if policy.chat_roles is not None:
+        masks.append(f"in chats what is not said by {' or '.join(policy.chat_roles)}")
     return " and ".join(masks)
 
 

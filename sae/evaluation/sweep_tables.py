@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.columns import Column, fitted
 from sae.evaluation.comparison_tables import MARK
-from sae.evaluation.estimate import Estimate
+from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import Totals, below_noise, difference
 from sae.evaluation.pareto import Point, lines, values_of
 from sae.evaluation.render import NONE, pipe_table
@@ -205,7 +205,11 @@ def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], diffe
         _Column("ms per 1,000 tokens", [_time(point) for point in points.values()], None),
         _Column("MB", [_memory(point) for point in points.values()], None),
     ]
-    notes = ("± is the standard error over documents.", *_on_marks(list(points.values()), differences))
+    with_errors = any(point.fvu.standard_error is not None for point in points.values())
+    errors = (
+        "± is the standard error over documents." if with_errors else f"{error_note({'documents': 1}).capitalize()}."
+    )
+    notes = (errors, *_on_marks(list(points.values()), differences))
     of_rest = "Time is that of a dictionary's own training steps, memory that of its weights and optimiser."
     return _Table("", columns, notes, of_rest)
 

@@ -20,6 +20,7 @@ from sae.errors import ConfigError
 from sae.features.best import Best
 from sae.features.block import Block, Reach, make_block
 from sae.features.examples import pick_examples, reservoir_size
+from sae.features.groups import ExampleGroups
 from sae.features.histogram import FINE_BINS, LARGEST_BITS, bin_edges, coarsen, fine_bins, float_bits
 from sae.features.logits import LogitEffects, logit_effects
 from sae.features.store import Features
@@ -111,7 +112,8 @@ def scan(
         ConfigError: `settings.tokens` is less than one context.
     """
     scale = cache.statistics(hook).mean_squared_norm ** 0.5 or 1.0
-    collector = _Collector(dictionary.d_sae, settings, cache.context_length, scale, seed)
+    groups = ExampleGroups.of(cache, settings)
+    collector = _Collector(dictionary.d_sae, settings, cache.context_length, scale, seed, groups)
     total = min(cache.rows(TRAIN), settings.tokens or cache.rows(TRAIN))
     at_once = batch_contexts or max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
     if progress:
@@ -149,17 +151,20 @@ def _logits(
 class _Collector:
     """Running counts and the firings kept so far; firings wait until a block is full."""
 
-    def __init__(self, d_sae: int, settings: FeaturesConfig, context_length: int, scale: float, seed: int) -> None:
+    def __init__(
+        self, d_sae: int, settings: FeaturesConfig, context_length: int, scale: float, seed: int, groups: ExampleGroups
+    ) -> None:
         self.d_sae, self.settings, self.scale, self.seed = d_sae, settings, scale, seed
+        self.groups = groups
         self.reach = Reach(settings.before, settings.after, context_length)
-        self.top = Best(d_sae, settings.top, self.reach, one_per_document=True)
-        self.sample = Best(d_sae, reservoir_size(settings), self.reach, one_per_document=False)
+        self.top = Best(d_sae, settings.top, self.reach, one_per_group=True)
+        self.sample = Best(d_sae, reservoir_size(settings), self.reach, one_per_group=False)
         self.count = np.zeros(d_sae, dtype=np.int64)
         self.sum = np.zeros(d_sae, dtype=np.float64)
         self.histogram = np.zeros((d_sae, FINE_BINS), dtype=np.int64)
         self.rows = self.tokens = self.first_row = self.waiting = 0
         self.firings: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.documents: list[np.ndarray] = []
+        self.group_of_row: list[np.ndarray] = []
         self.runs: list[tuple[np.ndarray, np.ndarray]] = []
         self.last_document = -1
 
@@ -170,7 +175,7 @@ class _Collector:
         self.firings.append((indices[fires], rows, values[fires]))
         documents = batch.documents.flatten().numpy()
         self._note_documents(documents)
-        self.documents.append(documents)
+        self.group_of_row.append(self.groups.number(batch))
         self.rows += len(documents)
         self.tokens += len(offsets)
         self.waiting += len(rows)
@@ -192,6 +197,7 @@ class _Collector:
             examples=pick_examples(self.top, self.sample, self.histogram, self.scale, self.settings),
             document_start=starts,
             document=documents,
+            one_per=self.groups.unit,
         )
 
     def _note_documents(self, documents: Int[np.ndarray, " rows"]) -> None:
@@ -200,10 +206,10 @@ class _Collector:
         self.last_document = int(documents[-1])
 
     def _flush(self) -> None:
-        if not self.documents:
+        if not self.group_of_row:
             return
         feature, row, value = (np.concatenate(parts) for parts in zip(*self.firings, strict=True))
-        block = make_block(feature, row, value, np.concatenate(self.documents), self.first_row, self.reach)
+        block = make_block(feature, row, value, np.concatenate(self.group_of_row), self.first_row, self.reach)
         self.count += np.bincount(block.feature, minlength=self.d_sae)
         self.sum += np.bincount(block.feature, weights=block.value, minlength=self.d_sae)
         bins = block.feature * FINE_BINS + fine_bins(block.value, self.scale)
@@ -211,7 +217,7 @@ class _Collector:
         self.top.offer(block, LARGEST_BITS - float_bits(block.value))
         self.sample.offer(block, random_keys(block, "features: examples", self.seed))
         self.first_row, self.waiting = self.rows, 0
-        self.firings, self.documents = [], []
+        self.firings, self.group_of_row = [], []
 
 
 def random_keys(block: Block, purpose: str, seed: int) -> Int[np.ndarray, " firings"]:

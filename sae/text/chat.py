@@ -15,7 +15,7 @@ from typing import Any
 from sae.errors import DataError
 from sae.text.document import Chat
 
-SECONDS_PER_CHAT = 20.0
+SECONDS_PER_CHAT = 10.0
 _SECONDS_TO_START = 120.0
 _MEMORY = 512 << 20
 _LARGEST_ANSWER = 64 << 20
@@ -126,36 +126,43 @@ class ChatTemplate:
         return answer["text"]
 
     def _ask(self, messages: list[dict[str, Any]], where: str) -> dict[str, str]:
-        started = self._process is None
         process = self._process or self._start()
         assert process.stdin is not None
-        assert process.stdout is not None
-        seconds = self._seconds + (_SECONDS_TO_START if started else 0)
-        timer = threading.Timer(seconds, process.kill)
-        timer.start()
         try:
             process.stdin.write(json.dumps(messages, default=str).encode() + b"\n")
             process.stdin.flush()
-            line = process.stdout.readline(_LARGEST_ANSWER)
         except OSError:
-            line = b""
-        late = not timer.is_alive()
-        timer.cancel()
+            pass  # it has ended, and gives no line
+        line, late = self._line(process, self._seconds)
         if not line.endswith(b"\n"):
             self.close()
             reason = f"took more than {self._seconds:g} s" if late else f"gives more than {_LARGEST_ANSWER >> 20} MB"
             reason = reason if late or line else "ended its process: it needs too much memory"
-            raise DataError(
-                f"chat {where!r}: the chat template {reason}; take another model, or give the chats as text"
-            )
+            raise DataError(f"chat {where!r}: the chat template {reason}; take another model, or chats as text")
         return json.loads(line)
 
     def _start(self) -> subprocess.Popen[bytes]:
         script = str(Path(__file__).with_name("chat_worker.py"))
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         first = {"template": self._template, "variables": self._variables, "bytes": _MEMORY}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(first).encode() + b"\n")
-        return self._process
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.write(json.dumps(first).encode() + b"\n")
+            process.stdin.flush()
+        if not self._line(process, _SECONDS_TO_START)[0]:
+            self.close()
+            raise DataError("the process that renders chats does not start; it needs jinja2 and the extra sae[lm]")
+        return process
+
+    @staticmethod
+    def _line(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bool]:
+        """The next line of its output, or less of it; and whether it was ended for taking too long."""
+        assert process.stdout is not None
+        late = threading.Event()
+        timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+        timer.start()
+        line = process.stdout.readline(_LARGEST_ANSWER)
+        timer.cancel()
+        return line, late.is_set()

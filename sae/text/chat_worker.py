@@ -23,8 +23,10 @@ def main() -> None:
     template, variables, limit = map(json.loads(sys.stdin.readline()).get, _FIRST_LINE)
     from transformers.utils import chat_template_utils
 
-    chat_template_utils.datetime = _FixedDate
+    chat_template_utils.datetime = _FixedDate  # type: ignore[attr-defined]
     _limit_memory(limit)
+    answer.write("{}\n")  # ready
+    answer.flush()
     for line in sys.stdin:
         answer.write(json.dumps(_render(chat_template_utils, template, variables, json.loads(line))) + "\n")
         answer.flush()

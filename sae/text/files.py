@@ -11,11 +11,11 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
+from sae.text.census import Census, kinds_in_words
 from sae.text.document import Document, LongText, read_value
 from sae.text.json_records import json_records
 
@@ -27,32 +27,6 @@ READABLE_IN_WORDS = f"{', '.join(READABLE)}, and all but .parquet compressed as 
 _MAY_BE_OTHER_DATA = (".json", ".csv", ".tsv")
 _HELD_WHOLE = 4_000_000
 _BYTES_AT_ONCE = 1 << 20
-
-
-@dataclass
-class Census:
-    """What was found of a source and not read as a document of its own.
-
-    Attributes:
-        empty: rows without text.
-        duplicates: documents equal to one that was read before.
-        hidden: hidden files and folders.
-        other_kinds: files of kinds that are not read, by suffix.
-        without_column: .json and .csv files in a folder that lack the column.
-        pretokenised, chats: documents that were token ids, and chats.
-        repeated_sections: sections equal to one on the other side of the held-out split, where sections are divided.
-        unit: what the held-out split takes and standard errors count: `document` or `section`.
-    """
-
-    empty: int = 0
-    duplicates: int = 0
-    hidden: int = 0
-    other_kinds: Counter[str] = field(default_factory=Counter)
-    without_column: list[str] = field(default_factory=list)
-    pretokenised: int = 0
-    chats: int = 0
-    repeated_sections: int = 0
-    unit: str = "document"
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -84,22 +58,13 @@ def list_folder(folder: Path, census: Census | None = None) -> list[Path]:
                     kinds["".join(path.suffixes[-2:] if kind_of(path)[1] else path.suffixes[-1:]) or "no suffix"] += 1
     census.other_kinds.update(kinds)
     if not files:
-        others = f", only {in_words(kinds)}" if kinds else ""
+        others = f", only {kinds_in_words(kinds)}" if kinds else ""
         hidden = f" ({census.hidden} hidden ones are not read)" if census.hidden else ""
         raise DataError(
             f"data source {str(folder)!r}: the folder holds no {', '.join(READABLE)} file{others}{hidden}; compressed "
             f"as {', '.join(COMPRESSIONS)} they are read too"
         )
     return sorted(files)
-
-
-def in_words(kinds: Counter[str]) -> str:
-    """`12 of .pdf, 1 of no suffix`."""
-    listed = [
-        f"{count:,} of {suffix!r}" if "." in suffix else f"{count:,} of {suffix}"
-        for suffix, count in kinds.most_common(8)
-    ]
-    return ", ".join(listed) + (f" and {len(kinds) - 8} more kinds" if len(kinds) > 8 else "")
 
 
 def read_folder(folder: Path, column: str, census: Census | None = None) -> Iterator[Document]:
@@ -286,7 +251,7 @@ def _json(path: Path) -> Iterator[tuple[int, str, Any]]:
 
 def _csv(path: Path) -> Iterator[tuple[int, str, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="") as lines:
+    with io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="") as lines:  # type: ignore[arg-type]
         rows = csv.DictReader(lines, delimiter="\t" if kind_of(path)[0] == ".tsv" else ",", strict=True)
         try:
             for number, row in enumerate(rows, 1):
