@@ -149,7 +149,7 @@ def test_the_command_lists_them(llama_folder: Path) -> None:
     assert rows["hook_resid_mid"] == ["32", "0-3", "no"]
     assert rows.keys() == LLAMA.keys() | {"ln1.hook_normalized", "ln2.hook_normalized"}
     refused = CliRunner().invoke(cli, ["hooks", str(llama_folder), "train.lr=1"])
-    assert str(refused.exception).startswith("override 'train.lr=1': 'sae hooks' reads model.revision, ")
+    assert str(refused.exception).startswith("override 'train.lr=1': 'sae hooks' reads device, model.revision, ")
 
 
 @pytest.mark.parametrize(
