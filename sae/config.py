@@ -182,7 +182,7 @@ class HarvestConfig(_Settings):
     hooks: tuple[str, ...] = Field(
         default=("blocks.2.hook_resid_pre",),
         min_length=1,
-        description="hook points to cache, by transformer-lens's names; one needs no list",
+        description="hook points to cache, by the names that `sae hooks MODEL` lists; one needs no list",
     )
     dtype: StorageDtype = Field(default="float16", description="number type on disk; `int8` keeps one scale per token")
     batch_contexts: PositiveInt = Field(default=32, description="contexts per forward pass")

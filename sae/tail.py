@@ -59,16 +59,16 @@ class Start:
     @property
     def hidden(self) -> Float[Tensor, "context seq d_model"]:
         """The residual stream in `output`."""
-        return self.output[0] if isinstance(self.output, tuple) else self.output
+        return self.output[0] if isinstance(self.output, tuple | list) else self.output
 
     def with_hidden(self, hidden: Tensor) -> Any:
         """The output with another residual stream in it."""
-        return (hidden, *self.output[1:]) if isinstance(self.output, tuple) else hidden
+        return (hidden, *self.output[1:]) if isinstance(self.output, tuple | list) else hidden
 
     def at(self, context: Int[Tensor, " n"], length: int) -> Start:
         """Some of the contexts, each as often as it is named, cut to a length."""
         tokens = self.tokens[context, :length]
-        if not isinstance(self.output, tuple):
+        if not isinstance(self.output, tuple | list):
             return Start(tokens, None if self.output is None else self.output[context, :length])
         others = (other[context] if isinstance(other, Tensor) else other for other in self.output[1:])
         return Start(tokens, (self.hidden[context, :length], *others))
@@ -295,7 +295,7 @@ class _StandIn(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """A copy, as models may write into what blocks give."""
-        if isinstance(self._output, tuple):
+        if isinstance(self._output, tuple | list):
             return (self._output[0].clone(), *self._output[1:])
         return self._output.clone()
 

@@ -15,6 +15,7 @@ from sae import hook_points
 from sae.cli import cli
 from sae.commands.hooks import block_ranges
 from sae.config import ModelConfig
+from sae.config_file import load_config
 from sae.errors import ModelError
 from sae.language_model import LanguageModel
 
@@ -149,7 +150,7 @@ def test_the_command_lists_them(llama_folder: Path) -> None:
     assert rows["hook_resid_mid"] == ["32", "0-3", "no"]
     assert rows.keys() == LLAMA.keys() | {"ln1.hook_normalized", "ln2.hook_normalized"}
     refused = CliRunner().invoke(cli, ["hooks", str(llama_folder), "train.lr=1"])
-    assert str(refused.exception).startswith("override 'train.lr=1': 'sae hooks' reads model.revision, ")
+    assert str(refused.exception).startswith("override 'train.lr=1': 'sae hooks' reads device, model.revision, ")
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,20 @@ def test_hook_points_have_one_grammar() -> None:
     assert hook_points.block_of("blocks.7.attn.hook_pattern") == 7
     places = [hook_points.place_in_model(f"blocks.1.{kind}") for kind in hook_points.KINDS]
     assert places == [(1, number) for number in range(len(hook_points.KINDS))]
+
+
+def test_the_first_of_several_hook_points_is_named(tmp_path: Path) -> None:
+    """On standard error, before anything else; nothing where the choice is made or there is none."""
+    several = ["harvest.hooks=[blocks.1.hook_resid_pre, blocks.2.hook_mlp_out]", f"out={tmp_path}"]
+    note = (
+        "training on blocks.1.hook_resid_pre, the first of 2 hook points in harvest.hooks; set dictionary.hook for "
+        "another, or sweep.dictionary.hook for several"
+    )
+    assert load_config(None, several).hook_note == note
+    chosen = [*several, "dictionary.hook=blocks.2.hook_mlp_out"]
+    swept = [*several, "sweep.dictionary.hook=[blocks.1.hook_resid_pre, blocks.2.hook_mlp_out]"]
+    for silent in (chosen, swept, [f"out={tmp_path}"]):
+        assert load_config(None, silent).hook_note is None
+    (tmp_path / "config.yaml").write_text("{}")
+    result = CliRunner().invoke(cli, ["train", str(tmp_path / "config.yaml"), *several])
+    assert note in " ".join(result.stderr.split())
