@@ -251,7 +251,7 @@ cli.add_command(probe)
 def _say_hook(settings: Any) -> None:
     """Which hook point is trained on, where several are harvested and none is named."""
     if settings.hook_note:
-        click.echo(settings.hook_note, err=True)
+        complain(settings.hook_note)
 
 
 def _show_report(report: Any) -> None:

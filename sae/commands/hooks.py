@@ -11,6 +11,7 @@ import click
 from sae.config_file import describe_keys, load_config
 from sae.errors import ConfigError
 from sae.hook_points import KINDS
+from sae.terminal import say
 
 if TYPE_CHECKING:
     from sae.hook_probe import Hook
@@ -37,9 +38,9 @@ def hooks(model: str, overrides: tuple[str, ...]) -> None:
     config = load_config(None, [f"model.name={model}", *overrides])
     language_model = LanguageModel(config.model, choose_device(config.device))
     info = language_model.info
-    click.echo(f"{info.name}: {info.n_layers} blocks, residual stream of {info.d_model:,}, blocks.N. and")
+    say(f"{info.name}: {info.n_layers} blocks, residual stream of {info.d_model:,}, blocks.N. and")
     for line in hook_lines(language_model.hooks()):
-        click.echo(line)
+        say(line)
 
 
 def hook_lines(hooks: Iterable[Hook]) -> Iterator[str]:
