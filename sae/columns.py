@@ -39,8 +39,8 @@ class Column:
         """Characters of its longest line."""
         from rich.cells import cell_len
 
-        lines = [line for cell in self.shown(short) for line in str(cell).split("\n")]
-        return max(map(cell_len, [*self.heading.split("\n"), *lines]))
+        texts = [self.heading, *map(str, self.shown(short))]
+        return max(cell_len(line) for text in texts for line in printable(text, lines=True).split("\n"))
 
     def shown(self, short: bool) -> Sequence[str | Text]:
         """Its cells."""
@@ -78,7 +78,8 @@ def fitted(
     notes = [note, short_note if any(layout.short for layout in layouts) else ""]
     above = [Text(printable(title), style="bold")] if title else []
     below = [Text(printable(text, lines=True), style="dim") for text in notes if text]
-    return Group(*above, *(_drawn(layout, sections) for layout in layouts), *below)
+    drawn = [part for layout in layouts for part in (Text(), _drawn(layout, sections))][1:]
+    return Group(*above, *drawn, *below)
 
 
 def _layouts(columns: Sequence[Column], width: int | None) -> Iterator[_Layout]:

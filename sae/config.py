@@ -204,6 +204,9 @@ class HarvestConfig(_Settings):
     )
 
 
+AUTO = "auto"
+"""In place of a number of tokens: chosen by the size of the cache."""
+
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """Shares of d_sae that end nested dictionaries: each adds twice as many features as the one before."""
 
@@ -342,24 +345,37 @@ class EvaluationConfig(_Settings):
     tokens: PositiveInt | None = Field(
         default=None, description="held-out tokens for reconstruction and sparsity; null: all"
     )
-    downstream_tokens: PositiveInt | None = Field(
-        default=None, description="held-out tokens for the language-model loss; null: as many as `tokens`"
+    downstream_tokens: int | str | None = Field(
+        default=AUTO,
+        description="held-out tokens for the language-model loss, in contexts spread over `tokens`; `auto`: one of 384 "
+        "cached tokens, 2,048 at least; null: as many as `tokens`",
     )
-    baseline_tokens: PositiveInt | None = Field(
-        default=16384,
-        description="of those, how many are enough for baselines: the first, in whole contexts; null: all",
+    baseline_tokens: int | str | None = Field(
+        default=AUTO,
+        description="of those, how many are enough for baselines, in whole contexts; `auto`: one of 1,152 cached "
+        "tokens, 1,024 at least; null: all",
     )
-    frozen_decoder_tokens: int = Field(
-        default=200_000,
-        ge=0,
-        description="training tokens of the baseline whose decoder stays random, at most one pass; 0: leave it out",
+    frozen_decoder_tokens: int | str = Field(
+        default=AUTO,
+        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: a sixteenth "
+        "of the cached tokens, from 16,384 to 200,000; 0: leave it out",
     )
-    legacy_tokens: int = Field(
-        default=8192,
-        ge=0,
-        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; 0: leave them out",
+    legacy_tokens: int | str = Field(
+        default=AUTO,
+        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; `auto`: one of 1,024 "
+        "cached tokens, 1,024 at least; 0: leave them out",
     )
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
+
+    @field_validator("downstream_tokens", "baseline_tokens", "frozen_decoder_tokens", "legacy_tokens", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any, info: Any) -> Any:
+        can_be_zero = info.field_name in ("frozen_decoder_tokens", "legacy_tokens")
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+        if value == AUTO or (whole and value >= (0 if can_be_zero else 1)) or (value is None and not can_be_zero):
+            return value
+        other = "0 or more" if can_be_zero else "above 0, null"
+        raise ConfigError(f"setting evaluation.{info.field_name}={value!r}: expected a number {other}, or auto")
 
 
 class FeaturesConfig(_Settings):

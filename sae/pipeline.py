@@ -25,6 +25,9 @@ from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
 from sae.environment import choose_device, git_commit
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation import Report, evaluate_all, write_report
+from sae.evaluation.budget import announcement
+from sae.evaluation.partial import FOLDER as UNFINISHED
+from sae.evaluation.partial import discard
 from sae.evaluation.report import identify, read_stored
 from sae.features import Features, collect
 from sae.files import locked, read_json, write_bytes
@@ -283,7 +286,7 @@ class Run:
         tokens = settings.tokens or loader.tokens_per_epoch
         return steps * settings.batch_size, tokens // settings.batch_size * settings.batch_size
 
-    def _show_training(self, done: int, total: int, metrics: Mapping[str, float | None]) -> None:
+    def _show_training(self, done: int, total: int, metrics: Mapping[str, float | int]) -> None:
         self.progress("train", done, total)
         if isinstance(self.progress, Notes):
             self.progress.beside("train", falling(metrics))
@@ -360,7 +363,7 @@ def _grants_code(overrides: Sequence[str]) -> bool:
     return any(override.partition("=")[0].strip() in (TRUST_SETTING, "model") for override in overrides)
 
 
-def falling(metrics: Mapping[str, float | None]) -> str:
+def falling(metrics: Mapping[str, float | int]) -> str:
     """What falls while training goes well."""
     fvu, l0 = metrics.get("fvu"), metrics.get("l0")
     return "" if fvu is None or l0 is None else f"FVU {fvu:.3f}, L0 {l0:.3g}"
@@ -413,17 +416,22 @@ def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Repor
 def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict[int, Report]:
     first = next(iter(runs.values()))
     names = {number: f"run {str(run.folder)!r}" for number, run in runs.items()}
+    cache, unfinished = first.cache(), first.folder / UNFINISHED
+    if isinstance(first.progress, Notes):
+        first.progress.announce(announcement(first.config.evaluation, cache, len(runs)))
     reports = evaluate_all(
         {names[number]: run.dictionary() for number, run in runs.items()},
-        first.cache(),
+        cache,
         hook=first.config.hook,
         language_model=language_model,
         settings=first.config.evaluation,
         device=first.device,
         progress=lambda stage, done, total: first.progress(f"evaluate: {stage}", done, total),
+        unfinished=unfinished,
     )
     for number, run in runs.items():
         write_report(reports[names[number]], run.folder, run.folder / METRICS_FILE)
+    discard(unfinished)
     return {number: reports[name] for number, name in names.items()}
 
 

@@ -231,9 +231,9 @@ def _train_together(
     stage = f"train {len(runs)}"
     progress(stage, *first.trained_tokens(loaders[first.config.hook]))
 
-    def show(done: int, total: int, metrics: Mapping[str, Mapping[str, float | None]]) -> None:
+    def show(done: int, total: int, metrics: Mapping[str, Mapping[str, float | int]]) -> None:
         progress(stage, done, total)
-        fvus = [one["fvu"] for one in metrics.values() if one["fvu"] is not None]
+        fvus = [one["fvu"] for one in metrics.values()]
         if isinstance(progress, Notes) and fvus:
             progress.beside(stage, f"FVU {min(fvus):.3f} to {max(fvus):.3f}")
 

@@ -476,7 +476,12 @@ def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
             f"hook {hook!r}: activations exceed what float16 can hold (65,504); "
             "set harvest.dtype=bfloat16 (and harvest.cache to a new folder)"
         )
-    return (
-        f"hook {hook!r}: the model gives values that are not finite (NaN or infinity); "
-        "set model.dtype=float32, and check the model's weights"
-    )
+    return f"hook {hook!r}: {model_not_finite(manifest.model.get('dtype'))}"
+
+
+def model_not_finite(dtype: str | None) -> str:
+    """What to do about a model that gives NaN or infinity, by the number type that it computes in."""
+    told = "the model gives values that are not finite (NaN or infinity)"
+    if dtype == "float32":
+        return f"{told} although it computes in float32: check the model's weights"
+    return f"{told}: set model.dtype=float32 (it is {dtype}), and check the model's weights"

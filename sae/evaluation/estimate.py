@@ -113,6 +113,14 @@ class DocumentSums:
         ]
         self._sums.index_add_(0, documents.cpu(), torch.stack(columns, 1))
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, to be taken up again."""
+        return {"sums": self._sums}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from sums of the same documents and names."""
+        self._sums.copy_(state["sums"])
+
     @property
     def tokens(self) -> int:
         """Tokens added."""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sae.activations.harvest import model_not_finite
 from sae.errors import DataError, FormatError, ShapeError
 from sae.files import read_json, write_json, write_tensors
 from sae.language_model import LanguageModel
@@ -118,7 +119,7 @@ def read_activations(
             progress(done, total)
     assert rows is not None
     if not bool(rows.isfinite().all()):
-        raise DataError(f"activations at {hook!r} are not finite (NaN or infinity); set model.dtype=float32")
+        raise DataError(f"hook {hook!r}: {model_not_finite(language_model.info.dtype)}")
     return LabelledActivations(
         rows, torch.tensor(examples.example), examples.labels, torch.tensor(examples.groups), examples.left_out
     )

@@ -313,7 +313,8 @@ class _Run:
         for member in self.members.values():
             if member.folder is not None:
                 trainee = member.trainee
-                state = {**trainee.state_dict(), "sources": self._places(trainee.recipe)}
+                places = self._places(trainee.recipe)
+                state = {**trainee.state_dict(), "sources": places, "meter": member.meter.state_dict()}
                 save_checkpoint(member.folder / CHECKPOINTS, self.step, state, trainee.folded())
         for member in self.members.values():
             if member.folder is not None:
@@ -381,6 +382,8 @@ class _Run:
         """Take a member and its sources to where they were."""
         warn_of_missed_snapshots(member.folder, member.trainee.settings, self.batch_size, self.step)
         member.trainee.load_state_dict(state)
+        if "meter" in state:
+            member.meter.load_state_dict(state["meter"], self.device)
         recipe = member.trainee.recipe
         for role, name in (("input", recipe.source), ("target", recipe.target)):
             if name is not None:

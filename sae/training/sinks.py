@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -35,17 +36,20 @@ class FeatureSink(Sink, Protocol):
 
 
 class JsonLines:
-    """One JSON object a line. Lines after `resume_step` belong to steps that will be repeated, and are dropped."""
+    """One JSON object a line, null for what is not finite.
+
+    Lines after `resume_step` belong to steps that will be repeated, and are dropped.
+    """
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         self.path = folder / METRICS_FILE
         kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if resume_step else []
-        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_bytes(self.path, "".join(map(_line, kept)).encode())
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: dict[str, float | int]) -> None:
         try:
-            self._file.write(json.dumps(metrics) + "\n")
+            self._file.write(_line(metrics))
             self._file.flush()
         except OSError as error:
             raise TrainingError(
@@ -104,6 +108,12 @@ def _wandb_id(folder: Path, resume: bool) -> str:
     new = secrets.token_hex(8)
     write_bytes(path, f"{new}\n".encode())
     return new
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    """JSON, in which what is not finite is null."""
+    finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
