@@ -74,7 +74,7 @@ def compare(architecture: str, data: list[torch.Tensor], arguments: argparse.Nam
     sae.train(source, shape, settings, progress=lambda done, of, metrics: sparse.append(float(metrics["mse"])))
     sparse_seconds = time.perf_counter() - start
 
-    scale = (source.d_in / source.statistics.mean_squared_norm) ** 0.5
+    scale = (source.d_in / source.statistics.variance) ** 0.5
     cls = ARCHITECTURES[architecture]
     dictionary = cls(source.d_in, shape.d_sae, **{name: getattr(shape, name) for name in cls.setting_names})
     initialise_(dictionary, data[0] * scale, torch_generator("initial weights: training", 0))

@@ -23,6 +23,8 @@ from sae.tokens import TRAIN, TokenPolicy
 FORMAT = "sae-activations"
 FORMAT_VERSION = 1
 MANIFEST, DOCUMENTS = "manifest.json", "documents.json"
+_ROUNDING = 1e-12
+"""Share of E‖x‖² up to which a variance can be the rounding of sums in float64."""
 
 
 class FileEntry(BaseModel):
@@ -99,13 +101,20 @@ class Statistics:
 
     Attributes:
         tokens: how many they are.
-        mean: E[x].
+        mean: E[x], in float64: the variance is a difference of squares, and with a large mean the smaller part of them.
         mean_squared_norm: E‖x‖².
     """
 
     tokens: int
     mean: Float[Tensor, " d_in"]
     mean_squared_norm: float
+
+    @property
+    def variance(self) -> float:
+        """E‖x − E x‖², summed over d_in; 0 if it is no more than the rounding of the two squares."""
+        variance = self.mean_squared_norm - float(self.mean.double().square().sum())
+        rounding = max(_ROUNDING, torch.finfo(self.mean.dtype).eps) * self.mean_squared_norm
+        return 0.0 if variance <= rounding else variance
 
 
 @dataclass(frozen=True)
@@ -208,7 +217,7 @@ class ActivationCache:
         if entry.tokens == 0:
             raise CacheError(f"cache {str(self.path)!r}: every training token is masked, so there are no statistics")
         mean = torch.tensor(entry.sum, dtype=torch.float64) / entry.tokens
-        return Statistics(entry.tokens, mean.float(), entry.sum_of_squares / entry.tokens)
+        return Statistics(entry.tokens, mean, entry.sum_of_squares / entry.tokens)
 
     def documents(self, split: str = TRAIN) -> list[str]:
         """Names of the split's documents, in order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -188,6 +189,14 @@ class _Member:
         return Cost(self.stopwatch.seconds(), self.tokens, self.trainee.bytes())
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A batch of every source, and the places where they are after it."""
+
+    batch: dict[str, Float[Tensor, "batch d_in"]]
+    places: dict[str, dict[str, Any]]
+
+
 class _Run:
     """One pass."""
 
@@ -204,6 +213,10 @@ class _Run:
         self.steps = self.total_tokens // self.batch_size
         self.log_every, self.checkpoint_every = first.settings.log_every, first.settings.checkpoint_every
         self.step = 0
+        self.threshold_step = 0
+        self.ahead: deque[_Read] = deque()
+        self.places: dict[str, dict[str, Any]] | None = None  # of the newest step; None: where the sources are
+        self.unreadable: SaeError | None = None
         self.members = {name: _Member(self._trainee(recipe, sources)) for name, recipe in recipes.items()}
         self.failures: dict[str, str] = {}
 
@@ -227,9 +240,9 @@ class _Run:
                     lines = JsonLines(member.folder, self.step)
                     stack.callback(lines.close)
                     member.sinks.insert(0, lines)
-            batches = self._batches()
+            self.batches = self._batches()
             while self.step < self.steps and self.members:
-                batch = self._next(batches)
+                batch = self._next()
                 self.step += 1
                 for member in self.members.values():
                     self._step(member, batch)
@@ -260,23 +273,54 @@ class _Run:
         for parts in zip(*self.sources.values(), strict=False):
             yield dict(zip(self.sources, parts, strict=True))
 
-    def _next(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Float[Tensor, "batch d_in"]]:
-        with self.callers_mode():  # a source may run a language model
-            batch = next(batches, None)
+    def _next(self) -> dict[str, Float[Tensor, "batch d_in"]]:
+        if self.ahead:
+            read = self.ahead.popleft()
+            self.places = read.places
+            return read.batch
+        if self.unreadable is not None:
+            raise self.unreadable
+        self.places, batch = None, self._read()
         if batch is None:
             raise TrainingError(f"the source ended after {self.step} steps of {self.steps}; lower train.tokens")
+        return batch
+
+    def _read(self) -> dict[str, Float[Tensor, "batch d_in"]] | None:
+        """The next batch of the sources; None where there is no more."""
+        with self.callers_mode():  # a source may run a language model
+            batch = next(self.batches, None)
+        if batch is None:
+            return None
         for name, x in batch.items():
             if x.ndim != 2 or x.shape[1] != self.sources[name].d_in:
                 raise TrainingError(f"a batch has shape {list(x.shape)}: expected [batch, {self.sources[name].d_in}]")
         epochs = {source.epoch for source in self.sources.values() if isinstance(source, IterableSource)}
         if len(epochs) > 1:
             raise TrainingError(
-                f"at step {self.step + 1} {' and '.join(self.sources)} are not of one length: one has begun anew and "
-                "the other has not; give them as many batches each, row by row of the same tokens"
+                f"at step {self.step + len(self.ahead) + 1} {' and '.join(self.sources)} are not of one length: one "
+                "has begun anew and the other has not; give them as many batches each, row by row of the same tokens"
             )
         return {name: x.detach().to(self.device, torch.float32) for name, x in batch.items()}
 
+    def _set_thresholds(self) -> None:
+        """Of those that have one, for the weights as they are, from the batches that come next; once a step."""
+        wanted = max((member.trainee.batches_ahead for member in self.members.values()), default=0)
+        if self.threshold_step == self.step or wanted == 0:
+            return
+        self.places = self.places or self._source_places()
+        try:
+            while self.unreadable is None and len(self.ahead) < wanted and (batch := self._read()) is not None:
+                copied = {name: x.clone() for name, x in batch.items()}  # an iterable may fill one buffer again
+                self.ahead.append(_Read(copied, self._source_places()))
+        except SaeError as error:  # of a step that is not due yet
+            self.unreadable = error
+        for member in self.members.values():
+            trainee = member.trainee
+            trainee.set_threshold_([read.batch[trainee.recipe.source] for read in self.ahead])
+        self.threshold_step = self.step
+
     def _log(self, progress: Callable[[int, int, dict[str, Metrics]], None] | None) -> None:
+        self._set_thresholds()
         metrics: dict[str, Metrics] = {}
         for name, member in self.members.items():
             trainee = member.trainee
@@ -284,8 +328,7 @@ class _Run:
                 "step": self.step,
                 "tokens": self.step * self.batch_size,
                 **member.meter.read(),
-                "dead": int(trainee.firing.dead.sum()),
-                "lr": trainee.optimizer.lr,
+                **trainee.metrics_now(),
             }
             for sink in member.sinks:
                 sink.log(metrics[name])
@@ -310,6 +353,7 @@ class _Run:
     def _checkpoint(self) -> None:
         """Write all before any older one goes, so that a kill in between leaves a step that all have."""
         self._drop_failed()
+        self._set_thresholds()
         for member in self.members.values():
             if member.folder is not None:
                 trainee = member.trainee
@@ -329,6 +373,7 @@ class _Run:
         }  # fmt: skip
         if due:
             self._drop_failed()
+            self._set_thresholds()
         for name in due & self.members.keys():
             member = self.members[name]
             assert member.folder is not None
@@ -392,7 +437,11 @@ class _Run:
     def _places(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
         """Where the sources of a recipe are, by what they are to it: their names differ from pass to pass."""
         names = {"input": recipe.source, "target": recipe.target}
-        return {role: self.sources[name].state_dict() for role, name in names.items() if name is not None}
+        places = self.places or self._source_places()
+        return {role: places[name] for role, name in names.items() if name is not None}
+
+    def _source_places(self) -> dict[str, dict[str, Any]]:
+        return {name: source.state_dict() for name, source in self.sources.items()}
 
     def _interrupted(self) -> str:
         folders = [member.folder for member in self.members.values() if member.folder is not None]

@@ -106,7 +106,7 @@ class IterableSource:
         self._batches = batches
         self.batch_size, self.d_in = first[0].shape
         sample = torch.cat(first).detach().double()
-        self.statistics = Statistics(len(sample), sample.mean(0).float(), float(sample.square().sum(1).mean()))
+        self.statistics = Statistics(len(sample), sample.mean(0), float(sample.square().sum(1).mean()))
         self._used = 0
         self.epoch = 0
 
