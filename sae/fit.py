@@ -55,7 +55,7 @@ def check_amounts(config: RunConfig) -> None:
         raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")
     for key, amount, cached in _parts(config):
         least = min(data.context_length, cached)
-        if amount is not None and amount < least:
+        if amount < least:
             raise ConfigError(f"{key}={amount}: less than one context of {least} tokens; raise it")
 
 
@@ -70,19 +70,20 @@ def amount_notes(config: RunConfig) -> list[str]:
     notes += [
         f"{key}={amount:,} is more than the {cached:,} that are cached: all of these are read"
         for key, amount, cached in _parts(config)
-        if amount is not None and amount > cached
+        if amount > cached
     ]
     return notes
 
 
-def _parts(config: RunConfig) -> list[tuple[str, int | None, int]]:
-    """Settings that take a part of a split: key, value, and tokens of that split."""
+def _parts(config: RunConfig) -> list[tuple[str, int, int]]:
+    """Settings that take a part of a split, as a number of tokens: key, value, and tokens of that split."""
     held_out, evaluation = config.data.held_out_tokens, config.evaluation
-    return [
+    parts = [
         ("evaluation.tokens", evaluation.tokens, held_out),
         ("evaluation.downstream_tokens", evaluation.downstream_tokens, held_out),
         ("features.tokens", config.features.tokens, config.data.tokens),
     ]
+    return [(key, amount, cached) for key, amount, cached in parts if isinstance(amount, int)]
 
 
 def nested_sizes(prefixes: Sequence[float], d_sae: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The threshold of BatchTopK and Matryoshka lets k features fire at every snapshot, on rows that were not trained on."""
+"""The threshold of BatchTopK and Matryoshka lets k features fire at every snapshot, on rows not trained on."""
 
 from __future__ import annotations
 
