@@ -1,4 +1,4 @@
-"""Where documents are few, sections take their part: examples are more than documents, and none from one place."""
+"""Where documents are few, sections of them take their part: more examples than documents, none from one place."""
 
 from __future__ import annotations
 
