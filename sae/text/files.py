@@ -105,7 +105,7 @@ def read_file(path: Path, name: str, column: str) -> Iterator[Document]:
     kind, _ = kind_of(path)
     if not kind:
         raise DataError(
-            f"data source {str(path)!r}: not a kind of file that can be read; these are {READABLE_IN_WORDS}"
+            f"data source {str(path)!r}: not a kind of file that can be read, which are {READABLE_IN_WORDS}"
         )
     if kind in TEXT_SUFFIXES:
         return _text(path, name)

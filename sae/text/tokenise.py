@@ -123,10 +123,15 @@ class ContentTokenizer:
 
 
 def _within(chat: Rendered, places: Iterable[tuple[int, int]]) -> Bool[np.ndarray, " tokens"]:
-    """True for tokens that lie in one of the chat's spans with all their characters."""
-    inside = np.zeros(len(chat.text) + 1, dtype=np.int64)
+    """True for tokens in the chat's spans: some of their characters lie in one, and outside only spaces do."""
+    inside = np.zeros(len(chat.text), dtype=bool)
     for start, end in chat.spans:
-        inside[start:end] = 1
-    before = np.concatenate([[0], np.cumsum(inside)])
+        inside[start:end] = True
+    foreign = ~inside & ~np.array([character.isspace() for character in chat.text], dtype=bool)
     bounds = np.array(list(places), dtype=np.int64).reshape(-1, 2)
-    return (before[bounds[:, 1]] - before[bounds[:, 0]] == bounds[:, 1] - bounds[:, 0]) & (bounds[:, 1] > bounds[:, 0])
+
+    def count(marked: np.ndarray) -> np.ndarray:
+        before = np.concatenate([[0], np.cumsum(marked)])
+        return before[bounds[:, 1]] - before[bounds[:, 0]]
+
+    return (count(inside) > 0) & (count(foreign) == 0)

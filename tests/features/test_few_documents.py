@@ -1,4 +1,4 @@
-"""Where documents are few, sections take their part: examples are more than documents, and none from one place."""
+"""Where documents are few, sections of them take their part: more examples than documents, none from one place."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_three_books_give_as_many_examples_as_are_asked_for(tmp_path: Path, monk
 
 @pytest.mark.parametrize(("documents", "unit"), [(9, "section"), (10, "document")])
 def test_fewer_than_twice_the_examples_are_few(documents: int, unit: str, tmp_path: Path) -> None:
-    case = build_case(tmp_path / "cache", rows=documents * 20, document_length=20)
+    case = build_case(tmp_path / "cache", rows=documents * 25, document_length=25)
     assert ExampleGroups.of(case.cache, SETTINGS).unit == unit
-    scanned = SETTINGS.model_copy(update={"tokens": 20 * 9 - CONTEXT})
+    scanned = SETTINGS.model_copy(update={"tokens": 25 * 9 - CONTEXT})
     assert ExampleGroups.of(case.cache, scanned).unit == "section"
 
 
