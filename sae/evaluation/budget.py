@@ -17,7 +17,7 @@ _OF_CACHE = {
     "frozen_decoder_tokens": (16, 16_384),
 }
 """One token of so many of the cache, and the least."""
-_MOST = {"frozen_decoder_tokens": 200_000}
+_MOST = {"baseline_tokens": 16_384, "legacy_tokens": 8192, "frozen_decoder_tokens": 200_000}
 
 
 def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationConfig:
