@@ -357,8 +357,8 @@ class EvaluationConfig(_Settings):
     )
     frozen_decoder_tokens: int | str = Field(
         default=AUTO,
-        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: a sixteenth "
-        "of the cached tokens, from 16,384 to 200,000; 0: leave it out",
+        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: one of 48 "
+        "cached tokens, from 16,384 to 200,000; 0: leave it out",
     )
     legacy_tokens: int | str = Field(
         default=AUTO,

@@ -133,7 +133,7 @@ def test_auto_is_a_share_of_the_cache(tiny_cache: sae.ActivationCache, monkeypat
     monkeypatch.setattr(type(tiny_cache), "rows", lambda self, split: rows[split])
     chosen = settled(EvaluationConfig(), tiny_cache)
     assert (chosen.downstream_tokens, chosen.baseline_tokens) == (4062, 1354)
-    assert (chosen.legacy_tokens, chosen.frozen_decoder_tokens) == (1523, 97_500)
+    assert (chosen.legacy_tokens, chosen.frozen_decoder_tokens) == (1523, 32_500)
     rows["train"] = 300_000_000
     large = settled(EvaluationConfig(), tiny_cache)
     assert (large.downstream_tokens, large.baseline_tokens) == (781_406, 16_384)
