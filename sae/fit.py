@@ -78,9 +78,10 @@ def amount_notes(config: RunConfig) -> list[str]:
 def _parts(config: RunConfig) -> list[tuple[str, int | None, int]]:
     """Settings that take a part of a split: key, value, and tokens of that split."""
     held_out, evaluation = config.data.held_out_tokens, config.evaluation
+    downstream = evaluation.downstream_tokens
     return [
         ("evaluation.tokens", evaluation.tokens, held_out),
-        ("evaluation.downstream_tokens", evaluation.downstream_tokens, held_out),
+        ("evaluation.downstream_tokens", None if isinstance(downstream, str) else downstream, held_out),
         ("features.tokens", config.features.tokens, config.data.tokens),
     ]
 
