@@ -353,17 +353,17 @@ class EvaluationConfig(_Settings):
     baseline_tokens: int | str | None = Field(
         default=AUTO,
         description="of those, how many are enough for baselines, in whole contexts; `auto`: one of 1,152 cached "
-        "tokens, 1,024 at least; null: all",
+        "tokens, from 1,024 to 16,384; null: all",
     )
     frozen_decoder_tokens: int | str = Field(
         default=AUTO,
-        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: a sixteenth "
-        "of the cached tokens, from 16,384 to 200,000; 0: leave it out",
+        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: one of 48 "
+        "cached tokens, from 16,384 to 200,000; 0: leave it out",
     )
     legacy_tokens: int | str = Field(
         default=AUTO,
         description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; `auto`: one of 1,024 "
-        "cached tokens, 1,024 at least; 0: leave them out",
+        "cached tokens, from 1,024 to 8,192; 0: leave them out",
     )
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
 

@@ -14,10 +14,10 @@ _OF_CACHE = {
     "downstream_tokens": (384, 2048),
     "baseline_tokens": (1152, 1024),
     "legacy_tokens": (1024, 1024),
-    "frozen_decoder_tokens": (16, 16_384),
+    "frozen_decoder_tokens": (48, 16_384),
 }
 """One token of so many of the cache, and the least."""
-_MOST = {"frozen_decoder_tokens": 200_000}
+_MOST = {"baseline_tokens": 16_384, "legacy_tokens": 8192, "frozen_decoder_tokens": 200_000}
 
 
 def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationConfig:

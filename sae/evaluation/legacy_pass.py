@@ -84,11 +84,11 @@ def measure_legacy(
     losses = _LossLists(dictionaries if language_model is not None else ())
     limit = settled_tokens(settled(settings, cache).legacy_tokens) or 0
     contexts, rows, of = 0, 0, min(cache.rows(HELD_OUT), limit)
-    if limit:
-        progress("legacy formulas", 0, of)
     stage = (unfinished or Unfinished()).stage(
         "legacy formulas", {**{str(place): one for place, one in enumerate(sums.values())}, "losses": losses}
     )
+    if limit:
+        progress("legacy formulas", min(of, stage.done * CONTEXTS_PER_BATCH * cache.context_length), of)
     for step, batch in enumerate(_whole_contexts(cache, hook, limit), 1):
         kept = ~torch.isin(batch.tokens, special)
         rows += batch.tokens.numel()

@@ -133,9 +133,11 @@ def test_auto_is_a_share_of_the_cache(tiny_cache: sae.ActivationCache, monkeypat
     monkeypatch.setattr(type(tiny_cache), "rows", lambda self, split: rows[split])
     chosen = settled(EvaluationConfig(), tiny_cache)
     assert (chosen.downstream_tokens, chosen.baseline_tokens) == (4062, 1354)
-    assert (chosen.legacy_tokens, chosen.frozen_decoder_tokens) == (1523, 97_500)
+    assert (chosen.legacy_tokens, chosen.frozen_decoder_tokens) == (1523, 32_500)
     rows["train"] = 300_000_000
-    assert settled(EvaluationConfig(), tiny_cache).frozen_decoder_tokens == 200_000
+    large = settled(EvaluationConfig(), tiny_cache)
+    assert (large.downstream_tokens, large.baseline_tokens) == (781_406, 16_384)
+    assert (large.legacy_tokens, large.frozen_decoder_tokens) == (8192, 200_000)
     rows |= {"train": 1000, "held_out": 200}
     small = settled(EvaluationConfig(), tiny_cache)
     assert (small.downstream_tokens, small.baseline_tokens, small.legacy_tokens) == (2048, 1024, 1024)
