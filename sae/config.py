@@ -259,8 +259,8 @@ class TrainConfig(_Settings):
     l1_coefficient: float | None = Field(
         default=None,
         ge=0,
-        description="weight of Σ|f| against ‖x − x̂‖², with inputs of E‖x‖² = d_in, for relu and gated; null: steered "
-        "while training so that dictionary.k features fire per token",
+        description="weight of Σ|f| against ‖x − x̂‖², inputs scaled so that E‖x − E x‖² = d_in, for relu and gated; "
+        "null: steered while training so that dictionary.k features fire per token",
     )
     l0_coefficient: float | None = Field(
         default=None,
@@ -278,8 +278,8 @@ class TrainConfig(_Settings):
     bandwidth: float = Field(
         default=1.0,
         gt=0,
-        description="width of the window around a threshold in which jumprelu's gradient of it is estimated, with "
-        "inputs of E‖x‖² = d_in",
+        description="width of the window around a threshold in which jumprelu's gradient of it is estimated, for "
+        "inputs scaled so that E‖x − E x‖² = d_in",
     )
     max_gradient_norm: float | None = Field(
         default=None,
@@ -318,7 +318,9 @@ class TrainConfig(_Settings):
         "more, and ten million",
     )
     center: bool = Field(
-        default=False, description="subtract the mean activation before training (folded into the saved biases)"
+        default=False,
+        description="subtract the mean activation before training (folded into the saved biases); the scale is the "
+        "same either way",
     )
     products: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",

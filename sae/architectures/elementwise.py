@@ -46,7 +46,8 @@ class Elementwise(Dictionary):
 class OneThreshold(Elementwise):
     """f = z · [z > θ] with z = ReLU of the pre-activations, and one θ for all features.
 
-    What is trained by BatchTopK's rule: θ is the running mean of the smallest activation that the rule let through.
+    What is trained by BatchTopK's rule: θ is the smallest activation that the rule lets through on rows that were not
+    trained on.
 
     Attributes:
         k: features per token on average.

@@ -23,7 +23,7 @@ class BatchSource(Protocol):
 
     @property
     def statistics(self) -> Statistics:
-        """Mean and mean squared norm, by which the loop normalises."""
+        """Mean and mean squared norm, from which the loop takes its scale."""
         ...
 
     @property
@@ -32,11 +32,11 @@ class BatchSource(Protocol):
         ...
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Batches from the present place on."""
+        """Batches from the present place on. For a threshold the loop reads a few before their step is due."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The present place."""
+        """The present place: behind the batch that was yielded last."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

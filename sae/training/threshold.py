@@ -9,11 +9,11 @@ from torch import Tensor
 from sae.architectures.elementwise import OneThreshold
 from sae.sparse import select_batch_topk
 
-_PAIRS, _LEAST_ROWS, _MOST_ROWS = 65_536, 2048, 8192
+_PAIRS, _LEAST_ROWS, _MOST_ROWS = 65_536, 2048, 4096
 
 
 def rows_for_threshold(k: int) -> int:
-    """Rows whose threshold gives an L0 that is right within 1 % or 2 on others."""
+    """Rows whose threshold gives an L0 that is right within 1 or 2 % on others."""
     return min(max(-(-_PAIRS // k), _LEAST_ROWS), _MOST_ROWS)
 
 

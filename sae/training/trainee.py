@@ -28,7 +28,16 @@ from sae.training.initialise import initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisations_of
 from sae.training.objectives import OBJECTIVES, Context, Losses
 from sae.training.optimizer import FeatureAdam
-from sae.training.schedules import SteeredWeight, default_learning_rate, falling_l0, learning_rate, warmed_up
+from sae.training.schedules import (
+    VERSION_1_GAINS,
+    Gains,
+    SteeredWeight,
+    default_gains,
+    default_learning_rate,
+    falling_l0,
+    learning_rate,
+    warmed_up,
+)
 from sae.training.source import BatchSource
 from sae.training.threshold import rows_for_threshold, set_threshold_
 
@@ -36,7 +45,7 @@ COSINES = 512
 """Features whose nearest one is looked for when features are logged; of all it would take as long as steps."""
 STATE_VERSION = 2
 """Of what no setting says. A checkpoint of version 1, which does not say it, goes on by its own rules: with its scale,
-which was that of E‖x‖², and a threshold that is a running mean."""
+which was that of E‖x‖², a threshold that is a running mean, and the steering of then."""
 _OLD_THRESHOLD_RATE = 0.03
 """Weight of the newest batch in that mean."""
 
@@ -106,7 +115,7 @@ class Trainee:
             max_norm=settings.max_gradient_norm,
         )  # fmt: skip
         self.firing = FiringRecord(shape.d_sae, dead_after, device)
-        self.steered = _steered(shape, settings, device)
+        self.steered = _steered(shape, settings, default_gains(self.rate), device)
         self.falls = (
             self.steered is not None and shape.architecture == "relu"
             and recipe.start is None and "b_enc" not in settings.freeze
@@ -204,18 +213,24 @@ class Trainee:
         self.optimizer.load_state_dict(state["optimizer"])
         self.firing.load_state_dict(state["firing"])
         self.version = state.get("version", 1)
-        if self.version < 2:
-            self.batches_ahead = 0
         self.rate = state.get("rate", self.rate)
         self.sparsity_warmup = state.get("sparsity_warmup", self.sparsity_warmup)
         if self.steered is not None:
             self.steered.load_state_dict(state["steered"])
+        if self.version < 2:
+            self._go_on_as_version_1()
         of_input, of_target = state["normalisations"]
         like = self.normalisation.mean
         self.normalisation = Normalisation(of_input["mean"].to(like), of_input["scale"])
         if of_target is not None:
             self.target_normalisation = Normalisation(of_target["mean"].to(like), of_target["scale"])
         self.generator.set_state(state["generator"])
+
+    def _go_on_as_version_1(self) -> None:
+        """By the rules that the checkpoint was begun with; its scale is in it."""
+        self.batches_ahead = 0
+        if self.steered is not None:
+            self.steered.gains = VERSION_1_GAINS
 
     def check_identity(self, held: dict[str, Any], where: str) -> None:
         """Refuse a state that was made with other settings.
@@ -400,11 +415,13 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
         )
 
 
-def _steered(shape: DictionaryConfig, settings: TrainConfig, device: torch.device) -> SteeredWeight | None:
+def _steered(
+    shape: DictionaryConfig, settings: TrainConfig, gains: Gains, device: torch.device
+) -> SteeredWeight | None:
     """The weight of an L1 penalty that nobody has fixed."""
     if shape.architecture not in READERS["train.l1_coefficient"] or settings.l1_coefficient is not None:
         return None
-    return SteeredWeight(shape.k, 2.0, device)
+    return SteeredWeight(shape.k, 2.0, device, gains)
 
 
 def _in_bfloat16(shape: DictionaryConfig, settings: TrainConfig, device: torch.device) -> bool:

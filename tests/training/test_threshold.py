@@ -1,4 +1,4 @@
-"""The threshold of BatchTopK and Matryoshka lets k features fire at every snapshot, on rows not trained on."""
+"""The threshold of BatchTopK and Matryoshka: k features fire at every snapshot, on rows that were not trained on."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_rows_are_enough_in_small_batches_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch", [64, 2048])
 def test_resumed_thresholds_are_those_of_a_training_in_one_go(batch: int, tmp_path: Path) -> None:
-    """Snapshots every step, with 32 batches read ahead or one; the interruption lies between two of them."""
+    """Snapshots every step, with 64 batches read ahead or two; the interruption lies between two of them."""
     every = tuple(step * batch for step in range(1, 13))
     whole = trained("batch_topk", 12, tmp_path / "whole", batches=40, batch=batch, snapshots=every)
 
@@ -83,7 +83,7 @@ def test_resumed_thresholds_are_those_of_a_training_in_one_go(batch: int, tmp_pa
     with pytest.raises(TrainingInterrupted):
         train(IterableSource(data), shape, settings, seed=70_000, folder=tmp_path / "parts", sinks=[Stop()])
     parts = train(IterableSource(data), shape, settings, seed=70_000, folder=tmp_path / "parts")
-    for (name, ours), theirs in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
+    for (name, ours), theirs in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     for path in sorted((tmp_path / "whole" / "snapshots").iterdir()):
         resumed = sae.load(tmp_path / "parts" / "snapshots" / path.name)
