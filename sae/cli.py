@@ -64,6 +64,7 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     with progress_bars(quiet=options["quiet"]) as progress:
         whole = pipeline.Run(settings, progress)
         whole.check()
+        whole.check_space()
         whole.harvest()
         whole.train()
         report = None if whole.is_evaluated() else whole.evaluate()
@@ -276,6 +277,7 @@ def _main() -> None:
         _fail(_INTERRUPTED, 130)
 
     debug = "--debug" in sys.argv
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     try:
         cli.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
