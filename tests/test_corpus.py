@@ -126,7 +126,7 @@ def test_missing_and_empty_sources(tmp_path: Path) -> None:
 
 
 def test_unknown_hub_dataset_gives_one_line() -> None:
-    with pytest.raises(DataError, match=r"data source 'nobody/nothing': neither a file nor a folder") as caught:
+    with pytest.raises(DataError, match=r"data source 'nobody/nothing': neither a folder nor a file") as caught:
         list(read_documents("nobody/nothing"))
     assert "\n" not in str(caught.value)
     assert "stdlib" in str(caught.value)
