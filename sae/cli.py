@@ -277,7 +277,6 @@ def _main() -> None:
         _fail(_INTERRUPTED, 130)
 
     debug = "--debug" in sys.argv
-    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     try:
         cli.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
