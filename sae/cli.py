@@ -64,6 +64,7 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     with progress_bars(quiet=options["quiet"]) as progress:
         whole = pipeline.Run(settings, progress)
         whole.check()
+        whole.check_space()
         whole.harvest()
         whole.train()
         report = None if whole.is_evaluated() else whole.evaluate()

@@ -101,6 +101,10 @@ class DataConfig(_Settings):
         "whatever they sum to; null: equal shares",
     )
     subset: str | None = Field(default=None, description="configuration name of a hub data set")
+    revision: str | None = Field(
+        default=None,
+        description="git revision of a hub data set, such as a commit; null: the newest. For one hub data set only",
+    )
     split: str = Field(default="train", description="split of a hub or saved data set")
     column: str = Field(
         default="text",
@@ -332,7 +336,11 @@ class TrainConfig(_Settings):
     )
     pool_tokens: PositiveInt = Field(default=262_144, description="tokens shuffled together in memory")
     log_every: PositiveInt = Field(default=50, description="steps between lines in metrics.jsonl")
-    checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
+    checkpoint_every: PositiveInt | None = Field(
+        default=None,
+        description="steps between checkpoints, and one at the end; null: at least a minute apart, and so seldom that "
+        "writing them takes at most a twentieth of the time",
+    )
     keep_checkpoints: PositiveInt = Field(default=2, description="checkpoints kept, newest first")
 
     @field_validator("freeze", "snapshots", mode="after")

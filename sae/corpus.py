@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
+from sae.hub_errors import explain_hub_error
 from sae.text.census import Census
 from sae.text.document import Document
 from sae.text.files import READABLE, field_of, read_file, read_folder
@@ -23,7 +24,7 @@ _STDLIB_SHORTEST = 400
 
 def read_documents(
     source: str, *, split: str = "train", subset: str | None = None, column: str = "text", streaming: bool = True,
-    census: Census | None = None,
+    census: Census | None = None, revision: str | None = None,
 ) -> Iterator[Document]:  # fmt: skip
     """Documents of `source`, in an order that depends on nothing but the source itself.
 
@@ -34,6 +35,7 @@ def read_documents(
         column: the field that holds the text, token ids or chats, in all but .txt and .md files.
         streaming: read a hub dataset as it downloads, instead of downloading all of it first.
         census: what is found and not read is counted there.
+        revision: git revision of a hub dataset.
 
     Raises:
         DataError: the source does not exist, is of no kind that can be read, holds no text, or lacks the column.
@@ -49,7 +51,23 @@ def read_documents(
         return read_file(path, path.name, column)
     if path.suffix.lower() in READABLE or source.startswith((".", "/", "~")):
         raise DataError(f"data source {source!r}: no such file or folder")
-    return _hub_dataset(source, split, subset, column, streaming)
+    return _hub_dataset(source, split, subset, column, streaming, revision)
+
+
+def check_revision(sources: Sequence[str], revision: str | None) -> None:
+    """Raise DataError where `revision` is given and there is not one hub data set that it could be of."""
+    if revision is None:
+        return
+    if len(sources) > 1:
+        raise DataError(
+            f"data.revision={revision!r} with {len(sources)} sources: a revision is of one hub data set; leave it out, "
+            "or name that data set alone"
+        )
+    if sources[0] == STANDARD_LIBRARY or Path(sources[0]).expanduser().exists():
+        raise DataError(
+            f"data.revision={revision!r}: data source {sources[0]!r} is no hub data set, and only these have "
+            "revisions; leave it out"
+        )
 
 
 def check_apart(sources: Sequence[str]) -> None:
@@ -134,16 +152,15 @@ def _saved_dataset(path: Path, split: str, column: str) -> Iterator[Document]:
     return _rows(loaded, str(path), column)
 
 
-def _hub_dataset(source: str, split: str, subset: str | None, column: str, streaming: bool) -> Iterator[Document]:
+def _hub_dataset(
+    source: str, split: str, subset: str | None, column: str, streaming: bool, revision: str | None
+) -> Iterator[Document]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source, subset, split=split, streaming=streaming)
+        loaded = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
     except Exception as error:
-        raise DataError(
-            f"data source {source!r}: neither a file nor a folder here, and the hub did not give it "
-            f"({_first_line(error)}). Check the name and the network, or give a local file, a folder, or 'stdlib'"
-        ) from error
+        raise DataError(f"data source {source!r}: {explain_hub_error(error, source, 'data set', 'data')}") from error
     return _rows(loaded, source, column)
 
 
@@ -156,7 +173,8 @@ def _rows(rows: Any, source: str, column: str) -> Iterator[Document]:
             return
         except Exception as error:  # a streamed data set can fail at any row
             raise DataError(
-                f"data source {source!r}: row {number} could not be read ({_first_line(error)}); check the network"
+                f"data source {source!r}: row {number} could not be read ({_first_line(error)}); check the network, "
+                "and run the same command again to go on"
             ) from error
         yield Document(f"{number}", field_of(record, column, f"{source}, row {number}", number + 1))
         number += 1

@@ -26,7 +26,7 @@ def explain_hub_error(error: BaseException, repository: str, kind: str, setting:
     from huggingface_hub import constants, errors
 
     chain = list(_chain(error))
-    local = "a local folder or file" if kind == "data set" else "a local folder, a .gguf file, or 'demo'"
+    local = "a local file or folder, or 'stdlib'" if kind == "data set" else "a local folder, a .gguf file, or 'demo'"
     status = next((code for one in chain if (code := _status(one)) is not None), 0)
     offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "TRUE", "YES")
     reasons = {
@@ -38,7 +38,8 @@ def explain_hub_error(error: BaseException, repository: str, kind: str, setting:
         f"neither a folder nor a file here, and the hub has no {kind} {repository!r} (or keeps it private: set "
         f"HF_TOKEN); check the name, or give {local}": _is(
             chain, errors.RepositoryNotFoundError, errors.HFValidationError
-        ),
+        )
+        or (not offline and "DatasetNotFoundError" in {type(one).__name__ for one in chain}),
         f"neither a folder nor a file here, and not in the hub's cache {constants.HF_HOME!r}, with offline mode on "
         f"(HF_HUB_OFFLINE or HF_DATASETS_OFFLINE): unset it to download, or give {local}": offline
         or _is(chain, errors.OfflineModeIsEnabled),

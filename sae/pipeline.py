@@ -14,7 +14,7 @@ import yaml
 
 import sae
 from sae.activations.cache import ActivationCache, read_manifest
-from sae.activations.harvest import check_same_model, check_same_request
+from sae.activations.harvest import cache_bytes, check_same_model, check_same_request, hook_widths
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.loader import ActivationLoader
 from sae.activations.metadata import dictionary_metadata
@@ -23,23 +23,23 @@ from sae.config import RunConfig
 from sae.config_file import load_config
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
 from sae.environment import choose_device, git_commit
-from sae.errors import ConfigError, FormatError, SaeError
+from sae.errors import CacheError, ConfigError, FormatError, SaeError
 from sae.evaluation import Report, evaluate_all, write_report
 from sae.evaluation.budget import announcement
 from sae.evaluation.partial import FOLDER as UNFINISHED
 from sae.evaluation.partial import discard
 from sae.evaluation.report import identify, read_stored
 from sae.features import Features, collect
-from sae.files import locked, read_json, write_bytes
+from sae.files import locked, missing_space, read_json, write_bytes
 from sae.fit import amount_notes, check_amounts
 from sae.language_model import LanguageModel
 from sae.model_identity import model_label
 from sae.progress import Notes
 from sae.terminal import complain
 from sae.training.applicability import check_read
-from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
+from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, training_bytes, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
-from sae.training.sinks import METRICS_FILE, Wandb
+from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
 from sae.training.trainee import Recipe, build, check_start, chosen_settings, freeze_, setting_of
 
 CONFIG_YAML = "config.yaml"
@@ -158,6 +158,7 @@ class Run:
         check_amounts(self.config)
         if self.is_trained():
             return
+        check_wandb(self.config.wandb)
         shape, settings = self.config.dictionary, self.config.train
         check_read(shape, settings)
         start = self.start
@@ -170,6 +171,28 @@ class Run:
             dictionary = build(shape, 1 if start is None else start.d_in)
         freeze_(dictionary, settings.freeze)
         check_start(Recipe(shape, settings, start=start), dictionary)
+
+    def check_space(self) -> None:
+        """Say before the harvest that what the whole run writes does not fit.
+
+        Raises:
+            CacheError: fewer bytes are free than activations, checkpoints and dictionary need.
+        """
+        config, folder = self.config, self.config.cache_folder
+        if (folder / "manifest.json").is_file() and read_manifest(folder).complete:
+            return  # what is to be restored is checked by the harvest, and the rest when training begins
+        widths = hook_widths(config, self.language_model)
+        with torch.device("meta"):
+            dictionary = build(config.dictionary, widths[config.hook])
+        weights = 4 * sum(parameter.numel() for parameter in dictionary.parameters())
+        training = 0 if self.is_trained() else training_bytes(weights, 3 * weights, config.train.keep_checkpoints)
+        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if short := missing_space({folder: cache_bytes(config, widths) - there, self.folder: training}):
+            raise CacheError(
+                f"disk full: {short}, for the activations of {config.data.tokens + config.data.held_out_tokens:,} "
+                f"tokens and {training / 1e9:,.2f} GB of checkpoints: free some space, or use harvest.dtype=int8, "
+                "fewer data.tokens or a larger disk (out=..., harvest.cache=...)"
+            )
 
     def train(self) -> Dictionary:
         """The dictionary, trained (or trained to the end) where it is not there yet."""
@@ -377,6 +400,7 @@ def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
     """
     whole = Run(config, progress)
     whole.check()
+    whole.check_space()
     whole.harvest()
     whole.train()
     if not whole.is_evaluated():

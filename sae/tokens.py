@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae.config import DataConfig
-from sae.corpus import check_apart, holdout_share, is_held_out, read_documents
+from sae.corpus import check_apart, check_revision, holdout_share, is_held_out, read_documents
 from sae.errors import DataError
 from sae.mixture import Turns
 from sae.seeding import STREAMS, document_random_1, python_random
@@ -217,6 +217,7 @@ def packed_shards(
             asked for.
     """
     check_apart(config.sources)
+    check_revision(config.sources, config.revision)
     census, read = census or [Census() for _ in config.sources], ReadTexts()
     separator = next(iter(packers.values())).separator
     contents = ContentTokenizer(tokenizer, config.chat_roles, separator)
@@ -278,7 +279,7 @@ def prepared_documents(
     source, census = config.sources[number], census or Census()
     documents = read_documents(
         source, split=config.split, subset=config.subset, column=config.column, streaming=config.streaming,
-        census=census,
+        census=census, revision=config.revision,
     )  # fmt: skip
     prefix = f"{config.labels[number]}/" if len(config.sources) > 1 else ""
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from sae.activations.cache import (
 from sae.config import DataConfig, RunConfig
 from sae.corpus import STANDARD_LIBRARY
 from sae.errors import CacheError, DataError
-from sae.files import locked, write_bytes
+from sae.files import free_bytes, locked, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label
@@ -46,6 +45,7 @@ from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, TokenPolicy, packed_shar
 Progress = Callable[[int, int], None]
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_BYTES_OF_TEXT = 8  # a token's id and the number of its document
 _SHARDS_IN_FLIGHT = 2
 _PLAIN_COLUMNS = ["tokens", "documents"]
 _COLUMNS = "token_columns"
@@ -79,8 +79,9 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
             if not all(manifest.is_whole(folder, name) for name in manifest.files if _is_text(name)):
                 _write_text(folder, config, language_model, manifest.files, manifest.data)
         else:
+            _check_space(folder, config, hook_widths(config, language_model))
             manifest = _begin(folder, config, language_model)
-        _check_space(folder, manifest)
+        _check_space(folder, config, {hook: entry.d_in for hook, entry in manifest.hooks.items()}, manifest)
         _Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
     return ActivationCache(folder)
 
@@ -92,6 +93,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, t
         "model.revision": config.model.revision,
         "model.weight_processing": config.model.weight_processing,
         "model.dtype": config.model.dtype,
+        "data.revision": config.data.revision,
         **{f"data.{key}": value for key, value in _data_identity(config.data).items() if key != "source"},
         "data.tokens": config.data.tokens,
         "data.held_out_tokens": config.data.held_out_tokens,
@@ -216,7 +218,9 @@ def _data_identity(data: DataConfig) -> dict[str, Any]:
     """The settings that decide the text; weights, as shares that sum to 1, only where there are several sources."""
     keys = ("subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction", "holdout_seed")
     settings = {key: getattr(data, key) for key in keys}
-    settings |= {key: value for key in ("holdout_by", "tokenizer") if (value := getattr(data, key)) is not None}
+    settings |= {
+        key: value for key in ("holdout_by", "tokenizer", "revision") if (value := getattr(data, key)) is not None
+    }
     if isinstance(data.source, str):
         return {"source": data.source, **settings}
     return {"source": list(data.sources), "weights": list(data.shares), **settings}
@@ -279,8 +283,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
         for line in census.lines(label, chose_unit=data.holdout_by is not None):
             complain(line)
     text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
-    example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
-    widths = {hook: x.shape[-1] for hook, x in language_model.activations(example, harvest_config.hooks).items()}
+    widths = hook_widths(config, language_model)
     manifest = Manifest(
         model=language_model.info.to_json(),
         data={
@@ -302,6 +305,12 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     )
     _write_manifest(folder, manifest)
     return manifest
+
+
+def hook_widths(config: RunConfig, language_model: LanguageModel) -> dict[str, int]:
+    """Numbers a token has at each hook point."""
+    example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
+    return {hook: x.shape[-1] for hook, x in language_model.activations(example, config.harvest.hooks).items()}
 
 
 class _Harvester:
@@ -455,13 +464,19 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     write_bytes(folder / MANIFEST, (json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _check_space(folder: Path, manifest: Manifest) -> None:
+def cache_bytes(config: RunConfig, widths: Mapping[str, int]) -> int:
+    """Size of the activations, tokens and documents' numbers that `config` asks for."""
+    data, dtype = config.data, config.harvest.dtype
+    per_row = sum(widths.values()) * _BYTES[dtype] + 4 * len(widths) * (dtype == "int8") + _BYTES_OF_TEXT
+    return (data.tokens + data.held_out_tokens) * per_row
+
+
+def _check_space(folder: Path, config: RunConfig, widths: Mapping[str, int], manifest: Manifest | None = None) -> None:
     """Refuse to begin what cannot end: bytes still to write against bytes free."""
-    per_row = sum(entry.d_in * _BYTES[manifest.dtype] for entry in manifest.hooks.values())
-    per_row += 4 * len(manifest.hooks) * (manifest.dtype == "int8")
-    files = [name for name in manifest.files if not _is_text(name) and manifest.is_whole(folder, name)]
-    written = sum(manifest.files[name].bytes for name in files)
-    needed, free = sum(manifest.rows.values()) * per_row - written, shutil.disk_usage(folder).free
+    written = 0
+    if manifest is not None:
+        written = sum(manifest.files[name].bytes for name in manifest.files if manifest.is_whole(folder, name))
+    needed, free = cache_bytes(config, widths) - written, free_bytes(folder)
     if needed > free:
         raise CacheError(
             f"disk full: cache {str(folder)!r} needs {needed / 1e9:,.2f} GB more, {free / 1e9:,.2f} GB are free: "

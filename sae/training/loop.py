@@ -18,15 +18,18 @@ from torch import Tensor
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
+from sae.files import missing_space
 from sae.modes import present_mode, training_mode
 from sae.training.agreement import common_pass
 from sae.training.checkpoint import (
     CHECKPOINTS,
+    CheckpointClock,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     snapshot_folder,
+    training_bytes,
     warn_of_missed_snapshots,
 )
 from sae.training.meter import Meter, Stopwatch
@@ -185,6 +188,10 @@ class _Member:
     def checkpoints(self) -> list[Path]:
         return list_checkpoints(self.folder / CHECKPOINTS) if self.folder else []
 
+    @property
+    def keep(self) -> int:
+        return self.trainee.settings.keep_checkpoints
+
     def cost(self) -> Cost:
         return Cost(self.stopwatch.seconds(), self.tokens, self.trainee.bytes())
 
@@ -232,6 +239,7 @@ class _Run:
         progress: Callable[[int, int, dict[str, Metrics]], None] | None,
     ) -> Outcome:
         self._resume()
+        self._check_space()
         everyone = dict(self.members)
         with _stop_flag() as stop, contextlib.ExitStack() as stack:
             for name, member in everyone.items():
@@ -241,6 +249,7 @@ class _Run:
                     stack.callback(lines.close)
                     member.sinks.insert(0, lines)
             self.batches = self._batches()
+            clock = CheckpointClock(self.checkpoint_every, sum(map(_checkpoint_bytes, self.members.values())))
             while self.step < self.steps and self.members:
                 batch = self._next()
                 self.step += 1
@@ -251,8 +260,9 @@ class _Run:
                     self._drop_failed()
                     self._log(progress)
                 self._snapshot()  # before the checkpoint, behind which a resumed training does not go back
-                if self.step % self.checkpoint_every == 0 or last or stop.is_set():
-                    self._checkpoint()
+                if stop.is_set() or clock.is_due(self.step, last=last):
+                    with clock.writing():
+                        self._checkpoint()
                 if stop.is_set() and self.members:
                     raise TrainingInterrupted(self._interrupted())
         return Outcome(
@@ -362,7 +372,25 @@ class _Run:
                 save_checkpoint(member.folder / CHECKPOINTS, self.step, state, trainee.folded())
         for member in self.members.values():
             if member.folder is not None:
-                prune_checkpoints(member.folder / CHECKPOINTS, member.trainee.settings.keep_checkpoints)
+                prune_checkpoints(member.folder / CHECKPOINTS, member.keep)
+
+    def _check_space(self) -> None:
+        """Refuse to begin what cannot be kept.
+
+        Raises:
+            TrainingError: fewer bytes are free than the checkpoints and dictionaries need.
+        """
+        needs = {
+            member.folder: training_bytes(_weights_bytes(member), member.trainee.bytes(), member.keep)
+            - sum(file.stat().st_size for path in member.checkpoints for file in path.iterdir())
+            for member in self.members.values()
+            if member.folder is not None and self.step < self.steps
+        }
+        if short := missing_space(needs):
+            raise TrainingError(
+                f"disk full: checkpoints and dictionary in {short}: free some space and run the same command again, or "
+                "lower train.keep_checkpoints or dictionary.d_sae"
+            )
 
     def _snapshot(self) -> None:
         """Save those dictionaries that were to be saved after a number of tokens that this step has reached."""
@@ -452,6 +480,15 @@ class _Run:
             f"stopped at step {self.step} of {self.steps}; the state is saved in {where}: run the same command again "
             "to go on"
         )
+
+
+def _weights_bytes(member: _Member) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in member.trainee.dictionary.parameters())
+
+
+def _checkpoint_bytes(member: _Member) -> int:
+    """Of a state and of the dictionary beside it; 0 where none is written."""
+    return 0 if member.folder is None else _weights_bytes(member) + member.trainee.bytes()
 
 
 @contextlib.contextmanager

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +20,9 @@ from sae.files import write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb-id.txt"
+ONLINE, OFFLINE = "online", "offline"
+_SECONDS_TO_CONNECT = 30
+_LONGEST_REASON = 200
 
 
 @runtime_checkable
@@ -64,41 +70,103 @@ class JsonLines:
 class Wandb:
     """A Weights & Biases run; the configuration is logged with it.
 
+    It never asks and never ends a training: without a server or an account the run is logged offline, for `wandb sync`,
+    and after a failure in between only to metrics.jsonl. A warning says so. `WANDB_MODE` counts, unless the mode is
+    `offline` already.
+
     Args:
         settings: project, name, mode.
         folder: run folder; the wandb run's id is kept there.
         config: what is logged as the run's configuration.
         resume: go on with the wandb run whose id the folder has, because training goes on from a checkpoint.
+
+    Raises:
+        ConfigError: wandb is not installed.
+
+    Attributes:
+        out_of_reach: whether a server could not be reached in this process; then no other run waits for it.
     """
 
+    out_of_reach: ClassVar[bool] = False
+
     def __init__(self, settings: WandbConfig, folder: Path, config: dict[str, Any], *, resume: bool = False) -> None:
+        check_wandb(settings)
+        import wandb
+
+        self._histogram, self._run = wandb.Histogram, None
+        options: dict[str, Any] = {
+            "project": settings.project,
+            "name": settings.name or folder.name,
+            "id": _wandb_id(folder, resume),
+            "resume": "allow",
+            "reinit": "create_new",  # a sweep has one for each dictionary
+            "dir": folder,
+            "config": config,
+            "settings": wandb.Settings(silent=True, init_timeout=_SECONDS_TO_CONNECT),
+        }
+        mode = settings.mode if settings.mode == OFFLINE else os.environ.get("WANDB_MODE") or settings.mode
+        mode = OFFLINE if mode == ONLINE and Wandb.out_of_reach else mode
         try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("wandb.project is set, and wandb is not installed: pip install 'sae[wandb]'") from error
-        self._histogram = wandb.Histogram
-        self._run = wandb.init(
-            project=settings.project,
-            name=settings.name or folder.name,
-            id=_wandb_id(folder, resume),
-            resume="allow",
-            reinit="create_new",  # a sweep has one for each dictionary
-            dir=folder,
-            mode=settings.mode,
-            config=config,
-            settings=wandb.Settings(silent=True),
-        )
+            if mode == ONLINE and not wandb.login(prompt=False):
+                raise ConfigError("nobody is logged in: run 'wandb login', or set WANDB_API_KEY")
+            self._run = wandb.init(mode=mode, **options)
+        except Exception as error:  # of wandb or of the network: neither may end a training
+            if mode != ONLINE:
+                self._give_up("cannot begin a run", error)
+                return
+            Wandb.out_of_reach = True
+            _warn(
+                f"wandb: {_reason(error)}; training goes on and is logged offline in {str(folder / 'wandb')!r}, for "
+                "'wandb sync'; wandb.mode=offline does so without trying"
+            )
+            try:
+                options["id"] = _wandb_id(folder, resume=False)  # wandb takes the other for one in use
+                self._run = wandb.init(mode=OFFLINE, **options)
+            except Exception as offline_error:
+                self._give_up("cannot begin a run offline either", offline_error)
 
     def log(self, metrics: dict[str, float | int]) -> None:
-        self._run.log(dict(metrics), step=int(metrics["step"]))
+        self._send(lambda run: run.log(dict(metrics), step=int(metrics["step"])))
 
     def log_features(self, step: int, values: dict[str, Float[Tensor, " some"]]) -> None:
         """A histogram of each; none of what is empty."""
         histograms = {name: self._histogram(one.tolist()) for name, one in values.items() if len(one)}
-        self._run.log(histograms, step=step)
+        self._send(lambda run: run.log(histograms, step=step))
 
     def close(self, failed: bool = False) -> None:
-        self._run.finish(exit_code=int(failed))
+        self._send(lambda run: run.finish(exit_code=int(failed)))
+
+    def _send(self, action: Callable[[Any], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # as above
+            self._give_up("stopped", error)
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self._run = None
+        _warn(f"wandb: {what} ({_reason(error)}); training goes on, and {METRICS_FILE} has every number")
+
+
+def check_wandb(settings: WandbConfig) -> None:
+    """Raise ConfigError where wandb is asked for and not installed."""
+    if settings.project is None:
+        return
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "wandb.project is set, and wandb is not installed: pip install 'sae[wandb]', or leave wandb.project out"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def _wandb_id(folder: Path, resume: bool) -> str:

@@ -120,17 +120,17 @@ def test_disk_full_then_resumed_gives_the_same_bytes(
 def test_a_harvest_that_cannot_fit_is_not_begun(
     tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1,200 rows of two hooks of 32 float32: 307,200 bytes."""
+    """1,200 rows of two hooks of 32 float32, 307,200 bytes, and of two int32, 9,600."""
     Usage = namedtuple("Usage", "total used free")
     config = tiny_config(harvest__hooks=HOOKS)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 307_199))
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 316_799))
         with pytest.raises(
             CacheError, match=r"disk full: .*/activations' needs 0.00 GB more, 0.00 GB are free: .*int8"
         ):
             harvest(config, language_model)
         assert not list(config.cache_folder.glob("blocks.*/*"))
-        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 307_200))
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 316_800))
         cache = harvest(config, language_model)
     assert contents(cache.path) == contents(tiny_cache.path)
 
