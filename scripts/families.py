@@ -62,8 +62,8 @@ def write_model(family: str, folder: Path) -> Path:
     return folder
 
 
-def family_row(family: str, folder: Path) -> FamilyRow:
-    """Every hook point of two blocks in the middle, proved."""
+def family_row(family: str, folder: Path, blocks: tuple[int, ...] = (1, 2)) -> FamilyRow:
+    """Every hook point of some blocks, proved; the model is written into `folder`."""
     try:
         model = LanguageModel(ModelConfig(name=str(write_model(family, folder))))
         hooks = model.hooks()
@@ -71,7 +71,7 @@ def family_row(family: str, folder: Path) -> FamilyRow:
         return FamilyRow(family, {}, {}, f"{type(error).__name__}: {str(error)[:160]}")
     cells, reasons = {}, {}
     for hook in hooks:
-        if hook.block not in (1, 2):
+        if hook.block not in blocks:
             continue
         cell, reason = SHORT_ROAD, None
         try:

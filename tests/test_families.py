@@ -20,7 +20,7 @@ def test_replacements_are_exact(family: str, tmp_path: Path) -> None:
     """And the logits are those of the model without transformer-lens."""
     from transformers import AutoModelForCausalLM
 
-    row = family_row(family, tmp_path / family)
+    row = family_row(family, tmp_path / family, blocks=(2,))
     assert row.failure is None
     assert {"hook_resid_pre", "hook_resid_post"} <= row.cells.keys()
     assert set(row.cells.values()) <= {SHORT_ROAD, READ}
@@ -36,7 +36,7 @@ def test_replacements_are_exact(family: str, tmp_path: Path) -> None:
 
 
 def test_the_table_names_roads_and_reasons(tmp_path: Path) -> None:
-    text = table([family_row("bloom", tmp_path / "bloom")])
+    text = table([family_row("bloom", tmp_path / "bloom", blocks=(2,))])
     lines = text.splitlines()
     assert lines[0].startswith("| family | `hook_resid_pre` | `ln1.hook_in` |")
     assert lines[2].startswith("| bloom | s | s | r |")
