@@ -43,6 +43,12 @@ from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT, TRAIN
 from sae.training.initialise import initialise_
 
+FROZEN_DECODER = 200_000
+SETTINGS = EvaluationConfig(
+    downstream_tokens=None, baseline_tokens=16_384, frozen_decoder_tokens=FROZEN_DECODER, legacy_tokens=8192
+)
+"""Every held-out token for the dictionary, whatever the size of the cache."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -106,7 +112,7 @@ def evaluations(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     else:
         name, d_sae, layer = "demo", 4096, 2
     language_model = LanguageModel(ModelConfig(name=name))
-    fitted_on = max(arguments.held_out, EvaluationConfig().frozen_decoder_tokens)
+    fitted_on = max(arguments.held_out, FROZEN_DECODER)
     settings = argparse.Namespace(layer=layer, tokens=fitted_on)
     config = harvest_config(name, settings, folder / "run", held_out=arguments.held_out)
     cache = harvest(config, language_model)
@@ -117,7 +123,7 @@ def evaluations(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         one = {"1": made["1"]}
 
         def run(chosen: dict[str, TopK]) -> None:
-            evaluate_all(chosen, cache, hook=hook, language_model=language_model, settings=EvaluationConfig())
+            evaluate_all(chosen, cache, hook=hook, language_model=language_model, settings=SETTINGS)
 
         seconds, alone = in_turns(lambda made=made: run(made), lambda one=one: run(one), arguments.turns)
         shape = f"{arguments.model}, {cache.d_in(hook)} → {d_sae:,}, {arguments.held_out:,} held-out tokens"
@@ -128,7 +134,7 @@ def evaluations(folder: Path, arguments: argparse.Namespace) -> list[Row]:
 def cost(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     """One dictionary beside the language model's own passes."""
     language_model = LanguageModel(ModelConfig(name="demo"))
-    settings = argparse.Namespace(layer=2, tokens=EvaluationConfig().frozen_decoder_tokens)
+    settings = argparse.Namespace(layer=2, tokens=FROZEN_DECODER)
     config = harvest_config("demo", settings, folder / "cost", held_out=arguments.cost_tokens)
     config = config.model_copy(update={"data": config.data.model_copy(update={"holdout_fraction": 0.3})})
     cache = harvest(config, language_model)
@@ -136,17 +142,17 @@ def cost(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     made = dictionary(cache.d_in(hook), 4096, arguments.k)
 
     def evaluation() -> None:
-        found = evaluate_all({"one": made}, cache, hook=hook, language_model=language_model)["one"]
+        found = evaluate_all({"one": made}, cache, hook=hook, language_model=language_model, settings=SETTINGS)["one"]
         if arguments.documents:
             write_report(found, arguments.documents)
 
     def passes() -> None:
-        for batch in cache.contexts(HELD_OUT, batch_contexts=EvaluationConfig().batch_contexts):
+        for batch in cache.contexts(HELD_OUT, batch_contexts=SETTINGS.batch_contexts):
             for _ in language_model.replaced_logits(batch.tokens, hook, [lambda x: x] * 4):
                 pass
 
     def whole() -> None:
-        for batch in cache.contexts(HELD_OUT, batch_contexts=EvaluationConfig().batch_contexts):
+        for batch in cache.contexts(HELD_OUT, batch_contexts=SETTINGS.batch_contexts):
             language_model.logits(batch.tokens)
 
     seconds, alone = in_turns(evaluation, passes, arguments.turns, warm_up=False, clock=time.process_time)

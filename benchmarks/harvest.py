@@ -40,7 +40,8 @@ from sae.activations.harvest import harvest
 from sae.activations.loader import ActivationLoader
 from sae.config import ModelConfig, RunConfig
 from sae.config_file import parse_config
-from sae.language_model import DEMO_FOLDER, LanguageModel
+from sae.language_model import LanguageModel
+from sae.model_identity import DEMO_FOLDER
 
 HOOK = "blocks.0.hook_resid_pre"
 

@@ -23,6 +23,7 @@ import torch
 import sae
 from sae.architectures import ARCHITECTURES
 from sae.config import DictionaryConfig, TrainConfig
+from sae.seeding import torch_generator
 from sae.training.initialise import initialise_
 from sae.training.schedules import default_learning_rate, learning_rate
 
@@ -73,10 +74,10 @@ def compare(architecture: str, data: list[torch.Tensor], arguments: argparse.Nam
     sae.train(source, shape, settings, progress=lambda done, of, metrics: sparse.append(float(metrics["mse"])))
     sparse_seconds = time.perf_counter() - start
 
-    scale = (source.d_in / source.statistics.mean_squared_norm) ** 0.5
+    scale = (source.d_in / source.statistics.variance) ** 0.5
     cls = ARCHITECTURES[architecture]
     dictionary = cls(source.d_in, shape.d_sae, **{name: getattr(shape, name) for name in cls.setting_names})
-    initialise_(dictionary, data[0] * scale, torch.Generator().manual_seed(0))
+    initialise_(dictionary, data[0] * scale, torch_generator("initial weights: training", 0))
     reference = DenseReference(architecture, dictionary, settings)
     peak, dense = default_learning_rate(shape.d_sae, arguments.steps), []
     start = time.perf_counter()

@@ -102,8 +102,8 @@ def main() -> None:
     dense = 4 * arguments.batch * arguments.d_sae
     cells, rows = [], []
     with (
-        mock.patch.object(sparse, "kernels_for", lambda device: back_end("triton")),
-        mock.patch.object(optimizer_module, "kernels_for", lambda device: back_end("triton")),
+        mock.patch.object(sparse, "kernels_for", lambda weights: back_end("triton")),
+        mock.patch.object(optimizer_module, "kernels_for", lambda weights: back_end("triton")),
         mock.patch.object(JITFunction, "run", _launch),
     ):
         for architecture in ("topk", "batch_topk"):

@@ -79,7 +79,7 @@ class Clock:
 
 def selections(operands: Operands, clock: Clock) -> list[Row]:
     """The encoder's product and what is selected from it; AuxK's selection among a tenth of the features beside it."""
-    kernels = kernels_for(operands.x.device)
+    kernels = kernels_for(operands.encoder)
     bias, k, count = operands.bias, operands.k, operands.k * len(operands.x)
     x, encoder = operands.x.to(operands.low.dtype), operands.low
     dead = torch.arange(0, len(encoder), 10, device=x.device)
@@ -113,7 +113,7 @@ def selections(operands: Operands, clock: Clock) -> list[Row]:
 
 def products_with_codes(operands: Operands, pattern: Pattern, values: Tensor, clock: Clock) -> list[Row]:
     """Decoding, the gradient of the codes, the gradient of a matrix: ours, dense, and other sparse ways."""
-    x, decoder, kernels = operands.x, operands.decoder, kernels_for(operands.x.device)
+    x, decoder, kernels = operands.x, operands.decoder, kernels_for(operands.encoder)
     term = Term(pattern, values, x)
     features = pattern.features.view(len(x), -1)
 
@@ -145,7 +145,7 @@ def products_with_codes(operands: Operands, pattern: Pattern, values: Tensor, cl
 
 def update(operands: Operands, pattern: Pattern, values: Tensor, clock: Clock) -> Row:
     """What is done to the decoder after the backward pass."""
-    decoder, kernels = operands.decoder.clone(), kernels_for(operands.x.device)
+    decoder, kernels = operands.decoder.clone(), kernels_for(operands.encoder)
     term = Term(pattern, values, operands.x)
     moments = Moments(torch.zeros_like(decoder), torch.zeros_like(decoder))
     parameter = torch.nn.Parameter(decoder.clone())
@@ -212,7 +212,7 @@ def main() -> None:
     arguments = parser.parse_args()
     operands, clock = Operands.random(arguments), Clock(arguments.device, arguments.repeats)
     with torch.no_grad():
-        selection = kernels_for(operands.x.device).select_topk(
+        selection = kernels_for(operands.encoder).select_topk(
             operands.x.to(operands.low.dtype), operands.low, operands.bias, operands.k
         )
         first = selections(operands, clock)

@@ -45,7 +45,9 @@ from sae.training.applicability import PENALISED
 
 WORKER = Path(__file__).parent / "peers" / "quality_worker.py"
 KEPT = Path(__file__).parent / "results" / "trainings"
-PEERS = ("saelens", "dictionary_learning")
+PEERS = ("saelens", "saelens, target L0", "dictionary_learning")
+ONLY = {"saelens, target L0": ("jumprelu",)}
+"""Peers that are an option of some architectures."""
 SEARCHED = {
     "saelens": {"relu": 3.0, "gated": 3.0, "jumprelu": 3.0},
     "dictionary_learning": {"relu": 1.0, "gated": 1.0},
@@ -114,7 +116,7 @@ def run(toolkit: str, architecture: str, data: Data, seed: int, coefficient: flo
     interpreter = python(toolkit, a.environments)
     made_by = digest(sources(toolkit, interpreter))
     key = digest([toolkit, architecture, *numbers, weight, a.device, data.identity, made_by])
-    kept = a.keep / f"{toolkit}-{architecture}-{seed}-{key}.json"
+    kept = a.keep / f"{toolkit.replace(', ', '-').replace(' ', '-')}-{architecture}-{seed}-{key}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     command = [interpreter, WORKER, toolkit, architecture, data.path, *numbers, weight, a.device]
@@ -335,7 +337,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = export(cache, hook, a.held_out, Path(folder) / "activations.pt")
         before, where = measured_before(a.peers_from, data, a) if a.peers_from else ([], "")
-        tasks = list(itertools.product(a.architectures, a.toolkits))
+        pairs = itertools.product(a.architectures, a.toolkits)
+        tasks = [(arch, toolkit) for arch, toolkit in pairs if arch in ONLY.get(toolkit, (arch,))]
         with ThreadPoolExecutor(a.at_once) as pool:
             rows = [*pool.map(lambda task: compare(task[1], task[0], data, a), tasks), *before]
             peers = tuple(row for row in rows if row.toolkit in PEERS)

@@ -25,6 +25,8 @@ from peers.environments import FOLDER, PACKAGES, python
 
 WORKER = Path(__file__).parent / "peers" / "worker.py"
 OURS = ("sae", "sae, bfloat16 products")
+SPARSIFY = ("sparsify", "sparsify, float32", "sparsify, Adam", "sparsify, Adam, float32")
+"""By default signum and bfloat16 autocast; on a CPU without bfloat16 instructions float32 is faster."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def compare(shape: Shape, toolkits: list[str], arguments: argparse.Namespace, fl
             turns[0]["version"],
             list(itertools.chain.from_iterable(turn["seconds"] for turn in turns)),
             max(turn["peak_bytes"] for turn in turns),
-            floors["bfloat16" if toolkit.endswith("bfloat16 products") else "float32"],
+            floors["bfloat16" if toolkit in (OURS[1], SPARSIFY[0], SPARSIFY[2]) else "float32"],
         )
         for toolkit, turns in found.items()
         if turns
@@ -112,14 +114,19 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[2048])
     parser.add_argument("--ks", type=int, nargs="+", default=[32])
     parser.add_argument("--architectures", nargs="+", default=["topk", "batch_topk"])
-    parser.add_argument("--toolkits", nargs="+", choices=[*OURS, *PACKAGES], help="default: all that run on the device")
+    parser.add_argument(
+        "--toolkits",
+        nargs="+",
+        choices=[*OURS, *dict.fromkeys((*PACKAGES, *SPARSIFY))],
+        help="default: all that run on the device",
+    )
     parser.add_argument("--steps", type=int, default=4, help="timed steps a turn; on a GPU, blocks of twenty")
     parser.add_argument("--turns", type=int, default=3, help="times each toolkit is run")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
     parser.add_argument("--name", help="of the files in results/; default: training-DEVICE")
     arguments = parser.parse_args()
     on_gpu = arguments.device != "cpu"
-    toolkits = arguments.toolkits or [*OURS, "saelens", "dictionary_learning", *(["sparsify"] if on_gpu else [])]
+    toolkits = arguments.toolkits or [*OURS, "saelens", "dictionary_learning", *(SPARSIFY[:1] if on_gpu else SPARSIFY)]
     tops = {
         name: ceilings.measure(arguments.device, dtype)
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
@@ -137,7 +144,7 @@ def main() -> None:
         floors = {
             name: ceilings.floor(top, d_in=shape.d_in, d_sae=d_sae, k=k, batch=batch) for name, top in tops.items()
         }
-        chosen = [toolkit for toolkit in toolkits if toolkit != "sparsify" or architecture == "topk"]
+        chosen = [toolkit for toolkit in toolkits if toolkit not in SPARSIFY or architecture == "topk"]
         rows = compare(shape, chosen, arguments, floors)
         parts.append(markdown(shape, rows, "GPU memory" if on_gpu else "memory"))
         numbers.append({"shape": asdict(shape), "rows": [asdict(row) for row in rows]})

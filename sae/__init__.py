@@ -1,14 +1,101 @@
 """Sparse autoencoders on language-model activations: cache, train, evaluate, look at features, reuse.
 
-Heavy parts (transformer-lens, datasets, matplotlib) are imported when first used.
+Everything is imported when it is first used, so that `import sae` is quick and needs no language-model library.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; the same as _HOME
+    from sae import evaluation as evaluation
+    from sae import probing as probing
+    from sae import superposition as superposition
+    from sae.activations import ActivationCache as ActivationCache
+    from sae.activations.loader import ActivationLoader as ActivationLoader
+    from sae.activations.metadata import dictionary_metadata as dictionary_metadata
+    from sae.architectures import BatchTopK as BatchTopK
+    from sae.architectures import Gated as Gated
+    from sae.architectures import JumpReLU as JumpReLU
+    from sae.architectures import Matryoshka as Matryoshka
+    from sae.architectures import ReLU as ReLU
+    from sae.architectures import TopK as TopK
+    from sae.architectures import load as load
+    from sae.causal import Effects as Effects
+    from sae.causal import EffectSettings as EffectSettings
+    from sae.causal import measure_effects as measure_effects
+    from sae.config import DictionaryConfig as DictionaryConfig
+    from sae.config import EvaluationConfig as EvaluationConfig
+    from sae.config import ModelConfig as ModelConfig
+    from sae.config import RunConfig as RunConfig
+    from sae.config import TrainConfig as TrainConfig
+    from sae.config_file import load_config as load_config
+    from sae.dictionary import Codes as Codes
+    from sae.dictionary import Dictionary as Dictionary
+    from sae.errors import SaeError as SaeError
+    from sae.evaluation import compare as compare
+    from sae.evaluation import evaluate as evaluate
+    from sae.evaluation import evaluate_all as evaluate_all
+    from sae.features import Features as Features
+    from sae.language_model import LanguageModel as LanguageModel
+    from sae.pipeline import collect_features as collect_features
+    from sae.pipeline import harvest as harvest
+    from sae.pipeline import run as run
+    from sae.probing import probe as probe
+    from sae.probing.of_run import probe_run as probe_run
+    from sae.splicing import splice as splice
+    from sae.sweeping import sweep as sweep
+    from sae.training import IterableSource as IterableSource
+    from sae.training import Recipe as Recipe
+    from sae.training import train as train
+    from sae.training import train_all as train_all
+    from sae.verification import verify as verify
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ActivationCache",
+    "ActivationLoader",
+    "BatchTopK",
+    "Codes",
+    "Dictionary",
+    "DictionaryConfig",
+    "EffectSettings",
+    "Effects",
+    "EvaluationConfig",
+    "Features",
+    "Gated",
+    "IterableSource",
+    "JumpReLU",
+    "LanguageModel",
+    "Matryoshka",
+    "ModelConfig",
+    "ReLU",
+    "Recipe",
+    "RunConfig",
+    "SaeError",
+    "TopK",
+    "TrainConfig",
+    "collect_features",
+    "compare",
+    "dictionary_metadata",
+    "evaluate",
+    "evaluate_all",
+    "harvest",
+    "load",
+    "load_config",
+    "measure_effects",
+    "probe",
+    "probe_run",
+    "run",
+    "splice",
+    "sweep",
+    "train",
+    "train_all",
+    "verify",
+]
 
 _HOME = {
     "ActivationCache": "sae.activations",
@@ -46,20 +133,21 @@ _HOME = {
     "probe_run": "sae.probing.of_run",
     "run": "sae.pipeline",
     "splice": "sae.splicing",
-    "sweep": "sae.sweep",
+    "sweep": "sae.sweeping",
     "train": "sae.training",
     "train_all": "sae.training",
     "verify": "sae.verification",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+if not TYPE_CHECKING:  # else every name would be known, and of no type
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            return getattr(importlib.import_module(_HOME[name]), name)
+        if not name.startswith("_") and importlib.util.find_spec(f"sae.{name}"):
+            return importlib.import_module(f"sae.{name}")
         raise AttributeError(f"module 'sae' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "__version__", "evaluation", "probing", "superposition"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import io
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,15 @@ import click
 import sae
 from sae.commands.compare import compare
 from sae.commands.effects import effects
+from sae.commands.hooks import hooks
 from sae.commands.keys import with_keys
-from sae.commands.overrides import evaluation_overrides
+from sae.commands.overrides import evaluation_overrides, features_and_overrides
 from sae.commands.probe import probe
 from sae.commands.superposition import superposition
 from sae.config_file import describe_keys, load_config
 from sae.errors import SaeError
 from sae.files import stands
-from sae.hashes import UnhashedWarning
+from sae.terminal import close, complain, complain_at_length, output, prepare, say, show_warning
 
 _INTERRUPTED = "interrupted; run the same command again to go on"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -51,34 +53,28 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
 
     CONFIG is a YAML file. What is done already is skipped. A run that was interrupted goes on where it stopped.
     """
-    from rich.console import Console
-    from rich.markdown import Markdown
+    from rich.text import Text
 
     from sae import pipeline
-    from sae.evaluation.report import MARKDOWN_FILE
-    from sae.hashes import read_checked
+    from sae.evaluation.report import JSON_FILE
     from sae.progress import progress_bars
+    from sae.reading import read_object
 
     settings = load_config(config, overrides)
+    _say_hook(settings)
     with progress_bars(quiet=options["quiet"]) as progress:
         whole = pipeline.Run(settings, progress)
         whole.check()
+        whole.check_space()
         whole.harvest()
         whole.train()
         report = None if whole.is_evaluated() else whole.evaluate()
         features = whole.features()
-    if report is None:
-        text = read_checked(whole.folder / MARKDOWN_FILE, most=1 << 24).decode("utf-8")
-        Console().print(Markdown(text.partition("## Figures")[0]))
-    else:
-        _show_report(report)
+    _show_report(read_object(whole.folder / JSON_FILE) if report is None else report)
     folder = str(whole.folder)
-    Console().print(
-        f"\n{len(features):,} features in [bold]{folder}[/]: "
-        f"'sae features {folder}' lists them, 'sae features {folder} --page page.html' makes a page",
-        soft_wrap=True,
-        highlight=False,
-    )
+    line = Text(f"\n{len(features):,} features in ").append(folder, "bold")
+    line.append(f": 'sae features {folder}' lists them, 'sae features {folder} --page page.html' makes a page")
+    output().print(line, soft_wrap=True)
 
 
 @cli.command(cls=_OfConfiguration)
@@ -95,7 +91,7 @@ def harvest(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) 
     settings = load_config(config, overrides)
     with progress_bars(quiet=options["quiet"]) as progress:
         cache = pipeline.Run(settings, progress).harvest()
-    click.echo(cache)
+    say(cache)
 
 
 @cli.command(cls=_OfConfiguration)
@@ -110,9 +106,10 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     from sae.progress import progress_bars
 
     settings = load_config(config, overrides)
+    _say_hook(settings)
     with progress_bars(quiet=options["quiet"]) as progress:
         dictionary = pipeline.Run(settings, progress).train()
-    click.echo(f"{dictionary} in {settings.folder / 'dictionary'}")
+    say(f"{dictionary} in {settings.folder / 'dictionary'}")
 
 
 @cli.command(cls=_OfConfiguration)
@@ -125,23 +122,22 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     one pass over the activations. sweep.md, sweep.json and pareto.png compare them; each has a run folder of its own.
     A sweep that was interrupted goes on where it stopped.
     """
-    from rich.console import Console
-
     from sae.evaluation.sweep_tables import sweep_tables
     from sae.progress import progress_bars
-    from sae.sweep import MARKDOWN_FILE
-    from sae.sweep import sweep as run_sweep
+    from sae.sweeping import MARKDOWN_FILE
+    from sae.sweeping import sweep as run_sweep
 
     settings = load_config(config, overrides)
+    _say_hook(settings)
     with progress_bars(quiet=options["quiet"]) as progress:
         made = run_sweep(settings, progress)
-    console = Console()
-    click.echo(made.of.replace("`", "") + "\n")
+    console = output()
+    say(made.of.replace("`", "") + "\n")
     for table in sweep_tables(made.points, made.behind, console.width):
         console.print(table, "")
-    click.echo(f"{len(made.points)} dictionaries in {made.folder}, compared in {MARKDOWN_FILE} there")
+    say(f"{len(made.points)} dictionaries in {made.folder}, compared in {MARKDOWN_FILE} there")
     for name, reason in made.failures.items():
-        click.echo(f"not trained: {name}: {reason}")
+        say(f"not trained: {name}: {reason}")
     if made.failures:
         raise SaeError(f"{len(made.failures)} of the sweep's dictionaries were not trained; {MARKDOWN_FILE} says why")
 
@@ -166,13 +162,13 @@ def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
         reports = pipeline.evaluate_runs(list(runs.values()))
     for run, report in zip(runs.values(), reports, strict=True):
         if len(runs) > 1:
-            click.echo(run.folder)
+            say(run.folder)
         _show_report(report)
 
 
 @cli.command()
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("indices", nargs=-1, type=int, metavar="[FEATURE]...")
+@click.argument("arguments", nargs=-1, metavar="[FEATURE]... [KEY=VALUE]...")
 @click.option("--sort", default="density", show_default=True, help="Order of the list.")
 @click.option("--limit", default=40, show_default=True, type=click.IntRange(1), help="Features in the list or page.")
 @click.option(
@@ -187,7 +183,7 @@ def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
 def features(
     options: dict[str, bool],
     path: Path,
-    indices: tuple[int, ...],
+    arguments: tuple[str, ...],
     sort: str,
     limit: int,
     max_density: float,
@@ -197,26 +193,28 @@ def features(
 
     Without numbers a list; with them, the contexts in which those features fire; with --page, a page.
 
-    RUN is a run folder (its features are collected if they are not there yet) or a feature store.
+    RUN is a run folder (its features are collected if they are not there yet) or a feature store. KEY=VALUE overrides
+    settings of the run: model.*, harvest.cache, device.
     """
-    from rich.console import Console
-
     from sae import pipeline
     from sae.causal import effects_beside
     from sae.features import Features
     from sae.progress import progress_bars
     from sae.viewer import print_feature, print_features, write_page
 
+    indices, overrides = features_and_overrides(arguments, path)
     if stands(path / pipeline.CONFIG_YAML):
         with progress_bars(quiet=options["quiet"]) as progress:
-            store = pipeline.Run.open(path, (), progress).features()
+            store = pipeline.Run.open(path, overrides, progress).features()
     else:
+        if overrides:
+            raise click.UsageError(f"{overrides[0]}: {str(path)!r} is no run folder, which alone has settings")
         store = Features(path)
-    console = Console()
+    console = output()
     if page is not None:
         chosen = list(indices) or store.sorted_by(sort, max_density=max_density)[:limit]
         write_page(store, chosen, page, f"Features of {path.name}", effects_beside(store))
-        click.echo(f"{len(chosen):,} features in {page}")
+        say(f"{len(chosen):,} features in {page}")
     elif indices:
         known = effects_beside(store)
         for index in indices:
@@ -242,73 +240,76 @@ def verify(paths: tuple[Path, ...], record: bool) -> None:
         count, found = verify_folder(path)
         files, problems = files + count, [*problems, *found]
         if record and not found:
-            click.echo(f"{len(record_hashes(path))} hashes added in {path}")
+            say(f"{len(record_hashes(path))} hashes added in {path}")
     for problem in problems:
-        click.echo(problem, err=True)
+        complain(problem)
     if problems:
         raise SaeError(f"{len(problems)} problems in {files} files; each line above names a file and the way out")
-    click.echo(f"{files} files are as they were written")
+    say(f"{files} files are as they were written")
 
 
 cli.add_command(compare)
 cli.add_command(effects)
+cli.add_command(hooks)
 cli.add_command(superposition)
 cli.add_command(probe)
 
 
-def _show_report(report: Any) -> None:
-    from rich.console import Console
+def _say_hook(settings: Any) -> None:
+    """Which hook point is trained on, where several are harvested and none is named."""
+    if settings.hook_note:
+        complain(settings.hook_note)
 
+
+def _show_report(report: Any) -> None:
     from sae.evaluation import report_table
 
-    console = Console()
+    console = output()
     console.print(report_table(report, console.width))
 
 
 def main() -> None:
     """Run the command line: errors of this package become one line and exit status 1; Ctrl-C gives 130."""
+    prepare()
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        _main()
+
+
+def _main() -> None:
     try:
         from sae.training.loop import TrainingInterrupted
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, 130)
 
-    warnings.formatwarning = _one_line
     debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail(_INTERRUPTED, 130)
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)
+        complain_at_length(usage.getvalue())
         sys.exit(error.exit_code)
     except TrainingInterrupted as error:
         _fail(str(error), 130)
-    except SaeError as error:
-        if debug:
-            raise
-        _fail(f"Error: {error}", 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close()
     except Exception as error:
         if debug:
-            raise
-        _fail(
-            f"Error: unexpected {type(error).__name__}: {' '.join(str(error).split())} ('sae --debug ...' shows more)",
-            1,
-        )
+            complain_at_length(traceback.format_exc())
+            sys.exit(1)
+        _fail(f"Error: {error}" if isinstance(error, SaeError) else f"Error: {_unexpected(error)}", 1)
 
 
-_format_warning = warnings.formatwarning
-
-
-def _one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-    """Of our own warnings what they say, not where in the code they come from."""
-    ours = issubclass(category, UnhashedWarning)
-    return f"{message}\n" if ours else _format_warning(message, category, *where, **more)
+def _unexpected(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {text} ('sae --debug ...' shows more)"
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(message, err=True)
+    complain(message)
     sys.exit(status)
 
 

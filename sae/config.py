@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -15,6 +16,23 @@ from sae.mixture import check_mixture, source_labels, token_shares
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def listed(model: type[BaseModel], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with single values in a list where a list is expected; text is never taken letter by letter."""
+    return {
+        key: (value,) if (field := model.model_fields.get(key)) and _holds_list(field) and _is_single(value) else value
+        for key, value in settings.items()
+    }
+
+
+def _holds_list(field: FieldInfo) -> bool:
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    return str not in kinds and any(get_origin(kind) is tuple for kind in kinds)
+
+
+def _is_single(value: Any) -> bool:
+    return value is not None and not isinstance(value, list | tuple | set | dict)
 
 
 def is_text(field: FieldInfo) -> bool:
@@ -36,7 +54,7 @@ class _Settings(BaseModel):
             for key, value in settings.items()
             if (field := cls.model_fields.get(key)) and not is_text(field)
         }
-        return {**settings, **numbers}
+        return listed(cls, {**settings, **numbers})
 
 
 def _number(value: Any) -> Any:
@@ -54,6 +72,11 @@ class ModelConfig(_Settings):
         description="`demo` (embedded), a local folder, a .gguf file, or a name on the Hugging Face hub such as `gpt2`",
     )
     revision: str | None = Field(default=None, description="git revision of a hub model; null: the newest")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that comes with the model or its tokenizer; counts only on the command line, in "
+        "the file named there, or in Python: the config.yaml of a run folder only records it",
+    )
     dtype: ComputeDtype = Field(default="float32", description="number type the model computes in")
     weight_processing: Literal["none", "fold_ln", "center_and_fold"] = Field(
         default="none",
@@ -67,9 +90,10 @@ class DataConfig(_Settings):
 
     source: str | tuple[str, ...] = Field(
         default="stdlib",
-        description="`stdlib` (Python's standard library), a .txt/.md/.jsonl/.parquet file, a folder of them, a folder "
-        "saved by `datasets`, or a hub data set; or a list of these, such as [stdlib, path/to/books]: they are mixed, "
-        "and subset, split, column and streaming hold for each of them",
+        description="`stdlib` (Python's standard library), a .txt, .md, .jsonl, .json, .csv, .tsv or .parquet file "
+        "(all but the last also as .gz, .bz2, .xz or .zst), a folder of them, a folder saved by `datasets`, or a hub "
+        "data set; or a list of these, such as [stdlib, path/to/books]: they are mixed, and subset, split, column "
+        "and streaming hold for each of them",
     )
     weights: tuple[float, ...] | None = Field(
         default=None,
@@ -77,13 +101,37 @@ class DataConfig(_Settings):
         "whatever they sum to; null: equal shares",
     )
     subset: str | None = Field(default=None, description="configuration name of a hub data set")
+    revision: str | None = Field(
+        default=None,
+        description="git revision of a hub data set, such as a commit; null: the newest. For one hub data set only",
+    )
     split: str = Field(default="train", description="split of a hub or saved data set")
-    column: str = Field(default="text", description="field that holds the text in .jsonl, .parquet and data sets")
+    column: str = Field(
+        default="text",
+        description="field that holds the text, in all but .txt and .md: text, a list of token ids, or a chat (a list "
+        "of messages with role and content, written out by the model's chat template)",
+    )
+    chat_roles: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="of chats, the roles whose messages count, such as [assistant]: the rest is context and left out "
+        "of training, statistics and evaluation; null: all text of a chat counts",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="for a column of token ids whose data set records a tokenizer: that name, if it is the model's own "
+        "tokenizer under another name",
+    )
     streaming: bool = Field(default=True, description="read a hub data set while it downloads")
     section_characters: PositiveInt | None = Field(
         default=None,
-        description="cut longer documents at line ends into sections of about so many characters, which are shuffled "
-        "one by one and remain one document for the held-out split and for standard errors; null: documents stay whole",
+        description="cut longer documents at line ends into sections of about that many characters, which are shuffled "
+        "one by one; null: documents stay whole, and sections of 10,000 characters where holdout_by needs some",
+    )
+    holdout_by: Literal["document", "section"] | None = Field(
+        default=None,
+        description="what is held out, and counts as one in standard errors: whole documents, or single sections of "
+        "them; null: documents, or sections if a source is one document",
     )
     shuffle_documents: PositiveInt | None = Field(
         default=None,
@@ -138,7 +186,7 @@ class HarvestConfig(_Settings):
     hooks: tuple[str, ...] = Field(
         default=("blocks.2.hook_resid_pre",),
         min_length=1,
-        description="hook points to cache, by transformer-lens's names; one needs no list",
+        description="hook points to cache, by the names that `sae hooks MODEL` lists; one needs no list",
     )
     dtype: StorageDtype = Field(default="float16", description="number type on disk; `int8` keeps one scale per token")
     batch_contexts: PositiveInt = Field(default=32, description="contexts per forward pass")
@@ -159,11 +207,9 @@ class HarvestConfig(_Settings):
         default=None, description="folder of the activation cache; null: `activations` in the run folder"
     )
 
-    @field_validator("hooks", mode="before")
-    @classmethod
-    def _one_hook(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
+AUTO = "auto"
+"""In place of a number of tokens: chosen by the size of the cache."""
 
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """Shares of d_sae that end nested dictionaries: each adds twice as many features as the one before."""
@@ -177,7 +223,10 @@ class DictionaryConfig(_Settings):
         description="`topk` (k per token), `batch_topk` (k per token on average), `matryoshka` (the same, nested), "
         "`jumprelu` (learned thresholds), `gated` and `relu` (with an L1 penalty)",
     )
-    hook: str | None = Field(default=None, description="hook point to train on; null: the first of harvest.hooks")
+    hook: str | None = Field(
+        default=None,
+        description="hook point to train on; null: the first of harvest.hooks; sweep.dictionary.hook takes a list",
+    )
     d_sae: PositiveInt = Field(default=4096, description="number of features")
     k: PositiveInt = Field(
         default=32,
@@ -214,8 +263,8 @@ class TrainConfig(_Settings):
     l1_coefficient: float | None = Field(
         default=None,
         ge=0,
-        description="weight of Σ|f| against ‖x − x̂‖², with inputs of E‖x‖² = d_in, for relu and gated; null: steered "
-        "while training so that dictionary.k features fire per token",
+        description="weight of Σ|f| against ‖x − x̂‖², inputs scaled so that E‖x − E x‖² = d_in, for relu and gated; "
+        "null: steered while training so that dictionary.k features fire per token",
     )
     l0_coefficient: float | None = Field(
         default=None,
@@ -233,8 +282,8 @@ class TrainConfig(_Settings):
     bandwidth: float = Field(
         default=1.0,
         gt=0,
-        description="width of the window around a threshold in which jumprelu's gradient of it is estimated, with "
-        "inputs of E‖x‖² = d_in",
+        description="width of the window around a threshold in which jumprelu's gradient of it is estimated, for "
+        "inputs scaled so that E‖x − E x‖² = d_in",
     )
     max_gradient_norm: float | None = Field(
         default=None,
@@ -273,7 +322,9 @@ class TrainConfig(_Settings):
         "more, and ten million",
     )
     center: bool = Field(
-        default=False, description="subtract the mean activation before training (folded into the saved biases)"
+        default=False,
+        description="subtract the mean activation before training (folded into the saved biases); the scale is the "
+        "same either way",
     )
     products: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
@@ -285,13 +336,12 @@ class TrainConfig(_Settings):
     )
     pool_tokens: PositiveInt = Field(default=262_144, description="tokens shuffled together in memory")
     log_every: PositiveInt = Field(default=50, description="steps between lines in metrics.jsonl")
-    checkpoint_every: PositiveInt = Field(default=500, description="steps between checkpoints")
+    checkpoint_every: PositiveInt | None = Field(
+        default=None,
+        description="steps between checkpoints, and one at the end; null: at least a minute apart, and so seldom that "
+        "writing them takes at most a twentieth of the time",
+    )
     keep_checkpoints: PositiveInt = Field(default=2, description="checkpoints kept, newest first")
-
-    @field_validator("freeze", "snapshots", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | int | float) else value
 
     @field_validator("freeze", "snapshots", mode="after")
     @classmethod
@@ -305,24 +355,37 @@ class EvaluationConfig(_Settings):
     tokens: PositiveInt | None = Field(
         default=None, description="held-out tokens for reconstruction and sparsity; null: all"
     )
-    downstream_tokens: PositiveInt | None = Field(
-        default=None, description="held-out tokens for the language-model loss; null: as many as `tokens`"
+    downstream_tokens: int | str | None = Field(
+        default=AUTO,
+        description="held-out tokens for the language-model loss, in contexts spread over `tokens`; `auto`: one of 384 "
+        "cached tokens, 2,048 at least; null: as many as `tokens`",
     )
-    baseline_tokens: PositiveInt | None = Field(
-        default=16384,
-        description="of those, how many are enough for baselines: the first, in whole contexts; null: all",
+    baseline_tokens: int | str | None = Field(
+        default=AUTO,
+        description="of those, how many are enough for baselines, in whole contexts; `auto`: one of 1,152 cached "
+        "tokens, from 1,024 to 16,384; null: all",
     )
-    frozen_decoder_tokens: int = Field(
-        default=200_000,
-        ge=0,
-        description="training tokens of the baseline whose decoder stays random, at most one pass; 0: leave it out",
+    frozen_decoder_tokens: int | str = Field(
+        default=AUTO,
+        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: one of 48 "
+        "cached tokens, from 16,384 to 200,000; 0: leave it out",
     )
-    legacy_tokens: int = Field(
-        default=8192,
-        ge=0,
-        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; 0: leave them out",
+    legacy_tokens: int | str = Field(
+        default=AUTO,
+        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; `auto`: one of 1,024 "
+        "cached tokens, from 1,024 to 8,192; 0: leave them out",
     )
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
+
+    @field_validator("downstream_tokens", "baseline_tokens", "frozen_decoder_tokens", "legacy_tokens", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any, info: Any) -> Any:
+        can_be_zero = info.field_name in ("frozen_decoder_tokens", "legacy_tokens")
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+        if value == AUTO or (whole and value >= (0 if can_be_zero else 1)) or (value is None and not can_be_zero):
+            return value
+        other = "0 or more" if can_be_zero else "above 0, null"
+        raise ConfigError(f"setting evaluation.{info.field_name}={value!r}: expected a number {other}, or auto")
 
 
 MOST_EXAMPLES = 10_000
@@ -333,7 +396,11 @@ class FeaturesConfig(_Settings):
     """What is kept of every feature."""
 
     tokens: PositiveInt | None = Field(default=None, description="training tokens to scan; null: all that are cached")
-    top: PositiveInt = Field(default=16, description="strongest activations kept per feature, at most one a document")
+    top: PositiveInt = Field(
+        default=16,
+        description="strongest activations kept per feature: at most one a document, or one a section of about 2,000 "
+        "tokens (or data.section_characters) where there are fewer documents than twice that",
+    )
     quantiles: PositiveInt = Field(
         default=4, description="equal shares into which a feature's non-zero activations are cut"
     )
@@ -406,3 +473,14 @@ class RunConfig(_Settings):
     def hook(self) -> str:
         """The hook point the dictionary is trained on."""
         return self.dictionary.hook or self.harvest.hooks[0]
+
+    @property
+    def hook_note(self) -> str | None:
+        """Which of several hook points is trained on, where nothing says so."""
+        others = len(self.harvest.hooks) - 1
+        if self.dictionary.hook is not None or not others or "hook" in (self.sweep.get("dictionary") or {}):
+            return None
+        return (
+            f"training on {self.hook}, the first of {others + 1} hook points in harvest.hooks; set dictionary.hook for "
+            "another, or sweep.dictionary.hook for several"
+        )

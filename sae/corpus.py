@@ -4,46 +4,41 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
+from sae.hub_errors import explain_hub_error
+from sae.text.census import Census
+from sae.text.document import Document
+from sae.text.files import READABLE, field_of, read_file, read_folder
 
 STANDARD_LIBRARY = "stdlib"
-SINGLE_TEXT_SUFFIXES = (".txt", ".md")
-TEXT_SUFFIXES = (*SINGLE_TEXT_SUFFIXES, ".jsonl", ".parquet")
 # Character maps are tables of numbers; topics.py is read topic by topic instead of as source.
 _STDLIB_SKIPPED = ("site-packages", "dist-packages", "__pycache__", "encodings", "cjkencodings")
 _STDLIB_SHORTEST = 400
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text and the name it is known by: the name decides on which side of the held-out split it falls."""
-
-    name: str
-    text: str
-
-
 def read_documents(
-    source: str, *, split: str = "train", subset: str | None = None, column: str = "text", streaming: bool = True
-) -> Iterator[Document]:
+    source: str, *, split: str = "train", subset: str | None = None, column: str = "text", streaming: bool = True,
+    census: Census | None = None, revision: str | None = None,
+) -> Iterator[Document]:  # fmt: skip
     """Documents of `source`, in an order that depends on nothing but the source itself.
 
     Args:
-        source: `stdlib`, a .txt/.md/.jsonl/.parquet file, a folder of such files, or a dataset of the Hugging Face hub
-            (or a folder written by `datasets.save_to_disk`).
+        source: `stdlib`, a file of a kind in `sae.text.files`, a folder of such files, or a dataset of the Hugging Face
+            hub (or a folder written by `datasets.save_to_disk`).
         split, subset: the dataset's split and configuration name; hub datasets only.
-        column: the field that holds the text, in .jsonl, .parquet and hub datasets.
+        column: the field that holds the text, token ids or chats, in all but .txt and .md files.
         streaming: read a hub dataset as it downloads, instead of downloading all of it first.
+        census: what is found and not read is counted there.
+        revision: git revision of a hub dataset.
 
     Raises:
-        DataError: the source does not exist, holds no text, or lacks the column.
+        DataError: the source does not exist, is of no kind that can be read, holds no text, or lacks the column.
     """
     path = Path(source).expanduser()
     if source == STANDARD_LIBRARY:
@@ -51,12 +46,28 @@ def read_documents(
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split, column)
     if path.is_dir():
-        return _folder(path, column)
+        return read_folder(path, column, census)
     if path.is_file():
-        return _file(path, path.name, column)
-    if path.suffix in TEXT_SUFFIXES or source.startswith((".", "/", "~")):
+        return read_file(path, path.name, column)
+    if path.suffix.lower() in READABLE or source.startswith((".", "/", "~")):
         raise DataError(f"data source {source!r}: no such file or folder")
-    return _hub_dataset(source, split, subset, column, streaming)
+    return _hub_dataset(source, split, subset, column, streaming, revision)
+
+
+def check_revision(sources: Sequence[str], revision: str | None) -> None:
+    """Raise DataError where `revision` is given and there is not one hub data set that it could be of."""
+    if revision is None:
+        return
+    if len(sources) > 1:
+        raise DataError(
+            f"data.revision={revision!r} with {len(sources)} sources: a revision is of one hub data set; leave it out, "
+            "or name that data set alone"
+        )
+    if sources[0] == STANDARD_LIBRARY or Path(sources[0]).expanduser().exists():
+        raise DataError(
+            f"data.revision={revision!r}: data source {sources[0]!r} is no hub data set, and only these have "
+            "revisions; leave it out"
+        )
 
 
 def check_apart(sources: Sequence[str]) -> None:
@@ -70,6 +81,11 @@ def check_apart(sources: Sequence[str]) -> None:
                     f"data source {source!r}: it is {other!r} or lies inside it, so its text would be read twice; name "
                     "what lies side by side, and give more of data.weights to what shall count more"
                 )
+
+
+def holdout_share(name: str, seed: int) -> float:
+    """The least `fraction` with which the document of that name is set aside, but for rounding."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
 
 
 def is_held_out(name: str, seed: int, fraction: float) -> bool:
@@ -122,60 +138,6 @@ def _read_source(path: Path) -> str:
         return ""
 
 
-def _folder(path: Path, column: str) -> Iterator[Document]:
-    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-    if not files:
-        raise DataError(f"data source {str(path)!r}: the folder holds no {', '.join(TEXT_SUFFIXES)} file")
-    return (document for file in files for document in _file(file, file.relative_to(path).as_posix(), column))
-
-
-def _file(path: Path, name: str, column: str) -> Iterator[Document]:
-    if path.suffix == ".jsonl":
-        return _jsonl(path, name, column)
-    if path.suffix == ".parquet":
-        return _parquet(path, name, column)
-    return _text(path, name)
-
-
-def _text(path: Path, name: str) -> Iterator[Document]:
-    try:
-        yield Document(name, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(_unreadable(path, error)) from error
-
-
-def _jsonl(path: Path, name: str, column: str) -> Iterator[Document]:
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line.decode("utf-8"))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    reason = error.msg if isinstance(error, json.JSONDecodeError) else error.reason
-                    raise DataError(f"data source {str(path)!r}: line {number} is not JSON ({reason})") from error
-                yield Document(f"{name}:{number}", _field(record, column, f"{path}, line {number}"))
-    except OSError as error:
-        raise DataError(_unreadable(path, error)) from error
-
-
-def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(path)
-    except Exception as error:
-        raise DataError(f"data source {str(path)!r}: not a parquet file ({error})") from error
-    if column not in table.schema_arrow.names:
-        raise DataError(_no_column(str(path), column, table.schema_arrow.names))
-    row = 0
-    for batch in table.iter_batches(columns=[column], batch_size=1024):
-        for text in batch.column(0).to_pylist():
-            yield Document(f"{name}:{row}", str(text or ""))
-            row += 1
-
-
 def _saved_dataset(path: Path, split: str, column: str) -> Iterator[Document]:
     import datasets
 
@@ -190,16 +152,15 @@ def _saved_dataset(path: Path, split: str, column: str) -> Iterator[Document]:
     return _rows(loaded, str(path), column)
 
 
-def _hub_dataset(source: str, split: str, subset: str | None, column: str, streaming: bool) -> Iterator[Document]:
+def _hub_dataset(
+    source: str, split: str, subset: str | None, column: str, streaming: bool, revision: str | None
+) -> Iterator[Document]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source, subset, split=split, streaming=streaming)
+        loaded = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
     except Exception as error:
-        raise DataError(
-            f"data source {source!r}: neither a file nor a folder here, and the hub did not give it "
-            f"({_first_line(error)}). Check the name and the network, or give a local file, a folder, or 'stdlib'"
-        ) from error
+        raise DataError(f"data source {source!r}: {explain_hub_error(error, source, 'data set', 'data')}") from error
     return _rows(loaded, source, column)
 
 
@@ -212,28 +173,12 @@ def _rows(rows: Any, source: str, column: str) -> Iterator[Document]:
             return
         except Exception as error:  # a streamed data set can fail at any row
             raise DataError(
-                f"data source {source!r}: row {number} could not be read ({_first_line(error)}); check the network"
+                f"data source {source!r}: row {number} could not be read ({_first_line(error)}); check the network, "
+                "and run the same command again to go on"
             ) from error
-        yield Document(f"{number}", _field(record, column, f"{source}, row {number}"))
+        yield Document(f"{number}", field_of(record, column, f"{source}, row {number}", number + 1))
         number += 1
-
-
-def _field(record: Any, column: str, where: str) -> str:
-    if not isinstance(record, dict) or column not in record:
-        raise DataError(_no_column(where, column, list(record) if isinstance(record, dict) else []))
-    text = str(record[column] or "")
-    return text.encode("utf-8", "replace").decode()  # JSON may escape lone surrogates, which no tokenizer takes
-
-
-def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"data source {str(path)!r}: not UTF-8 text ({error.reason} at byte {error.start})"
-    return f"data source {str(path)!r}: cannot be read ({error.strerror or error})"
 
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-def _no_column(where: str, column: str, names: list[str]) -> str:
-    return f"data source {where}: no column {column!r}; set data.column to one of: {', '.join(names) or 'none'}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae.errors import FormatError, ShapeError
@@ -18,6 +18,7 @@ from sae.files import stands, write_json, write_tensors
 from sae.hashes import damaged, recorded
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.kernels.pattern import Pattern
+from sae.modes import has_values, needs_plain_operators, without_autocast
 from sae.reading import load_tensors, read_object, taken_apart
 from sae.sparse import decode, encode_at, padded
 from sae.tokens import TokenPolicy
@@ -49,8 +50,13 @@ class Codes:
 class Dictionary(nn.Module, ABC):
     """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
 
-    Subclasses define `act`: by the features it lets through, `select`, and by what it makes of their pre-activations,
-    `activate`. Shapes of inputs are `[..., d_in]`, of features `[..., d_sae]`.
+    Subclasses define `act`: by the features it lets through, `select` and `lets_through`, and by what it makes of their
+    pre-activations, `activate`. Shapes of inputs are `[..., d_in]`, of features `[..., d_sae]`.
+
+    Everything is differentiable, in the input and in the parameters, also twice. Inside the transforms of `torch.func`,
+    in forward-mode differentiation, and where `torch.compile` or `torch.export` traces, codes are computed by PyTorch's
+    dense operators; elsewhere sparsely, if few features fire. Results are in the weights' number type, inside
+    `torch.autocast` too.
 
     Attributes:
         W_enc: `[d_in, d_sae]`; in memory it lies by feature, as the transpose of a contiguous `[d_sae, d_in]`.
@@ -84,6 +90,10 @@ class Dictionary(nn.Module, ABC):
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
         """The features that may fire on each row, and their pre-activations."""
 
+    @abstractmethod
+    def lets_through(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
+        """Where dense pre-activations are those of features that may fire: what `select` finds, in plain PyTorch."""
+
     def activate(
         self, pre: Float[Tensor, "*batch"], features: Int[Tensor, " pairs"] | slice
     ) -> Float[Tensor, "*batch"]:
@@ -99,6 +109,7 @@ class Dictionary(nn.Module, ABC):
     def settings(self) -> dict[str, Any]:
         """What the constructor needs beside d_in and d_sae."""
 
+    @without_autocast
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """(x − b_dec) W_enc + b_enc.
 
@@ -108,46 +119,83 @@ class Dictionary(nn.Module, ABC):
         self._check_width(x)
         return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
 
+    @without_autocast
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
         """The features that fire, as values and indices `[..., k]`, strongest first.
 
         Here k is what the input with the most features has, and the others are padded with 0 (see `Codes`); of TopK
         it is the dictionary's k.
+
+        Raises:
+            ShapeError: inside `torch.func.vmap` or on a meta tensor, unless the dictionary is a TopK.
         """
+        if self._is_dense(x):
+            features = self._encode_densely(x)
+            return Codes(*features.topk(self._widest(features), dim=-1))
         pattern, values = self._encode_rows(x)
         rows_values, rows_indices = padded(pattern, values)
         shape = (*x.shape[:-1], rows_values.shape[1])
         return Codes(rows_values.reshape(shape), rows_indices.reshape(shape))
 
+    @without_autocast
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Feature activations, dense: zero where a feature does not fire."""
+        if self._is_dense(x):
+            return self._encode_densely(x)
         pattern, values = self._encode_rows(x)
         return pattern.dense(values).view(*x.shape[:-1], self.d_sae)
 
+    @without_autocast
     def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction from dense features.
 
         On a CPU only what fires is multiplied, where that is little and no gradient of the features is wanted: as in
         `forward`, so that `decode(encode(x))` is the same to the last bit.
         """
+        features = features.to(self.W_dec.dtype)
         if not self._is_worth_sparse(features):
             return features @ self.W_dec + self.b_dec
         pattern, values = Pattern.of_nonzeros(features.reshape(-1, self.d_sae))
         return decode(pattern, values, self.W_dec).view(*features.shape[:-1], self.d_in) + self.b_dec
 
+    @without_autocast
     def decode_sparse(self, codes: Codes) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction from sparse codes; equal to `decode` of the same features."""
-        values, indices = codes
+        values, indices = codes.values.to(self.W_dec.dtype), codes.indices
         batch, k = values.shape[:-1], values.shape[-1]
+        if needs_plain_operators(values):
+            features = values.new_zeros(*batch, self.d_sae).scatter_add(-1, indices, values)
+            return features @ self.W_dec + self.b_dec
         pattern = Pattern.from_indices(indices.reshape(-1, k), self.d_sae)
         return decode(pattern, values.reshape(-1), self.W_dec).reshape(*batch, self.d_in) + self.b_dec
 
+    @without_autocast
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction x̂ of x."""
+        if self._is_dense(x):
+            return self.decode(self._encode_densely(x))
         pattern, values = self._encode_rows(x)
         if pattern.density > DENSE_ABOVE and values.device.type == "cpu":  # of many selected, few may fire
             return self.decode(pattern.dense(values).view(*x.shape[:-1], self.d_sae))
         return decode(*pattern.ascending(values), self.W_dec).reshape(x.shape) + self.b_dec
+
+    def _is_dense(self, x: Tensor) -> bool:
+        """Whether codes of x are to be computed densely."""
+        self._check_width(x)
+        return needs_plain_operators(x)
+
+    def _encode_densely(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        pre = self.pre_activations(x)
+        return self.activate(pre, slice(None)).masked_fill(~self.lets_through(pre), 0)
+
+    def _widest(self, features: Float[Tensor, "*batch d_sae"]) -> int:
+        """How many features fire where most do, 1 at least."""
+        if not has_values(features):
+            raise ShapeError(
+                f"encode_sparse of a {type(self).__name__}, inside vmap or on a meta tensor: its shape depends on how "
+                "many features fire, which is not known there; use encode, or call encode_sparse outside vmap"
+            )
+        return max(int((features != 0).sum(-1).max()), 1) if features.numel() else 1
 
     def _encode_rows(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
         self._check_width(x)
@@ -159,7 +207,7 @@ class Dictionary(nn.Module, ABC):
 
     def _is_worth_sparse(self, features: Tensor) -> bool:
         """Whether dense features have so few non-zeros that to find them costs less than to multiply the zeros."""
-        fits = features.shape[-1:] == (self.d_sae,) and features.dtype == self.W_dec.dtype
+        fits = features.shape[-1:] == (self.d_sae,) and not needs_plain_operators(features)
         if not fits or features.device.type != "cpu" or (features.requires_grad and torch.is_grad_enabled()):
             return False
         return int(features.count_nonzero()) <= DENSE_ABOVE * features.numel()

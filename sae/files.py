@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -98,6 +99,34 @@ def _clear_once(folder: Path) -> None:
     if key not in _CLEARED:
         _CLEARED.add(key)
         hashes.clear_temporaries(folder)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that can still be written where a folder is, or will be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def missing_space(needs: Mapping[Path, int]) -> str | None:
+    """In words, what folders need and their disk has not; None if all of it fits. Folders of one disk share its space.
+
+    Args:
+        needs: bytes still to write, by folder.
+    """
+    disks: dict[int, list[Path]] = {}
+    for folder in needs:
+        disks.setdefault(_existing(folder).stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        needed, free = sum(needs[folder] for folder in folders), free_bytes(folders[0])
+        if needed > free:
+            more = f" and {len(folders) - 1} more on the same disk" if len(folders) > 1 else ""
+            return f"{str(folders[0])!r}{more} need {needed / 1e9:,.2f} GB more, {free / 1e9:,.2f} GB are free"
+    return None
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    place = folder.expanduser().resolve()
+    return next(path for path in (place, *place.parents) if path.exists())
 
 
 def _sync_folder(folder: Path) -> None:

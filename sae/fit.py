@@ -1,11 +1,11 @@
-"""Whether the settings of a dictionary and of its training fit together."""
+"""Whether settings fit together: those of a dictionary and of its training, and amounts of tokens."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config import DictionaryConfig, RunConfig, TrainConfig
 from sae.errors import ConfigError
 
 
@@ -24,6 +24,66 @@ def check_fit(shape: DictionaryConfig, settings: TrainConfig) -> None:
             raise ConfigError(f"dictionary.{error}") from error
     if settings.warmup_fraction + settings.decay_fraction > 1:
         raise ConfigError("train.warmup_fraction + train.decay_fraction exceed 1: lower one of them")
+
+
+def check_amounts(config: RunConfig) -> None:
+    """Refuse numbers of tokens with which a step after the harvest could only fail.
+
+    Raises:
+        ConfigError: every token of a context is masked, training has less than a batch, snapshots come after its end,
+            or less than a context is to be evaluated or scanned.
+    """
+    data, settings = config.data, config.train
+    masked = max(config.harvest.masked_positions, int(data.prepend_bos and config.harvest.mask_special_tokens))
+    for name, length in (
+        ("data.context_length", data.context_length), ("data.tokens", data.tokens),
+        ("data.held_out_tokens", data.held_out_tokens),
+    ):  # fmt: skip
+        if length <= masked:
+            raise ConfigError(
+                f"{name}={length}: the first {masked} positions of every context are masked, so no token counts; raise "
+                "it, or lower harvest.masked_positions"
+            )
+    tokens = settings.tokens or data.tokens
+    if tokens < settings.batch_size:
+        raise ConfigError(
+            f"{'train' if settings.tokens else 'data'}.tokens={tokens:,} are fewer than one batch of "
+            f"train.batch_size={settings.batch_size:,}: raise the one or lower the other"
+        )
+    late = [at for at in settings.snapshots if at > tokens]
+    if late:
+        raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")
+    for key, amount, cached in _parts(config):
+        least = min(data.context_length, cached)
+        if amount < least:
+            raise ConfigError(f"{key}={amount}: less than one context of {least} tokens; raise it")
+
+
+def amount_notes(config: RunConfig) -> list[str]:
+    """What somebody should know of amounts of tokens before anything runs, a line each."""
+    notes, epochs = [], (config.train.tokens or 0) / config.data.tokens
+    if epochs >= 2:
+        notes.append(
+            f"train.tokens={config.train.tokens:,} is {epochs:,.0f} epochs of data.tokens={config.data.tokens:,}; "
+            "train.tokens=null is one"
+        )
+    notes += [
+        f"{key}={amount:,} is more than the {cached:,} that are cached: all of these are read"
+        for key, amount, cached in _parts(config)
+        if amount > cached
+    ]
+    return notes
+
+
+def _parts(config: RunConfig) -> list[tuple[str, int, int]]:
+    """Settings that take a part of a split, as a number of tokens: key, value, and tokens of that split."""
+    held_out, evaluation = config.data.held_out_tokens, config.evaluation
+    parts = [
+        ("evaluation.tokens", evaluation.tokens, held_out),
+        ("evaluation.downstream_tokens", evaluation.downstream_tokens, held_out),
+        ("features.tokens", config.features.tokens, config.data.tokens),
+    ]
+    return [(key, amount, cached) for key, amount, cached in parts if isinstance(amount, int)]
 
 
 def nested_sizes(prefixes: Sequence[float], d_sae: int) -> tuple[int, ...]:

@@ -1,32 +1,28 @@
-"""The language model: read a hook point, replace one, unembed. The only file that knows transformer-lens."""
+"""The language model: read a hook point, replace one, unembed. Only this and `model_loading` know transformer-lens."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import io
-import os
-import re
+import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae import hook_points
 from sae.config import ModelConfig
-from sae.errors import ModelError
-from sae.model_identity import DEMO, DEMO_FOLDER, fingerprint, hash_tokenizer, hash_weights, model_label
+from sae.errors import ConfigError, ModelError
+from sae.hook_probe import Hook, probe_tokens, read_hooks
+from sae.model_identity import fingerprint, hash_tokenizer, hash_weights
+from sae.model_loading import boot, code_sha256, load_pretrained
+from sae.passes import Pass, Passes
+from sae.tail import Replacement, Tail, without_inexact
 from sae.tokens import TokenPolicy
-
-RESIDUAL_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-INNER_HOOKS = ("attn.hook_z", "mlp.hook_post")
-_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
-
-Replacement = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,8 @@ class ModelInfo:
         weight_processing: what was done to them then.
         dtype: number type of the computation.
         tokenizer_sha256: over vocabulary and special tokens.
+        trust_remote_code: whether code that comes with the model was allowed to run.
+        code_sha256: over the code of its own that it was made of; None: the libraries' classes alone.
     """
 
     name: str
@@ -55,6 +53,8 @@ class ModelInfo:
     d_model: int
     n_layers: int
     max_context: int
+    trust_remote_code: bool = False
+    code_sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,10 +64,11 @@ class LanguageModel:
     """A causal language model whose hook points can be read and replaced.
 
     Args:
-        config: which model, and how.
+        config: which model, and how; or just its name: a hub model, a folder, a .gguf file, or `demo`.
         device: where it runs.
 
     Raises:
+        ConfigError: `config` is neither.
         ModelError: the model cannot be found, downloaded or understood.
 
     Attributes:
@@ -76,13 +77,15 @@ class LanguageModel:
         info: the model's identity.
     """
 
-    def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
-        model, self.tokenizer, label, revision = _load(config)
+    def __init__(self, config: ModelConfig | str | Path, device: str | torch.device = "cpu") -> None:
+        config = _configured(config)
+        model, self.tokenizer, label, revision = load_pretrained(config)
         if model.config.bos_token_id is None and self.tokenizer.bos_token_id is None:
             model.config.bos_token_id = self.tokenizer.eos_token_id
-        weights_sha256 = hash_weights(model)
+        weights_sha256, code = hash_weights(model), code_sha256(model, model.config, self.tokenizer)
         self.device = torch.device(device)
-        self.bridge = _boot(model.to(self.device).eval(), self.tokenizer, label, config)
+        self.bridge = boot(model.to(self.device).eval(), copy.deepcopy(self.tokenizer), label, config)
+        self._tails: dict[str, Tail] = {}
         cfg = self.bridge.cfg
         self.info = ModelInfo(
             name=label,
@@ -96,6 +99,8 @@ class LanguageModel:
             d_model=cfg.d_model,
             n_layers=cfg.n_layers,
             max_context=cfg.n_ctx,
+            trust_remote_code=config.trust_remote_code,
+            code_sha256=code,
         )
 
     @property
@@ -106,7 +111,12 @@ class LanguageModel:
 
     @property
     def separator(self) -> int | None:
-        """The id that ends a document: EOS, or BOS for tokenizers that have no EOS."""
+        """The id that ends a document: EOS, or BOS for tokenizers that have no EOS.
+
+        Without either nothing stands between documents. A context may then hold the end of one and the beginning of
+        the next without a sign of it, the token policy masks first positions of contexts and no ids, and the first
+        token of a document counts like any other.
+        """
         ids = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
         return next((token for token in ids if token is not None), None)
 
@@ -114,12 +124,18 @@ class LanguageModel:
         """Which tokens count, with this tokenizer's special tokens.
 
         Raises:
-            ModelError: BOS is asked for and the tokenizer has neither BOS nor EOS.
+            ModelError: BOS is asked for and the tokenizer has neither BOS nor EOS, or the model has no row for one.
         """
         if prepend_bos and self.bos is None:
             raise ModelError(
                 f"model {self.info.name!r}: its tokenizer has no BOS or EOS token; set data.prepend_bos=false"
             )
+        for token in (self.bos if prepend_bos else None, self.separator):
+            if token is not None and token >= self._rows:
+                raise ModelError(
+                    f"model {self.info.name!r}: its tokenizer's BOS or EOS token has the id {token}, and the model has "
+                    f"embeddings of {self._rows} tokens; load the tokenizer that the model was trained with"
+                )
         ids = {*self.tokenizer.all_special_ids, *(token for token in (self.bos, self.separator) if token is not None)}
         return TokenPolicy(prepend_bos, masked_positions, tuple(sorted(ids)) if mask_special_tokens else ())
 
@@ -130,54 +146,94 @@ class LanguageModel:
                 f"data.context_length={context_length}: {self.info.name} reads at most {self.info.max_context} tokens"
             )
 
+    def hooks(self) -> list[Hook]:
+        """Every hook point that the model has, with its width and whether it can be replaced, block by block.
+
+        None of those that can be replaced changes the logits when its own activations take their own place.
+        """
+        return list(self._checked_hooks.values())
+
+    @functools.cached_property
+    def _checked_hooks(self) -> dict[str, Hook]:
+        return without_inexact(self, self._hooks)
+
+    @functools.cached_property
+    def _hooks(self) -> dict[str, Hook]:
+        return read_hooks(self.bridge, self._vocabulary, self.device)
+
+    @property
+    def _vocabulary(self) -> int:
+        """Ids that the model has rows for and the tokenizer names."""
+        return max(1, min(self._rows, len(self.tokenizer)))
+
+    @property
+    def _rows(self) -> int:
+        """Tokens that the model has embeddings of."""
+        return int(self.bridge.original_model.get_input_embeddings().weight.shape[0])
+
+    def probe_tokens(self, contexts: int, length: int) -> Int[Tensor, "context seq"]:
+        """Valid token ids without a meaning, to try the model on."""
+        return probe_tokens(self._vocabulary, contexts, min(length, self.info.max_context), self.device)
+
     def check_hook(self, hook: str) -> tuple[int, str]:
         """Block number and kind of a hook point.
 
         Raises:
             ModelError: not a hook point of this model; the message has the valid ones.
         """
-        match = _HOOK.fullmatch(hook)
-        kinds = RESIDUAL_HOOKS + INNER_HOOKS
-        if match is None or match[2] not in kinds:
-            near = difflib.get_close_matches(match[2] if match else hook, kinds, 1, 0.5)
-            example = f"; did you mean blocks.{match[1] if match else 0}.{near[0]}?" if near else ""
-            raise ModelError(f"hook {hook!r}: expected blocks.N. and one of {', '.join(kinds)}{example}")
-        layer = int(match[1])
-        if layer >= self.info.n_layers:
+        parts = hook_points.split(hook)
+        if parts is None:
+            raise ModelError(hook_points.no_hook_point(hook))
+        block, kind = parts
+        if block >= self.info.n_layers:
             raise ModelError(f"hook {hook!r}: {self.info.name} has blocks 0 to {self.info.n_layers - 1}")
-        return layer, match[2]
+        if hook not in self._hooks:
+            there = [other.kind for other in self._hooks.values() if other.block == block]
+            raise ModelError(
+                f"hook {hook!r}: block {block} of {self.info.name} has no {kind}; it has {', '.join(there)}"
+                + hook_points.nearest(kind, there, block)
+            )
+        return block, kind
 
     def is_residual(self, hook: str) -> bool:
         """Whether activations at `hook` live in the residual stream's space, which the unembedding reads."""
-        return self.check_hook(hook)[1] in RESIDUAL_HOOKS
+        return self.check_hook(hook)[1] in hook_points.RESIDUAL
 
     @torch.no_grad()
     def activations(
         self, tokens: Int[Tensor, "context seq"], hooks: Sequence[str]
     ) -> dict[str, Float[Tensor, "context seq d_in"]]:
         """Activations at several hook points from one pass that stops at the last of them. Heads are concatenated."""
-        if len(hooks) == 1 and (layer := self.entering_block(hooks[0])) is not None:
-            return {hooks[0]: self.bridge(tokens, stop_at_layer=layer)}
+        hooks = (hooks,) if isinstance(hooks, str) else hooks
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
             def hook_function(activation: Tensor, hook: Any) -> None:
-                found[name] = rearrange(activation.detach(), "context seq ... -> context seq (...)")
+                found[name] = self._hooks[name].flat(activation.detach())
                 if len(found) == len(hooks):
                     raise _AllFoundError
 
             return hook_function
 
-        last = max(self.check_hook(hook)[0] for hook in hooks)
-        stop = last + 1 if last + 1 < self.info.n_layers else None
+        for hook in hooks:
+            self.check_hook(hook)
         with contextlib.suppress(_AllFoundError), self.bridge.hooks(fwd_hooks=[(hook, keep(hook)) for hook in hooks]):
-            self.bridge(tokens, stop_at_layer=stop)
+            self.bridge(tokens)
         return found
 
-    @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "context seq"]) -> Float[Tensor, "context seq vocab"]:
-        """Next-token logits, float32."""
+        """Next-token logits, float32, with gradients unless the caller has turned them off."""
         return self.bridge(tokens).float()
+
+    def tail(self, hook: str) -> Tail:
+        """The model from a hook point on, proved on this model when it is first asked for.
+
+        Raises:
+            ModelError: the hook point cannot be replaced, or not exactly.
+        """
+        if hook not in self._tails:
+            self._tails[hook] = Tail(self, hook)
+        return self._tails[hook]
 
     @torch.no_grad()
     def replaced_logits(
@@ -185,46 +241,34 @@ class LanguageModel:
     ) -> Iterator[Float[Tensor, "context seq vocab"]]:
         """Logits with the hook point's activations `[context, seq, d_in]` replaced, for one function after another.
 
-        At residual-stream hooks the blocks before are computed once for all replacements.
+        The blocks before the hook point are computed once for all replacements, if that is exact: see `tail`.
         """
-        self.check_replaceable(hook)
-        layer = self.entering_block(hook)
-        if layer is not None:
-            resid = self.bridge(tokens, stop_at_layer=layer)
-            for replacement in replacements:
-                yield self.bridge(replacement(resid).to(resid.dtype), start_at_layer=layer).float()
-            return
+        tail = self.tail(hook)
+        start = tail.start(tokens)
         for replacement in replacements:
-            with self.replacing(hook, replacement):
-                logits = self.bridge(tokens).float()
-            yield logits  # outside: what the caller does in between must find the model as it is
+            yield tail.logits(start, replacement)
 
     @contextlib.contextmanager
     def replacing(
-        self, hook: str, replacement: Callable[[Tensor], Tensor] | Callable[[Tensor, Tensor | None], Tensor],
-        *, with_tokens: bool = False,
+        self, hook: str, replacement: Callable[[Tensor], Tensor] | Callable[[Tensor, Pass | None], Tensor],
+        *, with_pass: bool = False,
     ) -> Iterator[None]:  # fmt: skip
         """While open, every forward pass of `bridge` has the hook point's activations replaced.
 
         Args:
             hook: hook point.
-            replacement: from activations `[context, seq, d_in]` to the same shape; with `with_tokens` it also gets the
-                tokens `[context, seq]`, or None in passes that begin in the middle of the model.
+            replacement: from activations `[context, seq, d_in]` to the same shape; with `with_pass` it also gets the
+                tokens of the pass and their positions, or None if a block is called by itself.
         """
         self.check_replaceable(hook)
-        seen: list[Tensor | None] = [None]
-
-        def remember(tokens: Tensor, hook: Any) -> None:
-            seen[0] = tokens
+        place, passes = self._hooks[hook], Passes(self.bridge.original_model)
 
         def replace(activation: Tensor, hook: Any) -> Tensor:
-            flat = rearrange(activation, "context seq ... -> context seq (...)")
-            tokens, seen[0] = seen[0], None  # a later pass that begins in the middle must not find them
-            tokens = tokens if tokens is not None and tokens.shape == flat.shape[:2] else None
-            new = replacement(flat, tokens) if with_tokens else replacement(flat)  # type: ignore[call-arg]
-            return new.to(activation.dtype).view_as(activation)
+            flat = place.flat(activation)
+            new = replacement(flat, passes.now) if with_pass else replacement(flat)  # type: ignore[call-arg]
+            return place.unflat(new, activation)
 
-        with self.bridge.hooks(fwd_hooks=[("embed.hook_in", remember), (hook, replace)]):
+        with passes.watched(), self.bridge.hooks(fwd_hooks=[(hook, replace)]):
             yield
 
     @contextlib.contextmanager
@@ -232,9 +276,10 @@ class LanguageModel:
         """While open, the list holds the activations `[context, seq, d_in]` of the pass that came by last."""
         self.check_hook(hook)
         latest: list[Tensor] = []
+        place = self._hooks[hook]
 
         def keep(activation: Tensor, hook: Any) -> None:
-            latest[:] = [rearrange(activation, "context seq ... -> context seq (...)")]
+            latest[:] = [place.flat(activation)]
 
         with self.bridge.hooks(fwd_hooks=[(hook, keep)]):
             yield latest
@@ -255,92 +300,29 @@ class LanguageModel:
             W_U = W_U - W_U.mean(0, keepdim=True)
         return W_U
 
-    def entering_block(self, hook: str) -> int | None:
-        """The block whose input the hook point is, where the bridge can stop before it and start from it."""
-        layer, kind = self.check_hook(hook)
-        block = layer if kind == "hook_resid_pre" else layer + 1 if kind == "hook_resid_post" else None
-        return block if block is not None and block < self.info.n_layers else None
-
     def check_replaceable(self, hook: str) -> None:
         """Raise ModelError where the hook point cannot be replaced."""
-        if self.check_hook(hook)[1] == "hook_resid_mid":
-            raise ModelError(
-                f"hook {hook!r}: transformer-lens can read hook_resid_mid but not replace it (the skip connection "
-                "would keep the original); use hook_resid_pre, hook_resid_post, hook_attn_out or hook_mlp_out"
-            )
+        self.check_hook(hook)
+        refusal = self._hooks[hook].refusal
+        if refusal is not None:
+            raise ModelError(f"hook {hook!r}: {refusal}")
 
 
 class _AllFoundError(Exception):
     """Ends a forward pass in which every hook point has been read."""
 
 
-def _load(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
-    """Model, tokenizer, label, revision."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ModelError("language models need the package's extra: pip install 'sae[lm]'") from error
-    path = DEMO_FOLDER if config.name == DEMO else Path(config.name).expanduser()
-    arguments: dict[str, Any] = {}
-    if path.is_file() and path.suffix == ".gguf":
-        source, arguments = path.parent, {"gguf_file": path.name, "local_files_only": True}
-    elif path.is_dir():
-        source, arguments = path, {"local_files_only": True}
-    elif config.name.startswith((".", "/", "~")) or config.name.endswith(".gguf"):
-        raise ModelError(f"model {config.name!r}: no such folder or file")
-    else:
-        source, arguments = config.name, {"revision": config.revision or "main"}
-    local = isinstance(source, Path)
-    try:
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype), **arguments)
-            tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-        if local:
-            raise ModelError(f"model {config.name!r}: cannot be loaded ({reason})") from error
-        raise ModelError(
-            f"model {config.name!r}: neither a folder nor a .gguf file here, and the hub did not give it ({reason}). "
-            "Check the name and the network, or give a local folder, a .gguf file, or 'demo'"
-        ) from error
-    return model, tokenizer, model_label(config.name), getattr(model.config, "_commit_hash", None)
+def _configured(model: Any) -> ModelConfig:
+    """The configuration of a model that is given by its name.
 
-
-def _boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    try:
-        with _quiet():
-            bridge = TransformerBridge.boot_transformers(
-                label, hf_model=model, tokenizer=tokenizer, dtype=getattr(torch, config.dtype)
-            )
-            if config.weight_processing != "none":
-                centre = config.weight_processing == "center_and_fold"
-                bridge.process_weights(fold_ln=True, center_writing_weights=centre, center_unembed=centre)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"model {config.name!r}: transformer-lens cannot bridge {type(model).__name__} ({reason})"
-        ) from error
-    return bridge.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' warnings and progress bars off the user's terminal."""
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
+    Raises:
+        ConfigError: it is neither a name nor a configuration.
+    """
+    if isinstance(model, str | Path):
+        return ModelConfig(name=str(model))
+    if isinstance(model, ModelConfig):
+        return model
+    raise ConfigError(
+        f"language model {model!r}: expected a name such as 'gpt2', or a sae.ModelConfig; it is a "
+        f"{type(model).__name__}"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import yaml
 
 import sae
 from sae.activations.cache import MANIFEST, ActivationCache, read_manifest
-from sae.activations.harvest import check_same_model, check_same_request
+from sae.activations.harvest import cache_bytes, check_same_model, check_same_request, hook_widths
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.loader import ActivationLoader
 from sae.activations.metadata import dictionary_metadata
@@ -23,22 +23,30 @@ from sae.config import RunConfig
 from sae.config_file import MOST_YAML_BYTES, load_config, parse_yaml
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
 from sae.environment import choose_device, git_commit
-from sae.errors import ConfigError, FormatError, SaeError
+from sae.errors import CacheError, ConfigError, FormatError, SaeError
 from sae.evaluation import Report, evaluate_all, write_report
+from sae.evaluation.budget import announcement
+from sae.evaluation.partial import FOLDER as UNFINISHED
+from sae.evaluation.partial import discard
 from sae.evaluation.report import identify, read_stored
 from sae.features import Features, collect
 from sae.features.layout import INDEX
-from sae.files import locked, stands, write_bytes
+from sae.files import locked, missing_space, stands, write_bytes
+from sae.fit import amount_notes, check_amounts
 from sae.hashes import check, read_checked
 from sae.language_model import LanguageModel
+from sae.model_identity import model_label
+from sae.progress import Notes
 from sae.reading import read_object
+from sae.terminal import complain
 from sae.training.applicability import check_read
-from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
+from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, training_bytes, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
-from sae.training.sinks import METRICS_FILE, Wandb
+from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
 from sae.training.trainee import Recipe, build, check_start, chosen_settings, freeze_, setting_of
 
 CONFIG_YAML = "config.yaml"
+TRUST_SETTING = "model.trust_remote_code"
 Progress = Callable[[str, int, int], None]
 
 
@@ -62,7 +70,8 @@ class Run:
         """The run of an existing folder, by its `config.yaml`; the folder may have been moved.
 
         Raises:
-            ConfigError: the folder is not a run folder.
+            ConfigError: the folder is not a run folder, or its configuration lets code of the model run and
+                `overrides` do not say so: who wrote the folder does not decide that.
         """
         path = Path(folder).expanduser()
         if not stands(path / CONFIG_YAML):
@@ -75,6 +84,12 @@ class Run:
                 f"run {str(folder)!r}: {CONFIG_YAML} is empty; run the same 'sae run' again to write it anew"
             )
         config = load_config(path / CONFIG_YAML, overrides)
+        if config.model.trust_remote_code and not _grants_code(overrides):
+            raise ConfigError(
+                f"run {str(folder)!r}: its {CONFIG_YAML} has {TRUST_SETTING}=true, which is only a record there: code "
+                f"that comes with model {config.model.name!r} would run; if you trust it, add {TRUST_SETTING}=true, "
+                f"else {TRUST_SETTING}=false"
+            )
         return Run(config.model_copy(update={"out": str(path)}), progress)
 
     @cached_property
@@ -85,7 +100,11 @@ class Run:
     @cached_property
     def language_model(self) -> LanguageModel:
         """The model of `config.model`."""
-        return LanguageModel(self.config.model, self.device)
+        stage = f"load {model_label(self.config.model.name)}"
+        self.progress(stage, 0, 1)
+        loaded = LanguageModel(self.config.model, self.device)
+        self.progress(stage, 1, 1)
+        return loaded
 
     @cached_property
     def start(self) -> Dictionary | None:
@@ -109,36 +128,41 @@ class Run:
         folder = self.config.cache_folder
         if stands(folder / MANIFEST):
             manifest = read_manifest(folder)
-            check_same_request(folder, manifest, self.config)
+            check_same_request(folder, manifest, self.config, text=True)
             if manifest.complete and all(manifest.is_whole(folder, name) for name in manifest.files):
                 return ActivationCache(folder)
         with self.configured():
+            language_model = self.language_model
+            self.progress("read text", 0, 1)  # until the harvest reports for the first time
             return harvest_activations(
-                self.config, self.language_model, lambda done, total: self.progress("harvest", done, total)
+                self.config, language_model, lambda done, total: self.progress("harvest", done, total)
             )
 
-    def cache(self) -> ActivationCache:
-        """The activation cache, which must be there.
+    def cache(self, *, text: bool = False) -> ActivationCache:
+        """The activation cache, which must be there; with `text`, and be of the text as it is now.
 
         Raises:
             CacheError: it is missing, unfinished, or made with other settings.
         """
         cache = ActivationCache(self.config.cache_folder)
-        check_same_request(cache.path, cache.manifest, self.config)
+        check_same_request(cache.path, cache.manifest, self.config, text=text)
         return cache
 
     def check(self) -> None:
-        """Say before hours of harvesting what cannot be trained.
+        """Say before hours of harvesting what cannot be trained or evaluated.
 
         Raises:
-            ConfigError: the settings name several dictionaries, one has no effect, parameters to freeze are not there,
-                or the dictionary to start from has another d_sae (its d_in is compared when there are activations).
+            ConfigError: the settings name several dictionaries, one has no effect, amounts of tokens cannot work (see
+                `sae.fit.check_amounts`), parameters to freeze are not there, or the dictionary to start from has
+                another d_sae (its d_in is compared when there are activations).
             FormatError: there is no dictionary at `train.start_from`.
         """
         if self.config.sweep:
             raise ConfigError("sweep names several dictionaries: train them with 'sae sweep', or take sweep out")
+        check_amounts(self.config)
         if self.is_trained():
             return
+        check_wandb(self.config.wandb)
         shape, settings = self.config.dictionary, self.config.train
         check_read(shape, settings)
         start = self.start
@@ -152,12 +176,36 @@ class Run:
         freeze_(dictionary, settings.freeze)
         check_start(Recipe(shape, settings, start=start), dictionary)
 
+    def check_space(self) -> None:
+        """Say before the harvest that what the whole run writes does not fit.
+
+        Raises:
+            CacheError: fewer bytes are free than activations, checkpoints and dictionary need.
+        """
+        config, folder = self.config, self.config.cache_folder
+        if stands(folder / MANIFEST) and read_manifest(folder).complete:
+            return  # what is to be restored is checked by the harvest, and the rest when training begins
+        widths = hook_widths(config, self.language_model)
+        with torch.device("meta"):
+            dictionary = build(config.dictionary, widths[config.hook])
+        weights = 4 * sum(parameter.numel() for parameter in dictionary.parameters())
+        training = 0 if self.is_trained() else training_bytes(weights, 3 * weights, config.train.keep_checkpoints)
+        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if short := missing_space({folder: cache_bytes(config, widths) - there, self.folder: training}):
+            raise CacheError(
+                f"disk full: {short}, for the activations of {config.data.tokens + config.data.held_out_tokens:,} "
+                f"tokens and {training / 1e9:,.2f} GB of checkpoints: free some space, or use harvest.dtype=int8, "
+                "fewer data.tokens or a larger disk (out=..., harvest.cache=...)"
+            )
+
     def train(self) -> Dictionary:
         """The dictionary, trained (or trained to the end) where it is not there yet."""
         self.check()
-        cache = self.cache()
+        cache = self.cache(text=True)
         if self.is_trained():
             return self.trained_already(cache)
+        for note in amount_notes(self.config):
+            complain(note)
         with locked(self.folder, "training"), self.configured():
             dictionary = self._train(cache)
             dictionary.save(self.folder / "dictionary")
@@ -244,9 +292,11 @@ class Run:
 
     def _train(self, cache: ActivationCache) -> Dictionary:
         recipe, sinks, failed = self.recipe(cache), self.sinks(), True
+        loader = self.loader(cache)
+        self.progress("train", *self.trained_tokens(loader))
         try:
             dictionary = train(
-                self.loader(cache),
+                loader,
                 recipe.dictionary,
                 recipe.settings,
                 seed=recipe.seed,
@@ -255,13 +305,25 @@ class Run:
                 metadata=recipe.metadata,
                 start=recipe.start,
                 sinks=sinks,
-                progress=lambda done, total, _: self.progress("train", done, total),
+                progress=self._show_training,
             )
             failed = False
         finally:
             for sink in sinks:
                 sink.close(failed=failed)
         return dictionary
+
+    def trained_tokens(self, loader: ActivationLoader) -> tuple[int, int]:
+        """Tokens that earlier processes trained on, and how many there will be."""
+        settings, kept = self.config.train, list_checkpoints(self.folder / CHECKPOINTS)
+        steps = int(kept[-1].name.removeprefix("step-")) if kept else 0
+        tokens = settings.tokens or loader.tokens_per_epoch
+        return steps * settings.batch_size, tokens // settings.batch_size * settings.batch_size
+
+    def _show_training(self, done: int, total: int, metrics: Mapping[str, float | int]) -> None:
+        self.progress("train", done, total)
+        if isinstance(self.progress, Notes):
+            self.progress.beside("train", falling(metrics))
 
     def _is_collected(self, folder: Path) -> bool:
         if not stands(folder / INDEX):
@@ -332,6 +394,17 @@ class Run:
         write_bytes(path, f"# {made_by}, Python {platform.python_version()}\n{settings}".encode())
 
 
+def _grants_code(overrides: Sequence[str]) -> bool:
+    """Whether settings of the command line say themselves that code of the model may run."""
+    return any(override.partition("=")[0].strip() in (TRUST_SETTING, "model") for override in overrides)
+
+
+def falling(metrics: Mapping[str, float | int]) -> str:
+    """What falls while training goes well."""
+    fvu, l0 = metrics.get("fvu"), metrics.get("l0")
+    return "" if fvu is None or l0 is None else f"FVU {fvu:.3f}, L0 {l0:.3g}"
+
+
 def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
     """Harvest, train, evaluate, collect features: everything that is not there yet.
 
@@ -340,6 +413,7 @@ def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
     """
     whole = Run(config, progress)
     whole.check()
+    whole.check_space()
     whole.harvest()
     whole.train()
     if not whole.is_evaluated():
@@ -385,17 +459,22 @@ def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Repor
 def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict[int, Report]:
     first = next(iter(runs.values()))
     names = {number: f"run {str(run.folder)!r}" for number, run in runs.items()}
+    cache, unfinished = first.cache(), first.folder / UNFINISHED
+    if isinstance(first.progress, Notes):
+        first.progress.announce(announcement(first.config.evaluation, cache, len(runs)))
     reports = evaluate_all(
         {names[number]: run.dictionary() for number, run in runs.items()},
-        first.cache(),
+        cache,
         hook=first.config.hook,
         language_model=language_model,
         settings=first.config.evaluation,
         device=first.device,
         progress=lambda stage, done, total: first.progress(f"evaluate: {stage}", done, total),
+        unfinished=unfinished,
     )
     for number, run in runs.items():
         write_report(reports[names[number]], run.folder, run.folder / METRICS_FILE)
+    discard(unfinished)
     return {number: reports[name] for number, name in names.items()}
 
 
@@ -404,9 +483,11 @@ def harvest(config: RunConfig, progress: Progress = _no_progress) -> ActivationC
     return Run(config, progress).harvest()
 
 
-def collect_features(folder: str | Path, progress: Progress = _no_progress) -> Features:
-    """The feature store of a run folder, collected where it is missing or stale."""
-    return Run.open(folder, progress=progress).features()
+def collect_features(
+    folder: str | Path, progress: Progress = _no_progress, overrides: tuple[str, ...] = ()
+) -> Features:
+    """The feature store of a run folder, collected where it is missing or stale; `overrides` as of `Run.open`."""
+    return Run.open(folder, overrides, progress).features()
 
 
 __all__ = ["Run", "choose_device", "collect_features", "harvest", "run"]

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae.kernels import back_end, kernels_for
-from sae.kernels.interface import Block, Gradient, Selection, Subset, Term
+from sae.kernels.interface import Block, Gradient, Kernels, Selection, Subset, Term
 from sae.kernels.pattern import Pattern
+from sae.modes import is_mapped, without_autocast
 
 
 @dataclass
@@ -117,7 +118,7 @@ def select_topk(
         low: the encoder in bfloat16, to make the large product with.
     """
     centred = x - b_dec
-    selection = kernels_for(x.device).select_topk(*_operands(centred, encoder, low), b_enc, k, subset)
+    selection = kernels_for(encoder).select_topk(*_operands(centred, encoder, low), b_enc, k, subset)
     return selection if low is None else _exact(selection, centred, encoder, b_enc, subset)
 
 
@@ -133,7 +134,7 @@ def select_batch_topk(
 ) -> Selection:
     """The k · batch largest pre-activations of the whole batch, whatever their sign; arguments as of `select_topk`."""
     centred = x - b_dec
-    selection = kernels_for(x.device).select_batch_topk(*_operands(centred, encoder, low), b_enc, k * len(x), subset)
+    selection = kernels_for(encoder).select_batch_topk(*_operands(centred, encoder, low), b_enc, k * len(x), subset)
     return selection if low is None else _exact(selection, centred, encoder, b_enc, subset)
 
 
@@ -146,7 +147,7 @@ def select_above(
     threshold: Float[Tensor, " d_sae"],
 ) -> Selection:
     """The pre-activations above their feature's threshold. Waits for the device."""
-    return kernels_for(x.device).select_above(x - b_dec, encoder, b_enc, threshold)
+    return kernels_for(encoder).select_above(x - b_dec, encoder, b_enc, threshold)
 
 
 def _operands(x: Tensor, encoder: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -158,7 +159,7 @@ def _exact(selection: Selection, x: Tensor, encoder: Tensor, b_enc: Tensor, subs
 
     Triton's products are summed and kept in float32; there nothing is to be done.
     """
-    kernels = kernels_for(x.device)
+    kernels = kernels_for(encoder)
     if kernels is not back_end("cpu"):
         return selection
     pattern = selection.pattern
@@ -178,17 +179,17 @@ class _Decode(torch.autograd.Function):
     ) -> Float[Tensor, "batch d_in"]:
         ctx.save_for_backward(values, decoder)
         ctx.pattern, ctx.sink = pattern, sink
-        return kernels_for(values.device).decode(pattern, values, decoder)
+        return kernels_for(decoder).decode(pattern, values, decoder)
 
     @staticmethod
-    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, decoder = ctx.saved_tensors
         gradient = gradient.contiguous()
-        kernels = kernels_for(gradient.device)
+        kernels = _gradient_kernels(decoder, gradient)
         of_values = kernels.value_gradients(ctx.pattern, gradient, decoder) if ctx.needs_input_grad[0] else None
         term = Term(ctx.pattern, values, gradient)
-        return of_values, _matrix_gradient(term, ctx.sink, ctx.needs_input_grad[1]), None, None
+        return of_values, _matrix_gradient(kernels, term, ctx.sink, ctx.needs_input_grad[1]), None, None
 
 
 class _EncodeAt(torch.autograd.Function):
@@ -202,10 +203,10 @@ class _EncodeAt(torch.autograd.Function):
         return pre_activations.to(encoder.dtype, copy=True)
 
     @staticmethod
-    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, b_dec, encoder = ctx.saved_tensors
-        pattern, kernels = ctx.pattern, kernels_for(gradient.device)
+        pattern, kernels = ctx.pattern, _gradient_kernels(encoder, gradient)
         gradient = gradient.contiguous()
         biases = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         of_b_enc = kernels.column_sums(pattern, gradient) if biases else None
@@ -213,7 +214,7 @@ class _EncodeAt(torch.autograd.Function):
         of_b_dec = -(of_b_enc @ encoder) if of_b_enc is not None and ctx.needs_input_grad[1] else None
         of_encoder = None
         if ctx.needs_input_grad[2]:
-            of_encoder = _matrix_gradient(Term(pattern, gradient, x - b_dec), ctx.sink, True)
+            of_encoder = _matrix_gradient(kernels, Term(pattern, gradient, x - b_dec), ctx.sink, True)
         return of_x, of_b_dec, of_encoder, of_b_enc, None, None, None
 
 
@@ -230,10 +231,15 @@ class _RowsOf(torch.autograd.Function):
         return None, None, None
 
 
-def _matrix_gradient(term: Term, sink: GradientSink | None, needed: bool) -> Tensor | None:
+def _gradient_kernels(weights: Tensor, gradient: Tensor) -> Kernels:
+    """For a backward pass: the fastest; plain operators if it is itself recorded (`create_graph=True`) or mapped."""
+    return back_end("reference") if torch.is_grad_enabled() or is_mapped(gradient) else kernels_for(weights)
+
+
+def _matrix_gradient(kernels: Kernels, term: Term, sink: GradientSink | None, needed: bool) -> Tensor | None:
     if not needed:
         return None
     if sink is None:
-        return kernels_for(term.rows.device).feature_sums(term)
+        return kernels.feature_sums(term)
     sink.terms.append(term)
     return None

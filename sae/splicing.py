@@ -11,6 +11,8 @@ from torch import Tensor
 from sae.dictionary import Dictionary
 from sae.errors import ModelError
 from sae.language_model import LanguageModel
+from sae.origin import Place, check_belongs
+from sae.passes import Pass
 from sae.tokens import TokenPolicy
 from sae.transcoding import Hooks
 
@@ -32,8 +34,8 @@ def splice(
     Of a transcoder, the activation y at its target's hook point is replaced by ŷ, made from x at the hook point that it
     reads, in the same pass; what is said of x below then holds for y.
 
-    Tokens that were masked out of training (BOS, first positions) keep their activation. In cached generation, passes
-    of a single token have no first position.
+    Tokens that were masked out of training (BOS, first positions) keep their activation. First positions are those of
+    the text, however many passes read it: tokens in a key-value cache count, and padding does not.
 
     Args:
         language_model: where to splice.
@@ -53,11 +55,12 @@ def splice(
     hooks = Hooks.of(dictionary.metadata, hook, target_hook)
     if hooks.reads is None or hooks.gives is None:
         raise ModelError("the dictionary does not say which hook point it belongs to: give hook='blocks.N.…'")
-    _check_model(language_model, dictionary)
+    info = language_model.info
+    check_belongs(dictionary, Place(f"model {info.name!r}", info.to_json(), ModelError))
     policy = _token_policy(dictionary)
 
-    def replacement(y: Tensor, tokens: Tensor | None) -> Tensor:
-        x = _input(hooks, read, tokens) if hooks.of_transcoder else y
+    def replacement(y: Tensor, now: Pass | None) -> Tensor:
+        x = _input(hooks, read, now) if hooks.of_transcoder else y
         for name, activation, does in ((hooks.reads, x, "takes"), (hooks.gives, y, "gives")):
             if activation.shape[-1] != dictionary.d_in:
                 width = activation.shape[-1]
@@ -65,21 +68,18 @@ def splice(
                     f"hook {name!r}: activations are {width} wide, the dictionary {does} {dictionary.d_in}"
                 )
         new = _reconstruct(dictionary, x, y, error_term, edit)
-        if policy is None or tokens is None:
+        if policy is None or now is None:
             return new
-        eligible = policy.eligible(tokens)
-        if tokens.shape[1] == 1:
-            eligible = TokenPolicy(policy.prepend_bos, 0, policy.masked_ids).eligible(tokens)
-        return torch.where(eligible[..., None], new, y)
+        return torch.where(policy.eligible(now.tokens, now.positions)[..., None], new, y)
 
     reading = language_model.reading(hooks.reads) if hooks.of_transcoder else contextlib.nullcontext([])
-    with reading as read, language_model.replacing(hooks.gives, replacement, with_tokens=True):
+    with reading as read, language_model.replacing(hooks.gives, replacement, with_pass=True):
         yield language_model
 
 
-def _input(hooks: Hooks, read: list[Tensor], tokens: Tensor | None) -> Tensor:
+def _input(hooks: Hooks, read: list[Tensor], now: Pass | None) -> Tensor:
     """What the transcoder reads in this pass."""
-    if tokens is None or not read:
+    if now is None or now.tokens is None or not read:
         raise ModelError(
             f"hook {hooks.gives!r}: the transcoder there reads {hooks.reads!r}, which is not known in a pass that "
             "begins in the middle of the model; run it from the tokens"
@@ -110,17 +110,3 @@ def _token_policy(dictionary: Dictionary) -> TokenPolicy | None:
             "set dictionary.metadata['tokens'] = None to replace every position"
         ) from error
     return policy
-
-
-def _check_model(language_model: LanguageModel, dictionary: Dictionary) -> None:
-    """Compare what the metadata says of the model; what it does not say is not checked."""
-    trained_on = dictionary.metadata.get("model")
-    if not isinstance(trained_on, dict):
-        return
-    for key in ("weights_sha256", "weight_processing"):
-        there, here = trained_on.get(key), getattr(language_model.info, key)
-        if there not in (None, here):
-            raise ModelError(
-                f"the dictionary was trained on {trained_on.get('name')!r} with {key}={there!r}; "
-                f"{language_model.info.name!r} has {here!r}: load the model it was trained on"
-            )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_LAYER = re.compile(r"blocks\.(\d+)\.")
+from sae.hook_points import block_of
+
 _ARCHITECTURES = {"relu": "standard_april_update", "matryoshka": "matryoshka_batch_topk"}
 _WEIGHT_PROCESSING: dict[str, dict[str, bool]] = {
     "fold_ln": {"fold_ln": True},
@@ -78,12 +78,11 @@ def tool_config(config: Mapping[str, Any], device: str) -> ToolConfig:
     metadata: Mapping[str, Any] = config["metadata"]
     model, tokens, data, trained = (_part(metadata, name) for name in ("model", "tokens", "data", "trained"))
     hook, architecture = metadata.get("hook"), str(config["architecture"])
-    layer = _LAYER.match(hook) if hook else None
     source = data.get("source")
     return ToolConfig(
         model_name=model.get("name"),
         hook_name=hook,
-        hook_layer=int(layer[1]) if layer else None,
+        hook_layer=block_of(hook) if hook else None,
         d_in=config["d_in"],
         d_sae=config["d_sae"],
         architecture=_ARCHITECTURES.get(architecture, architecture),

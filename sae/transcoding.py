@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+from sae import hook_points
 from sae.errors import ConfigError
-
-IN_A_BLOCK = (
-    "hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out",
-    "hook_resid_post",
-)  # fmt: skip
-"""Hook points of a block in the order in which the model computes them."""
-_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ def place_in_model(hook: str) -> tuple[int, int]:
     Raises:
         ConfigError: not a hook point.
     """
-    match = _HOOK.fullmatch(hook)
-    if match is None or match[2] not in IN_A_BLOCK:
-        raise ConfigError(f"hook {hook!r}: expected blocks.N. and one of {', '.join(IN_A_BLOCK)}")
-    return int(match[1]), IN_A_BLOCK.index(match[2])
+    place = hook_points.place_in_model(hook)
+    if place is None:
+        raise ConfigError(hook_points.no_hook_point(hook))
+    return place

@@ -20,7 +20,7 @@ from pathlib import Path
 import sae
 from sae.architectures import ARCHITECTURES
 from sae.files import write_json
-from sae.language_model import DEMO_FOLDER
+from sae.model_identity import DEMO_FOLDER
 from sae.tokens import HELD_OUT
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

@@ -26,7 +26,8 @@ index = int(layer) + (kind == "hook_resid_post")
 length, masked = manifest["context_length"], torch.tensor(manifest["tokens"]["masked_ids"])
 shards = sorted((run / "activations/tokens").glob("held_out-*.safetensors"))
 tokens = torch.cat([load_file(shard)["tokens"] for shard in shards]).long()
-tokens = tokens[: evaluation["settings"]["tokens"] or len(tokens)]
+limit = evaluation["settings"]["tokens"]  # in whole contexts: 8,000 tokens are 7,936 of contexts of 128
+tokens = tokens if limit is None or limit >= len(tokens) else tokens[: limit // length * length]
 
 rows = []
 for context in tokens.split(length):

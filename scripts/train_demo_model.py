@@ -204,7 +204,7 @@ def write_card(out: Path, steps: int) -> None:
     train_stream, stream = encode(tokenizer, train), encode(tokenizer, held_out)
     model = GPT2LMHeadModel.from_pretrained(out, dtype=torch.float32)
     unigram, bigram = count_baselines(train_stream, stream)
-    held_out_bytes = sum(len(document.text.encode()) for document in held_out)
+    held_out_bytes = sum(len(str(document.text).encode()) for document in held_out)
     per_byte = (len(stream) - len(held_out)) / held_out_bytes / math.log(2)
     nats = {"demo": held_out_nats(model, stream), "bigram, interpolated": bigram, "unigram": unigram}
     losses = "\n".join(f"| {name} | {value:.3f} | {value * per_byte:.3f} |" for name, value in nats.items())

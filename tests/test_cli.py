@@ -302,7 +302,9 @@ def test_nan_in_the_activations(config_file: Path, tiny_model: Path, tmp_path: P
     weights["transformer.wte.weight"][5:] = torch.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     outcome = command("harvest", config_file, f"out={tmp_path / 'r'}", f"model.name={broken}")
-    assert_refused(outcome, "not finite (NaN or infinity)", "check the model's weights")
+    assert_refused(outcome, "not finite (NaN or infinity) although it computes in float32: check the model's weights")
+    low = command("harvest", config_file, f"out={tmp_path / 'l'}", f"model.name={broken}", "model.dtype=bfloat16")
+    assert_refused(low, "set model.dtype=float32 (it is bfloat16), and check the model's weights")
 
 
 def test_unwritable_folder(config_file: Path, tmp_path: Path, command) -> None:

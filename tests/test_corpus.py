@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 from sae.config import DataConfig
-from sae.corpus import Document, is_held_out, read_documents, standard_library
+from sae.corpus import Document, check_revision, is_held_out, read_documents, standard_library
 from sae.errors import DataError
 from sae.tokens import HELD_OUT, TRAIN, prepared_documents
 
@@ -120,12 +121,12 @@ def test_missing_and_empty_sources(tmp_path: Path) -> None:
     for missing in (str(tmp_path / "nothing"), "./nothing", "nothing.jsonl"):
         with pytest.raises(DataError, match=r"nothing.*': no such file or folder"):
             read_documents(missing)
-    with pytest.raises(DataError, match=r"the folder holds no .txt, .md, .jsonl, .parquet file"):
+    with pytest.raises(DataError, match=r"the folder holds no .txt, .md, .jsonl, .*, .parquet file"):
         read_documents(str(tmp_path))
 
 
 def test_unknown_hub_dataset_gives_one_line() -> None:
-    with pytest.raises(DataError, match=r"data source 'nobody/nothing': neither a file nor a folder") as caught:
+    with pytest.raises(DataError, match=r"data source 'nobody/nothing': neither a folder nor a file") as caught:
         list(read_documents("nobody/nothing"))
     assert "\n" not in str(caught.value)
     assert "stdlib" in str(caught.value)
@@ -164,7 +165,7 @@ def test_split_depends_on_the_names_only(tmp_path: Path) -> None:
     for folder, text in (("a", "some text"), ("b", "another text altogether")):
         (tmp_path / folder).mkdir()
         for name in names if folder == "a" else names[::2]:
-            (tmp_path / folder / name).write_text(text, encoding="utf-8")
+            (tmp_path / folder / name).write_text(f"{text} {name}", encoding="utf-8")
     a, b = (
         {
             name: split
@@ -208,3 +209,39 @@ def test_shuffling_documents_is_a_repeatable_permutation(text_folder: Path) -> N
     assert shuffled != plain
     assert sorted(shuffled) == sorted(plain)
     assert all(plain.index(item) <= place + 16 for place, item in enumerate(shuffled))
+
+
+def test_documents_are_shuffled_as_they_were_before_streams_had_versions(text_folder: Path) -> None:
+    plain = list(prepared_documents(DataConfig(source=str(text_folder))))
+    config = DataConfig(source=str(text_folder), shuffle_documents=16)
+    rng, buffer, expected = random.Random(0), plain[:16], []
+    for item in plain[16:]:
+        place = rng.randrange(16)
+        expected.append(buffer[place])
+        buffer[place] = item
+    rng.shuffle(buffer)
+    assert list(prepared_documents(config, streams=1)) == expected + buffer
+    assert list(prepared_documents(config)) != expected + buffer
+
+
+@pytest.mark.parametrize("source", ["stdlib", "folder", "file"])
+def test_a_revision_is_of_one_hub_data_set(source: str, text_folder: Path) -> None:
+    path = {"stdlib": "stdlib", "folder": str(text_folder), "file": str(next(text_folder.iterdir()))}[source]
+    with pytest.raises(DataError, match=r"data.revision='v1': data source '.*' is no hub data set, .*leave it out"):
+        check_revision([path], "v1")
+    with pytest.raises(DataError, match="with 2 sources: a revision is of one hub data set"):
+        check_revision([path, "org/data"], "v1")
+    check_revision([path, "org/data"], None)
+    check_revision(["org/data"], "v1")
+
+
+def test_code_in_a_folder_of_text_does_not_run(text_folder: Path, tmp_path: Path) -> None:
+    """Scripts of data sets by every name that was ever looked for; only text is read."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one text", encoding="utf-8")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    for name in ("set.py", "dataset.py", "__init__.py", "setup.py"):
+        (folder / name).write_text(code, encoding="utf-8")
+    assert [document.text for document in read_documents(str(folder))] == ["one text"]
+    assert not (tmp_path / "ran").exists()

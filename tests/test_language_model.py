@@ -14,12 +14,17 @@ from torch import Tensor
 
 from sae.config import ModelConfig
 from sae.errors import ModelError
-from sae.language_model import INNER_HOOKS, RESIDUAL_HOOKS, LanguageModel, model_label
+from sae.hook_points import KINDS, READ_ONLY
+from sae.language_model import LanguageModel
+from sae.model_identity import model_label
+from sae.passes import Pass
 from sae.tokens import TokenPolicy
 
 LAYERS = range(3)
-ALL_HOOKS = [f"blocks.{layer}.{kind}" for layer in LAYERS for kind in RESIDUAL_HOOKS + INNER_HOOKS]
-REPLACEABLE = [hook for hook in ALL_HOOKS if not hook.endswith("resid_mid")]
+OF_OTHERS = ("mamba.", "mixer.", "linear_attn.", "conv.", "mlp.hook_pre_linear")
+HAS = [kind for kind in KINDS if not kind.startswith(OF_OTHERS)]
+ALL_HOOKS = [f"blocks.{layer}.{kind}" for layer in LAYERS for kind in HAS]
+REPLACEABLE = [hook for hook in ALL_HOOKS if hook.split(".", 2)[2] not in READ_ONLY]
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +47,40 @@ def at_hf(model: Any, hook: str, change: Callable[[Tensor], Tensor | None]) -> I
     block = model.transformer.h[int(layer)]
     module, is_input = {
         "hook_resid_pre": (block, True),
+        "ln1.hook_in": (block.ln_1, True),
+        "ln1.hook_normalized": (block.ln_1, True),
+        "attn.hook_in": (block.attn, True),
+        "attn.hook_q": (block.attn.c_attn, False),
+        "attn.hook_k": (block.attn.c_attn, False),
+        "attn.hook_v": (block.attn.c_attn, False),
         "hook_resid_mid": (block.ln_2, True),
+        "hook_mlp_in": (block.ln_2, True),
+        "ln2.hook_normalized": (block.ln_2, True),
+        "mlp.hook_in": (block.mlp, True),
+        "mlp.hook_pre": (block.mlp.act, True),
         "hook_resid_post": (block, False),
         "hook_attn_out": (block.attn, False),
         "hook_mlp_out": (block.mlp, False),
         "attn.hook_z": (block.attn.c_proj, True),
         "mlp.hook_post": (block.mlp.act, False),
     }[kind]
+    third = "qkv".find(kind[-1]) if kind in ("attn.hook_q", "attn.hook_k", "attn.hook_v") else None
+
+    def changed(x: Tensor) -> Tensor | None:
+        if kind.endswith("hook_normalized"):
+            return change((x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt())
+        if third is None:
+            return change(x)
+        parts = list(x.chunk(3, -1))
+        new = change(parts[third])
+        return None if new is None else torch.cat([*parts[:third], new, *parts[third + 1 :]], -1)
 
     def on_input(_: Any, inputs: tuple[Any, ...]) -> Any:
-        new = change(inputs[0])
+        new = changed(inputs[0])
         return None if new is None else (new, *inputs[1:])
 
     def on_output(_: Any, __: Any, output: Any) -> Any:
-        new = change(output[0] if isinstance(output, tuple) else output)
+        new = changed(output[0] if isinstance(output, tuple) else output)
         return None if new is None else (new, *output[1:]) if isinstance(output, tuple) else new
 
     handle = module.register_forward_pre_hook(on_input) if is_input else module.register_forward_hook(on_output)
@@ -141,7 +166,7 @@ def test_replaced_logits_equal_hugging_face_with_the_same_replacement(
     clean = language_model.logits(tokens)
     close(next(language_model.replaced_logits(tokens, hook, [lambda x: x])), clean)
     zeroed = next(language_model.replaced_logits(tokens, hook, [torch.zeros_like]))
-    assert (zeroed - clean).abs().max() > 0.01
+    assert (zeroed - clean).abs().max() > 0.001
 
 
 @pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_post", "blocks.1.hook_mlp_out"])
@@ -156,12 +181,13 @@ def test_between_replacements_the_model_is_as_it_was(language_model: LanguageMod
 def test_replacing_shows_the_tokens_of_that_pass_only(language_model: LanguageModel, tokens: Tensor, hook: str) -> None:
     seen: list[Tensor | None] = []
 
-    def look(x: Tensor, ids: Tensor | None) -> Tensor:
-        seen.append(ids)
+    def look(x: Tensor, now: Pass | None) -> Tensor:
+        assert now is not None
+        seen.append(now.tokens)
         return x
 
     resid = language_model.activations(tokens, ["blocks.1.hook_resid_pre"])["blocks.1.hook_resid_pre"]
-    with language_model.replacing(hook, look, with_tokens=True):
+    with language_model.replacing(hook, look, with_pass=True):
         language_model.logits(tokens)
         language_model.bridge(resid, start_at_layer=1)
         language_model.logits(tokens + 1)

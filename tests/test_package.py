@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,21 +14,28 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "environment", "model_identity", "seeding"],
+    ["errors", "environment", "model_identity", "modes", "seeding", "hub_errors", "printable"],
     ["hashes", "files", "reading"],
+    ["terminal", "columns"],
+    ["hook_points"],
     ["mixture", "transcoding"],
     ["config", "fit", "config_file"],
     ["neighbours"],
+    ["text.census", "text.document", "text.json_records", "text.sections"],
+    ["text.files", "text.digests", "text.chat", "text.chat_worker", "text.pieces", "text.fingerprint", "text.recorded"],
+    ["text"],
     ["corpus"],
     ["tokens"],
     ["kernels"],
     ["sparse"],
     ["tool_config"],
     ["dictionary"],
+    ["origin"],
     ["architectures"],
     ["activations.cache", "activations.loader", "activations"],
     ["training"],
-    ["language_model"],
+    ["model_loading"],
+    ["hook_probe", "passes", "tail", "language_model"],
     ["activations.harvest"],
     ["splicing"],
     ["evaluation"],
@@ -37,7 +45,7 @@ FLOW = [
     ["viewer"],
     ["pipeline", "progress", "verification"],
     ["probing.of_run"],
-    ["sweep", "comparison"],
+    ["sweeping", "comparison"],
     ["commands"],
     ["cli", "__main__"],
 ]
@@ -48,18 +56,24 @@ CORE = {
     "reading",
     "environment",
     "model_identity",
+    "modes",
     "seeding",
+    "hub_errors",
+    "hook_points",
+    "printable",
     "mixture",
     "transcoding",
     "config",
     "config_file",
     "neighbours",
+    "text",
     "corpus",
     "tokens",
     "kernels",
     "sparse",
     "tool_config",
     "dictionary",
+    "origin",
     "architectures",
     "training",
 }
@@ -139,10 +153,10 @@ def test_importing_the_package_is_quick() -> None:
     """Less than a second after torch; and nothing heavy comes along."""
     code = """
 import time, torch
-start = time.perf_counter()
+start = time.process_time()
 import sae
 sae.load, sae.train, sae.ActivationCache
-elapsed = time.perf_counter() - start
+elapsed = time.process_time() - start
 import sys
 heavy = {"transformer_lens", "transformers", "datasets", "wandb", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
@@ -160,6 +174,65 @@ def test_public_names_exist_and_are_documented() -> None:
     for name in sae.__all__:
         assert getattr(sae, name).__doc__, name
     assert set(sae.__all__) <= set(dir(sae))
+
+
+def test_no_public_name_is_a_submodule_too() -> None:
+    """Importing the submodule would replace the function or class by a module: `sae.sweep(…)` worked once."""
+    submodules = {name.split(".")[0] for name, _ in modules()}
+    assert not submodules & set(sae.__all__)
+    code = """
+import importlib, pkgutil, sae
+for module in pkgutil.walk_packages(sae.__path__, "sae."):
+    if "kernels.triton" not in module.name and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+for name in sae.__all__:
+    assert callable(getattr(sae, name)), name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_submodules_are_there_without_being_imported() -> None:
+    code = """
+import sae
+print(sae.superposition.run.__module__, sae.probing.ProbeConfig.__name__, sae.errors.SaeError.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["sae.superposition.run", "ProbeConfig", "SaeError"]
+
+
+def test_what_editors_see_is_what_there_is() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    shown = {
+        alias.asname: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if node.module not in ("sae", "typing", "__future__")
+    }
+    assert shown == sae._HOME
+    assert sorted(shown) == sae.__all__
+    assert (ROOT / "py.typed").is_file(), "without this file type checkers do not look into an installed package"
+
+
+def test_a_type_checker_knows_every_public_name(tmp_path: Path) -> None:
+    """Its type, and what is no name or is called wrongly."""
+    lines = [f"reveal_type(sae.{name})" for name in sae.__all__]
+    wrong = ["sae.lode", "sae.train(1)", "sae.DictionaryConfig(d_sae='many')"]
+    (tmp_path / "notebook.py").write_text("\n".join(["import sae", *lines, *wrong, "sae.superposition.run"]))
+    (tmp_path / "pyrightconfig.json").write_text(
+        json.dumps({"extraPaths": [str(ROOT.parent)], "typeCheckingMode": "standard"})
+    )
+    checker = Path(sys.executable).with_name("basedpyright")
+    command = [checker, "--pythonpath", sys.executable, "--outputjson", "notebook.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    types = {one["range"]["start"]["line"]: one["message"] for one in found if one["severity"] == "information"}
+    for number, name in enumerate(sae.__all__, 1):
+        of_name = types[number].partition(" is ")[2].strip('"')
+        assert of_name not in ("Any", "Unknown") and "Unknown" not in of_name, f"{name}: {of_name}"
+        assert of_name.startswith("type[" if name[0].isupper() else "("), f"{name}: {of_name}"
+    errors = [one["range"]["start"]["line"] - len(lines) for one in found if one["severity"] == "error"]
+    assert errors == [1, 2, 3], done.stdout
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

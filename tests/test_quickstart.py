@@ -11,7 +11,7 @@ import torch
 
 import sae
 from sae.corpus import is_held_out
-from sae.language_model import DEMO_FOLDER
+from sae.model_identity import DEMO_FOLDER
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

@@ -79,15 +79,11 @@ def test_masked_positions_keep_their_activation(language_model: LanguageModel, t
     assert changed[~keep].min() > 1e-3
 
 
-def test_single_token_passes_have_no_first_position(language_model: LanguageModel) -> None:
-    dictionary = make_dictionary(language_model)
-    word, bos = torch.tensor([[7]]), torch.tensor([[language_model.bos]])
+def test_a_single_token_without_a_cache_is_a_first_position(language_model: LanguageModel) -> None:
+    dictionary, word = make_dictionary(language_model), torch.tensor([[7]])
     with splice(language_model, dictionary):
-        on_word, on_bos = language_model.logits(word), language_model.logits(bos)
-    x_hat = dictionary(language_model.bridge(word, stop_at_layer=1))
-    expected = language_model.bridge(x_hat, start_at_layer=1)
-    torch.testing.assert_close(on_word, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(on_bos, language_model.logits(bos))
+        on_word = language_model.logits(word)
+    torch.testing.assert_close(on_word, language_model.logits(word), rtol=0, atol=0)
 
 
 def test_error_term_leaves_logits_unchanged(language_model: LanguageModel, tokens: Tensor) -> None:
@@ -184,12 +180,11 @@ def refusal(language_model: LanguageModel, dictionary: Dictionary, tokens: Tenso
 def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
     other = {**language_model.info.to_json(), "name": "other", "weights_sha256": "0" * 64}
     message = refusal(language_model, make_dictionary(language_model, model=other), tokens)
-    assert (
-        "was trained on 'other' with weights_sha256='000" in message and "load the model it was trained on" in message
-    )
+    assert message.startswith("model 'tiny': of another model than the dictionary's: weights_sha256 is '")
+    assert message.endswith("'000" + "0" * 61 + "' in training, on 'other'; use the model that it was trained on")
     folded = {**language_model.info.to_json(), "weight_processing": "fold_ln"}
     message = refusal(language_model, make_dictionary(language_model, model=folded), tokens)
-    assert "weight_processing='fold_ln'; 'tiny' has 'none'" in message
+    assert "weight_processing is 'none' there and 'fold_ln' in training" in message
     message = refusal(language_model, make_dictionary(language_model, d_in=16), tokens)
     assert message == f"hook {HOOK!r}: activations are 32 wide, the dictionary takes 16"
     message = refusal(language_model, make_dictionary(language_model, hook=None), tokens)
@@ -197,7 +192,7 @@ def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
     message = refusal(language_model, make_dictionary(language_model, hook=3), tokens)
     assert "does not say which hook point" in message
     message = refusal(language_model, make_dictionary(language_model, model={"weights_sha256": "0" * 64}), tokens)
-    assert "was trained on None with weights_sha256='000" in message
+    assert "0' in training, on None; use the model" in message
     message = refusal(language_model, make_dictionary(language_model), tokens, hook="blocks.1.hook_resid_mid")
     assert "not replace it" in message
 

@@ -135,9 +135,12 @@ def test_too_little_text_names_what_was_found(text_folder: Path, language_model:
 
 def test_empty_side_of_the_split_says_how_to_fill_it(tmp_path: Path, language_model: LanguageModel) -> None:
     (tmp_path / "a.txt").write_text("one document is on one side " * 100, encoding="utf-8")
-    config = DataConfig(source=str(tmp_path), tokens=10, held_out_tokens=10, context_length=16)
-    with pytest.raises(DataError, match=r"held-out documents hold 0 tokens, .* put no document there: change it or"):
+    (tmp_path / "b.txt").write_text("so is the other " * 100, encoding="utf-8")
+    config = DataConfig(source=str(tmp_path), tokens=10, held_out_tokens=10, context_length=16, holdout_fraction=0.001)
+    with pytest.raises(DataError, match=r"held-out documents hold 0 tokens, .* put no document there: change it") as no:
         packed(config, language_model)
+    enough = float(str(no.value).partition("holdout_seed (")[2].partition(" ")[0])
+    assert packed(config.model_copy(update={"holdout_fraction": enough}), language_model)[HELD_OUT][0].size == 10
 
 
 @pytest.mark.parametrize("masked_positions", [0, 1, 3])

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sae.architectures import TopK
 from sae.errors import ConfigError, ModelError, SaeError
+from sae.hook_points import KINDS
 from sae.language_model import LanguageModel
 from sae.splicing import splice
-from sae.transcoding import IN_A_BLOCK, Hooks, place_in_model
+from sae.transcoding import Hooks, place_in_model
 
 READS, GIVES = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
 
@@ -119,7 +120,8 @@ def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
         f"target hook {GIVES!r}: the transcoder does not say which hook point it reads: give hook="
     )
     message = refusal(language_model, make_transcoder(language_model, gives="blocks.1.hook_q"), run, ConfigError)
-    assert message == f"hook 'blocks.1.hook_q': expected blocks.N. and one of {', '.join(IN_A_BLOCK)}"
+    expected = f"hook 'blocks.1.hook_q': expected blocks.N. and one of {', '.join(KINDS)}"
+    assert message == f"{expected}; did you mean blocks.1.attn.hook_q?"
     message = refusal(language_model, make_transcoder(language_model, gives="blocks.7.hook_mlp_out"), run)
     assert message.endswith("has blocks 0 to 2")
     message = refusal(language_model, make_transcoder(language_model, gives="blocks.1.mlp.hook_post"), run)
@@ -139,7 +141,7 @@ def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
 
 def test_places_are_in_the_order_of_computation(language_model: LanguageModel, tokens: Tensor) -> None:
     """The order in which hooks fire in a pass is that of their places."""
-    names = [f"blocks.{layer}.{kind}" for layer in range(3) for kind in IN_A_BLOCK]
+    names = [hook.name for hook in language_model.hooks()]
     fired: list[str] = []
     hooks = [(name, lambda activation, hook, name=name: fired.append(name)) for name in names]
     language_model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)

@@ -6,8 +6,11 @@ import torch
 
 
 def activations(batches: int, batch: int, d_in: int, seed: int = 0) -> list[torch.Tensor]:
-    """Batches `[batch, d_in]` with E‖x‖² = d_in, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+    """Batches `[batch, d_in]` with E‖x‖² = d_in, the same for the same seed.
+
+    Drawn from `torch.Generator().manual_seed(2³¹ + seed)`: no toolkit here begins with a seed from that half.
+    """
+    generator = torch.Generator().manual_seed((1 << 31) + seed)
     directions = torch.nn.functional.normalize(torch.randn(2 * d_in, d_in, generator=generator), dim=1)
     made = []
     for _ in range(batches):

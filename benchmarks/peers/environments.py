@@ -14,7 +14,11 @@ PACKAGES = {"saelens": "sae-lens", "dictionary_learning": "dictionary-learning",
 
 
 def python(toolkit: str, folder: Path = FOLDER) -> Path:
-    """The Python of a toolkit's environment, with this environment's release of PyTorch; of our own, this one."""
+    """The Python of a toolkit's environment, with this environment's release of PyTorch; of our own, this one.
+
+    What follows a comma says how the toolkit is used, in the same environment.
+    """
+    toolkit = toolkit.partition(",")[0]
     if toolkit not in PACKAGES:
         return Path(sys.executable)
     path = folder / toolkit

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,12 @@ def ours(task: Task) -> dict[str, Reconstruct]:
     return {"": lambda x: (made(x), made.encode(x))}
 
 
-def saelens(task: Task) -> dict[str, Reconstruct]:
+def saelens_target_l0(task: Task) -> dict[str, Reconstruct]:
+    """JumpReLU whose penalty aims at k features per token: its option `quadratic` with `target_l0`."""
+    return saelens(task, {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(task.k)})
+
+
+def saelens(task: Task, options: dict[str, Any] | None = None) -> dict[str, Reconstruct]:
     """`SAETrainer._train_step`."""
     from sae_lens import saes  # pyright: ignore[reportMissingImports]
     from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
@@ -93,7 +99,7 @@ def saelens(task: Task) -> dict[str, Reconstruct]:
         shape["k"] = task.k
     if task.architecture == "matryoshka":
         shape["matryoshka_widths"] = [round(s * task.d_sae) for s in (1 / 32, 3 / 32, 7 / 32, 15 / 32)]
-    shape |= task.penalty
+    shape |= task.penalty | (options or {})
     torch.manual_seed(task.seed)
     made = getattr(saes, f"{name}TrainingSAE")(getattr(saes, f"{name}TrainingSAEConfig")(**shape))
     settings = SAETrainerConfig(
@@ -166,6 +172,7 @@ def dictionary_learning(task: Task) -> dict[str, Reconstruct]:
 TOOLKITS = {
     "sae": (ours, "sae"),
     "saelens": (saelens, "sae-lens"),
+    "saelens, target L0": (saelens_target_l0, "sae-lens"),
     "dictionary_learning": (dictionary_learning, "dictionary-learning"),
 }
 

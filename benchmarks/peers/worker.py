@@ -113,20 +113,29 @@ def dictionary_learning(task: Task, data: list[torch.Tensor]) -> list[float]:
     return task.time(trainer.update, data)
 
 
-def sparsify(task: Task, data: list[torch.Tensor]) -> list[float]:
-    """What `sparsify.Trainer` does to one coder with its defaults (signum), on a GPU; it has no BatchTopK."""
+def sparsify(
+    task: Task, data: list[torch.Tensor], *, products: torch.dtype = torch.bfloat16, adam: bool = False
+) -> list[float]:  # fmt: skip
+    """What `sparsify.Trainer` does to one coder, by default with signum and autocast; it has no BatchTopK.
+
+    On a CPU its kernels fall back to `embedding_bag`.
+    """
     from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
     from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
     from sparsify.sign_sgd import SignSGD  # pyright: ignore[reportMissingImports]
 
     coder = SparseCoder(task.d_in, SparseCoderConfig(num_latents=task.d_sae, k=task.k), device=task.device)
-    optimizer = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=5e-3 / (task.d_sae / 2**14) ** 0.5), momentum=0.95)
-    optimizer.train()
+    scale = (task.d_sae / 2**14) ** 0.5
+    if adam:
+        optimizer = torch.optim.Adam(coder.parameters(), lr=2e-4 / scale)
+    else:
+        optimizer = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=5e-3 / scale), momentum=0.95)
+        optimizer.train()
     silent = torch.zeros(task.d_sae, dtype=torch.long, device=task.device)
 
     def step(number: int, x: torch.Tensor) -> None:
         coder.set_decoder_norm_to_unit_norm()
-        with torch.autocast(task.device, dtype=torch.bfloat16):
+        with torch.autocast(task.device, dtype=torch.bfloat16, enabled=products is torch.bfloat16):
             out = coder(x)
         out.fvu.backward()
         coder.remove_gradient_parallel_to_decoder_directions()
@@ -139,12 +148,29 @@ def sparsify(task: Task, data: list[torch.Tensor]) -> list[float]:
     return task.time(step, data)
 
 
+def sparsify_float32(task: Task, data: list[torch.Tensor]) -> list[float]:
+    """The same without autocast, as sparsify trains where the hardware has no bfloat16."""
+    return sparsify(task, data, products=torch.float32)
+
+
+def sparsify_adam(task: Task, data: list[torch.Tensor]) -> list[float]:
+    """With Adam in place of signum."""
+    return sparsify(task, data, adam=True)
+
+
+def sparsify_adam_float32(task: Task, data: list[torch.Tensor]) -> list[float]:
+    return sparsify(task, data, products=torch.float32, adam=True)
+
+
 TOOLKITS = {
     "sae": (ours, "sae"),
     "sae, bfloat16 products": (ours_bfloat16, "sae"),
     "saelens": (saelens, "sae-lens"),
     "dictionary_learning": (dictionary_learning, "dictionary-learning"),
     "sparsify": (sparsify, "eai-sparsify"),
+    "sparsify, float32": (sparsify_float32, "eai-sparsify"),
+    "sparsify, Adam": (sparsify_adam, "eai-sparsify"),
+    "sparsify, Adam, float32": (sparsify_adam_float32, "eai-sparsify"),
 }
 
 

@@ -32,9 +32,15 @@ RESTORE = "delete it and run the same 'sae harvest' to restore it"
 NUMBER_TYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
 }  # fmt: skip
+_COLUMN_TYPES = {
+    "tokens": torch.int32, "documents": torch.int32, "sections": torch.int32, "counted": torch.bool,
+}  # fmt: skip
+_PLAIN_COLUMNS = ("tokens", "documents")
 _SHARDS_AHEAD = 4
 _MOST_MAPPED = 256
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+_ROUNDING = 1e-12
+"""Share of E‖x‖² up to which a variance can be the rounding of sums in float64."""
 
 
 class FileEntry(BaseModel):
@@ -59,7 +65,8 @@ class HookEntry(BaseModel):
 class Manifest(BaseModel):
     """Everything that says what a cache holds. `model`, `data` and `tokens` decide whether it fits a request.
 
-    Of several sources, `data` also records `source_tokens`: by split and source, how many tokens came from it.
+    Of several sources, `data` also records `source_tokens`: by split and source, how many tokens came from it. What
+    else was found in the text (see `sae.text.census.combined`) and where it came from stands there too.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
@@ -80,8 +87,23 @@ class Manifest(BaseModel):
     def identity(self, hook: str) -> str:
         """A hash of all that decides the activations at `hook` and which of them count: equal only for equal caches."""
         model = {key: value for key, value in self.model.items() if key not in ("name", "fingerprint")}
-        facts = [model, self.data, self.tokens, self.context_length, self.dtype, self.rows, self.text_sha256, hook]
+        facts = [
+            model,
+            self._deciding_data(),
+            self.tokens,
+            self.context_length,
+            self.dtype,
+            self.rows,
+            self.text_sha256,
+            hook,
+        ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _deciding_data(self) -> dict[str, Any]:
+        """Without what follows from the text, whose hash is a fact of its own; all of it in older manifests."""
+        if "token_columns" not in self.data:
+            return self.data
+        return {key: value for key, value in self.data.items() if key in ("holdout_fraction", "holdout_seed")}
 
     def is_whole(self, folder: Path, name: str) -> bool:
         """Whether a file is there and of the size it was written with."""
@@ -108,6 +130,9 @@ class Manifest(BaseModel):
             TokenPolicy.from_json(self.tokens)
         except (KeyError, TypeError, ValueError) as error:
             return f"tokens: {error}"
+        columns = self.data.get("token_columns", _PLAIN_COLUMNS)
+        if not isinstance(columns, list | tuple) or not all(column in _COLUMN_TYPES for column in columns):
+            return f"data.token_columns: {columns!r}"
         for hook, entry in self.hooks.items():
             if entry.sum and len(entry.sum) != entry.d_in:
                 return f"hooks.{hook}.sum: {len(entry.sum):,} numbers, where d_in is {entry.d_in:,}"
@@ -140,13 +165,20 @@ class Statistics:
 
     Attributes:
         tokens: how many they are.
-        mean: E[x].
+        mean: E[x], in float64: the variance is a difference of squares, and with a large mean the smaller part of them.
         mean_squared_norm: E‖x‖².
     """
 
     tokens: int
     mean: Float[Tensor, " d_in"]
     mean_squared_norm: float
+
+    @property
+    def variance(self) -> float:
+        """E‖x − E x‖², summed over d_in; 0 if it is no more than the rounding of the two squares."""
+        variance = self.mean_squared_norm - float(self.mean.double().square().sum())
+        rounding = max(_ROUNDING, torch.finfo(self.mean.dtype).eps) * self.mean_squared_norm
+        return 0.0 if variance <= rounding else variance
 
 
 @dataclass(frozen=True)
@@ -158,6 +190,7 @@ class ContextBatch:
         documents: index into `ActivationCache.documents(split)`.
         eligible: False for tokens masked out of training, statistics and evaluation.
         activations: as stored, converted to float32; None where no hook point was asked for.
+        sections: the number of the section of its document, among all; None where documents were not cut.
     """
 
     first_row: int
@@ -165,6 +198,7 @@ class ContextBatch:
     documents: Int[Tensor, "context seq"]
     eligible: Bool[Tensor, "context seq"]
     activations: Float[Tensor, "context seq d_in"] | None
+    sections: Int[Tensor, "context seq"] | None = None
 
     def contexts(self, first: int, end: int) -> ContextBatch:
         """Those from `first` up to `end`, as a batch of their own."""
@@ -175,6 +209,7 @@ class ContextBatch:
             self.documents[part],
             self.eligible[part],
             None if self.activations is None else self.activations[part],
+            None if self.sections is None else self.sections[part],
         )
 
 
@@ -249,7 +284,7 @@ class ActivationCache:
         if entry.tokens == 0:
             raise CacheError(f"cache {str(self.path)!r}: every training token is masked, so there are no statistics")
         mean = torch.tensor(entry.sum, dtype=torch.float64) / entry.tokens
-        return Statistics(entry.tokens, mean.float(), entry.sum_of_squares / entry.tokens)
+        return Statistics(entry.tokens, mean, entry.sum_of_squares / entry.tokens)
 
     def documents(self, split: str = TRAIN) -> list[str]:
         """Names of the split's documents, in order.
@@ -265,15 +300,23 @@ class ActivationCache:
         """Number of shards of a split."""
         return self.manifest.shards(split)
 
+    def token_columns(self, split: str, number: int) -> dict[str, Tensor]:
+        """What a shard says of each token, `[rows]` each: `tokens` and `documents`.
+
+        And `sections` if documents were cut, and `counted` if only some roles of chats count.
+        """
+        name, rows = shard_name("tokens", split, number), (self.manifest.shard_rows(split, number),)
+        return {column: self._tensor(name, column, _COLUMN_TYPES[column], rows) for column in self._columns()}
+
     def token_shard(self, split: str, number: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """Tokens and document indices of a shard, int32."""
-        name, rows = shard_name("tokens", split, number), (self.manifest.shard_rows(split, number),)
-        return self._tensor(name, "tokens", torch.int32, rows), self._tensor(name, "documents", torch.int32, rows)
+        columns = self.token_columns(split, number)
+        return columns["tokens"], columns["documents"]
 
     def eligible_shard(self, split: str, number: int) -> Bool[Tensor, " rows"]:
         """Which rows of a shard count."""
-        tokens, _ = self.token_shard(split, number)
-        return eligible_rows(tokens, self.policy, self.context_length)
+        columns = self.token_columns(split, number)
+        return eligible_rows(columns["tokens"], self.policy, self.context_length, columns.get("counted"))
 
     def activation_shard(self, hook: str, split: str, number: int) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
         """Activations `[rows, d_in]` of a shard as stored, mapped into memory; and the scale per row for int8."""
@@ -311,8 +354,9 @@ class ActivationCache:
         first_row = 0
         needed = range(min(self.shards(split), -(-left // (self.manifest.shard_contexts * length))))
         for number in self._checked(needed, hook or "tokens", split):
-            tokens, documents = self.token_shard(split, number)
-            eligible = eligible_rows(tokens, self.policy, length)
+            columns = self.token_columns(split, number)
+            tokens, documents, sections = columns["tokens"], columns["documents"], columns.get("sections")
+            eligible = eligible_rows(tokens, self.policy, length, columns.get("counted"))
             activations, scale = self.activation_shard(hook, split, number) if hook else (None, None)
             for start, whole_stop in _batch_ranges(len(tokens), length, batch_contexts):
                 cut_short = left < whole_stop - start
@@ -330,6 +374,7 @@ class ActivationCache:
                     documents[start:stop].view(-1, seq).long(),
                     eligible[start:stop].view(-1, seq),
                     x,
+                    None if sections is None else sections[start:stop].view(-1, seq).long(),
                 )
                 if cut_short:
                     return
@@ -345,6 +390,9 @@ class ActivationCache:
                     waiting.append(begin(numbers[place + len(waiting)]))
                 waiting.popleft().result()
                 yield number
+
+    def _columns(self) -> Sequence[str]:
+        return self.manifest.data.get("token_columns", _PLAIN_COLUMNS)
 
     def _hook(self, hook: str) -> HookEntry:
         if hook not in self.manifest.hooks:
@@ -384,13 +432,23 @@ class ActivationCache:
         return f" ({given})" if given else ""
 
 
-def eligible_rows(tokens: Int[Tensor, " rows"], policy: TokenPolicy, context_length: int) -> Bool[Tensor, " rows"]:
-    """Which rows count, for rows that begin at a context's start and may end inside one."""
+def eligible_rows(
+    tokens: Int[Tensor, " rows"], policy: TokenPolicy, context_length: int, counted: Bool[Tensor, " rows"] | None = None
+) -> Bool[Tensor, " rows"]:
+    """Which rows count, for rows that begin at a context's start and may end inside one.
+
+    Args:
+        tokens: ids.
+        policy: decides by ids and positions.
+        context_length: tokens of a context.
+        counted: False for tokens of a chat's roles that do not count; None: there are none.
+    """
     whole = len(tokens) // context_length * context_length
     parts = [tokens[:whole].view(-1, context_length)]
     if whole < len(tokens):
         parts.append(tokens[whole:].view(1, -1))
-    return torch.cat([policy.eligible(part).flatten() for part in parts])
+    eligible = torch.cat([policy.eligible(part).flatten() for part in parts])
+    return eligible if counted is None else eligible & counted
 
 
 def dequantise(activations: Tensor, scale: Tensor | None) -> Float[Tensor, "rows d_in"]:

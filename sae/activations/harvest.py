@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,18 +31,29 @@ from sae.activations.cache import (
     shard_name,
 )
 from sae.config import DataConfig, RunConfig
-from sae.errors import CacheError
-from sae.files import locked, stands, write_bytes
+from sae.corpus import STANDARD_LIBRARY
+from sae.errors import CacheError, DataError
+from sae.files import free_bytes, locked, stands, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label
 from sae.reading import load_tensors, taken_apart
-from sae.tokens import HELD_OUT, SPLITS, TRAIN, PackedRows, Packer, TokenPolicy, packed_shards
+from sae.seeding import STREAMS
+from sae.terminal import complain
+from sae.text.census import Census, combined
+from sae.text.fingerprint import source_fingerprint
+from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_BYTES_OF_TEXT = 8  # a token's id and the number of its document
 _SHARDS_IN_FLIGHT = 2
+_PLAIN_COLUMNS = ["tokens", "documents"]
+_COLUMNS = "token_columns"
+"""In a manifest's data: what token shards hold; missing where equal documents were read as often as they came."""
+_STREAMS = "streams"
+"""In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
 
 
 def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress | None = None) -> ActivationCache:
@@ -65,24 +76,27 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
     with locked(folder, "harvest"):
         if stands(folder / MANIFEST):
             manifest = read_manifest(folder)
-            check_same_request(folder, manifest, config)
+            check_same_request(folder, manifest, config, text=True)
             check_same_model(folder, manifest, language_model)
             if not all(manifest.is_whole(folder, name) for name in manifest.files if _is_text(name)):
-                _write_text(folder, config, language_model, manifest.files)
+                _write_text(folder, config, language_model, manifest.files, manifest.data)
         else:
+            _check_space(folder, config, hook_widths(config, language_model))
             manifest = _begin(folder, config, language_model)
-        _check_space(folder, manifest)
+        _check_space(folder, config, {hook: entry.d_in for hook, entry in manifest.hooks.items()}, manifest)
         _Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
     return ActivationCache(folder)
 
 
-def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> None:
-    """Raise CacheError where the cache was made with other settings than `config`'s."""
+def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, text: bool = False) -> None:
+    """Raise CacheError if the cache was made with other settings than `config`'s; with `text`, from other text too."""
+    _check_sources(folder, manifest, config.data, text=text)
     asked = {
         "model.revision": config.model.revision,
         "model.weight_processing": config.model.weight_processing,
         "model.dtype": config.model.dtype,
-        **{f"data.{key}": value for key, value in _data_identity(config.data).items()},
+        "data.revision": config.data.revision,
+        **{f"data.{key}": value for key, value in _data_identity(config.data).items() if key != "source"},
         "data.tokens": config.data.tokens,
         "data.held_out_tokens": config.data.held_out_tokens,
         "data.context_length": config.data.context_length,
@@ -92,6 +106,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
         "harvest.shard_contexts": config.harvest.shard_contexts,
         "harvest.masked_positions": config.harvest.masked_positions,
         "harvest.mask_special_tokens": config.harvest.mask_special_tokens,
+        "data.chat_roles": None if config.data.chat_roles is None else list(config.data.chat_roles),
     }
     model = manifest.model
     held = {
@@ -107,6 +122,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
         "harvest.shard_contexts": manifest.shard_contexts,
         "harvest.masked_positions": manifest.tokens.get("masked_positions"),
         "harvest.mask_special_tokens": manifest.tokens.get("mask_special_tokens"),
+        "data.chat_roles": manifest.tokens.get("chat_roles"),
     }
     files = fingerprint(config.model.name)
     if files is None or model.get("fingerprint") is None:
@@ -127,7 +143,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig) -> N
 def check_same_model(folder: Path, manifest: Manifest, language_model: LanguageModel) -> None:
     """Raise CacheError where the cache was made by other weights, weight processing or tokenizer; names may differ."""
     info = language_model.info.to_json()
-    for key in ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256"):
+    for key in ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256", "code_sha256"):
         if manifest.model.get(key) != info[key]:
             raise CacheError(
                 f"cache {str(folder)!r}: of another model: {key} is {manifest.model.get(key)!r} there and "
@@ -135,10 +151,78 @@ def check_same_model(folder: Path, manifest: Manifest, language_model: LanguageM
             )
 
 
+def _where_from(data: DataConfig) -> dict[str, Any]:
+    """Sources by what they hold, not by where they lie: a folder's or file's name, and a hash of its texts."""
+    prints = [_fingerprint(source) for source in data.sources]
+    names = [
+        source if known is None else label
+        for source, label, known in zip(data.sources, data.labels, prints, strict=True)
+    ]
+    return {
+        "source": names[0] if isinstance(data.source, str) else names,
+        **({"fingerprints": prints} if any(prints) else {}),
+    }
+
+
+def _fingerprint(source: str) -> str | None:
+    """None for what is no folder or file of texts (any more)."""
+    if source == STANDARD_LIBRARY:
+        return None
+    try:
+        return source_fingerprint(source)
+    except (DataError, OSError):
+        return None
+
+
+def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: bool) -> None:
+    """Raise CacheError if the cache's text came from elsewhere; with `text`, if it has changed since, too."""
+    source = manifest.data.get("source")
+    held = [source] if isinstance(source, str) else list(source or [])
+    prints = manifest.data.get("fingerprints", [None] * len(held))
+    other = CacheError(
+        f"cache {str(folder)!r}: made with data.source={source!r}, now "
+        f"{data.source if isinstance(data.source, str) else list(data.sources)!r} is asked for; set harvest.cache to "
+        "another folder, or delete this one"
+    )
+    if len(held) != len(data.sources):
+        raise other
+    for before, known, asked, label in zip(held, prints, data.sources, data.labels, strict=True):
+        if known is None:
+            if before != asked and (
+                Path(before).is_absolute() == Path(asked).is_absolute() or not _same_path(before, asked)
+            ):
+                raise other
+            continue
+        now = _fingerprint(asked) if text or before != label else known
+        named_alike = before == label or len(held) == 1
+        if now == known and named_alike:
+            continue
+        if before != label:
+            raise other
+        if now is not None:
+            raise CacheError(
+                f"cache {str(folder)!r}: the text of data.source={asked!r} has changed since it was made; set "
+                "harvest.cache to another folder (or delete this one) to read it anew, or put the text back; sae eval "
+                "and sae features take the cache as it is"
+            )
+
+
+def _same_path(one: str, other: str) -> bool:
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _columns(data: DataConfig) -> list[str]:
+    cut, by_role = data.section_characters is not None, data.chat_roles is not None
+    return [*_PLAIN_COLUMNS, *(["sections"] if cut else []), *(["counted"] if by_role else [])]
+
+
 def _data_identity(data: DataConfig) -> dict[str, Any]:
     """The settings that decide the text; weights, as shares that sum to 1, only where there are several sources."""
     keys = ("subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction", "holdout_seed")
     settings = {key: getattr(data, key) for key in keys}
+    settings |= {
+        key: value for key in ("holdout_by", "tokenizer", "revision") if (value := getattr(data, key)) is not None
+    }
     if isinstance(data.source, str):
         return {"source": data.source, **settings}
     return {"source": list(data.sources), "weights": list(data.shares), **settings}
@@ -150,22 +234,32 @@ class _Text:
 
     files: dict[str, FileEntry]
     source_tokens: dict[str, dict[str, int]]
+    census: tuple[Census, ...]
 
 
 def _write_text(
-    folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry]
-) -> _Text:
-    """Text to token shards and the documents' names. Repeated from the start when interrupted."""
-    data = config.data
+    folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry],
+    before: dict[str, Any] | None = None,
+) -> _Text:  # fmt: skip
+    """Text to token shards and the documents' names. Repeated from the start when interrupted.
+
+    `before` is what the manifest says of the text that is to be restored.
+    """
+    data, before = config.data, {_STREAMS: STREAMS, _COLUMNS: _columns(config.data)} if before is None else before
     bos = language_model.bos if data.prepend_bos else None
     rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
     packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
     files: dict[str, FileEntry] = {}
     counts = dict.fromkeys(SPLITS, 0)
     rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    for split, packed in packed_shards(data, language_model.tokenizer, config.harvest.shard_contexts, packers):
+    shard_contexts, columns = config.harvest.shard_contexts, before.get(_COLUMNS, _PLAIN_COLUMNS)
+    census = [Census() for _ in data.sources]
+    for split, packed in packed_shards(
+        data, language_model.tokenizer, shard_contexts, packers, before.get(_STREAMS, 1), census, _COLUMNS in before
+    ):
         name = shard_name("tokens", split, counts[split])
-        files[name] = _write(folder, name, save(_token_tensors(packed)), len(packed.tokens), expected.get(name))
+        tensors = {column: torch.from_numpy(getattr(packed, column)) for column in columns}
+        files[name] = _write(folder, name, save(tensors), len(packed.tokens), expected.get(name))
         counts[split] += 1
         numbers, rows_each = np.unique(packed.documents, return_counts=True)
         rows_of[split].update(dict(zip(numbers.tolist(), rows_each.tolist(), strict=True)))
@@ -174,7 +268,7 @@ def _write_text(
     files[DOCUMENTS] = _write(folder, DOCUMENTS, content, sum(map(len, names.values())), expected.get(DOCUMENTS))
     several = SPLITS if len(data.sources) > 1 else ()
     source_tokens = {split: tokens_by_source(data.labels, names[split], rows_of[split]) for split in several}
-    return _Text(dict(sorted(files.items())), source_tokens)
+    return _Text(dict(sorted(files.items())), source_tokens, tuple(census))
 
 
 def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Manifest:
@@ -185,13 +279,23 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
         masked_positions=harvest_config.masked_positions,
         mask_special_tokens=harvest_config.mask_special_tokens,
     )
+    policy = dataclasses.replace(policy, chat_roles=data.chat_roles)
     text = _write_text(folder, config, language_model, expected={})
+    for label, census in zip(data.labels, text.census, strict=True):
+        for line in census.lines(label, chose_unit=data.holdout_by is not None):
+            complain(line)
     text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
-    example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
-    widths = {hook: x.shape[-1] for hook, x in language_model.activations(example, harvest_config.hooks).items()}
+    widths = hook_widths(config, language_model)
     manifest = Manifest(
         model=language_model.info.to_json(),
-        data={**_data_identity(data), **({"source_tokens": text.source_tokens} if text.source_tokens else {})},
+        data={
+            **_data_identity(data),
+            **({_STREAMS: STREAMS} if data.shuffle_documents else {}),
+            _COLUMNS: _columns(data),
+            **combined(text.census),
+            **_where_from(data),
+            **({"source_tokens": text.source_tokens} if text.source_tokens else {}),
+        },
         tokens={**policy.to_json(), "mask_special_tokens": harvest_config.mask_special_tokens},
         context_length=data.context_length,
         shard_contexts=harvest_config.shard_contexts,
@@ -203,6 +307,12 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     )
     _write_manifest(folder, manifest)
     return manifest
+
+
+def hook_widths(config: RunConfig, language_model: LanguageModel) -> dict[str, int]:
+    """Numbers a token has at each hook point."""
+    example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
+    return {hook: x.shape[-1] for hook, x in language_model.activations(example, config.harvest.hooks).items()}
 
 
 class _Harvester:
@@ -221,16 +331,17 @@ class _Harvester:
         self.done = 0
 
     def run(self) -> None:
+        self._advance(self._rows_there())
         writing: deque[tuple[list[tuple[str, Future[FileEntry]]], dict[str, tuple[Tensor, float, int]]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for split, number in self._shards():
-                tokens = self._tokens(shard_name("tokens", split, number))
+                columns = self._columns(shard_name("tokens", split, number))
+                tokens = columns["tokens"].long()
                 names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
                 missing = {hook: name for hook, name in names.items() if not self.manifest.is_whole(self.folder, name)}
                 if not missing:
-                    self._advance(len(tokens))
                     continue
-                stored, sums = self._forward(tokens, split)
+                stored, sums = self._forward(tokens, columns.get("counted"), split)
                 futures = [(name, pool.submit(self._write, name, stored[hook])) for hook, name in missing.items()]
                 writing.append((futures, sums))
                 if len(writing) > _SHARDS_IN_FLIGHT:
@@ -241,27 +352,36 @@ class _Harvester:
             self.manifest.complete = True
             _write_manifest(self.folder, self.manifest)
 
+    def _rows_there(self) -> int:
+        """Rows of shards that an earlier process wrote."""
+        size = self.manifest.shard_contexts * self.manifest.context_length
+        return sum(
+            min(size, self.manifest.rows[split] - number * size)
+            for split, number in self._shards()
+            if all(self.manifest.is_whole(self.folder, shard_name(h, split, number)) for h in self.manifest.hooks)
+        )
+
     def _shards(self) -> Iterator[tuple[str, int]]:
         shard_rows = self.manifest.shard_contexts * self.manifest.context_length
         for split in SPLITS:
             for number in range(-(-self.manifest.rows[split] // shard_rows)):
                 yield split, number
 
-    def _tokens(self, name: str) -> Tensor:
+    def _columns(self, name: str) -> dict[str, Tensor]:
         path = self.folder / name
         with taken_apart(path, RESTORE):
-            return load_tensors(path, expected=self.manifest.files[name].sha256, remedy=RESTORE)["tokens"].long()
+            return load_tensors(path, expected=self.manifest.files[name].sha256, remedy=RESTORE)
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> FileEntry:
         rows = len(tensors["activations"])
         return _write(self.folder, name, save(tensors), rows, self.manifest.files.get(name))
 
     def _forward(
-        self, tokens: Tensor, split: str
+        self, tokens: Tensor, counted: Tensor | None, split: str
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[Tensor, float, int]]]:
         """A shard's activations as they will be stored, and each hook's sums over the eligible tokens of TRAIN."""
         hooks, length = list(self.manifest.hooks), self.manifest.context_length
-        eligible = eligible_rows(tokens, self.policy, length)
+        eligible = eligible_rows(tokens, self.policy, length, counted)
         stored = {hook: _empty(len(tokens), self.manifest.hooks[hook].d_in, self.manifest.dtype) for hook in hooks}
         sums = {hook: (torch.zeros(self.manifest.hooks[hook].d_in, dtype=torch.float64), 0.0, 0) for hook in hooks}
         step = self.batch_contexts * length
@@ -320,10 +440,6 @@ def _add_sums(
     return total + x.sum(0).cpu(), squares + float(x.square().sum()), count + len(x)
 
 
-def _token_tensors(packed: PackedRows) -> dict[str, Tensor]:
-    return {"tokens": torch.from_numpy(packed.tokens), "documents": torch.from_numpy(packed.documents)}
-
-
 def _empty(rows: int, d_in: int, dtype: str) -> dict[str, Tensor]:
     tensors = {"activations": torch.empty(rows, d_in, dtype=getattr(torch, dtype))}
     return {**tensors, "scale": torch.empty(rows)} if dtype == "int8" else tensors
@@ -334,7 +450,9 @@ def _write(folder: Path, name: str, content: bytes, rows: int, expected: FileEnt
     entry = FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     if expected is not None and entry != expected:
         cause = (
-            "the text has changed" if _is_text(name) else "other hardware, library versions or harvest.batch_contexts"
+            "the text has changed, or this version reads it in another way"
+            if _is_text(name)
+            else "other hardware, library versions or harvest.batch_contexts"
         )
         raise CacheError(
             f"cache {str(folder)!r}: {name} was made again and differs from its checksum ({cause}); "
@@ -353,13 +471,19 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     write_bytes(folder / MANIFEST, (json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _check_space(folder: Path, manifest: Manifest) -> None:
+def cache_bytes(config: RunConfig, widths: Mapping[str, int]) -> int:
+    """Size of the activations, tokens and documents' numbers that `config` asks for."""
+    data, dtype = config.data, config.harvest.dtype
+    per_row = sum(widths.values()) * _BYTES[dtype] + 4 * len(widths) * (dtype == "int8") + _BYTES_OF_TEXT
+    return (data.tokens + data.held_out_tokens) * per_row
+
+
+def _check_space(folder: Path, config: RunConfig, widths: Mapping[str, int], manifest: Manifest | None = None) -> None:
     """Refuse to begin what cannot end: bytes still to write against bytes free."""
-    per_row = sum(entry.d_in * _BYTES[manifest.dtype] for entry in manifest.hooks.values())
-    per_row += 4 * len(manifest.hooks) * (manifest.dtype == "int8")
-    files = [name for name in manifest.files if not _is_text(name) and manifest.is_whole(folder, name)]
-    written = sum(manifest.files[name].bytes for name in files)
-    needed, free = sum(manifest.rows.values()) * per_row - written, shutil.disk_usage(folder).free
+    written = 0
+    if manifest is not None:
+        written = sum(manifest.files[name].bytes for name in manifest.files if manifest.is_whole(folder, name))
+    needed, free = cache_bytes(config, widths) - written, free_bytes(folder)
     if needed > free:
         raise CacheError(
             f"disk full: cache {str(folder)!r} needs {needed / 1e9:,.2f} GB more, {free / 1e9:,.2f} GB are free: "
@@ -374,7 +498,12 @@ def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
             f"hook {hook!r}: activations exceed what float16 can hold (65,504); "
             "set harvest.dtype=bfloat16 (and harvest.cache to a new folder)"
         )
-    return (
-        f"hook {hook!r}: the model gives values that are not finite (NaN or infinity); "
-        "set model.dtype=float32, and check the model's weights"
-    )
+    return f"hook {hook!r}: {model_not_finite(manifest.model.get('dtype'))}"
+
+
+def model_not_finite(dtype: str | None) -> str:
+    """What to do about a model that gives NaN or infinity, by the number type that it computes in."""
+    told = "the model gives values that are not finite (NaN or infinity)"
+    if dtype == "float32":
+        return f"{told} although it computes in float32: check the model's weights"
+    return f"{told}: set model.dtype=float32 (it is {dtype}), and check the model's weights"

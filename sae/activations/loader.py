@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, Statistics, dequantise
+from sae.activations.metadata import dictionary_metadata
 from sae.errors import CacheError
+from sae.seeding import STREAMS, loader_generator_1, numpy_generator
 from sae.tokens import TRAIN
 
 
@@ -29,15 +32,17 @@ class ActivationLoader:
     """Batches `[batch_size, d_in]` of float32 activations, shuffled over tokens, without end.
 
     The cache is cut into blocks of consecutive rows. An epoch permutes the blocks, gathers them into pools of about
-    `pool_tokens` rows from all over the cache, and permutes the rows of each pool. One number, the rows consumed so
-    far, is the whole state: a loader set to it goes on exactly there. The next pool fills while the present one is
-    used, so `pool_bytes` counts two. Beside them a loader keeps one byte a row of the cache: whether it is eligible.
+    `pool_tokens` rows from all over the cache, and permutes the rows of each pool. The rows consumed so far and
+    the version of the streams are the whole state: a loader set to it goes on exactly there. The next pool fills while
+    the present one is used, so `pool_bytes` counts two. Beside them a loader keeps one byte a row of the cache: whether
+    it is eligible.
 
     Args:
         cache: where the activations are.
         hook: hook point.
         batch_size: rows per batch.
         seed: of the shuffle.
+        purpose: what the tokens are shuffled for; orders for two purposes are independent, whatever their seeds.
         pool_tokens: rows shuffled together.
         block_tokens: consecutive rows read together; smaller mixes more finely, larger reads faster.
         device: where batches go; they travel as stored and become float32 there.
@@ -53,6 +58,7 @@ class ActivationLoader:
         *,
         batch_size: int,
         seed: int = 0,
+        purpose: str = "training",
         pool_tokens: int = 262_144,
         block_tokens: int = 64,
         device: str | torch.device = "cpu",
@@ -62,7 +68,7 @@ class ActivationLoader:
         self.d_in = cache.d_in(hook)
         self.batch_size, self.seed, self.block_tokens = batch_size, seed, min(block_tokens, pool_tokens)
         self.device = torch.device(device)
-        self.position = 0
+        self.position, self.purpose, self.streams = 0, purpose, STREAMS
         with cache.checking("tokens", split) as begin:
             checks = [begin(number) for number in range(cache.shards(split))]
             self._eligible_rows = [cache.eligible_shard(split, n) for n, check in enumerate(checks) if check.result()]
@@ -80,6 +86,11 @@ class ActivationLoader:
         return self.cache.statistics(self.hook)
 
     @property
+    def metadata(self) -> dict[str, Any]:
+        """Model, hook point, token policy and text of what is loaded: what a dictionary trained on it is told."""
+        return dictionary_metadata(self.cache, self.hook)
+
+    @property
     def pool_bytes(self) -> int:
         """Memory of both pools."""
         shard, scale = self.cache.activation_shard(self.hook, self.split, 0)
@@ -87,21 +98,34 @@ class ActivationLoader:
         return 2 * per_row * self.pool_tokens
 
     def state_dict(self) -> dict[str, int]:
-        """The cursor."""
-        return {"position": self.position}
+        """The cursor, and the version of the streams that decide the order."""
+        return {"position": self.position, "streams": self.streams}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a cursor; takes effect on the next `iter`."""
-        self.position = state["position"]
+        """Go on from a cursor, in the order that it is of; takes effect on the next `iter`.
+
+        Raises:
+            CacheError: the order is of a version that is not known here.
+        """
+        streams = state.get("streams", 1)
+        if streams not in (1, STREAMS):
+            raise CacheError(
+                f"a loader's state has streams={streams!r}, and 1 to {STREAMS} are known here: go on with the version "
+                "of sae that wrote it, or newer"
+            )
+        self.position, self.streams = state["position"], streams
 
     def restart(self) -> None:
-        """Go to the beginning; takes effect on the next `iter`."""
-        self.position = 0
+        """Go to the beginning of today's order; takes effect on the next `iter`."""
+        self.position, self.streams = 0, STREAMS
 
     @property
     def order(self) -> tuple[object, ...]:
         """What decides which token comes when; loaders that are read side by side must have the same."""
-        return self.split, self.seed, self.tokens_per_epoch, self.pool_tokens, self.block_tokens
+        return (
+            self.split, self.seed, self.purpose, self.streams, self.tokens_per_epoch, self.pool_tokens,
+            self.block_tokens,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
         parts: list[Tensor] = []
@@ -144,7 +168,7 @@ class ActivationLoader:
         """(blocks, where each of their rows goes, rows to skip) of every pool from the present position on."""
         epoch, offset = divmod(self.position, self.tokens_per_epoch)
         while True:
-            blocks = np.random.default_rng([self.seed, epoch, 0]).permutation(len(self._eligible))
+            blocks = self._generator(epoch, 0).permutation(len(self._eligible))
             ends = np.cumsum(self._eligible[blocks])
             cuts = [0]
             while cuts[-1] < len(blocks):
@@ -155,15 +179,22 @@ class ActivationLoader:
                 rows = int(ends[last - 1]) - before
                 if offset >= before + rows:
                     continue
-                order = np.random.default_rng([self.seed, epoch, number + 1]).permutation(rows)
+                order = self._generator(epoch, number + 1).permutation(rows)
                 yield blocks[first:last], torch.from_numpy(order), max(offset - before, 0)
             epoch, offset = epoch + 1, 0
+
+    def _generator(self, epoch: int, number: int) -> np.random.Generator:
+        """Of an epoch's blocks (number 0), or of the rows of one of its pools (numbers 1, 2, …)."""
+        if self.streams == 1:
+            return loader_generator_1(self.seed, epoch, number)
+        return numpy_generator(f"order of tokens: {self.purpose}", self.seed, epoch, number)
 
     def _new_pool(self) -> _Pool:
         example, scale = self.cache.activation_shard(self.hook, self.split, 0)
         pinned = self.device.type == "cuda"
-        pool = torch.empty(self.pool_tokens, self.d_in, dtype=example.dtype, pin_memory=pinned)
-        return _Pool(pool, None if scale is None else torch.empty(self.pool_tokens, pin_memory=pinned))
+        with torch.inference_mode(False):  # another thread, which is not in the caller's mode, fills it
+            pool = torch.empty(self.pool_tokens, self.d_in, dtype=example.dtype, pin_memory=pinned)
+            return _Pool(pool, None if scale is None else torch.empty(self.pool_tokens, pin_memory=pinned))
 
     def _fill(self, memory: _Pool, blocks: np.ndarray, order: Int[Tensor, " rows"]) -> _Pool:
         """Read blocks in the cache's order, each row straight to its place in the shuffled pool."""

@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from sae.activations.cache import ActivationCache
-from sae.errors import ConfigError
+from sae.errors import CacheError, ConfigError
+from sae.origin import Place
 from sae.transcoding import Hooks
+
+
+def place_of(cache: ActivationCache) -> Place:
+    """The cache as a place where a dictionary is used."""
+    return Place(f"cache {str(cache.path)!r}", cache.manifest.model, CacheError, cache.d_in)
 
 
 def dictionary_metadata(cache: ActivationCache, hook: str, target_hook: str | None = None) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae.dictionary import Codes, Dictionary, checked_k
+from sae.dictionary import Dictionary, checked_k
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.sparse import select_above
 
@@ -31,27 +31,14 @@ class Elementwise(Dictionary):
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
         return select_above(x, self.b_dec, self.W_enc.T, self.b_enc, self.bounds())
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        return self._encode_densely(x) if self._is_dense(x) else super().encode(x)
-
-    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
-        if not self._is_dense(x):
-            return super().encode_sparse(x)
-        features = self._encode_densely(x)
-        values, indices = features.topk(max(int((features > 0).sum(-1).max()), 1), dim=-1)
-        return Codes(values, indices)
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        return self.decode(self._encode_densely(x)) if self._is_dense(x) else super().forward(x)
-
-    def _encode_densely(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        pre = self.pre_activations(x)
-        return self.activate(pre, slice(None)).masked_fill(pre <= self.bounds(), 0)
+    def lets_through(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
+        return ~(pre <= self.bounds())
 
     @torch.no_grad()
     def _is_dense(self, x: Tensor) -> bool:
-        """Whether more features fire on the first rows than sparse products are good for. Waits for the device."""
-        self._check_width(x)
+        """Also if more features fire on the first rows than sparse products are good for. Waits for the device."""
+        if super()._is_dense(x):
+            return True
         rows = x.reshape(-1, self.d_in)[:_PROBE]
         return len(rows) > 0 and bool((self.pre_activations(rows) > self.bounds()).float().mean() > DENSE_ABOVE)
 
@@ -59,7 +46,8 @@ class Elementwise(Dictionary):
 class OneThreshold(Elementwise):
     """f = z · [z > θ] with z = ReLU of the pre-activations, and one θ for all features.
 
-    What is trained by BatchTopK's rule: θ is the running mean of the smallest activation that the rule let through.
+    What is trained by BatchTopK's rule: θ is the smallest activation that the rule lets through on rows that were not
+    trained on.
 
     Attributes:
         k: features per token on average.

@@ -36,7 +36,7 @@ class Gated(Elementwise):
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
 
     @property
-    def b_enc(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def b_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.b_gate
 
     def settings(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.dictionary import Dictionary, checked_k
@@ -33,3 +34,9 @@ class TopK(Dictionary):
 
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
         return select_topk(x, self.b_dec, self.W_enc.T, self.b_enc, self.k)
+
+    def lets_through(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
+        return torch.zeros_like(pre, dtype=torch.bool).scatter(-1, pre.topk(self.k, dim=-1).indices, True)
+
+    def _widest(self, features: Float[Tensor, "*batch d_sae"]) -> int:
+        return self.k

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sae.causal.firings import Firings
+from sae.seeding import numpy_generator
 
 FIRING, RANDOM, ELSEWHERE = 0, 1, 2
 """Kinds of change: of a feature where it fires; as long, in a random direction; of a feature where it does not fire."""
@@ -102,7 +103,7 @@ def plan_changes(features: Sequence[int], firings: Firings, *, null_positions: i
         places = firings.places.rows_of(index)
         if not len(places):
             continue
-        draw = np.random.default_rng([seed, index])
+        draw = numpy_generator("effects: rows elsewhere", seed, index)
         elsewhere = draw.choice(firings.rows, min(null_positions, len(firings.rows)), replace=False)
         for which, rows in ((FIRING, places), (RANDOM, places[:null_positions]), (ELSEWHERE, elsewhere)):
             feature.append(np.full(len(rows), index, dtype=np.int64))

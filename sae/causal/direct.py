@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.causal.continuation import Continuation, Readout
 from sae.evaluation.estimate import double, row_sums
 from sae.language_model import LanguageModel
+from sae.tail import Readout
 
 _ROUNDING = 0.05
 
@@ -67,8 +67,9 @@ class DirectPath:
             return None
         path = DirectPath(language_model.unembedding(), not cfg.uses_rms_norm, float(cfg.eps))
         two = torch.tensor([[0, 1]], device=language_model.device)
-        continuation = Continuation(language_model, hook)
-        return path if path.gives(continuation(two, continuation.activations(two), two)) else None
+        tail = language_model.tail(hook)
+        start = tail.start(two)
+        return path if path.gives(tail.read_out(start, tail.activations(start), two)) else None
 
     def gives(self, readout: Readout) -> bool:
         """Whether logits differ between the first two positions as the normed residual does through W_U.

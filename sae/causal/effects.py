@@ -152,6 +152,7 @@ class Effects:
         over_features: direct against measured, one entry a feature, its means; None where the direct path is not known.
         over_positions: the same, one entry a place.
         key: hash of weights, data, model and settings, by which a stale result is known.
+        road: how changes at the hook point became logits, in words; None in older results.
     """
 
     features: dict[int, FeatureEffect]
@@ -165,6 +166,7 @@ class Effects:
     over_features: Correlation | None
     over_positions: Correlation | None
     key: str
+    road: str | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -225,7 +227,7 @@ class Effects:
                 f"({FORMAT_VERSION}); update the package"
             )
         try:
-            values = {name: record[name] for name in _names(Effects)}
+            values = {name: record[name] for name in _names(Effects) if name != "road" or name in record}
             effects = [FeatureEffect.from_json(entry) for entry in values["features"]]
             values["features"] = {effect.feature: effect for effect in effects}
             values["settings"] = EffectSettings(**values["settings"])

@@ -95,6 +95,8 @@ def scan_firings(
     found = _Found(dictionary.d_sae, positions, seed, features)
     of = min(cache.rows(HELD_OUT), tokens or cache.rows(HELD_OUT))
     at_once = max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
+    if progress is not None:
+        progress(0, of)
     for batch in cache.contexts(HELD_OUT, hook, batch_contexts=at_once, max_tokens=tokens):
         assert batch.activations is not None
         values, indices = dictionary.encode_sparse(batch.activations[batch.eligible].to(device))
@@ -126,7 +128,7 @@ def spread(
     of the firings, and then of those parts together, is what is kept of all at once.
     """
     blank = np.zeros(len(row), dtype=np.float32)
-    key = random_keys(Block(feature, row, blank, document, row), seed)
+    key = random_keys(Block(feature, row, blank, document, row), "effects: places", seed)
     order = np.lexsort((row, key, document, feature))
     turn = _place_in_run(feature[order], document[order])
     order = order[np.lexsort((row[order], key[order], turn, feature[order]))]

@@ -12,8 +12,8 @@ import torch
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import check_same_model
+from sae.activations.metadata import place_of
 from sae.causal.changes import FIRING, Changes, plan_changes
-from sae.causal.continuation import Continuation
 from sae.causal.direct import DirectPath
 from sae.causal.effects import Effects, EffectSettings, FeatureEffect
 from sae.causal.firings import Firings, scan_firings
@@ -27,12 +27,17 @@ from sae.evaluation.report import identify
 from sae.features.vocabulary import Vocabulary
 from sae.files import locked
 from sae.language_model import LanguageModel
+from sae.modes import without_autocast
+from sae.origin import check_belongs
+from sae.seeding import numpy_generator
+from sae.tail import Tail
 from sae.transcoding import Hooks
 
 _FEATURES_AT_ONCE = 64
 Progress = Callable[[str, int, int], None]
 
 
+@without_autocast
 def measure_effects(
     dictionary: Dictionary,
     cache: ActivationCache,
@@ -76,13 +81,14 @@ def measure_effects(
         Effects of the features asked for. Correlations are over all that are known, in `folder` too.
 
     Raises:
-        CacheError: the hook point is not in the cache, or the cache is of another model.
+        CacheError: the hook point is not in the cache, or the cache is of another model than the dictionary
+            or the language model.
         ConfigError: the dictionary has another width or hook point; too little text.
         ModelError: the hook point cannot be replaced.
         UnknownFeatureError: the dictionary has no such feature.
     """
     settings, report = settings or EffectSettings(), progress or _silent
-    continuation = _checked(dictionary, cache, language_model, hook, features)
+    tail = _checked(dictionary, cache, language_model, hook, features)
     if dictionary.W_dec.device != torch.empty(0, device=device).device:
         dictionary = copy.deepcopy(dictionary).to(device)
     path = None if folder is None else Path(folder).expanduser()
@@ -96,7 +102,7 @@ def measure_effects(
         )  # fmt: skip
         chosen = sorted(set(features)) if features is not None else draw_features(firings, sample, settings.seed)
         meter = ChangeMeter(
-            continuation, DirectPath.of(language_model, hook), dictionary, cache,
+            tail, DirectPath.of(language_model, hook), dictionary, cache,
             mean=firings.mean, scale=settings.scale, window=settings.window, seed=settings.seed,
             batch_contexts=batch_contexts, copies=copies,
         )  # fmt: skip
@@ -124,7 +130,7 @@ def draw_features(firings: Firings, sample: int | None, seed: int) -> list[int]:
             "read; read more of them, or name features"
         )
     if sample is not None and sample < len(alive):
-        alive = np.random.default_rng(seed).choice(alive, sample, replace=False)
+        alive = numpy_generator("effects: features", seed).choice(alive, sample, replace=False)
     return sorted(alive.tolist())
 
 
@@ -136,6 +142,8 @@ def _measured(
     plan = plan_changes(features, firings, null_positions=settings.null_positions, seed=settings.seed)
     density, done = firings.density, 0
     W_U = meter.direct.W_U if meter.direct is not None else None
+
+    report("effects", 0, len(plan))
 
     def count(made: int) -> None:
         nonlocal done
@@ -158,7 +166,7 @@ def _measured(
 def _checked(
     dictionary: Dictionary, cache: ActivationCache, language_model: LanguageModel, hook: str,
     features: Sequence[int] | None,
-) -> Continuation:  # fmt: skip
+) -> Tail:  # fmt: skip
     """The model at the hook point, where everything fits together."""
     trained_on = dictionary.metadata.get("hook")
     if Hooks.of(dictionary.metadata).of_transcoder:
@@ -166,18 +174,12 @@ def _checked(
             f"the dictionary is a transcoder, from {trained_on!r} to {dictionary.metadata['target_hook']!r}: effects "
             "are measured of dictionaries that give what they read"
         )
-    if trained_on is not None and trained_on != hook:
-        raise ConfigError(f"hook {hook!r}: the dictionary was trained on {trained_on!r}; measure its features there")
-    if cache.d_in(hook) != dictionary.d_in:
-        raise ConfigError(
-            f"hook {hook!r}: activations have {cache.d_in(hook):,} numbers, the dictionary takes {dictionary.d_in:,}; "
-            "give the hook point it was trained on"
-        )
+    check_belongs(dictionary, place_of(cache), reads=hook)
     for feature in features or ():
         if not 0 <= feature < dictionary.d_sae:
             raise UnknownFeatureError(f"feature {feature}: the dictionary has features 0 to {dictionary.d_sae - 1}")
     check_same_model(cache.path, cache.manifest, language_model)
-    return Continuation(language_model, hook)
+    return language_model.tail(hook)
 
 
 def _blank(
@@ -187,7 +189,8 @@ def _blank(
     identity, activations, model = identify(dictionary), cache.manifest.identity(hook), language_model.info.to_json()
     key = effects_key(identity, activations, hook, model, settings)
     policy = cache.policy.to_json()
-    return Effects({}, settings, identity, hook, model, activations, policy, 0, None, None, key)
+    road = str(language_model.tail(hook).road)
+    return Effects({}, settings, identity, hook, model, activations, policy, 0, None, None, key, road)
 
 
 def _silent(stage: str, done: int, of: int) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.causal.changes import ELSEWHERE, FIRING, RANDOM, Changes, Plan
-from sae.causal.continuation import Continuation
 from sae.causal.direct import DirectPath
 from sae.causal.firings import measurable
 from sae.dictionary import Dictionary
 from sae.evaluation.estimate import double, row_sums
+from sae.seeding import numpy_generator
+from sae.tail import Start, Tail
 from sae.tokens import HELD_OUT
 
 _CLEAN_LOGITS = 1 << 26
@@ -49,6 +50,7 @@ class _Clean:
     tokens: Int[Tensor, "context seq"]
     documents: Int[Tensor, "context seq"]
     counts: Bool[Tensor, "context seq"]
+    start: Start
     x: Float[Tensor, "context seq d_in"]
     log_p: Float[Tensor, "context seq vocab"] | None = None
     final: Float[Tensor, "context seq d_model"] | None = None
@@ -81,7 +83,7 @@ class ChangeMeter:
     Changes of length 0 are 0 without a pass of the model.
 
     Args:
-        continuation: the model at the hook point.
+        tail: the model from the hook point on.
         direct: from there to the logits; None: not known.
         dictionary: takes raw activations, on whatever device.
         cache: its held-out contexts are changed.
@@ -95,14 +97,14 @@ class ChangeMeter:
     """
 
     def __init__(
-        self, continuation: Continuation, direct: DirectPath | None, dictionary: Dictionary, cache: ActivationCache, *,
+        self, tail: Tail, direct: DirectPath | None, dictionary: Dictionary, cache: ActivationCache, *,
         mean: Float[np.ndarray, " d_sae"], scale: float, window: int, seed: int, batch_contexts: int = 16,
         copies: int = 64,
     ) -> None:  # fmt: skip
-        self.continuation, self.direct, self.dictionary, self.cache = continuation, direct, dictionary, cache
+        self.tail, self.direct, self.dictionary, self.cache = tail, direct, dictionary, cache
         self.mean = torch.from_numpy(np.asarray(mean)).float()
         self.scale, self.window, self.seed = scale, window, seed
-        vocabulary = int(continuation.language_model.bridge.cfg.d_vocab)
+        vocabulary = int(tail.language_model.bridge.cfg.d_vocab)
         self.contexts = max(1, min(batch_contexts, _CLEAN_LOGITS // (cache.context_length * vocabulary)))
         self.copies = max(1, min(copies, _CHANGED_LOGITS // ((1 + window) * vocabulary)))
 
@@ -125,7 +127,7 @@ class ChangeMeter:
 
     def _batches(self, plan: Plan) -> Iterator[tuple[_Clean, _Sites]]:
         """Contexts with something to change in them, a few at a time, and the plan's part that lies in them."""
-        length, device = self.cache.context_length, self.continuation.device
+        length, device = self.cache.context_length, self.tail.language_model.device
         of_change = plan.row // length
         wanted = np.unique(of_change)
         for batch in self.cache.contexts(HELD_OUT, batch_contexts=self.cache.manifest.shard_contexts):
@@ -135,11 +137,13 @@ class ChangeMeter:
                 contexts = here[start : start + self.contexts]
                 chosen = torch.from_numpy(contexts - first)
                 tokens = batch.tokens[chosen].to(device)
+                beginning = self.tail.start(tokens)
                 clean = _Clean(
                     tokens,
                     batch.documents[chosen].to(device),
                     measurable(batch.eligible[chosen]).to(device),
-                    self.continuation.activations(tokens),
+                    beginning,
+                    self.tail.activations(beginning),
                 )
                 part = plan.at(np.isin(of_change, contexts))
                 context = np.searchsorted(contexts, part.row // length)
@@ -163,7 +167,8 @@ class ChangeMeter:
         directions = self.dictionary.W_dec[torch.from_numpy(plan.feature).to(self.dictionary.W_dec.device)]
         directions = directions.float().cpu()
         for number in np.flatnonzero(plan.kind == RANDOM):
-            draw = np.random.default_rng([self.seed, int(plan.feature[number]), int(plan.row[number])])
+            feature, row = int(plan.feature[number]), int(plan.row[number])
+            draw = numpy_generator("effects: random directions", self.seed, feature, row)
             drawn = torch.from_numpy(draw.standard_normal(directions.shape[1])).float()
             directions[number] = drawn * (directions[number].norm() / drawn.norm())
         return directions
@@ -190,9 +195,15 @@ class ChangeMeter:
 
     def _with_clean_pass(self, clean: _Clean) -> _Clean:
         everywhere = torch.arange(clean.tokens.shape[1], device=clean.tokens.device).expand(clean.tokens.shape)
-        readout = self.continuation(clean.tokens, clean.x, everywhere)
+        readout = self.tail.read_out(clean.start, clean.x, everywhere)
         return _Clean(
-            clean.tokens, clean.documents, clean.counts, clean.x, readout.logits.log_softmax(-1), readout.final
+            clean.tokens,
+            clean.documents,
+            clean.counts,
+            clean.start,
+            clean.x,
+            readout.logits.log_softmax(-1),
+            readout.final,
         )
 
     def _changed(self, clean: _Clean, sites: _Sites) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 2"]]:
@@ -209,7 +220,7 @@ class ChangeMeter:
         which = context[:, None]
         same_document = clean.documents[which, read] == clean.documents[context, position][:, None]
         counts = (inside & clean.counts[which, read] & same_document).cpu()
-        log_q = self.continuation(clean.tokens[context, :length], copies, read).logits.log_softmax(-1)
+        log_q = self.tail.read_out(clean.start.at(context, length), copies, read).logits.log_softmax(-1)
         log_p = clean.log_p[which, read]
         next_token = clean.tokens[which, (read + 1).clamp(max=clean.tokens.shape[1] - 1)]
         difference = log_p - log_q

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae.causal.effects import Correlation, Effects, EffectSettings, FeatureEffect, TokenChange
-from sae.evaluation.estimate import Estimate
+from sae.columns import Column, fitted
+from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.render import pipe_table
 from sae.features.text import visible
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _ROWS_IN_MARKDOWN = 100
 _NONE = "–"
+_WIDE = 100
 
 
 def what_is_done(settings: EffectSettings) -> str:
@@ -26,55 +28,63 @@ def what_is_done(settings: EffectSettings) -> str:
     return {0.0: "ablated", 2.0: "doubled"}.get(settings.scale, f"times {settings.scale:g}")
 
 
-def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None, *, narrow: bool = False) -> Table:
+def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None, width: int | None = None) -> Group:
     """The first features in the order of a column, for the terminal; token text is never markup.
 
     Args:
         effects: of some features.
         sort: one of `SORT_COLUMNS`.
         limit: rows; None: all.
-        narrow: leave out density and following positions, so that 80 columns are enough.
+        width: characters of the terminal; below 100 density and following positions are left out. None: it is wide
+            enough.
 
     Raises:
         ConfigError: there is no such column.
     """
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    settings = effects.settings
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"{effects.hook}: features {what_is_done(settings)}, nats", title_justify="left",
-        pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
-    columns = {
-        "feature": lambda effect: str(effect.feature),
-        "density": lambda effect: f"{effect.density:.2%}",
-        "Δ loss": lambda effect: str(effect.loss),
-        f"next {settings.window}": lambda effect: _short(effect.loss_after),
-        "direct": lambda effect: _short(effect.direct),
-        "KL": lambda effect: str(effect.kl),
-        "random": lambda effect: _short(effect.random_kl),
+    settings, chosen = effects.settings, effects.sorted_by(sort)[:limit]
+    with_errors = {"Δ loss": [effect.loss for effect in chosen], "KL": [effect.kl for effect in chosen]}
+    numbers = {
+        "density": [f"{effect.density:.2%}" for effect in chosen],
+        "Δ loss": [],
+        f"next {settings.window}": [_short(effect.loss_after) for effect in chosen],
+        "direct": [_short(effect.direct) for effect in chosen],
+        "KL": [],
+        "random": [_short(effect.random_kl) for effect in chosen],
     }
-    if narrow:
-        del columns["density"], columns[f"next {settings.window}"]
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("more likely then")  # the one that could wrap gives way to the others; its text is cut instead
+    if width is not None and width < _WIDE:
+        del numbers["density"], numbers[f"next {settings.window}"]
+    columns = [
+        Column(name, [str(estimate) for estimate in with_errors[name]], [_short(one) for one in with_errors[name]])
+        if name in with_errors else Column(name, cells)
+        for name, cells in numbers.items()
+    ]  # fmt: skip
     between = Text(" ", no_wrap=True, overflow="ellipsis")
-    for effect in effects.sorted_by(sort)[:limit]:
-        tokens = between.join(Text(visible(change.token), style="on grey23") for change in effect.raised)
-        table.add_row(*(text(effect) for text in columns.values()), tokens)
-    return table
+    tokens = [
+        between.join(Text(visible(change.token), style="on grey23") for change in effect.raised) for effect in chosen
+    ]
+    feature = Column("feature", [str(effect.feature) for effect in chosen])
+    return fitted(
+        [feature, *columns, Column("more likely then", tokens, is_text=True, is_cut=True)], width,
+        title=f"{effects.hook}: features {what_is_done(settings)}, nats",
+    )  # fmt: skip
 
 
 def table_note(effects: Effects, sort: str, limit: int | None) -> str:
     """What stands under the table."""
     shown = len(effects) if limit is None else min(limit, len(effects))
     return (
-        f"{shown:,} of {len(effects):,} features by {sort}. Means over places; ± standard error over documents. "
-        "direct: Δ loss to first order, through no block; random: KL of a random direction as long."
+        f"{shown:,} of {len(effects):,} measured features by {sort}; "
+        f"the dictionary has {effects.dictionary['d_sae']:,}. Means over places; {_errors(effects)}. "
+        "direct: Δ loss to first order, through no block; random: "
+        "KL of a random direction as long."
     )
+
+
+def _errors(effects: Effects) -> str:
+    """What stands after ±, or why nothing does."""
+    return error_note({"documents": max((effect.documents for effect in effects.features.values()), default=2)})
 
 
 def effect_lines(effect: FeatureEffect, settings: EffectSettings) -> str:
@@ -132,7 +142,8 @@ def markdown(effects: Effects, figure: str | None) -> str:
         f"{len(effects):,} features, {what_is_done(settings)} (f becomes {settings.scale:g}·f) at up to "
         f"{settings.positions} places each, one place of one context at a time, found in {effects.tokens:,} held-out "
         f"tokens. Losses and divergences in nats: of the next token at the place, and summed over the following "
-        f"{settings.window} positions of its document. ± is the standard error over documents.",
+        f"{settings.window} positions of its document. {_errors(effects)}."
+        + (f" {effects.road[0].upper()}{effects.road[1:]}." if effects.road else ""),
         "## All features",
         pipe_table(
             ["mean of a feature", *(f"{share:.0%}" for share in _QUANTILES)], _distributions(measured), text_columns=1

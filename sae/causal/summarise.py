@@ -14,6 +14,7 @@ from sae.causal.effects import Correlation, FeatureEffect, TokenChange
 from sae.causal.meter import TokenSums
 from sae.evaluation.estimate import Estimate, ratio
 from sae.features.vocabulary import Vocabulary
+from sae.seeding import numpy_generator
 
 _SHUFFLES = 200
 _MIDDLE = (2.5, 97.5)
@@ -90,7 +91,7 @@ def over_features(effects: list[FeatureEffect], seed: int) -> Correlation | None
     if not pairs:
         return None
     direct, measured = np.array(pairs, dtype=np.float64).T
-    draw = np.random.default_rng(seed)
+    draw = numpy_generator("effects: shuffled features", seed)
     shuffled = [pearson(direct, measured[draw.permutation(len(measured))]) for _ in range(_SHUFFLES)]
     return _correlation(pearson(direct, measured), shuffled, len(direct))
 
@@ -102,7 +103,7 @@ def over_positions(changes: Changes, seed: int) -> Correlation | None:
         return None
     fires = fires.at(np.argsort(fires.feature, kind="stable"))
     _, start, of, count = np.unique(fires.feature, return_index=True, return_inverse=True, return_counts=True)
-    draw = np.random.default_rng(seed)
+    draw = numpy_generator("effects: shuffled places", seed)
 
     def shuffled() -> float | None:
         other = draw.permutation(len(start))[of]

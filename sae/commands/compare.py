@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from sae.terminal import output, say
+
 
 @click.command()
 @click.argument("arguments", nargs=-1, required=True, metavar="DICTIONARY... [KEY=VALUE]...")
@@ -20,8 +22,6 @@ def compare(options: dict[str, bool], arguments: tuple[str, ...], on: Path | Non
     on these already is taken from its eval.json. KEY=VALUE overrides settings of the run that the tokens are of:
     evaluation.*, model.*, harvest.cache, device.
     """
-    from rich.console import Console
-
     from sae.commands.overrides import evaluation_overrides
     from sae.comparison import compare_folders
     from sae.evaluation import comparison_tables
@@ -30,7 +30,8 @@ def compare(options: dict[str, bool], arguments: tuple[str, ...], on: Path | Non
     overrides, places = evaluation_overrides(arguments)
     with progress_bars(quiet=options["quiet"]) as progress:
         comparison = compare_folders(places, on=on, out=out, overrides=overrides, progress=progress)
-    for table in comparison_tables(comparison):
-        Console().print(table)
+    console = output()
+    for table in comparison_tables(comparison, console.width):
+        console.print(table, "")
     if out is not None:
-        click.echo(f"compare.md and compare.json in {out}")
+        say(f"compare.md and compare.json in {out}")

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from sae.terminal import output
+
 _DRAWN = 200
-_WIDE = 100
 
 
 @click.command()
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("indices", nargs=-1, type=int, metavar="[FEATURE]...")
+@click.argument("arguments", nargs=-1, metavar="[FEATURE]... [KEY=VALUE]...")
 @click.option("--scale", default=0.0, show_default=True, help="Factor of the activations: 0 ablates, 2 doubles.")
 @click.option(
     "--features",
@@ -32,7 +33,7 @@ _WIDE = 100
 def effects(
     options: dict[str, bool],
     path: Path,
-    indices: tuple[int, ...],
+    arguments: tuple[str, ...],
     scale: float,
     drawn: int,
     positions: int,
@@ -47,20 +48,21 @@ def effects(
     Each is ablated (or scaled) on held-out text, at one place at a time where it fires, and the change of the
     next-token loss and distribution is measured there and at the positions after it, beside the first-order effect of
     its direction on the logits, and beside random directions. effects.json, effects.md and a figure are written into
-    RUN, a run folder; what is there already, of the same weights, data and settings, is not measured again.
+    RUN, a run folder; what is there already, of the same weights, data and settings, is not measured again. KEY=VALUE
+    overrides settings of the run: model.*, harvest.cache, device.
     """
-    from rich.console import Console
-
     from sae import pipeline
     from sae.causal import EffectSettings, measure_effects
     from sae.causal.effects import check_column
     from sae.causal.render import effects_table, summary_lines, table_note
+    from sae.commands.overrides import features_and_overrides
     from sae.progress import progress_bars
 
     check_column(sort)
+    indices, overrides = features_and_overrides(arguments, path)
     settings = EffectSettings(scale, positions, null_positions, window, tokens)
     with progress_bars(quiet=options["quiet"], units={"effects": "changes"}) as progress:
-        run = pipeline.Run.open(path, (), progress)
+        run = pipeline.Run.open(path, overrides, progress)
         measured = measure_effects(
             run.dictionary(),
             run.cache(),
@@ -73,7 +75,7 @@ def effects(
             device=run.device,
             progress=progress,
         )
-    console = Console()
-    console.print(effects_table(measured, sort, limit, narrow=console.width < _WIDE))
+    console = output()
+    console.print(effects_table(measured, sort, limit, console.width))
     for line in (table_note(measured, sort, limit), *summary_lines(measured)):
-        console.print(line, highlight=False)
+        console.print(line)

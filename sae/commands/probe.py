@@ -9,6 +9,7 @@ import click
 
 from sae.commands.keys import with_keys
 from sae.errors import SaeError
+from sae.terminal import output, say
 
 
 def _keys() -> Iterator[tuple[str, str, str]]:
@@ -32,8 +33,6 @@ def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> N
     113 data sets of that package, or the folder that its wheel was unpacked to; or 'first-letters' for splitting and
     absorption of the first letters of words. Left out: sae-probes.
     """
-    from rich.console import Console
-
     from sae import pipeline
     from sae.probing.data import SAE_PROBES, find_data
     from sae.probing.of_run import probe_run
@@ -50,11 +49,11 @@ def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> N
     with progress_bars(quiet=options["quiet"], units={"probes": "data sets"}) as progress:
         run = pipeline.Run.open(path, settings.of_run, progress)
         record = probe_run(run, data, settings.probes, letters=settings.letters if with_letters else None)
-    console = Console()
+    console = output()
     if record.results:
-        console.print(summary_table(record))
+        console.print(summary_table(record, console.width))
     if record.letters is not None:
-        console.print(letters_table(record))
-    click.echo(f"{len(record.entries) - len(record.failures)} probed; tables in {run.folder / MARKDOWN_FILE}")
+        console.print(letters_table(record, console.width))
+    say(f"{len(record.entries) - len(record.failures)} probed; tables in {run.folder / MARKDOWN_FILE}")
     if record.failures:
         raise SaeError(f"{len(record.failures)} data sets were not probed; {MARKDOWN_FILE} says why")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from sae.terminal import output, say
+
 
 @click.command()
 @click.argument("experiments", nargs=-1, metavar="[EXPERIMENT]...")
@@ -26,15 +28,13 @@ def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: P
     into the folder. What it holds already is not run again, so that an interruption loses only the experiment that was
     running.
     """
-    from rich.console import Console
-
     from sae.progress import progress_bars
     from sae.superposition import EXPERIMENTS, run
     from sae.superposition.report import show
 
     with progress_bars(quiet=options["quiet"], units=dict.fromkeys(EXPERIMENTS, "inputs")) as progress:
         done = run(out, experiments, seed=seed, progress=progress)
-    console = Console()
+    console = output()
     for experiment in done.values():
         show(experiment, console)
-    click.echo(f"{len(done)} experiment{'s' if len(done) > 1 else ''} in {out}")
+    say(f"{len(done)} experiment{'s' if len(done) > 1 else ''} in {out}")

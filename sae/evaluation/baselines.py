@@ -16,6 +16,7 @@ from sae.dictionary import Codes
 from sae.evaluation.estimate import double
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.evaluation.streams import Progress, training_blocks
+from sae.seeding import torch_generator
 
 PCA_TOKENS, GAIN_TOKENS = 200_000, 16_384
 
@@ -62,8 +63,8 @@ def fit_baselines(
             for baseline in wanted
             if baseline.kind == "random" and baseline.d_sae == d_sae
         }
-        random = RandomDictionary(cache, hook, d_sae, set(ks.values()), device)
-        made |= {baseline: random.reconstructor(k) for baseline, k in ks.items()}
+        drawn = RandomDictionary(cache, hook, d_sae, set(ks.values()), device)
+        made |= {baseline: drawn.reconstructor(k) for baseline, k in ks.items()}
     if IDENTITY in wanted:
         made[IDENTITY] = identity()
     return made
@@ -115,14 +116,16 @@ def fit_pca(
     """
     shift = cache.statistics(hook).mean.double()
     tokens, total, products = 0, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
+    report = progress or (lambda stage, done, of: None)
+    of = min(max_tokens, cache.statistics(hook).tokens)
+    report("principal components", 0, of)
     for block in training_blocks(cache, hook, max_tokens):
         x = double(block.to(device))
         centred = x - shift.to(x.device)
         tokens += len(x)
         total += centred.sum(0).cpu()
         products += (centred.T @ centred).cpu()
-        if progress is not None:
-            progress("principal components", tokens, min(max_tokens, cache.statistics(hook).tokens))
+        report("principal components", tokens, of)
     offset = total / tokens
     vectors = torch.linalg.eigh(products / tokens - torch.outer(offset, offset)).eigenvectors
     return PrincipalComponents((shift + offset).float().to(device), vectors.flip(-1).float().to(device), tokens)
@@ -152,7 +155,7 @@ class RandomDictionary:
     ) -> None:  # fmt: skip
         d_in = cache.d_in(hook)
         self.dictionary = TopK(d_in, d_sae, k=max(ks)).requires_grad_(False)
-        self.dictionary.W_dec.copy_(torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed)))
+        self.dictionary.W_dec.copy_(torch.randn(d_sae, d_in, generator=torch_generator("random dictionary", seed)))
         self.dictionary.normalise_decoder_()
         self.dictionary.W_enc.copy_(self.dictionary.W_dec.T)
         self.dictionary.b_dec.copy_(cache.statistics(hook).mean)

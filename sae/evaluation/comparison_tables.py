@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from sae.columns import Column, fitted
 from sae.evaluation.compare import Compared, Comparison
-from sae.evaluation.estimate import Estimate
+from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import below_noise
 from sae.evaluation.render import (
     COUNTS,
@@ -22,43 +23,46 @@ from sae.evaluation.render import (
 from sae.tokens import TokenPolicy
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 MARK = "≈"
+_LABEL = 20
 _LOSSES = {"ce_clean": "loss with nothing replaced", "ce_zero": "with 0 in place of x", "ce_mean": "with x̄"}
 _MEANINGS = {**RECONSTRUCTION, **SPARSITY, **COUNTS, **_LOSSES, **DOWNSTREAM}
 _SECTIONS = {"l0", "ce_clean"}
 _OF_BASELINES = ("l0", "fvu", "delta_ce", "kl")
 
 
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """The dictionaries with every metric, and below them what tells their baselines apart."""
-    from rich import box
-    from rich.table import Table
+def comparison_tables(comparison: Comparison, width: int | None = None) -> list[Group]:
+    """The dictionaries with every metric, and below them what tells their baselines apart.
 
+    Args:
+        comparison: of several dictionaries.
+        width: characters of the terminal; None: it is wide enough.
+    """
     counts = comparison.evaluated
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{comparison.hook}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        caption=f"± standard error over documents\n{_second_lines(comparison)}",
-    )
-    table.add_column("metric", no_wrap=True)
-    for label in comparison.dictionaries:
-        table.add_column(label, justify="right", overflow="fold")
-    for metric, _, cells in _rows(comparison.dictionaries):
-        if metric in _SECTIONS:
-            table.add_section()
-        table.add_row(metric, *("\n".join(lines) for lines in cells))
-    baselines = Table(box=box.SIMPLE_HEAD, caption=_fewer_tokens(comparison) or None)
-    baselines.add_column("baseline")
-    shown = [
-        metric for metric in _OF_BASELINES if any(metric in made.metrics for made in comparison.baselines.values())
+    rows = list(_rows(comparison.dictionaries))
+    names = [metric for metric, _, _ in rows]
+    columns = [
+        Column(_broken(label), ["\n".join(cells[number]) for _, _, cells in rows])
+        for number, label in enumerate(comparison.dictionaries)
     ]
-    for metric in shown:
-        baselines.add_column(metric, justify="right")
-    for name, made in comparison.baselines.items():
-        baselines.add_row(name, *(_cell(made, metric)[0] for metric in shown))
-    return [table, baselines]
+    table = fitted(
+        [Column("metric", names, is_text=True), *columns], width,
+        title=f"{comparison.hook}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
+        note=f"{error_note(counts)}\n{_second_lines(comparison)}",
+        sections={number for number, name in enumerate(names) if name in _SECTIONS},
+    )  # fmt: skip
+    made = comparison.baselines.values()
+    shown = [metric for metric in _OF_BASELINES if any(metric in one.metrics for one in made)]
+    of_baselines = [Column(metric, [_cell(one, metric)[0] for one in made]) for metric in shown]
+    baselines = Column("baseline", list(comparison.baselines), is_text=True)
+    return [table, fitted([baselines, *of_baselines], width, note=_fewer_tokens(comparison))]
+
+
+def _broken(label: str) -> str:
+    """A long name on several lines."""
+    return "\n".join(label[start : start + _LABEL] for start in range(0, len(label), _LABEL))
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -69,7 +73,7 @@ def comparison_markdown(comparison: Comparison) -> str:
         _subject(comparison),
         "\n".join(f"- {name}: {made.description}" for name, made in dictionaries.items()),
         _table(dictionaries),
-        f"Values are means over tokens ± standard errors over documents. {_sentence(_second_lines(comparison))}",
+        f"Values are means over tokens, {error_note(comparison.evaluated)}. {_sentence(_second_lines(comparison))}",
         "## Baselines",
         _table(baselines),
         _sentence("; ".join(made.description for made in baselines.values())),
@@ -126,7 +130,7 @@ def _fewer_tokens(comparison: Comparison) -> str:
     own, fewest = comparison.evaluated["downstream_tokens"], comparison.evaluated["baseline_positions"]
     if own is None or fewest is None or fewest == own:
         return ""
-    return f"losses of baselines, and the clean loss that they are beside: first {fewest:,} positions"
+    return f"losses of baselines, and the clean loss that they are beside: {fewest:,} positions"
 
 
 def _subject(comparison: Comparison) -> str:

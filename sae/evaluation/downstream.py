@@ -14,11 +14,14 @@ from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline
+from sae.evaluation.budget import losses_read, settled, spread_contexts
 from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, row_sums, to_json
 from sae.evaluation.metrics import estimate
+from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import Reconstructor
 from sae.evaluation.streams import Progress
-from sae.language_model import LanguageModel, Replacement
+from sae.language_model import LanguageModel
+from sae.tail import Replacement
 from sae.tokens import HELD_OUT
 
 DOWNSTREAM_NAMES = (
@@ -67,12 +70,12 @@ class DownstreamScores:
 def measure_downstream(
     language_model: LanguageModel, cache: ActivationCache, hook: str, dictionaries: Mapping[str, Reconstructor],
     baselines: Mapping[Baseline, Reconstructor], *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig,
-    device: str | torch.device, progress: Progress,
+    device: str | torch.device, progress: Progress, unfinished: Unfinished | None = None,
 ) -> dict[Hashable, DownstreamScores]:  # fmt: skip
     """Losses with the hook point replaced in turn by 0, x̄ and every reconstruction, in one pass over held-out contexts.
 
-    Baselines go into the first `settings.baseline_tokens` only: they lose so much more than dictionaries do that few
-    tokens tell how much, and each of them is another pass of the model.
+    Baselines go into `settings.baseline_tokens` of them only: they lose so much more than dictionaries do that few
+    tokens tell how much, and each of them is another pass of the model. What `unfinished` holds is not measured again.
 
     Returns:
         Scores by the keys of both. Those of `IDENTITY` are the clean ones by construction.
@@ -82,26 +85,38 @@ def measure_downstream(
         ModelError: the hook point cannot be replaced.
     """
     at_first = {key: reconstructor for key, reconstructor in baselines.items() if key != IDENTITY}
+    settings = settled(settings, cache)
     documents = len(cache.documents(HELD_OUT))
     everywhere, first = (DocumentSums(documents, _columns(keys)) for keys in (dictionaries, at_first))
-    limit = settings.downstream_tokens or settings.tokens
-    rows, of = 0, min(cache.rows(HELD_OUT), limit or cache.rows(HELD_OUT))
-    batches = cache.contexts(HELD_OUT, batch_contexts=settings.batch_contexts, max_tokens=limit)
-    for batch, is_first in _parted(batches, settings.baseline_tokens):
+    stage = (unfinished or Unfinished()).stage("language model", {"everywhere": everywhere, "first": first})
+    batches = list(spread_contexts(cache, settings))
+    rows, of = sum(batch.tokens.numel() for batch, _ in batches[: stage.done]), losses_read(settings, cache)
+    progress("language model", rows, of)
+    for step, (batch, is_first) in enumerate(batches[stage.done :], stage.done + 1):
         rows += batch.tokens.numel()
         counted = batch.eligible[:, :-1]
         if counted.any():
             spliced: dict[Hashable, Reconstructor] = dict(dictionaries.items())
             if is_first:
                 spliced |= at_first
-            values = _measure_batch(language_model, batch, hook, spliced, mean=mean, device=torch.device(device))
+            values = _measure_batch(
+                language_model,
+                batch,
+                hook,
+                spliced,
+                mean=mean,
+                device=torch.device(device),
+                check=not everywhere.tokens,
+            )
             for sums in (everywhere, first) if is_first else (everywhere,):
                 sums.add_(batch.documents[:, :-1][counted], {name: values[name] for name in sums.names[1:]})
+        stage.step(step)
         progress("language model", rows, of)
+    stage.keep()
     if everywhere.tokens == 0:
         raise ConfigError(
-            f"evaluation.downstream_tokens={limit}: no eligible position with a next token in them; "
-            f"set at least one context ({cache.context_length}), or null"
+            f"evaluation.downstream_tokens={settings.downstream_tokens}: no eligible position with a next token in "
+            f"them; set at least one context ({cache.context_length}), or null"
         )
     scores: dict[Hashable, DownstreamScores] = {}
     for sums, keys in ((everywhere, dictionaries), (first, at_first)):
@@ -113,24 +128,11 @@ def _columns(keys: Iterable[Hashable]) -> list[str]:
     return ["clean", "zero", "mean", *(column for key in keys for column in (_ce(key), _kl(key)))]
 
 
-def _parted(batches: Iterable[ContextBatch], first_tokens: int | None) -> Iterator[tuple[ContextBatch, bool]]:
-    """Every batch, and whether it lies within the first tokens; the one that their end lies in comes in two parts."""
-    for batch in batches:
-        contexts, length = batch.tokens.shape
-        inside = contexts
-        if first_tokens is not None:
-            inside = min(max(-(-first_tokens // length) - batch.first_row // length, 0), contexts)
-        if inside:
-            yield batch.contexts(0, inside), True
-        if inside < contexts:
-            yield batch.contexts(inside, contexts), False
-
-
 def _measure_batch(
     language_model: LanguageModel, batch: ContextBatch, hook: str, reconstructors: Mapping[Hashable, Reconstructor], *,
-    mean: Float[Tensor, " d_in"], device: torch.device,
+    mean: Float[Tensor, " d_in"], device: torch.device, check: bool,
 ) -> dict[str, Float[Tensor, " rows"]]:  # fmt: skip
-    """Numbers of each counted position, by column name."""
+    """Numbers of each counted position, by column name; `check` compares the clean pass with the model's own logits."""
     tokens = batch.tokens.to(language_model.device)
     eligible = batch.eligible.to(language_model.device)
 
@@ -148,7 +150,10 @@ def _measure_batch(
     made = [_reconstruction(reconstructor, rows, read) for reconstructor in reconstructors.values()]
     replacements = [_at(eligible, new) for new in (*constants.values(), *made)]
     logits = language_model.replaced_logits(tokens, hook, [clean_pass, *replacements])
-    clean = list(_log_probabilities(next(logits)))
+    clean_logits = next(logits)
+    if check:
+        language_model.tail(hook).check_clean(tokens, clean_logits)
+    clean = list(_log_probabilities(clean_logits))
     chances = [log_p.exp() for log_p in clean]
     counted = batch.eligible[:, :-1].flatten()
     values = {"clean": _losses(clean, tokens)[counted]}

@@ -82,6 +82,23 @@ class Estimate:
         return f"{value:,.{max(decimals, 0)}f}", f"{error:,.{max(decimals, 0)}f}"
 
 
+def error_note(evaluated: Mapping[str, Any]) -> str:
+    """What stands after ± in a table, or why nothing does.
+
+    Args:
+        evaluated: `documents`, and `downstream_documents` if losses of the language model were measured.
+    """
+    if evaluated["documents"] < 2:
+        return (
+            "no standard errors (–): they are over documents, and the held-out text has only one; harvest more of it, "
+            "or with data.holdout_by=section"
+        )
+    note = "± standard error over documents"
+    if evaluated.get("downstream_documents") == 1:
+        return f"{note}; losses are of one document and have none (–): raise evaluation.downstream_tokens"
+    return note
+
+
 class DocumentSums:
     """Running float64 sums of per-token numbers, one row per document.
 
@@ -102,6 +119,14 @@ class DocumentSums:
             *(value.cpu().double() for value in values.values()),
         ]
         self._sums.index_add_(0, documents.cpu(), torch.stack(columns, 1))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, to be taken up again."""
+        return {"sums": self._sums}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from sums of the same documents and names."""
+        self._sums.copy_(state["sums"])
 
     @property
     def tokens(self) -> int:

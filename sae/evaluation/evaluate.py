@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import check_same_model
@@ -15,15 +15,19 @@ from sae.architectures import ARCHITECTURES
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
+from sae.evaluation.budget import settled, settled_tokens
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.frozen_decoder import train_frozen_decoders
 from sae.evaluation.legacy_pass import LegacyScores, measure_legacy
+from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, Truth
 from sae.evaluation.report import Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
-from sae.evaluation.streams import ActivationSummary, Progress, held_out_blocks, summarise
+from sae.evaluation.streams import BLOCK_TOKENS, ActivationSummary, Progress, held_out_blocks, summarise
 from sae.evaluation.subject import Evaluated, Subject, subject
 from sae.language_model import LanguageModel
+from sae.modes import without_autocast
+from sae.tail import Road
 from sae.tokens import TokenPolicy
 
 
@@ -71,6 +75,7 @@ def evaluate(
 
 
 @torch.no_grad()
+@without_autocast
 def evaluate_all(
     dictionaries: Mapping[str, Evaluated],
     cache: ActivationCache,
@@ -80,6 +85,7 @@ def evaluate_all(
     settings: EvaluationConfig | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    unfinished: Path | None = None,
 ) -> dict[str, Report]:
     """`evaluate` for several dictionaries at one hook point, at less than what they cost one by one.
 
@@ -88,6 +94,9 @@ def evaluate_all(
 
     Args:
         dictionaries: by whatever names; the other arguments are those of `evaluate`, and so are the errors.
+        unfinished: folder in which sums are kept while they are added to, so that the same evaluation goes on after an
+            interruption, and comes out the same to the last bit on a CPU. Delete it when the reports are written. None:
+            nothing is kept, nor is anything of dictionaries without a hash of their weights.
 
     Returns:
         By the same names, the reports that `evaluate` gives of each; `seconds` is the time that all of them took.
@@ -96,19 +105,20 @@ def evaluate_all(
         ConfigError: there is no dictionary.
     """
     started = time.perf_counter()
-    settings, report_progress = settings or EvaluationConfig(), progress or _silent
+    asked, report_progress = settings or EvaluationConfig(), progress or _silent
+    settings = settled(asked, cache)
     if not dictionaries:
         raise ConfigError("there is no dictionary to evaluate; give at least one")
     subjects = {name: subject(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
     if language_model is not None:
         check_same_model(cache.path, cache.manifest, language_model)
-        probe = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
-        next(iter(language_model.replaced_logits(probe, hook, [_unchanged])))
+        language_model.tail(hook)  # proved before anything is read
+    kept = _kept(unfinished, subjects, cache, hook, settings, language_model, device)
     summary = summarise(cache, hook, settings, report_progress)
 
     def score(stage: str, reconstructors: Mapping[Any, Reconstructor]) -> dict[Hashable, Scores]:
         return _score(
-            reconstructors, cache, hook, settings,
+            reconstructors, cache, hook, settings, stage=stage, unfinished=kept,
             summary=summary, progress=lambda *done: report_progress(stage, *done), device=device,
         )  # fmt: skip
 
@@ -118,33 +128,55 @@ def evaluate_all(
     wanted = dict.fromkeys(baseline for chosen in columns.values() for baseline in chosen.values())
     baselines = fit_baselines(wanted, cache, hook, device, report_progress)
     frozen = [baseline for baseline in wanted if baseline.kind == "frozen_decoder"]
-    baselines |= train_frozen_decoders(frozen, cache, hook, settings.frozen_decoder_tokens, device, report_progress)
+    baselines |= train_frozen_decoders(
+        frozen, cache, hook, settled_tokens(settings.frozen_decoder_tokens) or 0, device, report_progress, kept.folder
+    )
     scores |= score("baselines", baselines)
     if language_model is not None:
         downstream = measure_downstream(
             language_model, cache, hook, own, baselines,
-            mean=summary.mean, settings=settings, device=device, progress=report_progress,
+            mean=summary.mean, settings=settings, device=device, progress=report_progress, unfinished=kept,
         )  # fmt: skip
         scores = {key: part.with_downstream(downstream[key]) for key, part in scores.items()}
     legacy = measure_legacy(
         language_model, cache, hook, {name: made for name, made in own.items() if not made.reads},
-        mean=summary.mean, settings=settings, device=device, progress=report_progress,
+        mean=summary.mean, settings=settings, device=device, progress=report_progress, unfinished=kept,
     )  # fmt: skip
     seconds = time.perf_counter() - started
 
     return {
         name: _report(
-            made, cache, hook, settings, summary,
+            made, cache, hook, asked, summary,
             scores=scores[name], baselines={column: scores[key] for column, key in columns[name].items()},
-            legacy=legacy.get(name), seconds=seconds,
+            legacy=legacy.get(name), seconds=seconds, road=language_model.tail(hook).road if language_model else None,
         )
         for name, made in subjects.items()
     }  # fmt: skip
 
 
+def _kept(
+    folder: Path | None, subjects: Mapping[str, Subject], cache: ActivationCache, hook: str,
+    settings: EvaluationConfig, language_model: LanguageModel | None, device: str | torch.device,
+) -> Unfinished:  # fmt: skip
+    """What was kept of this evaluation, if everything that decides it is the same."""
+    known = all(made.identity["weights_sha256"] for made in subjects.values())
+    decides = {
+        "dictionaries": [[name, made.identity] for name, made in subjects.items()],
+        "activations": cache.manifest.identity(hook),
+        "rows": cache.manifest.rows,
+        "hook": hook,
+        "settings": settings.model_dump(mode="json"),
+        "language_model": None if language_model is None else language_model.info.to_json(),
+        "road": None if language_model is None else str(language_model.tail(hook).road),
+        "devices": [str(device), None if language_model is None else str(language_model.device)],
+    }
+    return Unfinished(folder if known else None, decides)
+
+
 def _report(
     made: Subject, cache: ActivationCache, hook: str, settings: EvaluationConfig, summary: ActivationSummary, *,
     scores: Scores, baselines: dict[str, Scores], legacy: LegacyScores | None, seconds: float,
+    road: Road | None,
 ) -> Report:  # fmt: skip
     trained_with = made.metadata.get("tokens")
     return Report(
@@ -165,6 +197,7 @@ def _report(
         dead_in_training=made.dead_in_training(),
         norms=summary.norms,
         seconds=seconds,
+        road=road,
     )
 
 
@@ -188,7 +221,8 @@ def baseline_size(made: Subject, scores: Scores) -> int:
 
 def _score(
     reconstructors: Mapping[Any, Reconstructor], cache: ActivationCache, hook: str, settings: EvaluationConfig, *,
-    summary: ActivationSummary, progress: Callable[[int, int], None], device: str | torch.device,
+    stage: str, unfinished: Unfinished, summary: ActivationSummary, progress: Callable[[int, int], None],
+    device: str | torch.device,
 ) -> dict[Hashable, Scores]:  # fmt: skip
     """One pass over the held-out tokens."""
     sums = {key: ReconstructionSums(summary.all_documents) for key in reconstructors}
@@ -197,9 +231,20 @@ def _score(
         for key, reconstructor in reconstructors.items()
         if reconstructor.features
     }
-    done = 0
+    places = {key: str(place) for place, key in enumerate(reconstructors)}
+    stages = unfinished.stage(
+        stage,
+        {
+            **{f"reconstruction {places[key]}": one.sums for key, one in sums.items()},
+            **{f"sparsity {places[key]}": one for key, one in sparsity.items()},
+        },
+    )
+    done = min(stages.done * BLOCK_TOKENS, summary.tokens)
+    progress(done, summary.tokens)
     others = sorted({reconstructor.reads for reconstructor in reconstructors.values() if reconstructor.reads})
-    for block in held_out_blocks(cache, hook, settings, others):
+    for step, block in enumerate(held_out_blocks(cache, hook, settings, others), 1):
+        if step <= stages.done:
+            continue
         x = block.x.to(device)
         truth = Truth.of(x, summary.mean)
         for key, reconstructor in reconstructors.items():
@@ -208,15 +253,13 @@ def _score(
             if key in sparsity and result.codes is not None:
                 sparsity[key].add_(result.codes, block.documents)
         done += len(x)
+        stages.step(step)
         progress(done, summary.tokens)
+    stages.keep()
     return {
         key: Scores(made.description, sums[key].scores(), sparsity[key].scores() if key in sparsity else None)
         for key, made in reconstructors.items()
     }
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 def _silent(stage: str, done: int, of: int) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
+from sae.architectures import load
 from sae.config import DictionaryConfig, TrainConfig
-from sae.errors import TrainingError
+from sae.dictionary import Dictionary
+from sae.errors import FormatError, TrainingError
 from sae.evaluation.baselines import Baseline
 from sae.evaluation.reconstruction import Reconstructor, from_dictionary
 from sae.evaluation.streams import Progress
@@ -17,18 +21,20 @@ from sae.training import Recipe, TrainingInterrupted, train_all
 
 BATCH, LEAST_STEPS = 1024, 16
 _POOL_TOKENS = 65_536
+_PURPOSE = "frozen decoder"
 
 
 def train_frozen_decoders(
     wanted: Sequence[Baseline], cache: ActivationCache, hook: str, tokens: int, device: str | torch.device,
-    progress: Progress,
+    progress: Progress, folder: Path | None = None,
 ) -> dict[Baseline, Reconstructor]:  # fmt: skip
     """Train encoders under fixed random decoders, all in one pass over the cache's training activations.
 
     Each is a dictionary of the architecture, d_sae and k of the one it stands beside, trained as that is by default
-    (`sae.train`, seed 0), but for W_dec, which keeps the random unit rows that training begins with: the "frozen
-    decoder" of Korznikov et al. 2026, "Sanity Checks for Sparse Autoencoders: Do SAEs Beat Random Baselines?". There it
-    is trained as long as the dictionary; here on `tokens`, so what it lacks for that counts for the dictionary.
+    (`sae.train`), but for W_dec, which keeps the random unit rows that this training begins with: the "frozen decoder"
+    of Korznikov et al. 2026, "Sanity Checks for Sparse Autoencoders: Do SAEs Beat Random Baselines?". No dictionary
+    begins with these rows. There it is trained as long as the dictionary; here on `tokens`, so what it lacks for that
+    counts for the dictionary.
 
     Args:
         wanted: their architectures, d_sae and k.
@@ -37,6 +43,7 @@ def train_frozen_decoders(
         tokens: how many; at most one pass over the split.
         device: where.
         progress: called with (stage, tokens done, tokens in all).
+        folder: where they are kept, and taken from if they are there; None: nowhere. It is that of one evaluation.
 
     Raises:
         TrainingError: one of them diverged.
@@ -44,33 +51,46 @@ def train_frozen_decoders(
     """
     if not wanted:
         return {}
-    loader = ActivationLoader(cache, hook, batch_size=1, pool_tokens=_POOL_TOKENS, device=device)
+    loader = ActivationLoader(cache, hook, batch_size=1, purpose=_PURPOSE, pool_tokens=_POOL_TOKENS, device=device)
     tokens = min(tokens, loader.tokens_per_epoch)
     loader.batch_size = min(BATCH, max(1, tokens // LEAST_STEPS))
     settings = TrainConfig(tokens=tokens, freeze=("W_dec",))
-    recipes = {str(number): Recipe(_shape(baseline), settings) for number, baseline in enumerate(wanted)}
+    recipes = {
+        str(number): Recipe(_shape(baseline), settings, purpose=_PURPOSE) for number, baseline in enumerate(wanted)
+    }
+    trained = tokens // loader.batch_size * loader.batch_size
+    kept = {} if folder is None else {name: folder / f"frozen-decoder-{name}" for name in recipes}
+    with contextlib.suppress(FormatError):
+        if kept:
+            found = [load(place) for place in kept.values()]
+            return {one: _described(one, made, trained, device) for one, made in zip(wanted, found, strict=True)}
+    progress("frozen decoder", 0, tokens)
     try:
-        with torch.enable_grad():
-            outcome = train_all(
-                {"activations": loader}, recipes, device=device,
-                progress=lambda done, of, _: progress("frozen decoder", done, of),
-            )  # fmt: skip
+        outcome = train_all(
+            {"activations": loader}, recipes, device=device,
+            progress=lambda done, of, _: progress("frozen decoder", done, of),
+        )  # fmt: skip
     except TrainingInterrupted as stopped:
         raise TrainingInterrupted(
-            "stopped while a baseline of the evaluation was trained; run the same command again to evaluate anew"
+            "stopped while a baseline of the evaluation was trained; run the same command again to go on"
         ) from stopped
     if outcome.failures:
         reason = next(iter(outcome.failures.values()))
         raise TrainingError(f"the frozen-decoder baseline: {reason}; evaluation.frozen_decoder_tokens=0 leaves it out")
-    trained = tokens // loader.batch_size * loader.batch_size
-    made = {}
-    for baseline, dictionary in zip(wanted, outcome.dictionaries.values(), strict=True):
-        description = (
-            f"frozen decoder: {baseline.architecture}, {baseline.d_sae:,} random directions that stay, k = "
-            f"{baseline.k}, its encoder trained on {trained:,} tokens"
-        )
-        made[baseline] = from_dictionary(dictionary.to(device), description)
-    return made
+    for name, place in kept.items():
+        outcome.dictionaries[name].save(place)
+    made = zip(wanted, outcome.dictionaries.values(), strict=True)
+    return {baseline: _described(baseline, dictionary, trained, device) for baseline, dictionary in made}
+
+
+def _described(
+    baseline: Baseline, dictionary: Dictionary, trained: int, device: str | torch.device
+) -> Reconstructor:  # fmt: skip
+    description = (
+        f"frozen decoder: {baseline.architecture}, {baseline.d_sae:,} random directions that stay, k = "
+        f"{baseline.k}, its encoder trained on {trained:,} tokens"
+    )
+    return from_dictionary(dictionary.to(device), description)
 
 
 def _shape(baseline: Baseline) -> DictionaryConfig:

@@ -84,6 +84,15 @@ class BatchSums:
         self._rows.append(torch.stack([column.double().sum() for column in columns]))
         self._total += x.sum(0)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, to be taken up again."""
+        return {"total": self._total, **({"rows": torch.stack(self._rows)} if self._rows else {})}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from sums of the same width."""
+        self._total = state["total"].clone()
+        self._rows = list(state["rows"].unbind(0)) if "rows" in state else []
+
     def batches(self) -> Batches:
         """The sums of everything added."""
         return Batches(*torch.stack(self._rows).unbind(1), total=self._total)

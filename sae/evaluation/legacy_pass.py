@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config import EvaluationConfig
+from sae.evaluation.budget import settled, settled_tokens
 from sae.evaluation.estimate import double, row_sums
 from sae.evaluation.legacy import (
     CONTEXTS_PER_BATCH,
@@ -23,6 +24,7 @@ from sae.evaluation.legacy import (
     of_activations,
     of_losses,
 )
+from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.evaluation.streams import Progress
 from sae.language_model import LanguageModel
@@ -62,6 +64,7 @@ class LegacyScores:
 def measure_legacy(
     language_model: LanguageModel | None, cache: ActivationCache, hook: str, dictionaries: Mapping[str, Reconstructor],
     *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig, device: str | torch.device, progress: Progress,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, LegacyScores]:  # fmt: skip
     """Every legacy formula of each dictionary, on the first `settings.legacy_tokens` held-out tokens.
 
@@ -78,11 +81,20 @@ def measure_legacy(
     special = torch.tensor(cache.policy.masked_ids, dtype=torch.long)
     everything = {**dictionaries, _MEAN: _mean_predictor(mean.float().to(device))}
     sums = {name: BatchSums(cache.d_in(hook)) for name in everything}
-    losses: dict[tuple[str, str], list[float]] = {}
-    contexts, rows, of = 0, 0, min(cache.rows(HELD_OUT), settings.legacy_tokens)
-    for batch in _whole_contexts(cache, hook, settings.legacy_tokens):
+    losses = _LossLists(dictionaries if language_model is not None else ())
+    limit = settled_tokens(settled(settings, cache).legacy_tokens) or 0
+    contexts, rows, of = 0, 0, min(cache.rows(HELD_OUT), limit)
+    stage = (unfinished or Unfinished()).stage(
+        "legacy formulas", {**{str(place): one for place, one in enumerate(sums.values())}, "losses": losses}
+    )
+    if limit:
+        progress("legacy formulas", min(of, stage.done * CONTEXTS_PER_BATCH * cache.context_length), of)
+    for step, batch in enumerate(_whole_contexts(cache, hook, limit), 1):
         kept = ~torch.isin(batch.tokens, special)
         rows += batch.tokens.numel()
+        if step <= stage.done:
+            contexts += len(batch.tokens) if kept.any() else 0
+            continue
         if not kept.any():
             continue
         contexts += len(batch.tokens)
@@ -93,17 +105,43 @@ def measure_legacy(
             sums[name].add_(x, made.x_hat, made.codes)
         if language_model is not None:
             for key, value in _losses(language_model, batch, kept, hook, dictionaries, device):
-                losses.setdefault(key, []).append(value)
+                losses.of[key].append(value)
+        stage.step(step)
         progress("legacy formulas", rows, of)
+    stage.keep()
     if not contexts:
         return {}
     batches = {name: part.batches() for name, part in sums.items()}
     tokens, baseline = int(batches[_MEAN].tokens.sum()), _of_activations(batches[_MEAN])
     scores = {
-        name: {package: of | _of_losses(losses, package, name) for package, of in _of_activations(part).items()}
+        name: {package: of | _of_losses(losses.of, package, name) for package, of in _of_activations(part).items()}
         for name, part in batches.items()
     }
     return {name: LegacyScores(tokens, contexts, scores[name], baseline) for name in dictionaries}
+
+
+class _LossLists:
+    """Sums over each batch by (kind, what is put there).
+
+    Args:
+        dictionaries: names of those whose losses are measured.
+    """
+
+    def __init__(self, dictionaries: Iterable[str]) -> None:
+        put = [_CLEAN, _ZERO, *(f"{package} {name}" for name in dictionaries for package in (SAEBENCH, SAELENS))]
+        counts = [("ce count", _CLEAN), ("kl count", _CLEAN)]
+        self.of: dict[tuple[str, str], list[float]] = {
+            key: [] for key in (*counts, *((kind, what) for what in put for kind in ("ce", "kl")))
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, to be taken up again."""
+        return {str(place): torch.tensor(sums, dtype=torch.float64) for place, sums in enumerate(self.of.values())}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from sums of the same dictionaries."""
+        for place, key in enumerate(self.of):
+            self.of[key] = state[str(place)].tolist()
 
 
 def _of_activations(batches: Batches) -> dict[str, dict[str, float | None]]:
@@ -112,7 +150,7 @@ def _of_activations(batches: Batches) -> dict[str, dict[str, float | None]]:
 
 def _of_losses(losses: Mapping[tuple[str, str], list[float]], package: str, name: str) -> dict[str, float | None]:
     with_sae = f"{package} {name}"
-    if ("ce", with_sae) not in losses:
+    if not losses.get(("ce", with_sae)):
         return {}
     return of_losses(
         LegacyLosses(

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, ShapeError
-from sae.seeding import generator_of
+from sae.modes import without_autocast
+from sae.seeding import torch_generator
 
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
 """Cosines at which precision and recall are given."""
 UNMATCHED = -1
 _ROWS = 4096
-_NULL, _SWAPPED = 7, 8
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Recovery:
     matching: Matching
 
 
+@torch.no_grad()
+@without_autocast
 def recovery(
     learned: Float[Tensor, "d_sae d_in"],
     true: Float[Tensor, "true _"],
@@ -107,7 +109,7 @@ def recovery(
         matching = Matching(torch.where(matching.learned >= 0, kept[matching.learned], UNMATCHED), matching.cosine)
     nulls = []
     for draw in range(null_draws):
-        noise = torch.randn(len(kept), true.shape[1], generator=generator_of(seed, _NULL, draw))
+        noise = torch.randn(len(kept), true.shape[1], generator=torch_generator("recovery: null", seed, draw))
         nulls.append(_compare(noise, true, thresholds)[1])
     return Recovery(len(true), len(kept), scores, _mean(nulls, thresholds), matching)
 
@@ -209,6 +211,7 @@ class Detection:
 
 
 @torch.no_grad()
+@without_autocast
 def detection(
     dictionary: Dictionary, matching: Matching, validation: Labelled, test: Labelled, *, seed: int = 0
 ) -> Detection:
@@ -231,7 +234,7 @@ def detection(
         raise ConfigError(f"{len(matched)} matched features: detection needs two, so that its null can swap them")
     latents = matching.learned[matched]
     seen, unseen = (_activations(dictionary, part.activations, latents) for part in (validation, test))
-    order = torch.randperm(len(matched), generator=generator_of(seed, _SWAPPED))
+    order = torch.randperm(len(matched), generator=torch_generator("detection: null", seed))
     swapped = torch.empty_like(order)
     swapped[order] = order.roll(1)  # one cycle through all, so that none keeps its own
     labels, test_labels = validation.present[:, matched], test.present[:, matched]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae.evaluation.estimate import Estimate
+from sae.columns import Column, fitted
+from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.legacy import CONTEXTS_PER_BATCH
-from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, Report
+from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report
 from sae.tokens import TokenPolicy
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from sae.evaluation.figures import Figure
 
 NONE = "–"
-WIDE = 120
 RECONSTRUCTION = {
     "fvu": "fraction of variance unexplained",
     "explained_variance": "1 − fvu",
@@ -48,7 +49,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         _subject(report),
         "## Metrics",
         pipe_table(["", "", *(HEADINGS[name] for name in report.columns)], _rows(report)),
-        "Values are means over tokens ± standard errors over documents. Baselines: " + _baselines(report) + ".",
+        f"Values are means over tokens, {error_note(report.to_json()['evaluated'])}. Baselines: {_baselines(report)}.",
         *_losses(report),
         "## Sparsity",
         _sparsity(report),
@@ -62,65 +63,79 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def report_table(report: Report, width: int | None = None) -> Table:
-    """The metrics, dictionary and baselines side by side.
+def report_table(report: Report | Mapping[str, Any], width: int | None = None) -> Group:
+    """The metrics, dictionary and baselines side by side; on a narrow terminal baselines without standard errors.
 
     Args:
-        report: the evaluation.
-        width: characters of the terminal; below 120, baselines come without their standard errors, so that no cell has
-            to be broken. None: it is wide enough.
+        report: the evaluation, or what `eval.json` holds of it.
+        width: characters of the terminal; None: it is wide enough.
     """
-    from rich import box
-    from rich.table import Table
-
-    narrow = width is not None and width < WIDE
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0 if narrow else 1),
-        pad_edge=False,
-        show_edge=not narrow,
-        title=f"{report.hook}: {report.tokens:,} held-out tokens of {report.documents:,} documents",
-    )
-    table.add_column("metric", no_wrap=True)
-    for name in report.columns:
-        heading = "x̂ = x" if narrow and name == "identity" else HEADINGS[name]
-        table.add_column(heading, justify="right", no_wrap=name not in report.baselines)
+    record = report.to_json() if isinstance(report, Report) else report
+    counts = record["evaluated"]
+    rows = list(_metric_rows(record))
+    metrics = Column("metric", [metric for metric, _ in rows], is_text=True)
+    columns = [
+        Column(
+            HEADINGS[name].replace(" ", "\n"),
+            [str(cells[number]) for _, cells in rows],
+            None if name == "dictionary" else [_shortened(cells[number]) for _, cells in rows],
+        )
+        for number, name in enumerate(("dictionary", *record["baselines"]))
+    ]
     section = len(RECONSTRUCTION)
-    for number, (label, _, *cells) in enumerate(_rows(report, short_baselines=narrow)):
-        if number in (section, section + len(SPARSITY) + len(COUNTS)):
-            table.add_section()
-        table.add_row(label.strip("`"), *cells)
-    errors = "± standard error over documents" + ("; those of the baselines are in eval.md" if narrow else "")
-    table.caption = "\n".join(filter(None, [errors, fewer_tokens(report)]))
-    return table
+    return fitted(
+        [metrics, *columns], width,
+        title=f"{record['hook']}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
+        note="\n".join(filter(None, [error_note(counts), fewer_tokens(record)])),
+        short_note=f"standard errors of the baselines are in {MARKDOWN_FILE}",
+        sections=(section, section + len(SPARSITY) + len(COUNTS)),
+    )  # fmt: skip
 
 
-def _rows(report: Report, *, short_baselines: bool = False) -> Iterator[list[str]]:
-    """Label, meaning, and a cell for every column; short ones are without errors and shares."""
-    columns = [(scores, short_baselines and name in report.baselines) for name, scores in report.columns.items()]
+def _metric_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Estimate | _Count | str]]]:
+    """The name of a metric, and what the dictionary and every baseline have of it."""
+    measured = [record, *record["baselines"].values()]
+    for metric in (*RECONSTRUCTION, *SPARSITY):
+        yield metric, [_recorded(one, metric) for one in measured]
+    for metric in COUNTS:
+        yield metric, [NONE if not one["features"] else _Count(one[metric]["features"], one["features"])
+                       for one in measured]  # fmt: skip
+    if _has_losses(record):
+        for metric in DOWNSTREAM:
+            yield metric, [_recorded(one, metric) for one in measured]
 
-    def cells(part: str, name: str) -> Iterator[str]:
-        for scores, short in columns:
-            estimate: Estimate = getattr(getattr(scores, part), name, Estimate(None, None))
-            yield estimate.short() if short else str(estimate)
 
-    def counts(name: str) -> Iterator[str]:
-        for scores, short in columns:
-            if scores.sparsity is None:
-                yield NONE
-                continue
-            count = getattr(scores.sparsity, name)
-            yield f"{count:,}" if short else share_of(count, len(scores.sparsity.firings))
+def _has_losses(record: Mapping[str, Any]) -> bool:
+    """Whether losses of the language model were measured."""
+    return record["evaluated"]["downstream_tokens"] is not None
 
-    for name, meaning in RECONSTRUCTION.items():
-        yield [f"`{name}`", meaning, *cells("reconstruction", name)]
-    for name, meaning in SPARSITY.items():
-        yield [f"`{name}`", meaning, *cells("sparsity", name)]
-    for name, meaning in COUNTS.items():
-        yield [f"`{name}`", meaning, *counts(name)]
-    if report.scores.downstream is not None:
-        for name, meaning in DOWNSTREAM.items():
-            yield [f"`{name}`", meaning, *cells("downstream", name)]
+
+@dataclass(frozen=True)
+class _Count:
+    """A number of features, of all."""
+
+    count: int
+    features: int
+
+    def __str__(self) -> str:
+        return share_of(self.count, self.features)
+
+
+def _recorded(record: Mapping[str, Any], metric: str) -> Estimate:
+    return Estimate.from_json(record[metric]) if record.get(metric) else Estimate(None, None)
+
+
+def _shortened(cell: Estimate | _Count | str) -> str:
+    if isinstance(cell, Estimate):
+        return cell.short()
+    return f"{cell.count:,}" if isinstance(cell, _Count) else cell
+
+
+def _rows(report: Report) -> Iterator[list[str]]:
+    """Label, meaning, and a cell for every column."""
+    meanings = {**RECONSTRUCTION, **SPARSITY, **COUNTS, **DOWNSTREAM}
+    for metric, cells in _metric_rows(report.to_json()):
+        yield [f"`{metric}`", meanings[metric], *map(str, cells)]
 
 
 def share_of(count: int, features: int) -> str:
@@ -137,6 +152,8 @@ def describe_masks(policy: TokenPolicy) -> str:
     if policy.masked_ids:
         ids = ", ".join(map(str, policy.masked_ids[:8])) + (", …" if len(policy.masked_ids) > 8 else "")
         masks.append(f"special tokens (ids {ids})")
+    if policy.chat_roles is not None:
+        masks.append(f"in chats what is not said by {' or '.join(policy.chat_roles)}")
     return " and ".join(masks)
 
 
@@ -183,20 +200,25 @@ def _losses(report: Report) -> list[str]:
         pipe_table(["hook point replaced by", "", "nats per token"], rows),
         f"Over {downstream.tokens:,} eligible positions with a next token, of {downstream.documents:,} documents. All "
         "replacements are made at the same eligible positions; the others keep the model's own activations."
-        + _sentence(fewer_tokens(report)),
+        + (_sentence(str(report.road)) if report.road else "")
+        + _sentence(fewer_tokens(report.to_json())),
     ]
 
 
-def fewer_tokens(report: Report) -> str:
-    """Of which positions the baselines' losses are, where these are fewer than the dictionary's; else empty."""
-    own = report.scores.downstream
-    fewer = [scores.downstream for scores in report.baselines.values() if scores.downstream is not None]
-    least = min(fewer, key=lambda scores: scores.tokens, default=own)
-    if own is None or least is None or least.tokens == own.tokens:
+def fewer_tokens(record: Mapping[str, Any]) -> str:
+    """Which positions the baselines' losses are of, if these are fewer than the dictionary's; else empty.
+
+    Args:
+        record: what `eval.json` holds.
+    """
+    own = record["evaluated"]["downstream_tokens"]
+    fewer = [one for one in record["baselines"].values() if one["downstream_tokens"] is not None]
+    least = min(fewer, key=lambda one: one["downstream_tokens"], default=None)
+    if own is None or least is None or least["downstream_tokens"] == own:
         return ""
     return (
-        f"losses of baselines, and the clean loss that they are beside: first {least.tokens:,} positions, of "
-        f"{least.documents:,} documents"
+        f"losses of baselines, and the clean loss that they are beside: {least['downstream_tokens']:,} positions, of "
+        f"{least['downstream_documents']:,} documents"
     )
 
 

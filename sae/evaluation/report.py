@@ -25,6 +25,7 @@ from sae.evaluation.streams import NormHistogram
 from sae.files import stands, write_bytes, write_json
 from sae.hashes import check, damaged, sha256_of
 from sae.reading import load_tensors, read_object, taken_apart, validated
+from sae.tail import Road
 from sae.tokens import TokenPolicy
 from sae.transcoding import Hooks
 
@@ -97,6 +98,7 @@ class Report:
         dead_in_training: features that had not fired for `tokens` tokens when training ended; None where unknown.
         norms: of the activations, eligible and masked.
         seconds: it took.
+        road: how replacements at the hook point became logits (`sae.tail.Road`); None without a language model.
     """
 
     dictionary: dict[str, Any]
@@ -116,6 +118,7 @@ class Report:
     dead_in_training: dict[str, Any] | None
     norms: NormHistogram
     seconds: float
+    road: Road | None = None
 
     @property
     def columns(self) -> dict[str, Scores]:
@@ -162,6 +165,7 @@ class Report:
                 for name, scores in self.baselines.items()
             },
             "legacy": self.legacy.to_json() if self.legacy else None,
+            "road": dataclasses.asdict(self.road) if self.road else None,
             "activation_norms": self.norms.to_json(),
             "documents_sha256": hashlib.sha256(self.documents_content()).hexdigest(),
             "seconds": round(self.seconds, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +111,15 @@ class SparsityCounts:
         counts[: len(self.l0_counts)] += self.l0_counts
         self.l0_counts = counts
         self.sums.add_(documents, {"l0": l0.double(), "l1": double(codes.values).abs().sum(-1)})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counts, to be taken up again."""
+        return {**self.sums.state_dict(), "firings": self.firings, "l0_counts": self.l0_counts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from counts of the same documents and features."""
+        self.sums.load_state_dict(state)
+        self.firings, self.l0_counts = state["firings"], state["l0_counts"]
 
     def scores(self) -> SparsityScores:
         """The scores of everything added."""

@@ -88,6 +88,7 @@ def summarise(cache: ActivationCache, hook: str, settings: EvaluationConfig, pro
     total = torch.zeros(cache.d_in(hook), dtype=torch.float64)
     tokens = rows = 0
     of = min(cache.rows(HELD_OUT), settings.tokens or cache.rows(HELD_OUT))
+    progress("activations", 0, of)
     for batch in cache.contexts(HELD_OUT, hook, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens):
         assert batch.activations is not None
         x = batch.activations[batch.eligible]
@@ -179,8 +180,15 @@ def check_finite(x: Tensor, cache: ActivationCache, hook: str) -> None:
     if bad:
         raise CacheError(
             f"cache {str(cache.path)!r}: {bad:,} of {len(x):,} tokens at {hook!r} have infinite or not-a-number "
-            f"activations (stored as {cache.manifest.dtype}); harvest again with harvest.dtype=bfloat16 or float32"
+            f"activations (stored as {cache.manifest.dtype}); {_way_out(cache.manifest.dtype)}"
         )
+
+
+def _way_out(dtype: str) -> str:
+    """By how activations are stored."""
+    if dtype in ("float32", "bfloat16"):
+        return "check the model's weights, and harvest again"
+    return "harvest again with harvest.dtype=bfloat16 or float32"
 
 
 def _nothing_left(cache: ActivationCache, settings: EvaluationConfig, rows: int) -> str:

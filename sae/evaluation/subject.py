@@ -12,11 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae.activations.cache import ActivationCache
+from sae.activations.metadata import place_of
 from sae.dictionary import Codes, Dictionary
-from sae.errors import CacheError, ConfigError, FormatError
+from sae.errors import ConfigError, FormatError
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_dictionary
 from sae.evaluation.report import identify
 from sae.model_identity import hash_weights
+from sae.origin import check_belongs
 from sae.transcoding import Hooks
 
 
@@ -83,7 +85,7 @@ def subject(
         _check_finite(name, thing)
     if not isinstance(thing, Dictionary):
         return _of_object(name, thing, cache, hook, device)
-    _check_origin(thing, cache, hook)
+    check_belongs(thing, place_of(cache), gives=hook)
     here = thing.W_dec.device == torch.empty(0, device=device).device
     placed = thing if here else copy.deepcopy(thing).to(device)
     settings = thing.settings()
@@ -131,28 +133,6 @@ def from_object(thing: Autoencoder, d_sae: int, description: str) -> Reconstruct
         return Reconstruction(thing.decode(features).detach().float(), codes)
 
     return Reconstructor(description, d_sae, reconstruct)
-
-
-def _check_origin(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
-    hooks = Hooks.of(dictionary.metadata)
-    if hooks.gives is not None and hooks.gives != hook:
-        does = "gives activations of" if hooks.of_transcoder else "was trained on"
-        raise ConfigError(
-            f"hook {hook!r}: the dictionary {does} {hooks.gives!r}; evaluate it there, with a cache that has it"
-        )
-    trained_model = dictionary.metadata.get("model") or {}
-    for key in ("weights_sha256", "weight_processing"):
-        if key in trained_model and trained_model[key] != cache.manifest.model.get(key):
-            raise CacheError(
-                f"cache {str(cache.path)!r}: of another model than the dictionary's: {key} is "
-                f"{cache.manifest.model.get(key)!r} there and {trained_model[key]!r} in training: harvest with that one"
-            )
-    for place in dict.fromkeys((hook, hooks.read_elsewhere or hook)):
-        if cache.d_in(place) != dictionary.d_in:
-            raise ConfigError(
-                f"hook {place!r}: activations have {cache.d_in(place):,} numbers, the dictionary takes "
-                f"{dictionary.d_in:,}; give the hook point and the model it was trained on"
-            )
 
 
 def _check_finite(name: str, module: nn.Module) -> None:

@@ -9,20 +9,22 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from sae.columns import Column, fitted
 from sae.evaluation.comparison_tables import MARK
-from sae.evaluation.estimate import Estimate
+from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import Totals, below_noise, difference
 from sae.evaluation.pareto import Point, lines, values_of
-from sae.evaluation.render import NONE, WIDE, pipe_table
+from sae.evaluation.render import NONE, pipe_table
 from sae.evaluation.report import HEADINGS
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
     from rich.text import Text
 
 _METRICS = {"l0": "L0", "fvu": "FVU", "delta_ce": "ΔCE"}
 _COMPARED = ("fvu", "delta_ce")
 _BEST = "*"
+WIDE = 120
 _UNKNOWN = Estimate(None, None)
 
 
@@ -55,13 +57,18 @@ class _Column:
     short: list[str] | None
     marks: list[str] = field(default_factory=list)
 
-    def in_terminal(self, narrow: bool) -> Iterator[Text]:
+    def in_terminal(self, *, is_text: bool) -> Column:
         """The cells; values stand below each other whether they are marked or not."""
+        return Column(self.heading, self._marked(self.cells), self.short and self._marked(self.short), is_text)
+
+    def _marked(self, cells: Sequence[str]) -> list[Text]:
         from rich.text import Text
 
-        cells = self.short if narrow and self.short else self.cells
-        for cell, mark in zip(cells, self.marks or [""] * len(cells), strict=True):
-            yield Text(f"{cell} {mark:1}" if any(self.marks) else cell, "bold" if mark == _BEST else "")
+        marks = self.marks or [""] * len(cells)
+        return [
+            Text(f"{cell} {mark:1}" if any(self.marks) else cell, "bold" if mark == _BEST else "")
+            for cell, mark in zip(cells, marks, strict=True)
+        ]
 
     def in_markdown(self) -> Iterator[str]:
         """The cells, the best in bold."""
@@ -148,35 +155,23 @@ def sweep_markdown(
 
 def sweep_tables(
     points: Mapping[str, Point], differences: Differences = _NOTHING, width: int | None = None
-) -> list[Table]:
+) -> list[Group]:
     """The same for a terminal.
 
     Args:
         points: what is compared.
         differences: as of `sweep_markdown`.
-        width: characters of the terminal; below 120 only FVU and ΔCE of dictionaries have their standard errors, and
-            time and memory are left out. None: it is wide enough.
+        width: characters of the terminal; below 120 time and memory are left out, and where they do not fit, standard
+            errors other than those of FVU and ΔCE. None: it is wide enough.
     """
-    from rich import box
-    from rich.table import Table
-
     narrow = width is not None and width < WIDE
     made = []
     for table in _tables(points, differences):
         shown = [column for column in table.columns if column.short or not narrow]
         notes = [*table.notes, *([table.of_rest] if table.of_rest and not narrow else [])]
-        drawn = Table(
-            title=table.title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
-            caption="\n".join(note.format(best=_BEST) for note in notes), caption_justify="left",
-        )  # fmt: skip
-        for number, column in enumerate(shown):
-            if number:
-                drawn.add_column(column.heading, justify="right", no_wrap=True)
-            else:
-                drawn.add_column(column.heading, overflow="fold")
-        for cells in zip(*(column.in_terminal(narrow) for column in shown), strict=True):
-            drawn.add_row(*cells)
-        made.append(drawn)
+        columns = [column.in_terminal(is_text=not number) for number, column in enumerate(shown)]
+        note = "\n".join(note.format(best=_BEST) for note in notes)
+        made.append(fitted(columns, width, title=table.title, note=note))
     return made
 
 
@@ -210,7 +205,11 @@ def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], diffe
         _Column("ms per 1,000 tokens", [_time(point) for point in points.values()], None),
         _Column("MB", [_memory(point) for point in points.values()], None),
     ]
-    notes = ("± is the standard error over documents.", *_on_marks(list(points.values()), differences))
+    with_errors = any(point.fvu.standard_error is not None for point in points.values())
+    errors = (
+        "± is the standard error over documents." if with_errors else f"{error_note({'documents': 1}).capitalize()}."
+    )
+    notes = (errors, *_on_marks(list(points.values()), differences))
     of_rest = "Time is that of a dictionary's own training steps, memory that of its weights and optimiser."
     return _Table("", columns, notes, of_rest)
 

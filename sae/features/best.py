@@ -20,19 +20,19 @@ class Best:
         d_sae: number of features.
         n: firings kept per feature.
         reach: size of the windows.
-        one_per_document: of several firings in one document only the best stays.
+        one_per_group: of several firings in one group (a document, or a section of one) only the best stays.
 
     Attributes:
-        key, row, value, document: `[d_sae, n]`; slots that are empty have key `WORST`.
+        key, row, value, group: `[d_sae, n]`; slots that are empty have key `WORST`.
         window: `[d_sae, n, width]`, float16.
     """
 
-    def __init__(self, d_sae: int, n: int, reach: Reach, *, one_per_document: bool) -> None:
-        self.n, self.reach, self.one_per_document = n, reach, one_per_document
+    def __init__(self, d_sae: int, n: int, reach: Reach, *, one_per_group: bool) -> None:
+        self.n, self.reach, self.one_per_group = n, reach, one_per_group
         self.key = np.full((d_sae, n), WORST, dtype=np.int64)
         self.row = np.zeros((d_sae, n), dtype=np.int64)
         self.value = np.zeros((d_sae, n), dtype=np.float32)
-        self.document = np.zeros((d_sae, n), dtype=np.int64)
+        self.group = np.zeros((d_sae, n), dtype=np.int64)
         self.window = np.zeros((d_sae, n, reach.width), dtype=np.float16)
 
     def offer(self, block: Block, key: Int[np.ndarray, " firings"]) -> None:
@@ -44,9 +44,9 @@ class Best:
         feature = np.concatenate([kept[0], block.feature[chosen]])
         keys = np.concatenate([self.key[kept], key[chosen]])
         order = np.argsort((feature << 32) | keys, kind="stable")
-        if self.one_per_document:
-            document = np.concatenate([self.document[kept], block.document[chosen]])
-            order = order[_first_of_each(feature[order], document[order])]
+        if self.one_per_group:
+            group = np.concatenate([self.group[kept], block.group[chosen]])
+            order = order[_first_of_each(feature[order], group[order])]
         rank = rank_within(feature[order])
         order, rank = order[rank < self.n], rank[rank < self.n]
         self._fill((feature[order], rank), order, kept, block, key, chosen)
@@ -60,8 +60,8 @@ class Best:
         old_slots, new_slots = (slots[0][old], slots[1][old]), (slots[0][~old], slots[1][~old])
         old_from = (kept[0][order[old]], kept[1][order[old]])
         new_from = chosen[order[~old] - len(kept[0])]
-        fresh = (key, block.row, block.value, block.document)
-        for array, source in zip((self.key, self.row, self.value, self.document), fresh, strict=True):
+        fresh = (key, block.row, block.value, block.group)
+        for array, source in zip((self.key, self.row, self.value, self.group), fresh, strict=True):
             array[old_slots] = array[old_from]
             array[new_slots] = source[new_from]
         self.window[old_slots] = self.window[old_from]
@@ -74,7 +74,7 @@ def rank_within(group: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     return np.arange(len(group)) - np.repeat(begins, np.diff(begins, append=len(group)))
 
 
-def _first_of_each(feature: np.ndarray, document: np.ndarray) -> np.ndarray:
-    """Positions of the first entry of every (feature, document), in order."""
-    pair = feature * (int(document.max(initial=0)) + 1) + document
+def _first_of_each(feature: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Positions of the first entry of every (feature, group), in order."""
+    pair = feature * (int(group.max(initial=0)) + 1) + group
     return np.sort(np.unique(pair, return_index=True)[1])

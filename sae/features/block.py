@@ -38,7 +38,7 @@ class Block:
         feature: which feature fired.
         row: on which token.
         value: how strongly, > 0.
-        document: the document the token belongs to.
+        group: the document the token belongs to, or the section of one.
         place: feature and row in one number that rises along the block: tokens of one feature and one context differ in
             it by their distance, all others by more than a window reaches.
     """
@@ -46,7 +46,7 @@ class Block:
     feature: Int[np.ndarray, " firings"]
     row: Int[np.ndarray, " firings"]
     value: Float[np.ndarray, " firings"]
-    document: Int[np.ndarray, " firings"]
+    group: Int[np.ndarray, " firings"]
     place: Int[np.ndarray, " firings"]
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ def make_block(
     feature: Int[np.ndarray, " firings"],
     row: Int[np.ndarray, " firings"],
     value: Float[np.ndarray, " firings"],
-    documents: Int[np.ndarray, " rows"],
+    groups: Int[np.ndarray, " rows"],
     first_row: int,
     reach: Reach,
 ) -> Block:
@@ -86,7 +86,7 @@ def make_block(
         feature: which feature fired.
         row: on which token.
         value: how strongly.
-        documents: the document of every row from `first_row` on, which begins a context.
+        groups: the document (or section) of every row from `first_row` on, which begins a context.
         first_row: the block's first row.
         reach: the windows that will be cut.
     """
@@ -95,8 +95,8 @@ def make_block(
     offset = row - first_row
     gap = max(reach.before, reach.after)
     spread = offset + offset // reach.context_length * gap
-    stride = len(documents) + (len(documents) // reach.context_length + 2) * gap
-    return Block(feature, row, value, documents[offset], feature * stride + spread)
+    stride = len(groups) + (len(groups) // reach.context_length + 2) * gap
+    return Block(feature, row, value, groups[offset], feature * stride + spread)
 
 
 def stable_order(feature: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

@@ -11,19 +11,24 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from sae import seeding
 from sae.activations.cache import ActivationCache, ContextBatch
+from sae.activations.metadata import place_of
 from sae.config import FeaturesConfig
 from sae.dictionary import Dictionary
-from sae.errors import CacheError, ConfigError
+from sae.errors import ConfigError
 from sae.features.best import Best
 from sae.features.block import Block, Reach, make_block
 from sae.features.examples import pick_examples, reservoir_size
+from sae.features.groups import ExampleGroups
 from sae.features.histogram import FINE_BINS, LARGEST_BITS, bin_edges, coarsen, fine_bins, float_bits
 from sae.features.logits import LogitEffects, logit_effects
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
 from sae.features.write import Collected, write_store
+from sae.modes import without_autocast
 from sae.neighbours import nearest_neighbours
+from sae.origin import check_belongs
 from sae.tokens import TRAIN
 from sae.transcoding import Hooks
 
@@ -34,6 +39,7 @@ BLOCK_FIRINGS = 1 << 21
 _ENCODED_AT_ONCE = 1 << 26
 
 
+@without_autocast
 def collect(
     dictionary: Dictionary,
     cache: ActivationCache,
@@ -67,11 +73,12 @@ def collect(
         progress: called with tokens done and tokens in all.
 
     Raises:
-        CacheError: the hook point is not in the cache, or of another width; or the store cannot be written.
-        ConfigError: `settings.tokens` is less than one context, or a transcoder reads another hook point.
+        CacheError: the hook point is not in the cache; the cache is of another model than the dictionary's; or the
+            store cannot be written.
+        ConfigError: `settings.tokens` is less than one context; the dictionary reads another hook point or width.
     """
-    check_width(dictionary, cache, hook)
-    gives = _gives(dictionary, hook)
+    check_belongs(dictionary, place_of(cache), reads=hook)
+    gives = Hooks.of(dictionary.metadata).gives or hook
     if dictionary.W_dec.device != torch.device(device):
         dictionary = copy.deepcopy(dictionary).to(device)
     collected = scan(dictionary, cache, settings, hook, seed, batch_contexts, progress)
@@ -105,9 +112,12 @@ def scan(
         ConfigError: `settings.tokens` is less than one context.
     """
     scale = cache.statistics(hook).mean_squared_norm ** 0.5 or 1.0
-    collector = _Collector(dictionary.d_sae, settings, cache.context_length, scale, seed)
+    groups = ExampleGroups.of(cache, settings)
+    collector = _Collector(dictionary.d_sae, settings, cache.context_length, scale, seed, groups)
     total = min(cache.rows(TRAIN), settings.tokens or cache.rows(TRAIN))
     at_once = batch_contexts or max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
+    if progress:
+        progress(0, total)
     for batch in cache.contexts(TRAIN, hook, batch_contexts=at_once, max_tokens=settings.tokens):
         collector.add(batch, *_encode(dictionary, batch))
         if progress:
@@ -117,26 +127,6 @@ def scan(
             f"features.tokens={settings.tokens}: less than one context of {cache.context_length} tokens; raise it"
         )
     return collector.finish()
-
-
-def check_width(dictionary: Dictionary, cache: ActivationCache, hook: str) -> None:
-    """Raise CacheError unless the dictionary takes the activations cached at `hook`."""
-    if cache.d_in(hook) != dictionary.d_in:
-        raise CacheError(
-            f"cache {str(cache.path)!r}: {hook} has {cache.d_in(hook)} numbers per token, the dictionary takes "
-            f"{dictionary.d_in}; name the hook point it was trained on"
-        )
-
-
-def _gives(dictionary: Dictionary, hook: str) -> str:
-    """The hook point whose activations are made of the features that are read at `hook`."""
-    hooks = Hooks.of(dictionary.metadata)
-    if not hooks.of_transcoder:
-        return hook
-    if hooks.reads != hook:
-        raise ConfigError(f"hook {hook!r}: the transcoder reads {hooks.reads!r}; its features are collected there")
-    assert hooks.gives is not None
-    return hooks.gives
 
 
 @torch.no_grad()
@@ -161,17 +151,20 @@ def _logits(
 class _Collector:
     """Running counts and the firings kept so far; firings wait until a block is full."""
 
-    def __init__(self, d_sae: int, settings: FeaturesConfig, context_length: int, scale: float, seed: int) -> None:
+    def __init__(
+        self, d_sae: int, settings: FeaturesConfig, context_length: int, scale: float, seed: int, groups: ExampleGroups
+    ) -> None:
         self.d_sae, self.settings, self.scale, self.seed = d_sae, settings, scale, seed
+        self.groups = groups
         self.reach = Reach(settings.before, settings.after, context_length)
-        self.top = Best(d_sae, settings.top, self.reach, one_per_document=True)
-        self.sample = Best(d_sae, reservoir_size(settings), self.reach, one_per_document=False)
+        self.top = Best(d_sae, settings.top, self.reach, one_per_group=True)
+        self.sample = Best(d_sae, reservoir_size(settings), self.reach, one_per_group=False)
         self.count = np.zeros(d_sae, dtype=np.int64)
         self.sum = np.zeros(d_sae, dtype=np.float64)
         self.histogram = np.zeros((d_sae, FINE_BINS), dtype=np.int64)
         self.rows = self.tokens = self.first_row = self.waiting = 0
         self.firings: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.documents: list[np.ndarray] = []
+        self.group_of_row: list[np.ndarray] = []
         self.runs: list[tuple[np.ndarray, np.ndarray]] = []
         self.last_document = -1
 
@@ -182,7 +175,7 @@ class _Collector:
         self.firings.append((indices[fires], rows, values[fires]))
         documents = batch.documents.flatten().numpy()
         self._note_documents(documents)
-        self.documents.append(documents)
+        self.group_of_row.append(self.groups.number(batch))
         self.rows += len(documents)
         self.tokens += len(offsets)
         self.waiting += len(rows)
@@ -204,6 +197,7 @@ class _Collector:
             examples=pick_examples(self.top, self.sample, self.histogram, self.scale, self.settings),
             document_start=starts,
             document=documents,
+            one_per=self.groups.unit,
         )
 
     def _note_documents(self, documents: Int[np.ndarray, " rows"]) -> None:
@@ -212,24 +206,25 @@ class _Collector:
         self.last_document = int(documents[-1])
 
     def _flush(self) -> None:
-        if not self.documents:
+        if not self.group_of_row:
             return
         feature, row, value = (np.concatenate(parts) for parts in zip(*self.firings, strict=True))
-        block = make_block(feature, row, value, np.concatenate(self.documents), self.first_row, self.reach)
+        block = make_block(feature, row, value, np.concatenate(self.group_of_row), self.first_row, self.reach)
         self.count += np.bincount(block.feature, minlength=self.d_sae)
         self.sum += np.bincount(block.feature, weights=block.value, minlength=self.d_sae)
         bins = block.feature * FINE_BINS + fine_bins(block.value, self.scale)
         self.histogram += np.bincount(bins, minlength=self.histogram.size).reshape(self.histogram.shape)
         self.top.offer(block, LARGEST_BITS - float_bits(block.value))
-        self.sample.offer(block, random_keys(block, self.seed))
+        self.sample.offer(block, random_keys(block, "features: examples", self.seed))
         self.first_row, self.waiting = self.rows, 0
-        self.firings, self.documents = [], []
+        self.firings, self.group_of_row = [], []
 
 
-def random_keys(block: Block, seed: int) -> Int[np.ndarray, " firings"]:
-    """A number in [0, 2³²) for every firing that depends on seed, row and feature alone, and looks random."""
-    row = block.row.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
-    row = _mix((row ^ (row >> np.uint64(32))).astype(np.uint32))
+def random_keys(block: Block, purpose: str, seed: int) -> Int[np.ndarray, " firings"]:
+    """A number in [0, 2³²) for every firing that depends on purpose, seed, row and feature alone, and looks random."""
+    key = seeding.number(purpose, seed)
+    row = block.row.astype(np.uint64) + np.uint64(key)
+    row = _mix((row ^ (row >> np.uint64(32))).astype(np.uint32)) ^ np.uint32(key >> 32)
     return _mix(row ^ (block.feature.astype(np.uint32) * np.uint32(0x9E3779B1))).astype(np.int64)
 
 

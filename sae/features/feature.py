@@ -62,7 +62,8 @@ class Feature:
         max: largest activation.
         mean: mean of the non-zero activations.
         histogram: of the non-zero activations.
-        top: the strongest activations, at most one a document, strongest first.
+        top: the strongest activations, at most one a document (or a section of one, where documents are few),
+            strongest first.
         quantiles: random activations from equal-count shares of the non-zero ones; the strongest share first.
         promoted: the next tokens it makes more likely, strongest first; None where logits are not known.
         suppressed: the next tokens it makes less likely.

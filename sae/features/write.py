@@ -41,6 +41,7 @@ class Collected:
         examples: the firings kept.
         document_start: first row of every run of rows of one document.
         document: the document each run belongs to.
+        one_per: `document` or `section`: what gives at most one of a feature's strongest examples.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Collected:
     examples: Examples
     document_start: Int[np.ndarray, " runs"]
     document: Int[np.ndarray, " runs"]
+    one_per: str = "document"
 
 
 def write_store(
@@ -90,6 +92,7 @@ def write_store(
         "rows": collected.rows,
         "tokens": collected.tokens,
         "context_length": cache.context_length,
+        "one_example_per": collected.one_per,
         "seed": seed,
         "settings": settings.model_dump(),
         "histogram_edges": [float(f"{edge:.6g}") for edge in collected.edges],

@@ -8,15 +8,22 @@ from functools import cache
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from sae.kernels.interface import Kernels
 
 BACK_ENDS = {"reference": "sae.kernels.reference", "cpu": "sae.kernels.cpu", "triton": "sae.kernels.triton"}
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernels_for(device: torch.device) -> Kernels:
-    """The fastest back end on a device: Triton on a GPU where it is installed, else PyTorch's own operators."""
-    return back_end("triton" if device.type == "cuda" and _has_triton() else "cpu")
+def kernels_for(weights: Tensor) -> Kernels:
+    """The fastest back end for weights like these: Triton on a GPU if it is installed, else PyTorch's own operators."""
+    return back_end(fastest(weights.device.type, weights.dtype))
+
+
+def fastest(device: str, dtype: torch.dtype) -> str:
+    """Name of the fastest back end that computes exactly in a number type; Triton's kernels sum in float32."""
+    return "triton" if device == "cuda" and dtype in TRITON_TYPES and _has_triton() else "cpu"
 
 
 @cache

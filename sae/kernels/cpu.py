@@ -106,9 +106,10 @@ def value_gradients(
         return gradient.new_zeros(0)
     _expect_beta_warning()
     size = (pattern.batch, pattern.d_sae)
-    zeros = gradient.new_zeros(pattern.pairs)
+    left, right = _summable(gradient), _summable(decoder)
+    zeros = left.new_zeros(pattern.pairs)
     places = torch.sparse_csr_tensor(pattern.offsets, pattern.features, zeros, size=size, check_invariants=False)
-    return torch.sparse.sampled_addmm(places, gradient, decoder.T, beta=0.0).values()
+    return torch.sparse.sampled_addmm(places, left, right.T, beta=0.0).values().to(gradient.dtype)
 
 
 def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
@@ -119,7 +120,8 @@ def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
 
 
 def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
-    return values.new_zeros(pattern.d_sae).index_add_(0, pattern.features, values)
+    summands = _summable(values)
+    return summands.new_zeros(pattern.d_sae).index_add_(0, pattern.features, summands).to(values.dtype)
 
 
 def gradient_squares(
@@ -291,6 +293,11 @@ class _GradientParts:
             first, last = torch.searchsorted(features, features.new_tensor([start, stop])).tolist()
             total.index_add_(0, features[first:last] - start, block[first:last])
         return total
+
+
+def _summable(x: Tensor) -> Tensor:
+    """As float32 if it is of fewer bits: sums of many such numbers would be rounded at every step."""
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def _sorted_coefficients(term: Term) -> Float[Tensor, " pairs"]:

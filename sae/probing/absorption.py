@@ -18,6 +18,7 @@ from sae.probing.linear import Design, LinearProbe, rank_columns, require_sklear
 from sae.probing.scores import binary_scores, mean_and_error
 from sae.probing.settings import LetterConfig
 from sae.probing.splits import Split, check_split, split_examples
+from sae.seeding import numpy_generator
 
 SILENT = 1e-8
 
@@ -157,7 +158,7 @@ def measure_absorption(
             f"[d_sae, {data.rows.shape[-1]}] was expected"
         )
     split = split_examples(
-        data.labels, data.groups.numpy(), seed=settings.seed,
+        data.labels, data.groups.numpy(), rng=numpy_generator("first letters: split", settings.seed),
         test_fraction=settings.test_fraction, validation_fraction=settings.validation_fraction,
     )  # fmt: skip
     measured = _Concepts(dictionary, data, split, settings)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.activations.harvest import model_not_finite
 from sae.errors import DataError, ShapeError
 from sae.files import stands, write_json, write_tensors
 from sae.language_model import LanguageModel
@@ -99,6 +100,8 @@ def read_activations(
     order = sorted(wanted, key=lambda number: len(examples.contexts[number]))
     rows: Tensor | None = None
     done, total = 0, sum(len(examples.contexts[number]) for number in order)
+    if progress is not None:
+        progress(0, total)
     while order:
         length = len(examples.contexts[order[-1]])
         batch = [order.pop() for _ in range(min(len(order), max(1, TOKENS_AT_ONCE // length)))]
@@ -115,7 +118,7 @@ def read_activations(
             progress(done, total)
     assert rows is not None
     if not bool(rows.isfinite().all()):
-        raise DataError(f"activations at {hook!r} are not finite (NaN or infinity); set model.dtype=float32")
+        raise DataError(f"hook {hook!r}: {model_not_finite(language_model.info.dtype)}")
     return LabelledActivations(
         rows, torch.tensor(examples.example), examples.labels, torch.tensor(examples.groups), examples.left_out
     )

@@ -13,6 +13,7 @@ import torch
 from sae.errors import DataError
 from sae.probing.data import LabelledTexts
 from sae.probing.settings import ProbeConfig
+from sae.seeding import numpy_generator
 from sae.tokens import TokenPolicy
 
 LEAST_OF_A_CLASS = 12
@@ -151,7 +152,7 @@ def _balanced(labels: Sequence[str], settings: ProbeConfig) -> list[int]:
     """Numbers of the examples drawn, in their own order."""
     classes = sorted(set(labels))
     of_each = max(1, settings.examples // len(classes))
-    rng = np.random.default_rng(settings.seed)
+    rng = numpy_generator("probes: examples", settings.seed)
     array = np.array(labels)
     drawn = [rng.permutation(np.flatnonzero(array == name))[:of_each] for name in classes]
     return sorted(int(number) for numbers in drawn for number in numbers)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from sae.errors import DataError
 from sae.features.vocabulary import Vocabulary
 from sae.probing.examples import Examples
 from sae.probing.settings import LetterConfig
+from sae.seeding import numpy_generator
 from sae.tokens import TokenPolicy
 
 LEAST_WORDS, LEAST_LENGTH, LEAST_LETTERS = 20, 3, 2
@@ -53,7 +52,7 @@ def letter_examples(tokenizer: Any, policy: TokenPolicy, bos: int | None, settin
             f"letters.prompt={settings.prompt!r}: the word is at position {len(opening)}, and the first "
             f"{policy.masked_positions} are masked; give a longer prompt"
         )
-    rng = np.random.default_rng(settings.seed)
+    rng = numpy_generator("first letters: words", settings.seed)
     contexts: list[tuple[int, ...]] = []
     labels: list[str] = []
     for letter, tokens in enough.items():

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, DataError, ModelError
 from sae.evaluation.report import identify as identify_dictionary
 from sae.files import locked, write_bytes
-from sae.language_model import LanguageModel, fingerprint
+from sae.language_model import LanguageModel
+from sae.model_identity import fingerprint
+from sae.origin import Place, check_belongs
 from sae.pipeline import Run
 from sae.probing.absorption import measure_absorption
 from sae.probing.activations import LabelledActivations, load_activations, read_activations, save_activations
@@ -27,6 +27,7 @@ from sae.probing.probe import probe_examples
 from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE, Entry, ProbeRecord, identify
 from sae.probing.render import markdown
 from sae.probing.settings import LetterConfig, ProbeConfig
+from sae.seeding import numpy_generator
 from sae.tokens import TokenPolicy
 
 FOLDER = "probing"
@@ -92,6 +93,7 @@ class _Probing:
             if letters is not None:
                 asked[FIRST_LETTERS] = identify(subject=self._subject_hash, settings=letters.model_dump())
             record = self._arranged(ProbeRecord.read(self.run_folder, self.subject), asked)
+            self._run.progress("probes", 0, len(files))
             for number, (name, file) in enumerate(files.items()):
                 if name not in record.entries:
                     entry = self._entry(asked[name], lambda file=file: self._probed(file), alone=len(files) == 1)
@@ -184,7 +186,9 @@ class _Probing:
         if held is not None:
             return held
         language_model = self._run.language_model
-        _check_model(language_model, self.model)
+        info = language_model.info
+        here = Place(f"model {info.name!r}", info.to_json(), ModelError, model_keys=_OF_MODEL)
+        check_belongs(self.dictionary, here, reads=self.hook)
         before = self._tokens_read
 
         def progress(done: int, total: int) -> None:
@@ -215,16 +219,6 @@ def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[st
     return hook, policy, model
 
 
-def _check_model(language_model: LanguageModel, model: dict[str, Any]) -> None:
-    info = language_model.info.to_json()
-    for key in _OF_MODEL:
-        if key in model and model[key] != info[key]:
-            raise ModelError(
-                f"model {language_model.info.name!r}: {key} is {info[key]!r}, and {model[key]!r} where the dictionary "
-                "was trained; give that model with model.name=PATH"
-            )
-
-
 def _in_random_order(data: Sequence[DataFile], settings: ProbeConfig) -> list[DataFile]:
-    order = np.random.default_rng(settings.seed).permutation(len(data))
+    order = numpy_generator("probes: data sets", settings.seed).permutation(len(data))
     return [data[number] for number in order][: settings.sample]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from sae.probing.linear import Design, principal_components, rank_columns, requi
 from sae.probing.scores import BinaryScores, SplitScores, binary_scores, majority_scores, over_classes, over_splits
 from sae.probing.settings import ProbeConfig
 from sae.probing.splits import LEAST_PER_PART, Split, check_split, split_examples
+from sae.seeding import numpy_generator
 
 LATENTS, NEURONS, COMPONENTS, MAJORITY = "latents", "neurons", "components", "majority"
 _KEPT_COLUMNS = 64
@@ -154,7 +154,7 @@ def probe_examples(
     groups = data.groups.numpy()
     splits = [
         split_examples(
-            data.labels, groups, seed=settings.seed + number,
+            data.labels, groups, rng=numpy_generator("probes: splits", settings.seed, number),
             test_fraction=settings.test_fraction, validation_fraction=settings.validation_fraction,
         )
         for number in range(settings.splits)
@@ -197,11 +197,11 @@ class _Tasks:
     ) -> None:  # fmt: skip
         self.columns = {LATENTS: data.latents(dictionary).numpy(), NEURONS: data.dense().numpy()}
         self.groups, self.settings = groups, settings
-        self.of_name = zlib.crc32(name.encode())  # nulls of different data sets must not share their permutation
+        self.name = name  # nulls of different data sets must not share their permutation
 
     def run(self, split: Split, truths: dict[str, Bool[np.ndarray, " rows"]], number: int) -> dict[str, list[_Outcome]]:
         """By method, an outcome for every class."""
-        rng = np.random.default_rng([self.settings.seed, number, self.of_name])
+        rng = numpy_generator(f"probes: shuffled labels of {self.name}", self.settings.seed, number)
         shuffled = {name: _shuffled(truth, split, rng) for name, truth in truths.items()}
         outcomes: dict[str, list[_Outcome]] = {}
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sae.columns import Column, fitted
 from sae.evaluation.render import pipe_table
 from sae.probing.probe import MAJORITY
 from sae.probing.record import MARKDOWN_FILE, ProbeRecord
@@ -13,7 +14,7 @@ from sae.probing.scores import METRICS
 from sae.probing.summary import duels, heading, method_order, shown, summarise
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 _NONE = "–"
 _METRICS = {"accuracy": "accuracy", "f1": "F1", "auc": "AUC"}
@@ -49,39 +50,45 @@ def markdown(record: ProbeRecord) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def summary_table(record: ProbeRecord) -> Table:
-    """Means over data sets, for the terminal: what fits into 80 columns."""
-    from rich import box
-    from rich.table import Table
+def summary_table(record: ProbeRecord, width: int | None = None) -> Group:
+    """Means over data sets, for the terminal.
 
+    Args:
+        record: of probes.
+        width: characters of the terminal; None: it is wide enough.
+    """
     count = len(record.results)
     title = next(iter(record.results)) if count == 1 else f"{count} data sets"
-    table = Table(box=box.SIMPLE_HEAD, title=f"{record.subject['hook']}: probes on {title}")
-    for name in ("", "accuracy", "AUC", "AUC, shuffled", "best on"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for name, accuracy, _, *others in _summary_rows(record):
-        table.add_row(name, accuracy, *others)
+    rows = [[name, accuracy, *others] for name, accuracy, _, *others in _summary_rows(record)]
     over = "test examples" if count == 1 else "data sets"
-    table.caption = f"± standard error over {over}; F1 and each data set: {MARKDOWN_FILE}"
-    return table
+    return fitted(
+        _columns(("", "accuracy", "AUC", "AUC,\nshuffled", "best on"), rows), width,
+        title=f"{record.subject['hook']}: probes on {title}",
+        note=f"± standard error over {over}; F1 and each data set: {MARKDOWN_FILE}",
+    )  # fmt: skip
 
 
-def letters_table(record: ProbeRecord) -> Table:
-    """First letters, for the terminal: counts of words, in 80 columns."""
-    from rich import box
-    from rich.table import Table
-
+def letters_table(record: ProbeRecord, width: int | None = None) -> Group:
+    """First letters, for the terminal: counts of words."""
     assert record.letters is not None
-    table = Table(box=box.SIMPLE_HEAD, title=f"{record.subject['hook']}: first letters")
-    for name in ("letter", "F1, dense", "F1, main", "main latents", "silent", "absorbed"):
-        table.add_column(name, justify="left" if name == "letter" else "right")
+    rows = []
     for one in record.letters["concepts"]:
         dense = _estimate(one["dense_f1"], 2)
         counts = [f"{one[name]} of {one['positives']}" for name in ("silent", "absorbed")]
         measured = [_estimate(one["main_f1"], 2), _main_latents(one), *counts]
-        table.add_row(one["name"], dense, *(measured if one["able"] else ["not able", _NONE, _NONE, _NONE]))
-    table.caption = f"{_letters_text(record.letters)} Rates with errors: {MARKDOWN_FILE}"
-    return table
+        rows.append([one["name"], dense, *(measured if one["able"] else ["not able", _NONE, _NONE, _NONE])])
+    return fitted(
+        _columns(("letter", "F1, dense", "F1, main", "main latents", "silent", "absorbed"), rows), width,
+        title=f"{record.subject['hook']}: first letters",
+        note=f"{_letters_text(record.letters)} Rates with errors: {MARKDOWN_FILE}",
+    )  # fmt: skip
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]:
+    """The first one is text."""
+    return [
+        Column(name, [row[number] for row in rows], is_text=not number) for number, name in enumerate(head)
+    ]  # fmt: skip
 
 
 def _data_sets(record: ProbeRecord) -> list[str]:

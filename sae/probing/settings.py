@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from sae.config import listed
 from sae.errors import ConfigError
 
 LETTERS = "letters"
@@ -58,10 +59,10 @@ class ProbeConfig(_Settings):
         default=None, description="of all the data sets so many, drawn by seed; null: all, in an order drawn by seed"
     )
 
-    @field_validator("k", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int) else value
+    def _listed(cls, settings: Any) -> Any:
+        return listed(cls, settings) if isinstance(settings, dict) else settings
 
     @field_validator("k", mode="after")
     @classmethod

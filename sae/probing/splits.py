@@ -29,7 +29,7 @@ class Split:
 
 def split_examples(
     labels: Sequence[str], groups: Int[np.ndarray, " rows"], *,
-    test_fraction: float, validation_fraction: float, seed: int,
+    test_fraction: float, validation_fraction: float, rng: np.random.Generator,
 ) -> Split:  # fmt: skip
     """A random split of the groups, in each class (that of a group's first example) by the same shares.
 
@@ -37,12 +37,11 @@ def split_examples(
         labels: class of each example.
         groups: examples of one group, such as equal texts or the tokens of one text, stay together.
         test_fraction, validation_fraction: shares of the groups.
-        seed: of the draw; the same seed, labels and groups give the same split.
+        rng: draws the split; from the same state, the same labels and groups give the same one.
     """
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     classes = np.array(labels)[first]
     part_of = np.zeros(len(numbers), dtype=np.int64)
-    rng = np.random.default_rng(seed)
     for name in sorted(set(classes.tolist())):
         members = rng.permutation(np.flatnonzero(classes == name))
         test = round(test_fraction * len(members))

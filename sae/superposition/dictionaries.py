@@ -18,6 +18,7 @@ from sae.evaluation.recovery import (
     firing_density,
     recovery,
 )
+from sae.modes import without_autocast
 from sae.superposition.world import TEST, VALIDATION, World, WorldSource, even_world, hard_world, toy_world
 from sae.training import Recipe, train_all
 
@@ -138,6 +139,7 @@ class RecoveryResult:
     dictionaries: tuple[DictionaryScores, ...]
 
 
+@without_autocast
 def run_recovery(
     settings: RecoverySettings, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> RecoveryResult:
@@ -158,6 +160,8 @@ def run_recovery(
         for architecture in settings.architectures
     }
     source = WorldSource(world, settings.batch_size)
+    if progress is not None:
+        progress(0, settings.tokens)
     outcome = train_all(
         {"activations": source},
         recipes,

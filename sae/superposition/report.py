@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sae.columns import Column, fitted
 from sae.evaluation.render import pipe_table
 from sae.superposition.dictionaries import COSINE, DictionaryScores, RecoveryResult
 from sae.superposition.experiments import DimensionalityResult, GeometryResult, PhaseResult
@@ -51,19 +52,13 @@ def markdown(done: Sequence[Finished]) -> str:
 
 def show(done: Finished, console: Console) -> None:
     """The same in the terminal, without the figure."""
-    from rich import box
-    from rich.table import Table as RichTable
-
-    console.print(f"{done.title} ({done.seconds:,.0f} s)", style="bold", highlight=False)
+    console.print(f"{done.title} ({done.seconds:,.0f} s)", style="bold")
     for table in tables(done.result):
-        rich = RichTable(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-        for column, name in enumerate(table.head):
-            rich.add_column(name, justify="left" if column == 0 else "right")
-        for row in table.rows:
-            rich.add_row(*row)
-        console.print(rich)
-        if table.note:
-            console.print(table.note + "\n", style="dim", highlight=False)
+        columns = [
+            Column(name, [row[number] for row in table.rows], is_text=not number)
+            for number, name in enumerate(table.head)
+        ]
+        console.print(fitted(columns, console.width, note=table.note and f"{table.note}\n"))
 
 
 def tables(result: Any) -> list[Table]:

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import ConfigError, TrainingError
+from sae.modes import without_autocast
+from sae.seeding import torch_generator
 from sae.training.schedules import learning_rate
 
 EXACT_UP_TO = 10
@@ -82,6 +84,9 @@ def sample_inputs(
     return torch.where(u < p, u / p, 0.0)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+@without_autocast
 def train_toy_models(
     density: Float[Tensor, " instances"],
     importance: Float[Tensor, "instances features"],
@@ -93,7 +98,7 @@ def train_toy_models(
 ) -> ToyModels:
     """Train one model for each instance, each on inputs of its own, to least E Σ_i I_i (x_i − x'_i)².
 
-    Everything random comes from one generator, so the same call gives the same weights. Adam works on each weight by
+    Everything random follows from the seed, so the same call gives the same weights. Adam works on each weight by
     itself: no instance feels another.
 
     Args:
@@ -111,19 +116,24 @@ def train_toy_models(
     training = training or ToyTraining()
     _check(density, importance, hidden)
     instances, features = importance.shape
-    generator = torch.Generator().manual_seed(seed)
     deviation = training.scale * (2 / (features + hidden)) ** 0.5
-    W = deviation * torch.randn(instances, features, hidden, generator=generator)
+    W = deviation * torch.randn(
+        instances, features, hidden, generator=torch_generator("toy models: initial weights", seed)
+    )
+    inputs = torch_generator("toy models: inputs", seed)
     b = torch.zeros(instances, features)
     optimiser = torch.optim.Adam([W, b])
+    of = training.steps * training.batch_size * instances
+    if progress:
+        progress(0, of)
     for step in range(training.steps):
-        x = sample_inputs(density, features, training.batch_size, generator)
+        x = sample_inputs(density, features, training.batch_size, inputs)
         W.grad, b.grad = loss_gradients(W, b, x, importance)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, training.steps, training.lr, 0.02, training.decay)
         optimiser.step()
         if progress and ((step + 1) % _REPORT_EVERY == 0 or step + 1 == training.steps):
-            progress((step + 1) * training.batch_size * instances, training.steps * training.batch_size * instances)
+            progress((step + 1) * training.batch_size * instances, of)
     if not (W.isfinite().all() and b.isfinite().all()):
         raise TrainingError(f"toy models diverged at lr={training.lr}: lower it")
     return ToyModels(W.detach(), b.detach(), density, importance)

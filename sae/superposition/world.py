@@ -11,16 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import Statistics
-from sae.errors import ConfigError
+from sae.errors import ConfigError, TrainingError
 from sae.evaluation.recovery import Labelled
-from sae.seeding import generator_of
+from sae.seeding import STREAMS, numpy_generator, torch_generator
 from sae.superposition.geometry import REPRESENTED
 from sae.superposition.toy import train_toy_models
 
 _ALWAYS, _NO_PARENT = 0, -1
 _STATISTICS_BATCHES = 8
-_DIRECTIONS, _LAYOUT = 1, 2
-TRAINING, STATISTICS, VALIDATION, TEST = 3, 4, 5, 6
+_EVEN, _HARD, _TOY = "even world", "hard world", "toy world"
+TRAINING, STATISTICS, VALIDATION, TEST = "training", "statistics", "validation", "test"
 """Streams of a world; they share no sample."""
 
 
@@ -57,6 +57,7 @@ class World:
         gates: probabilities that gates are open.
         parent: of each feature, the index of another; −1: none. Parents have no parents.
         seed: all samples follow from it and from the number of a batch.
+        name: of the kind of world; worlds of two names share no stream, whatever their seeds.
     """
 
     directions: Float[Tensor, "features d_in"]
@@ -66,13 +67,14 @@ class World:
     gates: Float[Tensor, " gates"]
     parent: Int[Tensor, " features"]
     seed: int = 0
+    name: str = "world"
 
     @property
     def mean_l0(self) -> float:
         """Mean number of features that are present."""
         return float(self.frequency.double().sum())
 
-    def sample(self, rows: int, number: int = 0, stream: int = TRAINING) -> Sample:
+    def sample(self, rows: int, number: int = 0, stream: str = TRAINING) -> Sample:
         """A batch: the same for the same seed, stream, number and rows, whatever was drawn before.
 
         Args:
@@ -80,7 +82,7 @@ class World:
             number: of the batch in its stream.
             stream: `TRAINING`, `STATISTICS`, `VALIDATION` or `TEST`.
         """
-        generator = generator_of(self.seed, stream, number)
+        generator = torch_generator(f"{self.name}: {stream}", self.seed, number)
         features = len(self.frequency)
         coins = torch.rand(rows, features, generator=generator)
         present = coins < self.chance
@@ -132,7 +134,7 @@ class WorldSource:
         self.world, self.batch_size, self.d_in = world, batch_size, world.directions.shape[1]
         parts = [world.sample(batch_size, number, STATISTICS).activations for number in range(_STATISTICS_BATCHES)]
         sample = torch.cat(parts).double()
-        self.statistics = Statistics(len(sample), sample.mean(0).float(), float(sample.square().sum(1).mean()))
+        self.statistics = Statistics(len(sample), sample.mean(0), float(sample.square().sum(1).mean()))
         self._next = 0
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
@@ -141,11 +143,20 @@ class WorldSource:
             yield self.world.sample(self.batch_size, number).activations
 
     def state_dict(self) -> dict[str, int]:
-        """The number of the next batch."""
-        return {"next": self._next}
+        """The number of the next batch, and the version of the streams that it is drawn from."""
+        return {"next": self._next, "streams": STREAMS}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a batch."""
+        """Go to a batch.
+
+        Raises:
+            TrainingError: the batches before it were of another version of the streams, with other directions.
+        """
+        if (streams := state.get("streams", 1)) != STREAMS:
+            raise TrainingError(
+                f"this training began on samples of version {streams} of the random streams, and a world has other "
+                f"directions in version {STREAMS}: finish it with the version of sae that began it, or start anew"
+            )
         self._next = state["next"]
 
     def restart(self) -> None:
@@ -165,13 +176,14 @@ def even_world(features: int = 512, d_in: int = 256, mean_l0: float = 8.0, *, se
         )
     frequency = torch.full((features,), mean_l0 / features)
     return World(
-        directions=random_directions(features, d_in, seed),
+        directions=random_directions(features, d_in, seed, _EVEN),
         frequency=frequency,
         chance=frequency,
         gate=torch.zeros(features, dtype=torch.int64),
         gates=torch.ones(1),
         parent=torch.full((features,), _NO_PARENT),
         seed=seed,
+        name=_EVEN,
     )
 
 
@@ -217,7 +229,7 @@ def hard_world(
             f"features, and there are {features}: take fewer of them"
         )
     frequency = zipf_frequencies(features, mean_l0, exponent, most_frequent)
-    drawn = np.random.default_rng([seed, _LAYOUT]).permutation(features)
+    drawn = numpy_generator(f"{_HARD}: layout", seed).permutation(features)
     chance, gate = frequency.clone(), torch.zeros(features, dtype=torch.int64)
     parent = torch.full((features,), _NO_PARENT)
     in_families = torch.from_numpy(np.sort(drawn[:of_families]))
@@ -228,7 +240,8 @@ def hard_world(
     gates = torch.cat([torch.ones(1), (2 * frequency[in_groups[:, 0]]).clamp_max(1.0)])
     gate[in_groups] = torch.arange(1, groups + 1)[:, None]
     chance[in_groups] = frequency[in_groups] / gates[1:, None]
-    return World(random_directions(features, d_in, seed), frequency, chance, gate, gates, parent, seed)
+    directions = random_directions(features, d_in, seed, _HARD)
+    return World(directions, frequency, chance, gate, gates, parent, seed, _HARD)
 
 
 def toy_world(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, seed: int = 0) -> World:
@@ -245,7 +258,7 @@ def toy_world(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, see
     learned = models.W[0].norm(dim=1) > REPRESENTED
     return World(
         models.W[0][learned], world.frequency[learned], world.chance[learned], world.gate[learned], world.gates,
-        world.parent[learned], seed,
+        world.parent[learned], seed, _TOY,
     )  # fmt: skip
 
 
@@ -275,7 +288,7 @@ def zipf_frequencies(
     return torch.from_numpy(np.minimum(high * shape, most_frequent)).float()
 
 
-def random_directions(features: int, d_in: int, seed: int) -> Float[Tensor, "features d_in"]:
-    """Independent directions, uniform on the sphere."""
-    directions = torch.randn(features, d_in, generator=generator_of(seed, _DIRECTIONS))
+def random_directions(features: int, d_in: int, seed: int, world: str) -> Float[Tensor, "features d_in"]:
+    """Independent directions, uniform on the sphere, drawn for a world of this name."""
+    directions = torch.randn(features, d_in, generator=torch_generator(f"{world}: directions", seed))
     return torch.nn.functional.normalize(directions, dim=1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import shutil
+import time
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,59 @@ from sae.hashes import check, damaged, recorded
 STATE_FILE = "state.pt"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 _NAME = re.compile(r"step-(\d+)")
+_SHARE_OF_TIME = 0.05
+_LEAST_SECONDS = 60.0
+_BYTES_PER_SECOND = 200e6
+
+
+class CheckpointClock:
+    """When the states of a pass are written.
+
+    With `every`, at the multiples of so many steps and at the end. Without, writing takes at most a twentieth of the
+    time, and what is lost to a kill is at most some twenty times what writing takes (or a minute): the next state is
+    due when the seconds spent on writing, with what one more is expected to take, are a twentieth of all, and a minute
+    has passed since the last. So is the state at the end; a training too short for it is soon repeated.
+
+    Args:
+        every: `train.checkpoint_every`.
+        size: bytes of the states of all members, from which the first writing is estimated.
+        clock: gives seconds.
+    """
+
+    def __init__(self, every: int | None, size: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every, self._clock = every, clock
+        self._start = self._latest = clock()
+        self._spent, self._expected = 0.0, size / _BYTES_PER_SECOND
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether to write after `step`, which may be the last."""
+        if self.every is not None:
+            return last or step % self.every == 0
+        now = self._clock()
+        allowed = _SHARE_OF_TIME * (now - self._start)
+        rested = last or now - self._latest >= _LEAST_SECONDS
+        return rested and self._spent + self._expected <= allowed
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While open, states are written."""
+        before = self._clock()
+        yield
+        self._latest = self._clock()
+        self._expected = self._latest - before
+        self._spent += self._expected
+
+
+def training_bytes(dictionary: int, optimizer: int, keep: int) -> int:
+    """Disk space of a training: the newest `keep` checkpoints, the one that is written before the oldest goes, and the
+    finished dictionary.
+
+    Args:
+        dictionary: bytes of the weights.
+        optimizer: bytes of the weights in training and of what the optimiser keeps.
+        keep: `train.keep_checkpoints`.
+    """
+    return (keep + 1) * (dictionary + optimizer) + dictionary
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: Dictionary) -> Path:

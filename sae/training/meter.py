@@ -21,22 +21,35 @@ class Meter:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self._sums: dict[str, Tensor] = {}
-        self._steps, self._since = 0, time.perf_counter()
+        self._steps = self._timed = 0
+        self._since = time.perf_counter()
 
     @torch.no_grad()
     def add(self, losses: Losses, variance: Float[Tensor, ""]) -> None:
         """Count a step; `variance` is that of its targets."""
         fvu = losses.terms["mse"] / variance.clamp_min(torch.finfo(variance.dtype).tiny)
-        for name, value in {"loss": losses.total.detach(), **losses.terms, "fvu": fvu, "l0": losses.l0}.items():
+        objective = losses.total.detach()
+        loss = objective if losses.revived is None else objective - losses.revived
+        named = {"loss": loss, "objective": objective, **losses.terms, "fvu": fvu, "l0": losses.l0}
+        for name, value in named.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._steps += 1
+        self._steps, self._timed = self._steps + 1, self._timed + 1
 
     def read(self) -> dict[str, float]:
         means = {name: float(value) / self._steps for name, value in self._sums.items()}
         now = time.perf_counter()
-        means["tokens_per_second"] = self._steps * self.batch_size / max(now - self._since, 1e-9)
-        self._sums, self._steps, self._since = {}, 0, now
+        means["tokens_per_second"] = self._timed * self.batch_size / max(now - self._since, 1e-9)
+        self._sums, self._steps, self._timed, self._since = {}, 0, 0, now
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums since the last reading, so that a resumed training logs what an uninterrupted one does."""
+        return {"sums": dict(self._sums), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from sums of an earlier process; the time counts from now."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._steps, self._timed, self._since = state["steps"], 0, time.perf_counter()
 
 
 class Stopwatch:

@@ -1,4 +1,4 @@
-"""The one number, and where asked for the mean, that activations are scaled by while training."""
+"""The one number, and where needed a shift, that activations are scaled and moved by while training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae.training.source import BatchSource
 
 @dataclass(frozen=True)
 class Normalisation:
-    """x ↦ (x − mean) · scale, after which E‖x‖² = d_in."""
+    """x ↦ (x − mean) · scale, after which E‖x − E x‖² = d_in."""
 
     mean: Float[Tensor, " d_in"]
     scale: float
@@ -29,23 +29,40 @@ class Normalisation:
         return Normalisation(-self.mean * self.scale, 1 / self.scale)
 
 
-def normalisation_of(source: BatchSource, center: bool, device: torch.device) -> Normalisation:
-    """From the source's statistics.
+def normalisations_of(
+    source: BatchSource, target: BatchSource | None, center: bool, device: torch.device
+) -> tuple[Normalisation, Normalisation | None]:
+    """Those of the input and, for a transcoder, of the target, from the sources' statistics.
+
+    The scale is that of the variance, whether or not the mean is subtracted, so that a constant vector in the data
+    changes nothing. A transcoder has one b_dec for both sides: its input is moved to the mean that its target has.
 
     Raises:
         TrainingError: the activations have no size.
     """
+    mean, scale = source.statistics.mean.double(), _scale(source)
+    if target is None:
+        return Normalisation(_on(device, mean if center else torch.zeros_like(mean)), scale), None
+    target_mean, target_scale = target.statistics.mean.double(), _scale(target)
+    moved = torch.zeros_like(target_mean) if center else target_mean * (target_scale / scale)
+    subtracted = target_mean if center else torch.zeros_like(target_mean)
+    return Normalisation(_on(device, mean - moved), scale), Normalisation(_on(device, subtracted), target_scale)
+
+
+def _scale(source: BatchSource) -> float:
     statistics = source.statistics
-    mean = statistics.mean if center else torch.zeros_like(statistics.mean)
-    square = statistics.mean_squared_norm - (float(statistics.mean.double().square().sum()) if center else 0.0)
-    if not math.isfinite(square):
+    if not math.isfinite(statistics.mean_squared_norm):
         raise TrainingError(
-            f"the activations' mean squared norm is {square}: some are not finite; check them: of a cache with "
-            "'sae verify'"
+            f"the activations' mean squared norm is {statistics.mean_squared_norm}: some are not finite; check them: "
+            "of a cache with 'sae verify'"
         )
-    if square <= 0:
+    if statistics.variance <= 0:
         raise TrainingError("the activations are all equal, so there is nothing to learn: is the hook point right?")
-    return Normalisation(mean.to(device), (source.d_in / square) ** 0.5)
+    return (source.d_in / statistics.variance) ** 0.5
+
+
+def _on(device: torch.device, mean: Float[Tensor, " d_in"]) -> Float[Tensor, " d_in"]:
+    return mean.float().to(device)
 
 
 def fold_(dictionary: Dictionary, of_input: Normalisation, of_target: Normalisation | None) -> None:

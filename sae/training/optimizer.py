@@ -74,7 +74,7 @@ class FeatureAdam:
     def step(self, lr: float) -> None:
         """Take one step with everything that was collected since the last."""
         self.steps, self.lr = self.steps + 1, lr
-        dictionary, kernels = self.dictionary, kernels_for(self.encoder.device)
+        dictionary, kernels = self.dictionary, kernels_for(self.encoder)
         of_encoder, of_decoder = dictionary.W_enc.grad, dictionary.W_dec.grad
         gradients = (
             self.encoder_sink.take(None if of_encoder is None else of_encoder.T), self.decoder_sink.take(of_decoder)
@@ -100,7 +100,7 @@ class FeatureAdam:
         """What the gradients of the matrices are to be multiplied by; those of the rest are. Waits for nothing."""
         if self.max_norm is None:
             return None
-        kernels, unit_rows = kernels_for(self.encoder.device), self.dictionary.unit_decoder
+        kernels, unit_rows = kernels_for(self.encoder), self.dictionary.unit_decoder
         rest = [p.grad for group in self.rest.param_groups for p in group["params"] if p.grad is not None]
         squares = [gradient.square().sum() for gradient in rest]
         if self.dictionary.W_enc.requires_grad:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,35 @@ def default_learning_rate(d_sae: int, steps: int) -> float:
     return 2.4e-3 * (4096 / d_sae) ** 0.5 * min(1.0, (2000 / steps) ** 0.5)
 
 
+@dataclass(frozen=True)
+class Gains:
+    """How strongly λ answers when L0 is not the target.
+
+    Attributes:
+        gain: of the proportional part.
+        rate: of the integral part, a step.
+        horizon: steps that the running mean of L0 reaches back.
+    """
+
+    gain: float
+    rate: float
+    horizon: int
+
+
+VERSION_1_GAINS = Gains(2.0, 0.03, 10)
+"""Whatever the learning rate: too strong at a high one (docs/log.md). Checkpoints of version 1 go on with them."""
+
+
+def default_gains(learning_rate: float) -> Gains:
+    """Gains in inverse proportion to the peak learning rate: 1.25 and 0.06 at 2.4e-3, and no more than 2 and 0.1.
+
+    λ changes how fast L0 moves, by as much as the weights do in a step, and some ten steps late, as Adam's momentum
+    lets it. An answer that is too strong for that makes L0 swing around the target, by a factor of two and more.
+    """
+    gain = min(2.0, 3e-3 / learning_rate)
+    return Gains(gain, gain / 20, 2)
+
+
 class SteeredWeight:
     """λ = exp(w + gain · e), with e = log(L0 / target) of a running mean of L0, and w growing by `rate` · e each step.
 
@@ -58,28 +88,23 @@ class SteeredWeight:
     Args:
         target: features per token that are aimed at.
         start: λ to begin with, unless `begin` says better.
-        gain: of the proportional part.
-        rate: of the integral part.
-        horizon: steps that the running mean of L0 reaches back.
+        gains: how strongly it answers.
     """
 
-    def __init__(
-        self, target: float | int, start: float, device: torch.device, gain: float = 2.0, rate: float = 0.03,
-        horizon: int = 10,
-    ) -> None:  # fmt: skip
-        self.target, self.gain, self.rate, self.horizon = target, gain, rate, horizon
+    def __init__(self, target: float | int, start: float, device: torch.device, gains: Gains) -> None:
+        self.target, self.gains = target, gains
         self.integral: Float[Tensor, ""] = torch.full((), start, device=device).log()
         self.l0: Float[Tensor, ""] = torch.full((), float("nan"), device=device)
 
     @property
     def value(self) -> Float[Tensor, ""]:
         """λ at this step."""
-        return (self.integral + self.gain * self._error().nan_to_num()).exp()
+        return (self.integral + self.gains.gain * self._error().nan_to_num()).exp()
 
     def observe(self, l0: Float[Tensor, ""]) -> None:
         """Take a batch's L0 into account."""
-        self.l0 = torch.where(self.l0.isnan(), l0, self.l0.lerp(l0.to(self.l0), 1 / self.horizon))
-        self.integral = self.integral + self.rate * self._error()
+        self.l0 = torch.where(self.l0.isnan(), l0, self.l0.lerp(l0.to(self.l0), 1 / self.gains.horizon))
+        self.integral = self.integral + self.gains.rate * self._error()
 
     def begin(self, b_enc: Float[Tensor, " d_sae"]) -> None:
         """Begin with the λ that the biases stand for, where they are negative: λ/2 = −b.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,7 +23,7 @@ class BatchSource(Protocol):
 
     @property
     def statistics(self) -> Statistics:
-        """Mean and mean squared norm, by which the loop normalises."""
+        """Mean and mean squared norm, from which the loop takes its scale."""
         ...
 
     @property
@@ -32,11 +32,11 @@ class BatchSource(Protocol):
         ...
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Batches from the present place on."""
+        """Batches from the present place on. For a threshold the loop reads a few before their step is due."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The present place."""
+        """The present place: behind the batch that was yielded last."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -46,6 +46,30 @@ class BatchSource(Protocol):
     def restart(self) -> None:
         """Go to the beginning, where a training that is not resumed begins; takes effect on the next `iter`."""
         ...
+
+
+@runtime_checkable
+class KnownSource(Protocol):
+    """A source that says where its activations come from, as `ActivationLoader` does. Nobody has to."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Saved with what is trained on it; with the names of `sae.dictionary_metadata`."""
+        ...
+
+
+def origin(source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
+    """What a dictionary's metadata say of its activations: of a transcoder, if both of its sources are known."""
+    if not isinstance(source, KnownSource):
+        return {}
+    read = dict(source.metadata)
+    if target is None:
+        return read
+    if not isinstance(target, KnownSource):
+        return {}
+    given = target.metadata
+    model = {} if given.get("model") == read.get("model") else {"target_model": given.get("model")}
+    return {"target_hook": given.get("hook"), "target_activations": given.get("activations"), **model, **read}
 
 
 class IterableSource:
@@ -81,8 +105,8 @@ class IterableSource:
             raise TrainingError("the batches are empty: expected at least one of shape [batch, d_in]")
         self._batches = batches
         self.batch_size, self.d_in = first[0].shape
-        sample = torch.cat(first).double()
-        self.statistics = Statistics(len(sample), sample.mean(0).float(), float(sample.square().sum(1).mean()))
+        sample = torch.cat(first).detach().double()
+        self.statistics = Statistics(len(sample), sample.mean(0), float(sample.square().sum(1).mean()))
         self._used = 0
         self.epoch = 0
 

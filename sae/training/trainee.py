@@ -21,19 +21,33 @@ from sae.dictionary import Dictionary, weights_sha256
 from sae.errors import ConfigError, TrainingError
 from sae.kernels.products import cpu_has_bfloat16
 from sae.neighbours import nearest_neighbours
+from sae.seeding import torch_generator
 from sae.training.applicability import PENALISED, READERS
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
-from sae.training.normalisation import Normalisation, fold_, normalisation_of
+from sae.training.normalisation import Normalisation, fold_, normalisations_of
 from sae.training.objectives import OBJECTIVES, Context, Losses
 from sae.training.optimizer import FeatureAdam
-from sae.training.schedules import SteeredWeight, default_learning_rate, falling_l0, learning_rate, warmed_up
+from sae.training.schedules import (
+    VERSION_1_GAINS,
+    Gains,
+    SteeredWeight,
+    default_gains,
+    default_learning_rate,
+    falling_l0,
+    learning_rate,
+    warmed_up,
+)
 from sae.training.source import BatchSource
+from sae.training.threshold import rows_for_threshold, set_threshold_
 
 COSINES = 512
 """Features whose nearest one is looked for when features are logged; of all it would take as long as steps."""
-THRESHOLD_RATE = 0.03
-"""Weight of the newest batch in BatchTopK's threshold: a mean over some thirty batches keeps up with training."""
+STATE_VERSION = 2
+"""Of what no setting says. A checkpoint of version 1, which does not say it, goes on by its own rules: with its scale,
+which was that of E‖x‖², a threshold that is a running mean, and the steering of then."""
+_OLD_THRESHOLD_RATE = 0.03
+"""Weight of the newest batch in that mean."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,10 @@ class Recipe:
         source: name of the source of its input.
         target: name of the source of what it reconstructs; None: the input.
         folder: run folder, for `metrics.jsonl`, `checkpoints/` and `snapshots/`; None: nothing is kept.
-        metadata: saved with the dictionary; `activations` in it names the data: resuming on others is refused.
+        metadata: saved with the dictionary, and wins over what its sources say of themselves; `activations` in it names
+            the data: resuming on others is refused.
         start: a dictionary, for raw activations, whose weights training begins with; None: random directions.
+        purpose: what it is trained for; dictionaries for two purposes begin apart, whatever their seeds.
     """
 
     dictionary: DictionaryConfig
@@ -59,6 +75,7 @@ class Recipe:
     folder: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     start: Dictionary | None = None
+    purpose: str = "training"
 
 
 class Trainee:
@@ -83,29 +100,31 @@ class Trainee:
     ) -> None:  # fmt: skip
         shape, settings = recipe.dictionary, recipe.settings
         self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
-        self.batch_size = input_source.batch_size
+        self.batch_size, self.version = input_source.batch_size, STATE_VERSION
         self.identity = _identity(recipe, input_source, target_source)
-        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.generator = torch_generator(f"initial weights: {recipe.purpose}", recipe.seed)
         self.dictionary = build(shape, input_source.d_in).to(device)
         freeze_(self.dictionary, settings.freeze)
         self.rate = settings.lr or default_learning_rate(shape.d_sae, steps)
         dead_after = settings.dead_after_tokens or default_dead_after(shape.d_sae, shape.k, steps * self.batch_size)
-        self.normalisation = normalisation_of(input_source, settings.center, device)
-        self.target_normalisation = (
-            None if target_source is None else normalisation_of(target_source, settings.center, device)
+        self.normalisation, self.target_normalisation = normalisations_of(
+            input_source, target_source, settings.center, device
         )
         self.optimizer = FeatureAdam(
             self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(shape, settings, device),
             max_norm=settings.max_gradient_norm,
         )  # fmt: skip
         self.firing = FiringRecord(shape.d_sae, dead_after, device)
-        self.steered = _steered(shape, settings, device)
+        self.steered = _steered(shape, settings, default_gains(self.rate), device)
         self.falls = (
             self.steered is not None and shape.architecture == "relu"
             and recipe.start is None and "b_enc" not in settings.freeze
         )  # fmt: skip
         fraction = settings.sparsity_warmup_fraction
         self.sparsity_warmup = (0.1 if self.falls else 0.05) if fraction is None else fraction
+        has_threshold = isinstance(self.dictionary, OneThreshold)
+        self.batches_ahead = -(-rows_for_threshold(shape.k) // self.batch_size) if has_threshold else 0
+        self.newest: Float[Tensor, "batch d_in"] | None = None
         self.variance = torch.ones((), device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
@@ -124,8 +143,10 @@ class Trainee:
         self.firing.record(losses.counts, losses.l0, len(x), self.step_number)
         if self.steered is not None:
             self.steered.observe(losses.l0)
-        if losses.threshold is not None:
-            self._learn_threshold(losses.threshold)
+        if self.batches_ahead:
+            self.newest = x
+        elif losses.threshold is not None:
+            self._learn_as_before(losses.threshold)
         self.variance = target.var(0, correction=0).sum()
         bad = ~losses.total.detach().isfinite()
         self.bad_input |= bad & (self.first_bad_step < 0) & ~(x.isfinite().all() & target.isfinite().all())
@@ -133,7 +154,7 @@ class Trainee:
         return replace(losses, terms={**losses.terms, **self._also_logged(context)})
 
     def folded(self) -> Dictionary:
-        """A copy that takes raw activations, decoder rows of norm 1."""
+        """A copy that takes raw activations, decoder rows of norm 1; its threshold is the one last set."""
         copied = copy.deepcopy(self.dictionary).cpu().eval().requires_grad_(False)
         if not copied.unit_decoder:
             copied.normalise_decoder_()
@@ -153,9 +174,23 @@ class Trainee:
         }
         return copied
 
+    def set_threshold_(self, ahead: Sequence[Float[Tensor, "batch d_in"]]) -> None:
+        """Make the threshold, of BatchTopK and Matryoshka, that of the weights as they are.
+
+        Args:
+            ahead: the next `batches_ahead` batches, raw, which were not trained on; where the source has no more, the
+                newest one serves.
+        """
+        if not self.batches_ahead or self.newest is None:
+            return
+        assert isinstance(self.dictionary, OneThreshold)
+        rows = self.normalisation(torch.cat(list(ahead[: self.batches_ahead]))) if ahead else self.newest
+        set_threshold_(self.dictionary, rows)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed training needs beside its source's place."""
         return {
+            "version": self.version,
             "identity": self.identity,
             "step": self.step_number,
             "dictionary": self.dictionary.state_dict(),
@@ -177,16 +212,25 @@ class Trainee:
         self.dictionary.load_state_dict(state["dictionary"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.firing.load_state_dict(state["firing"])
+        self.version = state.get("version", 1)
         self.rate = state.get("rate", self.rate)
         self.sparsity_warmup = state.get("sparsity_warmup", self.sparsity_warmup)
         if self.steered is not None:
             self.steered.load_state_dict(state["steered"])
+        if self.version < 2:
+            self._go_on_as_version_1()
         of_input, of_target = state["normalisations"]
         like = self.normalisation.mean
         self.normalisation = Normalisation(of_input["mean"].to(like), of_input["scale"])
         if of_target is not None:
             self.target_normalisation = Normalisation(of_target["mean"].to(like), of_target["scale"])
         self.generator.set_state(state["generator"])
+
+    def _go_on_as_version_1(self) -> None:
+        """By the rules that the checkpoint was begun with; its scale is in it."""
+        self.batches_ahead = 0
+        if self.steered is not None:
+            self.steered.gains = VERSION_1_GAINS
 
     def check_identity(self, held: dict[str, Any], where: str) -> None:
         """Refuse a state that was made with other settings.
@@ -195,6 +239,8 @@ class Trainee:
             TrainingError: naming the first setting that differs.
         """
         for key, value in self.identity.items():
+            if key == "activations" and held.get(key) is None:  # older checkpoints were not told by their sources
+                continue
             if setting_of(held, key) != value:
                 raise TrainingError(
                     f"{where}: made with {key}={setting_of(held, key)!r}, now {value!r}; choose another run folder "
@@ -230,6 +276,13 @@ class Trainee:
             "log10_density": densities[densities > 0].log10().cpu(),
             "decoder_cosine": cosines[cosines.isfinite()],
         }
+
+    def metrics_now(self) -> dict[str, float | int]:
+        """What is logged as it is at this step, in units of training. Waits for the device."""
+        metrics: dict[str, float | int] = {"dead": int(self.firing.dead.sum()), "lr": self.optimizer.lr}
+        if isinstance(self.dictionary, OneThreshold):
+            metrics["threshold"] = float(self.dictionary.threshold)
+        return metrics
 
     def bytes(self) -> int:
         """Memory of the weights and of what the optimiser keeps."""
@@ -287,19 +340,17 @@ class Trainee:
         shown = {"gradient_norm": self.optimizer.norm}
         if self.dictionary.architecture in PENALISED:
             shown["sparsity_weight"] = torch.as_tensor(context.sparsity)
-        if isinstance(self.dictionary, OneThreshold):
-            shown["threshold"] = self.dictionary.threshold.clone()
         return {name: value for name, value in shown.items() if value is not None}
 
     def _rate(self) -> float:
         settings = self.settings
         return learning_rate(self.step_number, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
 
-    def _learn_threshold(self, smallest: Float[Tensor, ""]) -> None:
-        """The mean over the first steps, a running one afterwards: there is a threshold from the first step on."""
+    def _learn_as_before(self, smallest: Float[Tensor, ""]) -> None:
+        """The rule of version 1: the mean over the first steps, a running one afterwards."""
         assert isinstance(self.dictionary, OneThreshold)
         threshold = self.dictionary.threshold
-        threshold += (smallest - threshold) * max(1 / self.step_number, THRESHOLD_RATE)
+        threshold += (smallest - threshold) * max(1 / self.step_number, _OLD_THRESHOLD_RATE)
 
 
 def build(shape: DictionaryConfig, d_in: int) -> Dictionary:
@@ -364,11 +415,13 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
         )
 
 
-def _steered(shape: DictionaryConfig, settings: TrainConfig, device: torch.device) -> SteeredWeight | None:
+def _steered(
+    shape: DictionaryConfig, settings: TrainConfig, gains: Gains, device: torch.device
+) -> SteeredWeight | None:
     """The weight of an L1 penalty that nobody has fixed."""
     if shape.architecture not in READERS["train.l1_coefficient"] or settings.l1_coefficient is not None:
         return None
-    return SteeredWeight(shape.k, 2.0, device)
+    return SteeredWeight(shape.k, 2.0, device, gains)
 
 
 def _in_bfloat16(shape: DictionaryConfig, settings: TrainConfig, device: torch.device) -> bool:

@@ -169,16 +169,26 @@ function showFeature(feature) {
   controls.feature.scrollTop = 0;
 }
 
-function haystack(feature) {
+function tokensOf(feature) {
   const logits = [...feature.u ?? [], ...feature.l ?? []].filter((_, place) => place % 2 === 0);
-  return feature.text ??= [...feature.p ?? [], ...logits].join("\u0000").toLowerCase();
+  return feature.tokens ??= [feature.p ?? [], logits].map(tokens => tokens.map(token => token.toLowerCase()));
 }
 
-function matches(feature, query) {
-  if (!query.trim()) return true;
+// How well a feature fits a query; 0 is best: its number; a token it fires on, or raises or lowers, is the query, begins
+// with it, or holds it; stronger tokens before weaker ones. Spaces around a token count only where the query has them.
+const NO_MATCH = 99;
+function distance(feature, query) {
+  if (!query.trim()) return 0;
   const number = query.trim().replace(/^#/, "");
-  if (/^\d+$/.test(number) && String(feature.i).startsWith(number)) return true;
-  return haystack(feature).includes(query.toLowerCase());
+  if (/^\d+$/.test(number) && String(feature.i) === number) return 0;
+  const asked = query.toLowerCase(), bare = asked === asked.trim();
+  const kinds = [token => token === asked, token => token.startsWith(asked), token => token.includes(asked)];
+  for (const [kind, fits] of kinds.entries())
+    for (const [place, tokens] of tokensOf(feature).entries()) {
+      const rank = tokens.findIndex(token => fits(bare ? token.trim() : token));
+      if (rank >= 0) return 1 + 2 * kind + place + rank / (tokens.length + 1);
+    }
+  return /^\d+$/.test(number) && String(feature.i).startsWith(number) ? 7 : NO_MATCH;
 }
 
 function item(feature) {
@@ -193,8 +203,9 @@ function item(feature) {
 function refreshList() {
   const key = controls.sort.value, query = controls.search.value;
   const sign = key === "i" ? 1 : -1;
-  order = data.features.filter(feature => (controls.dead.checked || !isDead(feature)) && matches(feature, query));
-  order.sort((a, b) => isDead(a) - isDead(b) || sign * ((a[key] ?? 0) - (b[key] ?? 0)) || a.i - b.i);
+  const fit = new Map(data.features.map(feature => [feature, distance(feature, query)]));
+  order = data.features.filter(feature => (controls.dead.checked || !isDead(feature)) && fit.get(feature) < NO_MATCH);
+  order.sort((a, b) => isDead(a) - isDead(b) || fit.get(a) - fit.get(b) || sign * ((a[key] ?? 0) - (b[key] ?? 0)) || a.i - b.i);
   controls.list.replaceChildren(...order.map(feature => {
     const row = item(feature);
     row.querySelector(".amount").textContent = isDead(feature) ? "" : key === "x" || key === "m" ? rounded(feature[key]) : percent(feature.d);
@@ -202,7 +213,8 @@ function refreshList() {
   }));
   const dead = data.features.filter(isDead).length;
   const hidden = dead && !controls.dead.checked ? `, ${count(dead)} dead hidden` : "";
-  controls.found.textContent = `${count(order.length)} of ${count(data.features.length)} features${hidden}`;
+  const onPage = data.features.length < data.d_sae ? `, on this page of ${count(data.d_sae)}` : "";
+  controls.found.textContent = `${count(order.length)} of ${count(data.features.length)} features${onPage}${hidden}`;
 }
 
 function markCurrent(scroll) {

@@ -9,9 +9,11 @@ from rich.text import Text
 
 from sae.causal.effects import Effects
 from sae.causal.render import effect_lines
+from sae.columns import Column, fitted
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
 from sae.features.text import visible
+from sae.terminal import output
 
 HOT = (214, 102, 16)
 PALE = (72, 48, 32)
@@ -21,9 +23,11 @@ def print_feature(feature: Feature, console: Console | None = None, effects: Eff
     """Print a feature: its numbers, logits and neighbours, then its strongest contexts and those of each quantile.
 
     Where its effect is among `effects`, that stands with its numbers. Token text is printed as it is, never as markup;
-    control characters are shown and not obeyed.
+    control characters are shown and not obeyed. Without colours the strongest token stands in «», others that fire
+    in ‹›.
     """
-    console = console or Console()
+    console = console or output()
+    colour = in_colour(console)
     console.print(_header(feature))
     if effects is not None and feature.index in effects.features:
         console.print(_labelled("effect", Text(effect_lines(effects[feature.index], effects.settings))))
@@ -35,10 +39,10 @@ def print_feature(feature: Feature, console: Console | None = None, effects: Eff
     if feature.dead:
         console.print(Text("\nIt never fired in the tokens scanned: there are no examples.", style="dim"))
         return
-    console.print(_contexts("Strongest, one per document", feature.top, feature.max))
+    console.print(_contexts("Strongest, one per document", feature.top, feature.max, colour))
     for number, examples in enumerate(feature.quantiles):
         if examples:
-            console.print(_contexts(quantile_title(number, len(feature.quantiles)), examples, feature.max))
+            console.print(_contexts(quantile_title(number, len(feature.quantiles)), examples, feature.max, colour))
 
 
 def print_features(
@@ -55,29 +59,34 @@ def print_features(
     Raises:
         ConfigError: `sort` is not a column to sort by.
     """
-    console = console or Console()
+    console = console or output()
     order = features.sorted_by(sort, max_density=max_density)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("feature", "density", "max", "mean"):
-        table.add_column(column, justify="right")
-    table.add_column("fires on", no_wrap=True, overflow="ellipsis")
-    for index in order[:limit]:
-        feature = features[index]
-        if feature.dead:
-            table.add_row(str(index), "dead", "", "", "", style="dim")
-        else:
-            tokens = Text(" ").join(Text(visible(token), style="on grey23") for token in feature.peek[:8])
-            numbers = (density_text(feature.density), number_text(feature.max), number_text(feature.mean))
-            table.add_row(str(index), *numbers, tokens)
-    console.print(table)
+    chosen = [features[index] for index in order[:limit]]
+    numbers = {
+        "feature": [str(feature.index) for feature in chosen],
+        "density": ["dead" if feature.dead else density_text(feature.density) for feature in chosen],
+        "max": ["" if feature.dead else number_text(feature.max) for feature in chosen],
+        "mean": ["" if feature.dead else number_text(feature.mean) for feature in chosen],
+    }
+    tokens = [Text() if feature.dead else _peek(feature, in_colour(console)) for feature in chosen]
+    columns = [Column(heading, cells) for heading, cells in numbers.items()]
+    console.print(fitted([*columns, Column("fires on", tokens, is_text=True, is_cut=True)], console.width))
     dead = int(features.summary().dead.sum())
-    shown = len(order[:limit])
-    console.print(
-        Text(
-            f"{shown:,} of {len(features):,} features by {sort}; {dead:,} dead in {features.info['tokens']:,} tokens",
-            "dim",
-        )
-    )
+    rarer = f", {len(order):,} of them on at most {density_text(max_density)} of tokens" if max_density < 1 else ""
+    tokens_read = f"{features.info['tokens']:,} tokens"
+    note = f"{len(chosen):,} of {len(features):,} features by {sort}{rarer}; {dead:,} dead in {tokens_read}"
+    console.print(Text(note, "dim"))
+
+
+def in_colour(console: Console) -> bool:
+    """Whether a background can be seen; in a pipe or a file it cannot, and signs stand in its place."""
+    return console.is_terminal and not console.no_color and console.color_system is not None
+
+
+def _peek(feature: Feature, colour: bool) -> Text:
+    tokens = [visible(token) for token in feature.peek[:8]]
+    parts = [Text(token, style="on grey23") if colour else Text(f"«{token}»") for token in tokens]
+    return Text(" ").join(parts)
 
 
 def quantile_title(number: int, quantiles: int) -> str:
@@ -127,12 +136,12 @@ def _neighbours(feature: Feature) -> Text:
     return Text("  ").join(parts)
 
 
-def _contexts(title: str, examples: list[Example], largest: float) -> Group:
+def _contexts(title: str, examples: list[Example], largest: float, colour: bool) -> Group:
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right", style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for example in examples:
-        table.add_row(number_text(example.value), _context(example, largest))
+        table.add_row(number_text(example.value), _context(example, largest) if colour else _plain_context(example))
     return Group(Text(f"\n{title}", style="underline"), table)
 
 
@@ -146,4 +155,16 @@ def _context(example: Example, largest: float) -> Text:
         red, green, blue = (round(low + share * (high - low)) for low, high in zip(PALE, HOT, strict=True))
         peak = "bold underline " if position == example.position else ""
         text.append(visible(token), style=f"{peak}white on rgb({red},{green},{blue})")
+    return text
+
+
+def _plain_context(example: Example) -> Text:
+    """The strongest token in «», the others that fire in ‹›."""
+    text = Text()
+    for position, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True)):
+        if activation <= 0:
+            text.append(visible(token) if token else "")
+        else:
+            before, after = "«»" if position == example.position else "‹›"
+            text.append(f"{before}{visible(token)}{after}")
     return text

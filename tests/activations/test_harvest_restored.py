@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from sae.activations import ActivationCache, verify
 from sae.activations.harvest import harvest
 from sae.errors import CacheError
 from sae.language_model import LanguageModel
+from sae.tokens import packed_shards
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,27 @@ def test_lost_files_are_restored_with_the_same_bytes(
             (folder / name).unlink()
     cache = harvest(tiny_config(harvest__cache=str(folder), harvest__hooks=HOOKS), language_model)
     assert contents(cache.path) == before
+
+
+def test_text_is_restored_in_the_order_that_the_manifest_is_of(
+    tiny_config: Config, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest without a version is of documents that `random.Random(0)` shuffled."""
+    config = tiny_config(data__shuffle_documents=5)
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.activations.harvest.packed_shards", lambda *given: packed_shards(*given[:4], streams=1))
+        folder = harvest(config, language_model).path
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["data"].pop("streams") == 2
+    lost = ("tokens/train-00001.safetensors", "documents.json")
+    for name in lost:
+        (folder / name).unlink()
+    with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed\); delete the cache"):
+        harvest(config, language_model)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    harvest(config, language_model)
+    held = contents(folder)
+    assert all(hashlib.sha256(held[name]).hexdigest() == manifest["files"][name]["sha256"] for name in lost)
 
 
 def test_restoring_what_has_changed_is_refused_and_touches_nothing(
@@ -97,17 +120,17 @@ def test_disk_full_then_resumed_gives_the_same_bytes(
 def test_a_harvest_that_cannot_fit_is_not_begun(
     tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1,200 rows of two hooks of 32 float32: 307,200 bytes."""
+    """1,200 rows of two hooks of 32 float32, 307,200 bytes, and of two int32, 9,600."""
     Usage = namedtuple("Usage", "total used free")
     config = tiny_config(harvest__hooks=HOOKS)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 307_199))
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 316_799))
         with pytest.raises(
             CacheError, match=r"disk full: .*/activations' needs 0.00 GB more, 0.00 GB are free: .*int8"
         ):
             harvest(config, language_model)
         assert not list(config.cache_folder.glob("blocks.*/*"))
-        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 307_200))
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 316_800))
         cache = harvest(config, language_model)
     assert contents(cache.path) == contents(tiny_cache.path)
 

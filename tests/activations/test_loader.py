@@ -12,6 +12,7 @@ from torch import Tensor
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.errors import CacheError
+from sae.seeding import numpy_generator
 
 HOOK = "blocks.0.hook_resid_pre"
 CONTEXT = 8
@@ -63,7 +64,7 @@ def test_a_batch_can_be_larger_than_pool_and_epoch(marked: tuple[ActivationCache
     loader = ActivationLoader(cache, HOOK, batch_size=2 * len(eligible) + 5, pool_tokens=64)
     rows = drawn(loader, 1)
     assert sorted(rows[: len(eligible)]) == sorted(rows[len(eligible) : -5]) == eligible
-    assert loader.state_dict() == {"position": 2 * len(eligible) + 5}
+    assert loader.state_dict() == {"position": 2 * len(eligible) + 5, "streams": 2}
 
 
 def test_order_is_a_function_of_the_seed(marked: tuple[ActivationCache, list[int]]) -> None:
@@ -89,8 +90,76 @@ def test_a_loader_goes_on_from_any_position(
     after = make()
     after.load_state_dict(before.state_dict())
     assert used + drawn(after, 30) == whole
-    assert after.state_dict() == {"position": 10 * (batches + 30)}
+    assert after.state_dict() == {"position": 10 * (batches + 30), "streams": 2}
     assert drawn(before, 30) == whole[10 * batches :]  # the same object iterated anew goes on as well
+
+
+def slow_order(
+    eligible: list[int], rows: int, pool_tokens: int, block_tokens: int, generator: Callable[[int, int], Any]
+) -> list[int]:
+    """Two epochs in plain Python; `generator` is of an epoch's blocks (number 0), or of one of its pools."""
+    counts, order, shard_rows = set(eligible), [], 4 * CONTEXT
+    blocks = [
+        [row for row in range(start, min(start + block_tokens, first + shard_rows, rows)) if row in counts]
+        for first in range(0, rows, shard_rows)
+        for start in range(first, min(first + shard_rows, rows), block_tokens)
+    ]
+    for epoch in range(2):
+        pools: list[list[int]] = []
+        size = pool_tokens
+        for block in generator(epoch, 0).permutation(len(blocks)).tolist():
+            if not pools or size + len(blocks[block]) > pool_tokens:
+                pools, size = [*pools, []], 0
+            pools[-1].append(block)
+            size += len(blocks[block])
+        for number, pool in enumerate(pools):
+            held = [row for block in sorted(pool) for row in blocks[block]]
+            places = generator(epoch, number + 1).permutation(len(held)).tolist()
+            order += [row for _, row in sorted(zip(places, held, strict=True))]
+    return order
+
+
+@pytest.mark.parametrize(("streams", "state"), [(1, {"position": 0}), (2, {"position": 0, "streams": 2})])
+@pytest.mark.parametrize(("pool_tokens", "block_tokens"), [(100, 8), (333, 5), (10**6, 64)])
+def test_a_state_without_a_version_goes_on_in_the_order_it_was_begun_with(
+    marked: tuple[ActivationCache, list[int]], streams: int, state: dict[str, int], pool_tokens: int, block_tokens: int
+) -> None:
+    """Before streams had versions, these were `np.random.default_rng([seed, epoch, number])`."""
+    cache, eligible = marked
+
+    def generator(epoch: int, number: int) -> np.random.Generator:
+        if streams == 1:
+            return np.random.default_rng([3, epoch, number])
+        return numpy_generator("order of tokens: training", 3, epoch, number)
+
+    expected = slow_order(eligible, 1003, min(pool_tokens, len(eligible)), block_tokens, generator)
+    make = lambda: ActivationLoader(  # noqa: E731
+        cache, HOOK, batch_size=10, seed=3, pool_tokens=pool_tokens, block_tokens=block_tokens
+    )
+    batches = len(expected) // 10
+    loader = make()
+    loader.load_state_dict(state)
+    assert drawn(loader, batches) == expected[: 10 * batches]
+    resumed = make()
+    resumed.load_state_dict({**state, "position": 470})
+    assert drawn(resumed, 20) == expected[470:670]
+    assert resumed.state_dict() == {"position": 670, "streams": streams}
+    resumed.restart()
+    assert resumed.state_dict() == {"position": 0, "streams": 2}, "what begins anew begins in today's order"
+
+
+def test_an_order_that_is_not_known_is_refused(marked: tuple[ActivationCache, list[int]]) -> None:
+    loader = ActivationLoader(marked[0], HOOK, batch_size=10)
+    with pytest.raises(CacheError, match=r"state has streams=3, and 1 to 2 are known here: go on with the version of"):
+        loader.load_state_dict({"position": 0, "streams": 3})
+
+
+def test_orders_for_two_purposes_have_nothing_in_common(marked: tuple[ActivationCache, list[int]]) -> None:
+    one, other = (
+        drawn(ActivationLoader(marked[0], HOOK, batch_size=10, **purpose), 40)
+        for purpose in ({}, {"purpose": "frozen decoder"})
+    )
+    assert sum(a == b for a, b in zip(one, other, strict=True)) < 10
 
 
 def test_neighbours_in_a_batch_are_not_neighbours_in_the_text(write_cache: Callable[..., ActivationCache]) -> None:

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from sae.activations import ActivationCache
 from sae.causal.changes import ELSEWHERE, FIRING, RANDOM, Changes, Plan, plan_changes
-from sae.causal.continuation import Continuation, Readout
 from sae.causal.direct import DirectPath
 from sae.causal.firings import scan_firings
 from sae.causal.meter import ChangeMeter
 from sae.language_model import LanguageModel
+from sae.tail import Readout, Start, Tail
 from sae.tokens import HELD_OUT
 
 LENGTH = 16
 NUMBERS = ("activation", "loss", "loss_after", "kl", "kl_after", "direct")
 
 
-class Recorder(Continuation):
+class Recorder(Tail):
     """Keeps what it is given, with the number of positions read, and whether the model was read at all."""
 
     def __init__(self, language_model: LanguageModel, hook: str) -> None:
@@ -32,13 +32,13 @@ class Recorder(Continuation):
         self.passes: list[tuple[Tensor, Tensor, int]] = []
         self.reads = 0
 
-    def activations(self, tokens: Tensor) -> Tensor:
+    def activations(self, start: Start) -> Tensor:
         self.reads += 1
-        return super().activations(tokens)
+        return super().activations(start)
 
-    def __call__(self, tokens: Tensor, x: Tensor, positions: Tensor) -> Readout:
-        self.passes.append((tokens, x, positions.shape[1]))
-        return super().__call__(tokens, x, positions)
+    def read_out(self, start: Start, x: Tensor, positions: Tensor) -> Readout:
+        self.passes.append((start.tokens, x, positions.shape[1]))
+        return super().read_out(start, x, positions)
 
 
 def make_meter(
@@ -47,10 +47,8 @@ def make_meter(
     options = {"window": 3, "seed": 0, **options}
     dictionary = make_dictionary(cache, hook)
     firings = scan_firings(dictionary, cache, hook, positions=1000, seed=0)
-    continuation = options.pop("continuation", Continuation(model, hook))
-    return ChangeMeter(
-        continuation, DirectPath.of(model, hook), dictionary, cache, mean=firings.mean, scale=scale, **options
-    )
+    tail = options.pop("tail", model.tail(hook))
+    return ChangeMeter(tail, DirectPath.of(model, hook), dictionary, cache, mean=firings.mean, scale=scale, **options)
 
 
 def every_firing(cache: ActivationCache, hook: str, nulls: int = 0) -> Plan:
@@ -157,20 +155,20 @@ def test_a_factor_of_one_changes_nothing_and_runs_nothing(
     held_out: ActivationCache, language_model: LanguageModel
 ) -> None:
     recorder = Recorder(language_model, RESID)
-    meter = make_meter(held_out, language_model, RESID, 1.0, continuation=recorder)
+    meter = make_meter(held_out, language_model, RESID, 1.0, tail=recorder)
     changes = meter.measure(every_firing(held_out, RESID, nulls=3)).changes
     assert len(changes) > 500 and changes.activation[changes.kind == FIRING].min() > 0
     for name in ("loss", "loss_after", "kl", "kl_after", "direct"):
         assert not getattr(changes, name).any(), name
     assert recorder.passes == []
-    nearly = make_meter(held_out, language_model, RESID, 1.01, continuation=recorder)
+    nearly = make_meter(held_out, language_model, RESID, 1.01, tail=recorder)
     assert np.abs(nearly.measure(every_firing(held_out, RESID)).changes.loss).max() > 1e-4
     assert recorder.passes
 
 
 def test_every_change_is_made_at_its_place_alone(held_out: ActivationCache, language_model: LanguageModel) -> None:
     recorder = Recorder(language_model, RESID)
-    meter = make_meter(held_out, language_model, RESID, continuation=recorder)
+    meter = make_meter(held_out, language_model, RESID, tail=recorder)
     plan = some(every_firing(held_out, RESID, nulls=4), 3)
     changes = meter.measure(plan).changes
     clean = {
@@ -254,7 +252,7 @@ def test_features_that_never_fire_have_no_changes(held_out: ActivationCache, lan
     plan = plan_changes([DEAD], firings, null_positions=9, seed=0)
     assert len(plan) == 0
     recorder = Recorder(language_model, RESID)
-    assert len(make_meter(held_out, language_model, RESID, continuation=recorder).measure(plan).changes) == 0
+    assert len(make_meter(held_out, language_model, RESID, tail=recorder).measure(plan).changes) == 0
     assert recorder.passes == [] and recorder.reads == 0
 
 

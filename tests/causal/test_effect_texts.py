@@ -40,7 +40,7 @@ def test_the_table_is_sorted_and_token_text_stays_text() -> None:
     assert [line.split()[0] for line in lines] == ["2", "0"]
     assert lines[0].split()[:11] == "2 2.00% 0.500 ± 0.012 -0.12 – 0.250 ± 0.012 0.002".split()[:11]
     assert "[bold]</code>�[31m↵|" in lines[1] and "\x1b" not in text
-    assert table_note(make_effects(), "loss", 2).startswith("2 of 3 features by loss. Means over places; ± standard")
+    assert table_note(make_effects(), "loss", 2).startswith("2 of 3 measured features by loss; the dictionary has 4.")
     assert table_note(make_effects(), "loss", None).startswith("3 of 3")
     assert "features ablated" in text
     assert [line.split()[0] for line in printed(effects_table(make_effects())).splitlines() if "±" in line][:2] == [
@@ -53,7 +53,7 @@ def test_a_narrow_table_has_its_numbers_whole_in_80_columns() -> None:
     effects = make_effects("a token that is longer than what is left of the line" + 200 * " ")
     wide = dataclasses.replace(effects[0], loss=Estimate(-0.01634, 0.0062), kl=Estimate(0.001638, 0.00049))
     effects = dataclasses.replace(effects, features={**effects.features, 0: wide})
-    lines = printed(effects_table(effects, narrow=True), 80).splitlines()
+    lines = printed(effects_table(effects, width=80), 80).splitlines()
     row = next(line for line in lines if line.split()[:1] == ["0"])
     assert "-0.0163 ± 0.0062" in row and "0.00164 ± 0.00049" in row and row.rstrip().endswith("…")
     assert all(f" {number} " in row for number in ("0.062", "0.002")), "direct, random"

@@ -26,7 +26,7 @@ def random_firings(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def slow_spread(feature: np.ndarray, row: np.ndarray, document: np.ndarray, seed: int, most: int) -> list[list[int]]:
     """Rows drawn for each feature, one turn after another: the next by key from each document, these in key order."""
     blank = np.zeros(len(row), dtype=np.float32)
-    key = random_keys(Block(feature, row, blank, document, row), seed).tolist()
+    key = random_keys(Block(feature, row, blank, document, row), "effects: places", seed).tolist()
     drawn = []
     for one in range(4):
         waiting: dict[int, list[tuple[int, int]]] = {}

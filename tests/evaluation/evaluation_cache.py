@@ -48,6 +48,9 @@ class Fixed(Dictionary):
     def select(self, x: Tensor) -> Selection:
         raise AssertionError("there is no encoder to select with")
 
+    def lets_through(self, pre: Tensor) -> Tensor:
+        raise AssertionError("there are no pre-activations")
+
     def encode_sparse(self, x: Tensor) -> Codes:
         self.seen = x
         indices = torch.arange(self.d_sae).expand(*x.shape[:-1], self.d_sae)

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
 
 from sae.activations.cache import eligible_rows
+from sae.activations.loader import ActivationLoader
 from sae.architectures import TopK
+from sae.config import DictionaryConfig, TrainConfig
 from sae.evaluation import evaluate
-from sae.evaluation.baselines import RandomDictionary, fit_pca
+from sae.evaluation.baselines import Baseline, RandomDictionary, fit_pca
+from sae.evaluation.frozen_decoder import train_frozen_decoders
 from sae.evaluation.streams import training_blocks
+from sae.training import Outcome, train, train_all
 
 TRAIN = random_rows(700, 6, 12, seed=1)
 HELD_OUT = random_rows(150, 6, 9, seed=2)
@@ -58,6 +63,28 @@ def test_the_gain_of_the_random_dictionary_is_least_squares(tmp_path: Path) -> N
     assert codes is not None and int((codes.values > 0).sum(-1).max()) <= 4
     again = RandomDictionary(cache, HOOK, 64, {2, 4, 9}).reconstructor(4)
     assert torch.equal(random(x.float()).x_hat, again(x.float()).x_hat)
+
+
+def test_no_dictionary_begins_with_the_random_directions_of_a_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(tmp_path, HELD_OUT, TRAIN)
+    drawn = {"random": RandomDictionary(cache, HOOK, 40, {2}).dictionary.W_dec}
+
+    def watched(*given: Any, **options: Any) -> Outcome:
+        outcome = train_all(*given, **options)
+        drawn["frozen decoder"] = outcome.dictionaries["0"].W_dec
+        return outcome
+
+    monkeypatch.setattr("sae.evaluation.frozen_decoder.train_all", watched)
+    train_frozen_decoders([Baseline("frozen_decoder", 2, 40, "topk")], cache, HOOK, 600, "cpu", lambda *_: None)
+    rows = torch.cat(list(drawn.values()))
+    assert float((rows @ rows.T).fill_diagonal_(0).max()) < 0.9999, "each other's"
+    for seed in range(6):
+        loader = ActivationLoader(cache, HOOK, batch_size=64)
+        shape, settings = DictionaryConfig(d_sae=40, k=2), TrainConfig(tokens=64, batch_size=64, lr=1e-9)
+        begun = train(loader, shape, settings, seed=seed).W_dec
+        assert float((begun @ rows.T).max()) < 0.9999, f"seed {seed}"
 
 
 def test_baselines_get_k_or_the_mean_l0(tmp_path: Path) -> None:

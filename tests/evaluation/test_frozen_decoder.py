@@ -14,6 +14,7 @@ from sae.evaluation import evaluate, evaluate_all
 from sae.evaluation.baselines import Baseline
 from sae.evaluation.frozen_decoder import train_frozen_decoders
 from sae.evaluation.streams import training_blocks
+from sae.seeding import torch_generator
 
 TRAIN = random_rows(4000, 6, 12, seed=1)
 HELD_OUT = random_rows(150, 6, 9, seed=2)
@@ -31,7 +32,8 @@ def test_the_decoder_is_random_and_the_encoder_is_trained(tmp_path: Path) -> Non
     x_hat, codes = made[baseline](x).x_hat, made[baseline](x).codes
     assert codes is not None and int((codes.values > 0).sum(-1).max()) == 3
     # what it makes lies in the cone of directions that nobody trained: those of the generator's first draw
-    rows = torch.nn.functional.normalize(torch.randn(48, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    drawn = torch.randn(48, 6, generator=torch_generator("initial weights: frozen decoder", 0))
+    rows = torch.nn.functional.normalize(drawn, dim=-1)
     parts = (codes.values[..., None] * rows[codes.indices]).sum(1)
     offset = x_hat - parts
     assert torch.allclose(offset, offset[:1].expand_as(offset), atol=1e-4)

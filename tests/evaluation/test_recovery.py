@@ -45,11 +45,14 @@ def test_random_directions_score_what_chance_gives(count: int, d: int, known: fl
     """So a mean max cosine says nothing without its null."""
     exact = expected_null(count, d)
     assert exact == pytest.approx(known, abs=0.01)
-    draws = 3 if count > 100 else 400
-    null = recovery(normal(count, d), normal(count, d, seed=1), null_draws=draws).null
-    assert null.mean_max_cosine_true == pytest.approx(exact, abs=0.015)
-    assert null.mean_max_cosine_learned == pytest.approx(exact, abs=0.015)
-    assert null.matched_cosine < null.mean_max_cosine_true
+    worlds = 1 if count > 100 else 100  # with few directions it matters how the true ones happen to lie
+    nulls = [
+        recovery(normal(count, d), normal(count, d, seed=seed), null_draws=4, seed=seed).null
+        for seed in range(1, worlds + 1)
+    ]
+    for name in ("mean_max_cosine_true", "mean_max_cosine_learned"):
+        assert np.mean([getattr(null, name) for null in nulls]) == pytest.approx(exact, abs=0.025), name
+    assert all(null.matched_cosine < null.mean_max_cosine_true for null in nulls)
 
 
 def test_the_null_is_not_what_is_scored() -> None:

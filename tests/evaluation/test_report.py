@@ -206,7 +206,7 @@ def test_several_dictionaries_get_the_reports_that_each_gets_alone(
         assert found == expected, name
     # clean, zero, mean, four dictionaries, PCA of 4 and of 3 components, random dictionaries and frozen decoders of
     # three sizes; by legacy rules clean, zero, four dictionaries in two ways, in the one whole batch
-    assert replaced == [1, *[3 + 4 + 2 + 3 + 3] * 3, 2 + 2 * 4]
+    assert replaced == [*[3 + 4 + 2 + 3 + 3] * 3, 2 + 2 * 4]
 
 
 def test_documents_file_gives_the_estimates_again(report: Report, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from fake_cache import HOOK, FakeTokenizer
 from feature_case import CONTEXT, D_SAE, DEAD, SETTINGS, Case, build_case
 
+from sae import seeding
 from sae.architectures import ReLU, TopK
 from sae.config import FeaturesConfig
 from sae.errors import CacheError, ConfigError
@@ -154,13 +155,14 @@ def test_keys_of_firings_are_arithmetic_modulo_powers_of_two(seed: int) -> None:
         x = (x ^ (x >> 13)) * 0xC2B2AE35 % (1 << 32)
         return x ^ (x >> 16)
 
+    key = seeding.number("some purpose", seed)
     row, feature = np.array([0, 7, 1 << 33]), np.array([3, 1, 24_575])
     expected = []
     for r, f in zip(row.tolist(), feature.tolist(), strict=True):
-        spread = (r + seed * 0x9E3779B97F4A7C15) % (1 << 64)
-        expected.append(mix(mix((spread ^ (spread >> 32)) % (1 << 32)) ^ f * 0x9E3779B1 % (1 << 32)))
+        spread = (r + key) % (1 << 64)
+        expected.append(mix(mix((spread ^ (spread >> 32)) % (1 << 32)) ^ (key >> 32) ^ f * 0x9E3779B1 % (1 << 32)))
     blank = np.zeros(3, dtype=np.float32)
-    assert random_keys(Block(feature, row, blank, row, row), seed).tolist() == expected
+    assert random_keys(Block(feature, row, blank, row, row), "some purpose", seed).tolist() == expected
 
 
 def test_padding_of_relu_codes_does_not_fire(case: Case, features: Features) -> None:
@@ -236,7 +238,7 @@ def test_errors(case: Case, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"features\.tokens=5: less than one context of 12 tokens; raise it"):
         case.collect(tmp_path / "store", SETTINGS.model_copy(update={"tokens": 5}))
     narrow = ReLU(4, 8)
-    with pytest.raises(CacheError, match="has 8 numbers per token, the dictionary takes 4; name the hook point"):
+    with pytest.raises(ConfigError, match="activations have 8 numbers, the dictionary takes 4; give the hook"):
         collect(narrow, case.cache, tmp_path / "store", SETTINGS, hook=HOOK, tokenizer=FakeTokenizer())
     with pytest.raises(CacheError, match=r"hook 'blocks.9.hook_resid_pre' is not in it"):
         collect(case.dictionary, case.cache, tmp_path, SETTINGS, hook="blocks.9.hook_resid_pre", tokenizer=None)

@@ -31,7 +31,7 @@ def use(monkeypatch: pytest.MonkeyPatch):
 
     def choose(name: str) -> None:
         for module in (sparse, optimizer_module):
-            monkeypatch.setattr(module, "kernels_for", lambda device: back_end(name))
+            monkeypatch.setattr(module, "kernels_for", lambda weights: back_end(name))
 
     return choose
 

@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from sae.errors import ConfigError, DataError
 from sae.probing.linear import STRENGTHS, Design, principal_components, rank_columns, require_sklearn
 from sae.probing.splits import check_split, split_examples
+from sae.seeding import numpy_generator
 
 
 def planted(count: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -27,7 +28,9 @@ def planted(count: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.nda
 def split_of(labels, seed: int = 0, groups=None):
     names = [str(label) for label in labels]
     groups = np.arange(len(names)) if groups is None else groups
-    return split_examples(names, groups, test_fraction=0.25, validation_fraction=0.25, seed=seed)
+    return split_examples(
+        names, groups, test_fraction=0.25, validation_fraction=0.25, rng=numpy_generator("test", seed)
+    )
 
 
 @pytest.mark.parametrize("columns", [3, 300])
@@ -114,12 +117,18 @@ def test_principal_components_are_scikit_learns() -> None:
 
 def test_splits_are_stratified_disjoint_and_of_the_asked_size() -> None:
     labels = ["a"] * 80 + ["b"] * 40
-    split = split_examples(labels, np.arange(120), test_fraction=0.25, validation_fraction=0.15, seed=3)
+    split = split_examples(
+        labels, np.arange(120), test_fraction=0.25, validation_fraction=0.15, rng=numpy_generator("test", 3)
+    )
     parts = [split.train, split.validation, split.test]
     assert sorted(np.concatenate(parts).tolist()) == list(range(120))
     assert [(int((part < 80).sum()), int((part >= 80).sum())) for part in parts] == [(48, 24), (12, 6), (20, 10)]
-    again = split_examples(labels, np.arange(120), test_fraction=0.25, validation_fraction=0.15, seed=3)
-    other = split_examples(labels, np.arange(120), test_fraction=0.25, validation_fraction=0.15, seed=4)
+    again = split_examples(
+        labels, np.arange(120), test_fraction=0.25, validation_fraction=0.15, rng=numpy_generator("test", 3)
+    )
+    other = split_examples(
+        labels, np.arange(120), test_fraction=0.25, validation_fraction=0.15, rng=numpy_generator("test", 4)
+    )
     assert np.array_equal(split.test, again.test)
     assert not np.array_equal(split.test, other.test)
 
@@ -138,8 +147,11 @@ def test_groups_stay_on_one_side() -> None:
 def test_too_few_examples_of_a_side() -> None:
     labels = np.array([True] * 6 + [False] * 40)
     with pytest.raises(DataError, match=r"data 'x': 1 test example on one side, expected at least 2: give more"):
-        check_split(split_examples([str(one) for one in labels], np.arange(46), test_fraction=0.2,
-                                   validation_fraction=0.4, seed=0), labels, "data 'x'")  # fmt: skip
+        split = split_examples(
+            [str(one) for one in labels], np.arange(46), rng=numpy_generator("test"),
+            test_fraction=0.2, validation_fraction=0.4,
+        )  # fmt: skip
+        check_split(split, labels, "data 'x'")
 
 
 def test_scikit_learn_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from sae.probing.activations import LabelledActivations
 from sae.probing.probe import ProbeResult, probe_examples
 from sae.probing.settings import ProbeConfig
 from sae.probing.splits import split_examples
+from sae.seeding import numpy_generator
 
 
 class Columns:
@@ -98,7 +99,7 @@ def test_a_latent_that_tells_only_test_labels_is_not_chosen() -> None:
     labels = balanced(200)
     settings = ProbeConfig(k=(1,), splits=1, pca=False)
     split = split_examples(
-        [str(bool(one)) for one in labels], np.arange(200), seed=0,
+        [str(bool(one)) for one in labels], np.arange(200), rng=numpy_generator("probes: splits", 0, 0),
         test_fraction=settings.test_fraction, validation_fraction=settings.validation_fraction,
     )  # fmt: skip
     honest = (labels ^ (torch.rand(200, generator=torch.Generator().manual_seed(1)) < 0.3)).float()
@@ -120,7 +121,10 @@ def test_one_against_the_rest_is_scikit_learn_class_by_class() -> None:
     settings = ProbeConfig(k=(2,), splits=1, pca=False)
     result = sae.probe(Columns(torch.relu), x, classes.tolist(), settings)
     assert result.classes == ("ant", "bee", "cow")
-    split = split_examples(classes.tolist(), np.arange(count), test_fraction=0.25, validation_fraction=0.15, seed=0)
+    split = split_examples(
+        classes.tolist(), np.arange(count), rng=numpy_generator("probes: splits", 0, 0),
+        test_fraction=0.25, validation_fraction=0.15,
+    )  # fmt: skip
     data = x.double().numpy()
     z = (data - data[split.train].mean(0)) / data[split.train].std(0)
     aucs = []

@@ -114,7 +114,7 @@ def test_training_follows_from_the_seed() -> None:
 def test_without_superposition_the_largest_importances_are_kept() -> None:
     """Dense inputs: as many features as dimensions, exactly, and the mean of the others (Elhage et al. 2022)."""
     importance = torch.tensor([[0.3, 1.0, 0.1, 0.6, 0.2]]).repeat(4, 1)
-    models = train_toy_models(torch.ones(4), importance, 2, ToyTraining(steps=1500, batch_size=256), seed=0)
+    models = train_toy_models(torch.ones(4), importance, 2, ToyTraining(steps=3000, batch_size=256), seed=0)
     norms = models.W.norm(dim=2)
     assert norms[:, [1, 3]].flatten().tolist() == pytest.approx([1] * 8, abs=0.1)
     assert float(norms[:, [0, 2, 4]].max()) < 0.25

@@ -31,7 +31,7 @@ SHAPE = DictionaryConfig(d_sae=D_SAE, k=K)
 
 
 def planted(batches: int, scale: float = 1.0, shift: float = 0.0, features: int = 24) -> list[Tensor]:
-    """Samples of two of a fixed set of unit directions, with positive weights."""
+    """Samples of two of a fixed set of unit directions, with positive weights; drawn by `manual_seed(0)`."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(features, D_IN, generator=generator), dim=1)
     out = []

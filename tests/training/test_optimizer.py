@@ -106,7 +106,7 @@ def test_the_loss_curve_of_training_is_that_of_the_dense_reference(architecture:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     source = IterableSource(batches)
     train(source, shape, settings, seed=1, progress=lambda done, of, metrics: curve.append(float(metrics["mse"])))
-    scale = (D_IN / source.statistics.mean_squared_norm) ** 0.5
+    scale = (D_IN / source.statistics.variance) ** 0.5
     reference = DenseReference(architecture, build(architecture, torch.float32, batches[0] * scale), settings)
     for step, x in enumerate(itertools.islice(itertools.cycle(batches), 100)):
         rate = learning_rate(step, 100, 1e-3, settings.warmup_fraction, settings.decay_fraction)

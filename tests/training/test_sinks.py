@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -66,6 +68,12 @@ def test_wandb_takes_the_numbers_offline(tmp_path: Path) -> None:
     assert b"sae-tests" in content
 
 
+@pytest.fixture(autouse=True)
+def in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wandb, "out_of_reach", False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
 @pytest.fixture
 def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A wandb that notes how its runs were opened and closed."""
@@ -75,7 +83,9 @@ def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         runs.append(options)
         return SimpleNamespace(finish=options.update)
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict, Histogram=list))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=init, login=lambda **_: True, Settings=dict, Histogram=list)
+    )
     return runs
 
 
@@ -95,6 +105,134 @@ def test_wandb_runs_are_one_only_where_training_goes_on(tmp_path: Path, wandb_ru
 def test_wandb_is_told_of_a_failure(tmp_path: Path, wandb_runs: list[dict[str, Any]], failed: bool, code: int) -> None:
     Wandb(WandbConfig(project="p"), tmp_path, {}).close(failed)
     assert wandb_runs[0]["exit_code"] == code
+
+
+class FakeWandb:
+    """A wandb whose `init`, `log` and `finish` can fail, and that notes what it was asked."""
+
+    Histogram, Settings = list, dict
+
+    def __init__(self, logged_in: bool = True, init: Exception | None = None, log: Exception | None = None) -> None:
+        self.logged_in, self.failure, self.log_failure = logged_in, init, log
+        self.modes: list[str] = []
+        self.lines: list[dict[str, Any]] = []
+
+    def login(self, *, prompt: bool) -> bool:
+        assert not prompt
+        return self.logged_in
+
+    def init(self, *, mode: str, **_: Any) -> FakeWandb:
+        self.modes.append(mode)
+        if self.failure is not None and mode == "online":
+            raise self.failure
+        return self
+
+    def log(self, line: dict[str, Any], step: int) -> None:
+        if self.log_failure is not None:
+            raise self.log_failure
+        self.lines.append(line)
+
+    def finish(self, exit_code: int) -> None: ...
+
+
+def wandb_errors() -> list[Exception]:
+    """What the real one raises where there is no server, no account, no time."""
+    from wandb import errors
+
+    return [
+        errors.CommError("Run initialization has timed out after 90.0 sec."),
+        errors.AuthenticationError("The API key you provided is invalid"),
+        errors.UsageError("No API key configured. Use `wandb login` to log in."),
+        errors.Error("unexpected\nlines"),
+        ConnectionRefusedError("refused"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_wandb_out_of_reach_is_logged_offline(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = wandb_errors()[number]
+    fake = FakeWandb(init=error)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.warns(UserWarning, match="training goes on and is logged offline in") as caught:
+        sink = Wandb(WandbConfig(project="p"), tmp_path / "run", {})
+    [message] = [str(one.message) for one in caught]
+    assert " ".join(str(error).split()) in message
+    assert "wandb.mode=offline" in message
+    assert "'wandb sync'" in message
+    assert "\n" not in message
+    sink.log({"step": 1, "loss": 2.0})
+    sink.close()
+    assert (fake.modes, fake.lines) == (["online", "offline"], [{"step": 1, "loss": 2.0}])
+    Wandb(WandbConfig(project="p"), tmp_path / "next", {})  # of a sweep: neither waits nor warns again
+    assert fake.modes == ["online", "offline", "offline"]
+
+
+def test_nobody_logged_in_is_never_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb(logged_in=False)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.warns(
+        UserWarning, match=r"nobody is logged in: run 'wandb login', or set WANDB_API_KEY; training goes"
+    ):
+        Wandb(WandbConfig(project="p"), tmp_path / "run", {})
+    assert fake.modes == ["offline"]
+
+
+def test_the_environment_can_choose_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb(logged_in=False)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Wandb(WandbConfig(project="p"), tmp_path / "run", {})
+    assert fake.modes == ["offline"]
+
+
+def test_a_wandb_that_fails_during_training_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb(log=wandb_errors()[0])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sink = Wandb(WandbConfig(project="p"), tmp_path / "run", {})
+    with pytest.warns(
+        UserWarning, match=r"wandb: stopped \(Run init.*\); training goes on, and metrics.jsonl has every"
+    ):
+        made = train(
+            IterableSource(planted(20)), DictionaryConfig(d_sae=D_SAE, k=K), settings(20, log_every=10), sinks=[sink],
+            folder=tmp_path / "run",
+        )  # fmt: skip
+    assert made.d_sae == D_SAE
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [10, 20]
+    sink.close()
+
+
+OUT_OF_REACH = """
+import os, sys
+from pathlib import Path
+from sae.config import WandbConfig
+from sae.training import sinks
+sinks._SECONDS_TO_CONNECT = 3
+for name in ("a", "b"):
+    sink = sinks.Wandb(WandbConfig(project="p"), Path(sys.argv[1]) / name, {"seed": 0})
+    sink.log({"step": 50, "fvu": 0.25})
+    sink.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["a" * 40, ""])
+def test_the_real_wandb_without_a_server_or_an_account(key: str, tmp_path: Path) -> None:
+    """Its server is a closed port of this machine, and nobody is logged in or somebody is."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "HOME": str(tmp_path),
+        **({"WANDB_API_KEY": key} if key else {}),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_REACH, str(tmp_path)], env=environment, capture_output=True, text=True,
+        timeout=300, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training goes on and is logged offline") == 1
+    assert ("connection refused" if key else "nobody is logged in") in done.stderr
+    for name in ("a", "b"):
+        assert b"fvu" in written_by_wandb(tmp_path / name)
 
 
 def test_wandb_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -169,6 +169,37 @@ def test_search_and_dead_features(opened) -> None:
     assert opened.locator("#found").inner_text() == "1 of 4 features"
 
 
+def test_search_puts_the_token_itself_first(opened) -> None:
+    """Features that hold the query within a longer token come after, whatever the order of the list."""
+    tokens = [[" cannot", "!"], [" nothing"], ["is", " NOT"]]
+    opened.evaluate(
+        """tokens => data.features.slice(0, 3).forEach((feature, place) => {
+        feature.p = tokens[place]; feature.u = ["a", 1]; feature.l = ["b", -1]; delete feature.tokens;
+    })""",
+        tokens,
+    )
+    found = opened.locator("#list li .number")
+    opened.locator("#search").fill("not")
+    assert found.all_text_contents() == ["2", "1", "0"], "the token, a token that begins so, one that holds it"
+    opened.locator("#sort").select_option("i")
+    assert found.all_text_contents() == ["2", "1", "0"]
+    opened.locator("#search").fill(" not")
+    assert found.all_text_contents() == ["2", "1"], "with the space it is another token"
+    opened.evaluate("data.features[0].u = ['not', 1]; delete data.features[0].tokens; undefined")
+    opened.locator("#search").fill("not")
+    assert found.all_text_contents() == ["2", "0", "1"], "a token that is raised comes behind those fired on"
+    opened.locator("#search").press("Enter")
+    expect(opened.locator("h2")).to_have_text("Feature 2")
+
+
+def test_a_page_of_some_features_says_of_how_many(browser, make_features, tmp_path: Path) -> None:
+    write_page(make_features(), [0, 1], tmp_path / "page.html", "t")
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.locator("#found").inner_text() == "2 of 2 features, on this page of 4"
+    page.close()
+
+
 def test_spaces_become_visible_when_asked(opened) -> None:
     assert "·" not in opened.locator(".text").first.inner_text()
     opened.locator("#space").check()

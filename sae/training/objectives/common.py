@@ -54,6 +54,8 @@ class Losses:
         counts: on how many tokens of the batch each feature fired.
         l0: mean number of features that fired per token.
         threshold: the smallest activation that was let through, where the architecture learns that.
+        revived: the share of `total` that revives dead features, detached: it appears when features die, and then
+            `total` rises though the reconstruction gets better.
     """
 
     total: Float[Tensor, ""]
@@ -61,13 +63,16 @@ class Losses:
     counts: Float[Tensor, " d_sae"]
     l0: Float[Tensor, ""]
     threshold: Float[Tensor, ""] | None = None
+    revived: Float[Tensor, ""] | None = None
 
 
-def with_term(losses: Losses, weight: float, name: str, term: Float[Tensor, ""] | None) -> Losses:
-    """The losses with one more term of this weight, where there is one."""
+def with_revival(losses: Losses, weight: float, name: str, term: Float[Tensor, ""] | None) -> Losses:
+    """The losses with one more term that revives dead features, of this weight, if there is one."""
     if term is None:
         return losses
-    return replace(losses, total=losses.total + weight * term, terms={**losses.terms, name: term.detach()})
+    terms, weighted = {**losses.terms, name: term.detach()}, weight * term
+    revived = weighted.detach() if losses.revived is None else losses.revived + weighted.detach()
+    return replace(losses, total=losses.total + weighted, terms=terms, revived=revived)
 
 
 Objective = Callable[[Dictionary, Tensor, Tensor, Context], Losses]

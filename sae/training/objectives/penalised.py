@@ -23,7 +23,7 @@ from sae.training.objectives.common import (
     pre_activations_at,
     pre_activations_densely,
     reconstruct,
-    with_term,
+    with_revival,
 )
 
 
@@ -48,7 +48,7 @@ def relu_loss(
     mse = mean_squared_error(target, reconstruction)
     total, terms = mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}
     losses = Losses(total, terms, *found)
-    return with_term(losses, context.aux_coefficient, "revival", revival(dictionary, context))
+    return with_revival(losses, context.aux_coefficient, "revival", revival(dictionary, context))
 
 
 def gated_loss(
@@ -83,9 +83,9 @@ def gated_loss(
     total = mse + context.sparsity * l1 + gate_mse
     terms = {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}
     losses = Losses(total, terms, *found)
-    losses = with_term(losses, context.aux_coefficient, "revival", revival(dictionary, context))
+    losses = with_revival(losses, context.aux_coefficient, "revival", revival(dictionary, context))
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    return with_term(losses, context.aux_coefficient, "aux", aux)
+    return with_revival(losses, context.aux_coefficient, "aux", aux)
 
 
 def jumprelu_loss(
@@ -112,7 +112,7 @@ def jumprelu_loss(
     penalty = l0 if context.target_l0 is None else (l0 / context.target_l0 - 1).square()
     total, terms = mse + context.sparsity * penalty, {"mse": mse.detach(), "l0_penalty": penalty.detach()}
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    return with_term(Losses(total, terms, *firing(pattern, values)), context.aux_coefficient, "aux", aux)
+    return with_revival(Losses(total, terms, *firing(pattern, values)), context.aux_coefficient, "aux", aux)
 
 
 def revival(dictionary: Dictionary, context: Context) -> Float[Tensor, ""] | None:

@@ -22,7 +22,7 @@ from sae.training.objectives.common import (
     mean_squared_error,
     pre_activations_at,
     reconstruct,
-    with_term,
+    with_revival,
 )
 
 
@@ -94,5 +94,5 @@ def _with_auxk(
     losses = Losses(error, {"mse": error.detach()}, *firing(selection.pattern, values))
     if selection.subset_values is not None and selection.subset_places is not None:
         aux = auxk_loss(dictionary, x, residual.detach(), context, selection.subset_values, selection.subset_places)
-        losses = with_term(losses, context.aux_coefficient, "aux", aux)
+        losses = with_revival(losses, context.aux_coefficient, "aux", aux)
     return losses

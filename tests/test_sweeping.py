@@ -20,7 +20,7 @@ from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES, load
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.pipeline import Run
-from sae.sweep import sweep, variants
+from sae.sweeping import sweep, variants
 from sae.training import TrainingInterrupted
 from sae.training.checkpoint import list_checkpoints
 from tests.conftest import TinyConfig

@@ -22,8 +22,11 @@ from sae.evaluation.report import DOCUMENTS_FILE
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
 from sae.files import locked, stands, write_bytes, write_json
-from sae.pipeline import Run, evaluate_runs
+from sae.fit import amount_notes, check_amounts
+from sae.pipeline import TRUST_SETTING, Run, evaluate_runs
+from sae.progress import Notes
 from sae.reading import load_tensors, read_object, taken_apart
+from sae.terminal import complain
 from sae.tokens import TRAIN
 from sae.training.agreement import common_pass
 from sae.training.applicability import no_reader, unread
@@ -59,7 +62,7 @@ class Sweep:
 
     def dictionary(self, name: str) -> Dictionary:
         """A trained dictionary."""
-        return Run.open(self.folder / name).dictionary()
+        return Run.open(self.folder / name, (f"{TRUST_SETTING}=false",)).dictionary()
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
@@ -127,6 +130,9 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
         SaeError: as the steps of a run do.
     """
     made = variants(config)
+    check_amounts(config)
+    for note in amount_notes(config):
+        complain(note)
     base = Run(config, progress)
     runs = {name: Run(variant, progress) for name, variant in made.items()}
     _share_starts(runs.values())
@@ -221,6 +227,16 @@ def _train_together(
 ) -> dict[str, str]:
     sinks: dict[str, list[Wandb]] = {}
     finished: set[str] = set()
+    first = next(iter(runs.values()))
+    stage = f"train {len(runs)}"
+    progress(stage, *first.trained_tokens(loaders[first.config.hook]))
+
+    def show(done: int, total: int, metrics: Mapping[str, Mapping[str, float | int]]) -> None:
+        progress(stage, done, total)
+        fvus = [one["fvu"] for one in metrics.values()]
+        if isinstance(progress, Notes) and fvus:
+            progress.beside(stage, f"FVU {min(fvus):.3f} to {max(fvus):.3f}")
+
     try:
         sinks |= {name: run.sinks() for name, run in runs.items()}
         with contextlib.ExitStack() as stack:
@@ -231,7 +247,7 @@ def _train_together(
                 {name: recipes[name] for name in runs},
                 device=base.device,
                 sinks=sinks,
-                progress=lambda done, total, _: progress(f"train {len(runs)}", done, total),
+                progress=show,
             )
         for name, dictionary in outcome.dictionaries.items():
             _keep_cost(runs[name].folder, outcome.costs[name], base.device.type)

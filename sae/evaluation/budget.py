@@ -1,0 +1,113 @@
+"""How much the language model reads in an evaluation: by default what takes a tenth of the harvest's time at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from sae.activations.cache import ActivationCache, ContextBatch
+from sae.config import AUTO, EvaluationConfig
+from sae.tokens import HELD_OUT, SPLITS
+
+_OF_CACHE = {
+    "downstream_tokens": (384, 2048),
+    "baseline_tokens": (1152, 1024),
+    "legacy_tokens": (1024, 1024),
+    "frozen_decoder_tokens": (48, 16_384),
+}
+"""One token of so many of the cache, and the least."""
+_MOST = {"baseline_tokens": 16_384, "legacy_tokens": 8192, "frozen_decoder_tokens": 200_000}
+
+
+def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationConfig:
+    """The settings with a number of tokens in place of each `auto`."""
+    harvested = sum(cache.rows(split) for split in SPLITS)
+    numbers = {
+        name: min(max(harvested // every, least), _MOST.get(name, harvested))
+        for name, (every, least) in _OF_CACHE.items()
+        if getattr(settings, name) == AUTO
+    }
+    return settings.model_copy(update=numbers)
+
+
+def settled_tokens(tokens: int | str | None) -> int | None:
+    """A setting of `settled`."""
+    assert not isinstance(tokens, str), "the settings are not settled"
+    return tokens
+
+
+def announcement(settings: EvaluationConfig, cache: ActivationCache, dictionaries: int = 1) -> str:
+    """What an evaluation will cost, in tokens that go through the language model once.
+
+    Args:
+        settings: of the evaluation.
+        cache: whose held-out tokens are evaluated.
+        dictionaries: how many are evaluated together, of one size.
+    """
+    chosen, held_out = settled(settings, cache), cache.rows(HELD_OUT)
+    tokens = min(held_out, chosen.tokens or held_out)
+    own = min(tokens, settled_tokens(chosen.downstream_tokens) or tokens)
+    baselines = min(own, settled_tokens(chosen.baseline_tokens) or own)
+    legacy = min(held_out, settled_tokens(chosen.legacy_tokens) or 0)
+    kinds = 3 if chosen.frozen_decoder_tokens else 2
+    passes = (3 + dictionaries) * own + kinds * baselines + (2 + 2 * dictionaries if legacy else 0) * legacy
+    harvested = sum(cache.rows(split) for split in SPLITS)
+    return (
+        f"evaluation: {tokens:,} held-out tokens, {own:,} of them for losses: language-model passes over about "
+        f"{passes:,} tokens (the harvest: {harvested:,})"
+    )
+
+
+def spread_contexts(cache: ActivationCache, settings: EvaluationConfig) -> Iterator[tuple[ContextBatch, bool]]:
+    """Held-out contexts evenly spread over the split, for losses, and whether baselines are measured in them too.
+
+    Spread rather than the first ones, as neighbours are mostly of one document, and standard errors are over documents.
+    All contexts of a batch are of one kind.
+
+    Args:
+        cache: whose held-out tokens are read, without activations.
+        settings: `downstream_tokens` and `baseline_tokens` in numbers; None: all.
+    """
+    length, rows = cache.context_length, cache.rows(HELD_OUT)
+    available = -(-rows // length) if settings.tokens is None or settings.tokens >= rows else settings.tokens // length
+    chosen = _spread(range(available), settled_tokens(settings.downstream_tokens), length, round_up=False)
+    first = set(_spread(chosen, settled_tokens(settings.baseline_tokens), length, round_up=True))
+    wanted = set(chosen)
+    waiting: dict[bool, list[ContextBatch]] = {True: [], False: []}
+    contexts = cache.contexts(HELD_OUT, batch_contexts=1, max_tokens=settings.tokens)
+    for place, context in enumerate(contexts):
+        if place not in wanted:
+            continue
+        together = waiting[place in first]
+        if together and together[0].tokens.shape != context.tokens.shape:  # the last context may be shorter
+            yield _joined(together), place in first
+            together.clear()
+        together.append(context)
+        if len(together) == settings.batch_contexts:
+            yield _joined(together), place in first
+            together.clear()
+    for kind, together in waiting.items():
+        if together:
+            yield _joined(together), kind
+
+
+def losses_read(settings: EvaluationConfig, cache: ActivationCache) -> int:
+    """Tokens that `spread_contexts` gives."""
+    rows, length = cache.rows(HELD_OUT), cache.context_length
+    tokens = min(rows, settings.tokens or rows, settled_tokens(settings.downstream_tokens) or rows)
+    return tokens if tokens == rows else tokens // length * length
+
+
+def _spread(contexts: Sequence[int], tokens: int | None, length: int, *, round_up: bool) -> list[int]:
+    """As many of the contexts as hold the tokens, at equal distances."""
+    count = len(contexts)
+    if tokens is not None:
+        count = min(count, -(-tokens // length) if round_up else tokens // length)
+    return [contexts[place * len(contexts) // count] for place in range(count)]
+
+
+def _joined(batches: list[ContextBatch]) -> ContextBatch:
+    parts = [(batch.tokens, batch.documents, batch.eligible) for batch in batches]
+    tokens, documents, eligible = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return ContextBatch(batches[0].first_row, tokens, documents, eligible, None)

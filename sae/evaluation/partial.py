@@ -1,0 +1,118 @@
+"""Sums of an evaluation that was interrupted: kept beside the report, under a hash of all that decides them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+import sae
+from sae.errors import DamagedError
+from sae.files import stands, write_tensors
+from sae.hashes import recorded
+from sae.reading import load_tensors
+
+FOLDER = "evaluation-unfinished"
+EVERY = 5.0
+"""Seconds between two writings of a stage's sums: what a kill costs at most."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+_DONE = "done"
+
+
+@runtime_checkable
+class Summed(Protocol):
+    """Running sums that can be written down and taken up again, to the last bit."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Unfinished:
+    """What is kept of an evaluation until its report is written; of another evaluation it is deleted.
+
+    Args:
+        folder: of the results that are kept; None: nothing is.
+        decides: everything that the numbers depend on.
+        every: seconds between two writings of a stage; None: `EVERY`.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, decides: Mapping[str, Any] = NOTHING, every: float | None = None
+    ) -> None:
+        self.every = EVERY if every is None else every
+        software = {"sae": sae.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        facts = {**decides, **software}
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        self.folder = None if folder is None else folder / key
+        if folder is not None and folder.is_dir():
+            for other in folder.iterdir():
+                if other.name != key:
+                    shutil.rmtree(other, ignore_errors=True)
+
+    def stage(self, name: str, sums: Mapping[str, Summed]) -> Stage:
+        """A stage that adds to these sums, which go on from what was kept of it."""
+        path = None if self.folder is None else self.folder / f"{name.replace(' ', '-')}.safetensors"
+        return Stage(path, sums, self.every)
+
+
+class Stage:
+    """One pass that is made of steps in a fixed order.
+
+    Attributes:
+        done: steps whose sums are there already.
+    """
+
+    def __init__(self, path: Path | None, sums: Mapping[str, Summed], every: float) -> None:
+        self.path, self.sums, self.every = path, sums, every
+        self._written, self.done = time.monotonic(), 0
+        state = None if path is None else _read(path)
+        if state is not None:
+            for name, summed in sums.items():
+                summed.load_state_dict(_part(state, name))
+            self.done = int(state[_DONE])
+
+    def step(self, done: int) -> None:
+        """So many steps are done; now and then their sums are written."""
+        self.done = done
+        if time.monotonic() - self._written >= self.every:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write the sums."""
+        if self.path is None:
+            return
+        state = {_DONE: torch.tensor(self.done)}
+        for name, summed in self.sums.items():
+            state |= {f"{name}/{key}": value.contiguous() for key, value in summed.state_dict().items()}
+        write_tensors(self.path, state)
+        self._written = time.monotonic()
+
+
+def discard(folder: Path) -> None:
+    """Delete what was kept: the report is written."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """What was written; if it is damaged or has no hash, all that is kept of the evaluation is deleted."""
+    if not stands(path):
+        return None
+    with contextlib.suppress(DamagedError):
+        if recorded(path):
+            return load_tensors(path)
+    discard(path.parent)
+    return None
+
+
+def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.partition("/")[2]: value for key, value in state.items() if key.partition("/")[0] == name}

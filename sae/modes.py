@@ -1,0 +1,94 @@
+"""PyTorch's modes, which a caller may have set: what this toolkit computes does not depend on them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Computation = TypeVar("Computation", bound=Callable[..., Any])
+_KINDS = ("cpu", "cuda")
+"""Devices whose autocast is looked at."""
+_FUNCTORCH: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextlib.contextmanager
+def training_mode() -> Iterator[None]:
+    """Record gradients, in the number types of the tensors, whatever the caller's modes; afterwards these hold again.
+
+    Undoes `torch.set_grad_enabled(False)`, `torch.no_grad`, `torch.inference_mode` and `torch.autocast`.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), _no_autocast():
+        yield
+
+
+def present_mode() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A maker of contexts in which the modes of this moment hold again, for the caller's own code inside ours."""
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    casts = {kind: torch.get_autocast_dtype(kind) for kind in _KINDS if torch.is_autocast_enabled(kind)}
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            for kind, dtype in casts.items():
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            yield
+
+    return again
+
+
+def without_autocast(computation: Computation) -> Computation:
+    """The same function, computing in the number types of the tensors inside `torch.autocast` too."""
+
+    @functools.wraps(computation)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        if not any(torch.is_autocast_enabled(kind) for kind in _KINDS):
+            return computation(*args, **kwargs)
+        with _no_autocast():
+            return computation(*args, **kwargs)
+
+    return cast(Computation, computed)
+
+
+def needs_plain_operators(x: Tensor) -> bool:
+    """Whether only PyTorch's own dense operators will do.
+
+    That is so inside the transforms of `torch.func`, in forward-mode differentiation, where `torch.compile` or
+    `torch.export` traces, and for tensors without data.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or x.device.type == "meta"
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether numbers can be read out of it: not inside `torch.func.vmap`, nor of tensors without data."""
+    if x.device.type == "meta":
+        return False
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return True
+    vmap = _FUNCTORCH.TransformType.Vmap
+    return all(level.key() != vmap for level in _FUNCTORCH.get_interpreter_stack() or ())
+
+
+def is_mapped(gradient: Tensor) -> bool:
+    """Whether a backward pass is one of many at once, as of `torch.autograd.grad(…, is_grads_batched=True)`."""
+    return torch._C._are_functorch_transforms_active() or _FUNCTORCH.is_legacy_batchedtensor(gradient)
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for kind in _KINDS:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

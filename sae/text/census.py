@@ -1,0 +1,89 @@
+"""What was found of a source besides the documents that are read; and the lines that say so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sae.printable import printable
+
+
+@dataclass
+class Census:
+    """What was found of a source, as far as it was read.
+
+    Attributes:
+        empty: rows without text.
+        duplicates: documents equal to one that was read before.
+        hidden: hidden files and folders.
+        other_kinds: files of kinds that are not read, by suffix.
+        without_column: .json, .csv and .tsv files in a folder that lack the column.
+        pretokenised, chats: documents that were token ids, and chats.
+        repeated_sections: sections equal to one on the other side of the held-out split, where sections are divided.
+        unit: what the held-out split takes and standard errors count: `document` or `section`.
+    """
+
+    empty: int = 0
+    duplicates: int = 0
+    hidden: int = 0
+    other_kinds: Counter[str] = field(default_factory=Counter)
+    without_column: list[str] = field(default_factory=list)
+    pretokenised: int = 0
+    chats: int = 0
+    repeated_sections: int = 0
+    unit: str = "document"
+
+    def lines(self, source: str, *, chose_unit: bool) -> list[str]:
+        """What somebody who reads the source should know, a line each; nothing if all of it was read as it is.
+
+        Args:
+            source: what it is called.
+            chose_unit: whether the unit of the held-out split was chosen, not found.
+        """
+        found = []
+        if self.unit == "section" and not chose_unit:
+            found.append(
+                "it is one document: its sections are divided into training and held-out text, and count as documents "
+                "in standard errors (data.holdout_by=section)"
+            )
+        if self.duplicates:
+            found.append(f"{_count(self.duplicates, 'document')} equal to one read before, not read again")
+        if self.repeated_sections:
+            found.append(f"{_count(self.repeated_sections, 'section')} equal to one across the held-out split")
+        if self.empty:
+            found.append(f"{_count(self.empty, 'row')} without text skipped")
+        if self.hidden:
+            found.append(f"{_count(self.hidden, 'hidden file or folder', 'hidden files and folders')} not read")
+        if self.other_kinds:
+            found.append(f"not read, being of other kinds: {kinds_in_words(self.other_kinds)}")
+        if self.without_column:
+            names = ", ".join(self.without_column[:3]) + (", …" if len(self.without_column) > 3 else "")
+            found.append(f"{_count(len(self.without_column), 'file')} without the column not read ({names})")
+        return [printable(f"data source {source!r}: {line}") for line in found]
+
+
+def combined(parts: Sequence[Census]) -> dict[str, Any]:
+    """For a manifest: the counts that are not 0, over all sources; `duplicates` in any case."""
+    counts = {
+        name: sum(getattr(part, name) for part in parts)
+        for name in ("duplicates", "empty", "pretokenised", "chats", "repeated_sections")
+    }
+    units = [part.unit for part in parts]
+    return {
+        **{name: count for name, count in counts.items() if count or name == "duplicates"},
+        **({"divided_by": units if len(units) > 1 else units[0]} if "section" in units else {}),
+    }
+
+
+def kinds_in_words(kinds: Counter[str]) -> str:
+    """`12 of '.pdf', 1 of no suffix`."""
+    listed = [
+        f"{count:,} of {repr(suffix) if suffix.startswith('.') else suffix}" for suffix, count in kinds.most_common(8)
+    ]
+    return ", ".join(listed) + (f" and {len(kinds) - 8} more kinds" if len(kinds) > 8 else "")
+
+
+def _count(number: int, one: str, several: str | None = None) -> str:
+    return f"1 {one}" if number == 1 else f"{number:,} {several or one + 's'}"

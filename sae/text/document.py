@@ -1,0 +1,189 @@
+"""A column's value in; text, token ids or a chat out, and an error for anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from sae.errors import DataError
+
+_ROLES_OF_FROM = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+"""Roles that the form {from, value} calls by other names."""
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class LongText:
+    """A text too long to be held whole; `pieces()` reads it from the beginning, each time anew.
+
+    Attributes:
+        place: what tells apart two files: device and inode. None: unknown.
+        beginning: its first characters.
+    """
+
+    pieces: Callable[[], Iterator[str]]
+    place: tuple[int, int] | None
+    beginning: str
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of the whole text, which is read for it."""
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        for piece in self.pieces():
+            digest.update(piece.encode())
+        return digest.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenIds:
+    """A text that is tokens already."""
+
+    ids: Int[np.ndarray, " tokens"]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A list of messages as a chat template takes them: `role`, `content`, and what else they had."""
+
+    messages: tuple[dict[str, Any], ...]
+
+    @property
+    def characters(self) -> int:
+        """Characters of all contents."""
+        return sum(len(str(message.get("content", ""))) for message in self.messages)
+
+
+Content = str | LongText | TokenIds | Chat
+
+
+@dataclass(frozen=True)
+class Document:
+    """What was read, and the name it is known by: the name decides on which side of the held-out split it falls."""
+
+    name: str
+    text: Content
+
+
+def read_value(value: Any, column: str, where: str) -> Content:
+    """What a row holds in its column: text, a list of token ids, or a list of messages; "" for nothing.
+
+    Args:
+        value: as the file's reader gives it.
+        column: the column's name, for messages.
+        where: the row, for messages.
+
+    Raises:
+        DataError: anything else.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()  # JSON may escape lone surrogates, which no tokenizer takes
+    if value is None:
+        return ""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        if not value:
+            return ""
+        if set(map(type, value)) == {int}:
+            return _token_ids(value, column, where)
+        if all(isinstance(entry, Mapping) for entry in value):
+            return _chat(value, column, where)
+    raise DataError(
+        f"data source {where}: column {column!r} holds {_kind(value)}; expected text, a list of token ids, or a chat "
+        "(a list of messages with role and content): choose another data.column, or convert it to one of these"
+    )
+
+
+def is_empty(content: Content) -> bool:
+    """Whether there is nothing to read in it."""
+    if isinstance(content, str):
+        return not content.strip()
+    if isinstance(content, TokenIds):
+        return not len(content.ids)
+    return isinstance(content, Chat) and not content.messages
+
+
+def digest_of(content: str | TokenIds | Chat) -> bytes:
+    """Equal for equal contents of one kind only."""
+    if isinstance(content, str):
+        kind, data = b"", content.encode()
+    elif isinstance(content, TokenIds):
+        kind, data = b"ids", content.ids.astype("<i4").tobytes()
+    else:
+        kind, data = b"chat", json.dumps(content.messages, sort_keys=True, default=str).encode()
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, person=kind).digest()
+
+
+def _token_ids(value: Sequence[int], column: str, where: str) -> TokenIds:
+    if min(value) < 0 or max(value) >= 2**31:
+        wrong = next(entry for entry in value if not 0 <= entry < 2**31)
+        raise DataError(
+            f"data source {where}: column {column!r} holds a list with {wrong}, which is no token id; choose another "
+            "data.column"
+        )
+    return TokenIds(np.array(value, dtype=np.int32))
+
+
+def _chat(value: Sequence[Mapping[str, Any]], column: str, where: str) -> Chat:
+    messages = []
+    for number, entry in enumerate(value, 1):
+        message = {key: part for key, part in entry.items() if part is not None}
+        if "role" not in message and "from" in message:
+            sender = message.pop("from")
+            message["role"] = _ROLES_OF_FROM.get(sender, sender) if isinstance(sender, str) else sender
+        if "content" not in message and "value" in message:
+            message["content"] = message.pop("value")
+        content = _joined_parts(message.get("content"))
+        if content is None and message.get("tool_calls"):
+            content = ""
+        if not isinstance(message.get("role"), str) or not isinstance(content, str):
+            raise DataError(
+                f"data source {where}: column {column!r}, entry {number} of the list: expected a message with a role "
+                f"and a content that is text, found {_kind(entry)}; choose another data.column"
+            )
+        messages.append({**message, "content": content.encode("utf-8", "replace").decode()})
+    return Chat(tuple(messages))
+
+
+def _joined_parts(content: Any) -> Any:
+    """The text of contents that are lists of text parts; others as they are."""
+    if not isinstance(content, list | tuple) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+    return (
+        "".join(text for text in texts if text is not None) if all(isinstance(text, str) for text in texts) else content
+    )
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words, with a glimpse of it."""
+    if isinstance(value, bool):
+        return f"a truth value ({value})"
+    if isinstance(value, int | float):
+        return f"a number ({value!r})"[:60]
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"{len(value):,} bytes"
+    if isinstance(value, Mapping):
+        return f"an object with {', '.join(repr(str(key)) for key in list(value)[:8]) or 'no keys'}"
+    if isinstance(value, list | tuple):
+        return f"a list of {_entries(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _entries(value: Sequence[Any]) -> str:
+    for kind, name in ((str, "text"), (bool, "truth values"), (Mapping, "objects")):
+        if all(isinstance(entry, kind) for entry in value):
+            return name
+    if all(isinstance(entry, int | float) and not isinstance(entry, bool) for entry in value):
+        return f"numbers ({value[0]!r}, …)"
+    if all(isinstance(entry, list | tuple) for entry in value):
+        return "lists"
+    unlike = next((pair for pair in pairwise(value) if type(pair[0]) is not type(pair[1])), value[:1])
+    return " and ".join("null" if entry is None else type(entry).__name__ for entry in unlike)

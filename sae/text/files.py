@@ -1,0 +1,290 @@
+"""Files and folders in, documents out: .txt, .md, .jsonl, .json, .csv, .tsv and .parquet, plain or compressed."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import os
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sae.errors import DataError
+from sae.text.census import Census, kinds_in_words
+from sae.text.document import Document, LongText, read_value
+from sae.text.json_records import json_records
+
+TEXT_SUFFIXES = (".txt", ".md")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+READABLE = (*TEXT_SUFFIXES, *RECORD_SUFFIXES, ".parquet")
+READABLE_IN_WORDS = f"{', '.join(READABLE)}, and all but .parquet compressed as {', '.join(COMPRESSIONS)} too"
+_MAY_BE_OTHER_DATA = (".json", ".csv", ".tsv")
+_HELD_WHOLE = 4_000_000
+_BYTES_AT_ONCE = 1 << 20
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """Suffix that says how a file is read, and that of its compression, both in small letters; "" for none."""
+    name = path.name.lower()
+    packed = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    suffix = Path(name.removesuffix(packed)).suffix
+    readable = suffix in READABLE and not (packed and suffix == ".parquet")
+    return (suffix, packed) if readable else ("", packed)
+
+
+def list_folder(folder: Path, census: Census | None = None) -> list[Path]:
+    """Files of a folder and its subfolders that can be read, in the order of their paths; none that is hidden.
+
+    Raises:
+        DataError: there is none.
+    """
+    census = census or Census()
+    files, kinds = [], Counter[str]()
+    for place, subfolders, names in os.walk(folder):
+        hidden = [name for name in (*subfolders, *names) if name.startswith(".")]
+        census.hidden += len(hidden)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for path in (Path(place) / name for name in names if not name.startswith(".")):
+            if path.is_file():
+                if kind_of(path)[0]:
+                    files.append(path)
+                else:
+                    kinds["".join(path.suffixes[-2:] if kind_of(path)[1] else path.suffixes[-1:]) or "no suffix"] += 1
+    census.other_kinds.update(kinds)
+    if not files:
+        others = f", only {kinds_in_words(kinds)}" if kinds else ""
+        hidden = f" ({census.hidden} hidden ones are not read)" if census.hidden else ""
+        raise DataError(
+            f"data source {str(folder)!r}: the folder holds no {', '.join(READABLE)} file{others}{hidden}; compressed "
+            f"as {', '.join(COMPRESSIONS)} they are read too"
+        )
+    return sorted(files)
+
+
+def read_folder(folder: Path, column: str, census: Census | None = None) -> Iterator[Document]:
+    """Documents of a folder's files, named by their paths in it.
+
+    A .json, .csv or .tsv file without the column is left out, unless there is nothing else: such files often lie
+    there for something else.
+
+    Raises:
+        DataError: no file can be read, or one is damaged.
+    """
+    census = census or Census()
+    files = list_folder(folder, census)
+    return _documents_of(files, folder, column, census)
+
+
+def _documents_of(files: list[Path], folder: Path, column: str, census: Census) -> Iterator[Document]:
+    unfit: MissingColumnError | None = None
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        try:
+            yield from read_file(file, name, column)
+        except MissingColumnError as error:
+            if error.row > 1 or kind_of(file)[0] not in _MAY_BE_OTHER_DATA:
+                raise
+            unfit = unfit or error
+            census.without_column.append(name)
+    if unfit is not None and len(census.without_column) == len(files):
+        raise unfit
+
+
+def read_file(path: Path, name: str, column: str) -> Iterator[Document]:
+    """Documents of a file.
+
+    Raises:
+        DataError: it is of no kind that can be read, damaged, or lacks the column.
+    """
+    kind, _ = kind_of(path)
+    if not kind:
+        raise DataError(
+            f"data source {str(path)!r}: not a kind of file that can be read, which are {READABLE_IN_WORDS}"
+        )
+    if kind in TEXT_SUFFIXES:
+        return _text(path, name)
+    if kind == ".parquet":
+        return _parquet(path, name, column)
+    return _records(path, name, column, kind)
+
+
+class MissingColumnError(DataError):
+    """A record lacks the column. `row` is its number in the file, from 1."""
+
+    def __init__(self, where: str, column: str, names: list[str], row: int) -> None:
+        listed = ", ".join(names) or "none"
+        super().__init__(f"data source {where}: no column {column!r}; set data.column to one of: {listed}")
+        self.row = row
+
+
+def field_of(record: Any, column: str, where: str, row: int) -> Any:
+    """What a record holds in its column.
+
+    Raises:
+        DataError: it lacks the column, or holds what is no text.
+    """
+    if not isinstance(record, dict) or column not in record:
+        raise MissingColumnError(where, column, list(map(str, record)) if isinstance(record, dict) else [], row)
+    return read_value(record[column], column, where)
+
+
+def open_binary(path: Path) -> io.BufferedIOBase:
+    """A file's bytes, decompressed as its name says."""
+    packed = kind_of(path)[1]
+    if packed == ".gz":
+        import gzip
+
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if packed == ".bz2":
+        import bz2
+
+        return bz2.open(path, "rb")
+    if packed == ".xz":
+        import lzma
+
+        return lzma.open(path, "rb")
+    if packed == ".zst":
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise DataError(".zst files need pyarrow, of the package's extra: pip install 'sae[lm]'") from error
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), _BYTES_AT_ONCE)  # type: ignore[arg-type]
+    return path.open("rb")
+
+
+def decoded(path: Path, encoding: str = "utf-8") -> Iterator[str]:
+    """A file's text in pieces of about a million characters, with line ends as '\\n'.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8; the message says at which byte.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)()
+    lines = io.IncrementalNewlineDecoder(decoder, translate=True)
+    done = 0
+    try:
+        with open_binary(path) as content:
+            while True:
+                data = content.read(_BYTES_AT_ONCE)
+                waiting = len(decoder.getstate()[0])
+                try:
+                    text = lines.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    raise DataError(not_utf8(path, error, done - waiting)) from error
+                done += len(data)
+                if text:
+                    yield text
+                if not data:
+                    return
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(unreadable(path, error)) from error
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> str:
+    """What is wrong with a text file's bytes."""
+    return f"data source {str(path)!r}: not UTF-8 text ({error.reason} at byte {before + error.start})"
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Why a file cannot be read."""
+    reason = (
+        (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
+    )
+    return f"data source {str(path)!r}: cannot be read ({reason})"
+
+
+def _text(path: Path, name: str) -> Iterator[Document]:
+    pieces, held, characters = decoded(path), [], 0
+    for piece in pieces:
+        held.append(piece)
+        characters += len(piece)
+        if characters > _HELD_WHOLE:
+            stat = path.stat()
+            yield Document(name, LongText(lambda: decoded(path), (stat.st_dev, stat.st_ino), "".join(held)))
+            return
+    yield Document(name, "".join(held))
+
+
+def _records(path: Path, name: str, column: str, kind: str) -> Iterator[Document]:
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, str, Any]]]]
+    readers = {".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl}
+    try:
+        for row, (number, place, record) in enumerate(readers[kind](path), 1):
+            where = f"{path}, {place} {number}"
+            content = field_of(record, column, where, row)
+            if kind in (".csv", ".tsv") and isinstance(content, str) and _is_written_list(content):
+                raise DataError(
+                    f"data source {where}: column {column!r} holds a list written as text; store lists of token ids "
+                    "and chats as .jsonl or .parquet"
+                )
+            yield Document(f"{name}:{number}", content)
+    except UnicodeDecodeError as error:
+        raise DataError(not_utf8(path, error)) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(unreadable(path, error)) from error
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, str, Any]]:
+    with open_binary(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, "line", json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"data source {str(path)!r}: line {number} is not JSON ({_why(error)})") from error
+
+
+def _json(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Records of a list, of one object, or of lines with an object each: all three are called .json."""
+    try:
+        for number, record in enumerate(json_records(decoded(path, "utf-8-sig")), 1):
+            yield number, "record", record
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"data source {str(path)!r}: not JSON ({_why(error)})") from error
+
+
+def _csv(path: Path) -> Iterator[tuple[int, str, Any]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="") as lines:  # type: ignore[arg-type]
+        rows = csv.DictReader(lines, delimiter="\t" if kind_of(path)[0] == ".tsv" else ",", strict=True)
+        try:
+            for number, row in enumerate(rows, 1):
+                yield number, "row", {key: value for key, value in row.items() if key is not None}
+        except csv.Error as error:
+            raise DataError(f"data source {str(path)!r}: line {rows.line_num} is not CSV ({error})") from error
+
+
+def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+    except Exception as error:
+        raise DataError(f"data source {str(path)!r}: not a parquet file ({_why(error)})") from error
+    if column not in table.schema_arrow.names:
+        raise MissingColumnError(str(path), column, table.schema_arrow.names, 1)
+    row = 0
+    try:
+        for batch in table.iter_batches(columns=[column], batch_size=1024):
+            for value in batch.column(0):
+                yield Document(f"{name}:{row}", read_value(value.as_py(), column, f"{path}, row {row}"))
+                row += 1
+    except (OSError, ValueError) as error:
+        raise DataError(f"data source {str(path)!r}: row {row} could not be read ({_why(error)})") from error
+
+
+def _is_written_list(text: str) -> bool:
+    return text.startswith("[") and text.rstrip().endswith("]") and text[1:].lstrip()[:1] in "{-0123456789"
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else getattr(error, "reason", None)
+    return str(reason or " ".join(str(error).split()) or type(error).__name__)[:200]

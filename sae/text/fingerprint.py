@@ -1,0 +1,51 @@
+"""A local source in, a hash of its files out: whether text is the text that it was."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+from sae.text.files import list_folder
+
+_HASHED_WHOLE = 256 << 20
+_PIECE = 1 << 16
+
+
+def source_fingerprint(source: str) -> str | None:
+    """A hash of the names, sizes and contents of a file's or folder's texts; None if there is neither.
+
+    Names are those inside the folder, so it does not matter where the folder lies. Of more than 256 MiB in all, three
+    pieces of each file are hashed instead of all of it.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        files, names = [path], [path.name]
+    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        names = [file.relative_to(path).as_posix() for file in files]
+    elif path.is_dir():
+        files = list_folder(path)
+        names = [file.relative_to(path).as_posix() for file in files]
+    else:
+        return None
+    stats = [file.stat() for file in files]
+    return _hash(tuple(files), tuple(names), tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats))
+
+
+@functools.lru_cache(maxsize=16)
+def _hash(files: tuple[Path, ...], names: tuple[str, ...], stats: tuple[tuple[int, int, int], ...]) -> str:
+    """`stats` also tell whether the answer from before still holds."""
+    digest = hashlib.sha256()
+    whole = sum(size for size, _, _ in stats) <= _HASHED_WHOLE
+    for file, name, (size, _, _) in zip(files, names, stats, strict=True):
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as content:
+            if whole or size <= 3 * _PIECE:
+                while data := content.read(1 << 20):
+                    digest.update(data)
+            else:
+                for start in (0, (size - _PIECE) // 2, size - _PIECE):
+                    content.seek(start)
+                    digest.update(content.read(_PIECE))
+    return digest.hexdigest()[:32]

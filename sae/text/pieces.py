@@ -1,0 +1,154 @@
+"""A long text in pieces in; the tokens that it has in one piece out, with bounded memory.
+
+The text is tokenised in windows that overlap. Two are joined where both have the same tokens at the same places, in
+the same words: a run of at least `_AGREEING` before the seam and as many after it. What stands left of the run then has
+no effect on the right window, nor what stands right of it on the left one. A window begins where the one before has a
+word's or a token's beginning, so that text without spaces (digits in threes, a letter a thousand times) is cut in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from sae.errors import DataError
+
+WHOLE = 500_000
+"""Characters of a text that is tokenised in one go: some 200 bytes of memory each."""
+_WINDOW = 196_613  # a prime: windows over equal words should not end in step by chance
+_OVERLAPS = (4_093, 16_381, 65_521)
+_AGREEING = 16
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens of the characters from `start` to `end`.
+
+    Attributes:
+        places: of each token the first character, the end, the id, whether it begins a word of the pre-tokenizer, and
+            how many tokens before it are equal in all these (the bytes of one character can be).
+    """
+
+    start: int
+    end: int
+    places: Int[np.ndarray, "tokens 5"]
+
+    def ids(self, first: int, end: int | None = None) -> Int[np.ndarray, " tokens"]:
+        return self.places[first:end, 2].astype(np.int32)
+
+
+def token_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[Int[np.ndarray, " tokens"]]:
+    """Token ids of a text without special tokens, part after part; `pieces` are read as far as the parts need them.
+
+    Args:
+        tokenizer: a fast one.
+        pieces: the text.
+        name: what the text is called in messages.
+
+    Raises:
+        DataError: the tokenizer does not say where its tokens stand, or two windows agree nowhere.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(_no_parts(name, "the tokenizer does not say where its tokens stand"))
+    text = _Text(iter(pieces))
+    left, first = _encode(tokenizer, text, 0, _WINDOW), 0
+    while not text.ends_at(left.end):
+        for overlap in _OVERLAPS:
+            right = _encode(tokenizer, text, _start_of_next(left, overlap), _WINDOW + overlap)
+            seam = _seam(left, right)
+            if seam is not None:
+                break
+        else:
+            raise DataError(_no_parts(name, f"its tokens before character {left.end:,} depend on text far away"))
+        yield left.ids(first, seam[0])
+        left, first = right, seam[1]
+        text.drop(left.start)
+    yield left.ids(first)
+
+
+class _Text:
+    """A text of which only what is needed is held. Places are characters from its beginning."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces, self._held, self._dropped, self._ended = pieces, "", 0, False
+
+    def between(self, start: int, end: int) -> str:
+        """The characters from `start` to `end`, or to the text's end."""
+        parts, held = [self._held], self._dropped + len(self._held)
+        while held < end and not self._ended:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._ended = True
+            else:
+                parts.append(piece)
+                held += len(piece)
+        self._held = "".join(parts)
+        return self._held[start - self._dropped : end - self._dropped]
+
+    def ends_at(self, place: int) -> bool:
+        """Whether no character follows."""
+        return not self.between(place, place + 1)
+
+    def drop(self, before: int) -> None:
+        """Forget what stands before that place."""
+        self._held, self._dropped = self._held[before - self._dropped :], before
+
+
+def _encode(tokenizer: Any, text: _Text, start: int, characters: int) -> _Window:
+    part = text.between(start, start + characters)
+    found = tokenizer(
+        part, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+    )
+    places = np.zeros((len(found["input_ids"]), 5), dtype=np.int64)
+    if len(places):
+        places[:, :2] = np.asarray(found["offset_mapping"], dtype=np.int64) + start
+        places[:, 2] = found["input_ids"]
+        words = np.array([-1 if word is None else word for word in found.word_ids()])
+        places[1:, 3] = words[1:] != words[:-1]
+    repeated = np.flatnonzero((places[1:] == places[:-1]).all(1)) + 1
+    for number in repeated:
+        places[number, 4] = places[number - 1, 4] + 1
+    return _Window(start, start + len(part), places)
+
+
+def _start_of_next(left: _Window, overlap: int) -> int:
+    """Where the next window begins: with a word of the left one, about `overlap` characters before its end.
+
+    With any token where no word begins near there, as in a text without spaces.
+    """
+    place = left.end - overlap
+    following = left.places[left.places[:, 0] >= place]
+    words = following[(following[:, 3] == 1) & (following[:, 0] < place + overlap // 4)]
+    return int((words if len(words) else following)[0, 0]) if len(following) else place
+
+
+def _seam(left: _Window, right: _Window) -> tuple[int, int] | None:
+    """The middle of the longest run of equal tokens: its number in each window; None where none is long enough."""
+    begin = int(np.searchsorted(left.places[:, 0], right.start))
+    numbers = {
+        tuple(place): number for number, place in enumerate(right.places[right.places[:, 0] < left.end].tolist())
+    }
+    partners = np.array([numbers.get(tuple(place), -1) for place in left.places[begin:].tolist()], dtype=np.int64)
+    matched = partners >= 0
+    goes_on = np.zeros(len(partners) + 1, dtype=bool)
+    goes_on[1:-1] = matched[1:] & matched[:-1] & (np.diff(partners) == 1)
+    starts = np.flatnonzero(np.append(matched, False) & ~goes_on)
+    if not len(starts):
+        return None
+    ends = np.array([start + 1 + int(np.argmin(goes_on[start + 1 :])) for start in starts])
+    longest = int(np.argmax(ends - starts))
+    if ends[longest] - starts[longest] < 2 * _AGREEING:
+        return None
+    middle = int(starts[longest] + ends[longest]) // 2
+    return begin + middle, int(partners[middle])
+
+
+def _no_parts(name: str, reason: str) -> str:
+    return (
+        f"document {name!r}: too long to be tokenised in one go, and it cannot be joined from pieces: {reason}; set "
+        "data.section_characters, such as 10000, to cut it"
+    )

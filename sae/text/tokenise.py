@@ -1,0 +1,137 @@
+"""Contents of documents in; token ids out, in parts where a text is long, and which tokens of a chat count."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sae.errors import DataError
+from sae.text.chat import ChatTemplate, Rendered
+from sae.text.document import Chat, Content, LongText, TokenIds
+from sae.text.pieces import WHOLE, token_parts
+
+_WHOLE_AT_MOST = 4_000_000
+_SLICE = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenPart:
+    """Tokens of a document, or some of them in order.
+
+    Attributes:
+        counted: False for tokens of a chat's roles that do not count; None: all count.
+    """
+
+    ids: Int[np.ndarray, " tokens"]
+    counted: Bool[np.ndarray, " tokens"] | None = None
+
+
+class ContentTokenizer:
+    """Tokens of texts, lists of ids and chats.
+
+    Args:
+        tokenizer: the model's.
+        chat_roles: whose messages count in chats; None: all text of a chat.
+        separator: the id that ends a document; a list of ids that ends with it already gets no second one.
+    """
+
+    def __init__(self, tokenizer: Any, chat_roles: Collection[str] | None = None, separator: int | None = None) -> None:
+        self.tokenizer, self.chat_roles, self.separator = tokenizer, chat_roles, separator
+        self._template: ChatTemplate | None = None
+
+    def __call__(self, documents: Sequence[tuple[str, Content]]) -> list[Iterator[TokenPart]]:
+        """The tokens of each (name, content) without special tokens. Short texts are tokenised together, at once.
+
+        Raises:
+            DataError: an id is outside the vocabulary, a chat cannot be rendered, or a long text cannot be cut; for
+                long texts it is raised as their parts are taken.
+        """
+        texts = [content for _, content in documents if isinstance(content, str) and len(content) <= WHOLE]
+        short = iter(self._ids(texts))
+        chats = iter(self._chats([(name, content) for name, content in documents if isinstance(content, Chat)]))
+        found: list[Iterator[TokenPart]] = []
+        for name, content in documents:
+            if isinstance(content, TokenIds):
+                found.append(iter([self._checked(name, content)]))
+            elif isinstance(content, Chat):
+                found.append(iter([next(chats)]))
+            elif isinstance(content, LongText) or len(content) > WHOLE:
+                found.append(self._long(name, content))
+            else:
+                found.append(iter([TokenPart(np.array(next(short), dtype=np.int32))]))
+        return found
+
+    def close(self) -> None:
+        """End the process that renders chats, if there is one."""
+        if self._template is not None:
+            self._template.close()
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Fast tokenizers spread a batch over all cores."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _long(self, name: str, content: str | LongText) -> Iterator[TokenPart]:
+        if isinstance(content, LongText):
+            yield from map(TokenPart, token_parts(self.tokenizer, content.pieces(), name))
+            return
+        slices = (content[start : start + _SLICE] for start in range(0, len(content), _SLICE))
+        if len(content) > _WHOLE_AT_MOST:
+            yield from map(TokenPart, token_parts(self.tokenizer, slices, name))
+            return
+        try:
+            parts = list(token_parts(self.tokenizer, slices, name))
+        except DataError:
+            parts = [np.array(self._ids([content])[0], dtype=np.int32)]
+        yield from map(TokenPart, parts)
+
+    def _checked(self, name: str, content: TokenIds) -> TokenPart:
+        ids = content.ids
+        if len(ids) and int(ids.max()) >= len(self.tokenizer):
+            raise DataError(
+                f"document {name!r}: its token id {int(ids.max()):,} is outside the vocabulary, which has "
+                f"{len(self.tokenizer):,}: the ids are another tokenizer's; give the text, or ids of the model's own"
+            )
+        return TokenPart(ids[:-1] if len(ids) and ids[-1] == self.separator else ids)
+
+    def _chats(self, chats: list[tuple[str, Chat]]) -> list[TokenPart]:
+        if not chats:
+            return []
+        self._template = self._template or ChatTemplate(self.tokenizer)
+        rendered = [self._template.render(chat, name, self.chat_roles) for name, chat in chats]
+        if self.chat_roles is None:
+            ids_of_all = self._ids([chat.text for chat in rendered])
+            return [TokenPart(np.array(ids, dtype=np.int32)) for ids in ids_of_all]
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise DataError(
+                "data.chat_roles: the tokenizer does not say where its tokens stand, so roles cannot be told apart; "
+                "set data.chat_roles=null"
+            )
+        found = self.tokenizer(
+            [chat.text for chat in rendered],
+            add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False,
+        )  # fmt: skip
+        return [
+            TokenPart(np.array(ids, dtype=np.int32), _within(chat, places))
+            for chat, ids, places in zip(rendered, found["input_ids"], found["offset_mapping"], strict=True)
+        ]
+
+
+def _within(chat: Rendered, places: Iterable[tuple[int, int]]) -> Bool[np.ndarray, " tokens"]:
+    """True for tokens in the chat's spans: some of their characters lie in one, and outside only spaces do."""
+    inside = np.zeros(len(chat.text), dtype=bool)
+    for start, end in chat.spans:
+        inside[start:end] = True
+    foreign = ~inside & ~np.array([character.isspace() for character in chat.text], dtype=bool)
+    bounds = np.array(list(places), dtype=np.int64).reshape(-1, 2)
+
+    def count(marked: np.ndarray) -> np.ndarray:
+        before = np.concatenate([[0], np.cumsum(marked)])
+        return before[bounds[:, 1]] - before[bounds[:, 0]]
+
+    return (count(inside) > 0) & (count(foreign) == 0)

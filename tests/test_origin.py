@@ -1,0 +1,127 @@
+"""A dictionary trained in Python knows where it comes from, and is refused where it does not belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sae
+from sae import language_model as language_model_module
+from sae.activations import ActivationCache
+from sae.config import FeaturesConfig
+from sae.errors import CacheError, ConfigError, ModelError, SaeError
+from sae.features import collect
+from sae.language_model import LanguageModel
+from sae.training import source as source_module
+
+READS, GIVES = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
+SHAPE, SETTINGS = sae.DictionaryConfig(d_sae=48, k=4), sae.TrainConfig(tokens=640)
+
+
+@pytest.fixture
+def cache(tiny_cache: ActivationCache) -> ActivationCache:
+    return tiny_cache
+
+
+def loader(cache: ActivationCache, hook: str) -> sae.ActivationLoader:
+    return sae.ActivationLoader(cache, hook, batch_size=64)
+
+
+@pytest.fixture
+def dictionary(cache: ActivationCache) -> sae.Dictionary:
+    return sae.train(loader(cache, READS), SHAPE, SETTINGS)
+
+
+def test_a_loader_tells_what_is_trained_on_it(cache: ActivationCache, dictionary: sae.Dictionary) -> None:
+    for key, value in sae.dictionary_metadata(cache, READS).items():
+        assert dictionary.metadata[key] == value
+    assert dictionary.metadata["hook"] == READS
+    assert dictionary.metadata["model"]["name"] == "tiny"
+    assert dictionary.cfg.hook_layer == 1
+    assert dictionary.cfg.model_name == "tiny"
+
+
+def test_what_the_user_says_wins(cache: ActivationCache) -> None:
+    said = {"hook": "elsewhere", "note": "mine"}
+    metadata = sae.train(loader(cache, READS), SHAPE, SETTINGS, metadata=said).metadata
+    assert (metadata["hook"], metadata["note"], metadata["model"]["name"]) == ("elsewhere", "mine", "tiny")
+
+
+def test_a_transcoder_s_loaders_tell_both_hook_points(cache: ActivationCache, language_model: LanguageModel) -> None:
+    source, target = loader(cache, READS), loader(cache, GIVES)
+    recipe = sae.Recipe(SHAPE, SETTINGS, source="in", target="out")
+    transcoder = sae.train_all({"in": source, "out": target}, {"t": recipe}).dictionaries["t"]
+    expected = sae.dictionary_metadata(cache, READS, GIVES)
+    assert {key: transcoder.metadata.get(key) for key in expected} == expected
+    with sae.splice(language_model, transcoder):
+        pass
+    report = sae.evaluate(transcoder, cache, hook=GIVES)
+    assert report.hook == GIVES
+    with pytest.raises(ConfigError, match=f"hook '{READS}': the dictionary gives activations of '{GIVES}'"):
+        sae.evaluate(transcoder, cache, hook=READS)
+
+
+def test_of_a_target_that_nobody_knows_nothing_is_said(cache: ActivationCache) -> None:
+    """It would pass for a dictionary of the hook point that it reads."""
+    origin = source_module.origin
+    unknown = sae.IterableSource([torch.randn(64, 32) for _ in range(2)])
+    assert origin(loader(cache, READS), unknown) == {}
+    assert origin(unknown, loader(cache, GIVES)) == {}
+    assert origin(unknown, None) == {}
+
+
+def test_it_is_spliced_without_being_told_where(dictionary: sae.Dictionary, language_model: LanguageModel) -> None:
+    tokens = torch.tensor([[language_model.bos, *language_model.tokenizer("the river keeps a stone")["input_ids"]]])
+    with sae.splice(language_model, dictionary):
+        found = language_model.logits(tokens)
+    with sae.splice(language_model, dictionary, hook=READS):
+        torch.testing.assert_close(language_model.logits(tokens), found, rtol=0, atol=0)
+    assert (found - language_model.logits(tokens)).abs().max() > 1e-4
+
+
+Use = Callable[[sae.Dictionary, ActivationCache, LanguageModel, str, Path], Any]
+USES: dict[str, Use] = {
+    "evaluate": lambda d, cache, model, hook, path: sae.evaluate(d, cache, hook=hook),
+    "compare": lambda d, cache, model, hook, path: sae.compare({"one": d, "two": d}, cache, hook=hook),
+    "effects": lambda d, cache, model, hook, path: sae.measure_effects(d, cache, model, hook=hook),
+    "features": lambda d, cache, model, hook, path: collect(
+        d, cache, path / "store", FeaturesConfig(), hook=hook, tokenizer=model.tokenizer
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_wrong_hook_point_or_model_is_refused(
+    use: str, dictionary: sae.Dictionary, cache: ActivationCache, language_model: LanguageModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"hook '{GIVES}': the dictionary was trained on '{READS}'; use it there"):
+        USES[use](dictionary, cache, language_model, GIVES, tmp_path)
+    model = {**dictionary.metadata["model"], "name": "other", "weights_sha256": "0" * 64}
+    stranger = sae.train(loader(cache, READS), SHAPE, SETTINGS, metadata={"model": model})
+    with pytest.raises(CacheError, match=r"of another model than the dictionary's: weights_sha256 .* on 'other'; use"):
+        USES[use](stranger, cache, language_model, READS, tmp_path)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_dictionary_of_another_model_is_not_spliced(
+    dictionary: sae.Dictionary, cache: ActivationCache, language_model: LanguageModel
+) -> None:
+    model = {**dictionary.metadata["model"], "weight_processing": "fold_ln"}
+    stranger = sae.train(loader(cache, READS), SHAPE, SETTINGS, metadata={"model": model})
+    with (
+        pytest.raises(ModelError, match="weight_processing is 'none' there and 'fold_ln' in training"),
+        sae.splice(language_model, stranger),
+    ):
+        pass
+
+
+def test_a_language_model_is_named_or_configured(language_model: LanguageModel, tiny_model: Path) -> None:
+    for name in (str(tiny_model), tiny_model):
+        assert sae.LanguageModel(name).info == language_model.info
+    for wrong in (7, None, {"name": "gpt2"}, ["gpt2"]):
+        with pytest.raises(SaeError, match=r"language model .*: expected a name such as 'gpt2', or a sae.ModelConfig"):
+            language_model_module._configured(wrong)  # the constructor's first line

@@ -1,0 +1,131 @@
+"""First positions are those of a text, however many passes read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import write_model
+from test_splicing import make_dictionary
+from torch import Tensor
+
+from sae.config import ModelConfig
+from sae.language_model import LanguageModel
+from sae.passes import positions
+from sae.splicing import splice
+
+TEXT = torch.randint(1, 90, (2, 12), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def mamba(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return LanguageModel(ModelConfig(name=str(write_model("mamba", tmp_path_factory.mktemp("mamba") / "mamba"))))
+
+
+def spliced(model: LanguageModel, masked: int = 1) -> Any:
+    policy = model.token_policy(prepend_bos=True, masked_positions=masked, mask_special_tokens=False)
+    return splice(model, make_dictionary(model, tokens=policy.to_json()))
+
+
+def in_parts(model: LanguageModel, text: Tensor, ends: list[int]) -> Tensor:
+    """Logits of a text read part by part with the model's own cache."""
+    found, cache, start = [], {}, 0
+    for end in ends:
+        output = model.bridge.original_model(text[:, start:end], use_cache=True, **cache)
+        found.append(output.logits)
+        name = "cache_params" if "cache_params" in output else "past_key_values"
+        cache, start = {name: output[name]}, end
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("ends", [[5, 12], [1, 2, 3, 12], [11, 12], [4, 8, 12]])
+@pytest.mark.parametrize("masked", [1, 3])
+def test_a_text_in_parts_is_the_text_in_one(language_model: LanguageModel, ends: list[int], masked: int) -> None:
+    with spliced(language_model, masked):
+        whole = language_model.logits(TEXT)
+        parts = in_parts(language_model, TEXT, ends)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    assert (whole - language_model.logits(TEXT)).abs().max() > 0.05
+
+
+def test_a_second_turn_after_the_splice_was_opened_has_no_first_position(language_model: LanguageModel) -> None:
+    clean = language_model.bridge.original_model(TEXT[:, :5], use_cache=True)
+    with spliced(language_model):
+        second = language_model.bridge.original_model(TEXT[:, 5:], past_key_values=clean.past_key_values).logits
+    again = language_model.bridge.original_model(TEXT[:, :5], use_cache=True)
+    with splice(language_model, make_dictionary(language_model, tokens=None)):  # every position
+        expected = language_model.bridge.original_model(TEXT[:, 5:], past_key_values=again.past_key_values).logits
+    torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recurrent_model_knows_what_it_has_read(mamba: LanguageModel) -> None:
+    """Its cache has no length; steps of one token continue it."""
+    for ends in ([4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]):
+        with spliced(mamba, 2):
+            whole = mamba.logits(TEXT)
+            parts = in_parts(mamba, TEXT, ends)
+        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+    clean = mamba.bridge.original_model(TEXT[:, :5], use_cache=True)
+    seen: list[Any] = []
+
+    def look(x: Tensor, now: Any) -> Tensor:
+        seen.append(now.positions.tolist())
+        return x
+
+    with mamba.replacing("blocks.1.hook_resid_pre", look, with_pass=True):
+        mamba.bridge.original_model(TEXT[:, 5:6], cache_params=clean.cache_params)
+    assert min(seen[0][0] + seen[0][1]) > 4
+
+
+def test_padding_on_the_left_is_no_first_position(language_model: LanguageModel) -> None:
+    """A row with three padding tokens gives the logits of the row without them."""
+    mask = torch.ones_like(TEXT)
+    mask[1, :3] = 0
+    with spliced(language_model):
+        together = language_model.bridge(TEXT, attention_mask=mask)
+        alone = language_model.logits(TEXT[1:, 3:])
+    torch.testing.assert_close(together[1:, 3:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_generation_is_the_same_with_and_without_a_cache(language_model: LanguageModel, cached: bool) -> None:
+    """Greedy, against one whole pass for each token."""
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    with spliced(language_model, 2):
+        made = language_model.bridge.generate(TEXT, use_past_kv_cache=cached, return_type="tokens", **options)
+        text = TEXT
+        for _ in range(6):
+            text = torch.cat([text, language_model.logits(text)[:, -1:].argmax(-1)], 1)
+    assert made.tolist() == text.tolist()
+
+
+def test_generation_of_transformers_with_left_padding(language_model: LanguageModel) -> None:
+    mask = torch.ones_like(TEXT)
+    mask[1, :4] = 0
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with spliced(language_model, 2):
+        together = language_model.bridge.original_model.generate(TEXT, attention_mask=mask, **options)
+        text = TEXT[1:, 4:]
+        for _ in range(5):
+            text = torch.cat([text, language_model.logits(text)[:, -1:].argmax(-1)], 1)
+    assert together[1, 4:].tolist() == text[0].tolist()
+
+
+def test_positions_from_masks_caches_and_ids() -> None:
+    cpu, mask = torch.device("cpu"), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert positions(2, 5, 0, {"attention_mask": mask}, cpu).tolist() == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, -1]]
+    assert positions(2, 2, 3, {"attention_mask": mask}, cpu).tolist() == [[1, 2], [3, -1]]
+    assert positions(2, 2, 3, {}, cpu).tolist() == [[3, 4], [3, 4]]
+    assert positions(2, 5, 7, {"attention_mask": mask[:, :5]}, cpu).tolist()[1] == [7, 8, 9, 10, -1]
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    assert positions(2, 5, 0, {"position_ids": packed}, cpu).tolist() == [[0, 1, 2, 0, 1]] * 2
+
+
+def test_embeddings_have_positions_and_no_ids(language_model: LanguageModel) -> None:
+    """First positions keep their activation there too."""
+    embedded = language_model.bridge.original_model.get_input_embeddings()(TEXT)
+    with spliced(language_model):
+        by_embeddings = language_model.bridge.original_model(inputs_embeds=embedded).logits
+        by_tokens = language_model.logits(TEXT)
+    torch.testing.assert_close(by_embeddings, by_tokens, rtol=1e-5, atol=1e-5)
