@@ -39,6 +39,10 @@ _YOUNG_NS = 100_000_000
 """A file changed less than this ago may be changed again and keep its times."""
 _PATIENCE_SECONDS = 10.0
 
+_NUMBERED = {"checkpoints", "snapshots"}
+_PARTS = {"activations", "dictionary", "features", "probing", *_NUMBERED}
+"""Folders in a run folder; of those that are numbered, folders in them hold files."""
+
 _WAYS_OUT = {
     SUMS: "restore it from a copy, or delete it: the files beside it are then read without a check",
     "manifest.json": "delete the cache and harvest it anew",
@@ -309,17 +313,25 @@ def temporary_file(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def announce_unhashed(path: Path) -> None:
-    """Warn that a file has no hash: once for a folder and those inside it."""
-    folder = path.parent.absolute()
-    if folder in _ANNOUNCED or any(parent in _ANNOUNCED for parent in folder.parents):
+    """Warn that a file has no hash: once for a run folder, or for another folder and those inside it."""
+    path = path.absolute()
+    folder = _run_of(path.parent) or path.parent
+    if any(place in _ANNOUNCED for place in (folder, *folder.parents)):
         return
     _ANNOUNCED.add(folder)
     warnings.warn(
-        f"{str(folder)!r}: {path.name} has no SHA-256 in {SUMS}, as in folders written before there was one: it is "
-        "read, but damage would go unnoticed; 'sae verify --record' on the folder adds hashes",
+        f"{str(folder)!r}: {path.relative_to(folder)} has no SHA-256 in {SUMS}, as in folders written before there was "
+        "one: it is read, but damage would go unnoticed; 'sae verify --record' on the folder adds hashes",
         UnhashedWarning,
         stacklevel=4,
     )
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run folder that a folder is part of, by its name; None if there is none."""
+    part = folder.parent if folder.parent.name in _NUMBERED else folder
+    run = part.parent
+    return run if part.name in _PARTS and os.path.lexists(run / "config.yaml") else None
 
 
 _ANNOUNCED: set[Path] = set()

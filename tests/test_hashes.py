@@ -184,6 +184,19 @@ def test_folders_without_hashes_are_read_and_say_so_once(tmp_path: Path) -> None
     assert verify(tmp_path / "d") == (2, [])
 
 
+def test_a_run_folder_without_hashes_says_so_in_one_line(tmp_path: Path) -> None:
+    places = ("dictionary", "checkpoints/step-00000001", "snapshots/step-00000002")
+    for place in places:
+        TopK(4, 8, k=2).save(tmp_path / "run" / place)
+        (tmp_path / "run" / place / SUMS).unlink()
+    (tmp_path / "run" / "config.yaml").write_text("out: run\n")
+    with pytest.warns(UnhashedWarning) as seen:
+        for place in places:
+            sae.load(tmp_path / "run" / place)
+    [line] = [str(warning.message) for warning in seen]
+    assert line.startswith(f"'{tmp_path / 'run'}': dictionary/config.json has no SHA-256")
+
+
 @pytest.mark.filterwarnings("ignore::sae.hashes.UnhashedWarning")
 @pytest.mark.parametrize(
     ("changes", "message"),
