@@ -85,7 +85,7 @@ def read_effects(path: str | Path) -> Effects:
         FormatError: there are none, or they are damaged or of a newer version.
     """
     path = Path(path).expanduser()
-    file = path if not path.is_dir() else path / f"{stem(0.0)}.json"
+    file = path if stands(path) and not path.is_dir() else path / f"{stem(0.0)}.json"
     if not stands(file):
         raise FormatError(f"effects {str(path)!r}: no {file.name} there; make it with 'sae effects RUN'")
     record = read_json(file)
