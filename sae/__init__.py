@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same as _HOME
     from sae.training import train_all as train_all
     from sae.verification import verify as verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ActivationCache",

@@ -33,7 +33,7 @@ _OfConfiguration = with_keys("Keys, for the file and as KEY=VALUE", describe_key
 @click.group(context_settings=_CONTEXT)
 @click.version_option(sae.__version__, prog_name="sae")
 @click.option("--debug", is_flag=True, help="Show the stack trace of an error.")
-@click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.option("--quiet", is_flag=True, help="No progress bars, and no notes on hook point, amounts and cost.")
 @click.pass_context
 def cli(context: click.Context, debug: bool, quiet: bool) -> None:
     """Sparse autoencoders on language-model activations: cache, train, evaluate, look at features, reuse."""
@@ -61,7 +61,7 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     from sae.reading import read_object
 
     settings = load_config(config, overrides)
-    _say_hook(settings)
+    _say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
         whole = pipeline.Run(settings, progress)
         whole.check()
@@ -106,7 +106,7 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     from sae.progress import progress_bars
 
     settings = load_config(config, overrides)
-    _say_hook(settings)
+    _say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
         dictionary = pipeline.Run(settings, progress).train()
     say(f"{dictionary} in {settings.folder / 'dictionary'}")
@@ -128,7 +128,7 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     from sae.sweeping import sweep as run_sweep
 
     settings = load_config(config, overrides)
-    _say_hook(settings)
+    _say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
         made = run_sweep(settings, progress)
     console = output()
@@ -255,9 +255,9 @@ cli.add_command(superposition)
 cli.add_command(probe)
 
 
-def _say_hook(settings: Any) -> None:
+def _say_hook(settings: Any, *, quiet: bool) -> None:
     """Which hook point is trained on, where several are harvested and none is named."""
-    if settings.hook_note:
+    if settings.hook_note and not quiet:
         complain(settings.hook_note)
 
 

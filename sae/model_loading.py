@@ -71,7 +71,17 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except Exception as error:
         raise ModelError(f"model {config.name!r}: {_explain(config, source, error)}") from error
-    return model, tokenizer, model_label(config.name), getattr(model.config, "_commit_hash", None)
+    return model, tokenizer, model_label(config.name), _commit(source, arguments.get("revision"))
+
+
+def _commit(source: Path | str, revision: str | None) -> str | None:
+    """The git commit of a hub model that was just loaded, by the folder of the hub's cache it lies in."""
+    if isinstance(source, Path):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:

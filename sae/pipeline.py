@@ -36,9 +36,8 @@ from sae.fit import amount_notes, check_amounts
 from sae.hashes import check, read_checked
 from sae.language_model import LanguageModel
 from sae.model_identity import model_label
-from sae.progress import Notes
+from sae.progress import Notes, announce
 from sae.reading import read_object
-from sae.terminal import complain
 from sae.training.applicability import check_read
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, training_bytes, warn_of_missed_snapshots
 from sae.training.loop import TrainingInterrupted, train
@@ -204,8 +203,7 @@ class Run:
         cache = self.cache(text=True)
         if self.is_trained():
             return self.trained_already(cache)
-        for note in amount_notes(self.config):
-            complain(note)
+        announce(self.progress, *amount_notes(self.config))
         with locked(self.folder, "training"), self.configured():
             dictionary = self._train(cache)
             dictionary.save(self.folder / "dictionary")
@@ -460,8 +458,7 @@ def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict
     first = next(iter(runs.values()))
     names = {number: f"run {str(run.folder)!r}" for number, run in runs.items()}
     cache, unfinished = first.cache(), first.folder / UNFINISHED
-    if isinstance(first.progress, Notes):
-        first.progress.announce(announcement(first.config.evaluation, cache, len(runs)))
+    announce(first.progress, announcement(first.config.evaluation, cache, len(runs)))
     reports = evaluate_all(
         {names[number]: run.dictionary() for number, run in runs.items()},
         cache,

@@ -34,6 +34,13 @@ class Notes(Protocol):
     def announce(self, text: str) -> None: ...
 
 
+def announce(progress: Report, *lines: str) -> None:
+    """Say lines before what comes next, where progress is shown; with `--quiet` it is not."""
+    if isinstance(progress, Notes):
+        for line in lines:
+            progress.announce(line)
+
+
 @dataclass
 class _Stage:
     """A stage under way; what was done before this process began it has no part in its rate."""

@@ -24,9 +24,8 @@ from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
 from sae.files import locked, stands, write_bytes, write_json
 from sae.fit import amount_notes, check_amounts
 from sae.pipeline import TRUST_SETTING, Run, evaluate_runs
-from sae.progress import Notes
+from sae.progress import Notes, announce
 from sae.reading import load_tensors, read_object, taken_apart
-from sae.terminal import complain
 from sae.tokens import TRAIN
 from sae.training.agreement import common_pass
 from sae.training.applicability import no_reader, unread
@@ -131,8 +130,7 @@ def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: Non
     """
     made = variants(config)
     check_amounts(config)
-    for note in amount_notes(config):
-        complain(note)
+    announce(progress, *amount_notes(config))
     base = Run(config, progress)
     runs = {name: Run(variant, progress) for name, variant in made.items()}
     _share_starts(runs.values())

@@ -233,6 +233,7 @@ def packed_shards(
             contents,
             packers,
             config,
+            counts,
         )
         for number, counts in enumerate(census)
     ]
@@ -328,6 +329,7 @@ class _Reader:
         contents: makes tokens of it.
         packers: by split; what is full needs no more.
         config: which text.
+        census: what was found and not read.
         waiting: by split, name and tokens of the documents (or sections) whose turn has not come, in order.
         shares: where its documents (or sections) lie between training and held-out text.
         compared: whether the tokenizer that it records for token ids has been compared with the model's.
@@ -338,6 +340,7 @@ class _Reader:
     contents: ContentTokenizer
     packers: dict[str, Packer]
     config: DataConfig
+    census: Census
     waiting: dict[str, deque[tuple[str, Iterator[TokenPart]]]] = field(init=False)
     shares: _Shares = field(init=False)
     compared: bool = False
@@ -455,6 +458,11 @@ def _too_little(config: DataConfig, split: str, packer: Packer, turns: Turns, re
         f"{share}{setting}={packer.rows:,} were asked for"
     )
     shares = reader.shares
+    if not shares.documents and reader.census.duplicates:
+        return (
+            f"{found}: its {reader.census.duplicates:,} documents equal those of another source, which are read once: "
+            "take it out of data.source, or give it other text"
+        )
     if not shares.documents:
         return f"{found}: the text is empty"
     if shares.documents == 1:

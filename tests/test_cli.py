@@ -182,7 +182,10 @@ def test_empty_text(config_file: Path, tmp_path: Path, command) -> None:
 
 
 def test_several_sources(config_file: Path, text_folder: Path, tmp_path: Path, command) -> None:
-    words = shutil.copytree(text_folder, tmp_path / "words")
+    words = tmp_path / "words"
+    words.mkdir()
+    for file in text_folder.iterdir():
+        (words / file.name).write_text("\n".join(file.read_text().splitlines()[::-1]))
     sources, out = f"data.source=[{text_folder}, {words}]", f"out={tmp_path / 'r'}"
     outcome = command("harvest", config_file, out, sources, "data.weights=[3,1]", "data.section_characters=200")
     assert outcome.status == 0, outcome.err

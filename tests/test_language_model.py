@@ -300,7 +300,10 @@ def test_contexts_longer_than_the_model_reads(language_model: LanguageModel) -> 
     [
         ("/no/such/folder", r"model '/no/such/folder': no such folder or file"),
         ("model.gguf", r"model 'model.gguf': no such folder or file"),
-        ("nobody/no-such-model", r"model 'nobody/no-such-model': neither a folder nor a .gguf file here"),
+        (
+            "nobody/no-such-model",
+            r"model 'nobody/no-such-model': neither a folder nor a file here, and not in the hub's cache",
+        ),
     ],
 )
 def test_missing_models_are_explained_in_one_line(name: str, message: str) -> None:

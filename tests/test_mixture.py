@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sae.corpus import is_held_out, read_documents
 from sae.errors import ConfigError, DataError
 from sae.language_model import LanguageModel
 from sae.mixture import Turns, token_shares
+from sae.seeding import python_random
 from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, packed_shards, prepared_documents
 
 LENGTH = 16
@@ -54,13 +56,27 @@ def packed(config: DataConfig, model: LanguageModel) -> dict[str, tuple[list[int
     return found
 
 
-def streams(config: DataConfig, source: str, model: LanguageModel) -> Streams:
-    """What the source gives when it is alone, tokenised text by text."""
-    alone = config.model_copy(update={"source": source, "weights": None})
+def streams(config: DataConfig, number: int, model: LanguageModel) -> Streams:
+    """What a source gives when it is alone, tokenised text by text; its place among the sources decides the shuffle."""
+    alone = config.model_copy(update={"source": config.sources[number], "weights": None, "shuffle_documents": None})
+    documents = list(prepared_documents(alone))
+    if config.shuffle_documents:
+        documents = shuffled_slowly(documents, config.shuffle_documents, number)
     found: Streams = {split: [] for split in SPLITS}
-    for name, text, split in prepared_documents(alone):
+    for name, text, split in documents:
         found[split].append((name, model.tokenizer.encode(text, add_special_tokens=False)))
     return found
+
+
+def shuffled_slowly(items: list[Any], size: int, number: int) -> list[Any]:
+    """A buffer of `size` items, from which a random one leaves when another comes."""
+    rng, buffer, left = python_random("order of documents", number), items[:size], []
+    for item in items[size:]:
+        place = rng.randrange(size)
+        left.append(buffer.pop(place))
+        buffer.insert(place, item)
+    rng.shuffle(buffer)
+    return left + buffer
 
 
 def mix_slowly(
@@ -96,7 +112,7 @@ def test_a_mix_equals_the_slow_reference(
         context_length=LENGTH, holdout_fraction=0.25, **options,
     )  # fmt: skip
     found = packed(config, language_model)
-    alone = [streams(config, source, language_model) for source in (str(notes), str(text_folder))]
+    alone = [streams(config, number, language_model) for number in range(2)]
     for split, rows in ((TRAIN, 5001), (HELD_OUT, 1037)):
         by_source = [stream[split] for stream in alone]
         assert found[split] == mix_slowly(by_source, ["notes.jsonl", "corpus"], [0.3, 0.7], rows, language_model)
@@ -218,7 +234,7 @@ def test_a_source_that_runs_out_is_named_with_what_it_can_give(
         context_length=LENGTH, holdout_fraction=0.25,
     )  # fmt: skip
     message = running_out(config, language_model)
-    text = sum(len(ids) + 1 for _, ids in streams(config, str(notes), language_model)[TRAIN])
+    text = sum(len(ids) + 1 for _, ids in streams(config, 1, language_model)[TRAIN])
     given = int(message.partition("documents hold ")[2].partition(" ")[0].replace(",", ""))
     assert text < given < text * 1.1  # with its part of the BOS tokens, one in 16
     assert message.startswith(
@@ -241,7 +257,7 @@ def test_the_share_that_the_message_proposes_is_enough(
         source=(str(text_folder), str(notes)), weights=(0.8, 0.2), tokens=10_000, held_out_tokens=100,
         context_length=LENGTH, holdout_fraction=0.25, section_characters=50,
     )  # fmt: skip
-    there = sum(len(ids) + 1 for _, ids in streams(config, str(text_folder), language_model)[TRAIN])
+    there = sum(len(ids) + 1 for _, ids in streams(config, 0, language_model)[TRAIN])
     config = config.model_copy(update={"tokens": there * 3 // 2})
     share = float(running_out(config, language_model).partition("to a share of ")[2].partition(")")[0])
     assert 2 / 3 < share < 0.8
@@ -258,6 +274,9 @@ def test_a_source_without_text_or_without_held_out_documents(
     (tmp_path / "blank" / "a.txt").write_text("\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"blank': the train documents hold 0 tokens, 0.5 of .*: the text is empty"):
         packed(DataConfig(source=(str(notes), str(tmp_path / "blank")), tokens=500), language_model)
+    copy = shutil.copy(notes, tmp_path / "copy.jsonl")
+    with pytest.raises(DataError, match=r"copy.jsonl': the train .*: its 400 documents equal those of another source"):
+        packed(DataConfig(source=(str(notes), str(copy)), tokens=500), language_model)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.txt").write_text("one document is on one side " * 300, encoding="utf-8")
     config = DataConfig(source=(str(notes), str(tmp_path / "one")), tokens=500, held_out_tokens=99, context_length=16)
@@ -297,7 +316,7 @@ def test_a_source_inside_another_is_refused(text_folder: Path, notes: Path, tmp_
         ({"source": ["a", "b"], "weights": [1, float("inf")]}, "expected positive numbers"),
         ({"source": ["a", "b"], "weights": [1e300, 1]}, "the least no less than a billionth of their sum"),
         ({"source": ["a", "b"], "weights": [1, "x"]}, "setting data.weights.1='x': input should be a valid number"),
-        ({"source": ["a", "b"], "weights": 1}, "setting data.weights=1: input should be a valid tuple"),
+        ({"source": ["a", "b"], "weights": 1}, "data.weights=[1.0] has 1 for the 2 of data.source=['a', 'b']: give"),
     ],
 )  # fmt: skip
 def test_wrong_mixes_are_refused(settings: dict[str, Any], message: str) -> None:

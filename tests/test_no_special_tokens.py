@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_config
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
@@ -16,6 +15,7 @@ from sae.config import ModelConfig
 from sae.errors import ModelError
 from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT, TRAIN
+from tests.conftest import make_tiny_config
 
 PADDED = 320
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from sae import progress as module
-from sae.progress import progress_bars
+from sae.progress import announce, progress_bars
 from sae.terminal import Terminal
 
 Captured = pytest.CaptureFixture[str]
@@ -37,7 +37,14 @@ def test_without_a_stage_nothing_is_printed(capsys: Captured) -> None:
 def test_quiet_is_quiet(capsys: Captured) -> None:
     with progress_bars(quiet=True) as progress:
         progress("first", 3, 10)
+        announce(progress, "two epochs")
     assert capsys.readouterr() == ("", "")
+
+
+def test_lines_are_announced_where_progress_is_shown(capsys: Captured) -> None:
+    with progress_bars() as progress:
+        announce(progress, "two epochs", "three tokens")
+    assert capsys.readouterr() == ("", "two epochs\nthree tokens\n")
 
 
 def test_a_log_has_a_line_where_a_stage_begins_and_one_where_it_ends(capsys: Captured, clock: list[float]) -> None:

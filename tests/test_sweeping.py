@@ -273,7 +273,7 @@ def test_one_that_diverged_holds_up_no_one(tiny_config: TinyConfig) -> None:
     shutil.move(Path(config.out) / "kept", checkpoints)
     first: list[int] = []
     sweep(config, lambda stage, done, of: first.append(done) if stage.startswith("train") else None)
-    assert first[0] == 50 * 64
+    assert first[:2] == [40 * 64, 50 * 64]
     assert 30 * 64 in first, "the other one goes on from its own"
 
 

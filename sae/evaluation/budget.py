@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,7 +25,7 @@ def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationCon
     """The settings with a number of tokens in place of each `auto`."""
     harvested = sum(cache.rows(split) for split in SPLITS)
     numbers = {
-        name: min(max(harvested // every, least), _MOST.get(name, harvested))
+        name: min(max(harvested // every, least), _MOST.get(name, math.inf))
         for name, (every, least) in _OF_CACHE.items()
         if getattr(settings, name) == AUTO
     }

@@ -133,8 +133,7 @@ class WorldSource:
     def __init__(self, world: World, batch_size: int = 2048) -> None:
         self.world, self.batch_size, self.d_in = world, batch_size, world.directions.shape[1]
         parts = [world.sample(batch_size, number, STATISTICS).activations for number in range(_STATISTICS_BATCHES)]
-        sample = torch.cat(parts).double()
-        self.statistics = Statistics(len(sample), sample.mean(0), float(sample.square().sum(1).mean()))
+        self.statistics = Statistics.of(torch.cat(parts))
         self._next = 0
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:

@@ -117,7 +117,7 @@ class Wandb:
             "config": config,
             "settings": wandb.Settings(silent=True, init_timeout=_SECONDS_TO_CONNECT),
         }
-        mode = settings.mode if settings.mode == OFFLINE else os.environ.get("WANDB_MODE") or settings.mode
+        mode: Any = settings.mode if settings.mode == OFFLINE else os.environ.get("WANDB_MODE") or settings.mode
         mode = OFFLINE if mode == ONLINE and Wandb.out_of_reach else mode
         try:
             if mode == ONLINE and not wandb.login(prompt=False):

@@ -105,8 +105,7 @@ class IterableSource:
             raise TrainingError("the batches are empty: expected at least one of shape [batch, d_in]")
         self._batches = batches
         self.batch_size, self.d_in = first[0].shape
-        sample = torch.cat(first).detach().double()
-        self.statistics = Statistics(len(sample), sample.mean(0), float(sample.square().sum(1).mean()))
+        self.statistics = Statistics.of(torch.cat(first))
         self._used = 0
         self.epoch = 0
 

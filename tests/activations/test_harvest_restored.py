@@ -61,7 +61,7 @@ def test_text_is_restored_in_the_order_that_the_manifest_is_of(
     lost = ("tokens/train-00001.safetensors", "documents.json")
     for name in lost:
         (folder / name).unlink()
-    with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed\); delete the cache"):
+    with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed, or this version reads it"):
         harvest(config, language_model)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     harvest(config, language_model)
@@ -88,7 +88,7 @@ def test_restoring_what_has_changed_is_refused_and_touches_nothing(
     harvest(config, language_model)
     (folder / "tokens/train-00003.safetensors").unlink()
     monkeypatch.setattr("sae.tokens.is_held_out", lambda name, seed, fraction: name > "030")
-    with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed\); delete the cache"):
+    with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed, or this version reads it"):
         harvest(config, language_model)
 
 

@@ -111,11 +111,14 @@ def test_one_source_is_what_it_was(
     tiny_config: Config, tiny_cache: ActivationCache, text_folder: Path, letters: Path, mixed_config: Config,
     language_model: LanguageModel,
 ) -> None:  # fmt: skip
-    """No prefix in the names, no new key in the manifest: caches of earlier versions fit, identities are the same."""
+    """No prefix in the names, and nothing in the manifest of several sources."""
     config = tiny_config()
     cache = harvest(config, language_model)
-    assert cache.manifest.data == {
-        "source": str(text_folder), "subset": None, "split": "train", "column": "text", "section_characters": None,
+    data = cache.manifest.data
+    assert len(data["fingerprints"]) == 1
+    assert {key: value for key, value in data.items() if key != "fingerprints"} == {
+        "source": text_folder.name, "duplicates": 0, "token_columns": ["tokens", "documents"],
+        "subset": None, "split": "train", "column": "text", "section_characters": None,
         "shuffle_documents": None, "holdout_fraction": 0.25, "holdout_seed": 0,
     }  # fmt: skip
     before = contents(cache.path)

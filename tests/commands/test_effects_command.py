@@ -50,7 +50,7 @@ def call(*arguments: object) -> Result:
 def test_effects_are_measured_written_and_shown_beside_features(run_folder: Path) -> None:
     few = ("--positions", 4, "--null-positions", 2, "--window", 3)
     result = call("effects", run_folder, "--features", 6, *few)
-    assert "6 of 6 features by kl" in result.output
+    assert "6 of 6 measured features by kl" in result.output
     assert re.search(r"Direct against measured change of the loss over features: r = -?0\.\d{3} over 6;", result.output)
     record = json.loads((run_folder / "effects.json").read_text())
     assert record["settings"]["positions"] == 4 and len(record["features"]) == 6

@@ -262,7 +262,10 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         evaluate(broken, cache, hook=HOOK)
     x = ROWS[0].clone()
     x[1, 2] = float("inf")
-    with pytest.raises(CacheError, match=r"1 of 20 tokens .* infinite or not-a-number .* harvest\.dtype=bfloat16"):
+    with pytest.raises(
+        CacheError,
+        match=r"1 of 20 tokens .* infinite or not-a-number .* \(stored as float32\); check the model's weights",
+    ):
         evaluate(_random_topk(), _infinite(tmp_path / "b", x), hook=HOOK, settings=EvaluationConfig(batch_contexts=7))
     all_masked = make_cache(tmp_path / "c", (ROWS[0], torch.zeros(150), ROWS[2]), ROWS)
     with pytest.raises(ConfigError, match="all 150 held-out tokens read are masked by the token policy"):

@@ -183,7 +183,7 @@ def test_several_dictionaries_get_the_reports_that_each_gets_alone(
 ) -> None:
     """And the model runs up to the hook point once a batch, and on from it once for each thing that differs.
 
-    There are three batches, and before them one probe.
+    By default losses are of two batches, and before them comes one probe.
     """
     dictionaries = {"a": _sized(64, 4, 0), "b": _sized(64, 4, 1), "c": _sized(48, 4, 2), "identity": _sized(64, 3, 3)}
     alone = {
@@ -206,7 +206,7 @@ def test_several_dictionaries_get_the_reports_that_each_gets_alone(
         assert found == expected, name
     # clean, zero, mean, four dictionaries, PCA of 4 and of 3 components, random dictionaries and frozen decoders of
     # three sizes; by legacy rules clean, zero, four dictionaries in two ways, in the one whole batch
-    assert replaced == [*[3 + 4 + 2 + 3 + 3] * 3, 2 + 2 * 4]
+    assert replaced == [*[3 + 4 + 2 + 3 + 3] * 2, 2 + 2 * 4]
 
 
 def test_documents_file_gives_the_estimates_again(report: Report, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_rows_of_other_hook_points_belong_to_the_same_tokens(many_documents: Act
 def test_refusals(many_documents: ActivationCache) -> None:
     transcoder = make_transcoder(many_documents)
     with pytest.raises(
-        ConfigError, match=f"hook '{READS}': the dictionary gives activations of '{GIVES}'; evaluate it"
+        ConfigError, match=f"hook '{READS}': the dictionary gives activations of '{GIVES}'; use it there"
     ):
         evaluate(transcoder, many_documents, hook=READS)
     transcoder.metadata["hook"] = "blocks.0.hook_mlp_out"

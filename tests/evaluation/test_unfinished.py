@@ -112,7 +112,7 @@ def test_what_decides_the_numbers_decides_what_is_taken_up(tmp_path: Path) -> No
             self.value = state["value"]
 
     sums = Sums()
-    stage = Unfinished(tmp_path, {"weights": "a"}, every=0).stage("one", {"s": sums})
+    stage = Unfinished(tmp_path, {"weights": "a"}, every=0.0).stage("one", {"s": sums})
     sums.value += 3
     stage.step(7)
     again = Sums()

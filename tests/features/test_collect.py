@@ -15,6 +15,7 @@ from sae.errors import CacheError, ConfigError
 from sae.features import Features, collect
 from sae.features.block import Block
 from sae.features.collect import random_keys
+from sae.features.examples import reservoir_size
 
 
 def all_examples(features: Features):
@@ -48,7 +49,8 @@ def test_some_document_would_have_come_twice_without_the_rule(case: Case) -> Non
 
 
 def test_quantiles_are_equal_shares_of_the_non_zero_activations(case: Case, tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"per_quantile": 40})
+    settings = SETTINGS.model_copy(update={"per_quantile": 100})
+    assert reservoir_size(settings) >= case.reference.tokens, "ranks are not exact"
     for feature in case.collect(tmp_path / "store", settings):
         shown = [example.row for group in feature.quantiles for example in group]
         assert len(shown) == len(set(shown)), "an example is shown in two places"
@@ -62,6 +64,19 @@ def test_quantiles_are_equal_shares_of_the_non_zero_activations(case: Case, tmp_
             assert {example.row for example in group} <= set(members)
             assert len(group) == min(settings.per_quantile, len(members))
             assert [example.value for example in group] == sorted((e.value for e in group), reverse=True)
+
+
+def test_where_the_reservoir_is_too_small_shares_are_exact_up_to_a_bin(case: Case, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"per_quantile": 40})
+    feature = case.collect(tmp_path / "store", settings)[0]
+    firings = case.reference.firings(0)
+    assert len(firings) > reservoir_size(settings)
+    for number, group in enumerate(feature.quantiles):
+        share = settings.quantiles - 1 - number
+        members = [f.value for f in firings if case.reference.share(0, f.row, settings.quantiles) == share]
+        assert len(group) == settings.per_quantile
+        for example in group:  # a bin is a sixteenth of an octave
+            assert min(members) / (1 + 1 / 16) <= example.value <= max(members) * (1 + 1 / 16)
 
 
 def test_a_rare_feature_shows_each_activation_once(features: Features) -> None:

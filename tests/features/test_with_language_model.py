@@ -69,5 +69,5 @@ def test_features_of_a_transcoder_are_read_at_one_hook_point_and_raise_logits_at
     assert residual.info["hook"] == HOOK
     assert residual[0].promoted is not None
     assert heads[0].promoted is None, "the unembedding does not read the heads"
-    with pytest.raises(ConfigError, match=r"hook 'blocks\.1\.hook_resid_pre': the transcoder reads 'blocks\.0\."):
+    with pytest.raises(ConfigError, match=r"resid_pre': the dictionary reads activations of 'blocks\.0\."):
         store("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out")

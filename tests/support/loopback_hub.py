@@ -211,11 +211,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
             wanted = _RANGE.fullmatch(self.headers.get("Range", ""))
             if wanted is None:
-                self._send(200, content, headers, path)
+                self._send(200, content, headers, can_drop=True)
                 return
             start, stop = int(wanted[1]), int(wanted[2] or len(content) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{min(stop, len(content)) - 1}/{len(content)}"
-            self._send(206, content[start:stop], headers, path)
+            self._send(206, content[start:stop], headers, can_drop=True)
 
     def _json(self, content: Any) -> None:
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -223,14 +223,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
         self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
 
-    def _send(self, status: int, body: bytes, headers: Mapping[str, str], path: str = "") -> None:
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str], *, can_drop: bool = False) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        fault = self.hub.fault(path, "drop") if path and len(body) > 0 else None
+        fault = self.hub.fault(unquote(urlsplit(self.path).path), "drop") if can_drop and body else None
         with contextlib.suppress(ConnectionError):
             self.wfile.write(body if fault is None else body[: fault.after])
         if fault is not None:

@@ -72,7 +72,7 @@ def test_the_spans_are_the_contents_of_the_roles(template: str) -> None:
     ],
 )
 def test_hostile_templates_end_in_one_line(template: str, message: str) -> None:
-    renderer = ChatTemplate(FakeTokenizer(template), seconds=1 if "range" in template else 60)
+    renderer = ChatTemplate(FakeTokenizer(template), seconds=1.0 if "range" in template else 600.0)
     try:
         with pytest.raises(DataError, match=message) as caught:
             renderer.render(TALK, "a:1")

@@ -44,18 +44,22 @@ def test_the_log_has_every_term_of_the_loss_and_its_weight(architecture: str) ->
 
 
 def test_logged_numbers_are_means_of_the_steps_between() -> None:
-    """Also what is changed in place, as the threshold is."""
+    """But for the threshold and the learning rate, which are those of the step."""
 
-    def logged(log_every: int) -> list[float]:
-        found: list[float] = []
+    def logged(log_every: int) -> list[dict[str, float]]:
+        found: list[dict[str, float]] = []
         train(
-            IterableSource(raw(20)), shape("batch_topk"), settings(8, log_every=log_every),
-            progress=lambda done, of, metrics: found.append(float(metrics["threshold"])),
+            IterableSource(raw(20)), shape("batch_topk"), settings(8, log_every=log_every, max_gradient_norm=1.0),
+            progress=lambda done, of, metrics: found.append({name: float(value) for name, value in metrics.items()}),
         )  # fmt: skip
         return found
 
-    single = logged(1)
-    assert logged(2) == pytest.approx([(a + b) / 2 for a, b in zip(single[::2], single[1::2], strict=True)], rel=1e-5)
+    single, double = logged(1), logged(2)
+    for line, first, second in zip(double, single[::2], single[1::2], strict=True):
+        for name in ("loss", "objective", "mse", "fvu", "l0", "gradient_norm"):
+            assert line[name] == pytest.approx((first[name] + second[name]) / 2, rel=1e-5), name
+        assert first["mse"] != second["mse"]
+        assert (line["threshold"], line["lr"]) == (second["threshold"], second["lr"])
 
 
 def test_a_term_that_some_steps_lack_is_nothing_in_them() -> None:

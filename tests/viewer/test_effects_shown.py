@@ -12,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "causal"))
 
 from effect_example import make_effects
 from test_page import Elements, browser, expect  # noqa: F401  the fixture is used by its name
-from test_terminal import printed
 
 from sae.causal import effects_beside
 from sae.errors import FormatError
 from sae.files import write_json
 from sae.viewer import print_feature, write_page
 from sae.viewer.page import page_data
+from tests.viewer.test_terminal import printed
 
 EVIL = "</script><img src=x onerror=document.body.remove()>"
 
