@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -37,6 +38,7 @@ SETTINGS = [
     "evaluation.frozen_decoder_tokens=0", "evaluation.baseline_tokens=128",
 ]  # fmt: skip
 SECONDS, MOST_MEMORY = 120, 2 << 30
+SLOW_IMPORTS = ("datasets", "transformers", "matplotlib.pyplot")
 EFFECTS = ["--positions", "2", "--null-positions", "1", "--window", "2", "--tokens", "512"]
 PROBES = ["k=1", "examples=40", "max_tokens=16", "splits=1"]
 
@@ -211,9 +213,14 @@ def load_in_python() -> None:
         sys.exit(1)
 
 
-def share_language_model() -> None:
-    """Load the demo model once, for all forks."""
+def share_language_model(config: Path) -> None:
+    """Import what takes long and load the model of `config` once, for all forks."""
+    for name in ("sae.cli", "sae.comparison", "sae.probing.of_run", "sae.verification", "sae.viewer", *SLOW_IMPORTS):
+        importlib.import_module(name)
+    import torch
+
     from sae import pipeline
+    from sae.config_file import load_config
     from sae.language_model import LanguageModel
 
     kept: dict[str, LanguageModel] = {}
@@ -225,6 +232,8 @@ def share_language_model() -> None:
         return kept[key]
 
     pipeline.LanguageModel = shared  # pyright: ignore[reportAttributeAccessIssue]
+    torch.set_num_threads(1)  # a fork has no others
+    assert pipeline.Run(load_config(config, SETTINGS)).language_model in kept.values()
 
 
 # --- cases
@@ -244,7 +253,7 @@ class Fuzzer:
         shutil.copy(ROOT / "configs" / "quickstart.yaml", self.config)
         rows = [f"{'the cat sat on a mat' if n % 2 else 'import os and return self'} {n},{n % 2}" for n in range(60)]
         self.config.with_name("labels.csv").write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
-        share_language_model()
+        share_language_model(self.config)
         self.whole = work / "whole"
         self.whole.mkdir()
         for verb in ("run", "effects", "probe", "compare"):

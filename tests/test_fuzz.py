@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", [pytest.param(200, id="200-cases")])
 def test_damaged_folders_give_the_same_result_or_one_line(cases: int) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "fuzz_cases.py"), "--cases", str(cases), "--seed", "1", "--json"]

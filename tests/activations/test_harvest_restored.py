@@ -18,6 +18,7 @@ from harvest_case import HOOKS, Config, contents
 from sae.activations import ActivationCache, verify
 from sae.activations.harvest import harvest
 from sae.errors import CacheError
+from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.tokens import packed_shards
 
@@ -63,7 +64,7 @@ def test_text_is_restored_in_the_order_that_the_manifest_is_of(
         (folder / name).unlink()
     with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed, or this version reads it"):
         harvest(config, language_model)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_json(folder / "manifest.json", manifest)
     harvest(config, language_model)
     held = contents(folder)
     assert all(hashlib.sha256(held[name]).hexdigest() == manifest["files"][name]["sha256"] for name in lost)
