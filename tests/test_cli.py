@@ -202,7 +202,7 @@ def test_missing_files(config_file: Path, tmp_path: Path, command) -> None:
     assert_refused(command("harvest", config_file, f"out={tmp_path / 'r'}", "model.name=./none"), "no such folder")
     assert_refused(command("train", config_file, f"out={tmp_path / 'empty'}"), "make one with 'sae harvest'")
     assert_refused(command("eval", tmp_path / "no-run"), "no config.yaml there")
-    assert_refused(command("verify", tmp_path / "no-cache"), "no manifest.json there")
+    assert_refused(command("verify", tmp_path / "no-cache"), "nothing there that sae wrote")
 
 
 def test_k_above_the_width(config_file: Path, command) -> None:

@@ -16,6 +16,7 @@ from sae.training import IterableSource, train
 from sae.training.applicability import READERS, unread
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
 from tests.conftest import TinyConfig
+from tests.support.states import save_state
 from tests.training.test_control import raw, shape
 from tests.training.test_loop import BATCH, planted, settings
 
@@ -70,7 +71,7 @@ def test_a_setting_that_was_never_read_holds_up_no_resumption(tmp_path: Path) ->
     held = torch.load(state, weights_only=True)
     held["identity"]["l1_coefficient"] = 3.0  # as it was noted then
     held["identity"]["tokens"] = 50 * BATCH
-    torch.save(held, state)
+    save_state(held, state)
     seen: list[int] = []
     train(
         IterableSource(planted(30)), shape(), settings(50), folder=tmp_path, progress=lambda done, *_: seen.append(done)
@@ -85,7 +86,7 @@ def test_a_resumed_training_keeps_the_defaults_that_it_was_begun_with(tmp_path: 
     held = torch.load(state, weights_only=True)
     held["identity"]["tokens"], held["firing"]["dead_after"] = 50 * BATCH, 777
     held["rate"], held["sparsity_warmup"] = 0.00123, 1.0
-    torch.save(held, state)
+    save_state(held, state)
     lines: dict[int, dict[str, float]] = {}
     made = train(
         IterableSource(planted(30)), shape("gated"), settings(50), folder=tmp_path,

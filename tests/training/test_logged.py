@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from sae.architectures import ARCHITECTURES
+from sae.files import write_bytes
 from sae.training import IterableSource, train
 from sae.training.meter import Meter
 from sae.training.objectives import Losses
 from sae.training.sinks import JsonLines
+from tests.support.states import save_state
 from tests.training.test_control import raw, shape
 from tests.training.test_loop import BATCH, D_IN, D_SAE, settings
 
@@ -102,7 +104,7 @@ def test_a_checkpoint_without_sums_is_read(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step-00000005" / "state.pt"
     state = torch.load(path, weights_only=True)
     del state["meter"]
-    torch.save(state, path)
+    save_state(state, path)
     train(IterableSource(raw(20)), shape("topk"), chosen, folder=tmp_path)
     assert [line["step"] for line in logged_lines(tmp_path)] == [10, 20]
 
@@ -117,7 +119,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     assert json.loads(text, parse_constant=refuse) == {"step": 1, "fvu": None, "loss": None, "l0": 3.0}
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "fvu": Infinity}\n')
+    write_bytes(tmp_path / "metrics.jsonl", b'{"step": 1, "fvu": Infinity}\n')
     JsonLines(tmp_path, resume_step=1).close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse) == {"step": 1, "fvu": None}
 

@@ -25,6 +25,7 @@ from sae.errors import DamagedError, TrainingError
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.applicability import READERS
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
+from tests.support.states import save_state
 
 D_IN, D_SAE, K, BATCH = 16, 48, 3, 64
 SHAPE = DictionaryConfig(d_sae=D_SAE, k=K)
@@ -179,7 +180,7 @@ def test_a_checkpoint_from_before_firing_was_logged_goes_on(tmp_path: Path) -> N
     shutil.rmtree(last)
     state = torch.load(before_last / STATE_FILE, weights_only=True)
     del state["firing"]["counts"], state["firing"]["tokens"]
-    torch.save(state, before_last / STATE_FILE)
+    save_state(state, before_last / STATE_FILE)
     again = train(IterableSource(planted(30)), SHAPE, settings(40, keep_checkpoints=9), folder=tmp_path)
     assert torch.equal(again.W_dec, whole.W_dec)
 

@@ -121,6 +121,7 @@ def old_batches() -> list[Tensor]:
     return list(torch.from_numpy(rows.astype(np.float32)))
 
 
+@pytest.mark.filterwarnings("ignore::sae.hashes.UnhashedWarning")
 @pytest.mark.parametrize("architecture", ["relu", "batch_topk", "jumprelu"])
 def test_a_checkpoint_of_d0ee045_goes_on_with_its_own_scale(architecture: str, tmp_path: Path) -> None:
     """`checkpoints-d0ee045` holds step 20 of 40 and the end, both made with that commit, of data far from 0.
