@@ -20,7 +20,7 @@ from sae.commands.keys import with_keys
 from sae.commands.overrides import evaluation_overrides, features_and_overrides
 from sae.commands.probe import probe
 from sae.commands.superposition import superposition
-from sae.config_file import describe_keys, load_config
+from sae.config_file import CONFIG_YAML, describe_keys, load_config
 from sae.errors import SaeError
 from sae.files import stands
 from sae.terminal import close, complain, complain_at_length, output, prepare, say, show_warning
@@ -203,7 +203,7 @@ def features(
     from sae.viewer import print_feature, print_features, write_page
 
     indices, overrides = features_and_overrides(arguments, path)
-    if stands(path / pipeline.CONFIG_YAML):
+    if stands(path / CONFIG_YAML):
         with progress_bars(quiet=options["quiet"]) as progress:
             store = pipeline.Run.open(path, overrides, progress).features()
     else:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.architectures import load
+from sae.config_file import CONFIG_YAML
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError
 from sae.evaluation import Comparison, evaluate_all, write_comparison
@@ -17,7 +18,7 @@ from sae.evaluation.compare import check_several, comparison_key, read_compariso
 from sae.evaluation.report import identify, read_stored
 from sae.evaluation.streams import Progress
 from sae.files import locked, stands
-from sae.pipeline import CONFIG_YAML, Run
+from sae.pipeline import Run
 
 Evaluation = tuple[dict[str, Any], dict[str, Tensor]]
 

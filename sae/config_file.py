@@ -17,9 +17,13 @@ from sae.config import RunConfig, is_text
 from sae.errors import ConfigError, DamagedError
 from sae.fit import check_fit
 from sae.hashes import read_checked
+from sae.printable import one_line
 
+CONFIG_YAML = "config.yaml"
+"""What a run folder records its settings in."""
 MOST_YAML_BYTES = 1 << 20
 _MOST_VALUES = 10_000
+_LONGEST = 300
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -131,7 +135,7 @@ def parse_yaml(path: Path, content: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {str(path)!r}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"config {str(path)!r}: not YAML ({_cut(str(error))})") from error
+        raise ConfigError(f"config {str(path)!r}: not YAML ({one_line(str(error), _LONGEST)})") from error
 
 
 def _parsed(text: str) -> Any:
@@ -145,12 +149,7 @@ def _parsed(text: str) -> Any:
     except RecursionError as error:
         raise yaml.YAMLError("too deep") from error
     except (ValueError, TypeError, OverflowError, AttributeError, KeyError) as error:
-        raise yaml.YAMLError(f"no value: {_cut(str(error))}") from error
-
-
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else f"{text[:300]}…"
+        raise yaml.YAMLError(f"no value: {one_line(str(error), _LONGEST)}") from error
 
 
 def _parse_value(key: str, value: str, override: str) -> Any:
@@ -193,7 +192,7 @@ def _explain(error: ErrorDetails) -> str:
     message = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "string_type" and error["input"] is not None:
         message += "; put it in quotes"
-    return f"setting {key}={_cut(repr(error['input']))}: {message}"
+    return f"setting {key}={one_line(repr(error['input']), _LONGEST)}: {message}"
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
-from sae.hub_errors import explain_hub_error
+from sae.hub_errors import explain_hub_error, first_line
 from sae.text.census import Census
 from sae.text.document import Document
 from sae.text.files import READABLE, field_of, read_file, read_folder
@@ -144,7 +144,7 @@ def _saved_dataset(path: Path, split: str, column: str) -> Iterator[Document]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise DataError(f"data source {str(path)!r}: not a whole saved data set ({_first_line(error)})") from error
+        raise DataError(f"data source {str(path)!r}: not a whole saved data set ({first_line(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"data source {str(path)!r}: no split {split!r}; it has {', '.join(map(str, loaded))}")
@@ -173,12 +173,8 @@ def _rows(rows: Any, source: str, column: str) -> Iterator[Document]:
             return
         except Exception as error:  # a streamed data set can fail at any row
             raise DataError(
-                f"data source {source!r}: row {number} could not be read ({_first_line(error)}); check the network, "
+                f"data source {source!r}: row {number} could not be read ({first_line(error)}); check the network, "
                 "and run the same command again to go on"
             ) from error
         yield Document(f"{number}", field_of(record, column, f"{source}, row {number}", number + 1))
         number += 1
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

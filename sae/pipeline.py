@@ -20,7 +20,7 @@ from sae.activations.loader import ActivationLoader
 from sae.activations.metadata import dictionary_metadata
 from sae.architectures import load
 from sae.config import RunConfig
-from sae.config_file import MOST_YAML_BYTES, load_config, parse_yaml
+from sae.config_file import CONFIG_YAML, MOST_YAML_BYTES, load_config, parse_yaml
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
 from sae.environment import choose_device, git_commit
 from sae.errors import CacheError, ConfigError, FormatError, SaeError
@@ -44,7 +44,6 @@ from sae.training.loop import TrainingInterrupted, train
 from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
 from sae.training.trainee import Recipe, build, check_start, chosen_settings, freeze_, setting_of
 
-CONFIG_YAML = "config.yaml"
 TRUST_SETTING = "model.trust_remote_code"
 Progress = Callable[[str, int, int], None]
 

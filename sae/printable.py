@@ -24,5 +24,11 @@ def printable(text: str, *, lines: bool = False) -> str:
     return (_UNFIT_BUT_LINES if lines else UNFIT).sub(_escape, text)
 
 
+def one_line(text: str, longest: int) -> str:
+    """Text with its line ends as spaces, and an ellipsis for what is more than so many characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= longest else f"{text[:longest]}…"
+
+
 def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -93,7 +94,7 @@ def progress_bars(
         shown.stop(finished=True)
 
 
-class _Stages:
+class _Stages(ABC):
     """What bars and lines share: which stage it is, and how far."""
 
     def __init__(self, units: Mapping[str, str]) -> None:
@@ -135,14 +136,14 @@ class _Stages:
         if finished:
             self.end()
 
-    def begun(self, stage: _Stage) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def begun(self, stage: _Stage) -> None: ...
 
-    def moved(self, stage: _Stage) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def moved(self, stage: _Stage) -> None: ...
 
-    def ended(self, stage: _Stage) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def ended(self, stage: _Stage) -> None: ...
 
 
 class _Lines(_Stages):
@@ -243,8 +244,8 @@ class _OfStage(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(printable(self.text(task, task.fields["stage"])), style="cyan", no_wrap=True, overflow="ellipsis")
 
-    def text(self, task: Task, stage: _Stage) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def text(self, task: Task, stage: _Stage) -> str: ...
 
 
 class _Done(_OfStage):

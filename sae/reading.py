@@ -18,10 +18,12 @@ from torch import Tensor
 
 from sae.errors import DamagedError
 from sae.hashes import Identity, check, damaged, identity_of, open_regular, read_checked
+from sae.printable import one_line
 
 MOST_JSON_BYTES = 1 << 30
 _A_PICKLE = "a pickle, not a safetensors file"
 _LARGEST_INTEGER = 1 << 64
+_LONGEST = 200
 _WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, RecursionError)
 
 Parsed = TypeVar("Parsed")
@@ -94,7 +96,9 @@ def validated(path: Path, kind: type[Parsed] | Any, record: Any, remedy: str | N
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "content"
-        raise damaged(path, f"damaged ({_cut(where)}: {_cut(first['msg'])})", remedy) from error
+        raise damaged(
+            path, f"damaged ({one_line(where, _LONGEST)}: {one_line(first['msg'], _LONGEST)})", remedy
+        ) from error
     except RecursionError as error:
         raise damaged(path, "damaged (too deep)", remedy) from error
 
@@ -124,7 +128,7 @@ def taken_apart(path: Path, remedy: str | None = None) -> Iterator[None]:
         yield
     except _WRONG as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise damaged(path, f"damaged ({_cut(reason)})", remedy) from error
+        raise damaged(path, f"damaged ({one_line(reason, _LONGEST)})", remedy) from error
 
 
 def load_tensors(
@@ -211,9 +215,4 @@ def _integer(text: str) -> int:
 
 
 def _short(error: BaseException) -> str:
-    return "too deep" if isinstance(error, RecursionError) else _cut(str(error))
-
-
-def _cut(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return "too deep" if isinstance(error, RecursionError) else one_line(str(error), _LONGEST)

@@ -10,14 +10,13 @@ from pathlib import Path
 from sae import hashes
 from sae.activations.cache import MANIFEST, THREADS, read_manifest, shard_problem
 from sae.architectures import load
-from sae.config_file import load_config
+from sae.config_file import CONFIG_YAML, load_config
 from sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
 from sae.errors import CacheError, SaeError
 from sae.features import Features, layout
 from sae.hashes import SUMS, check, damaged, read_sums
 from sae.training.sinks import METRICS_FILE
 
-CONFIG_YAML = "config.yaml"
 _OURS = {
     MANIFEST, CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE, CONFIG_YAML, layout.INDEX, layout.COLUMNS, layout.TOKENS,
     layout.DOCUMENTS, layout.VOCABULARY, "state.pt", "eval.json", "eval.md", "eval-documents.safetensors",
