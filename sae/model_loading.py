@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from sae import gguf_copies
 from sae.config import ModelConfig
 from sae.errors import ModelError
 from sae.hub_errors import explain_hub_error, first_line
@@ -62,6 +63,12 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
         raise ModelError("language models need the package's extra: pip install 'sae[lm]'") from error
     source, arguments = _find(config)
     arguments["trust_remote_code"] = config.trust_remote_code
+    copy = (
+        gguf_copies.folder_of(Path(source, arguments["gguf_file"]), config.dtype) if "gguf_file" in arguments else None
+    )
+    if copy and gguf_copies.is_whole(copy):
+        source, copy = copy, None
+        del arguments["gguf_file"]
     weights = {} if "gguf_file" in arguments else {"use_safetensors": True}
     try:
         with _quiet(), _guarded(config):
@@ -69,6 +76,8 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
                 source, dtype=getattr(torch, config.dtype), **weights, **arguments
             )
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+            if copy:
+                gguf_copies.write(copy, model, tokenizer)
     except Exception as error:
         raise ModelError(f"model {config.name!r}: {_explain(config, source, error)}") from error
     return model, tokenizer, model_label(config.name), _commit(source, arguments.get("revision"))

@@ -1,0 +1,96 @@
+"""A GGUF is converted by the first command that reads it; the others take the copy, which gives the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import constants
+from support.gguf import write_gguf
+
+from sae import gguf_copies
+from sae.config import ModelConfig
+from sae.model_loading import load_pretrained
+
+
+@pytest.fixture
+def gguf(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny Llama with the tiny model's tokenizer, and a cache of its own for copies."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    return write_gguf(tmp_path / "tiny.gguf", tiny_model)
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with every model that transformers loads out of a GGUF."""
+    load, seen = transformers.AutoModelForCausalLM.from_pretrained, []
+
+    def counted(source: object, **arguments: object) -> object:
+        seen.extend([str(source)] if "gguf_file" in arguments else [])
+        return load(source, **arguments)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", counted)
+    return seen
+
+
+def _logits(path: Path, dtype: str = "float32") -> tuple[torch.Tensor, list[int], str]:
+    model, tokenizer, label, _ = load_pretrained(ModelConfig(name=str(path), dtype=dtype))
+    tokens = tokenizer("the cat sat on a mat, 12 times\n\tdef f():").input_ids
+    return model(torch.tensor([tokens])).logits, tokens, label
+
+
+def test_the_second_command_takes_the_copy_and_gets_the_same(gguf: Path, conversions: list[str]) -> None:
+    first, second = _logits(gguf), _logits(gguf)
+    assert len(conversions) == 1
+    assert first[0].abs().max() > 0.1
+    assert torch.equal(first[0], second[0])
+    assert first[1:] == second[1:] == (first[1], "tiny.gguf")
+
+
+def test_number_types_and_contents_have_copies_of_their_own(
+    gguf: Path, conversions: list[str], tiny_model: Path
+) -> None:
+    float32, bfloat16 = _logits(gguf), _logits(gguf, "bfloat16")
+    assert (float32[0].dtype, bfloat16[0].dtype) == (torch.float32, torch.bfloat16)
+    write_gguf(gguf, tiny_model, seed=1)
+    assert not torch.equal(_logits(gguf)[0], float32[0])
+    assert len(conversions) == 3
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_copy_is_made_again(gguf: Path, conversions: list[str], file: str) -> None:
+    first = _logits(gguf)
+    [copy] = (Path(constants.HF_HOME) / "sae-dequantised").iterdir()
+    content = bytearray((copy / file).read_bytes())
+    content[len(content) // 2] ^= 4
+    (copy / file).write_bytes(content)
+    with pytest.warns(UserWarning, match="made again from the GGUF"):
+        assert torch.equal(_logits(gguf)[0], first[0])
+    assert len(conversions) == 2
+    _logits(gguf)
+    assert len(conversions) == 2
+
+
+@pytest.mark.parametrize("obstacle", ["a file in its place", "little space"])
+def test_without_a_place_for_the_copy_the_model_is_there_all_the_same(
+    gguf: Path, conversions: list[str], obstacle: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if obstacle == "little space":
+        monkeypatch.setattr(gguf_copies, "free_bytes", lambda _: 1000)
+    else:
+        (tmp_path / "home").write_text("")
+    assert torch.equal(_logits(gguf)[0], _logits(gguf)[0])
+    assert len(conversions) == 2
+    assert not (tmp_path / "home" / "sae-dequantised").exists()
+
+
+def test_a_copy_without_hashes_is_made_again(gguf: Path, conversions: list[str]) -> None:
+    _logits(gguf)
+    [copy] = (Path(constants.HF_HOME) / "sae-dequantised").iterdir()
+    (copy / "SHA256SUMS").unlink()
+    with pytest.warns(UserWarning, match="made again from the GGUF"):
+        _logits(gguf)
+    _logits(gguf)
+    assert len(conversions) == 2
