@@ -174,11 +174,17 @@ def run_verb(verb: str, config: Path) -> None:
         return
     if verb == "resume":
         shutil.rmtree("run/dictionary")
+    if verb == "finish eval":
+        Path("run/eval.json").unlink()
+    if verb == UNFINISHED:
+        leave_evaluation_unfinished()
+        return
     command = {
         "verify": ["verify", "run"],
         "run": ["run", str(config), "out=run", *SETTINGS],
         "resume": ["train", str(config), "out=run", *SETTINGS],
         "eval": ["eval", "run"],
+        "finish eval": ["eval", "run"],
         "features": ["features", "run", "--limit", "5"],
         "features N": ["features", "run", "3"],
         "compare": ["compare", "run", "run/checkpoints/step-00000016", "--out", "run/compared"],
@@ -191,7 +197,33 @@ def run_verb(verb: str, config: Path) -> None:
     cli.main()
 
 
-VERBS = ("verify", "run", "resume", "eval", "features", "features N", "compare", "effects", "probe", "load")
+VERBS = (
+    "verify", "run", "resume", "eval", "finish eval", "features", "features N", "compare", "effects", "probe", "load",
+)  # fmt: skip
+UNFINISHED = "leave an evaluation unfinished"
+
+
+def leave_evaluation_unfinished() -> None:
+    """Beside the report, which is as before: what Ctrl-C keeps of an evaluation after it wrote sums twice."""
+    from sae import pipeline
+    from sae.evaluation import partial
+    from sae.evaluation.partial import FOLDER, Stage
+
+    report, keep, kept = Path("run/eval.json"), Stage.keep, []
+
+    def interrupted(self: Stage) -> None:
+        keep(self)
+        kept.append(self)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    content = report.read_bytes()
+    report.unlink()
+    Stage.keep, partial.EVERY = interrupted, 0.0
+    with contextlib.suppress(KeyboardInterrupt):
+        pipeline.Run.open("run").evaluate()
+    report.write_bytes(content)
+    assert list(Path("run", FOLDER).rglob("*.safetensors"))
 
 
 def load_in_python() -> None:
@@ -256,7 +288,7 @@ class Fuzzer:
         share_language_model(self.config)
         self.whole = work / "whole"
         self.whole.mkdir()
-        for verb in ("run", "effects", "probe", "compare"):
+        for verb in ("run", "effects", "probe", "compare", UNFINISHED):
             status, text = self._fork(self.whole, verb)
             if status:
                 raise SystemExit(f"the undamaged run folder could not be made: {verb}: {text[-2000:]}")
