@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
 
 def checked_modules(folder: Path, name: str) -> Iterator[str]:
@@ -30,9 +30,26 @@ def checked_modules(folder: Path, name: str) -> Iterator[str]:
             yield from [inner] if inner != "sae.kernels.triton" else []
 
 
-install_import_hook(  # before anything imports sae
+jaxtyping.install_import_hook(  # before anything imports sae
     list(checked_modules(Path(__file__).parents[1] / "sae", "sae")), "beartype.beartype"
 )
+
+
+class CheckedCalls:
+    """Shapes and types are checked in so many calls of every test: a training repeats the same ones for minutes."""
+
+    LIMIT = 2000
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def over(self, _: object) -> bool:
+        self.count += 1
+        return self.count > self.LIMIT
+
+
+CHECKED_CALLS = CheckedCalls()
+type(jaxtyping.config).jaxtyping_disable = property(CHECKED_CALLS.over)  # type: ignore[attr-defined]
 
 import pytest
 import torch
@@ -102,6 +119,11 @@ def write_tiny_model(folder: Path, texts: Path, seed: int = 0) -> Path:
                 parameter.data *= 6
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_checked() -> None:
+    CHECKED_CALLS.count = 0
 
 
 @pytest.fixture(scope="session")
