@@ -467,19 +467,6 @@ def dequantise(activations: Tensor, scale: Tensor | None) -> Float[Tensor, "rows
     return activations.float() if scale is None else activations.float() * scale[:, None]
 
 
-def verify(path: str | Path) -> tuple[int, list[str]]:
-    """Compare every file of a cache with its checksum.
-
-    Returns:
-        How many files the manifest names, and a line for each that is missing or differs.
-    """
-    folder = find_cache(path)
-    manifest = read_manifest(folder)
-    with ThreadPoolExecutor(THREADS) as pool:
-        problems = pool.map(lambda item: shard_problem(folder, *item), manifest.files.items())
-        return len(manifest.files), [problem for problem in problems if problem]
-
-
 def find_cache(path: str | Path) -> Path:
     """The cache's folder, given that or a run folder.
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.activations import ActivationCache, verify
+from sae.activations import ActivationCache
 from sae.activations.cache import MANIFEST
 from sae.errors import CacheError
 from sae.files import write_json
 from sae.tokens import HELD_OUT, SPLITS, TRAIN
+from sae.verification import verify
 
 HOOK = "blocks.1.hook_resid_pre"
 SHARD = f"{HOOK}/train-00002.safetensors"
@@ -123,7 +124,7 @@ def test_opening_names_missing_and_truncated_files(copy: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", [SHARD, "tokens/held_out-00001.safetensors", "documents.json"])
 def test_verify_names_the_flipped_byte(copy: Path, name: str) -> None:
-    files = 2 * 10 + 10 + 1  # two hooks and the tokens in 8 + 2 shards, and the documents
+    files = 2 * 10 + 10 + 2  # two hooks and the tokens in 8 + 2 shards, the documents and the manifest
     assert verify(copy) == (files, [])
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1

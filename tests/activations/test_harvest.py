@@ -13,7 +13,7 @@ from harvest_case import HOOKS, Config, contents
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae.activations import ActivationCache, verify
+from sae.activations import ActivationCache
 from sae.activations.cache import dequantise
 from sae.activations.harvest import harvest
 from sae.config import ModelConfig
@@ -21,6 +21,7 @@ from sae.errors import CacheError, DataError, ModelError
 from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT, SPLITS, TRAIN
+from sae.verification import verify
 
 
 def slow_activations(model: LanguageModel, cache: ActivationCache, hook: str, split: str) -> Iterator[Tensor]:

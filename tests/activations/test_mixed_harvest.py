@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from harvest_case import Config, contents
 
-from sae.activations import ActivationCache, verify
+from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.config import RunConfig
 from sae.corpus import is_held_out
 from sae.errors import CacheError, DataError
 from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT, SPLITS, TRAIN
+from sae.verification import verify
 
 
 @pytest.fixture(scope="module")
