@@ -64,7 +64,7 @@ def summary_table(record: ProbeRecord, width: int | None = None) -> Group:
     return fitted(
         _columns(("", "accuracy", "AUC", "AUC,\nshuffled", "best on"), rows), width,
         title=f"{record.subject['hook']}: probes on {title}",
-        note=f"± standard error over {over}; F1 and each data set: {MARKDOWN_FILE}",
+        note=f"± standard error over {over}{_without_error(rows)}; F1 and each data set: {MARKDOWN_FILE}",
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _data_sets(record: ProbeRecord) -> list[str]:
     return [
         f"## Means over {len(record.results)} data sets",
         pipe_table(_SUMMARY_HEAD, _summary_rows(record), text_columns=1),
-        f"± standard error over data sets. {_how(record)}",
+        f"± standard error over data sets{_without_error(_summary_rows(record))}. {_how(record)}",
         "## One against another, by AUC",
         pipe_table(_DUEL_HEAD, _duel_rows(record), text_columns=1),
         "Clearly: by more than two standard errors, taken as if the two erred independently.",
@@ -117,9 +117,14 @@ def _data_set(record: ProbeRecord) -> list[str]:
         f"## `{name}`",
         pipe_table(_SUMMARY_HEAD[:-1], (row[:-1] for row in _summary_rows(record)), text_columns=1),
         f"{sum(result.examples.values()):,} examples. ± standard error over test examples (of AUC: DeLong), averaged "
-        f"over the random splits. {_how(record)}",
+        f"over the random splits{_without_error(_summary_rows(record))}. {_how(record)}",
         *([f"Best latent in each split, for {latents}."] if latents else []),
     ]
+
+
+def _without_error(rows: Iterable[Sequence[str]]) -> str:
+    """What a dash after ± means, where there is one."""
+    return f" ({_NONE} where they are too few)" if any(f"± {_NONE}" in cell for row in rows for cell in row) else ""
 
 
 def _how(record: ProbeRecord) -> str:

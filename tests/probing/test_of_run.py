@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from sae.config_file import parse_config
 from sae.errors import ConfigError, DataError, ModelError
 from sae.files import write_json
 from sae.probing import of_run
-from sae.probing.render import letters_table
+from sae.probing.render import letters_table, markdown
+from sae.probing.scores import SplitEstimate
 from sae.probing.settings import LetterConfig, ProbeConfig, describe_keys, read_overrides
 
 QUICK = ProbeConfig(k=(1, 2), splits=1, examples=60, pca=False)
@@ -222,6 +224,14 @@ def test_a_data_set_alone_has_errors_over_its_test_examples(own_run: Path, sets:
     assert "those whose class means differ most, in standard deviations, on the training examples" in text
     first, second = (columns[0] for columns in result.methods["latents-1"].columns["1"])
     assert f"Best latent in each split, for '1': {first}, {second}." in text
+
+
+def test_a_dash_in_place_of_an_error_is_explained(own_run: Path, sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = sae.probe_run(own_run, [sets / "set0.csv"], QUICK)
+    assert "too few" not in markdown(record)
+    original = SplitEstimate.__str__
+    monkeypatch.setattr(SplitEstimate, "__str__", lambda self: original(replace(self, standard_error=None)))
+    assert "over the random splits (– where they are too few)." in markdown(record)
 
 
 def test_one_bad_data_set_does_not_stop_the_others(own_run: Path, sets: Path, tmp_path: Path) -> None:
