@@ -281,7 +281,7 @@ for method in (dictionary.encode, dictionary):
     torch.testing.assert_close(compiled(ours), method(theirs))
     compiled(ours).square().sum().backward()
     method(theirs).square().sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)  # sums in another order
 exported = torch.export.export(dictionary, (x,)).module()
 torch.testing.assert_close(exported(x), dictionary(x))
 """

@@ -21,7 +21,7 @@ from sae.text.sections import sections
 from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, packed_shards
 
 SMALL = 60_000
-LARGE = 10_000_000
+LARGE, LARGEST = 1_000_000, 10_000_000
 LEARNT = 20_000
 LIKE_OTHERS = ("roberta", "t5")  # gpt2 and xlnet with a space put before
 RARE = [*"naïve Ünïcode 漢字かな 😀👩‍👩‍👧 ﬁ ½ 12345".split(), "e\u0301", "\t", "  "]
@@ -69,7 +69,8 @@ def test_windows_join_to_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_megabytes_join_to_the_tokens_of_the_whole(kind: str) -> None:
+def test_a_megabyte_joins_to_the_tokens_of_the_whole(kind: str) -> None:
+    """With windows as they are; ten megabytes take an hour: `python -m tests.text.test_pieces`."""
     text = source(LARGE)
     check(kind, text, text[:300_000])
 
@@ -142,3 +143,9 @@ def test_sections_end_at_lines_then_spaces_then_anywhere() -> None:
             assert all(section.startswith(" ") for section in found[1:])
         if ends == "\n":
             assert sum(section.endswith("\n") for section in found) > len(found) * 0.4
+
+
+if __name__ == "__main__":
+    for name in KINDS:
+        check(name, source(LARGEST), source(300_000))
+        print(f"{name}: five texts of {LARGEST:,} characters, tokens equal to those in one go", flush=True)
