@@ -143,6 +143,7 @@ def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, mon
     assert again.points == done.points
 
 
+@pytest.mark.slow
 def test_a_variant_trained_alone_is_the_sweep_s(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = swept(tiny_config, dictionary={"architecture": ["batch_topk", "gated"]}, seed=[3])
     done = sweep(config)
@@ -153,6 +154,7 @@ def test_a_variant_trained_alone_is_the_sweep_s(tiny_config: TinyConfig, tmp_pat
             assert torch.equal(parameter, theirs.get_parameter(label)), (name, label)
 
 
+@pytest.mark.slow
 def test_a_value_that_is_added_later_is_trained_alone(tiny_config: TinyConfig) -> None:
     sweep(swept(tiny_config, dictionary={"k": [2]}))
     before = Run.open(tiny_config().folder / "k2").dictionary().W_dec
@@ -165,6 +167,7 @@ def test_a_value_that_is_added_later_is_trained_alone(tiny_config: TinyConfig) -
         sweep(swept(tiny_config, dictionary={"k": [3]}))
 
 
+@pytest.mark.slow
 def test_some_at_a_time_are_the_same_dictionaries(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = swept(tiny_config, dictionary={"k": [2, 3, 4]}).model_copy(update={"sweep_at_once": 2})
     stages: list[str] = []

@@ -176,6 +176,7 @@ def test_a_source_that_runs_out_is_in_nobodys_way(mixed_config: Config, language
     assert harvest(mixed_config(data__tokens=enough, **quick), language_model).rows() == enough > 5000
 
 
+@pytest.mark.slow
 def test_killed_harvests_of_a_mix_end_with_the_same_bytes(
     tiny_model: Path, text_folder: Path, letters: Path, tmp_path: Path
 ) -> None:

@@ -77,7 +77,13 @@ def uninterrupted(run_of: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 @pytest.mark.parametrize(
     ("stage", "calls"),
-    [("reconstruction", 1), ("baselines", 1), ("language model", 3), ("language model", 12), ("legacy formulas", 2)],
+    [
+        ("reconstruction", 1),
+        ("baselines", 1),
+        ("language model", 3),
+        pytest.param("language model", 12, marks=pytest.mark.slow),
+        ("legacy formulas", 2),
+    ],
 )
 def test_a_resumed_evaluation_is_the_uninterrupted_one(
     run_of: Any, uninterrupted: Any, stage: str, calls: int, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.quick import quick_for
 
 import sae
 from sae.architectures import ARCHITECTURES, TopK
@@ -42,7 +43,7 @@ READ_BY_SOME = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", quick_for(["gated", "matryoshka"], ARCHITECTURES))
 def test_settings_are_read_by_those_that_they_are_said_to_be_for(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

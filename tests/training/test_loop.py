@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.quick import quick_for
 from torch import Tensor
 
 import sae
@@ -60,7 +61,9 @@ def fvu(dictionary: sae.Dictionary, x: Tensor) -> float:
     return float((x - dictionary(x)).square().sum() / (x - x.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize(("architecture", "most"), [("topk", 0.05), ("batch_topk", 0.05), ("relu", 0.25)])
+@pytest.mark.parametrize(
+    ("architecture", "most"), [pytest.param("topk", 0.05, marks=pytest.mark.slow), ("batch_topk", 0.05), ("relu", 0.25)]
+)
 def test_training_recovers_planted_features(architecture: str, most: float) -> None:
     data = planted(100)
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
@@ -79,7 +82,7 @@ def test_saved_dictionary_takes_raw_activations() -> None:
     torch.testing.assert_close(moved.encode(37.0 * x + 500.0), 37.0 * plain.encode(x), rtol=1e-2, atol=0.5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", quick_for(["relu", "batch_topk", "jumprelu"], ARCHITECTURES))
 def test_every_setting_is_in_units_of_training(architecture: str) -> None:
     """Penalties, bandwidths, thresholds mean the same whatever the data's scale; a power of two rounds nothing."""
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
@@ -225,7 +228,7 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs[1]), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", quick_for(["relu", "batch_topk"], ARCHITECTURES))
 def test_two_threads_make_the_same_weights_each_time(architecture: str) -> None:
     """Enough pairs that PyTorch divides them among the threads."""
     data = list(torch.randn(6, 2048, 32, generator=torch.Generator().manual_seed(0)))
