@@ -22,8 +22,8 @@ def unit_of(number: str) -> float:
 def difference(said: str, printed: str) -> str | None:
     """Where two texts differ in more than what another machine's rounding or random numbers may change, or None.
 
-    Numbers may differ by a tenth, or by one and a half units of the last digit (three behind ±: a spread over five seeds
-    is not better known); everything else must be the same.
+    Numbers may differ by a tenth, or by one and a half units of the last digit (three behind ±: a spread over five
+    seeds is not better known); everything else must be the same.
     """
     for said_line, line in zip(said.splitlines(), printed.splitlines(), strict=False):
         if NUMBER.sub("#", said_line).split() != NUMBER.sub("#", line).split():
