@@ -54,6 +54,7 @@ def trained(
 def test_l0_by_threshold_is_k_at_every_twentieth_of_planted_rows(architecture: str, steps: int, tmp_path: Path) -> None:
     trained(architecture, steps, tmp_path)
     found = l0s(tmp_path, ROWS.held_out(8192))
+    print(architecture, steps, [round(l0 / K, 3) for l0 in found])
     assert len(found) == 20
     assert found[1:] == pytest.approx([K] * 19, rel=0.05)
 
@@ -166,20 +167,27 @@ def test_an_error_in_what_comes_next_is_raised_when_its_step_is_due(tmp_path: Pa
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000006", "step-00000009"]
 
 
+@pytest.fixture(scope="module")
+def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> sae.ActivationCache:
+    """Activations of the demo model."""
+    folder = tmp_path_factory.mktemp("demo")
+    return Run(sae.load_config("configs/quickstart.yaml", [f"out={folder}", "data.tokens=200000"])).harvest()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("steps", [100, 400, 1400])
 def test_l0_by_threshold_is_k_at_every_twentieth_on_held_out_text(
-    architecture: str, steps: int, tmp_path: Path
+    architecture: str, steps: int, tmp_path: Path, demo_cache: sae.ActivationCache
 ) -> None:
-    """The demo model's activations, of documents that were not trained on."""
-    config = sae.load_config("configs/quickstart.yaml", [f"out={tmp_path}", "data.tokens=400000"])
-    Run(config).harvest()
-    cache = Run(config).cache()
-    loader = sae.ActivationLoader(cache, config.hook, batch_size=1024)
-    shape = DictionaryConfig(architecture=architecture, d_sae=1024, k=16)  # type: ignore[arg-type]
+    """Of documents that were not trained on."""
+    [hook] = demo_cache.hooks
+    loader = sae.ActivationLoader(demo_cache, hook, batch_size=1024)
+    shape = DictionaryConfig(architecture=architecture, d_sae=512, k=16)  # type: ignore[arg-type]
     settings = TrainConfig(tokens=steps * 1024, batch_size=1024, snapshots=snapshots(steps, 1024))
     train(loader, shape, settings, folder=tmp_path / "run")
-    held_out = sae.ActivationLoader(cache, config.hook, batch_size=1024, split=HELD_OUT)
+    held_out = sae.ActivationLoader(demo_cache, hook, batch_size=1024, split=HELD_OUT)
     x = torch.cat(list(itertools.islice(held_out, held_out.tokens_per_epoch // 1024)))
-    assert l0s(tmp_path / "run", x)[1:] == pytest.approx([16] * 19, rel=0.05)
+    found = l0s(tmp_path / "run", x)
+    print(architecture, steps, [round(l0 / 16, 3) for l0 in found])
+    assert found[1:] == pytest.approx([16] * 19, rel=0.05)
