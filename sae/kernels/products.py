@@ -70,8 +70,12 @@ def _numpy_product(x: Tensor, encoder: Tensor, out: Tensor) -> None:
     def multiply(start: int, stop: int) -> None:
         np.matmul(left, right[:, start:stop], out=result[:, start:stop])
 
-    with _openblas().limit(limits=1), ThreadPoolExecutor(threads) as pool:
-        list(pool.map(multiply, bounds, bounds[1:]))
+    with _openblas().limit(limits=1):
+        if threads == 1:
+            multiply(*bounds)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(multiply, bounds, bounds[1:]))
 
 
 @cache
