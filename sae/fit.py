@@ -44,11 +44,12 @@ def check_amounts(config: RunConfig) -> None:
                 f"{name}={length}: the first {masked} positions of every context are masked, so no token counts; raise "
                 "it, or lower harvest.masked_positions"
             )
-    tokens = settings.tokens or data.tokens
+    contexts, rest = divmod(data.tokens, data.context_length)
+    tokens = settings.tokens or data.tokens - contexts * masked - min(rest, masked)
     if tokens < settings.batch_size:
         raise ConfigError(
-            f"{'train' if settings.tokens else 'data'}.tokens={tokens:,} are fewer than one batch of "
-            f"train.batch_size={settings.batch_size:,}: raise the one or lower the other"
+            f"{_training_tokens(config, tokens)} are fewer than one batch of train.batch_size={settings.batch_size:,}: "
+            "raise the one or lower the other"
         )
     late = [at for at in settings.snapshots if at > tokens]
     if late:
@@ -57,6 +58,13 @@ def check_amounts(config: RunConfig) -> None:
         least = min(data.context_length, cached)
         if amount < least:
             raise ConfigError(f"{key}={amount}: less than one context of {least} tokens; raise it")
+
+
+def _training_tokens(config: RunConfig, tokens: int) -> str:
+    if config.train.tokens:
+        return f"train.tokens={tokens:,}"
+    masked = config.data.tokens - tokens
+    return f"data.tokens={config.data.tokens:,}{f', less {masked:,} that are masked,' if masked else ''}"
 
 
 def amount_notes(config: RunConfig) -> list[str]:

@@ -21,7 +21,7 @@ from sae.hook_probe import Hook, probe_tokens, read_hooks
 from sae.model_identity import fingerprint, hash_tokenizer, hash_weights
 from sae.model_loading import boot, code_sha256, load_pretrained
 from sae.passes import Pass, Passes
-from sae.tail import Replacement, Tail, without_inexact
+from sae.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
 from sae.tokens import TokenPolicy
 
 
@@ -234,6 +234,18 @@ class LanguageModel:
         if hook not in self._tails:
             self._tails[hook] = Tail(self, hook)
         return self._tails[hook]
+
+    def road(self, hook: str) -> Road:
+        """How replacements at a hook point become logits; `none`, with the reason, where it can be read only.
+
+        Raises:
+            ModelError: the model has no such hook point.
+        """
+        self.check_hook(hook)
+        try:
+            return self.tail(hook).road
+        except ModelError as error:
+            return Road(NO_ROAD, str(error))
 
     @torch.no_grad()
     def replaced_logits(

@@ -13,6 +13,7 @@ from torch import Tensor
 Computation = TypeVar("Computation", bound=Callable[..., Any])
 _KINDS = ("cpu", "cuda")
 """Devices whose autocast is looked at."""
+_CPU = torch.device("cpu")
 _FUNCTORCH: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -20,9 +21,10 @@ _FUNCTORCH: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIs
 def training_mode() -> Iterator[None]:
     """Record gradients, in the number types of the tensors, whatever the caller's modes; afterwards these hold again.
 
-    Undoes `torch.set_grad_enabled(False)`, `torch.no_grad`, `torch.inference_mode` and `torch.autocast`.
+    Undoes `torch.set_grad_enabled(False)`, `torch.no_grad`, `torch.inference_mode`, `torch.autocast`,
+    `torch.set_default_dtype` and `torch.set_default_device`.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _no_autocast():
+    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(), _defaults(torch.float32, _CPU):
         yield
 
 
@@ -30,14 +32,16 @@ def present_mode() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """A maker of contexts in which the modes of this moment hold again, for the caller's own code inside ours."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     casts = {kind: torch.get_autocast_dtype(kind) for kind in _KINDS if torch.is_autocast_enabled(kind)}
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(gradients))
-            for kind, dtype in casts.items():
-                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            for kind, cast_to in casts.items():
+                stack.enter_context(torch.autocast(kind, dtype=cast_to))
+            stack.enter_context(_defaults(dtype, device))
             yield
 
     return again
@@ -83,6 +87,18 @@ def has_values(x: Tensor) -> bool:
 def is_mapped(gradient: Tensor) -> bool:
     """Whether a backward pass is one of many at once, as of `torch.autograd.grad(…, is_grads_batched=True)`."""
     return torch._C._are_functorch_transforms_active() or _FUNCTORCH.is_legacy_batchedtensor(gradient)
+
+
+@contextlib.contextmanager
+def _defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """The number type and the device of new tensors."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device if torch.get_default_device() != device else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

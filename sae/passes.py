@@ -39,15 +39,18 @@ class Passes:
     key-value cache.
 
     Args:
-        model: the Hugging Face model, whichever way it is called.
+        model: the Hugging Face model, whichever way it is called: with its head, or its base model alone.
 
     Attributes:
         now: the pass in progress; None between passes.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._names = [name for name in inspect.signature(model.forward).parameters if name != "self"]
+        base = getattr(model, "base_model", model)
+        self._models: dict[nn.Module, list[str]] = {
+            one: [name for name in inspect.signature(one.forward).parameters if name != "self"] for one in (model, base)
+        }
+        self._called: nn.Module | None = None
         self._lengths: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._end = 0
         self.now: Pass | None = None
@@ -56,18 +59,25 @@ class Passes:
     def watched(self) -> Iterator[Passes]:
         """While open, `now` is kept."""
         handles = [
-            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self._model.register_forward_hook(self._finish, always_call=True),
+            handle
+            for model in self._models
+            for handle in (
+                model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                model.register_forward_hook(self._finish, always_call=True),
+            )
         ]
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
-            self.now = None
+            self.now = self._called = None
 
-    def _begin(self, _: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        given = {**dict(zip(self._names, arguments, strict=False)), **named}
+    def _begin(self, model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if self._called is not None and model is not self._called:
+            return  # the base model inside the whole one
+        self._called = model
+        given = {**dict(zip(self._models[model], arguments, strict=False)), **named}
         tokens, embedded = given.get("input_ids"), given.get("inputs_embeds")
         source = tokens if tokens is not None else embedded
         self.now = None
@@ -77,8 +87,10 @@ class Passes:
         self._end = before + source.shape[1]
         self.now = Pass(tokens, positions(source.shape[0], source.shape[1], before, given, source.device))
 
-    def _finish(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.now = None
+    def _finish(self, model: nn.Module, _: Any, output: Any) -> None:
+        if model is not self._called:
+            return
+        self.now = self._called = None
         cache = _cache(output.__dict__ if hasattr(output, "__dict__") else {})
         if cache is not None:
             with contextlib.suppress(TypeError):  # tuples of tensors know their length themselves
@@ -117,8 +129,9 @@ def positions(
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
         attended = mask.to(device).bool()
         counted = attended.long().cumsum(-1) - 1
-        places = counted[:, -length:] + (before if mask.shape[1] == length else 0)
-        real = attended[:, -length:]
+        start = min(before, mask.shape[1] - length)  # a mask may reach beyond the pass, to a static cache's end
+        places = counted[:, start : start + length] + (before if mask.shape[1] == length else 0)
+        real = attended[:, start : start + length]
     if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] == length:
         places = ids.to(device).long().expand(contexts, length)
     return torch.where(real, places, -1)

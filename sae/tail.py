@@ -18,7 +18,7 @@ from sae.hook_probe import Hook
 if TYPE_CHECKING:
     from sae.language_model import LanguageModel
 
-SHORT, WHOLE = "short", "whole"
+SHORT, WHOLE, NO_ROAD = "short", "whole", "none"
 _TOLERANCE = 1e-3
 _CONTEXTS, _LENGTH = 2, 24
 
@@ -31,7 +31,7 @@ class Road:
 
     Attributes:
         name: `short`: the blocks before the hook point run once for all replacements, the others once for each;
-            `whole`: the whole model runs for each.
+            `whole`: the whole model runs for each; `none`: the hook point can be read only, so there are no losses.
         reason: why it is not the short one; None if it is.
     """
 
@@ -41,6 +41,8 @@ class Road:
     def __str__(self) -> str:
         if self.name == SHORT:
             return "the blocks before the hook point ran once for all replacements, the others once for each"
+        if self.name == NO_ROAD:
+            return f"losses of the language model are left out ({self.reason})"
         return f"the whole model ran for each replacement ({self.reason})"
 
 

@@ -21,8 +21,9 @@ from sae.probing.settings import ProbeConfig
     [
         (
             {"data__tokens": 50, "train__batch_size": 64},
-            "data.tokens=50 are fewer than one batch of train.batch",
+            "data.tokens=50, less 4 that are masked, are fewer than one batch of train.batch",
         ),
+        ({"data__tokens": 64, "train__batch_size": 64}, "data.tokens=64, less 4 that are masked, are fewer than one"),
         ({"train__tokens": 63}, "train.tokens=63 are fewer than one batch"),
         ({"evaluation__tokens": 15}, "evaluation.tokens=15: less than one context of 16 tokens"),
         ({"evaluation__downstream_tokens": 3}, "evaluation.downstream_tokens=3: less than one context of 16"),
@@ -32,7 +33,7 @@ from sae.probing.settings import ProbeConfig
             "data.context_length=16: the first 16 positions of every cont",
         ),
         ({"data__held_out_tokens": 1}, "data.held_out_tokens=1: the first 1 positions of every context are masked"),
-        ({"train__snapshots": 2000}, "train.snapshots has 2,000, and training ends after 1,000 tokens"),
+        ({"train__snapshots": 2000}, "train.snapshots has 2,000, and training ends after 937 tokens"),
     ],
 )
 def test_amounts_that_cannot_work(settings: dict[str, Any], message: str, tiny_config: Any) -> None:

@@ -67,6 +67,47 @@ def test_training_is_the_same_in_every_mode(architecture: str, mode: str, tmp_pa
         assert dictionary.W_dec.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_does_not_depend_on_the_default_number_type(architecture: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(32, 8, generator=generator) for _ in range(4)]
+    seen = []
+
+    class Source:
+        def __iter__(self) -> Iterator[Tensor]:
+            for batch in batches:
+                seen.append(torch.get_default_dtype())
+                yield batch
+
+    def made() -> sae.Dictionary:
+        shape = sae.DictionaryConfig.model_validate({"architecture": architecture, "d_sae": 32, "k": 2})
+        return sae.train(sae.IterableSource(Source()), shape, sae.TrainConfig(tokens=256))
+
+    expected = made()
+    seen.clear()
+    torch.set_default_dtype(dtype)
+    try:
+        found = made()
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert set(seen) == {dtype}, "the caller's own code runs as the caller set it"
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
+def test_training_does_not_depend_on_the_default_device() -> None:
+    expected = trained("batch_topk")
+    with torch.device("meta"):
+        generator = torch.Generator().manual_seed(1)
+        batches = [torch.randn(32, 8, generator=generator, device="cpu") + 0 for _ in range(4)]
+        shape = sae.DictionaryConfig.model_validate({"architecture": "batch_topk", "d_sae": 32, "k": 2})
+        settings = sae.TrainConfig(tokens=640, checkpoint_every=10, log_every=5)
+        found = sae.train(sae.IterableSource(batches), shape, settings)
+        assert torch.get_default_device().type == "meta"
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
 @modes
 def test_a_source_is_read_in_the_caller_s_mode(mode: str) -> None:
     """It may run a language model, of which nothing is to be recorded and whose precision the caller chose."""

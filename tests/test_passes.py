@@ -118,8 +118,26 @@ def test_positions_from_masks_caches_and_ids() -> None:
     assert positions(2, 2, 3, {"attention_mask": mask}, cpu).tolist() == [[1, 2], [3, -1]]
     assert positions(2, 2, 3, {}, cpu).tolist() == [[3, 4], [3, 4]]
     assert positions(2, 5, 7, {"attention_mask": mask[:, :5]}, cpu).tolist()[1] == [7, 8, 9, 10, -1]
+    to_the_end = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0]])  # of a static cache
+    assert positions(1, 5, 0, {"attention_mask": to_the_end}, cpu).tolist() == [[-1, -1, 0, 1, 2]]
+    assert positions(1, 2, 4, {"attention_mask": to_the_end}, cpu).tolist() == [[2, 3]]
     packed = torch.tensor([[0, 1, 2, 0, 1]])
     assert positions(2, 5, 0, {"position_ids": packed}, cpu).tolist() == [[0, 1, 2, 0, 1]] * 2
+
+
+def test_a_base_model_s_passes_are_known_too(language_model: LanguageModel) -> None:
+    """Somebody else's head on the hidden states that the base model gives."""
+    whole = language_model.bridge.original_model
+    base = whole.base_model
+    assert base is not whole
+    with spliced(language_model, 2):
+        apart = whole.lm_head(base(TEXT)[0])
+        first = base(TEXT[:, :5], use_cache=True)
+        second = base(TEXT[:, 5:], past_key_values=first.past_key_values)
+        in_two = whole.lm_head(torch.cat([first[0], second[0]], 1))
+        together = language_model.logits(TEXT)
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(in_two, together, rtol=1e-4, atol=1e-4)
 
 
 def test_embeddings_have_positions_and_no_ids(language_model: LanguageModel) -> None:

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from sae.activations.background import background
 from sae.errors import CacheError, DamagedError
 from sae.files import stands
 from sae.hashes import Identity, check, damaged, identity_of
@@ -346,11 +347,8 @@ class ActivationCache:
         Yields:
             A function that begins with the shard of a number.
         """
-        pool = ThreadPoolExecutor(THREADS)
-        try:
+        with background(THREADS) as pool:
             yield lambda number: pool.submit(self._check, shard_name(folder, split, number))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def contexts(
         self, split: str = TRAIN, hook: str | None = None, *, batch_contexts: int = 64, max_tokens: int | None = None

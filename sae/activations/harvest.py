@@ -37,6 +37,7 @@ from sae.files import free_bytes, locked, stands, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label
+from sae.modes import without_autocast
 from sae.reading import load_tensors, taken_apart
 from sae.seeding import STREAMS
 from sae.terminal import complain
@@ -56,6 +57,7 @@ _STREAMS = "streams"
 """In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
 
 
+@without_autocast
 def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress | None = None) -> ActivationCache:
     """Cache the activations that `config` asks for, or go on with a harvest that was interrupted.
 
@@ -309,6 +311,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     return manifest
 
 
+@without_autocast
 def hook_widths(config: RunConfig, language_model: LanguageModel) -> dict[str, int]:
     """Numbers a token has at each hook point."""
     example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)

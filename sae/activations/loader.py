@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.activations.background import background
 from sae.activations.cache import ActivationCache, Statistics, dequantise
 from sae.activations.metadata import dictionary_metadata
 from sae.errors import CacheError
@@ -150,7 +151,7 @@ class ActivationLoader:
 
     def _pools(self) -> Iterator[_Pool]:
         """Pools from the present position on, epoch after epoch; the first is cut to begin at it."""
-        with ThreadPoolExecutor(1) as executor:
+        with background(1) as executor:
             plans = self._plans()
             blocks, order, skip = next(plans)
             memory, other = self._new_pool(), self._new_pool()

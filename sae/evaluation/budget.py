@@ -17,15 +17,17 @@ _OF_CACHE = {
     "legacy_tokens": (1024, 1024),
     "frozen_decoder_tokens": (48, 16_384),
 }
-"""One token of so many of the cache, and the least."""
+"""One token of so many of the cache, and the least, which is a context where the language model reads whole ones."""
+_WHOLE_CONTEXTS = ("downstream_tokens", "baseline_tokens", "legacy_tokens")
 _MOST = {"baseline_tokens": 16_384, "legacy_tokens": 8192, "frozen_decoder_tokens": 200_000}
 
 
 def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationConfig:
     """The settings with a number of tokens in place of each `auto`."""
     harvested = sum(cache.rows(split) for split in SPLITS)
+    context = {name: min(cache.context_length, cache.rows(HELD_OUT)) for name in _WHOLE_CONTEXTS}
     numbers = {
-        name: min(max(harvested // every, least), _MOST.get(name, math.inf))
+        name: max(min(max(harvested // every, least), _MOST.get(name, math.inf)), context.get(name, 0))
         for name, (every, least) in _OF_CACHE.items()
         if getattr(settings, name) == AUTO
     }

@@ -27,7 +27,7 @@ from sae.evaluation.streams import BLOCK_TOKENS, ActivationSummary, Progress, he
 from sae.evaluation.subject import Evaluated, Subject, subject
 from sae.language_model import LanguageModel
 from sae.modes import without_autocast
-from sae.tail import Road
+from sae.tail import NO_ROAD, Road
 from sae.tokens import TokenPolicy
 
 
@@ -55,7 +55,8 @@ def evaluate(
             where it is, and baselines get as many features as it fires.
         cache: the activations; baselines are fitted on its training split.
         hook: hook point, one of the cache's; of a transcoder the one whose activations it gives.
-        language_model: the model that the cache is of; None: no language-model losses.
+        language_model: the model that the cache is of; None: no language-model losses. Nor are there any where the hook
+            point can be read but not replaced, which the report then says.
         settings: how many tokens, and how many contexts at a time.
         device: where reconstructions are computed; the language model stays where it is.
         progress: called with (stage, tokens done, tokens in all).
@@ -64,7 +65,7 @@ def evaluate(
         CacheError: the hook point is not in the cache, activations are not finite, or the language model is another.
         ConfigError: the dictionary was trained on another hook point or has another width; too few tokens.
         FormatError: the dictionary's weights are not finite.
-        ModelError: the hook point cannot be replaced.
+        ModelError: the model has no such hook point.
         TrainingInterrupted: Ctrl-C while the frozen decoder is trained; nothing is kept.
     """
     reports = evaluate_all(
@@ -110,10 +111,12 @@ def evaluate_all(
     if not dictionaries:
         raise ConfigError("there is no dictionary to evaluate; give at least one")
     subjects = {name: subject(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
+    road = None
     if language_model is not None:
         check_same_model(cache.path, cache.manifest, language_model)
-        language_model.tail(hook)  # proved before anything is read
-    kept = _kept(unfinished, subjects, cache, hook, settings, language_model, device)
+        road = language_model.road(hook)  # proved before anything is read
+        language_model = None if road.name == NO_ROAD else language_model
+    kept = _kept(unfinished, subjects, cache, hook, settings, language_model, road, device)
     summary = summarise(cache, hook, settings, report_progress)
 
     def score(stage: str, reconstructors: Mapping[Any, Reconstructor]) -> dict[Hashable, Scores]:
@@ -148,7 +151,7 @@ def evaluate_all(
         name: _report(
             made, cache, hook, asked, summary,
             scores=scores[name], baselines={column: scores[key] for column, key in columns[name].items()},
-            legacy=legacy.get(name), seconds=seconds, road=language_model.tail(hook).road if language_model else None,
+            legacy=legacy.get(name), seconds=seconds, road=road,
         )
         for name, made in subjects.items()
     }  # fmt: skip
@@ -156,7 +159,7 @@ def evaluate_all(
 
 def _kept(
     folder: Path | None, subjects: Mapping[str, Subject], cache: ActivationCache, hook: str,
-    settings: EvaluationConfig, language_model: LanguageModel | None, device: str | torch.device,
+    settings: EvaluationConfig, language_model: LanguageModel | None, road: Road | None, device: str | torch.device,
 ) -> Unfinished:  # fmt: skip
     """What was kept of this evaluation, if everything that decides it is the same."""
     known = all(made.identity["weights_sha256"] for made in subjects.values())
@@ -167,7 +170,7 @@ def _kept(
         "hook": hook,
         "settings": settings.model_dump(mode="json"),
         "language_model": None if language_model is None else language_model.info.to_json(),
-        "road": None if language_model is None else str(language_model.tail(hook).road),
+        "road": None if road is None else str(road),
         "devices": [str(device), None if language_model is None else str(language_model.device)],
     }
     return Unfinished(folder if known else None, decides)

@@ -10,6 +10,7 @@ from sae.columns import Column, fitted
 from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.legacy import CONTEXTS_PER_BATCH
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report
+from sae.tail import NO_ROAD, Road
 from sae.tokens import TokenPolicy
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def report_table(report: Report | Mapping[str, Any], width: int | None = None) -
     return fitted(
         [metrics, *columns], width,
         title=f"{record['hook']}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        note="\n".join(filter(None, [error_note(counts), fewer_tokens(record)])),
+        note="\n".join(filter(None, [error_note(counts), fewer_tokens(record), _without_losses(record)])),
         short_note=f"standard errors of the baselines are in {MARKDOWN_FILE}",
         sections=(section, section + len(SPARSITY) + len(COUNTS)),
     )  # fmt: skip
@@ -188,7 +189,8 @@ def _baselines(report: Report) -> str:
 def _losses(report: Report) -> list[str]:
     downstream = report.scores.downstream
     if downstream is None:
-        return ["## Language-model loss", "Not measured: no language model was given."]
+        reason = _sentence(str(report.road)) if report.road else " Not measured: no language model was given."
+        return ["## Language-model loss", reason[1:]]
     rows = [
         ["untouched", "`ce_clean`", str(downstream.ce_clean)],
         ["the dictionary's x̂", "`ce_spliced`", str(downstream.ce_spliced)],
@@ -220,6 +222,12 @@ def fewer_tokens(record: Mapping[str, Any]) -> str:
         f"losses of baselines, and the clean loss that they are beside: {least['downstream_tokens']:,} positions, of "
         f"{least['downstream_documents']:,} documents"
     )
+
+
+def _without_losses(record: Mapping[str, Any]) -> str:
+    """Why there are no losses although a language model was given; empty if there are."""
+    road = record.get("road")
+    return str(Road(**road)) if road and road["name"] == NO_ROAD else ""
 
 
 def _sentence(note: str) -> str:

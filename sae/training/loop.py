@@ -225,7 +225,7 @@ class _Run:
         self.threshold_step = 0
         self.ahead: deque[_Read] = deque()
         self.places: dict[str, dict[str, Any]] | None = None  # of the newest step; None: where the sources are
-        self.unreadable: SaeError | None = None
+        self.unreadable: Exception | None = None
         self.members = {name: _Member(self._trainee(recipe, sources)) for name, recipe in recipes.items()}
         self.failures: dict[str, str] = {}
 
@@ -324,7 +324,7 @@ class _Run:
             while self.unreadable is None and len(self.ahead) < wanted and (batch := self._read()) is not None:
                 copied = {name: x.clone() for name, x in batch.items()}  # an iterable may fill one buffer again
                 self.ahead.append(_Read(copied, self._source_places()))
-        except SaeError as error:  # of a step that is not due yet
+        except Exception as error:  # of a step that is not due yet, or never will be
             self.unreadable = error
         for member in self.members.values():
             trainee = member.trainee

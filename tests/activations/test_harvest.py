@@ -146,6 +146,15 @@ def test_one_pass_for_two_hooks_equals_one_pass_each(
         shutil.rmtree(cache.path)
 
 
+def test_activations_do_not_depend_on_the_caller_s_autocast(
+    tiny_config: Config, language_model: LanguageModel, tiny_cache: ActivationCache
+) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = harvest(tiny_config(), language_model)
+    [hook] = cache.hooks
+    assert torch.equal(stored(cache, hook, "train"), stored(tiny_cache, hook, "train"))
+
+
 def test_progress_counts_every_token_once(tiny_config: Config, language_model: LanguageModel) -> None:
     seen: list[tuple[int, int]] = []
     harvest(tiny_config(), language_model, lambda done, total: seen.append((done, total)))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -267,3 +268,23 @@ def test_a_shard_lost_while_loading_is_named(marked: tuple[ActivationCache, list
     (cache.path / HOOK / "train-00003.safetensors").unlink()
     with pytest.raises(CacheError, match=r"blocks.0.hook_resid_pre/train-00003.safetensors': missing; .*restore it"):
         drawn(loader, 100)
+
+
+def test_a_reader_left_in_the_middle_waits_for_no_thread(
+    tiny_cache: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector may end it while a thread is being started, where waiting for another would never end."""
+
+    def join(*_: object) -> None:
+        raise AssertionError("waits for a thread")
+
+    hook = tiny_cache.hooks[0]
+    readers = [
+        iter(ActivationLoader(tiny_cache, hook, batch_size=64, pool_tokens=128)),
+        tiny_cache.contexts("train", hook, batch_contexts=1),
+    ]
+    for reader in readers:
+        next(reader)
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "join", join)
+            reader.close()  # type: ignore[attr-defined]

@@ -16,12 +16,13 @@ from torch import Tensor
 from sae.activations import ActivationCache
 from sae.architectures import TopK
 from sae.config import EvaluationConfig, ModelConfig
-from sae.errors import CacheError, ConfigError, ModelError
+from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, write_report
 from sae.evaluation.metrics import METRICS
 from sae.evaluation.render import markdown, report_table
 from sae.evaluation.report import Report
 from sae.language_model import LanguageModel
+from sae.pipeline import run
 from sae.tokens import HELD_OUT
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -217,16 +218,23 @@ def test_tables_say_where_baselines_have_fewer_tokens(
     assert "Losses of baselines" not in markdown(every, []) and "positions" not in printed(every)
 
 
-def test_another_model_or_an_unreplaceable_hook_is_an_error(
-    many_documents: ActivationCache, tiny_model: Path, language_model: LanguageModel
-) -> None:
+def test_another_model_is_an_error(many_documents: ActivationCache, tiny_model: Path) -> None:
     folded = LanguageModel(ModelConfig(name=str(tiny_model), weight_processing="fold_ln"))
     with pytest.raises(CacheError, match="weight_processing"):
         _evaluate(many_documents, folded, lambda x: x)
-    hook = "blocks.1.hook_resid_mid"
-    many_documents.manifest.hooks[hook] = many_documents.manifest.hooks[HOOK]
-    try:
-        with pytest.raises(ModelError, match="can read hook_resid_mid but not replace it"):
-            evaluate(Fixed(32, 8, lambda x: x), many_documents, hook=hook, language_model=language_model)
-    finally:
-        del many_documents.manifest.hooks[hook]
+
+
+def test_a_hook_point_that_can_be_read_only_is_evaluated_without_losses(tiny_config: Any) -> None:
+    """From the harvest to the features; the report says why."""
+    config = tiny_config(
+        harvest__hooks=["blocks.1.hook_resid_mid"], evaluation__tokens=64, evaluation__frozen_decoder_tokens=0
+    )
+    done = run(config)
+    assert done.is_evaluated() and len(done.features()) > 0
+    record = json.loads((done.folder / "eval.json").read_text())
+    assert record["road"]["name"] == "none" and not record["ce_spliced"]
+    reason = "osses of the language model are left out (hook 'blocks.1.hook_resid_mid': transformer-lens can read"
+    assert f"\n\nL{reason}" in (done.folder / "eval.md").read_text()
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(report_table(record))
+    assert f"l{reason}" in console.export_text()

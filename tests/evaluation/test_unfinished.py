@@ -147,6 +147,10 @@ def test_auto_is_a_share_of_the_cache(tiny_cache: sae.ActivationCache, monkeypat
     rows |= {"train": 1000, "held_out": 200}
     small = settled(EvaluationConfig(), tiny_cache)
     assert (small.downstream_tokens, small.baseline_tokens, small.legacy_tokens) == (2048, 1024, 1024)
+    rows |= {"train": 16_384, "held_out": 8192}
+    monkeypatch.setattr(type(tiny_cache), "context_length", 4096)
+    long = settled(EvaluationConfig(), tiny_cache)
+    assert (long.downstream_tokens, long.baseline_tokens, long.legacy_tokens) == (4096, 4096, 4096), "one context each"
     given = EvaluationConfig(downstream_tokens=None, baseline_tokens=7, legacy_tokens=0, frozen_decoder_tokens=5)
     assert settled(given, tiny_cache) == given
 

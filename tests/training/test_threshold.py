@@ -158,6 +158,17 @@ def test_a_source_may_end_with_the_training() -> None:
     assert l0 == pytest.approx(K, rel=0.15)  # of one batch
 
 
+def test_a_source_may_break_off_after_the_last_step(tmp_path: Path) -> None:
+    """What nobody needs is no error, of whatever kind."""
+    shape = DictionaryConfig(architecture="batch_topk", d_sae=64, k=K)
+    settings = TrainConfig(tokens=10 * BATCH, batch_size=BATCH, log_every=1)
+    train(Ending(10, OSError("stream closed")), shape, settings, folder=tmp_path)
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000010"
+    with pytest.raises(OSError, match="stream closed"):
+        longer = settings.model_copy(update={"tokens": 11 * BATCH})
+        train(Ending(10, OSError("stream closed")), shape, longer)
+
+
 def test_an_error_in_what_comes_next_is_raised_when_its_step_is_due(tmp_path: Path) -> None:
     """All steps before are taken and saved."""
     shape = DictionaryConfig(architecture="batch_topk", d_sae=64, k=K)
