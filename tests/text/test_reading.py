@@ -151,6 +151,58 @@ def test_lists_in_csv_are_not_text(tmp_path: Path) -> None:
         contents(tmp_path / "a.csv", "x")
 
 
+@pytest.mark.parametrize("text", ["[1] Smith said so [2]", "[2020-01-01] [a note]", "[1 2 3]", "[-]", "[0-9]\\d [x]"])
+def test_text_in_brackets_is_text(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f'x\n"{text}"\n')
+    assert contents(tmp_path / "a.csv", "x") == [text]
+
+
+def test_a_chat_that_python_wrote_into_a_csv_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n\"[{'role': 'user'}]\"\n")
+    with pytest.raises(DataError, match=r"a.csv, row 1: column 'x' holds a list written as text"):
+        contents(tmp_path / "a.csv", "x")
+
+
+def test_text_behind_a_comma_without_quotes_is_not_dropped(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"fine,\nso far"\nHello, world, this is lost\n')
+    (tmp_path / "b.tsv").write_text("text\nHello\tworld\n")
+    with pytest.raises(DataError, match=r"a.csv': line 4 has more fields than the header; put text with a comma in q"):
+        contents(tmp_path / "a.csv")
+    with pytest.raises(DataError, match=r"b.tsv': line 2 has more fields than the header; put text with a tab in quo"):
+        contents(tmp_path / "b.tsv")
+
+
+def test_a_row_that_ends_before_the_text_is_refused_and_one_that_ends_behind_it_is_not(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,n\nHello\n")
+    assert contents(tmp_path / "a.csv") == ["Hello"]
+    (tmp_path / "b.csv").write_text("n,text\n1,Hello\nworld\n")
+    with pytest.raises(DataError, match=r"b.csv': line 3 has fewer fields than the header, and none for 'text'; put te"):
+        contents(tmp_path / "b.csv")
+
+
+def test_rows_of_other_tables_in_a_folder_may_have_any_number_of_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.csv").write_text("x,y\n1,2,3\n")
+    assert contents(tmp_path) == ["text"]
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv"])
+def test_damaged_xz(kind: str, tmp_path: Path) -> None:
+    content = bytearray(lzma.compress(lines(ROWS * 100)))
+    content[30:40] = bytes(10)
+    (tmp_path / f"a{kind}.xz").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.\w+\.xz': cannot be read \(Corrupt input data\)"):
+        contents(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson.gz"])
+def test_lines_may_begin_with_a_byte_order_mark(kind: str, tmp_path: Path) -> None:
+    for beginning in (b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"):
+        content = beginning + lines(ROWS)
+        (tmp_path / f"a{kind}").write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+        assert contents(tmp_path) == TEXTS
+
+
 def test_messages_in_three_forms(tmp_path: Path) -> None:
     plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     forms = [
