@@ -37,6 +37,7 @@ from sae.files import free_bytes, locked, stands, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label
+from sae.paths import expanded
 from sae.reading import load_tensors, taken_apart
 from sae.seeding import STREAMS
 from sae.terminal import complain
@@ -208,7 +209,7 @@ def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: 
 
 
 def _same_path(one: str, other: str) -> bool:
-    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return expanded(one).resolve() == expanded(other).resolve()
 
 
 def _columns(data: DataConfig) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import ConfigError, DataError
+from sae.paths import expanded
 from sae.probing.settings import ProbeConfig
 
 SAE_PROBES = "sae-probes"
@@ -93,7 +94,7 @@ def find_data(sources: Sequence[str]) -> list[DataFile]:
 
 
 def _find(source: str) -> Iterator[DataFile]:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source == SAE_PROBES and not path.exists():
         path = _installed()
     if path.is_file():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
+from sae.paths import name_of
 from sae.text.census import Census, kinds_in_words
 from sae.text.document import Document, LongText, read_value
 from sae.text.json_records import json_records
@@ -94,7 +95,7 @@ def read_folder(folder: Path, column: str, census: Census | None = None) -> Iter
 def _documents_of(files: list[Path], folder: Path, column: str, census: Census) -> Iterator[Document]:
     unfit: MissingColumnError | None = None
     for file in files:
-        name = file.relative_to(folder).as_posix()
+        name = name_of(file.relative_to(folder))
         try:
             yield from read_file(file, name, column)
         except MissingColumnError as error:

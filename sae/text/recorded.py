@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
+from sae.paths import expanded
 
 _NAMES = ("tokenizer_name", "tokenizer", "tokenizer_name_or_path")
 _RECORDS = ("sae_lens.json", "dataset_info.json")
@@ -24,7 +25,7 @@ def check_recorded_tokenizer(source: str, tokenizer: Any, accepted: str | None) 
         tokenizer: the model's.
         accepted: name of a recorded tokenizer that is the model's own under another name.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         return

@@ -176,7 +176,7 @@ def test_a_row_that_ends_before_the_text_is_refused_and_one_that_ends_behind_it_
     (tmp_path / "a.csv").write_text("text,n\nHello\n")
     assert contents(tmp_path / "a.csv") == ["Hello"]
     (tmp_path / "b.csv").write_text("n,text\n1,Hello\nworld\n")
-    with pytest.raises(DataError, match=r"b.csv': line 3 has fewer fields than the header, and none for 'text'; put te"):
+    with pytest.raises(DataError, match=r"line 3 has fewer fields than the header, and none for 'text'; put text wi"):
         contents(tmp_path / "b.csv")
 
 
