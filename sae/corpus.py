@@ -26,7 +26,7 @@ _SHOWN = 80
 
 def read_documents(
     source: str, *, split: str = "train", subset: str | None = None, column: str = "text", streaming: bool = True,
-    census: Census | None = None, revision: str | None = None,
+    census: Census | None = None, revision: str | None = None, keep_mark: bool = False,
 ) -> Iterator[Document]:  # fmt: skip
     """Documents of `source`, in an order that depends on nothing but the source itself.
 
@@ -38,6 +38,7 @@ def read_documents(
         streaming: read a hub dataset as it downloads, instead of downloading all of it first.
         census: what is found and not read is counted there.
         revision: git revision of a hub dataset.
+        keep_mark: a byte order mark is part of the text of .txt and .md files.
 
     Raises:
         DataError: the source does not exist, is of no kind that can be read, holds no text, or lacks the column.
@@ -48,9 +49,9 @@ def read_documents(
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split, column)
     if path.is_dir():
-        return read_folder(path, column, census)
+        return read_folder(path, column, census, keep_mark=keep_mark)
     if path.is_file():
-        return read_file(path, name_of(path.name), column)
+        return read_file(path, name_of(path.name), column, keep_mark=keep_mark)
     if path.suffix.lower() in READABLE or source.startswith((".", "/", "~")):
         raise DataError(f"data source {source!r}: no such file or folder")
     return _hub_dataset(source, split, subset, column, streaming, revision)

@@ -43,7 +43,7 @@ from sae.seeding import STREAMS
 from sae.terminal import complain
 from sae.text.census import Census, combined
 from sae.text.fingerprint import source_fingerprint
-from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, TokenPolicy, packed_shards
+from sae.tokens import HELD_OUT, READING, SPLITS, TRAIN, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]
 
@@ -52,7 +52,9 @@ _BYTES_OF_TEXT = 8  # a token's id and the number of its document
 _SHARDS_IN_FLIGHT = 2
 _PLAIN_COLUMNS = ["tokens", "documents"]
 _COLUMNS = "token_columns"
-"""In a manifest's data: what token shards hold; missing where equal documents were read as often as they came."""
+"""In a manifest's data: what token shards hold; missing where it is tokens and documents."""
+_READING = "reading"
+"""In a manifest's data: the version of how its text was read; where it is missing 1, or 0 without `_COLUMNS`."""
 _STREAMS = "streams"
 """In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
 
@@ -246,7 +248,8 @@ def _write_text(
 
     `before` is what the manifest says of the text that is to be restored.
     """
-    data, before = config.data, {_STREAMS: STREAMS, _COLUMNS: _columns(config.data)} if before is None else before
+    data = config.data
+    before = {_STREAMS: STREAMS, _COLUMNS: _columns(data), _READING: READING} if before is None else before
     bos = language_model.bos if data.prepend_bos else None
     rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
     packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
@@ -255,8 +258,14 @@ def _write_text(
     rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
     shard_contexts, columns = config.harvest.shard_contexts, before.get(_COLUMNS, _PLAIN_COLUMNS)
     census = [Census() for _ in data.sources]
+    reading = before.get(_READING, 1 if _COLUMNS in before else 0)
+    if reading not in range(READING + 1):
+        raise CacheError(
+            f"cache {str(folder)!r}: its manifest has reading={reading!r}, and 0 to {READING} are known here: restore "
+            "it with the version that wrote it, or delete the cache and harvest it anew"
+        )
     for split, packed in packed_shards(
-        data, language_model.tokenizer, shard_contexts, packers, before.get(_STREAMS, 1), census, _COLUMNS in before
+        data, language_model.tokenizer, shard_contexts, packers, before.get(_STREAMS, 1), census, reading
     ):
         name = shard_name("tokens", split, counts[split])
         tensors = {column: torch.from_numpy(getattr(packed, column)) for column in columns}
@@ -293,6 +302,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
             **_data_identity(data),
             **({_STREAMS: STREAMS} if data.shuffle_documents else {}),
             _COLUMNS: _columns(data),
+            _READING: READING,
             **combined(text.census),
             **_where_from(data),
             **({"source_tokens": text.source_tokens} if text.source_tokens else {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -31,14 +31,6 @@ class LongText:
     pieces: Callable[[], Iterator[str]]
     place: tuple[int, int] | None
     beginning: str
-
-    @property
-    def digest(self) -> bytes:
-        """A hash of the whole text, which is read for it."""
-        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        for piece in self.pieces():
-            digest.update(piece.encode())
-        return digest.digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +111,14 @@ def digest_of(content: str | TokenIds | Chat) -> bytes:
     else:
         kind, data = b"chat", json.dumps(content.messages, sort_keys=True, default=str).encode()
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, person=kind).digest()
+
+
+def digest_of_pieces(pieces: Iterable[str]) -> bytes:
+    """`digest_of` a text that comes in pieces."""
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for piece in pieces:
+        digest.update(piece.encode())
+    return digest.digest()
 
 
 def _token_ids(value: Sequence[int], column: str, where: str) -> TokenIds:

@@ -6,6 +6,7 @@ import ast
 import codecs
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -78,26 +79,28 @@ def list_folder(folder: Path, census: Census | None = None) -> list[Path]:
     return sorted(files)
 
 
-def read_folder(folder: Path, column: str, census: Census | None = None) -> Iterator[Document]:
+def read_folder(
+    folder: Path, column: str, census: Census | None = None, *, keep_mark: bool = False
+) -> Iterator[Document]:
     """Documents of a folder's files, named by their paths in it.
 
     A .json, .csv or .tsv file without the column is left out, unless there is nothing else: such files often lie
-    there for something else.
+    there for something else. `keep_mark` is that of `read_file`.
 
     Raises:
         DataError: no file can be read, or one is damaged.
     """
     census = census or Census()
     files = list_folder(folder, census)
-    return _documents_of(files, folder, column, census)
+    return _documents_of(files, folder, column, census, keep_mark)
 
 
-def _documents_of(files: list[Path], folder: Path, column: str, census: Census) -> Iterator[Document]:
+def _documents_of(files: list[Path], folder: Path, column: str, census: Census, keep_mark: bool) -> Iterator[Document]:
     unfit: MissingColumnError | None = None
     for file in files:
         name = name_of(file.relative_to(folder))
         try:
-            yield from read_file(file, name, column)
+            yield from read_file(file, name, column, keep_mark=keep_mark)
         except MissingColumnError as error:
             if error.row > 1 or kind_of(file)[0] not in _MAY_BE_OTHER_DATA:
                 raise
@@ -107,8 +110,14 @@ def _documents_of(files: list[Path], folder: Path, column: str, census: Census) 
         raise unfit
 
 
-def read_file(path: Path, name: str, column: str) -> Iterator[Document]:
+def read_file(path: Path, name: str, column: str, *, keep_mark: bool = False) -> Iterator[Document]:
     """Documents of a file.
+
+    Args:
+        path: the file.
+        name: what its documents' names begin with.
+        column: the field to read, in all but .txt and .md files.
+        keep_mark: a byte order mark is part of the text of .txt and .md files.
 
     Raises:
         DataError: it is of no kind that can be read, damaged, or lacks the column.
@@ -119,7 +128,7 @@ def read_file(path: Path, name: str, column: str) -> Iterator[Document]:
             f"data source {str(path)!r}: not a kind of file that can be read, which are {READABLE_IN_WORDS}"
         )
     if kind in TEXT_SUFFIXES:
-        return _text(path, name)
+        return _text(path, name, keep_mark)
     if kind == ".parquet":
         return _parquet(path, name, column)
     return _records(path, name, column, kind)
@@ -169,15 +178,15 @@ def open_binary(path: Path) -> io.BufferedIOBase:
     return path.open("rb")
 
 
-def decoded(path: Path, encoding: str = "utf-8") -> Iterator[str]:
-    """A file's text in pieces of about a million characters, with line ends as '\\n'.
+def decoded(path: Path, *, keep_mark: bool = False) -> Iterator[str]:
+    """A file's text in pieces of about a million characters, with line ends as '\\n' and without byte order mark.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8; the message says at which byte.
     """
-    decoder = codecs.getincrementaldecoder(encoding)()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    done = 0
+    done, mark = 0, "" if keep_mark else "\ufeff"
     try:
         with open_binary(path) as content:
             while True:
@@ -189,7 +198,8 @@ def decoded(path: Path, encoding: str = "utf-8") -> Iterator[str]:
                     raise DataError(not_utf8(path, error, done - waiting)) from error
                 done += len(data)
                 if text:
-                    yield text
+                    yield text.removeprefix(mark)
+                    mark = ""
                 if not data:
                     return
     except _DAMAGED as error:
@@ -209,14 +219,15 @@ def unreadable(path: Path, error: Exception) -> str:
     return f"data source {str(path)!r}: cannot be read ({reason})"
 
 
-def _text(path: Path, name: str) -> Iterator[Document]:
-    pieces, held, characters = decoded(path), [], 0
+def _text(path: Path, name: str, keep_mark: bool) -> Iterator[Document]:
+    pieces, held, characters = decoded(path, keep_mark=keep_mark), [], 0
     for piece in pieces:
         held.append(piece)
         characters += len(piece)
         if characters > _HELD_WHOLE:
             stat = path.stat()
-            yield Document(name, LongText(lambda: decoded(path), (stat.st_dev, stat.st_ino), "".join(held)))
+            again = functools.partial(decoded, path, keep_mark=keep_mark)
+            yield Document(name, LongText(again, (stat.st_dev, stat.st_ino), "".join(held)))
             return
     yield Document(name, "".join(held))
 
@@ -255,7 +266,7 @@ def _jsonl(path: Path, _: str) -> Iterator[tuple[int, str, Any]]:
 def _json(path: Path, _: str) -> Iterator[tuple[int, str, Any]]:
     """Records of a list, of one object, or of lines with an object each: all three are called .json."""
     try:
-        for number, record in enumerate(json_records(decoded(path, "utf-8-sig")), 1):
+        for number, record in enumerate(json_records(decoded(path)), 1):
             yield number, "record", record
     except (ValueError, RecursionError) as error:
         raise DataError(f"data source {str(path)!r}: not JSON ({reason_of(error)})") from error

@@ -18,7 +18,7 @@ from sae.corpus import read_documents
 from sae.errors import DataError
 from sae.text.census import Census
 from sae.text.document import Chat, Content, TokenIds
-from sae.tokens import HELD_OUT, TRAIN, prepared_documents
+from sae.tokens import HELD_OUT, READING, TRAIN, prepared_documents
 
 ROWS = [{"text": "One, ü × 漢字 😀.\nTwo", "n": 1}, {"text": 'He said "no", twice', "n": 2}]
 TEXTS = [row["text"] for row in ROWS]
@@ -241,6 +241,51 @@ def test_equal_long_texts_are_read_once(tmp_path: Path, monkeypatch: pytest.Monk
         "b.txt",
     ]
     assert census.duplicates == 2
+
+
+def distinct(source: Path, reading: int = READING) -> tuple[list[str], int]:
+    """Names of the documents that are read, and how many are equal to one of them."""
+    census = Census()
+    config = DataConfig(source=str(source), holdout_by="section", section_characters=10**9)
+    found = prepared_documents(config, census=census, reading=reading)
+    return list(dict.fromkeys(name.partition("#")[0] for name, _, _ in found)), census.duplicates
+
+
+def test_texts_that_differ_in_line_ends_marks_and_space_around_them_are_equal(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"One\n\ntext.\n")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfOne\r\n\r\ntext.\r\n")
+    (tmp_path / "c.jsonl").write_bytes(lines([{"text": " One\r\rtext."}, {"text": "\ufeffOne\n\ntext."}]))
+    (tmp_path / "d.txt").write_bytes(b"One\ntext.\n")
+    assert distinct(tmp_path) == (["a.txt", "d.txt"], 3)
+    assert distinct(tmp_path, reading=1) == (["a.txt", "b.txt", "c.jsonl:1", "c.jsonl:2", "d.txt"], 0)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    """Nor does it move the place of a wrong byte."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOne")
+    assert contents(tmp_path / "a.txt") == ["One"]
+    assert [document.text for document in read_documents(str(tmp_path), keep_mark=True)] == ["\ufeffOne"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOne\xff")
+    with pytest.raises(DataError, match=r"not UTF-8 text \(invalid start byte at byte 6\)"):
+        contents(tmp_path / "a.txt")
+
+
+def test_equal_long_texts_of_all_kinds_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces or as a row, with other line ends, a mark, or more space at the ends."""
+    monkeypatch.setattr("sae.text.files._HELD_WHOLE", 300)
+    monkeypatch.setattr("sae.text.files._BYTES_AT_ONCE", 64)
+    monkeypatch.setattr("sae.text.digests._LONG", 200)
+    text = "\n".join(f"line {number}  \n" for number in range(100))
+    (tmp_path / "a.txt").write_text(text + "end")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf\n" + text.replace("\n", "\r\n").encode() + b"end" + b"\r\n" * 90)
+    (tmp_path / "c.jsonl").write_bytes(lines([{"text": text + "end\n"}, {"text": text + "other end"}]))
+    (tmp_path / "d.txt").write_text(" " * 400 + text + "end")
+    (tmp_path / "e.txt").write_text(text + "other end\n")
+    (tmp_path / "f.txt").write_text(text.replace("  \n", "\n") + "end")
+    (tmp_path / "g.txt").write_text(" " * 400 + "short")
+    (tmp_path / "h.jsonl").write_bytes(lines([{"text": "short"}]))
+    assert distinct(tmp_path) == (["a.txt", "c.jsonl:2", "f.txt", "g.txt"], 5)
+    assert distinct(tmp_path, reading=1)[1] == 0
 
 
 @pytest.mark.parametrize("shape", ["line", "folder", "jsonl", "lines"])
