@@ -88,8 +88,8 @@ def read_value(value: Any, column: str, where: str) -> Content:
         if all(isinstance(entry, Mapping) for entry in value):
             return _chat(value, column, where)
     raise DataError(
-        f"data source {where}: column {column!r} holds {_kind(value)}; expected text, a list of token ids, or a chat "
-        "(a list of messages with role and content): choose another data.column, or convert it to one of these"
+        f"data source {where}: column {column!r} holds {kind_of_value(value)}; expected text, a list of token ids, or a "
+        "chat (a list of messages with role and content): choose another data.column, or convert it to one of these"
     )
 
 
@@ -146,7 +146,7 @@ def _chat(value: Sequence[Mapping[str, Any]], column: str, where: str) -> Chat:
         if not isinstance(message.get("role"), str) or not isinstance(content, str):
             raise DataError(
                 f"data source {where}: column {column!r}, entry {number} of the list: expected a message with a role "
-                f"and a content that is text, found {_kind(entry)}; choose another data.column"
+                f"and a content that is text, found {kind_of_value(entry)}; choose another data.column"
             )
         messages.append({**message, "content": content.encode("utf-8", "replace").decode()})
     return Chat(tuple(messages))
@@ -162,7 +162,7 @@ def _joined_parts(content: Any) -> Any:
     )
 
 
-def _kind(value: Any) -> str:
+def kind_of_value(value: Any) -> str:
     """What a value is, in words, with a glimpse of it."""
     if isinstance(value, bool):
         return f"a truth value ({value})"
@@ -173,7 +173,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"an object with {', '.join(repr(str(key)) for key in list(value)[:8]) or 'no keys'}"
     if isinstance(value, list | tuple):
-        return f"a list of {_entries(value)}"
+        return f"a list of {_entries(value)}" if value else "an empty list"
     return f"a {type(value).__name__}"
 
 
