@@ -364,6 +364,9 @@ class _Reader:
         if not self.compared and any(isinstance(content, TokenIds) for _, content, _ in wanted):
             check_recorded_tokenizer(self.source, self.contents.tokenizer, self.config.tokenizer)
             self.compared = True
+        for _, content, _ in wanted:
+            if isinstance(content, Chat):
+                self.census.roles.update(message["role"] for message in content.messages)
         tokens = self.contents([(name, content) for name, content, _ in wanted])
         for (name, _, split), parts in zip(wanted, tokens, strict=True):
             self.waiting[split].append((name, parts))

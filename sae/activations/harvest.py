@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label
 from sae.paths import expanded
+from sae.printable import one_line, printable
 from sae.reading import load_tensors, taken_apart
 from sae.seeding import STREAMS
 from sae.terminal import complain
@@ -50,6 +51,7 @@ Progress = Callable[[int, int], None]
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _BYTES_OF_TEXT = 8  # a token's id and the number of its document
 _SHARDS_IN_FLIGHT = 2
+_ROLES_SHOWN, _LONGEST = 8, 200
 _PLAIN_COLUMNS = ["tokens", "documents"]
 _COLUMNS = "token_columns"
 """In a manifest's data: what token shards hold; missing where it is tokens and documents."""
@@ -291,6 +293,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     )
     policy = dataclasses.replace(policy, chat_roles=data.chat_roles)
     text = _write_text(folder, config, language_model, expected={})
+    _check_roles(data, text.census)
     for label, census in zip(data.labels, text.census, strict=True):
         for line in census.lines(label, chose_unit=data.holdout_by is not None):
             complain(line)
@@ -318,6 +321,21 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     )
     _write_manifest(folder, manifest)
     return manifest
+
+
+def _check_roles(data: DataConfig, census: Sequence[Census]) -> None:
+    """Raise DataError if no chat that was read has a role of `data.chat_roles`: none of its tokens would count."""
+    roles = sum((part.roles for part in census), Counter[str]())
+    if data.chat_roles is None or not roles or any(role in roles for role in data.chat_roles):
+        return
+    listed = ", ".join(role for role, _ in roles.most_common(_ROLES_SHOWN)) + (
+        ", …" if len(roles) > _ROLES_SHOWN else ""
+    )
+    asked = ", ".join(data.chat_roles)
+    raise DataError(
+        f"chats have the roles {printable(one_line(listed, _LONGEST))}; data.chat_roles=[{asked}] names none of them: "
+        "name one or more, or set data.chat_roles=null, so that all of them count"
+    )
 
 
 def hook_widths(config: RunConfig, language_model: LanguageModel) -> dict[str, int]:
