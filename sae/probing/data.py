@@ -238,7 +238,8 @@ def _check_kinds(where: str, row: int, text_column: str, text: Any, label_column
     if label is not None and not isinstance(label, str | int | float | list):
         raise DataError(
             f"data {where!r}, row {row}: column {label_column!r} holds {kind_of_value(label)}; expected text, a "
-            "number, true or false, or a list of spans: set label=COLUMN to another column, or convert it to one of these"
+            "number, true or false, or a list of spans: set label=COLUMN to another column, or convert it to one of "
+            "these"
         )
 
 

@@ -88,8 +88,8 @@ def read_value(value: Any, column: str, where: str) -> Content:
         if all(isinstance(entry, Mapping) for entry in value):
             return _chat(value, column, where)
     raise DataError(
-        f"data source {where}: column {column!r} holds {kind_of_value(value)}; expected text, a list of token ids, or a "
-        "chat (a list of messages with role and content): choose another data.column, or convert it to one of these"
+        f"data source {where}: column {column!r} holds {kind_of_value(value)}; expected text, a list of token ids, or "
+        "a chat (a list of messages with role and content): choose another data.column, or convert it to one of these"
     )
 
 
