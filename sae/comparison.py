@@ -18,6 +18,7 @@ from sae.evaluation.compare import check_several, comparison_key, read_compariso
 from sae.evaluation.report import identify, read_stored
 from sae.evaluation.streams import Progress
 from sae.files import locked, stands
+from sae.paths import expanded
 from sae.pipeline import Run
 
 Evaluation = tuple[dict[str, Any], dict[str, Tensor]]
@@ -65,7 +66,7 @@ def compare_folders(
     written = read_comparison(out, key)
     if written is not None:
         return written
-    with locked(Path(out).expanduser(), "comparison"):
+    with locked(expanded(out), "comparison"):
         comparison = made()
         write_comparison(comparison, out)
     return comparison
@@ -97,7 +98,7 @@ def _run(named: Mapping[str, Path], on: str | Path | None, overrides: tuple[str,
 
 def _named(places: Sequence[str | Path]) -> dict[str, Path]:
     """By the shortest ends of their paths that differ."""
-    paths = [Path(place).expanduser() for place in places]
+    paths = [expanded(place) for place in places]
     whole = [path.resolve() for path in paths]
     for number, path in enumerate(whole):
         if path in whole[:number]:

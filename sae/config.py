@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from sae.errors import ConfigError
 from sae.mixture import check_mixture, source_labels, token_shares
+from sae.paths import expanded
 
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
@@ -462,12 +463,12 @@ class RunConfig(_Settings):
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.out).expanduser()
+        return expanded(self.out)
 
     @property
     def cache_folder(self) -> Path:
         """The activation cache, in the run folder unless `harvest.cache` says otherwise."""
-        return Path(self.harvest.cache).expanduser() if self.harvest.cache else self.folder / "activations"
+        return expanded(self.harvest.cache) if self.harvest.cache else self.folder / "activations"
 
     @property
     def hook(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sae.errors import DataError
 from sae.hub_errors import explain_hub_error, first_line
+from sae.paths import expanded, name_of
 from sae.text.census import Census
 from sae.text.document import Document
 from sae.text.files import READABLE, field_of, read_file, read_folder
@@ -20,11 +21,12 @@ STANDARD_LIBRARY = "stdlib"
 # Character maps are tables of numbers; topics.py is read topic by topic instead of as source.
 _STDLIB_SKIPPED = ("site-packages", "dist-packages", "__pycache__", "encodings", "cjkencodings")
 _STDLIB_SHORTEST = 400
+_SHOWN = 80
 
 
 def read_documents(
     source: str, *, split: str = "train", subset: str | None = None, column: str = "text", streaming: bool = True,
-    census: Census | None = None, revision: str | None = None,
+    census: Census | None = None, revision: str | None = None, keep_mark: bool = False,
 ) -> Iterator[Document]:  # fmt: skip
     """Documents of `source`, in an order that depends on nothing but the source itself.
 
@@ -36,19 +38,20 @@ def read_documents(
         streaming: read a hub dataset as it downloads, instead of downloading all of it first.
         census: what is found and not read is counted there.
         revision: git revision of a hub dataset.
+        keep_mark: a byte order mark is part of the text of .txt and .md files.
 
     Raises:
         DataError: the source does not exist, is of no kind that can be read, holds no text, or lacks the column.
     """
-    path = Path(source).expanduser()
+    path = _place(source)
     if source == STANDARD_LIBRARY:
         return standard_library()
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_dataset(path, split, column)
     if path.is_dir():
-        return read_folder(path, column, census)
+        return read_folder(path, column, census, keep_mark=keep_mark)
     if path.is_file():
-        return read_file(path, path.name, column)
+        return read_file(path, name_of(path.name), column, keep_mark=keep_mark)
     if path.suffix.lower() in READABLE or source.startswith((".", "/", "~")):
         raise DataError(f"data source {source!r}: no such file or folder")
     return _hub_dataset(source, split, subset, column, streaming, revision)
@@ -63,7 +66,7 @@ def check_revision(sources: Sequence[str], revision: str | None) -> None:
             f"data.revision={revision!r} with {len(sources)} sources: a revision is of one hub data set; leave it out, "
             "or name that data set alone"
         )
-    if sources[0] == STANDARD_LIBRARY or Path(sources[0]).expanduser().exists():
+    if sources[0] == STANDARD_LIBRARY or _place(sources[0]).exists():
         raise DataError(
             f"data.revision={revision!r}: data source {sources[0]!r} is no hub data set, and only these have "
             "revisions; leave it out"
@@ -72,7 +75,7 @@ def check_revision(sources: Sequence[str], revision: str | None) -> None:
 
 def check_apart(sources: Sequence[str]) -> None:
     """Raise DataError where a source lies in another: its text could fall on both sides of the held-out split."""
-    paths = {source: Path(source).expanduser() for source in sources if source != STANDARD_LIBRARY}
+    paths = {source: _place(source) for source in sources if source != STANDARD_LIBRARY}
     places = {source: path.resolve() for source, path in paths.items() if path.exists()}
     for source, place in places.items():
         for other, outer in places.items():
@@ -95,6 +98,23 @@ def is_held_out(name: str, seed: int, fraction: float) -> bool:
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _place(source: str) -> Path:
+    """Where a source lies, if it is a file or a folder.
+
+    Raises:
+        DataError: the system cannot look there.
+    """
+    path = expanded(source)
+    try:
+        path.exists()
+    except OSError as error:
+        shown = repr(source if len(source) <= _SHOWN else f"{source[:_SHOWN]}…")
+        raise DataError(
+            f"data source {shown}: {error.strerror or error}; name a file, a folder or a hub data set that can be read"
+        ) from error
+    return path
 
 
 def standard_library() -> Iterator[Document]:
@@ -149,6 +169,7 @@ def _saved_dataset(path: Path, split: str, column: str) -> Iterator[Document]:
         if split not in loaded:
             raise DataError(f"data source {str(path)!r}: no split {split!r}; it has {', '.join(map(str, loaded))}")
         loaded = loaded[split]
+    loaded = loaded.with_format(None)  # what it was saved with gives tensors, and other columns may be missing
     return _rows(loaded, str(path), column)
 
 

@@ -19,6 +19,7 @@ from sae.hashes import damaged, recorded
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.kernels.pattern import Pattern
 from sae.modes import has_values, needs_plain_operators, without_autocast
+from sae.paths import expanded
 from sae.reading import load_tensors, read_object, taken_apart
 from sae.sparse import decode, encode_at, padded
 from sae.tokens import TokenPolicy
@@ -370,7 +371,7 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
     Raises:
         FormatError: nothing there, not this format, a newer version, a pickle, damaged or ill-shaped weights.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if folder.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         raise FormatError(
             f"dictionary {str(path)!r}: pickled files are not read, since they can run code; "

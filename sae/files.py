@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae import hashes
 from sae.errors import CacheError
+from sae.paths import expanded
 
 
 def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> None:
@@ -125,7 +126,7 @@ def missing_space(needs: Mapping[Path, int]) -> str | None:
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest above it that is there."""
-    place = folder.expanduser().resolve()
+    place = expanded(folder).resolve()
     return next(path for path in (place, *place.parents) if path.exists())
 
 

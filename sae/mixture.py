@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sae.errors import ConfigError
+from sae.paths import expanded, name_of
 
 _SMALLEST_SHARE = 1e-9
 
@@ -101,4 +102,4 @@ def _check_weights(sources: Sequence[str], weights: Sequence[float]) -> None:
 
 def _last_part(source: str) -> str:
     path = Path(source)
-    return path.expanduser().resolve().name if path.name in ("", "..", "~") else path.name
+    return name_of(expanded(path).resolve().name if path.name in ("", "..", "~") else path.name)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.paths import expanded
+
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
@@ -17,7 +19,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 def model_label(name: str) -> str:
     """What a model is known by: hub names as they are, of paths the last part, so that a folder can be moved."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     is_path = path.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf")
     return path.resolve().name if is_path and name != DEMO else name
 
@@ -28,7 +30,7 @@ def fingerprint(name: str) -> str | None:
 
     None for hub models.
     """
-    path = DEMO_FOLDER if name == DEMO else Path(name).expanduser()
+    path = DEMO_FOLDER if name == DEMO else expanded(name)
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES)
     if not files:
         return None

@@ -23,6 +23,7 @@ from sae.config import ModelConfig
 from sae.errors import ModelError
 from sae.hub_errors import explain_hub_error, first_line
 from sae.model_identity import DEMO, DEMO_FOLDER, model_label
+from sae.paths import expanded
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Where libraries fetch or run the code of a model, whether or not they are told to trust it: transformer-lens imports
@@ -139,7 +140,7 @@ def code_sha256(*objects: Any) -> str | None:
 
 def _find(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
     """Where the model is, and how transformers is told so."""
-    path = DEMO_FOLDER if config.name == DEMO else Path(config.name).expanduser()
+    path = DEMO_FOLDER if config.name == DEMO else expanded(config.name)
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, {"gguf_file": path.name, "local_files_only": True}
     if path.is_file() and path.suffix in (".safetensors", *_PICKLES):
@@ -179,7 +180,7 @@ def _needs_code() -> str:
 
 def _is_pickle(config: ModelConfig, what: str) -> str:
     """What to do about weights that are no safetensors."""
-    name = str(Path(config.name).expanduser()) if Path(config.name).expanduser().exists() else config.name
+    name = str(expanded(config.name)) if expanded(config.name).exists() else config.name
     target = f"{Path(name).name}-safetensors"
     return (
         f"its weights are {what}, and only safetensors and GGUF are read, since a pickle can run code; if you trust "

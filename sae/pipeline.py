@@ -36,6 +36,7 @@ from sae.fit import amount_notes, check_amounts
 from sae.hashes import check, read_checked
 from sae.language_model import LanguageModel
 from sae.model_identity import model_label
+from sae.paths import expanded
 from sae.progress import Notes, announce
 from sae.reading import read_object
 from sae.training.applicability import check_read
@@ -71,7 +72,7 @@ class Run:
             ConfigError: the folder is not a run folder, or its configuration lets code of the model run and
                 `overrides` do not say so: who wrote the folder does not decide that.
         """
-        path = Path(folder).expanduser()
+        path = expanded(folder)
         if not stands(path / CONFIG_YAML):
             raise ConfigError(
                 f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}'"

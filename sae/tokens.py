@@ -29,6 +29,12 @@ from sae.text.tokenise import ContentTokenizer, TokenPart
 
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS: tuple[str, ...] = (TRAIN, HELD_OUT)
+READING = 2
+"""Version of how text is read.
+
+0: equal documents were read as often as they came, 1: only documents equal to the last character counted as equal, and
+a byte order mark was part of a .txt or .md file's text, 2: see `sae.text.digests.ReadTexts`.
+"""
 _CHARACTERS_AT_ONCE = 500_000
 _SECTION_OF_ONE_DOCUMENT = 10_000
 _CHARACTERS_PER_ID = 4
@@ -202,7 +208,7 @@ class Packer:
 
 def packed_shards(
     config: DataConfig, tokenizer: Any, shard_contexts: int, packers: dict[str, Packer], streams: int = STREAMS,
-    census: Sequence[Census] | None = None, distinct: bool = True,
+    census: Sequence[Census] | None = None, reading: int = READING,
 ) -> Iterator[tuple[str, PackedRows]]:  # fmt: skip
     """Read, tokenise and pack the text of `config`; yields a split's name and a shard's rows, as soon as one is full.
 
@@ -215,7 +221,7 @@ def packed_shards(
         packers: one for each split, which know how many rows are wanted.
         streams: version of the random streams that documents are shuffled with.
         census: for each source, where to count what is found in it.
-        distinct: of equal documents read the first only.
+        reading: version of how text is read.
 
     Raises:
         DataError: the text cannot be read, a source lies inside another, or one ends before every split has the tokens
@@ -223,13 +229,13 @@ def packed_shards(
     """
     check_apart(config.sources)
     check_revision(config.sources, config.revision)
-    census, read = census or [Census() for _ in config.sources], ReadTexts()
+    census, read = census or [Census() for _ in config.sources], _read_texts(reading)
     separator = next(iter(packers.values())).separator
     contents = ContentTokenizer(tokenizer, config.chat_roles, separator)
     readers = [
         _Reader(
             config.sources[number],
-            prepared_documents(config, number, streams, counts, read, distinct),
+            prepared_documents(config, number, streams, counts, read, reading),
             contents,
             packers,
             config,
@@ -260,7 +266,7 @@ def packed_shards(
 
 def prepared_documents(
     config: DataConfig, number: int = 0, streams: int = STREAMS, census: Census | None = None,
-    read: ReadTexts | None = None, distinct: bool = True,
+    read: ReadTexts | None = None, reading: int = READING,
 ) -> Iterator[tuple[str, Content, str]]:  # fmt: skip
     """(document's name, content, split) of a source, cut into sections and shuffled as asked; nothing that is empty.
 
@@ -277,7 +283,7 @@ def prepared_documents(
         streams: version of the random streams that documents are shuffled with.
         census: what is found and not read is counted there.
         read: contents that have been read already, of this and other sources; None: there are none.
-        distinct: leave out what has been read already.
+        reading: version of how text is read.
 
     Raises:
         DataError: as `read_documents`; or one document is all there is, and documents are to be held out whole.
@@ -285,12 +291,12 @@ def prepared_documents(
     source, census = config.sources[number], census or Census()
     documents = read_documents(
         source, split=config.split, subset=config.subset, column=config.column, streaming=config.streaming,
-        census=census, revision=config.revision,
+        census=census, revision=config.revision, keep_mark=reading < 2,
     )  # fmt: skip
     prefix = f"{config.labels[number]}/" if len(config.sources) > 1 else ""
 
     def prepared() -> Iterator[tuple[str, Content, str]]:
-        new = _new_documents(documents, census, (read or ReadTexts()) if distinct else None)
+        new = _new_documents(documents, census, (read or _read_texts(reading)) if reading else None)
         first = list(itertools.islice(new, 2))
         if len(first) == 1 and config.holdout_by == "document":
             raise DataError(
@@ -358,6 +364,9 @@ class _Reader:
         if not self.compared and any(isinstance(content, TokenIds) for _, content, _ in wanted):
             check_recorded_tokenizer(self.source, self.contents.tokenizer, self.config.tokenizer)
             self.compared = True
+        for _, content, _ in wanted:
+            if isinstance(content, Chat):
+                self.census.roles.update(message["role"] for message in content.messages)
         tokens = self.contents([(name, content) for name, content, _ in wanted])
         for (name, _, split), parts in zip(wanted, tokens, strict=True):
             self.waiting[split].append((name, parts))
@@ -379,6 +388,10 @@ class _Shares:
         share = holdout_share(name.partition("/")[2] if self._mixed else name, self._seed)
         self.documents += 1
         self.least, self.largest = min(self.least, share), max(self.largest, share)
+
+
+def _read_texts(reading: int) -> ReadTexts:
+    return ReadTexts(exactly=reading < 2)
 
 
 def _new_documents(documents: Iterator[Document], census: Census, read: ReadTexts | None) -> Iterator[Document]:

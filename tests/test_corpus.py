@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sae.config import DataConfig
-from sae.corpus import Document, check_revision, is_held_out, read_documents, standard_library
+from sae.corpus import Document, check_apart, check_revision, is_held_out, read_documents, standard_library
 from sae.errors import DataError
+from sae.mixture import source_labels
+from sae.text.document import TokenIds
 from sae.tokens import HELD_OUT, TRAIN, prepared_documents
 
 TEXTS = ["One.", "Two, and ü × 漢字.\n", "Three"]
@@ -75,6 +79,19 @@ def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:
         list(read_documents(str(tmp_path / "one"), column="body"))
 
 
+def test_saved_dataset_with_a_format(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"ids": [[1, 2], [3]], "text": TEXTS[:2]})
+    rows.set_format("torch", columns=["ids"])
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "dict"))
+    for source in (tmp_path / "one", tmp_path / "dict"):
+        found = [document.text for document in read_documents(str(source), column="ids")]
+        assert [content.ids.tolist() for content in found if isinstance(content, TokenIds)] == [[1, 2], [3]]
+        assert [document.text for document in read_documents(str(source))] == TEXTS[:2]
+
+
 def test_damaged_saved_dataset(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="not a whole saved data set"):
@@ -123,6 +140,26 @@ def test_missing_and_empty_sources(tmp_path: Path) -> None:
             read_documents(missing)
     with pytest.raises(DataError, match=r"the folder holds no .txt, .md, .jsonl, .*, .parquet file"):
         read_documents(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "check", [read_documents, lambda source: check_revision([source], "v1"), lambda source: check_apart([source])]
+)
+def test_a_source_that_cannot_be_a_path(check: Any) -> None:
+    with pytest.raises(DataError, match=r"data source 'x{80}…': File name too long; name a file, a folder or a hub d"):
+        check("x" * 300)
+
+
+def test_the_home_folder_of_nobody() -> None:
+    with pytest.raises(DataError, match=r"data source '~nosuchuser/x': no such file or folder"):
+        read_documents("~nosuchuser/x")
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.txt")).write_text("coffee")
+    (tmp_path / "thé.txt").write_text("tea", encoding="utf-8")
+    assert {document.name for document in read_documents(str(tmp_path))} == {"caf\\xe9.txt", "thé.txt"}
+    assert source_labels([os.fsdecode(b"a/caf\xe9")]) == ("caf\\xe9",)
 
 
 def test_unknown_hub_dataset_gives_one_line() -> None:

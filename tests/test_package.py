@@ -14,7 +14,7 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "environment", "model_identity", "modes", "seeding", "hub_errors", "printable"],
+    ["errors", "environment", "model_identity", "modes", "paths", "seeding", "hub_errors", "printable"],
     ["hashes", "files", "reading"],
     ["terminal", "columns"],
     ["hook_points"],
@@ -57,6 +57,7 @@ CORE = {
     "environment",
     "model_identity",
     "modes",
+    "paths",
     "seeding",
     "hub_errors",
     "hook_points",

@@ -23,6 +23,7 @@ from sae.activations.background import background
 from sae.errors import CacheError, DamagedError
 from sae.files import stands
 from sae.hashes import Identity, check, damaged, identity_of
+from sae.paths import expanded
 from sae.reading import open_tensors, read_json, read_object, tensor_of, validated
 from sae.tokens import SPLITS, TRAIN, TokenPolicy
 
@@ -471,7 +472,7 @@ def find_cache(path: str | Path) -> Path:
     Raises:
         CacheError: neither holds a manifest.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     for candidate in (folder, folder / "activations"):
         if stands(candidate / MANIFEST):
             return candidate

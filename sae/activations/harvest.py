@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,21 +38,26 @@ from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label
 from sae.modes import without_autocast
+from sae.paths import expanded
+from sae.printable import one_line, printable
 from sae.reading import load_tensors, taken_apart
 from sae.seeding import STREAMS
 from sae.terminal import complain
 from sae.text.census import Census, combined
 from sae.text.fingerprint import source_fingerprint
-from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, TokenPolicy, packed_shards
+from sae.tokens import HELD_OUT, READING, SPLITS, TRAIN, Packer, TokenPolicy, packed_shards
 
 Progress = Callable[[int, int], None]
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _BYTES_OF_TEXT = 8  # a token's id and the number of its document
 _SHARDS_IN_FLIGHT = 2
+_ROLES_SHOWN, _LONGEST = 8, 200
 _PLAIN_COLUMNS = ["tokens", "documents"]
 _COLUMNS = "token_columns"
-"""In a manifest's data: what token shards hold; missing where equal documents were read as often as they came."""
+"""In a manifest's data: what token shards hold; missing where it is tokens and documents."""
+_READING = "reading"
+"""In a manifest's data: the version of how its text was read; where it is missing 1, or 0 without `_COLUMNS`."""
 _STREAMS = "streams"
 """In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
 
@@ -210,7 +215,7 @@ def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: 
 
 
 def _same_path(one: str, other: str) -> bool:
-    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return expanded(one).resolve() == expanded(other).resolve()
 
 
 def _columns(data: DataConfig) -> list[str]:
@@ -247,7 +252,8 @@ def _write_text(
 
     `before` is what the manifest says of the text that is to be restored.
     """
-    data, before = config.data, {_STREAMS: STREAMS, _COLUMNS: _columns(config.data)} if before is None else before
+    data = config.data
+    before = {_STREAMS: STREAMS, _COLUMNS: _columns(data), _READING: READING} if before is None else before
     bos = language_model.bos if data.prepend_bos else None
     rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
     packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
@@ -256,8 +262,14 @@ def _write_text(
     rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
     shard_contexts, columns = config.harvest.shard_contexts, before.get(_COLUMNS, _PLAIN_COLUMNS)
     census = [Census() for _ in data.sources]
+    reading = before.get(_READING, 1 if _COLUMNS in before else 0)
+    if reading not in range(READING + 1):
+        raise CacheError(
+            f"cache {str(folder)!r}: its manifest has reading={reading!r}, and 0 to {READING} are known here: restore "
+            "it with the version that wrote it, or delete the cache and harvest it anew"
+        )
     for split, packed in packed_shards(
-        data, language_model.tokenizer, shard_contexts, packers, before.get(_STREAMS, 1), census, _COLUMNS in before
+        data, language_model.tokenizer, shard_contexts, packers, before.get(_STREAMS, 1), census, reading
     ):
         name = shard_name("tokens", split, counts[split])
         tensors = {column: torch.from_numpy(getattr(packed, column)) for column in columns}
@@ -283,6 +295,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     )
     policy = dataclasses.replace(policy, chat_roles=data.chat_roles)
     text = _write_text(folder, config, language_model, expected={})
+    _check_roles(data, text.census)
     for label, census in zip(data.labels, text.census, strict=True):
         for line in census.lines(label, chose_unit=data.holdout_by is not None):
             complain(line)
@@ -294,6 +307,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
             **_data_identity(data),
             **({_STREAMS: STREAMS} if data.shuffle_documents else {}),
             _COLUMNS: _columns(data),
+            _READING: READING,
             **combined(text.census),
             **_where_from(data),
             **({"source_tokens": text.source_tokens} if text.source_tokens else {}),
@@ -309,6 +323,21 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     )
     _write_manifest(folder, manifest)
     return manifest
+
+
+def _check_roles(data: DataConfig, census: Sequence[Census]) -> None:
+    """Raise DataError if no chat that was read has a role of `data.chat_roles`: none of its tokens would count."""
+    roles = sum((part.roles for part in census), Counter[str]())
+    if data.chat_roles is None or not roles or any(role in roles for role in data.chat_roles):
+        return
+    listed = ", ".join(role for role, _ in roles.most_common(_ROLES_SHOWN)) + (
+        ", …" if len(roles) > _ROLES_SHOWN else ""
+    )
+    asked = ", ".join(data.chat_roles)
+    raise DataError(
+        f"chats have the roles {printable(one_line(listed, _LONGEST))}; data.chat_roles=[{asked}] names none of them: "
+        "name one or more, or set data.chat_roles=null, so that all of them count"
+    )
 
 
 @without_autocast

@@ -29,6 +29,7 @@ from sae.files import locked
 from sae.language_model import LanguageModel
 from sae.modes import without_autocast
 from sae.origin import check_belongs
+from sae.paths import expanded
 from sae.seeding import numpy_generator
 from sae.tail import Tail
 from sae.transcoding import Hooks
@@ -91,7 +92,7 @@ def measure_effects(
     tail = _checked(dictionary, cache, language_model, hook, features)
     if dictionary.W_dec.device != torch.empty(0, device=device).device:
         dictionary = copy.deepcopy(dictionary).to(device)
-    path = None if folder is None else Path(folder).expanduser()
+    path = None if folder is None else expanded(folder)
     with contextlib.nullcontext() if path is None else locked(path, "measurement of effects"):
         known = Known(_blank(dictionary, cache, language_model, hook, settings), path)
         if features is not None and not set(features) - known.features.keys() and known.features:

@@ -18,6 +18,7 @@ from sae.errors import FormatError
 from sae.features.store import Features
 from sae.files import stands, write_bytes, write_json, write_tensors
 from sae.hashes import way_out
+from sae.paths import expanded
 from sae.reading import load_tensors, read_json, read_object, taken_apart
 
 _KEY = "key"
@@ -84,7 +85,7 @@ def read_effects(path: str | Path) -> Effects:
     Raises:
         FormatError: there are none, or they are damaged or of a newer version.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     file = path if stands(path) and not path.is_dir() else path / f"{stem(0.0)}.json"
     if not stands(file):
         raise FormatError(f"effects {str(path)!r}: no {file.name} there; make it with 'sae effects RUN'")

@@ -22,6 +22,7 @@ from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated
 from sae.files import stands, write_bytes, write_json
 from sae.language_model import LanguageModel
+from sae.paths import expanded
 from sae.reading import conforming, read_object, taken_apart
 
 FORMAT, FORMAT_VERSION = "sae-comparison", 1
@@ -199,7 +200,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     """
     from sae.evaluation.comparison_tables import comparison_markdown
 
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     write_bytes(folder / MARKDOWN_FILE, comparison_markdown(comparison).encode())
     write_json(folder / JSON_FILE, comparison.to_json())  # last: where it is, the rest is
     return [folder / JSON_FILE, folder / MARKDOWN_FILE]
@@ -211,7 +212,7 @@ def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | 
     Raises:
         DamagedError: the file is damaged.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     path = folder / JSON_FILE
     if not stands(path) or not stands(folder / MARKDOWN_FILE):
         return None

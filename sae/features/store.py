@@ -21,6 +21,7 @@ from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLo
 from sae.features.vocabulary import CONTEXT_BEFORE, Vocabulary
 from sae.files import stands
 from sae.hashes import damaged
+from sae.paths import expanded
 from sae.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
 
 SORT_COLUMNS = ("density", "max", "count", "index", "mean")
@@ -242,7 +243,7 @@ class _Index(BaseModel):
 
 
 def _find_store(path: str | Path) -> Path:
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     for candidate in (folder, folder / "features"):
         if stands(candidate / layout.INDEX):
             return candidate

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import ConfigError, DataError
+from sae.paths import expanded
 from sae.probing.settings import ProbeConfig
+from sae.text.document import kind_of_value
+from sae.text.files import reason_of
 
 SAE_PROBES = "sae-probes"
 TEXT_COLUMNS, LABEL_COLUMNS, SPANS = ("text", "prompt"), ("label", "target"), "spans"
@@ -93,7 +96,7 @@ def find_data(sources: Sequence[str]) -> list[DataFile]:
 
 
 def _find(source: str) -> Iterator[DataFile]:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source == SAE_PROBES and not path.exists():
         path = _installed()
     if path.is_file():
@@ -179,7 +182,7 @@ def _csv(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data {str(path)!r}: cannot be read as UTF-8 ({error})") from error
     for number, line in enumerate(lines, 1):
@@ -187,8 +190,8 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"data {str(path)!r}: line {number} is not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"data {str(path)!r}: line {number} is not JSON ({reason_of(error)})") from error
         if not isinstance(record, dict):
             raise DataError(f"data {str(path)!r}: line {number} is no object with a text and a label")
         yield record
@@ -208,19 +211,36 @@ def _labelled(name: str, where: str, records: list[dict[str, Any]], settings: Pr
     columns = list(dict.fromkeys(key for record in records for key in record))
     text = _column(where, "text", settings.text, TEXT_COLUMNS, columns)
     label = _column(where, "label", settings.label, (*LABEL_COLUMNS, SPANS), columns)
+    for number, record in enumerate(records, 1):
+        _check_kinds(where, number, text, record.get(text), label, record.get(label))
     kept = [
         record
         for record in records
-        if str(record.get(text) or "").strip() and record.get(label) is not None and record.get(label) != ""
+        if (record.get(text) or "").strip() and record.get(label) is not None and record.get(label) != ""
     ]
     if not kept:
         raise DataError(f"data {where!r}: no row has both a {text!r} and a {label!r}")
-    texts = tuple(str(record[text]).encode("utf-8", "replace").decode() for record in kept)
+    texts = tuple(record[text].encode("utf-8", "replace").decode() for record in kept)
     left_out = len(records) - len(kept)
     if any(isinstance(record[label], list) for record in kept):
         spans = tuple(_spans(where, number, record[label]) for number, record in enumerate(kept, 1))
         return LabelledTexts(name, texts, spans=spans, left_out=left_out)
     return LabelledTexts(name, texts, tuple(str(record[label]) for record in kept), left_out=left_out)
+
+
+def _check_kinds(where: str, row: int, text_column: str, text: Any, label_column: str, label: Any) -> None:
+    """Raise DataError unless a row holds text, and one label or a list of spans; either may be missing."""
+    if text is not None and not isinstance(text, str):
+        raise DataError(
+            f"data {where!r}, row {row}: column {text_column!r} holds {kind_of_value(text)}; expected text: set "
+            "text=COLUMN to another column, or convert it to text"
+        )
+    if label is not None and not isinstance(label, str | int | float | list):
+        raise DataError(
+            f"data {where!r}, row {row}: column {label_column!r} holds {kind_of_value(label)}; expected text, a "
+            "number, true or false, or a list of spans: set label=COLUMN to another column, or convert it to one of "
+            "these"
+        )
 
 
 def _column(where: str, role: str, asked: str | None, known: Sequence[str], columns: Sequence[str]) -> str:
@@ -235,6 +255,8 @@ def _column(where: str, role: str, asked: str | None, known: Sequence[str], colu
 
 def _spans(where: str, number: int, spans: Any) -> tuple[Span, ...]:
     try:
+        if not all(isinstance(label, str | int | float) for _, _, label in spans):
+            raise TypeError("a label is text, a number, true or false")
         return tuple((int(start), int(end), str(label)) for start, end, label in spans)
     except (TypeError, ValueError) as error:
         raise DataError(

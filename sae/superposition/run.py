@@ -17,6 +17,7 @@ import sae
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.files import locked, stands, write_bytes, write_json
 from sae.hashes import is_leftover
+from sae.paths import expanded
 from sae.reading import read_object, validated
 from sae.superposition import dictionaries, experiments
 from sae.superposition.figures import draw
@@ -139,7 +140,7 @@ def run(
         TrainingInterrupted: Ctrl-C; what was done before is kept.
     """
     chosen = _chosen(names)
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     _check_folder(folder)
     wanted = {name: (settings or {}).get(name, EXPERIMENTS[name].settings) for name in chosen}
     with locked(folder, "'sae superposition'"):

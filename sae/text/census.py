@@ -21,6 +21,7 @@ class Census:
         other_kinds: files of kinds that are not read, by suffix.
         without_column: .json, .csv and .tsv files in a folder that lack the column.
         pretokenised, chats: documents that were token ids, and chats.
+        roles: of the messages of chats that were tokenised.
         repeated_sections: sections equal to one on the other side of the held-out split, where sections are divided.
         unit: what the held-out split takes and standard errors count: `document` or `section`.
     """
@@ -32,6 +33,7 @@ class Census:
     without_column: list[str] = field(default_factory=list)
     pretokenised: int = 0
     chats: int = 0
+    roles: Counter[str] = field(default_factory=Counter)
     repeated_sections: int = 0
     unit: str = "document"
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
-from sae.text.document import Chat, LongText, TokenIds, digest_of
+from sae.text.document import Chat, LongText, TokenIds, digest_of, digest_of_pieces
 
 _RECENT = 1 << 16
+_LONG = 1_000_000
+"""Characters that a text is first known by."""
 
 
 class DigestSet:
@@ -38,20 +44,90 @@ class DigestSet:
 
 
 class ReadTexts:
-    """Which contents have been read. Of long texts the beginnings; all of one only where two begin alike."""
+    """Which contents have been read. Of long texts the beginnings; all of one only where two begin alike.
 
-    def __init__(self) -> None:
-        self._digests = DigestSet()
-        self._long: dict[bytes, list[LongText]] = {}
+    Texts are equal if they are so without a byte order mark, with line ends as '\\n', and without space around them.
+
+    Args:
+        exactly: nothing of that is allowed for, and a text that is read in pieces never equals one that is not: what
+            version 1 of the reading (`sae.tokens.READING`) did.
+    """
+
+    def __init__(self, *, exactly: bool = False) -> None:
+        self._exactly, self._digests = exactly, DigestSet()
+        self._long: dict[bytes, list[_Long]] = {}
 
     def add(self, content: str | LongText | TokenIds | Chat) -> bool:
         """Whether it had not been read; from now on it has."""
-        if not isinstance(content, LongText):
+        if isinstance(content, TokenIds | Chat) or (self._exactly and isinstance(content, str)):
             return self._digests.add(digest_of(content))
-        alike = self._long.setdefault(digest_of(content.beginning), [])
-        if any(content.place is not None and content.place == other.place for other in alike):
+        beginning = content.beginning if self._exactly and isinstance(content, LongText) else _beginning(content)
+        if not self._exactly and len(beginning) < _LONG:
+            return self._digests.add(digest_of(beginning))
+        alike = self._long.setdefault(digest_of(beginning), [])
+        long = _Long(content, self._exactly)
+        if any(long.place is not None and long.place == other.place for other in alike):
             return False
-        if alike and content.digest in {other.digest for other in alike}:
+        if any(long.digest == other.digest for other in alike):
             return False
-        alike.append(content)
+        alike.append(long)
         return True
+
+
+class _Long:
+    """A long text, of which nothing is held: a text that can be read again is hashed when another begins alike.
+
+    Attributes:
+        place: the file that it is all of; None: unknown.
+    """
+
+    def __init__(self, content: str | LongText, exactly: bool) -> None:
+        self.place = content.place if isinstance(content, LongText) else None
+        self._exactly = exactly
+        self._pieces = content.pieces if isinstance(content, LongText) else None
+        self._digest = self._digest_of([content]) if isinstance(content, str) else None
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of the whole text."""
+        if self._digest is None:
+            assert self._pieces is not None
+            self._digest = self._digest_of(self._pieces())
+        return self._digest
+
+    def _digest_of(self, pieces: Iterable[str]) -> bytes:
+        return digest_of_pieces(pieces if self._exactly else normalised(pieces))
+
+
+def normalised(pieces: Iterable[str]) -> Iterator[str]:
+    """A text's pieces without byte order mark, with line ends as '\\n', and without space around the whole."""
+    lines = io.IncrementalNewlineDecoder(None, translate=True)
+    begun, space = False, ""
+    for number, piece in enumerate(itertools.chain(pieces, [None])):
+        text = lines.decode((piece or "").removeprefix("\ufeff" if number == 0 else ""), final=piece is None)
+        if not begun:
+            text = text.lstrip()
+            begun = bool(text)
+        words = text.rstrip()
+        if words:
+            yield space + words
+            space = ""
+        space += text[len(words) :]
+
+
+def _beginning(content: str | LongText) -> str:
+    """The first `_LONG` characters, normalised; all of a shorter text."""
+    if isinstance(content, LongText):
+        text = _first(normalised([content.beginning]), _LONG)
+        return text if len(text) == _LONG else _first(normalised(content.pieces()), _LONG)
+    return _first(normalised([content]), _LONG)
+
+
+def _first(pieces: Iterator[str], characters: int) -> str:
+    held, count = [], 0
+    for piece in pieces:
+        held.append(piece[: characters - count])
+        count += len(held[-1])
+        if count == characters:
+            break
+    return "".join(held)

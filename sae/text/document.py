@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -31,14 +31,6 @@ class LongText:
     pieces: Callable[[], Iterator[str]]
     place: tuple[int, int] | None
     beginning: str
-
-    @property
-    def digest(self) -> bytes:
-        """A hash of the whole text, which is read for it."""
-        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        for piece in self.pieces():
-            digest.update(piece.encode())
-        return digest.digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +88,8 @@ def read_value(value: Any, column: str, where: str) -> Content:
         if all(isinstance(entry, Mapping) for entry in value):
             return _chat(value, column, where)
     raise DataError(
-        f"data source {where}: column {column!r} holds {_kind(value)}; expected text, a list of token ids, or a chat "
-        "(a list of messages with role and content): choose another data.column, or convert it to one of these"
+        f"data source {where}: column {column!r} holds {kind_of_value(value)}; expected text, a list of token ids, or "
+        "a chat (a list of messages with role and content): choose another data.column, or convert it to one of these"
     )
 
 
@@ -119,6 +111,14 @@ def digest_of(content: str | TokenIds | Chat) -> bytes:
     else:
         kind, data = b"chat", json.dumps(content.messages, sort_keys=True, default=str).encode()
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, person=kind).digest()
+
+
+def digest_of_pieces(pieces: Iterable[str]) -> bytes:
+    """`digest_of` a text that comes in pieces."""
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for piece in pieces:
+        digest.update(piece.encode())
+    return digest.digest()
 
 
 def _token_ids(value: Sequence[int], column: str, where: str) -> TokenIds:
@@ -146,7 +146,7 @@ def _chat(value: Sequence[Mapping[str, Any]], column: str, where: str) -> Chat:
         if not isinstance(message.get("role"), str) or not isinstance(content, str):
             raise DataError(
                 f"data source {where}: column {column!r}, entry {number} of the list: expected a message with a role "
-                f"and a content that is text, found {_kind(entry)}; choose another data.column"
+                f"and a content that is text, found {kind_of_value(entry)}; choose another data.column"
             )
         messages.append({**message, "content": content.encode("utf-8", "replace").decode()})
     return Chat(tuple(messages))
@@ -162,7 +162,7 @@ def _joined_parts(content: Any) -> Any:
     )
 
 
-def _kind(value: Any) -> str:
+def kind_of_value(value: Any) -> str:
     """What a value is, in words, with a glimpse of it."""
     if isinstance(value, bool):
         return f"a truth value ({value})"
@@ -173,7 +173,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"an object with {', '.join(repr(str(key)) for key in list(value)[:8]) or 'no keys'}"
     if isinstance(value, list | tuple):
-        return f"a list of {_entries(value)}"
+        return f"a list of {_entries(value)}" if value else "an empty list"
     return f"a {type(value).__name__}"
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
+import contextlib
 import csv
+import functools
 import io
 import json
 import os
 import sys
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,9 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
+from sae.paths import name_of
 from sae.text.census import Census, kinds_in_words
 from sae.text.document import Document, LongText, read_value
 from sae.text.json_records import json_records
+
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python that was built without it reads no .xz
+    LZMAError = EOFError
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -27,6 +37,8 @@ READABLE_IN_WORDS = f"{', '.join(READABLE)}, and all but .parquet compressed as 
 _MAY_BE_OTHER_DATA = (".json", ".csv", ".tsv")
 _HELD_WHOLE = 4_000_000
 _BYTES_AT_ONCE = 1 << 20
+_DAMAGED = (OSError, EOFError, zlib.error, LZMAError)
+"""What reading a file raises if it is damaged."""
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -67,26 +79,28 @@ def list_folder(folder: Path, census: Census | None = None) -> list[Path]:
     return sorted(files)
 
 
-def read_folder(folder: Path, column: str, census: Census | None = None) -> Iterator[Document]:
+def read_folder(
+    folder: Path, column: str, census: Census | None = None, *, keep_mark: bool = False
+) -> Iterator[Document]:
     """Documents of a folder's files, named by their paths in it.
 
     A .json, .csv or .tsv file without the column is left out, unless there is nothing else: such files often lie
-    there for something else.
+    there for something else. `keep_mark` is that of `read_file`.
 
     Raises:
         DataError: no file can be read, or one is damaged.
     """
     census = census or Census()
     files = list_folder(folder, census)
-    return _documents_of(files, folder, column, census)
+    return _documents_of(files, folder, column, census, keep_mark)
 
 
-def _documents_of(files: list[Path], folder: Path, column: str, census: Census) -> Iterator[Document]:
+def _documents_of(files: list[Path], folder: Path, column: str, census: Census, keep_mark: bool) -> Iterator[Document]:
     unfit: MissingColumnError | None = None
     for file in files:
-        name = file.relative_to(folder).as_posix()
+        name = name_of(file.relative_to(folder))
         try:
-            yield from read_file(file, name, column)
+            yield from read_file(file, name, column, keep_mark=keep_mark)
         except MissingColumnError as error:
             if error.row > 1 or kind_of(file)[0] not in _MAY_BE_OTHER_DATA:
                 raise
@@ -96,8 +110,14 @@ def _documents_of(files: list[Path], folder: Path, column: str, census: Census) 
         raise unfit
 
 
-def read_file(path: Path, name: str, column: str) -> Iterator[Document]:
+def read_file(path: Path, name: str, column: str, *, keep_mark: bool = False) -> Iterator[Document]:
     """Documents of a file.
+
+    Args:
+        path: the file.
+        name: what its documents' names begin with.
+        column: the field to read, in all but .txt and .md files.
+        keep_mark: a byte order mark is part of the text of .txt and .md files.
 
     Raises:
         DataError: it is of no kind that can be read, damaged, or lacks the column.
@@ -108,7 +128,7 @@ def read_file(path: Path, name: str, column: str) -> Iterator[Document]:
             f"data source {str(path)!r}: not a kind of file that can be read, which are {READABLE_IN_WORDS}"
         )
     if kind in TEXT_SUFFIXES:
-        return _text(path, name)
+        return _text(path, name, keep_mark)
     if kind == ".parquet":
         return _parquet(path, name, column)
     return _records(path, name, column, kind)
@@ -158,15 +178,15 @@ def open_binary(path: Path) -> io.BufferedIOBase:
     return path.open("rb")
 
 
-def decoded(path: Path, encoding: str = "utf-8") -> Iterator[str]:
-    """A file's text in pieces of about a million characters, with line ends as '\\n'.
+def decoded(path: Path, *, keep_mark: bool = False) -> Iterator[str]:
+    """A file's text in pieces of about a million characters, with line ends as '\\n' and without byte order mark.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8; the message says at which byte.
     """
-    decoder = codecs.getincrementaldecoder(encoding)()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    done = 0
+    done, mark = 0, "" if keep_mark else "\ufeff"
     try:
         with open_binary(path) as content:
             while True:
@@ -178,10 +198,11 @@ def decoded(path: Path, encoding: str = "utf-8") -> Iterator[str]:
                     raise DataError(not_utf8(path, error, done - waiting)) from error
                 done += len(data)
                 if text:
-                    yield text
+                    yield text.removeprefix(mark)
+                    mark = ""
                 if not data:
                     return
-    except (OSError, EOFError, zlib.error) as error:
+    except _DAMAGED as error:
         raise DataError(unreadable(path, error)) from error
 
 
@@ -198,23 +219,24 @@ def unreadable(path: Path, error: Exception) -> str:
     return f"data source {str(path)!r}: cannot be read ({reason})"
 
 
-def _text(path: Path, name: str) -> Iterator[Document]:
-    pieces, held, characters = decoded(path), [], 0
+def _text(path: Path, name: str, keep_mark: bool) -> Iterator[Document]:
+    pieces, held, characters = decoded(path, keep_mark=keep_mark), [], 0
     for piece in pieces:
         held.append(piece)
         characters += len(piece)
         if characters > _HELD_WHOLE:
             stat = path.stat()
-            yield Document(name, LongText(lambda: decoded(path), (stat.st_dev, stat.st_ino), "".join(held)))
+            again = functools.partial(decoded, path, keep_mark=keep_mark)
+            yield Document(name, LongText(again, (stat.st_dev, stat.st_ino), "".join(held)))
             return
     yield Document(name, "".join(held))
 
 
 def _records(path: Path, name: str, column: str, kind: str) -> Iterator[Document]:
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, str, Any]]]]
+    readers: dict[str, Callable[[Path, str], Iterator[tuple[int, str, Any]]]]
     readers = {".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl}
     try:
-        for row, (number, place, record) in enumerate(readers[kind](path), 1):
+        for row, (number, place, record) in enumerate(readers[kind](path, column), 1):
             where = f"{path}, {place} {number}"
             content = field_of(record, column, where, row)
             if kind in (".csv", ".tsv") and isinstance(content, str) and _is_written_list(content):
@@ -225,36 +247,52 @@ def _records(path: Path, name: str, column: str, kind: str) -> Iterator[Document
             yield Document(f"{name}:{number}", content)
     except UnicodeDecodeError as error:
         raise DataError(not_utf8(path, error)) from error
-    except (OSError, EOFError, zlib.error) as error:
+    except _DAMAGED as error:
         raise DataError(unreadable(path, error)) from error
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, str, Any]]:
+def _jsonl(path: Path, _: str) -> Iterator[tuple[int, str, Any]]:
     with open_binary(path) as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not content.strip():
                 continue
             try:
-                yield number, "line", json.loads(line.decode("utf-8"))
+                yield number, "line", json.loads(content.decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"data source {str(path)!r}: line {number} is not JSON ({_why(error)})") from error
+                raise DataError(f"data source {str(path)!r}: line {number} is not JSON ({reason_of(error)})") from error
 
 
-def _json(path: Path) -> Iterator[tuple[int, str, Any]]:
+def _json(path: Path, _: str) -> Iterator[tuple[int, str, Any]]:
     """Records of a list, of one object, or of lines with an object each: all three are called .json."""
     try:
-        for number, record in enumerate(json_records(decoded(path, "utf-8-sig")), 1):
+        for number, record in enumerate(json_records(decoded(path)), 1):
             yield number, "record", record
     except (ValueError, RecursionError) as error:
-        raise DataError(f"data source {str(path)!r}: not JSON ({_why(error)})") from error
+        raise DataError(f"data source {str(path)!r}: not JSON ({reason_of(error)})") from error
 
 
-def _csv(path: Path) -> Iterator[tuple[int, str, Any]]:
+def _csv(path: Path, column: str) -> Iterator[tuple[int, str, Any]]:
+    """Rows below the header. If it has the column, each must have a field for it, and no more fields than the header.
+
+    A row may end early behind the column: some programs leave out empty fields at the end.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="") as lines:  # type: ignore[arg-type]
-        rows = csv.DictReader(lines, delimiter="\t" if kind_of(path)[0] == ".tsv" else ",", strict=True)
+        comma, called = ("\t", "tab") if kind_of(path)[0] == ".tsv" else (",", "comma")
+        rows = csv.DictReader(lines, delimiter=comma, strict=True)
         try:
             for number, row in enumerate(rows, 1):
+                if column in row and None in row:
+                    raise DataError(
+                        f"data source {str(path)!r}: line {rows.line_num} has more fields than the header; put text "
+                        f"with a {called} in quotes"
+                    )
+                if column in row and row[column] is None:
+                    raise DataError(
+                        f"data source {str(path)!r}: line {rows.line_num} has fewer fields than the header, and none "
+                        f"for {column!r}; put text with a line end in quotes"
+                    )
                 yield number, "row", {key: value for key, value in row.items() if key is not None}
         except csv.Error as error:
             raise DataError(f"data source {str(path)!r}: line {rows.line_num} is not CSV ({error})") from error
@@ -266,7 +304,7 @@ def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
     try:
         table = parquet.ParquetFile(path)
     except Exception as error:
-        raise DataError(f"data source {str(path)!r}: not a parquet file ({_why(error)})") from error
+        raise DataError(f"data source {str(path)!r}: not a parquet file ({reason_of(error)})") from error
     if column not in table.schema_arrow.names:
         raise MissingColumnError(str(path), column, table.schema_arrow.names, 1)
     row = 0
@@ -276,14 +314,23 @@ def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
                 yield Document(f"{name}:{row}", read_value(value.as_py(), column, f"{path}, row {row}"))
                 row += 1
     except (OSError, ValueError) as error:
-        raise DataError(f"data source {str(path)!r}: row {row} could not be read ({_why(error)})") from error
+        raise DataError(f"data source {str(path)!r}: row {row} could not be read ({reason_of(error)})") from error
 
 
 def _is_written_list(text: str) -> bool:
-    return text.startswith("[") and text.rstrip().endswith("]") and text[1:].lstrip()[:1] in "{-0123456789"
+    """Whether text is a list of numbers or of objects in JSON or Python."""
+    if not (text.startswith("[") and text.rstrip().endswith("]") and text[1:].lstrip()[:1] in "{-0123456789"):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escape sequences that Python does not know
+        for parse in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                return isinstance(parse(text), list)
+    return False
 
 
-def _why(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What is wrong, as a parser says, in one short line."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     reason = error.msg if isinstance(error, json.JSONDecodeError) else getattr(error, "reason", None)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
+from sae.paths import expanded
 from sae.text.files import list_folder
 
 _HASHED_WHOLE = 256 << 20
@@ -18,7 +19,7 @@ def source_fingerprint(source: str) -> str | None:
     Names are those inside the folder, so it does not matter where the folder lies. Of more than 256 MiB in all, three
     pieces of each file are hashed instead of all of it.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         files, names = [path], [path.name]
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():

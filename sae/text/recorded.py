@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
+from sae.paths import expanded
 
 _NAMES = ("tokenizer_name", "tokenizer", "tokenizer_name_or_path")
 _RECORDS = ("sae_lens.json", "dataset_info.json")
+_MOST_BYTES = 64 << 20
 
 
 def check_recorded_tokenizer(source: str, tokenizer: Any, accepted: str | None) -> None:
@@ -24,7 +26,7 @@ def check_recorded_tokenizer(source: str, tokenizer: Any, accepted: str | None) 
         tokenizer: the model's.
         accepted: name of a recorded tokenizer that is the model's own under another name.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         return
@@ -44,12 +46,14 @@ def check_recorded_tokenizer(source: str, tokenizer: Any, accepted: str | None) 
 
 
 def _recorded_name(path: Path, folder: Path) -> str | None:
-    for record in _RECORDS:
-        with contextlib.suppress(OSError, ValueError):
-            name = _name_in(json.loads((folder / record).read_text(encoding="utf-8")))
+    for record in (folder / name for name in _RECORDS):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            if not record.is_file() or record.stat().st_size > _MOST_BYTES:
+                continue  # such as a pipe, which would be waited for
+            name = _name_in(json.loads(record.read_text(encoding="utf-8")))
             if name is not None:
                 return name
-    files = sorted(folder.rglob("*.parquet"))[:1] if path.is_dir() else [path]
+    files = sorted(file for file in folder.rglob("*.parquet") if file.is_file())[:1] if path.is_dir() else [path]
     for file in (file for file in files if file.suffix.lower() == ".parquet"):
         from pyarrow import parquet
 

@@ -20,6 +20,7 @@ from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError, TrainingError
 from sae.files import missing_space
 from sae.modes import present_mode, training_mode
+from sae.paths import expanded
 from sae.reading import taken_apart
 from sae.training.agreement import common_pass
 from sae.training.checkpoint import (
@@ -124,7 +125,7 @@ def train(
     sources = {"input": source} if target is None else {"input": source, "target": target}
     recipe = Recipe(
         dictionary, settings or TrainConfig(), seed, "input", None if target is None else "target",
-        None if folder is None else Path(folder).expanduser(), metadata or {}, start,
+        None if folder is None else expanded(folder), metadata or {}, start,
     )  # fmt: skip
     outcome = train_all(
         sources, {_ONLY: recipe}, device=device, sinks={_ONLY: sinks},

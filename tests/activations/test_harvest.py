@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +215,17 @@ def test_a_cache_of_another_model_is_refused(
         CacheError, match=r"of another model: weights_sha256 is '[0-9a-f]+' there and '[0-9a-f]+' in 't"
     ):
         harvest(tiny_config(model__name=str(copy)), LanguageModel(ModelConfig(name=str(copy))))
+
+
+def test_names_that_are_no_text_are_written(
+    tiny_config: Config, text_folder: Path, language_model: LanguageModel, tmp_path: Path
+) -> None:
+    source = shutil.copytree(text_folder, tmp_path / "text")
+    for number, file in enumerate(sorted(source.rglob("*.txt"))):
+        file.rename(os.fsdecode(bytes(file.parent) + b"/%d-caf\xe9.txt" % number))
+    names = harvest(tiny_config(data__source=str(source)), language_model).documents("train")
+    assert names
+    assert all(name.endswith("-caf\\xe9.txt") for name in names)
 
 
 def test_model_named_from_the_home_folder_goes_on(

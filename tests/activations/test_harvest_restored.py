@@ -71,6 +71,37 @@ def test_text_is_restored_in_the_order_that_the_manifest_is_of(
     assert all(hashlib.sha256(held[name]).hexdigest() == manifest["files"][name]["sha256"] for name in lost)
 
 
+@pytest.mark.parametrize("reading", [1, 2])
+def test_text_is_restored_as_the_version_read_it_that_the_manifest_is_of(
+    reading: int, tiny_config: Config, text_folder: Path, language_model: LanguageModel, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Version 1 took byte order marks for text and texts with another end for other texts."""
+    source = shutil.copytree(text_folder, tmp_path / "text")
+    for file in sorted(source.rglob("*.txt"))[:20]:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        file.with_suffix(".md").write_bytes(file.read_bytes() + b"\n")
+    config = tiny_config(data__source=str(source))
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.activations.harvest.READING", reading)
+        folder = harvest(config, language_model).path
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["data"]["duplicates"] > 10) == (reading == 2)
+    if reading == 1:
+        del manifest["data"]["reading"]
+        write_json(folder / "manifest.json", manifest)
+    before = contents(folder)
+    for name in ("tokens/train-00001.safetensors", "documents.json"):
+        (folder / name).unlink()
+    harvest(config, language_model)
+    assert contents(folder) == before
+    (folder / "documents.json").unlink()
+    manifest["data"]["reading"] = 3
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(CacheError, match=r"its manifest has reading=3, and 0 to 2 are known here: restore it with the"):
+        harvest(config, language_model)
+
+
 def test_restoring_what_has_changed_is_refused_and_touches_nothing(
     tiny_config: Config, tiny_cache: ActivationCache, language_model: LanguageModel, tmp_path: Path, monkeypatch
 ) -> None:

@@ -55,8 +55,50 @@ def test_spans(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "Anna sang", "spans": [[0, 4, "name"]]}\n{"text": "hm", "spans": []}\n')
     assert read(tmp_path / "a.jsonl") == LabelledTexts("a", ("Anna sang", "hm"), spans=(((0, 4, "name"),), ()))
     (tmp_path / "b.jsonl").write_text('{"text": "Anna", "spans": [[0, "name"]]}\n')
-    with pytest.raises(DataError, match=r"text 1: spans=.*expected a list of \[first character"):
-        read(tmp_path / "b.jsonl")
+    (tmp_path / "c.jsonl").write_text('{"text": "Anna", "spans": [[0, 4, {"a": 1}]]}\n')
+    for name in ("b.jsonl", "c.jsonl"):
+        with pytest.raises(DataError, match=r"text 1: spans=.*expected a list of \[first character"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": [132, 655, 0], "label": 0}, r"row 2: column 'text' holds a list of numbers \(132, …\); expected t"),
+        ({"text": [{"role": "user"}], "label": 0}, "row 2: column 'text' holds a list of objects; expected text: set"),
+        ({"text": 3.5, "label": 0}, r"row 2: column 'text' holds a number \(3.5\)"),
+        ({"text": 0, "label": 0}, r"row 2: column 'text' holds a number \(0\)"),
+        ({"text": [], "label": 0}, "row 2: column 'text' holds an empty list"),
+        ({"text": "b", "label": {"a": 1}}, "row 2: column 'label' holds an object with 'a'; expected text, a numbe"),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_and_no_label_is_refused(row: dict, message: str, tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 1}, row]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pyarrow.table({key: [row[key]] * 2 for key in row}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=message.replace("row 2", "row 1")):
+        read(tmp_path / "b.parquet")
+
+
+def test_labels_may_be_text_numbers_and_truth_values(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": label} for label in ("x", 1, 0.5, True, None)] + [{"text": None, "label": 1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = read(tmp_path / "a.jsonl")
+    assert (data.labels, data.left_out) == (("x", "1", "0.5", "True"), 2)
+
+
+def test_lines_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a", "label": 1}\n')
+    assert read(tmp_path / "a.jsonl").texts == ("a",)
+
+
+@pytest.mark.parametrize(("line", "reason"), [("9" * 5000, "Exceeds the limit"), ("[" * 100_000, "nested too deeply")])
+def test_json_that_cannot_be_parsed(line: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": ' + line)
+    with pytest.raises(DataError, match=rf"line 2 is not JSON \({reason}"):
+        read(tmp_path / "a.jsonl")
 
 
 def test_columns_are_found_or_named(tmp_path: Path) -> None:

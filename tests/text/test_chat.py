@@ -94,6 +94,21 @@ def chat_model(language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -
     return language_model
 
 
+def test_roles_that_no_chat_has_are_refused_before_the_model_reads_them(
+    tiny_config: Any, chat_model: LanguageModel, tmp_path: Path
+) -> None:
+    chats = [[{"role": role, "content": f"river {n}"} for role in ("user", "assistant", "user")] for n in range(300)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"m": chat}) + "\n" for chat in chats))
+    settings = {
+        "data__source": str(tmp_path / "c.jsonl"), "data__column": "m", "data__tokens": 600,
+        "data__held_out_tokens": 100,
+    }  # fmt: skip
+    message = r"^chats have the roles user, assistant; data.chat_roles=\[asistant, bot\] names none of them: name one"
+    with pytest.raises(DataError, match=message):
+        harvest(tiny_config(data__chat_roles=["asistant", "bot"], **settings), chat_model)
+    harvest(tiny_config(data__chat_roles=["asistant", "user"], **settings), chat_model)
+
+
 def test_only_the_chosen_roles_count_everywhere(tiny_config: Any, chat_model: LanguageModel, tmp_path: Path) -> None:
     chats = [
         [{"role": "user", "content": f"the river {n}"}, {"role": "assistant", "content": f"keeps {n} stone houses"}]

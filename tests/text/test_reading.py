@@ -18,7 +18,7 @@ from sae.corpus import read_documents
 from sae.errors import DataError
 from sae.text.census import Census
 from sae.text.document import Chat, Content, TokenIds
-from sae.tokens import HELD_OUT, TRAIN, prepared_documents
+from sae.tokens import HELD_OUT, READING, TRAIN, prepared_documents
 
 ROWS = [{"text": "One, ü × 漢字 😀.\nTwo", "n": 1}, {"text": 'He said "no", twice', "n": 2}]
 TEXTS = [row["text"] for row in ROWS]
@@ -151,6 +151,58 @@ def test_lists_in_csv_are_not_text(tmp_path: Path) -> None:
         contents(tmp_path / "a.csv", "x")
 
 
+@pytest.mark.parametrize("text", ["[1] Smith said so [2]", "[2020-01-01] [a note]", "[1 2 3]", "[-]", "[0-9]\\d [x]"])
+def test_text_in_brackets_is_text(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f'x\n"{text}"\n')
+    assert contents(tmp_path / "a.csv", "x") == [text]
+
+
+def test_a_chat_that_python_wrote_into_a_csv_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n\"[{'role': 'user'}]\"\n")
+    with pytest.raises(DataError, match=r"a.csv, row 1: column 'x' holds a list written as text"):
+        contents(tmp_path / "a.csv", "x")
+
+
+def test_text_behind_a_comma_without_quotes_is_not_dropped(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"fine,\nso far"\nHello, world, this is lost\n')
+    (tmp_path / "b.tsv").write_text("text\nHello\tworld\n")
+    with pytest.raises(DataError, match=r"a.csv': line 4 has more fields than the header; put text with a comma in q"):
+        contents(tmp_path / "a.csv")
+    with pytest.raises(DataError, match=r"b.tsv': line 2 has more fields than the header; put text with a tab in quo"):
+        contents(tmp_path / "b.tsv")
+
+
+def test_a_row_that_ends_before_the_text_is_refused_and_one_that_ends_behind_it_is_not(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,n\nHello\n")
+    assert contents(tmp_path / "a.csv") == ["Hello"]
+    (tmp_path / "b.csv").write_text("n,text\n1,Hello\nworld\n")
+    with pytest.raises(DataError, match=r"line 3 has fewer fields than the header, and none for 'text'; put text wi"):
+        contents(tmp_path / "b.csv")
+
+
+def test_rows_of_other_tables_in_a_folder_may_have_any_number_of_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.csv").write_text("x,y\n1,2,3\n")
+    assert contents(tmp_path) == ["text"]
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv"])
+def test_damaged_xz(kind: str, tmp_path: Path) -> None:
+    content = bytearray(lzma.compress(lines(ROWS * 100)))
+    content[30:40] = bytes(10)
+    (tmp_path / f"a{kind}.xz").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.\w+\.xz': cannot be read \(Corrupt input data\)"):
+        contents(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson.gz"])
+def test_lines_may_begin_with_a_byte_order_mark(kind: str, tmp_path: Path) -> None:
+    for beginning in (b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"):
+        content = beginning + lines(ROWS)
+        (tmp_path / f"a{kind}").write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+        assert contents(tmp_path) == TEXTS
+
+
 def test_messages_in_three_forms(tmp_path: Path) -> None:
     plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     forms = [
@@ -189,6 +241,51 @@ def test_equal_long_texts_are_read_once(tmp_path: Path, monkeypatch: pytest.Monk
         "b.txt",
     ]
     assert census.duplicates == 2
+
+
+def distinct(source: Path, reading: int = READING) -> tuple[list[str], int]:
+    """Names of the documents that are read, and how many are equal to one of them."""
+    census = Census()
+    config = DataConfig(source=str(source), holdout_by="section", section_characters=10**9)
+    found = prepared_documents(config, census=census, reading=reading)
+    return list(dict.fromkeys(name.partition("#")[0] for name, _, _ in found)), census.duplicates
+
+
+def test_texts_that_differ_in_line_ends_marks_and_space_around_them_are_equal(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"One\n\ntext.\n")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfOne\r\n\r\ntext.\r\n")
+    (tmp_path / "c.jsonl").write_bytes(lines([{"text": " One\r\rtext."}, {"text": "\ufeffOne\n\ntext."}]))
+    (tmp_path / "d.txt").write_bytes(b"One\ntext.\n")
+    assert distinct(tmp_path) == (["a.txt", "d.txt"], 3)
+    assert distinct(tmp_path, reading=1) == (["a.txt", "b.txt", "c.jsonl:1", "c.jsonl:2", "d.txt"], 0)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    """Nor does it move the place of a wrong byte."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOne")
+    assert contents(tmp_path / "a.txt") == ["One"]
+    assert [document.text for document in read_documents(str(tmp_path), keep_mark=True)] == ["\ufeffOne"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfOne\xff")
+    with pytest.raises(DataError, match=r"not UTF-8 text \(invalid start byte at byte 6\)"):
+        contents(tmp_path / "a.txt")
+
+
+def test_equal_long_texts_of_all_kinds_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces or as a row, with other line ends, a mark, or more space at the ends."""
+    monkeypatch.setattr("sae.text.files._HELD_WHOLE", 300)
+    monkeypatch.setattr("sae.text.files._BYTES_AT_ONCE", 64)
+    monkeypatch.setattr("sae.text.digests._LONG", 200)
+    text = "\n".join(f"line {number}  \n" for number in range(100))
+    (tmp_path / "a.txt").write_text(text + "end")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf\n" + text.replace("\n", "\r\n").encode() + b"end" + b"\r\n" * 90)
+    (tmp_path / "c.jsonl").write_bytes(lines([{"text": text + "end\n"}, {"text": text + "other end"}]))
+    (tmp_path / "d.txt").write_text(" " * 400 + text + "end")
+    (tmp_path / "e.txt").write_text(text + "other end\n")
+    (tmp_path / "f.txt").write_text(text.replace("  \n", "\n") + "end")
+    (tmp_path / "g.txt").write_text(" " * 400 + "short")
+    (tmp_path / "h.jsonl").write_bytes(lines([{"text": "short"}]))
+    assert distinct(tmp_path) == (["a.txt", "c.jsonl:2", "f.txt", "g.txt"], 5)
+    assert distinct(tmp_path, reading=1)[1] == 0
 
 
 @pytest.mark.parametrize("shape", ["line", "folder", "jsonl", "lines"])
