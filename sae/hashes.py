@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from sae.errors import DamagedError
+from sae.errors import DamagedError, UnreadableError
 
 SUMS = "SHA256SUMS"
 _PIECE, _MAPPED = 1 << 17, 1 << 22
@@ -66,6 +66,12 @@ _WAYS_OUT = {
 }
 
 
+_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EIO, errno.EFAULT}
+"""Errors that a file is to blame for; `EFAULT` is how a mapped one says that a piece of it cannot be read."""
+_TRY_AGAIN = "check permissions and free memory, and run the same command again"
+_MORE_FILES = "let more files be open ('ulimit -n 4096'), and run the same command again"
+
+
 class UnhashedWarning(UserWarning):
     """A file that the toolkit wrote has no hash beside it."""
 
@@ -82,6 +88,15 @@ def damaged(path: Path, reason: str, remedy: str | None = None) -> DamagedError:
     return DamagedError(f"{str(path)!r}: {' '.join(reason.split())}; {remedy or way_out(path)}")
 
 
+def unreadable(path: Path, error: Exception, remedy: str | None = None) -> DamagedError | UnreadableError:
+    """The error of a file that the system does not read; where the machine is to blame, nothing is to be deleted."""
+    if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+        way = _MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else _TRY_AGAIN
+        return UnreadableError(f"{str(path)!r}: cannot be read ({_reason(error)}); {way}")
+    reason = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
+    return damaged(path, reason, remedy)
+
+
 def is_leftover(name: str) -> bool:
     """Whether a file in a folder is the toolkit's book-keeping, or what a kill left of a file being written."""
     return name in (".lock", SUMS) or (name.startswith(".") and name.endswith(".tmp"))
@@ -92,12 +107,12 @@ def open_regular(path: Path, remedy: str | None = None) -> int:
 
     Raises:
         DamagedError: there is no file, or something that is no regular file.
+        UnreadableError: the machine cannot open it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
-        raise damaged(path, reason, remedy) from error
+        raise unreadable(path, error, remedy) from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -126,6 +141,7 @@ def check(
 
     Raises:
         DamagedError: the file is missing, no regular file, or differs from its hash.
+        UnreadableError: the machine cannot read it.
     """
     digest, accepted, identity = "", (), ()
     for _ in range(_TIMES_READ):  # another process may replace it meanwhile
@@ -285,7 +301,7 @@ def settle(folder: Path) -> None:
 def clear_temporaries(folder: Path) -> None:
     """Delete what killed processes left half written; what a living one writes is locked and stays."""
     for path in folder.glob(".*-*.tmp"):
-        with contextlib.suppress(OSError, DamagedError), os.fdopen(open_regular(path), "rb") as file:
+        with contextlib.suppress(OSError, DamagedError, UnreadableError), os.fdopen(open_regular(path), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
@@ -350,7 +366,7 @@ def _digest(path: Path, remedy: str | None = None) -> tuple[str, Identity]:
                 if digest is None:
                     digest = _hash_read(file.fileno())
             except (OSError, ValueError) as error:
-                raise damaged(path, f"cannot be read ({_reason(error)})", remedy) from error
+                raise unreadable(path, error, remedy) from error
             if identity_of(os.fstat(file.fileno())) == identity:
                 if time.time_ns() - identity[-1] > _YOUNG_NS:
                     _KNOWN[identity] = digest
@@ -393,14 +409,14 @@ def _read(path: Path, most: int, remedy: str | None = None) -> bytes:
         try:
             return file.read(most + 1)
         except OSError as error:
-            raise damaged(path, f"cannot be read ({_reason(error)})", remedy) from error
+            raise unreadable(path, error, remedy) from error
 
 
 def _right_now(path: Path, listed: tuple[str, ...]) -> tuple[str, ...]:
     """The hash of what is there, if that is a file which is right or has no hash; else nothing."""
     if not path.is_file():
         return ()
-    with contextlib.suppress(DamagedError):
+    with contextlib.suppress(DamagedError, UnreadableError):
         digest, _ = _digest(path)
         return (digest,) if not listed or digest in listed else ()
     return ()

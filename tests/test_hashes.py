@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 import sae
-from sae import hashes
+from sae import hashes, reading
 from sae.architectures import TopK
 from sae.config_file import load_config
-from sae.errors import ConfigError, DamagedError
+from sae.environment import choose_device
+from sae.errors import ConfigError, DamagedError, UnreadableError
 from sae.files import locked, write_bytes, write_json
 from sae.hashes import SUMS, UnhashedWarning, check, read_checked, recorded, settle
 from sae.reading import read_json
@@ -168,6 +170,68 @@ def test_what_is_no_file_is_named_at_once(tmp_path: Path, kind: str) -> None:
         path.rmdir() if kind == "folder" else path.unlink()
         path.write_bytes(content)
     sae.load(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "check permissions and free memory"), (errno.ENOMEM, "run the same")],
+)
+def test_what_the_machine_cannot_read_is_not_to_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, way: str
+) -> None:
+    TopK(4, 8, k=2).save(tmp_path)
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "open", refuse)
+        with pytest.raises(UnreadableError, match=f"cannot be read \\({os.strerror(number)}\\); .*{way}") as caught:
+            sae.load(tmp_path)
+        assert "delete" not in str(caught.value)
+    monkeypatch.setattr(reading, "load_file", lambda *_: refuse())
+    with pytest.raises(UnreadableError, match=way):
+        sae.load(tmp_path)
+
+
+def test_a_file_that_only_safetensors_cannot_open_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so wherever the system refuses to open it, be it for too many open files."""
+    TopK(4, 8, k=2).save(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise FileNotFoundError("No such file or directory: weights.safetensors")
+
+    monkeypatch.setattr(reading, "load_file", refuse)
+    with pytest.raises(UnreadableError, match="check permissions and free memory"):
+        sae.load(tmp_path)
+
+
+def test_memory_that_is_too_small_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TopK(4, 8, k=2).save(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError), reading.taken_apart(tmp_path / "config.json"):
+        refuse()
+    monkeypatch.setattr(torch.Tensor, "to", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        sae.load(tmp_path)
+    with pytest.raises(ConfigError, match="device 'meta': not available here .*use device=auto or device=cpu"):
+        choose_device("meta")
+
+
+def test_a_folder_whose_name_is_not_utf8_is_to_be_renamed(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    TopK(4, 8, k=2).save(folder)
+    with pytest.raises(UnreadableError, match="the path is not UTF-8.*; rename the folder"):
+        sae.load(folder)
+    [problem] = verify(folder)[1]
+    assert problem.endswith("rename the folder")
+    folder.rename(tmp_path / "renamed")
+    sae.load(tmp_path / "renamed")
 
 
 def test_folders_without_hashes_are_read_and_say_so_once(tmp_path: Path) -> None:
