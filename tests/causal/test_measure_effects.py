@@ -354,6 +354,7 @@ def test_refusals(held_out: ActivationCache, language_model: LanguageModel, tiny
         ({"positions": 0}, "positions=0: expected at least 1"),
         ({"null_positions": -1}, "null_positions=-1: expected at least 0"),
         ({"tokens": 0}, "tokens=0: expected at least 1"),
+        ({"positions": 2**63}, f"positions={2**63}: expected at most 9,223,372,036,854,775,807"),
     ):
         with pytest.raises(ConfigError) as caught:
             EffectSettings(**wrong)
