@@ -13,6 +13,7 @@ from sae.architectures import load
 from sae.config_file import CONFIG_YAML, load_config
 from sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
 from sae.errors import CacheError, SaeError
+from sae.evaluation.report import DOCUMENTS_FILE, JSON_FILE, check_documents
 from sae.features import Features, layout
 from sae.hashes import SUMS, check, damaged, read_sums
 from sae.training.sinks import METRICS_FILE
@@ -121,6 +122,7 @@ def _misfits(folder: Path, names: list[str]) -> Iterator[str]:
     readers = [
         ({CONFIG_FILE, WEIGHTS_FILE}, load),
         ({layout.INDEX}, Features),
+        ({JSON_FILE, DOCUMENTS_FILE}, check_documents),
         ({CONFIG_YAML}, lambda path: load_config(path / CONFIG_YAML)),
     ]
     for files, read in readers:

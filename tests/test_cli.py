@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -251,6 +252,18 @@ def test_a_report_cut_short_is_written_again(config_file: Path, own_run: Path, c
     (own_run / "eval.md").unlink()
     assert command("run", config_file, f"out={own_run}").status == 0
     assert (own_run / "eval.md").is_file()
+
+
+def test_an_evaluation_killed_while_it_is_written_is_made_again(
+    config_file: Path, own_run: Path, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.evaluation.report.write_json", mock.Mock(side_effect=KeyboardInterrupt))
+        assert command("eval", own_run, "evaluation.tokens=300").status == 130
+    assert command("verify", own_run).status == 0
+    assert command("run", config_file, f"out={own_run}").status == 0
+    assert json.loads((own_run / "eval.json").read_text())["settings"]["tokens"] is None
+    assert command("verify", own_run).status == 0
 
 
 def test_a_damaged_feature_store_is_named_and_made_again_when_it_is_gone(own_run: Path, command) -> None:
