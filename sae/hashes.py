@@ -6,6 +6,12 @@ that a process killed at any instant leaves a file and a list that agree:
     new content under a temporary name → both hashes listed → renamed → the new hash alone listed
 
 What a user wrote is in no list and is read as it is. Shards of an activation cache have their hashes in its manifest.
+
+A `SHA256SUMS` may be the user's own: it is left alone, and files in that folder have no hash. Whose one is:
+
+- the toolkit's, if it begins with the line that the toolkit begins it with, up to a few damaged bytes;
+- else the user's, if every line is one that `sha256sum` writes, or a comment;
+- else a damaged one of the toolkit's if files that only the toolkit writes stand beside it; the user's elsewhere.
 """
 
 from __future__ import annotations
@@ -33,8 +39,12 @@ Identity = tuple[int, ...]
 
 _HEADER = "# Written by sae: 'sae verify' compares the files here with it, and so does 'sha256sum -c SHA256SUMS'.\n"
 _LINE = re.compile(r"(# before )?([0-9a-f]{64})  ([^/\0\n]+)")
+_OF_SHA256SUM = re.compile(rb"(\\?[0-9a-fA-F]{64} [ *].+|\\?SHA256 \(.+\) = [0-9a-fA-F]{64}|\s*|#.*)\r?")
+_BYTES_A_DAMAGED_ONE = 16
+"""The first line is the toolkit's if at most one in so many of its bytes is another."""
 _BEFORE = "# before "
 _TIMES_READ = 3
+_MOST_BYTES = 1 << 28
 _YOUNG_NS = 100_000_000
 """A file changed less than this ago may be changed again and keep its times."""
 _PATIENCE_SECONDS = 10.0
@@ -207,20 +217,25 @@ def recorded(path: Path) -> tuple[str, ...]:
 
 
 def read_sums(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Hashes by file name; empty if there is no `SHA256SUMS`.
+    """Hashes by file name; empty if there is no `SHA256SUMS`, or one of the user's.
 
     Raises:
-        DamagedError: it cannot be read.
+        DamagedError: it cannot be read, or is one of the toolkit's and damaged.
     """
     path = folder / SUMS
     if not os.path.lexists(path):
         return {}
     sums: dict[str, tuple[str, ...]] = {}
+    content = _read(path, _MOST_BYTES)
+    if _is_users(content, folder):
+        return {}
     try:
-        lines = _read(path, 1 << 28).decode("utf-8").splitlines()
+        first, *lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise damaged(path, f"damaged ({error})") from error
-    for number, line in enumerate(lines, 1):
+    if content and (len(first) != len(_HEADER) - 1 or lines[-1:] != [""]):
+        raise damaged(path, "damaged (its first or last line is not whole)")
+    for number, line in enumerate(lines, 2):
         match = _LINE.fullmatch(line)
         if match is None:
             if line and not line.startswith("#"):
@@ -231,9 +246,27 @@ def read_sums(folder: Path) -> dict[str, tuple[str, ...]]:
     return sums
 
 
+def is_users(folder: Path) -> bool:
+    """Whether there is a `SHA256SUMS` that the toolkit did not write: it records nothing there."""
+    path = folder / SUMS
+    return os.path.lexists(path) and _is_users(_read(path, _MOST_BYTES), folder)
+
+
+def _is_users(content: bytes, folder: Path) -> bool:
+    start = content[: len(_HEADER)]
+    wrong = sum(here != there for here, there in zip(start, _HEADER.encode(), strict=False))
+    if wrong <= len(start) // _BYTES_A_DAMAGED_ONE:
+        return False
+    if all(_OF_SHA256SUM.fullmatch(line) for line in content.split(b"\n")):
+        return True
+    return not any(os.path.lexists(folder / name) for name in _WAYS_OUT.keys() - {SUMS, "config.yaml"})
+
+
 @contextlib.contextmanager
 def replacing(path: Path, digest: str) -> Iterator[None]:
     """In the body a file is given new content: until that is done either content is right, then the new one alone.
+
+    Beside a list of the user's nothing is recorded.
 
     Args:
         path: the file.
@@ -244,6 +277,9 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
         OSError: it cannot be written; nothing has changed then.
     """
     folder, name = path.parent, path.name
+    if is_users(folder):
+        yield
+        return
     with _alone(folder):
         sums = read_sums(folder)
         before = _right_now(path, sums.get(name, ()))
@@ -260,12 +296,14 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
 
 
 def record(path: Path) -> None:
-    """Take the hash of a file as it is into `SHA256SUMS`.
+    """Take the hash of a file as it is into `SHA256SUMS`, unless that is the user's.
 
     Raises:
         DamagedError: the file or the list cannot be read.
         OSError: the list cannot be written.
     """
+    if is_users(path.parent):
+        return
     with _alone(path.parent):
         _write_sums(path.parent, {**read_sums(path.parent), path.name: (_digest(path)[0],)})
 
@@ -335,9 +373,12 @@ def announce_unhashed(path: Path) -> None:
     if any(place in _ANNOUNCED for place in (folder, *folder.parents)):
         return
     _ANNOUNCED.add(folder)
+    why, way = "as in folders written before there was one", ""
+    if is_users(path.parent):
+        why, way = "which sae did not write", f"rename that {SUMS}, and "
     warnings.warn(
-        f"{str(folder)!r}: {path.relative_to(folder)} has no SHA-256 in {SUMS}, as in folders written before there was "
-        "one: it is read, but damage would go unnoticed; 'sae verify --record' on the folder adds hashes",
+        f"{str(folder)!r}: {path.relative_to(folder)} has no SHA-256 in {SUMS}, {why}: it is read, but damage would go "
+        f"unnoticed; {way}'sae verify --record' on the folder adds hashes",
         UnhashedWarning,
         stacklevel=4,
     )

@@ -87,6 +87,15 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def unwritable() -> str | None:
+    """Why standard output does not take what was printed; None if it does."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def close() -> None:
-    """Take leave of a standard output that nobody reads any more."""
+    """Take leave of a standard output that nobody reads any more, or that takes nothing."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -44,8 +44,8 @@ def verify(path: str | Path) -> tuple[int, list[str]]:
     problems: dict[str, None] = {}
     known = False
     for folder, names in _folders(root):
-        known = known or SUMS in names or bool(_OURS & set(names))
         here = dict(_compared(folder))
+        known = known or bool(here or _OURS & set(names)) or (SUMS in names and not hashes.is_users(folder))
         checked |= here
         if not any(here.values()):
             problems |= dict.fromkeys(_misfits(folder, names))
@@ -64,12 +64,14 @@ def record_hashes(path: str | Path) -> list[Path]:
         The files whose hashes were added.
 
     Raises:
-        CacheError: the folder cannot be written.
+        CacheError: the folder cannot be written, or has a `SHA256SUMS` of the user's.
     """
     added = []
     for folder, names in _folders(Path(path).expanduser()):
         listed = read_sums(folder)
         for name in sorted((_OURS & set(names)) - listed.keys()):
+            if hashes.is_users(folder):
+                raise CacheError(f"{str(folder / SUMS)!r}: sae did not write it, and adds nothing; rename it")
             if (folder / MANIFEST).exists() and name == layout.DOCUMENTS:
                 continue  # the manifest has it
             try:

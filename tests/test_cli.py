@@ -7,6 +7,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -335,6 +337,24 @@ def test_unknown_feature_and_wrong_usage(own_run: Path, command) -> None:
     assert_refused(outcome, "beauty", "density")
     assert command("frobnicate").status == 2
     assert command("features", own_run, "x").status == 2
+
+
+def test_a_page_needs_the_name_of_a_file(own_run: Path, command) -> None:
+    for name in ("", own_run):
+        outcome = command("features", own_run, "--page", name)
+        assert outcome.status == 2 and "is no file; name one, such as page.html" in outcome.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("words", [["features", "RUN"], ["features", "--help"]])
+def test_a_standard_output_that_takes_nothing(finished_run: Path, words: list[str]) -> None:
+    command = [sys.executable, "-m", "sae.cli", *(str(finished_run) if word == "RUN" else word for word in words)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "Error: standard output cannot be written (No space left on device); send it where there is space"
+    ]
 
 
 def test_help_lists_every_key(command) -> None:

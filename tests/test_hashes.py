@@ -19,8 +19,8 @@ from sae import hashes, reading
 from sae.architectures import TopK
 from sae.config_file import load_config
 from sae.environment import choose_device
-from sae.errors import ConfigError, DamagedError, UnreadableError
-from sae.files import locked, write_bytes, write_json
+from sae.errors import CacheError, ConfigError, DamagedError, UnreadableError
+from sae.files import delete, locked, write_bytes, write_json
 from sae.hashes import SUMS, UnhashedWarning, check, read_checked, recorded, settle
 from sae.reading import read_json
 from sae.verification import record_hashes, verify
@@ -311,6 +311,75 @@ def test_json_that_the_toolkit_does_not_write_is_refused(tmp_path: Path, content
     write_bytes(tmp_path / "a.json", content)
     with pytest.raises(DamagedError, match=message):
         read_json(tmp_path / "a.json")
+
+
+USERS = {
+    "in folders": f"{'0' * 64}  sub/file.bin\n",
+    "binary": f"{'0' * 64} *config.yaml\n",
+    "of no file": "",
+    "with comments and odd names": f"# mine\n\n\\{'A' * 64}  a\\nb\r\n",
+    "BSD": f"SHA256 (a) = {'0' * 64}\n",
+    "signed": f"-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\n{'0' * 64}  a\n",
+}
+
+
+@pytest.mark.parametrize("kind", USERS)
+def test_a_list_of_the_users_is_left_alone(tmp_path: Path, kind: str) -> None:
+    (tmp_path / SUMS).write_text(USERS[kind], encoding="utf-8", newline="")
+    before = (tmp_path / SUMS).read_bytes()
+    (tmp_path / "config.yaml").write_text("seed: 3", encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml").seed == 3
+    if not before:
+        return  # an empty one may as well be the toolkit's
+    write_json(tmp_path / "a.json", {"a": 1})
+    write_json(tmp_path / "a.json", {"a": 2})
+    with pytest.warns(UnhashedWarning, match=f"which sae did not write: .*; rename that {SUMS}, and"):
+        assert read_json(tmp_path / "a.json") == {"a": 2}
+    delete(tmp_path / "a.json")
+    with locked(tmp_path, "test"):
+        hashes.record(tmp_path / "config.yaml")
+    assert (tmp_path / SUMS).read_bytes() == before
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(CacheError, match="nothing there that sae wrote"):
+        verify(tmp_path)
+
+
+def test_hashes_are_not_added_to_a_list_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / SUMS).write_text(USERS["binary"], encoding="utf-8")
+    write_json(tmp_path / "eval.json", {})
+    with pytest.raises(CacheError, match=f"{SUMS}': sae did not write it, and adds nothing; rename it"):
+        record_hashes(tmp_path)
+
+
+def test_whatever_bit_of_the_list_is_flipped_nothing_damaged_is_read(tmp_path: Path) -> None:
+    """It is an error, or the file is known by its hash as before."""
+    write_bytes(tmp_path / "a", b"{}")
+    content = (tmp_path / SUMS).read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / SUMS).write_bytes(flipped)
+        try:
+            names = hashes.read_sums(tmp_path)
+        except DamagedError:
+            continue
+        assert len(names) == 1 and not hashes.is_users(tmp_path), bit
+    for size in range(1, len(content)):
+        (tmp_path / SUMS).write_bytes(content[:size])
+        if size == content.index(b"\n") + 1:
+            assert hashes.read_sums(tmp_path) == {}
+        else:
+            with pytest.raises(DamagedError, match="not whole"):
+                hashes.read_sums(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 300, b'{"json": "of another file"}\n'])
+def test_a_list_that_is_none_is_damage_beside_files_of_the_toolkit(tmp_path: Path, content: bytes) -> None:
+    TopK(4, 8, k=2).save(tmp_path)
+    (tmp_path / SUMS).write_bytes(content)
+    with pytest.raises(DamagedError, match=f"{SUMS}': damaged"):
+        sae.load(tmp_path)
+    assert len(verify(tmp_path)[1]) >= 1
 
 
 def test_settling_keeps_what_is_there(tmp_path: Path) -> None:
