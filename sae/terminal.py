@@ -88,8 +88,9 @@ def prepare() -> None:
 
 
 def unwritable() -> str | None:
-    """Why standard output does not take what was printed; None if it does."""
+    """After an error: why standard output takes no line end; None if it does."""
     try:
+        sys.stdout.write("\n")  # unbuffered, it has nothing left that a flush would meet
         sys.stdout.flush()
     except OSError as error:
         return error.strerror or str(error)

@@ -346,11 +346,14 @@ def test_a_page_needs_the_name_of_a_file(own_run: Path, command) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("words", [["features", "RUN"], ["features", "--help"]])
-def test_a_standard_output_that_takes_nothing(finished_run: Path, words: list[str]) -> None:
+@pytest.mark.parametrize(("words", "unbuffered"), [(["features", "RUN"], ""), (["features", "--help"], "1")])
+def test_a_standard_output_that_takes_nothing(finished_run: Path, words: list[str], unbuffered: str) -> None:
     command = [sys.executable, "-m", "sae.cli", *(str(finished_run) if word == "RUN" else word for word in words)]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "Error: standard output cannot be written (No space left on device); send it where there is space"
