@@ -172,9 +172,7 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "FIFO", "large", "unreadable", "of a run"])
-def test_a_file_of_the_users_is_never_to_be_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_a_file_of_the_users_is_never_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     path = tmp_path / "mine"
     expected = {
         "folder": f"name the YAML file, such as {str(path / 'config.yaml')!r}",

@@ -219,14 +219,14 @@ def test_memory_that_is_too_small_is_no_damage(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.Tensor, "to", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         sae.load(tmp_path)
-    with pytest.raises(ConfigError, match="device 'meta': not available here .*use device=auto or device=cpu"):
+    with pytest.raises(ConfigError, match=r"device 'meta': not available here .*use device=auto or device=cpu"):
         choose_device("meta")
 
 
 def test_a_folder_whose_name_is_not_utf8_is_to_be_renamed(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"\xff")
     TopK(4, 8, k=2).save(folder)
-    with pytest.raises(UnreadableError, match="the path is not UTF-8.*; rename the folder"):
+    with pytest.raises(UnreadableError, match=r"the path is not UTF-8.*; rename the folder"):
         sae.load(folder)
     [problem] = verify(folder)[1]
     assert problem.endswith("rename the folder")
