@@ -23,7 +23,7 @@ from sae.commands.superposition import superposition
 from sae.config_file import CONFIG_YAML, describe_keys, load_config
 from sae.errors import SaeError
 from sae.files import stands
-from sae.terminal import close, complain, complain_at_length, output, prepare, say, show_warning
+from sae.terminal import close, complain, complain_at_length, output, prepare, say, show_warning, unwritable
 
 _INTERRUPTED = "interrupted; run the same command again to go on"
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -203,6 +203,8 @@ def features(
     from sae.viewer import print_feature, print_features, write_page
 
     indices, overrides = features_and_overrides(arguments, path)
+    if page is not None and (not page.name or page.is_dir()):
+        raise click.BadParameter(f"{str(page)!r} is no file; name one, such as page.html.", param_hint="'--page'")
     if stands(path / CONFIG_YAML):
         with progress_bars(quiet=options["quiet"]) as progress:
             store = pipeline.Run.open(path, overrides, progress).features()
@@ -297,9 +299,14 @@ def _main() -> None:
     except BrokenPipeError:
         close()
     except Exception as error:
+        unwritten = unwritable() if isinstance(error, OSError) else None
+        if unwritten:
+            close()
         if debug:
             complain_at_length(traceback.format_exc())
             sys.exit(1)
+        if unwritten:
+            _fail(f"Error: standard output cannot be written ({unwritten}); send it where there is space", 1)
         _fail(f"Error: {error}" if isinstance(error, SaeError) else f"Error: {_unexpected(error)}", 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -144,5 +145,26 @@ def _drawn(layout: _Layout, sections: Collection[int]) -> Table:
     for row, cells in enumerate(zip(*(column.shown(layout.short) for column in layout.columns), strict=True)):
         if row in sections:
             table.add_section()
-        table.add_row(*(Text(printable(cell, lines=True)) if isinstance(cell, str) else cell for cell in cells))
+        table.add_row(
+            *(
+                Text(_broken(printable(cell, lines=True), width if column.is_text and not column.is_cut else None))
+                if isinstance(cell, str)
+                else cell
+                for cell, column, width in zip(cells, layout.columns, layout.widths, strict=True)
+            )
+        )
     return table
+
+
+def _broken(text: str, width: int | None) -> str:
+    """The text with line ends in words that are wider, behind underscores as far as there are some."""
+    if width is None:
+        return text
+
+    def broken(word: re.Match[str]) -> str:
+        lines = [""]
+        for part in re.findall(rf"[^_]{{0,{width - 1}}}_|[^_]{{1,{width}}}", word[0]):
+            lines = [*lines[:-1], lines[-1] + part] if len(lines[-1] + part) <= width else [*lines, part]
+        return "\n".join(filter(None, lines))
+
+    return re.sub(rf"\S{{{width + 1},}}", broken, text)

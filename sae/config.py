@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from sae.errors import ConfigError
 from sae.mixture import check_mixture, source_labels, token_shares
@@ -41,8 +42,30 @@ def is_text(field: FieldInfo) -> bool:
     return field.annotation in (str, str | None, str | tuple[str, ...])
 
 
+LARGEST = (1 << 63) - 1
+"""Of whole numbers in settings: larger ones would be written, and not be read again."""
+
+
+def within_64_bits(value: Any) -> Any:
+    """A setting, if all whole numbers in it are ones that files of this toolkit may hold.
+
+    Raises:
+        PydanticCustomError: one is larger.
+    """
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int) and not -LARGEST - 1 <= number <= LARGEST:
+            way = f"at most {LARGEST:,}" if number > 0 else f"at least {-LARGEST - 1:,}"
+            raise PydanticCustomError("whole_number", "Expected {way}", {"way": way})
+    return value
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _within_64_bits(cls, value: Any) -> Any:
+        return within_64_bits(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -382,7 +405,9 @@ class EvaluationConfig(_Settings):
     @classmethod
     def _tokens(cls, value: Any, info: Any) -> Any:
         can_be_zero = info.field_name in ("frozen_decoder_tokens", "legacy_tokens")
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+        whole = (isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, float) and value.is_integer()
+        )
         if value == AUTO or (whole and value >= (0 if can_be_zero else 1)) or (value is None and not can_be_zero):
             return value
         other = "0 or more" if can_be_zero else "above 0, null"

@@ -14,9 +14,9 @@ from pydantic_core import ErrorDetails
 from yaml.composer import ComposerError
 
 from sae.config import RunConfig, is_text
-from sae.errors import ConfigError, DamagedError
+from sae.errors import ConfigError, DamagedError, UnreadableError
 from sae.fit import check_fit
-from sae.hashes import read_checked
+from sae.hashes import read_checked, recorded
 from sae.printable import one_line
 
 CONFIG_YAML = "config.yaml"
@@ -114,14 +114,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(f"config {str(path)!r}: no such file")
     try:
-        settings = parse_yaml(path, read_checked(path, most=MOST_YAML_BYTES, announce=False))
-    except DamagedError as error:
+        content = read_checked(path, most=MOST_YAML_BYTES, remedy=_remedy(path), announce=False)
+        settings = parse_yaml(path, content)
+    except (DamagedError, UnreadableError) as error:
         raise ConfigError(f"config {error}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(f"config {str(path)!r}: expected keys and values, such as 'seed: 0'")
     return settings
+
+
+def _remedy(path: Path) -> str | None:
+    """What to do if it cannot be read: no command makes anew what the user wrote."""
+    own = path.name == CONFIG_YAML and bool(recorded(path))
+    if path.is_dir() and not own:
+        return f"name the YAML file, such as {str(path / CONFIG_YAML)!r}"
+    return None if own else "give a YAML file that can be read"
 
 
 def parse_yaml(path: Path, content: bytes) -> Any:

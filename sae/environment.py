@@ -14,13 +14,14 @@ def choose_device(name: str) -> torch.device:
     """`auto` takes a GPU where there is one.
 
     Raises:
-        ConfigError: torch does not know the device, it is not there, or it has no float64 for the sums (mps).
+        ConfigError: torch does not know the device, it is not there, has no float64 for the sums (mps), or holds no
+            numbers (meta).
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, dtype=torch.float64, device=device)
+        torch.empty(1, dtype=torch.float64, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:120]
         raise ConfigError(f"device {name!r}: not available here ({reason}); use device=auto or device=cpu") from error

@@ -6,7 +6,8 @@
     ├── ModelError     the language model or the hook point cannot be had
     ├── CacheError     the activation cache is missing, damaged, of another model, or cannot be written
     ├── FormatError    a saved dictionary or feature store cannot be read
-    │   └── DamagedError  (a CacheError as well) a file is missing, damaged, changed, or no regular file
+    │   ├── DamagedError  (a CacheError as well) a file is missing, damaged, changed, or no regular file
+    │   └── UnreadableError  (a CacheError as well) the machine cannot read a file, which may be good
     ├── TrainingError  training cannot go on
     ├── ShapeError     activations have another width than the dictionary
     └── UnknownFeatureError  the dictionary has no feature of that number
@@ -43,6 +44,10 @@ class FormatError(SaeError):
 
 class DamagedError(FormatError, CacheError):
     """A file that the toolkit wrote is missing, differs from its hash, cannot be parsed, or is no regular file."""
+
+
+class UnreadableError(FormatError, CacheError):
+    """A file cannot be read, and not through a fault of its own: permissions, memory, open files, the path's name."""
 
 
 class TrainingError(SaeError):

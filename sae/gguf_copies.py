@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sae import hashes
-from sae.errors import CacheError, DamagedError
+from sae.errors import CacheError, DamagedError, UnreadableError
 from sae.files import free_bytes
 
 _SHARE_OF_FREE_SPACE = 0.1
@@ -32,7 +32,7 @@ def folder_of(path: Path, dtype: str) -> Path | None:
 
     try:
         content = " ".join([hashes.sha256_of(path), dtype, version("transformers"), version("gguf")])
-    except (DamagedError, PackageNotFoundError):
+    except (DamagedError, UnreadableError, PackageNotFoundError):
         return None
     name = f"{path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     return Path(constants.HF_HOME) / "sae-dequantised" / name

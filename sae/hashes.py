@@ -6,6 +6,12 @@ that a process killed at any instant leaves a file and a list that agree:
     new content under a temporary name → both hashes listed → renamed → the new hash alone listed
 
 What a user wrote is in no list and is read as it is. Shards of an activation cache have their hashes in its manifest.
+
+A `SHA256SUMS` may be the user's own: it is left alone, and files in that folder have no hash. Whose one is:
+
+- the toolkit's, if it begins with the line that the toolkit begins it with, up to a few damaged bytes;
+- else the user's, if every line is one that `sha256sum` writes, or a comment;
+- else a damaged one of the toolkit's if files that only the toolkit writes stand beside it; the user's elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from sae.errors import DamagedError
+from sae.errors import DamagedError, UnreadableError
 
 SUMS = "SHA256SUMS"
 _PIECE, _MAPPED = 1 << 17, 1 << 22
@@ -33,8 +39,12 @@ Identity = tuple[int, ...]
 
 _HEADER = "# Written by sae: 'sae verify' compares the files here with it, and so does 'sha256sum -c SHA256SUMS'.\n"
 _LINE = re.compile(r"(# before )?([0-9a-f]{64})  ([^/\0\n]+)")
+_OF_SHA256SUM = re.compile(rb"(\\?[0-9a-fA-F]{64} [ *].+|\\?SHA256 \(.+\) = [0-9a-fA-F]{64}|\s*|#.*)\r?")
+_BYTES_A_DAMAGED_ONE = 16
+"""The first line is the toolkit's if at most one in so many of its bytes is another."""
 _BEFORE = "# before "
 _TIMES_READ = 3
+_MOST_BYTES = 1 << 28
 _YOUNG_NS = 100_000_000
 """A file changed less than this ago may be changed again and keep its times."""
 _PATIENCE_SECONDS = 10.0
@@ -66,6 +76,12 @@ _WAYS_OUT = {
 }
 
 
+_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EIO, errno.EFAULT}
+"""Errors that a file is to blame for; `EFAULT` is how a mapped one says that a piece of it cannot be read."""
+_TRY_AGAIN = "check permissions and free memory, and run the same command again"
+_MORE_FILES = "let more files be open ('ulimit -n 4096'), and run the same command again"
+
+
 class UnhashedWarning(UserWarning):
     """A file that the toolkit wrote has no hash beside it."""
 
@@ -82,6 +98,15 @@ def damaged(path: Path, reason: str, remedy: str | None = None) -> DamagedError:
     return DamagedError(f"{str(path)!r}: {' '.join(reason.split())}; {remedy or way_out(path)}")
 
 
+def unreadable(path: Path, error: Exception, remedy: str | None = None) -> DamagedError | UnreadableError:
+    """The error of a file that the system does not read; where the machine is to blame, nothing is to be deleted."""
+    if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+        way = _MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else _TRY_AGAIN
+        return UnreadableError(f"{str(path)!r}: cannot be read ({_reason(error)}); {way}")
+    reason = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
+    return damaged(path, reason, remedy)
+
+
 def is_leftover(name: str) -> bool:
     """Whether a file in a folder is the toolkit's book-keeping, or what a kill left of a file being written."""
     return name in (".lock", SUMS) or (name.startswith(".") and name.endswith(".tmp"))
@@ -92,12 +117,12 @@ def open_regular(path: Path, remedy: str | None = None) -> int:
 
     Raises:
         DamagedError: there is no file, or something that is no regular file.
+        UnreadableError: the machine cannot open it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        reason = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
-        raise damaged(path, reason, remedy) from error
+        raise unreadable(path, error, remedy) from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -126,6 +151,7 @@ def check(
 
     Raises:
         DamagedError: the file is missing, no regular file, or differs from its hash.
+        UnreadableError: the machine cannot read it.
     """
     digest, accepted, identity = "", (), ()
     for _ in range(_TIMES_READ):  # another process may replace it meanwhile
@@ -191,20 +217,25 @@ def recorded(path: Path) -> tuple[str, ...]:
 
 
 def read_sums(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Hashes by file name; empty if there is no `SHA256SUMS`.
+    """Hashes by file name; empty if there is no `SHA256SUMS`, or one of the user's.
 
     Raises:
-        DamagedError: it cannot be read.
+        DamagedError: it cannot be read, or is one of the toolkit's and damaged.
     """
     path = folder / SUMS
     if not os.path.lexists(path):
         return {}
     sums: dict[str, tuple[str, ...]] = {}
+    content = _read(path, _MOST_BYTES)
+    if _is_users(content, folder):
+        return {}
     try:
-        lines = _read(path, 1 << 28).decode("utf-8").splitlines()
+        first, *lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise damaged(path, f"damaged ({error})") from error
-    for number, line in enumerate(lines, 1):
+    if content and (len(first) != len(_HEADER) - 1 or lines[-1:] != [""]):
+        raise damaged(path, "damaged (its first or last line is not whole)")
+    for number, line in enumerate(lines, 2):
         match = _LINE.fullmatch(line)
         if match is None:
             if line and not line.startswith("#"):
@@ -215,9 +246,27 @@ def read_sums(folder: Path) -> dict[str, tuple[str, ...]]:
     return sums
 
 
+def is_users(folder: Path) -> bool:
+    """Whether there is a `SHA256SUMS` that the toolkit did not write: it records nothing there."""
+    path = folder / SUMS
+    return os.path.lexists(path) and _is_users(_read(path, _MOST_BYTES), folder)
+
+
+def _is_users(content: bytes, folder: Path) -> bool:
+    start = content[: len(_HEADER)]
+    wrong = sum(here != there for here, there in zip(start, _HEADER.encode(), strict=False))
+    if wrong <= len(start) // _BYTES_A_DAMAGED_ONE:
+        return False
+    if all(_OF_SHA256SUM.fullmatch(line) for line in content.split(b"\n")):
+        return True
+    return not any(os.path.lexists(folder / name) for name in _WAYS_OUT.keys() - {SUMS, "config.yaml"})
+
+
 @contextlib.contextmanager
 def replacing(path: Path, digest: str) -> Iterator[None]:
     """In the body a file is given new content: until that is done either content is right, then the new one alone.
+
+    Beside a list of the user's nothing is recorded.
 
     Args:
         path: the file.
@@ -228,6 +277,9 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
         OSError: it cannot be written; nothing has changed then.
     """
     folder, name = path.parent, path.name
+    if is_users(folder):
+        yield
+        return
     with _alone(folder):
         sums = read_sums(folder)
         before = _right_now(path, sums.get(name, ()))
@@ -244,12 +296,14 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
 
 
 def record(path: Path) -> None:
-    """Take the hash of a file as it is into `SHA256SUMS`.
+    """Take the hash of a file as it is into `SHA256SUMS`, unless that is the user's.
 
     Raises:
         DamagedError: the file or the list cannot be read.
         OSError: the list cannot be written.
     """
+    if is_users(path.parent):
+        return
     with _alone(path.parent):
         _write_sums(path.parent, {**read_sums(path.parent), path.name: (_digest(path)[0],)})
 
@@ -285,7 +339,7 @@ def settle(folder: Path) -> None:
 def clear_temporaries(folder: Path) -> None:
     """Delete what killed processes left half written; what a living one writes is locked and stays."""
     for path in folder.glob(".*-*.tmp"):
-        with contextlib.suppress(OSError, DamagedError), os.fdopen(open_regular(path), "rb") as file:
+        with contextlib.suppress(OSError, DamagedError, UnreadableError), os.fdopen(open_regular(path), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
@@ -319,9 +373,12 @@ def announce_unhashed(path: Path) -> None:
     if any(place in _ANNOUNCED for place in (folder, *folder.parents)):
         return
     _ANNOUNCED.add(folder)
+    why, way = "as in folders written before there was one", ""
+    if is_users(path.parent):
+        why, way = "which sae did not write", f"rename that {SUMS}, and "
     warnings.warn(
-        f"{str(folder)!r}: {path.relative_to(folder)} has no SHA-256 in {SUMS}, as in folders written before there was "
-        "one: it is read, but damage would go unnoticed; 'sae verify --record' on the folder adds hashes",
+        f"{str(folder)!r}: {path.relative_to(folder)} has no SHA-256 in {SUMS}, {why}: it is read, but damage would go "
+        f"unnoticed; {way}'sae verify --record' on the folder adds hashes",
         UnhashedWarning,
         stacklevel=4,
     )
@@ -350,7 +407,7 @@ def _digest(path: Path, remedy: str | None = None) -> tuple[str, Identity]:
                 if digest is None:
                     digest = _hash_read(file.fileno())
             except (OSError, ValueError) as error:
-                raise damaged(path, f"cannot be read ({_reason(error)})", remedy) from error
+                raise unreadable(path, error, remedy) from error
             if identity_of(os.fstat(file.fileno())) == identity:
                 if time.time_ns() - identity[-1] > _YOUNG_NS:
                     _KNOWN[identity] = digest
@@ -393,14 +450,14 @@ def _read(path: Path, most: int, remedy: str | None = None) -> bytes:
         try:
             return file.read(most + 1)
         except OSError as error:
-            raise damaged(path, f"cannot be read ({_reason(error)})", remedy) from error
+            raise unreadable(path, error, remedy) from error
 
 
 def _right_now(path: Path, listed: tuple[str, ...]) -> tuple[str, ...]:
     """The hash of what is there, if that is a file which is right or has no hash; else nothing."""
     if not path.is_file():
         return ()
-    with contextlib.suppress(DamagedError):
+    with contextlib.suppress(DamagedError, UnreadableError):
         digest, _ = _digest(path)
         return (digest,) if not listed or digest in listed else ()
     return ()

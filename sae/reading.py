@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae.errors import DamagedError
-from sae.hashes import Identity, check, damaged, identity_of, open_regular, read_checked
+from sae.errors import DamagedError, UnreadableError
+from sae.hashes import Identity, check, damaged, identity_of, open_regular, read_checked, unreadable
 from sae.printable import one_line
 
 MOST_JSON_BYTES = 1 << 30
@@ -126,6 +126,8 @@ def taken_apart(path: Path, remedy: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:  # the machine's fault, not the file's
+        raise
     except _WRONG as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise damaged(path, f"damaged ({one_line(reason, _LONGEST)})", remedy) from error
@@ -138,10 +140,12 @@ def load_tensors(
 
     Raises:
         DamagedError: it is missing, differs from its hash, or is no safetensors file.
+        UnreadableError: the machine cannot read it.
     """
     identity = _checked_tensors(path, expected, remedy)
     with _opened(path, identity, remedy):
-        return load_file(path, device=str(device))
+        tensors = load_file(path)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}  # out of memory there is not the file's fault
 
 
 def open_tensors(path: Path, expected: str | None = None, *, remedy: str | None = None) -> Any:
@@ -149,6 +153,7 @@ def open_tensors(path: Path, expected: str | None = None, *, remedy: str | None 
 
     Raises:
         DamagedError: it is missing, differs from its hash, or is no safetensors file.
+        UnreadableError: the machine cannot read it.
     """
     identity = _checked_tensors(path, expected, remedy)
     with _opened(path, identity, remedy):
@@ -163,7 +168,9 @@ def tensor_of(file: Any, name: str, path: Path, remedy: str | None = None) -> Te
     """
     try:
         return file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        raise unreadable(path, error, remedy) from error
+    except (SafetensorError, ValueError) as error:
         raise damaged(path, f"damaged ({_short(error)})", remedy) from error
 
 
@@ -180,9 +187,18 @@ def _checked_tensors(path: Path, expected: str | None, remedy: str | None) -> Id
 def _opened(path: Path, identity: Identity, remedy: str | None) -> Iterator[None]:
     """What the body opens is the file that was checked."""
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UnreadableError(
+            f"{str(path)!r}: the path is not UTF-8, and safetensors opens no other; rename the folder"
+        ) from error
+    try:
         yield
         same = identity_of(path.stat()) == identity
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        os.close(open_regular(path, remedy))  # says what the matter is, where safetensors does not
+        raise unreadable(path, error, remedy) from error
+    except (SafetensorError, ValueError) as error:
         kind = _A_PICKLE if is_pickle(path) else f"damaged ({_short(error)})"
         raise damaged(path, kind, remedy) from error
     if not same:
@@ -194,7 +210,7 @@ def is_pickle(path: Path) -> bool:
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             start = file.read(4)
-    except (OSError, DamagedError):
+    except (OSError, DamagedError, UnreadableError):
         return False
     return start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start == b"PK\x03\x04"
 

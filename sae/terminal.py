@@ -87,6 +87,16 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def unwritable() -> str | None:
+    """After an error: why standard output takes no line end; None if it does."""
+    try:
+        sys.stdout.write("\n")  # unbuffered, it has nothing left that a flush would meet
+        sys.stdout.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def close() -> None:
-    """Take leave of a standard output that nobody reads any more."""
+    """Take leave of a standard output that nobody reads any more, or that takes nothing."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,8 +13,10 @@ from sae.architectures import load
 from sae.config_file import CONFIG_YAML, load_config
 from sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
 from sae.errors import CacheError, SaeError
+from sae.evaluation.report import DOCUMENTS_FILE, JSON_FILE, check_documents
 from sae.features import Features, layout
 from sae.hashes import SUMS, check, damaged, read_sums
+from sae.paths import expanded
 from sae.training.sinks import METRICS_FILE
 
 _OURS = {
@@ -38,13 +40,13 @@ def verify(path: str | Path) -> tuple[int, list[str]]:
     Raises:
         CacheError: there is nothing there that this toolkit wrote.
     """
-    root = Path(path).expanduser()
+    root = expanded(path)
     checked: dict[Path, str | None] = {}
     problems: dict[str, None] = {}
     known = False
     for folder, names in _folders(root):
-        known = known or SUMS in names or bool(_OURS & set(names))
         here = dict(_compared(folder))
+        known = known or bool(here or _OURS & set(names)) or (SUMS in names and not hashes.is_users(folder))
         checked |= here
         if not any(here.values()):
             problems |= dict.fromkeys(_misfits(folder, names))
@@ -63,12 +65,14 @@ def record_hashes(path: str | Path) -> list[Path]:
         The files whose hashes were added.
 
     Raises:
-        CacheError: the folder cannot be written.
+        CacheError: the folder cannot be written, or has a `SHA256SUMS` of the user's.
     """
     added = []
-    for folder, names in _folders(Path(path).expanduser()):
+    for folder, names in _folders(expanded(path)):
         listed = read_sums(folder)
         for name in sorted((_OURS & set(names)) - listed.keys()):
+            if hashes.is_users(folder):
+                raise CacheError(f"{str(folder / SUMS)!r}: sae did not write it, and adds nothing; rename it")
             if (folder / MANIFEST).exists() and name == layout.DOCUMENTS:
                 continue  # the manifest has it
             try:
@@ -121,6 +125,7 @@ def _misfits(folder: Path, names: list[str]) -> Iterator[str]:
     readers = [
         ({CONFIG_FILE, WEIGHTS_FILE}, load),
         ({layout.INDEX}, Features),
+        ({JSON_FILE, DOCUMENTS_FILE}, check_documents),
         ({CONFIG_YAML}, lambda path: load_config(path / CONFIG_YAML)),
     ]
     for files, read in readers:

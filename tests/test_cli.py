@@ -7,7 +7,10 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -253,6 +256,18 @@ def test_a_report_cut_short_is_written_again(config_file: Path, own_run: Path, c
     assert (own_run / "eval.md").is_file()
 
 
+def test_an_evaluation_killed_while_it_is_written_is_made_again(
+    config_file: Path, own_run: Path, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.evaluation.report.write_json", mock.Mock(side_effect=KeyboardInterrupt))
+        assert command("eval", own_run, "evaluation.tokens=300").status == 130
+    assert command("verify", own_run).status == 0
+    assert command("run", config_file, f"out={own_run}").status == 0
+    assert json.loads((own_run / "eval.json").read_text())["settings"]["tokens"] is None
+    assert command("verify", own_run).status == 0
+
+
 def test_a_damaged_feature_store_is_named_and_made_again_when_it_is_gone(own_run: Path, command) -> None:
     os.truncate(own_run / "features" / "features.safetensors", 100)
     assert_refused(command("features", own_run, 3), "features.safetensors': damaged", "delete features.json and run")
@@ -322,6 +337,27 @@ def test_unknown_feature_and_wrong_usage(own_run: Path, command) -> None:
     assert_refused(outcome, "beauty", "density")
     assert command("frobnicate").status == 2
     assert command("features", own_run, "x").status == 2
+
+
+def test_a_page_needs_the_name_of_a_file(own_run: Path, command) -> None:
+    for name in ("", own_run):
+        outcome = command("features", own_run, "--page", name)
+        assert outcome.status == 2 and "is no file; name one, such as page.html" in outcome.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(("words", "unbuffered"), [(["features", "RUN"], ""), (["features", "--help"], "1")])
+def test_a_standard_output_that_takes_nothing(finished_run: Path, words: list[str], unbuffered: str) -> None:
+    command = [sys.executable, "-m", "sae.cli", *(str(finished_run) if word == "RUN" else word for word in words)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "Error: standard output cannot be written (No space left on device); send it where there is space"
+    ]
 
 
 def test_help_lists_every_key(command) -> None:

@@ -60,6 +60,16 @@ def test_names_are_folded_and_not_cut() -> None:
     assert "…" not in text
 
 
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [(47, ["relative_reconstruction_bias"]), (43, ["relative_reconstruction_", "bias"]),
+     (31, ["relative_", "reconstructio", "n_bias"])],
+)  # fmt: skip
+def test_long_names_break_at_underscores(width: int, lines: list[str]) -> None:
+    text = printed([Column("metric", NAMES[1:2], is_text=True), Column("own", FULL[1:2])], width)
+    assert [line.split()[0] for line in text.splitlines()[2:]] == lines
+
+
 def test_notes_stand_below_and_one_of_them_only_if_cells_are_short() -> None:
     texts = {"title": "a title", "note": "a note", "short_note": "errors are elsewhere"}
     assert "errors are elsewhere" not in printed(table(2), 200, **texts)

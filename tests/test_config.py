@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -11,6 +14,7 @@ from pydantic import ValidationError
 from sae.config import RunConfig
 from sae.config_file import describe_keys, load_config, parse_config
 from sae.errors import ConfigError
+from sae.files import write_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +122,27 @@ def test_values_that_do_not_fit_are_refused() -> None:
     assert refusal("seed.x=1", "seed=3", "seed.x=1").startswith("override seed.x: seed is a value, not a section")
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["seed", "train.shuffle_seed", "data.holdout_seed", "train.log_every", "evaluation.tokens", "train.snapshots"],
+)
+def test_numbers_that_could_not_be_read_again_are_refused(key: str) -> None:
+    load_config(None, [f"{key}={2**63 - 1}"])
+    assert refusal(f"{key}={2**63}").endswith(": expected at most 9,223,372,036,854,775,807")
+    assert f"setting {key}" in refusal(f"{key}=1e30")
+
+
+def test_a_seed_of_the_held_out_text_may_be_below_zero() -> None:
+    assert load_config(None, [f"data.holdout_seed={-(2**63)}"]).data.holdout_seed == -(2**63)
+    assert "expected at least -9,223" in refusal(f"data.holdout_seed={-(2**63) - 1}")
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1.5", "true"])
+def test_numbers_of_tokens_are_whole(value: str) -> None:
+    assert "expected a number 0 or more, or auto" in refusal(f"evaluation.legacy_tokens={value}")
+    assert load_config(None, ["evaluation.legacy_tokens=1e3"]).evaluation.legacy_tokens == 1000
+
+
 def test_settings_that_contradict_each_other_are_refused() -> None:
     message = "dictionary.k=5000 exceeds dictionary.d_sae=4096: lower k or raise d_sae"
     assert refusal("dictionary.k=5000") == message
@@ -144,6 +169,34 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
     assert "cannot be read" in of_file(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"config .*nothing\.yaml': no such file"):
         load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "large", "unreadable", "of a run"])
+def test_a_file_of_the_users_is_never_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    path = tmp_path / "mine"
+    expected = {
+        "folder": f"name the YAML file, such as {str(path / 'config.yaml')!r}",
+        "unreadable": "cannot be read (Permission denied); check permissions and free memory, and run the same command",
+        "of a run": "to write it anew after deleting it",
+    }.get(kind, "give a YAML file that can be read")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "of a run":
+        path = path / "config.yaml"
+        write_bytes(path, b"seed: 1")
+        path.write_bytes(b"seed: 2")
+    else:
+        path.write_bytes(b"#" * (2_000_000 if kind == "large" else 2))
+    if kind == "unreadable":
+        refused = OSError(errno.EACCES, os.strerror(errno.EACCES))
+        monkeypatch.setattr(os, "open", mock.Mock(side_effect=refused))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    monkeypatch.undo()
+    assert str(caught.value).startswith(f"config {str(path)!r}: ") and expected in str(caught.value)
+    assert ("delet" in str(caught.value)) == (kind == "of a run")
 
 
 def test_a_written_configuration_reads_back_the_same() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 import sae
-from sae import hashes
+from sae import hashes, reading
 from sae.architectures import TopK
 from sae.config_file import load_config
-from sae.errors import ConfigError, DamagedError
-from sae.files import locked, write_bytes, write_json
+from sae.environment import choose_device
+from sae.errors import CacheError, ConfigError, DamagedError, UnreadableError
+from sae.files import delete, locked, write_bytes, write_json
 from sae.hashes import SUMS, UnhashedWarning, check, read_checked, recorded, settle
 from sae.reading import read_json
 from sae.verification import record_hashes, verify
@@ -170,6 +172,68 @@ def test_what_is_no_file_is_named_at_once(tmp_path: Path, kind: str) -> None:
     sae.load(tmp_path / "d")
 
 
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "check permissions and free memory"), (errno.ENOMEM, "run the same")],
+)
+def test_what_the_machine_cannot_read_is_not_to_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, way: str
+) -> None:
+    TopK(4, 8, k=2).save(tmp_path)
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "open", refuse)
+        with pytest.raises(UnreadableError, match=f"cannot be read \\({os.strerror(number)}\\); .*{way}") as caught:
+            sae.load(tmp_path)
+        assert "delete" not in str(caught.value)
+    monkeypatch.setattr(reading, "load_file", lambda *_: refuse())
+    with pytest.raises(UnreadableError, match=way):
+        sae.load(tmp_path)
+
+
+def test_a_file_that_only_safetensors_cannot_open_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so wherever the system refuses to open it, be it for too many open files."""
+    TopK(4, 8, k=2).save(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise FileNotFoundError("No such file or directory: weights.safetensors")
+
+    monkeypatch.setattr(reading, "load_file", refuse)
+    with pytest.raises(UnreadableError, match="check permissions and free memory"):
+        sae.load(tmp_path)
+
+
+def test_memory_that_is_too_small_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TopK(4, 8, k=2).save(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError), reading.taken_apart(tmp_path / "config.json"):
+        refuse()
+    monkeypatch.setattr(torch.Tensor, "to", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        sae.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"device 'meta': not available here .*use device=auto or device=cpu"):
+        choose_device("meta")
+
+
+def test_a_folder_whose_name_is_not_utf8_is_to_be_renamed(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    TopK(4, 8, k=2).save(folder)
+    with pytest.raises(UnreadableError, match=r"the path is not UTF-8.*; rename the folder"):
+        sae.load(folder)
+    [problem] = verify(folder)[1]
+    assert problem.endswith("rename the folder")
+    folder.rename(tmp_path / "renamed")
+    sae.load(tmp_path / "renamed")
+
+
 def test_folders_without_hashes_are_read_and_say_so_once(tmp_path: Path) -> None:
     TopK(4, 8, k=2).save(tmp_path / "d")
     (tmp_path / "d" / SUMS).unlink()
@@ -247,6 +311,75 @@ def test_json_that_the_toolkit_does_not_write_is_refused(tmp_path: Path, content
     write_bytes(tmp_path / "a.json", content)
     with pytest.raises(DamagedError, match=message):
         read_json(tmp_path / "a.json")
+
+
+USERS = {
+    "in folders": f"{'0' * 64}  sub/file.bin\n",
+    "binary": f"{'0' * 64} *config.yaml\n",
+    "of no file": "",
+    "with comments and odd names": f"# mine\n\n\\{'A' * 64}  a\\nb\r\n",
+    "BSD": f"SHA256 (a) = {'0' * 64}\n",
+    "signed": f"-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\n{'0' * 64}  a\n",
+}
+
+
+@pytest.mark.parametrize("kind", USERS)
+def test_a_list_of_the_users_is_left_alone(tmp_path: Path, kind: str) -> None:
+    (tmp_path / SUMS).write_text(USERS[kind], encoding="utf-8", newline="")
+    before = (tmp_path / SUMS).read_bytes()
+    (tmp_path / "config.yaml").write_text("seed: 3", encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml").seed == 3
+    if not before:
+        return  # an empty one may as well be the toolkit's
+    write_json(tmp_path / "a.json", {"a": 1})
+    write_json(tmp_path / "a.json", {"a": 2})
+    with pytest.warns(UnhashedWarning, match=f"which sae did not write: .*; rename that {SUMS}, and"):
+        assert read_json(tmp_path / "a.json") == {"a": 2}
+    delete(tmp_path / "a.json")
+    with locked(tmp_path, "test"):
+        hashes.record(tmp_path / "config.yaml")
+    assert (tmp_path / SUMS).read_bytes() == before
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(CacheError, match="nothing there that sae wrote"):
+        verify(tmp_path)
+
+
+def test_hashes_are_not_added_to_a_list_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / SUMS).write_text(USERS["binary"], encoding="utf-8")
+    write_json(tmp_path / "eval.json", {})
+    with pytest.raises(CacheError, match=f"{SUMS}': sae did not write it, and adds nothing; rename it"):
+        record_hashes(tmp_path)
+
+
+def test_whatever_bit_of_the_list_is_flipped_nothing_damaged_is_read(tmp_path: Path) -> None:
+    """It is an error, or the file is known by its hash as before."""
+    write_bytes(tmp_path / "a", b"{}")
+    content = (tmp_path / SUMS).read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / SUMS).write_bytes(flipped)
+        try:
+            names = hashes.read_sums(tmp_path)
+        except DamagedError:
+            continue
+        assert len(names) == 1 and not hashes.is_users(tmp_path), bit
+    for size in range(1, len(content)):
+        (tmp_path / SUMS).write_bytes(content[:size])
+        if size == content.index(b"\n") + 1:
+            assert hashes.read_sums(tmp_path) == {}
+        else:
+            with pytest.raises(DamagedError, match="not whole"):
+                hashes.read_sums(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 300, b'{"json": "of another file"}\n'])
+def test_a_list_that_is_none_is_damage_beside_files_of_the_toolkit(tmp_path: Path, content: bytes) -> None:
+    TopK(4, 8, k=2).save(tmp_path)
+    (tmp_path / SUMS).write_bytes(content)
+    with pytest.raises(DamagedError, match=f"{SUMS}': damaged"):
+        sae.load(tmp_path)
+    assert len(verify(tmp_path)[1]) >= 1
 
 
 def test_settling_keeps_what_is_there(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ FLOW = [
     ["architectures"],
     ["activations.cache", "activations.loader", "activations"],
     ["training"],
-    ["model_loading"],
+    ["gguf_copies", "model_loading"],
     ["hook_probe", "passes", "tail", "language_model"],
     ["activations.harvest"],
     ["splicing"],

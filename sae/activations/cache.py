@@ -528,6 +528,6 @@ def shard_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
     """What is wrong with a file of a cache; None if nothing is."""
     try:
         check(_inside(folder, name), entry.sha256, remedy=RESTORE)
-    except DamagedError as error:
+    except CacheError as error:
         return str(error)
     return None

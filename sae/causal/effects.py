@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import sae
+from sae.config import LARGEST
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.evaluation.estimate import Estimate
 from sae.reading import conforming
@@ -52,6 +53,8 @@ class EffectSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}={value}: expected at least {least}")
+            if value is not None and value > LARGEST:
+                raise ConfigError(f"{name}={value}: expected at most {LARGEST:,}")
 
 
 class TokenChange(NamedTuple):

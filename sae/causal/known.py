@@ -8,8 +8,9 @@ from pathlib import Path
 
 from sae.causal.changes import Changes
 from sae.causal.effects import Effects, FeatureEffect
-from sae.causal.store import resume, save_effects, write_effects
+from sae.causal.store import resume, save_effects, stem, write_effects
 from sae.causal.summarise import over_features, over_positions
+from sae.files import stands
 
 _SECONDS_BETWEEN_SAVES, _SAVES_SHARE = 10.0, 0.05
 
@@ -50,6 +51,10 @@ class Known:
             save_effects(self.effects(), self._changes(), self.folder)
             self._last = time.perf_counter()
             self._took = self._last - started
+
+    def is_written(self) -> bool:
+        """Whether what is for people is there as well; a kill may have come before it."""
+        return self.folder is None or stands(self.folder / f"{stem(self._blank.settings.scale)}.md")
 
     def write(self) -> Effects:
         """All of them, written with what is for people where there is a folder."""

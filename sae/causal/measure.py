@@ -96,7 +96,7 @@ def measure_effects(
     with contextlib.nullcontext() if path is None else locked(path, "measurement of effects"):
         known = Known(_blank(dictionary, cache, language_model, hook, settings), path)
         if features is not None and not set(features) - known.features.keys() and known.features:
-            return known.effects().only(features)
+            return (known.effects() if known.is_written() else known.write()).only(features)
         firings = scan_firings(
             dictionary, cache, hook, positions=settings.positions, seed=settings.seed, tokens=settings.tokens,
             features=features, device=device, progress=lambda *done: report("firings", *done),

@@ -16,7 +16,7 @@ from sae.causal.changes import NO_CHANGES, Changes
 from sae.causal.effects import FORMAT_VERSION, Effects, EffectSettings
 from sae.errors import FormatError
 from sae.features.store import Features
-from sae.files import stands, write_bytes, write_json, write_tensors
+from sae.files import delete, stands, write_bytes, write_json, write_tensors
 from sae.hashes import way_out
 from sae.paths import expanded
 from sae.reading import load_tensors, read_json, read_object, taken_apart
@@ -70,10 +70,13 @@ def write_effects(effects: Effects, changes: Changes, folder: Path) -> list[Path
 def save_effects(effects: Effects, changes: Changes, folder: Path) -> None:
     """Write what is needed to go on: the changes first, so that the JSON never knows a feature that they lack.
 
+    The Markdown of fewer features goes: `write_effects` makes it anew.
+
     Raises:
         CacheError: the folder cannot be written.
     """
     name = stem(effects.settings.scale)
+    delete(folder / f"{name}.md")
     tensors = {column: torch.from_numpy(np.ascontiguousarray(values)) for column, values in changes.columns().items()}
     write_tensors(folder / f"{name}.safetensors", {**tensors, _KEY: _as_tensor(effects.key)})
     write_json(folder / f"{name}.json", effects.to_json())

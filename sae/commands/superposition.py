@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from sae.config import LARGEST
 from sae.terminal import output, say
 
 
@@ -18,7 +19,9 @@ from sae.terminal import output, say
     type=click.Path(path_type=Path),
     help="Folder for the results.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of everything random.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST), help="Seed of everything random."
+)
 @click.pass_obj
 def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: Path, seed: int) -> None:
     """Train toy models of superposition, and dictionaries whose true features are known.

@@ -20,7 +20,7 @@ from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
 from sae.evaluation.report import HEADINGS
 from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated
-from sae.files import stands, write_bytes, write_json
+from sae.files import delete, stands, write_bytes, write_json
 from sae.language_model import LanguageModel
 from sae.paths import expanded
 from sae.reading import conforming, read_object, taken_apart
@@ -201,8 +201,10 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     from sae.evaluation.comparison_tables import comparison_markdown
 
     folder = expanded(folder)
-    write_bytes(folder / MARKDOWN_FILE, comparison_markdown(comparison).encode())
-    write_json(folder / JSON_FILE, comparison.to_json())  # last: where it is, the rest is
+    text, record = comparison_markdown(comparison).encode(), comparison.to_json()
+    delete(folder / JSON_FILE)
+    write_bytes(folder / MARKDOWN_FILE, text)
+    write_json(folder / JSON_FILE, record)  # last: where it is, the rest is
     return [folder / JSON_FILE, folder / MARKDOWN_FILE]
 
 

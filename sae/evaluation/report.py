@@ -16,14 +16,16 @@ from torch import Tensor
 import sae
 from sae.config import EvaluationConfig
 from sae.dictionary import Dictionary, weights_sha256
+from sae.errors import DamagedError
 from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.legacy_pass import LegacyScores
 from sae.evaluation.reconstruction import ReconstructionScores
 from sae.evaluation.sparsity import SparsityScores
 from sae.evaluation.streams import NormHistogram
-from sae.files import stands, write_bytes, write_json
-from sae.hashes import check, damaged, sha256_of
+from sae.files import delete, stands, write_bytes, write_json
+from sae.hashes import check, damaged, recorded, sha256_of
+from sae.paths import expanded
 from sae.reading import load_tensors, read_object, taken_apart, validated
 from sae.tail import Road
 from sae.tokens import TokenPolicy
@@ -205,6 +207,8 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
     The third holds the sums over each document of the split that the dictionary's metrics are ratios of, so that two
     dictionaries can be compared document by document; `eval.json` names its checksum.
 
+    An older `eval.json` goes first and the new one comes last: a kill between leaves a folder that is not evaluated.
+
     Args:
         report: what to write.
         folder: where; the run folder, as a rule.
@@ -219,16 +223,20 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
     from sae.evaluation.figures import draw_figures
     from sae.evaluation.render import markdown
 
-    folder = Path(folder).expanduser()
-    figures = draw_figures(report, Path(metrics_path).expanduser() if metrics_path is not None else None)
-    paths = [folder / JSON_FILE, folder / MARKDOWN_FILE, folder / DOCUMENTS_FILE]
-    for figure in figures or []:
-        paths.append(folder / FIGURE_FOLDER / figure.file)
-        write_bytes(paths[-1], figure.png)
-    write_bytes(paths[1], markdown(report, figures).encode())
-    write_bytes(paths[2], report.documents_content())
-    write_json(paths[0], report.to_json())  # last: where it is, the rest is
-    return paths
+    folder = expanded(folder)
+    figures = draw_figures(report, expanded(metrics_path) if metrics_path is not None else None)
+    index = folder / JSON_FILE
+    contents = {
+        folder / MARKDOWN_FILE: markdown(report, figures).encode(),
+        folder / DOCUMENTS_FILE: report.documents_content(),
+        **{folder / FIGURE_FOLDER / figure.file: figure.png for figure in figures or []},
+    }
+    record = report.to_json()
+    delete(index)
+    for path, content in contents.items():
+        write_bytes(path, content)
+    write_json(index, record)  # last: where it is, the rest is
+    return [index, *contents]
 
 
 def identify(dictionary: Dictionary) -> dict[str, Any]:
@@ -252,12 +260,13 @@ def read_stored(
         settings: how much was asked for.
 
     Returns:
-        None where anything differs, be it the version of this package, and where a file is missing.
+        None where anything differs, be it the version of this package, where a file is missing, and where the sums are
+        whole but of another evaluation, as a kill could leave them before `eval.json` was deleted first.
 
     Raises:
         DamagedError: a file is damaged.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not all(stands(folder / name) for name in (JSON_FILE, MARKDOWN_FILE, DOCUMENTS_FILE)):
         return None
     record = read_object(folder / JSON_FILE)
@@ -282,6 +291,21 @@ def read_stored(
     check(folder / MARKDOWN_FILE)
     path = folder / DOCUMENTS_FILE
     totals = load_tensors(path)
-    if sha256_of(path) != record.get("documents_sha256"):
-        raise damaged(path, f"its SHA-256 is not the one in {JSON_FILE}")
+    try:
+        check_documents(folder)
+    except DamagedError:
+        if recorded(path):
+            return None
+        raise
     return record, totals
+
+
+def check_documents(folder: Path) -> None:
+    """Compare the sums over documents with the report beside them.
+
+    Raises:
+        DamagedError: they are of another evaluation, or one of the files is damaged.
+    """
+    path = folder / DOCUMENTS_FILE
+    if sha256_of(path) != read_object(folder / JSON_FILE).get("documents_sha256"):
+        raise damaged(path, f"its SHA-256 is not the one in {JSON_FILE}")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from sae.config import listed
+from sae.config import listed, within_64_bits
 from sae.errors import ConfigError
 
 LETTERS = "letters"
@@ -19,6 +19,11 @@ READ_BY_RUN = ("model.", "harvest.cache", "device")
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _within_64_bits(cls, value: Any) -> Any:
+        return within_64_bits(value)
 
     seed: int = Field(default=0, ge=0, description="seed of every random choice: examples, splits, shuffled labels")
     test_fraction: float = Field(

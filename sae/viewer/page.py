@@ -45,7 +45,7 @@ def write_page(
         "data": embeddable_json(page_data(features, indices, title, effects)),
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
-    write_bytes(Path(path), page.encode())
+    write_bytes(Path(path), page.encode(), hashed=False)  # it may go anywhere
 
 
 def page_data(features: Features, indices: Iterable[int], title: str, effects: Effects | None = None) -> dict[str, Any]:

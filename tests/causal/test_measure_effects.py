@@ -213,6 +213,20 @@ def test_what_was_measured_is_not_measured_again(
     assert measured == [] and list(again.features) == [9] and again[9] == whole[9]
 
 
+def test_killed_before_the_markdown_the_same_call_writes_it(
+    held_out: ActivationCache, language_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(held_out, language_model, folder=tmp_path, features=[4])
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.causal.render.markdown", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            measure(held_out, language_model, folder=tmp_path, features=[4, 1])
+    assert not (tmp_path / "effects.md").exists(), "that of one feature"
+    measured = watch(monkeypatch)
+    measure(held_out, language_model, folder=tmp_path, features=[4, 1])
+    assert measured == [] and (tmp_path / "effects.md").is_file()
+
+
 def test_an_interrupted_measurement_goes_on(
     held_out: ActivationCache, language_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +368,7 @@ def test_refusals(held_out: ActivationCache, language_model: LanguageModel, tiny
         ({"positions": 0}, "positions=0: expected at least 1"),
         ({"null_positions": -1}, "null_positions=-1: expected at least 0"),
         ({"tokens": 0}, "tokens=0: expected at least 1"),
+        ({"positions": 2**63}, f"positions={2**63}: expected at most 9,223,372,036,854,775,807"),
     ):
         with pytest.raises(ConfigError) as caught:
             EffectSettings(**wrong)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,18 @@ def test_a_comparison_of_anything_else_is_not_read(
     assert read_comparison(tmp_path, _key(**changed)) is None
     monkeypatch.setattr(sae, "__version__", "0.0.0")
     assert read_comparison(tmp_path, _key()) is None
+
+
+def test_killed_while_a_comparison_is_written_there_is_none(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    write_comparison(dataclasses.replace(comparison, key=_key()), tmp_path)
+    monkeypatch.setattr(sys.modules["sae.evaluation.compare"], "write_json", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        write_comparison(dataclasses.replace(comparison, key={"another": 1}), tmp_path)
+    assert read_comparison(tmp_path, _key()) is None, "compare.md is of the other"
 
 
 def test_a_comparison_cut_short_or_without_hashes_is_not_read(comparison: Comparison, tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from sae.architectures import ReLU, TopK
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError, DamagedError
 from sae.evaluation import Report, evaluate, evaluate_all, report_table, write_report
+from sae.evaluation import report as module
 from sae.evaluation.metrics import METRICS, estimate
 from sae.evaluation.report import read_stored
-from sae.files import write_json
+from sae.files import write_bytes, write_json
 from sae.language_model import LanguageModel
+from sae.verification import verify
 
 DEFINITIONS = (
     "mse", "fvu", "explained_variance", "cosine", "l2_ratio", "relative_reconstruction_bias", "l0", "l0_quantiles",
@@ -284,6 +286,61 @@ def test_a_damaged_one_is_named(report: Report, tmp_path: Path, name: str) -> No
     write_report(report, tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
     with pytest.raises(DamagedError, match=rf"{name}': damaged or changed: .*; delete it and run the same 'sae run"):
+        _stored(report, tmp_path)
+
+
+@pytest.mark.parametrize("step", range(1, 4))
+def test_killed_while_a_report_is_written_there_is_none(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Neither the old one, which has lost files, nor the new one."""
+    write_report(report, tmp_path)
+    other = dataclasses.replace(report, hook="another", scores=report.baselines["pca"])
+    done = [0]
+
+    def killed(write: Any) -> Any:
+        def act(*arguments: Any) -> None:
+            done[0] += 1
+            if done[0] == step:
+                raise KeyboardInterrupt
+            write(*arguments)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        for name in ("write_bytes", "write_json"):
+            patch.setattr(module, name, killed(getattr(module, name)))
+        patch.setattr("sae.evaluation.figures.draw_figures", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(other, tmp_path)
+    assert _stored(report, tmp_path) is None and _stored(report, tmp_path, hook="another") is None
+    assert verify(tmp_path)[1] == []
+    write_report(report, tmp_path)
+    assert _stored(report, tmp_path) is not None
+
+
+def test_a_report_that_cannot_be_rendered_leaves_the_one_before(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(report, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    monkeypatch.setattr("sae.evaluation.render.markdown", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(dataclasses.replace(report, hook="another"), tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore::sae.hashes.UnhashedWarning")
+def test_sums_of_another_report_are_stale_and_named(report: Report, tmp_path: Path) -> None:
+    """As a kill left them while eval.json stayed in its place."""
+    write_report(report, tmp_path)
+    documents = tmp_path / "eval-documents.safetensors"
+    write_bytes(documents, dataclasses.replace(report, scores=report.baselines["pca"]).documents_content())
+    assert _stored(report, tmp_path) is None
+    [problem] = verify(tmp_path)[1]
+    assert f"{documents}': its SHA-256 is not the one in eval.json" in problem
+    (tmp_path / "SHA256SUMS").unlink()
+    with pytest.raises(DamagedError, match="not the one in eval"):
         _stored(report, tmp_path)
 
 

@@ -187,6 +187,8 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command) -> N
     status, _, error = command("superposition", "geometri", "--out", tmp_path / "other")
     assert status == 1
     assert "experiment 'geometri': there are geometry, dimensionality, phases-2-1" in error
+    status, _, error = command("superposition", "--seed", 2**63, "--out", tmp_path / "other")
+    assert status == 2 and "9223372036854775808 is not in the range 0<=x<=9223372036854775807" in error
     assert not (tmp_path / "other").exists()
 
 

@@ -56,6 +56,15 @@ def test_hostile_tokens_and_titles_stay_data(make_features, tmp_path: Path) -> N
     assert any("</script><img" in example[4] for example in data["features"][0]["t"])
 
 
+def test_a_list_of_hashes_beside_the_page_stays_as_it_is(make_features, tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  sub/file.bin\n", encoding="utf-8")
+    write(make_features, tmp_path)
+    assert (tmp_path / "SHA256SUMS").read_text(encoding="utf-8") == f"{'0' * 64}  sub/file.bin\n"
+    (tmp_path / "SHA256SUMS").unlink()
+    write(make_features, tmp_path)
+    assert not (tmp_path / "SHA256SUMS").exists()
+
+
 def test_the_page_needs_nothing_else(make_features, tmp_path: Path) -> None:
     page = write(make_features, tmp_path)
     elements = Elements(page)
