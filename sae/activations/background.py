@@ -19,4 +19,7 @@ def background(threads: int) -> Iterator[ThreadPoolExecutor]:
     try:
         yield pool
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            pool.shutdown(wait=False, cancel_futures=True)
+        except AttributeError:  # Python is ending: threads have ended, and modules that cancelling needs are gone
+            pool.shutdown(wait=False)

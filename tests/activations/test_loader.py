@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -288,3 +290,15 @@ def test_a_reader_left_in_the_middle_waits_for_no_thread(
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "join", join)
             reader.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_readers_that_a_program_ends_with_say_nothing(tiny_cache: ActivationCache) -> None:
+    code = (
+        "import sys, sae\ncache = sae.ActivationCache(sys.argv[1])\n"
+        "reader = iter(sae.ActivationLoader(cache, cache.hooks[0], batch_size=64, pool_tokens=128))\n"
+        "contexts = cache.contexts('train', cache.hooks[0], batch_contexts=1)\nnext(reader), next(contexts)\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_cache.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
