@@ -115,6 +115,7 @@ pipeline.harvest(load_config(sys.argv[1], [*overrides, "out=whole"]))
 """
 
 
+@pytest.mark.slow
 def test_a_stream_that_breaks_off_goes_on_with_the_next_run(hub: LoopbackHub, tmp_path: Path) -> None:
     """Byte for byte as if nothing had happened."""
     hub.faults = [Fault("drop", "001_00000.parquet", times=-1, after=3000)]

@@ -178,6 +178,7 @@ def test_some_at_a_time_are_the_same_dictionaries(tiny_config: TinyConfig, tmp_p
         assert torch.equal(done.dictionary(name).W_dec, whole.dictionary(name).W_dec), name
 
 
+@pytest.mark.slow
 def test_a_sweep_cut_short_in_its_evaluation_goes_on_after_what_was_written(
     tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

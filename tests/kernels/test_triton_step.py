@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.quick import quick_for
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from tests.support.quick import quick_for
 
 pytest.importorskip("triton")
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.quick import quick_for
 
 import sae
 from sae.architectures import ARCHITECTURES, TopK
@@ -17,6 +16,7 @@ from sae.training import IterableSource, train
 from sae.training.applicability import READERS, unread
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
 from tests.conftest import TinyConfig
+from tests.support.quick import quick_for
 from tests.support.states import save_state
 from tests.training.test_control import raw, shape
 from tests.training.test_loop import BATCH, planted, settings

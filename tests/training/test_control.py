@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.quick import quick_for
 
 import sae
 from sae.architectures import ARCHITECTURES
@@ -28,6 +27,7 @@ from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.initialise import geometric_median
 from sae.training.threshold import rows_for_threshold
 from tests.conftest import TinyConfig
+from tests.support.quick import quick_for
 from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, read_by, settings
 
 MATRICES = ("W_enc", "W_dec")

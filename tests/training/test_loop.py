@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.quick import quick_for
 from torch import Tensor
 
 import sae
@@ -26,6 +25,7 @@ from sae.errors import DamagedError, TrainingError
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.applicability import READERS
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
+from tests.support.quick import quick_for
 from tests.support.states import save_state
 
 D_IN, D_SAE, K, BATCH = 16, 48, 3, 64

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.quick import quick_for
 from torch import Tensor
 
 import sae
@@ -20,6 +19,7 @@ from sae.errors import TrainingError
 from sae.training import IterableSource, train
 from sae.training.normalisation import normalisations_of
 from tests.evaluation.evaluation_cache import HOOK, make_cache
+from tests.support.quick import quick_for
 from tests.training.planted_rows import PlantedRows, fvu
 
 BATCH, ROWS, STEPS = 256, 20_480, 150
