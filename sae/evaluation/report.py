@@ -291,12 +291,10 @@ def read_stored(
     check(folder / MARKDOWN_FILE)
     path = folder / DOCUMENTS_FILE
     totals = load_tensors(path)
-    try:
-        check_documents(folder)
-    except DamagedError:
+    if not _are_of(path, record):
         if recorded(path):
             return None
-        raise
+        raise _of_another(path)
     return record, totals
 
 
@@ -307,5 +305,13 @@ def check_documents(folder: Path) -> None:
         DamagedError: they are of another evaluation, or one of the files is damaged.
     """
     path = folder / DOCUMENTS_FILE
-    if sha256_of(path) != read_object(folder / JSON_FILE).get("documents_sha256"):
-        raise damaged(path, f"its SHA-256 is not the one in {JSON_FILE}")
+    if not _are_of(path, read_object(folder / JSON_FILE)):
+        raise _of_another(path)
+
+
+def _are_of(documents: Path, record: dict[str, Any]) -> bool:
+    return sha256_of(documents) == record.get("documents_sha256")
+
+
+def _of_another(documents: Path) -> DamagedError:
+    return damaged(documents, f"its SHA-256 is not the one in {JSON_FILE}")

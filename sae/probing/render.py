@@ -93,10 +93,11 @@ def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]
 
 def _data_sets(record: ProbeRecord) -> list[str]:
     """Sections on several data sets."""
+    rows = list(_summary_rows(record))
     return [
         f"## Means over {len(record.results)} data sets",
-        pipe_table(_SUMMARY_HEAD, _summary_rows(record), text_columns=1),
-        f"± standard error over data sets{_without_error(_summary_rows(record))}. {_how(record)}",
+        pipe_table(_SUMMARY_HEAD, rows, text_columns=1),
+        f"± standard error over data sets{_without_error(rows)}. {_how(record)}",
         "## One against another, by AUC",
         pipe_table(_DUEL_HEAD, _duel_rows(record), text_columns=1),
         "Clearly: by more than two standard errors, taken as if the two erred independently.",
@@ -111,13 +112,14 @@ def _data_sets(record: ProbeRecord) -> list[str]:
 def _data_set(record: ProbeRecord) -> list[str]:
     """Sections on the only one."""
     [(name, result)] = record.results.items()
+    rows = list(_summary_rows(record))
     best = result.methods["latents-1"].columns if "latents-1" in result.methods else {}
     latents = "; ".join(f"{label!r}: {', '.join(str(one[0]) for one in splits)}" for label, splits in best.items())
     return [
         f"## `{name}`",
-        pipe_table(_SUMMARY_HEAD[:-1], (row[:-1] for row in _summary_rows(record)), text_columns=1),
+        pipe_table(_SUMMARY_HEAD[:-1], (row[:-1] for row in rows), text_columns=1),
         f"{sum(result.examples.values()):,} examples. ± standard error over test examples (of AUC: DeLong), averaged "
-        f"over the random splits{_without_error(_summary_rows(record))}. {_how(record)}",
+        f"over the random splits{_without_error(rows)}. {_how(record)}",
         *([f"Best latent in each split, for {latents}."] if latents else []),
     ]
 
