@@ -39,7 +39,10 @@ def folder_of(path: Path, dtype: str) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether there is a copy, and every file of it is as it was written; a damaged one is deleted."""
+    """Whether there is a copy, and every file of it is as it was written; a damaged one is deleted.
+
+    One that the machine cannot read now counts as missing, and stays.
+    """
     if not folder.is_dir():
         return False
     try:
@@ -50,6 +53,9 @@ def is_whole(folder: Path) -> bool:
     except DamagedError as error:
         warnings.warn(str(error), stacklevel=2)
         shutil.rmtree(folder, ignore_errors=True)
+        return False
+    except UnreadableError as error:
+        warnings.warn(str(error), stacklevel=2)
         return False
     return True
 
@@ -71,5 +77,5 @@ def write(folder: Path, model: Any, tokenizer: Any) -> None:
             for path in copy.iterdir():
                 hashes.record(path)
             copy.rename(folder)
-    except (OSError, CacheError, DamagedError):  # no place to write, or another process was faster
+    except (OSError, CacheError):  # no place to write, or another process was faster
         return

@@ -222,13 +222,18 @@ def read_sums(folder: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         DamagedError: it cannot be read, or is one of the toolkit's and damaged.
     """
+    return _own_sums(folder) or {}
+
+
+def _own_sums(folder: Path) -> dict[str, tuple[str, ...]] | None:
+    """As `read_sums`, but None if the list is the user's."""
     path = folder / SUMS
     if not os.path.lexists(path):
         return {}
     sums: dict[str, tuple[str, ...]] = {}
     content = _read(path, _MOST_BYTES)
     if _is_users(content, folder):
-        return {}
+        return None
     try:
         first, *lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -277,11 +282,11 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
         OSError: it cannot be written; nothing has changed then.
     """
     folder, name = path.parent, path.name
-    if is_users(folder):
-        yield
-        return
     with _alone(folder):
-        sums = read_sums(folder)
+        sums = _own_sums(folder)
+        if sums is None:
+            yield
+            return
         before = _right_now(path, sums.get(name, ()))
         _write_sums(folder, {**sums, name: (digest, *before)})
         try:
@@ -302,10 +307,10 @@ def record(path: Path) -> None:
         DamagedError: the file or the list cannot be read.
         OSError: the list cannot be written.
     """
-    if is_users(path.parent):
-        return
     with _alone(path.parent):
-        _write_sums(path.parent, {**read_sums(path.parent), path.name: (_digest(path)[0],)})
+        sums = _own_sums(path.parent)
+        if sums is not None:
+            _write_sums(path.parent, {**sums, path.name: (_digest(path)[0],)})
 
 
 def forget(path: Path) -> None:
@@ -318,9 +323,10 @@ def forget(path: Path) -> None:
     if not recorded(path):
         return
     with _alone(path.parent):
-        sums = read_sums(path.parent)
-        sums.pop(path.name, None)
-        _write_sums(path.parent, sums)
+        sums = _own_sums(path.parent)
+        if sums is not None:
+            sums.pop(path.name, None)
+            _write_sums(path.parent, sums)
 
 
 def settle(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,26 @@ def test_a_damaged_copy_is_made_again(gguf: Path, conversions: list[str], file: 
         assert torch.equal(_logits(gguf)[0], first[0])
     assert len(conversions) == 2
     _logits(gguf)
+    assert len(conversions) == 2
+
+
+def test_a_copy_that_the_machine_cannot_read_now_is_passed_over_and_stays(
+    gguf: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _logits(gguf)
+    [copy] = (Path(constants.HF_HOME) / "sae-dequantised").iterdir()
+    opened = os.open
+
+    def refusing(path: object, *arguments: int, **named: int) -> int:
+        if str(path).startswith(str(copy)):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(path, *arguments, **named)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as machine, pytest.warns(UserWarning, match="ulimit"):
+        machine.setattr(os, "open", refusing)
+        assert torch.equal(_logits(gguf)[0], first[0])
+    assert len(conversions) == 2
+    assert torch.equal(_logits(gguf)[0], first[0])
     assert len(conversions) == 2
 
 
