@@ -114,11 +114,16 @@ def test_agreement_counts_cells_of_a_margin() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (3, 2)])
-def test_trained_phases_are_the_analytic_ones_away_from_the_boundary(shape: tuple[int, int]) -> None:
-    """All but one cell in ten: there the best of four short trainings may be a worse minimum."""
+def test_a_training_that_finds_the_least_loss_finds_its_phase(shape: tuple[int, int]) -> None:
+    """Away from the boundary, where every other phase costs at least 1.25 times as much with unit directions.
+
+    Free norms save up to 8 % of that (docs/superposition.md), so that a model within 1.15 times the least loss has its
+    phase. The best of four short trainings may be a worse minimum; in most cells it is not.
+    """
     made = phase_diagram(shape, *phase_grid(6, 5), restarts=4, training=ToyTraining(steps=1500, batch_size=256), seed=0)
-    agree, away = made.agreement(1.25)
-    assert away >= 20 and agree / away >= 0.9, (made.trained, made.analytic, made.margin)
+    found = (made.margin >= 1.25) & (made.loss_ratio < 1.15)
+    assert found.sum() > made.margin.numel() / 2
+    assert torch.equal(made.trained[found], made.analytic[found]), (made.trained, made.analytic, made.loss_ratio)
     assert set(made.trained.flatten().tolist()) == {0, 1, 2}
     assert float(made.loss_ratio.median()) < 1.02, made.loss_ratio
 
