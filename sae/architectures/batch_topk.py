@@ -10,8 +10,8 @@ from sae.architectures.elementwise import OneThreshold
 class BatchTopK(OneThreshold):
     """f = z · [z > θ],  z = ReLU((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec.
 
-    In training the k · batch largest z of each batch fire, whatever the row. θ is the smallest of them on rows that
-    were not trained on, so that afterwards each token is encoded by itself, with k features on average.
+    In training the k · batch largest z of each batch fire, whatever the row. θ is the smallest of them on the rows that
+    come next, so that afterwards each token is encoded by itself, with k features on average.
 
     Bussmann et al. 2024, "BatchTopK Sparse Autoencoders".
     """

@@ -46,8 +46,8 @@ class Elementwise(Dictionary):
 class OneThreshold(Elementwise):
     """f = z · [z > θ] with z = ReLU of the pre-activations, and one θ for all features.
 
-    What is trained by BatchTopK's rule: θ is the smallest activation that the rule lets through on rows that were not
-    trained on.
+    What is trained by BatchTopK's rule: θ is the smallest activation that the rule lets through on the rows that come
+    next in training.
 
     Attributes:
         k: features per token on average.

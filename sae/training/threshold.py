@@ -21,8 +21,8 @@ def rows_for_threshold(k: int) -> int:
 def set_threshold_(dictionary: OneThreshold, rows: Float[Tensor, "rows d_in"]) -> None:
     """The smallest activation that the batch rule lets through on these rows: above it k fire on an average one.
 
-    Of rows that the weights were not trained on. On those of the last ten steps features fire up to a tenth less than
-    on others in the beginning of a training, and a mean over past steps lags behind weights that change (docs/log.md).
+    They should not be those of the last steps: on them features fire up to a tenth less than on others in the beginning
+    of a training, and a mean over past steps lags behind weights that change (docs/log.md).
     """
     selection = select_batch_topk(rows, dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc, dictionary.k)
     dictionary.threshold.copy_(selection.values.min().clamp_min(0))

@@ -178,7 +178,7 @@ class Trainee:
         """Make the threshold, of BatchTopK and Matryoshka, that of the weights as they are.
 
         Args:
-            ahead: the next `batches_ahead` batches, raw, which were not trained on; where the source has no more, the
+            ahead: the next `batches_ahead` batches, raw, which are not trained on yet; if the source has no more, the
                 newest one serves.
         """
         if not self.batches_ahead or self.newest is None:

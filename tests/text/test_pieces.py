@@ -70,7 +70,7 @@ def test_windows_join_to_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_megabyte_joins_to_the_tokens_of_the_whole(kind: str) -> None:
-    """With windows as they are; ten megabytes take an hour: `python -m tests.text.test_pieces`."""
+    """With windows as they are; ten megabytes take an hour: `python tests/text/test_pieces.py`."""
     text = source(LARGE)
     check(kind, text, text[:300_000])
 
