@@ -211,6 +211,9 @@ def measured_before(name: str, data: Data, a: Any) -> tuple[list[Row], str]:
         raise SystemExit(f"--peers-from {name}: its peers are of {held['arguments']['peers_from']}; name that")
     recorded = "activations" in held
     made_with = {**held["arguments"], "activations": held.get("activations", data.identity)}
+    other_name = made_with["activations"] == a.known_as
+    if other_name:
+        made_with["activations"] = data.identity
     now = {**vars(a), "activations": data.identity}
     for setting in ("activations", "d_sae", "k", "batch", "steps", "held_out"):
         if made_with[setting] != now[setting]:
@@ -220,6 +223,8 @@ def measured_before(name: str, data: Data, a: Any) -> tuple[list[Row], str]:
         raise SystemExit(f"--peers-from {name}: has no peer's {', '.join(sorted(missing))}")
     machine, seeds = held["machine"], held["arguments"]["seeds"]
     doubt = "" if recorded else ", which does not say what its activations were made from"
+    if other_name:
+        doubt = f", whose activations are given as the same under another identity, {a.known_as[:12]}…"
     return rows, f"{name}, {machine['date']}, {machine.get('device', machine['processor'])}, {seeds} seeds{doubt}"
 
 
@@ -327,6 +332,11 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
     parser.add_argument(
         "--peers-from", metavar="NAME", help="comparison in results/ whose peers' rows count; only ours are trained"
+    )
+    parser.add_argument(
+        "--known-as",
+        metavar="IDENTITY",
+        help="with --peers-from: what the comparison calls these activations, if an older manifest named them otherwise",
     )
     parser.add_argument("--name", help="of the files in results/; default: quality-STEPS-DEVICE")
     a = parser.parse_args()
