@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument(
         "--known-as",
         metavar="IDENTITY",
-        help="with --peers-from: what the comparison calls these activations, if an older manifest named them otherwise",
+        help="with --peers-from: what that comparison calls these activations, by a manifest of an older version",
     )
     parser.add_argument("--name", help="of the files in results/; default: quality-STEPS-DEVICE")
     a = parser.parse_args()
