@@ -7,6 +7,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sae import hook_points
 from sae.config import ModelConfig
 from sae.errors import ConfigError, ModelError
 from sae.hook_probe import Hook, probe_tokens, read_hooks
-from sae.model_identity import fingerprint, hash_tokenizer, hash_weights
+from sae.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
 from sae.model_loading import boot, code_sha256, load_pretrained
 from sae.passes import Pass, Passes
 from sae.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
@@ -27,7 +28,7 @@ from sae.tokens import TokenPolicy
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Identity of a language model: two with equal info give equal activations.
+    """Identity of a language model: two whose entries are equal, but for the names, give equal activations.
 
     Attributes:
         name: as the user gave it, or the file's or folder's name where that was a path.
@@ -40,6 +41,9 @@ class ModelInfo:
         tokenizer_sha256: over vocabulary and special tokens.
         trust_remote_code: whether code that comes with the model was allowed to run.
         code_sha256: over the code of its own that it was made of; None: the libraries' classes alone.
+        config_sha256: over what its configuration says of the computation.
+        tokenizer_ids_sha256: over the ids that the tokenizer gives for a text.
+        library: what made the model of configuration and weights, and its version.
     """
 
     name: str
@@ -55,6 +59,9 @@ class ModelInfo:
     max_context: int
     trust_remote_code: bool = False
     code_sha256: str | None = None
+    config_sha256: str | None = None
+    tokenizer_ids_sha256: str | None = None
+    library: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +108,9 @@ class LanguageModel:
             max_context=cfg.n_ctx,
             trust_remote_code=config.trust_remote_code,
             code_sha256=code,
+            config_sha256=hash_config(model.config),
+            tokenizer_ids_sha256=hash_ids(self.tokenizer),
+            library=f"transformers {version('transformers')}",
         )
 
     @property
@@ -225,6 +235,24 @@ class LanguageModel:
         """Next-token logits, float32, with gradients unless the caller has turned them off."""
         return self.bridge(tokens).float()
 
+    def check_causal(self) -> None:
+        """Raise ModelError if logits depend on later tokens, as those of masked language models do."""
+        if self._looks_ahead > _CAUSAL_TOLERANCE:
+            raise ModelError(
+                f"{self.info.name} is no causal language model: its logits change by {self._looks_ahead:.2g} of the "
+                "largest if a later token is another one, so that it has no next-token loss"
+            )
+
+    @functools.cached_property
+    @torch.no_grad()
+    def _looks_ahead(self) -> float:
+        """How far logits change if the last token does, as a share of the largest."""
+        tokens = self.probe_tokens(2, 16)
+        changed = tokens.clone()
+        changed[:, -1] = (tokens[:, -1] + 1) % self._vocabulary
+        before, after = (self.logits(x)[:, :-1].nan_to_num() for x in (tokens, changed))
+        return float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
+
     def tail(self, hook: str) -> Tail:
         """The model from a hook point on, proved on this model when it is first asked for.
 
@@ -318,6 +346,9 @@ class LanguageModel:
         refusal = self._hooks[hook].refusal
         if refusal is not None:
             raise ModelError(f"hook {hook!r}: {refusal}")
+
+
+_CAUSAL_TOLERANCE = 1e-3
 
 
 class _AllFoundError(Exception):

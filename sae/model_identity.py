@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.hashes import sha256_of
 from sae.paths import expanded
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+_WHOLE_BYTES = 256_000_000
+NOT_OF_ACTIVATIONS = ("name", "fingerprint", "library")
+"""What may differ between models that give equal activations."""
+_NOT_COMPUTED = {
+    "_name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map", "model_type", "dtype",
+    "torch_dtype", "quantization_config", "attn_implementation", "_attn_implementation", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
+}  # fmt: skip
+"""Entries of a model's configuration that its activations do not depend on."""
+_PROBE_TEXT = """\
+The quick brown fox jumps over the lazy dog, again and again; nobody knows why it wouldn't stop. In 1984 (or was it
+2001?) she'd paid $3.50 for 12,345 apples & pears -- "too much!", he said. Understanding representations requires
+interpretable, sparse, overcomplete dictionaries: superposition isn't unavoidable.
+
+def harvest(model, tokens: list[int], *, batch_size=64) -> dict[str, "Tensor"]:
+\t# returns {name: activations}; raises ValueError if len(tokens) != 128
+    for i, token in enumerate(tokens):
+        if token is None or not (0 <= token < 50_257): continue
+        self.cache[f"{i:05d}"] = model.forward(token)['hidden'] ** 2 + 1e-06
+    return   self.cache
+
+Größe, naïve café, señor, Москва, 東京タワー, 한국어, العربية, ∑ᵢ xᵢ² ≤ π/2, 😀👍🏽 https://example.org/a?b=c%20d#e
+"""
 
 
 def model_label(name: str) -> str:
@@ -25,15 +51,30 @@ def model_label(name: str) -> str:
 
 
 def fingerprint(name: str) -> str | None:
-    """A quick hash of a local model's weight files, from their sizes and samples all over them: a swap shows
-    without loading anything.
+    """A quick hash of a local model's weight files: a swap shows without loading anything.
 
-    None for hub models.
+    Up to 256 MB it is over all of them; of more, over their sizes and samples from all over them. None for hub models.
     """
-    path = DEMO_FOLDER if name == DEMO else expanded(name)
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES)
+    files = _weight_files(name)
     if not files:
         return None
+    if sum(file.stat().st_size for file in files) > _WHOLE_BYTES:
+        return _of_samples(files)
+    return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+
+
+def older_fingerprint(name: str) -> str | None:
+    """As in manifests of older versions, which hashed samples of files of every size."""
+    files = _weight_files(name)
+    return _of_samples(files) if files else None
+
+
+def _weight_files(name: str) -> list[Path]:
+    path = DEMO_FOLDER if name == DEMO else expanded(name)
+    return [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES)
+
+
+def _of_samples(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -59,6 +100,27 @@ def hash_weights(model: Any) -> str:
 
     with ThreadPoolExecutor() as pool:
         return hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()
+
+
+def hash_config(config: Any) -> str:
+    """A hash of what a model's configuration says of its computation.
+
+    Entries at the library's defaults do not count, so it may be another one in another version of the library.
+    """
+
+    def computing(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): computing(part) for key, part in value.items() if key not in _NOT_COMPUTED}
+        return [computing(part) for part in value] if isinstance(value, list | tuple) else value
+
+    content = json.dumps(computing(config.to_diff_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def hash_ids(tokenizer: Any) -> str:
+    """A hash of the ids that a tokenizer gives for a text with something of everything: of its rules, not its words."""
+    ids = tokenizer(_PROBE_TEXT, add_special_tokens=False, verbose=False)["input_ids"]
+    return hashlib.sha256(json.dumps(list(map(int, ids))).encode()).hexdigest()
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

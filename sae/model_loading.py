@@ -48,6 +48,10 @@ class _PickleRefusedError(_RefusedError):
     pass
 
 
+class _MissingWeightsError(Exception):
+    pass
+
+
 def load_pretrained(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
     """Model, tokenizer, label, revision.
 
@@ -73,15 +77,37 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
     weights = {} if "gguf_file" in arguments else {"use_safetensors": True}
     try:
         with _quiet(), _guarded(config):
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=getattr(torch, config.dtype), **weights, **arguments
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=getattr(torch, config.dtype), output_loading_info=True, **weights, **arguments
             )
+            _check_whole(model, found)
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
             if copy:
                 gguf_copies.write(copy, model, tokenizer)
     except Exception as error:
         raise ModelError(f"model {config.name!r}: {_explain(config, source, error)}") from error
     return model, tokenizer, model_label(config.name), _commit(source, arguments.get("revision"))
+
+
+def _check_whole(model: Any, found: dict[str, Any]) -> None:
+    """Refuse a model of whose weights the files lack some: transformers would make them random numbers.
+
+    Raises:
+        _MissingWeightsError: naming some.
+    """
+    lacking = sorted({*found["missing_keys"], *(str(name) for name, *_ in found["mismatched_keys"])})
+    if not lacking:
+        return
+    others = sorted(found["unexpected_keys"])
+    raise _MissingWeightsError(
+        f"its files lack {len(lacking):,} of the tensors of {type(model).__name__} ({_some(lacking)})"
+        + (f" and hold {len(others):,} that it does not have ({_some(others)})" if others else "")
+        + ": they would be random numbers; check that the files are whole and of the model that config.json describes"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
 
 
 def _commit(source: Path | str, revision: str | None) -> str | None:
@@ -162,6 +188,8 @@ def _explain(config: ModelConfig, source: str | Path, error: Exception) -> str:
     reason = first_line(error)
     if isinstance(error, _PickleRefusedError):
         return _is_pickle(config, "weights that its configuration or index names")
+    if isinstance(error, _MissingWeightsError):
+        return str(error)
     if isinstance(error, _CodeRefusedError) or "trust_remote_code" in str(error):
         return _needs_code()
     if isinstance(source, Path):

@@ -14,10 +14,11 @@ import yaml
 
 import sae
 from sae.activations.cache import MANIFEST, ActivationCache, read_manifest
-from sae.activations.harvest import cache_bytes, check_same_model, check_same_request, hook_widths
+from sae.activations.harvest import cache_bytes, check_same_request, hook_widths
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.loader import ActivationLoader
 from sae.activations.metadata import dictionary_metadata
+from sae.activations.same_model import check_same_model
 from sae.architectures import load
 from sae.config import RunConfig
 from sae.config_file import CONFIG_YAML, MOST_YAML_BYTES, load_config, parse_yaml
@@ -239,7 +240,7 @@ class Run:
 
     def _collect(self, folder: Path) -> Features:
         cache = self.cache()
-        check_same_model(cache.path, cache.manifest, self.language_model)
+        check_same_model(cache, self.language_model, self.config.hook)
         return collect(
             self.dictionary(),
             cache,

@@ -223,6 +223,7 @@ class Tail:
         model, name = self.language_model, self.language_model.info.name
         tokens = model.probe_tokens(_CONTEXTS, _LENGTH)
         own, start = model.logits(tokens), Start(tokens)
+        model.check_causal()
         same, other = (self.logits(start, replacement) for replacement in (torch.clone, _perturbed))
         if not same_logits(model, same, own):
             raise ModelError(self._not_its_own(same, own))

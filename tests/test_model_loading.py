@@ -204,6 +204,39 @@ def test_an_index_cannot_name_a_pickle(by: str, tiny_model: Path, tmp_path: Path
         LanguageModel(ModelConfig(name=str(folder)))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda name, x: {} if ".h.1." in name else {name: x},
+            r"its files lack 12 of the tensors of GPT2LMHeadModel \(transformer\.h\.1\.\S+, \S+, …\): they would be "
+            "random numbers; check that the files are whole",
+        ),
+        (
+            lambda name, x: {f"module.{name}": x},
+            r"its files lack \d+ of the tensors of GPT2LMHeadModel .* and hold \d+ that it does not have \(module\.",
+        ),
+    ],
+    ids=["a block", "all, by another name"],
+)
+def test_weights_that_are_not_there_are_not_made_up(
+    change: Callable[[str, torch.Tensor], dict[str, torch.Tensor]], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    changed = {name: x for old, tensor in weights.items() for name, x in change(old, tensor).items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        LanguageModel(str(folder))
+
+
+def test_what_a_file_holds_beyond_the_model_does_no_harm(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "vision.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert LanguageModel(str(folder)).info.weights_sha256 == LanguageModel(str(tiny_model)).info.weights_sha256
+
+
 def test_a_file_of_weights_alone_is_no_model(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"a file of weights alone; name the folder that its config.json is in"):
         LanguageModel(ModelConfig(name=str(tiny_model / "model.safetensors")))

@@ -14,8 +14,8 @@ ROOT = Path(sae.__file__).parent
 
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
-    ["errors", "environment", "model_identity", "modes", "paths", "seeding", "hub_errors", "printable"],
-    ["hashes", "files", "reading"],
+    ["errors", "environment", "modes", "paths", "seeding", "hub_errors", "printable"],
+    ["hashes", "files", "reading", "model_identity"],
     ["terminal", "columns"],
     ["hook_points"],
     ["mixture", "transcoding"],
@@ -36,7 +36,7 @@ FLOW = [
     ["training"],
     ["gguf_copies", "model_loading"],
     ["hook_probe", "passes", "tail", "language_model"],
-    ["activations.harvest"],
+    ["activations.same_model", "activations.harvest"],
     ["splicing"],
     ["evaluation"],
     ["superposition"],

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from sae.config import ModelConfig
 from sae.errors import ModelError
 from sae.language_model import LanguageModel
-from sae.tail import SHORT, WHOLE
+from sae.tail import NO_ROAD, SHORT, WHOLE
 
 RESID, POST, MLP, HEADS = (
     "blocks.1.hook_resid_pre", "blocks.2.hook_resid_post", "blocks.2.hook_mlp_out", "blocks.1.attn.hook_z"
@@ -227,3 +228,22 @@ def test_gradients_reach_what_is_put_at_a_hook_point(language_model: LanguageMod
 def test_a_hook_point_that_cannot_be_replaced(language_model: LanguageModel) -> None:
     with pytest.raises(ModelError, match="can read hook_resid_mid but not replace it"):
         language_model.tail("blocks.1.hook_resid_mid")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_masked_language_model_has_activations_and_no_losses(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        kind, vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "masked")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "masked")
+    model = LanguageModel(str(tmp_path / "masked"))
+    hook = "blocks.1.hook_resid_pre"
+    assert model.activations(torch.arange(6)[None], [hook])[hook].shape == (1, 6, 32)
+    with pytest.raises(ModelError, match=r"masked is no causal language model: its logits change by .* next-token loss"):
+        model.tail(hook)
+    road = model.road(hook)
+    assert (road.name, "no causal language model" in str(road.reason)) == (NO_ROAD, True)
+    assert "losses of the language model are left out (masked is no causal" in str(road)

@@ -23,6 +23,7 @@ from sae.activations.background import background
 from sae.errors import CacheError, DamagedError
 from sae.files import stands
 from sae.hashes import Identity, check, damaged, identity_of
+from sae.model_identity import NOT_OF_ACTIVATIONS
 from sae.paths import expanded
 from sae.reading import open_tensors, read_json, read_object, tensor_of, validated
 from sae.tokens import SPLITS, TRAIN, TokenPolicy
@@ -88,7 +89,7 @@ class Manifest(BaseModel):
 
     def identity(self, hook: str) -> str:
         """A hash of all that decides the activations at `hook` and which of them count: equal only for equal caches."""
-        model = {key: value for key, value in self.model.items() if key not in ("name", "fingerprint")}
+        model = {key: value for key, value in self.model.items() if key not in NOT_OF_ACTIVATIONS}
         facts = [
             model,
             self._deciding_data(),

@@ -30,13 +30,14 @@ from sae.activations.cache import (
     read_manifest,
     shard_name,
 )
+from sae.activations.same_model import check_same_as_before
 from sae.config import DataConfig, RunConfig
 from sae.corpus import STANDARD_LIBRARY
 from sae.errors import CacheError, DataError
 from sae.files import free_bytes, locked, stands, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
-from sae.model_identity import fingerprint, model_label
+from sae.model_identity import fingerprint, model_label, older_fingerprint
 from sae.modes import without_autocast
 from sae.paths import expanded
 from sae.printable import one_line, printable
@@ -84,7 +85,7 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
         if stands(folder / MANIFEST):
             manifest = read_manifest(folder)
             check_same_request(folder, manifest, config, text=True)
-            check_same_model(folder, manifest, language_model)
+            check_same_as_before(folder, manifest, language_model)
             if not all(manifest.is_whole(folder, name) for name in manifest.files if _is_text(name)):
                 _write_text(folder, config, language_model, manifest.files, manifest.data)
         else:
@@ -134,7 +135,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, t
     files = fingerprint(config.model.name)
     if files is None or model.get("fingerprint") is None:
         asked["model.name"], held["model.name"] = model_label(config.model.name), model.get("name")
-    elif files != model["fingerprint"]:
+    elif model["fingerprint"] not in (files, older_fingerprint(config.model.name)):
         raise CacheError(
             f"cache {str(folder)!r}: of another model: the weights of {config.model.name!r} are not those it was made "
             f"with ({model.get('name')!r}); use that model, or set harvest.cache to another folder"
@@ -144,17 +145,6 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, t
             raise CacheError(
                 f"cache {str(folder)!r}: made with {key}={held.get(key)!r}, now {value!r} is asked for; "
                 "set harvest.cache to another folder, or delete this one"
-            )
-
-
-def check_same_model(folder: Path, manifest: Manifest, language_model: LanguageModel) -> None:
-    """Raise CacheError where the cache was made by other weights, weight processing or tokenizer; names may differ."""
-    info = language_model.info.to_json()
-    for key in ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256", "code_sha256"):
-        if manifest.model.get(key) != info[key]:
-            raise CacheError(
-                f"cache {str(folder)!r}: of another model: {key} is {manifest.model.get(key)!r} there and "
-                f"{info[key]!r} in {language_model.info.name!r}; use that model, or set harvest.cache to another folder"
             )
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from sae.activations.cache import ActivationCache
-from sae.activations.harvest import check_same_model
 from sae.activations.metadata import place_of
+from sae.activations.same_model import check_same_model
 from sae.causal.changes import FIRING, Changes, plan_changes
 from sae.causal.direct import DirectPath
 from sae.causal.effects import Effects, EffectSettings, FeatureEffect
@@ -179,7 +179,7 @@ def _checked(
     for feature in features or ():
         if not 0 <= feature < dictionary.d_sae:
             raise UnknownFeatureError(f"feature {feature}: the dictionary has features 0 to {dictionary.d_sae - 1}")
-    check_same_model(cache.path, cache.manifest, language_model)
+    check_same_model(cache, language_model, hook)
     return language_model.tail(hook)
 
 

@@ -18,6 +18,7 @@ from sae.errors import FormatError
 from sae.features.store import Features
 from sae.files import delete, stands, write_bytes, write_json, write_tensors
 from sae.hashes import way_out
+from sae.model_identity import NOT_OF_ACTIVATIONS
 from sae.paths import expanded
 from sae.reading import load_tensors, read_json, read_object, taken_apart
 
@@ -42,7 +43,7 @@ def effects_key(
             out.
         settings: all of them.
     """
-    model = {key: value for key, value in model.items() if key not in ("name", "fingerprint")}
+    model = {key: value for key, value in model.items() if key not in NOT_OF_ACTIVATIONS}
     facts = [FORMAT_VERSION, sae.__version__, dict(dictionary), activations, hook, model, vars(settings)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

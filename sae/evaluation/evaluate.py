@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sae.activations.cache import ActivationCache
-from sae.activations.harvest import check_same_model
+from sae.activations.same_model import check_same_model
 from sae.architectures import ARCHITECTURES
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError
@@ -113,7 +113,7 @@ def evaluate_all(
     subjects = {name: subject(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
     road = None
     if language_model is not None:
-        check_same_model(cache.path, cache.manifest, language_model)
+        check_same_model(cache, language_model, hook)
         road = language_model.road(hook)  # proved before anything is read
         language_model = None if road.name == NO_ROAD else language_model
     kept = _kept(unfinished, subjects, cache, hook, settings, language_model, road, device)

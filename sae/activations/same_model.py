@@ -1,0 +1,114 @@
+"""Is it the model that a cache was made with? By hashes, and by what it gives for a context of the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.activations.cache import RESTORE, ActivationCache, Manifest, dequantise, shard_name
+from sae.errors import CacheError, DamagedError
+from sae.language_model import LanguageModel
+from sae.reading import load_tensors, taken_apart
+from sae.tokens import HELD_OUT, SPLITS, TRAIN
+
+_ALWAYS = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256", "code_sha256")
+_WHERE_RECORDED = ("tokenizer_ids_sha256", "config_sha256")
+"""Older caches have none; that of the configuration is of one version of the library that reads it."""
+_TOLERANCES = {"float32": 0.01}
+_OF_OTHER_TYPES = 0.05
+
+
+def check_same_hashes(folder: Path, manifest: Manifest, language_model: LanguageModel) -> None:
+    """Raise CacheError if the cache is of other weights, weight processing, configuration or tokenizer.
+
+    Names may differ.
+    """
+    info, held = language_model.info.to_json(), manifest.model
+    keys = [*_ALWAYS, *(key for key in _WHERE_RECORDED if held.get(key) is not None)]
+    if held.get("library") != info["library"]:
+        keys = [key for key in keys if key != "config_sha256"]
+    for key in keys:
+        if held.get(key) != info[key]:
+            raise CacheError(
+                f"cache {str(folder)!r}: of another model: {key} is {held.get(key)!r} there and {info[key]!r} in "
+                f"{language_model.info.name!r}; use that model, or set harvest.cache to another folder"
+            )
+
+
+def check_same_model(cache: ActivationCache, language_model: LanguageModel, hook: str | None = None) -> None:
+    """Refuse a model that the cache was not made with.
+
+    Args:
+        cache: complete.
+        language_model: the model.
+        hook: hook point whose activations are compared; by default the first.
+
+    Raises:
+        CacheError: hashes differ, or the model gives other activations for the first held-out context.
+    """
+    check_same_hashes(cache.path, cache.manifest, language_model)
+    hook = hook or cache.hooks[0]
+    split = HELD_OUT if cache.rows(HELD_OUT) else TRAIN
+    first = next(cache.contexts(split, hook, batch_contexts=1))
+    assert first.activations is not None
+    _check_activations(cache.path, cache.manifest, language_model, hook, first.tokens, first.activations)
+
+
+def check_same_as_before(folder: Path, manifest: Manifest, language_model: LanguageModel) -> None:
+    """Refuse a model that an unfinished cache was not begun with.
+
+    Raises:
+        CacheError: hashes differ, or the model gives other activations for the first context that is there.
+    """
+    check_same_hashes(folder, manifest, language_model)
+    hook = next(iter(manifest.hooks))
+    for split in SPLITS:
+        names = [shard_name(part, split, 0) for part in ("tokens", hook)]
+        if all(manifest.is_whole(folder, name) for name in names):
+            try:
+                tokens, shard = (_load(folder, manifest, name) for name in names)
+            except DamagedError:
+                continue  # a matter of 'sae verify'
+            seq = min(manifest.context_length, len(tokens["tokens"]))
+            scale = shard.get("scale")
+            x = dequantise(shard["activations"][:seq], None if scale is None else scale[:seq])
+            context = tokens["tokens"][:seq].long()[None]
+            _check_activations(folder, manifest, language_model, hook, context, x[None])
+            return
+
+
+def _load(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor]:
+    path = folder / name
+    with taken_apart(path, RESTORE):
+        return load_tensors(path, expected=manifest.files[name].sha256, remedy=RESTORE)
+
+
+def _check_activations(
+    folder: Path, manifest: Manifest, language_model: LanguageModel, hook: str, tokens: Int[Tensor, "1 seq"],
+    stored: Float[Tensor, "1 seq d_in"],
+) -> None:  # fmt: skip
+    """Raise CacheError if the model's activations are others than the cache's, for half of the tokens or more.
+
+    The tolerance is 1 % of a token's norm in float32 and 5 % in other number types, and twice what storing takes away.
+    """
+    own = language_model.activations(tokens.to(language_model.device), [hook])[hook].float().cpu()
+    norms = own.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    difference = float(((own - stored.float()).norm(dim=-1) / norms).median())
+    rounding = float(((_rounded(own, manifest.dtype) - own).norm(dim=-1) / norms).median())
+    if not difference <= _TOLERANCES.get(language_model.info.dtype, _OF_OTHER_TYPES) + 2 * rounding:
+        raise CacheError(
+            f"cache {str(folder)!r}: of another model: activations of {language_model.info.name!r} at {hook} differ "
+            f"from those in it by {difference:.2g} of their norm, though its weights are the same; use the config.json "
+            "and the versions of libraries that the cache was made with, or set harvest.cache to another folder"
+        )
+
+
+def _rounded(x: Float[Tensor, "1 seq d_in"], dtype: str) -> Float[Tensor, "1 seq d_in"]:
+    """As they come back from a cache of this number type."""
+    if dtype != "int8":
+        return x.to(getattr(torch, dtype)).float()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale.clamp_min(torch.finfo(torch.float32).tiny)).round() * scale
