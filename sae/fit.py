@@ -30,19 +30,22 @@ def check_amounts(config: RunConfig) -> None:
     """Refuse numbers of tokens with which a step after the harvest could only fail.
 
     Raises:
-        ConfigError: every token of a context is masked, training has less than a batch, snapshots come after its end,
-            or less than a context is to be evaluated or scanned.
+        ConfigError: no token of a context counts, or none that counts has a next one, training has less than a batch,
+            snapshots come after its end, or less than a context is to be evaluated or scanned.
     """
     data, settings = config.data, config.train
     masked = max(config.harvest.masked_positions, int(data.prepend_bos and config.harvest.mask_special_tokens))
-    for name, length in (
-        ("data.context_length", data.context_length), ("data.tokens", data.tokens),
-        ("data.held_out_tokens", data.held_out_tokens),
-    ):  # fmt: skip
-        if length <= masked:
+    if data.tokens <= masked:
+        raise ConfigError(
+            f"data.tokens={data.tokens}: the first {masked} positions of every context are masked, so no token counts; "
+            "raise it, or lower harvest.masked_positions"
+        )
+    for name, length in (("data.context_length", data.context_length), ("data.held_out_tokens", data.held_out_tokens)):
+        if length < masked + 2:
             raise ConfigError(
-                f"{name}={length}: the first {masked} positions of every context are masked, so no token counts; raise "
-                "it, or lower harvest.masked_positions"
+                f"{name}={length}: the first {masked} positions of every context are masked, and a loss needs two more "
+                f"(a token and the next one); raise it to {masked + 2} at least"
+                + (", or lower harvest.masked_positions" if config.harvest.masked_positions == masked else "")
             )
     contexts, rest = divmod(data.tokens, data.context_length)
     tokens = settings.tokens or data.tokens - contexts * masked - min(rest, masked)

@@ -24,7 +24,7 @@ def training_mode() -> Iterator[None]:
     Undoes `torch.set_grad_enabled(False)`, `torch.no_grad`, `torch.inference_mode`, `torch.autocast`,
     `torch.set_default_dtype` and `torch.set_default_device`.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(), _defaults(torch.float32, _CPU):
+    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(), defaults(torch.float32, _CPU):
         yield
 
 
@@ -41,7 +41,7 @@ def present_mode() -> Callable[[], contextlib.AbstractContextManager[None]]:
             stack.enter_context(torch.set_grad_enabled(gradients))
             for kind, cast_to in casts.items():
                 stack.enter_context(torch.autocast(kind, dtype=cast_to))
-            stack.enter_context(_defaults(dtype, device))
+            stack.enter_context(defaults(dtype, device))
             yield
 
     return again
@@ -90,8 +90,8 @@ def is_mapped(gradient: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """The number type and the device of new tensors."""
+def defaults(dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> Iterator[None]:
+    """While open, new tensors have this number type and device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

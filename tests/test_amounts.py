@@ -30,9 +30,12 @@ from sae.probing.settings import ProbeConfig
         ({"features__tokens": 5}, "features.tokens=5: less than one context of 16"),
         (
             {"harvest__masked_positions": 16},
-            "data.context_length=16: the first 16 positions of every cont",
+            "data.context_length=16: the first 16 positions of every context are masked, and a loss needs two more "
+            r"\(a token and the next one\); raise it to 18 at least, or lower harvest.masked_positions",
         ),
-        ({"data__held_out_tokens": 1}, "data.held_out_tokens=1: the first 1 positions of every context are masked"),
+        ({"harvest__masked_positions": 15}, "data.context_length=16: the first 15 positions of every context are mask"),
+        ({"data__context_length": 2}, "data.context_length=2: the first 1 positions .* raise it to 3 at least"),
+        ({"data__held_out_tokens": 2}, "data.held_out_tokens=2: the first 1 positions of every context are masked"),
         ({"train__snapshots": 2000}, "train.snapshots has 2,000, and training ends after 937 tokens"),
     ],
 )

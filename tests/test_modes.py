@@ -108,6 +108,26 @@ def test_training_does_not_depend_on_the_default_device() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("saved", [torch.float64, torch.float32, torch.bfloat16])
+def test_loading_keeps_every_bit_of_every_number_type(architecture: str, saved: torch.dtype, tmp_path: Path) -> None:
+    made = trained(architecture).to(saved)
+    with torch.no_grad():
+        made.W_enc += torch.rand_like(made.W_enc) / 1024
+    made.save(tmp_path)
+    before = torch.get_default_dtype()
+    for default in (torch.float64, torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            with torch.device("meta"):
+                found = sae.load(tmp_path)
+        finally:
+            torch.set_default_dtype(before)
+        for (name, expected), parameter in zip(made.named_parameters(), found.parameters(), strict=True):
+            assert parameter.dtype == saved and not parameter.requires_grad, name
+            assert torch.equal(parameter, expected), (name, default)
+
+
 @modes
 def test_a_source_is_read_in_the_caller_s_mode(mode: str) -> None:
     """It may run a language model, of which nothing is to be recorded and whose precision the caller chose."""

@@ -12,6 +12,7 @@ import torch
 import sae
 from sae import language_model as language_model_module
 from sae.activations import ActivationCache
+from sae.activations.harvest import harvest
 from sae.config import FeaturesConfig
 from sae.errors import CacheError, ConfigError, ModelError, SaeError
 from sae.features import collect
@@ -63,6 +64,28 @@ def test_a_transcoder_s_loaders_tell_both_hook_points(cache: ActivationCache, la
     assert report.hook == GIVES
     with pytest.raises(ConfigError, match=f"hook '{READS}': the dictionary gives activations of '{GIVES}'"):
         sae.evaluate(transcoder, cache, hook=READS)
+
+
+def test_a_target_that_the_model_computes_before_the_input_is_refused(cache: ActivationCache) -> None:
+    with pytest.raises(ConfigError, match=f"target hook '{READS}' comes before '{GIVES}', which the transcoder reads"):
+        sae.train(loader(cache, GIVES), SHAPE, SETTINGS, target=loader(cache, READS))
+
+
+def test_an_input_of_one_text_has_no_target_of_another(
+    cache: ActivationCache, tiny_config: Any, language_model: LanguageModel
+) -> None:
+    """Equal in all that decides the order of tokens."""
+    sections = tiny_config(
+        data__section_characters=300, data__tokens=cache.rows("train"), data__held_out_tokens=cache.rows("held_out"),
+        data__context_length=cache.context_length, harvest__shard_contexts=cache.manifest.shard_contexts,
+        harvest__hooks=[READS, GIVES],
+    )  # fmt: skip
+    other = harvest(sections, language_model)
+    assert loader(cache, READS).order == loader(other, GIVES).order
+    with pytest.raises(
+        ConfigError, match=r"the target's cache, '.*', is of other text than the input's, '.*': harvest both"
+    ):
+        sae.train(loader(cache, READS), SHAPE, SETTINGS, target=loader(other, GIVES))
 
 
 def test_of_a_target_that_nobody_knows_nothing_is_said(cache: ActivationCache) -> None:

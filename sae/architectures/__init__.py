@@ -15,6 +15,7 @@ from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
 from sae.dictionary import Dictionary, read_saved
 from sae.errors import FormatError
+from sae.modes import defaults
 
 ARCHITECTURES: dict[str, type[Dictionary]] = {
     "relu": ReLU,
@@ -45,16 +46,16 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
         )
     try:
         settings = {key: config[key] for key in architecture.setting_names}
-        dictionary = architecture(config["d_in"], config["d_sae"], metadata=config.get("metadata"), **settings)
+        with defaults():
+            dictionary = architecture(config["d_in"], config["d_sae"], metadata=config.get("metadata"), **settings)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FormatError(f"dictionary {str(path)!r}: config.json is incomplete or wrong ({error})") from error
     try:
-        dictionary.load_state_dict(saved.tensors)
+        dictionary.load_state_dict(saved.tensors, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise FormatError(f"dictionary {str(path)!r}: weights do not fit config.json ({reason})") from error
-    dtype = saved.tensors["W_dec"].dtype
-    return dictionary.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return dictionary.to(device=device, dtype=saved.tensors["W_dec"].dtype).eval().requires_grad_(False)
 
 
 __all__ = ["ARCHITECTURES", "BatchTopK", "Dictionary", "Gated", "JumpReLU", "Matryoshka", "ReLU", "TopK", "load"]

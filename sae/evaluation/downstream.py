@@ -115,8 +115,10 @@ def measure_downstream(
     stage.keep()
     if everywhere.tokens == 0:
         raise ConfigError(
-            f"evaluation.downstream_tokens={settings.downstream_tokens}: no eligible position with a next token in "
-            f"them; set at least one context ({cache.context_length}), or null"
+            f"evaluation.downstream_tokens={settings.downstream_tokens}: of the contexts chosen none has a token that "
+            "counts and has a next one; "
+            + ("" if settings.downstream_tokens is None else "raise it, or ")
+            + "harvest more held-out text, longer contexts, or with fewer masked positions"
         )
     scores: dict[Hashable, DownstreamScores] = {}
     for sums, keys in ((everywhere, dictionaries), (first, at_first)):

@@ -11,8 +11,9 @@ from sae.activations.loader import ActivationLoader
 from sae.errors import ConfigError, TrainingError
 from sae.fit import check_fit
 from sae.training.applicability import check_read
-from sae.training.source import BatchSource
+from sae.training.source import BatchSource, origin
 from sae.training.trainee import Recipe, build, check_start, freeze_
+from sae.transcoding import Hooks
 
 
 def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe]) -> tuple[int, int]:
@@ -31,11 +32,8 @@ def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe
                     f"{part}: a {type(sources[part]).__name__} is no source of batches: give an ActivationLoader, or "
                     "sae.IterableSource(batches) of a list of tensors [batch, d_in]"
                 )
-        if recipe.target is not None and sources[recipe.target].d_in != sources[recipe.source].d_in:
-            raise ConfigError(
-                f"{name}: the target has {sources[recipe.target].d_in} numbers a row, the input "
-                f"{sources[recipe.source].d_in}: they must have as many"
-            )
+        if recipe.target is not None:
+            _check_transcoder(name, sources[recipe.source], sources[recipe.target])
     used = {name: sources[name] for made in recipes.values() for name in (made.source, made.target) if name is not None}
     _check_sources(used)
     folders = [recipe.folder for recipe in recipes.values() if recipe.folder is not None]
@@ -63,6 +61,32 @@ def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe
         )
     _check_recipes(recipes, sources, tokens // source.batch_size * source.batch_size)
     return source.batch_size, tokens
+
+
+def _check_transcoder(name: str, source: BatchSource, target: BatchSource) -> None:
+    """Whether a target can be computed from an input, as far as it is known where they come from.
+
+    Raises:
+        ConfigError: they have different widths or are of different texts, or the model computes the target before the
+            input.
+    """
+    if target.d_in != source.d_in:
+        raise ConfigError(
+            f"{name}: the target has {target.d_in} numbers a row, the input {source.d_in}: they must have as many"
+        )
+    if isinstance(source, ActivationLoader) and isinstance(target, ActivationLoader):
+        texts = [loader.cache.manifest.text_sha256 for loader in (source, target)]
+        if texts[0] != texts[1]:
+            raise ConfigError(
+                f"{name}: the target's cache, {str(target.cache.path)!r}, is of other text than the input's, "
+                f"{str(source.cache.path)!r}: harvest both hook points with the same data settings, best in one cache"
+            )
+    metadata = origin(source, target)
+    if metadata.get("target_model") is None:
+        try:
+            Hooks.of(metadata)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def _check_sources(sources: Mapping[str, BatchSource]) -> None:

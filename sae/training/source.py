@@ -86,7 +86,7 @@ class IterableSource:
         estimate_from: number of batches the statistics are taken from.
 
     Raises:
-        ConfigError: `batches` can be iterated only once.
+        ConfigError: `batches` can be iterated only once, or is a source by itself.
         TrainingError: there is no batch, or one that is not `[batch, d_in]`.
     """
 
@@ -97,6 +97,11 @@ class IterableSource:
             raise ConfigError(
                 f"batches is a {type(batches).__name__}, which can be read only once; training starts anew with every "
                 "epoch and to resume: pass a list, or an object whose __iter__ starts anew"
+            )
+        if isinstance(batches, BatchSource):
+            raise ConfigError(
+                f"batches is a {type(batches).__name__}, a source by itself, which knows where its activations come "
+                "from: give it to sae.train as it is"
             )
         first = list(itertools.islice(batches, estimate_from))
         for batch in first:

@@ -113,6 +113,14 @@ def test_loaders_are_read_from_the_beginning_and_in_one_order(tiny_cache: sae.Ac
     assert trained(loader(0), target=loader(0)).d_in == tiny_cache.d_in("blocks.1.hook_resid_pre")
 
 
+def test_a_source_is_not_made_one_of_again(tiny_cache: sae.ActivationCache) -> None:
+    """It would forget its hook point, its model and its place."""
+    loader = ActivationLoader(tiny_cache, "blocks.1.hook_resid_pre", batch_size=16)
+    for source in (loader, IterableSource(BATCHES)):
+        with pytest.raises(ConfigError, match=f"batches is a {type(source).__name__}, a source by itself"):
+            IterableSource(source)
+
+
 def test_batches_of_any_floating_type_are_taken() -> None:
     single, double = trained(IterableSource(BATCHES)), trained(IterableSource([batch.double() for batch in BATCHES]))
     assert torch.equal(single.W_dec, double.W_dec)
