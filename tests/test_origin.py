@@ -72,20 +72,23 @@ def test_a_target_that_the_model_computes_before_the_input_is_refused(cache: Act
 
 
 def test_an_input_of_one_text_has_no_target_of_another(
-    cache: ActivationCache, tiny_config: Any, language_model: LanguageModel
+    tiny_config: Any, language_model: LanguageModel, tmp_path: Path
 ) -> None:
-    """Equal in all that decides the order of tokens."""
-    sections = tiny_config(
-        data__section_characters=300, data__tokens=cache.rows("train"), data__held_out_tokens=cache.rows("held_out"),
-        data__context_length=cache.context_length, harvest__shard_contexts=cache.manifest.shard_contexts,
-        harvest__hooks=[READS, GIVES],
-    )  # fmt: skip
-    other = harvest(sections, language_model)
-    assert loader(cache, READS).order == loader(other, GIVES).order
+    """Every token counts, so that the order of tokens is the same in both."""
+    settings = {"harvest__hooks": [READS, GIVES], "harvest__masked_positions": 0, "harvest__mask_special_tokens": False}
+    one, other = (
+        harvest(
+            tiny_config(data__holdout_seed=seed, harvest__cache=str(tmp_path / f"cache{seed}"), **settings),
+            language_model,
+        )
+        for seed in (0, 3)
+    )
+    assert loader(one, READS).order == loader(other, GIVES).order
+    assert sae.train(loader(one, READS), SHAPE, SETTINGS, target=loader(one, GIVES)).metadata["target_hook"] == GIVES
     with pytest.raises(
-        ConfigError, match=r"the target's cache, '.*', is of other text than the input's, '.*': harvest both"
+        ConfigError, match=r"the target's cache, '.*cache3', is of other text than the input's, '.*cache0'"
     ):
-        sae.train(loader(cache, READS), SHAPE, SETTINGS, target=loader(other, GIVES))
+        sae.train(loader(one, READS), SHAPE, SETTINGS, target=loader(other, GIVES))
 
 
 def test_of_a_target_that_nobody_knows_nothing_is_said(cache: ActivationCache) -> None:
