@@ -117,7 +117,11 @@ def measure_downstream(
         raise ConfigError(
             f"evaluation.downstream_tokens={settings.downstream_tokens}: of the contexts chosen none has a token that "
             "counts and has a next one; "
-            + ("" if settings.downstream_tokens is None else "raise it, or ")
+            + (
+                ""
+                if settings.downstream_tokens is None
+                else f"raise it to a context ({cache.context_length}) or more, or "
+            )
             + "harvest more held-out text, longer contexts, or with fewer masked positions"
         )
     scores: dict[Hashable, DownstreamScores] = {}

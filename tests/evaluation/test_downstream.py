@@ -167,7 +167,7 @@ def test_downstream_tokens_limit(many_documents: ActivationCache, language_model
     scores = _evaluate(many_documents, language_model, lambda x: x, downstream_tokens=40)
     assert scores["evaluated"]["tokens"] > scores["evaluated"]["downstream_tokens"]
     assert 0 < scores["evaluated"]["downstream_tokens"] <= 2 * 14
-    with pytest.raises(ConfigError, match=r"evaluation\.downstream_tokens=3: .* set at least one context \(16\)"):
+    with pytest.raises(ConfigError, match=r"evaluation\.downstream_tokens=3: .* raise it to a context \(16\) or more"):
         _evaluate(many_documents, language_model, lambda x: x, downstream_tokens=3)
 
 
