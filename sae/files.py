@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import stat
@@ -20,6 +19,7 @@ from torch import Tensor
 from sae import hashes
 from sae.errors import CacheError
 from sae.paths import expanded
+from sae.printable import json_text
 
 
 def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> None:
@@ -65,7 +65,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) ->
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, indented, atomically."""
-    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json_text(content, indent=2) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

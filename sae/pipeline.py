@@ -38,6 +38,7 @@ from sae.hashes import check, read_checked
 from sae.language_model import LanguageModel
 from sae.model_identity import model_label
 from sae.paths import expanded
+from sae.printable import printable
 from sae.progress import Notes, announce
 from sae.reading import read_object
 from sae.training.applicability import check_read
@@ -388,6 +389,8 @@ class Run:
     def _write_config(self, path: Path) -> None:
         """The resolved configuration, loadable again, under a line that says what made it."""
         settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        if printable(settings, lines=True) != settings:
+            settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)  # escapes
         commit = git_commit()
         made_by = f"sae {sae.__version__}{f' ({commit})' if commit else ''}, torch {torch.__version__}"
         write_bytes(path, f"# {made_by}, Python {platform.python_version()}\n{settings}".encode())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 UNFIT = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # C0 with ESC, C1 with the 8-bit control sequence introducer
@@ -13,6 +15,9 @@ UNFIT = re.compile(
 """Characters that a terminal obeys, cannot show, or cannot encode."""
 _UNFIT_BUT_LINES = re.compile(rf"(?![\n\t]){UNFIT.pattern}")
 
+_UNFIT_IN_STRING = re.compile(rf"(?![\n\ud800-\udfff]){UNFIT.pattern}")
+"""Those that `json.dumps` leaves. A line end of its own is between strings; half a surrogate pair is no text."""
+
 
 def printable(text: str, *, lines: bool = False) -> str:
     r"""Text that a terminal shows and does not obey: control and direction characters become escapes such as `\x1b`.
@@ -22,6 +27,17 @@ def printable(text: str, *, lines: bool = False) -> str:
         lines: keep line ends and tabs.
     """
     return (_UNFIT_BUT_LINES if lines else UNFIT).sub(_escape, text)
+
+
+def json_text(content: Any, **settings: Any) -> str:
+    """`json.dumps` that escapes control and direction characters, and leaves all others as they are.
+
+    Args:
+        content: what becomes JSON.
+        settings: of `json.dumps`.
+    """
+    text = json.dumps(content, ensure_ascii=False, **settings)
+    return _UNFIT_IN_STRING.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def one_line(text: str, longest: int) -> str:

@@ -23,6 +23,7 @@ from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
 from sae.files import locked, stands, write_bytes, write_json
 from sae.fit import amount_notes, check_amounts
+from sae.markdown import code, plain
 from sae.pipeline import TRUST_SETTING, Run, evaluate_runs
 from sae.progress import Notes, announce
 from sae.reading import load_tensors, read_object, taken_apart
@@ -297,12 +298,12 @@ def _point(run: Run, variant: str) -> Point:
 
 def _described(base: Run, cache: ActivationCache, made: Collection[RunConfig]) -> str:
     """What all dictionaries of a sweep were trained on: where, and how much."""
-    hooks = dict.fromkeys(f"`{variant.hook}`" for variant in made)
+    hooks = dict.fromkeys(code(variant.hook) for variant in made)
     shapes = dict.fromkeys(f"{cache.d_in(variant.hook)} → {variant.dictionary.d_sae:,}" for variant in made)
     settings = base.config.train
     tokens = "one epoch" if settings.tokens is None else f"{settings.tokens:,} tokens"
     return (
-        f"{cache.manifest.model.get('name')}, {', '.join(hooks)}, {', '.join(shapes)}; {tokens} in batches of "
+        f"{plain(cache.manifest.model.get('name'))}, {', '.join(hooks)}, {', '.join(shapes)}; {tokens} in batches of "
         f"{settings.batch_size:,}, of a cache of {cache.rows(TRAIN):,}; evaluated on held-out documents."
     )
 

@@ -15,6 +15,7 @@ ROOT = Path(sae.__file__).parent
 # Rooms in the order of the flow; a file may import its own room and those before it.
 FLOW = [
     ["errors", "environment", "modes", "paths", "seeding", "hub_errors", "printable"],
+    ["markdown"],
     ["hashes", "files", "reading", "model_identity"],
     ["terminal", "columns"],
     ["hook_points"],
@@ -62,6 +63,7 @@ CORE = {
     "hub_errors",
     "hook_points",
     "printable",
+    "markdown",
     "mixture",
     "transcoding",
     "config",

@@ -40,7 +40,7 @@ from sae.mixture import tokens_by_source
 from sae.model_identity import fingerprint, model_label, older_fingerprint
 from sae.modes import without_autocast
 from sae.paths import expanded
-from sae.printable import one_line, printable
+from sae.printable import json_text, one_line, printable
 from sae.reading import load_tensors, taken_apart
 from sae.seeding import STREAMS
 from sae.terminal import complain
@@ -490,7 +490,7 @@ def _is_text(name: str) -> bool:
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     manifest.files = dict(sorted(manifest.files.items()))
-    write_bytes(folder / MANIFEST, (json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(folder / MANIFEST, (json_text(manifest.model_dump(), indent=1) + "\n").encode())
 
 
 def cache_bytes(config: RunConfig, widths: Mapping[str, int]) -> int:

@@ -11,8 +11,8 @@ import numpy as np
 from sae.causal.effects import Correlation, Effects, EffectSettings, FeatureEffect, TokenChange
 from sae.columns import Column, fitted
 from sae.evaluation.estimate import Estimate, error_note
-from sae.evaluation.render import pipe_table
 from sae.features.text import visible
+from sae.markdown import code, document, pipe_table, plain
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -137,13 +137,13 @@ def markdown(effects: Effects, figure: str | None) -> str:
     """
     settings, measured = effects.settings, [effect for effect in effects.features.values() if effect.positions]
     parts = [
-        f"# Effects of features at `{effects.hook}`",
-        f"Dictionary `{effects.dictionary['weights_sha256'][:12]}` on `{effects.model.get('name')}`. "
+        f"# Effects of features at {code(effects.hook)}",
+        f"Dictionary {code(effects.dictionary['weights_sha256'][:12])} on {code(effects.model.get('name'))}. "
         f"{len(effects):,} features, {what_is_done(settings)} (f becomes {settings.scale:g}·f) at up to "
         f"{settings.positions} places each, one place of one context at a time, found in {effects.tokens:,} held-out "
         f"tokens. Losses and divergences in nats: of the next token at the place, and summed over the following "
         f"{settings.window} positions of its document. {_errors(effects)}."
-        + (f" {effects.road[0].upper()}{effects.road[1:]}." if effects.road else ""),
+        + (f" {effects.road[0].upper()}{plain(effects.road[1:])}." if effects.road else ""),
         "## All features",
         pipe_table(
             ["mean of a feature", *(f"{share:.0%}" for share in _QUANTILES)], _distributions(measured), text_columns=1
@@ -155,7 +155,7 @@ def markdown(effects: Effects, figure: str | None) -> str:
     if figure is not None:
         parts.append(f"![measured against direct effect]({figure})")
     parts += ["## By feature", _by_feature(effects)]
-    return "\n\n".join(parts) + "\n"
+    return document(parts)
 
 
 def _distributions(measured: Sequence[FeatureEffect]) -> list[list[str]]:
@@ -197,7 +197,7 @@ def _by_feature(effects: Effects) -> str:
 
 def _tokens(changes: Sequence[TokenChange]) -> str:
     """Token text as code that no character of it can end."""
-    return " ".join(f"`{visible(change.token).replace('`', 'ˋ')}`" for change in changes) or _NONE
+    return " ".join(code(visible(change.token)) for change in changes) or _NONE
 
 
 def independent_difference(a: Estimate, b: Estimate) -> Estimate:

@@ -17,9 +17,9 @@ from sae.evaluation.render import (
     SPARSITY,
     describe_masks,
     describe_text,
-    pipe_table,
     share_of,
 )
+from sae.markdown import code, document, pipe_table, plain
 from sae.tokens import TokenPolicy
 
 if TYPE_CHECKING:
@@ -69,24 +69,25 @@ def comparison_markdown(comparison: Comparison) -> str:
     """`compare.md`."""
     dictionaries, baselines = comparison.dictionaries, comparison.baselines
     parts = [
-        f"# Comparison at `{comparison.hook}`",
+        f"# Comparison at {code(comparison.hook)}",
         _subject(comparison),
-        "\n".join(f"- {name}: {made.description}" for name, made in dictionaries.items()),
+        "\n".join(f"- {plain(name)}: {plain(made.description)}" for name, made in dictionaries.items()),
         _table(dictionaries),
-        f"Values are means over tokens, {error_note(comparison.evaluated)}. {_sentence(_second_lines(comparison))}",
+        f"Values are means over tokens, {error_note(comparison.evaluated)}. "
+        f"{_sentence(plain(_second_lines(comparison)))}",
         "## Baselines",
         _table(baselines),
-        _sentence("; ".join(made.description for made in baselines.values())),
+        _sentence("; ".join(plain(made.description) for made in baselines.values())),
     ]
     note = _fewer_tokens(comparison)
-    return "\n\n".join([*parts, *([_sentence(note)] if note else [])]) + "\n"
+    return document([*parts, *([_sentence(note)] if note else [])])
 
 
 def _table(columns: Mapping[str, Compared]) -> str:
     rows = [
         [f"`{metric}`", meaning, *("<br>".join(lines) for lines in cells)] for metric, meaning, cells in _rows(columns)
     ]
-    return pipe_table(["", "", *columns], rows)
+    return pipe_table(["", "", *map(plain, columns)], rows)
 
 
 def _rows(columns: Mapping[str, Compared]) -> Iterator[tuple[str, str, list[list[str]]]]:
@@ -144,7 +145,7 @@ def _subject(comparison: Comparison) -> str:
             f"{tokens['downstream_documents']:,} documents."
         )
     return (
-        f"Activations of `{comparison.model.get('name', 'unknown model')}`, text {describe_text(comparison.data)}. "
+        f"Activations of {code(comparison.model.get('name', 'unknown model'))}, text {describe_text(comparison.data)}. "
         f"All dictionaries are evaluated on the same {tokens['tokens']:,} held-out tokens of {tokens['documents']:,} "
         f"documents; {masked}. {losses}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from sae.columns import Column, fitted
 from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.legacy import CONTEXTS_PER_BATCH
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report
+from sae.markdown import code, document, pipe_table, plain
 from sae.tail import NO_ROAD, Road
 from sae.tokens import TokenPolicy
 
@@ -46,7 +47,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         figures: drawn for it; None where matplotlib is missing.
     """
     parts = [
-        f"# Evaluation at `{report.hook}`",
+        f"# Evaluation at {code(report.hook)}",
         _subject(report),
         "## Metrics",
         pipe_table(["", "", *(HEADINGS[name] for name in report.columns)], _rows(report)),
@@ -61,7 +62,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
     elif figures:
         parts.append("## Figures")
         parts += [f"![{figure.title}]({FIGURE_FOLDER}/{figure.file})\n\n{figure.caption}" for figure in figures]
-    return "\n\n".join(parts) + "\n"
+    return document(parts)
 
 
 def report_table(report: Report | Mapping[str, Any], width: int | None = None) -> Group:
@@ -164,11 +165,11 @@ def _subject(report: Report) -> str:
     description = report.scores.description.removeprefix("dictionary: ")
     other = report.training_policy not in (None, report.policy)
     weights = report.dictionary["weights_sha256"]
-    which = f" `{weights[:12]}`" if weights else ""
+    which = f" {code(weights[:12])}" if weights else ""
     note = " **Training left out other tokens than this evaluation: see `token_policy` in eval.json.**" if other else ""
     return (
-        f"Dictionary{which} ({description}) on `{report.hook}` of "
-        f"`{report.model.get('name', 'unknown model')}`, text {describe_text(report.data)}.\n\n"
+        f"Dictionary{which} ({plain(description)}) on {code(report.hook)} of "
+        f"{code(report.model.get('name', 'unknown model'))}, text {describe_text(report.data)}.\n\n"
         f"Evaluated on {report.tokens:,} held-out tokens of {report.documents:,} documents{masked}. "
         f"It took {report.seconds:,.1f} s.{note}"
     )
@@ -178,18 +179,18 @@ def describe_text(data: dict[str, Any]) -> str:
     """Which text it is, with the shares where there are several sources."""
     source = data.get("source", "unknown")
     if isinstance(source, str):
-        return f"`{source}`"
-    return ", ".join(f"`{name}` ({share:.3g})" for name, share in zip(source, data["weights"], strict=True))
+        return code(source)
+    return ", ".join(f"{code(name)} ({share:.3g})" for name, share in zip(source, data["weights"], strict=True))
 
 
 def _baselines(report: Report) -> str:
-    return "; ".join(scores.description for scores in report.baselines.values())
+    return "; ".join(plain(scores.description) for scores in report.baselines.values())
 
 
 def _losses(report: Report) -> list[str]:
     downstream = report.scores.downstream
     if downstream is None:
-        reason = _sentence(str(report.road)) if report.road else " Not measured: no language model was given."
+        reason = _sentence(plain(report.road)) if report.road else " Not measured: no language model was given."
         return ["## Language-model loss", reason[1:]]
     rows = [
         ["untouched", "`ce_clean`", str(downstream.ce_clean)],
@@ -202,7 +203,7 @@ def _losses(report: Report) -> list[str]:
         pipe_table(["hook point replaced by", "", "nats per token"], rows),
         f"Over {downstream.tokens:,} eligible positions with a next token, of {downstream.documents:,} documents. All "
         "replacements are made at the same eligible positions; the others keep the model's own activations."
-        + (_sentence(str(report.road)) if report.road else "")
+        + (_sentence(plain(report.road)) if report.road else "")
         + _sentence(fewer_tokens(report.to_json())),
     ]
 
@@ -281,11 +282,3 @@ def _legacy(report: Report) -> list[str]:
 
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.5g}"
-
-
-def pipe_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 2) -> str:
-    """A Markdown table, the first columns to the left."""
-    rule = [":--" if number < text_columns else "--:" for number in range(len(head))]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, rule, *rows)
-    )

@@ -14,8 +14,9 @@ from sae.evaluation.comparison_tables import MARK
 from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import Totals, below_noise, difference
 from sae.evaluation.pareto import Point, lines, values_of
-from sae.evaluation.render import NONE, pipe_table
+from sae.evaluation.render import NONE
 from sae.evaluation.report import HEADINGS
+from sae.markdown import document, pipe_table, plain
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -147,10 +148,9 @@ def sweep_markdown(
         parts.append(pipe_table([column.heading for column in table.columns], rows, text_columns=1) + "\n")
         parts += [f"{note.format(best='**bold**')}\n" for note in (*table.notes, table.of_rest) if note]
     if failures:
-        parts.append(
-            "## Not trained\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in failures.items()) + "\n"
-        )
-    return "\n".join(parts)
+        reasons = (f"- {plain(name)}: {plain(reason)}" for name, reason in failures.items())
+        parts.append("## Not trained\n\n" + "\n".join(reasons) + "\n")
+    return document(parts, "\n")
 
 
 def sweep_tables(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sae.columns import Column, fitted
-from sae.evaluation.render import pipe_table
+from sae.markdown import code, document, pipe_table, plain
 from sae.probing.probe import MAJORITY
 from sae.probing.record import MARKDOWN_FILE, ProbeRecord
 from sae.probing.scores import METRICS
@@ -31,9 +31,10 @@ def markdown(record: ProbeRecord) -> str:
     """`probe.md`: means over data sets, who wins, a row for each data set, and first letters."""
     subject = record.subject
     parts = [
-        f"# Probes at `{subject['hook']}`",
-        f"Dictionary `{subject['dictionary']['weights_sha256'][:12]}` ({subject['dictionary']['architecture']}, "
-        f"{subject['dictionary']['d_in']:,} → {subject['dictionary']['d_sae']:,}) of `{subject['model'].get('name')}`.",
+        f"# Probes at {code(subject['hook'])}",
+        f"Dictionary {code(subject['dictionary']['weights_sha256'][:12])} ({subject['dictionary']['architecture']}, "
+        f"{subject['dictionary']['d_in']:,} → {subject['dictionary']['d_sae']:,}) of "
+        f"{code(subject['model'].get('name'))}.",
     ]
     if record.results:
         parts += _data_set(record) if len(record.results) == 1 else _data_sets(record)
@@ -46,8 +47,8 @@ def markdown(record: ProbeRecord) -> str:
             "are shares of these.",
         ]
     if record.failures:
-        parts += ["## Not probed", "\n".join(f"- {name}: {why}" for name, why in record.failures.items())]
-    return "\n\n".join(parts) + "\n"
+        parts += ["## Not probed", "\n".join(f"- {plain(name)}: {plain(why)}" for name, why in record.failures.items())]
+    return document(parts)
 
 
 def summary_table(record: ProbeRecord, width: int | None = None) -> Group:
@@ -114,9 +115,11 @@ def _data_set(record: ProbeRecord) -> list[str]:
     [(name, result)] = record.results.items()
     rows = list(_summary_rows(record))
     best = result.methods["latents-1"].columns if "latents-1" in result.methods else {}
-    latents = "; ".join(f"{label!r}: {', '.join(str(one[0]) for one in splits)}" for label, splits in best.items())
+    latents = "; ".join(
+        f"{plain(repr(label))}: {', '.join(str(one[0]) for one in splits)}" for label, splits in best.items()
+    )
     return [
-        f"## `{name}`",
+        f"## {code(name)}",
         pipe_table(_SUMMARY_HEAD[:-1], (row[:-1] for row in rows), text_columns=1),
         f"{sum(result.examples.values()):,} examples. ± standard error over test examples (of AUC: DeLong), averaged "
         f"over the random splits{_without_error(rows)}. {_how(record)}",
@@ -174,7 +177,7 @@ def _data_set_rows(record: ProbeRecord) -> Iterable[list[str]]:
         best = result.methods.get("latents-1")
         chosen = best.columns[result.classes[0]][0] if best is not None and len(result.classes) == 1 else []
         majority = f"{max(result.examples.values()) / total:.2f}"
-        yield [f"`{name}`", f"{total:,}", *cells, ", ".join(map(str, chosen)) or _NONE, majority]
+        yield [code(name), f"{total:,}", *cells, ", ".join(map(str, chosen)) or _NONE, majority]
 
 
 def _letter_rows(letters: dict[str, Any]) -> Iterable[list[str]]:

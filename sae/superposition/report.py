@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sae.columns import Column, fitted
-from sae.evaluation.render import pipe_table
+from sae.markdown import document, pipe_table
 from sae.superposition.dictionaries import COSINE, DictionaryScores, RecoveryResult
 from sae.superposition.experiments import DimensionalityResult, GeometryResult, PhaseResult
 from sae.superposition.geometry import REPRESENTED
@@ -47,7 +47,7 @@ def markdown(done: Sequence[Finished]) -> str:
         parts.append(f"`{experiment.name}`, seed {experiment.seed}: {experiment.seconds:,.0f} seconds.")
     if any(experiment.figure is None for experiment in done):
         parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
-    return "\n\n".join(parts) + "\n"
+    return document(parts)
 
 
 def show(done: Finished, console: Console) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -17,6 +16,7 @@ from sae.causal.render import signed, what_is_done
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
 from sae.files import write_bytes
+from sae.printable import json_text, printable
 
 _LENGTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _LONG = "-"
@@ -37,7 +37,7 @@ def write_page(
     """
     style, script = _asset("page.css"), _asset("page.js")
     parts = {
-        "title": html.escape(title),
+        "title": html.escape(printable(title)),
         "policy": f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; "
         "base-uri 'none'; form-action 'none'",
         "style": style,
@@ -72,8 +72,8 @@ def page_data(features: Features, indices: Iterable[int], title: str, effects: E
 
 def embeddable_json(content: Any) -> str:
     """Compact JSON that is safe inside a script element: nothing in it can end the element or open another."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
+    text = json_text(content, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
