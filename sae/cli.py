@@ -228,18 +228,22 @@ def features(
 @cli.command()
 @click.argument("paths", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--record", is_flag=True, help="Add hashes of files that an older sae wrote without any.")
-def verify(paths: tuple[Path, ...], record: bool) -> None:
+@click.pass_obj
+def verify(options: dict[str, bool], paths: tuple[Path, ...], record: bool) -> None:
     """Check every file of a run, a cache or a dictionary.
 
     FOLDER is a run folder, a cache, a dictionary's folder or a feature store. All that sae wrote there is compared with
-    its hash, and read. Files that are missing, damaged, or contradict each other are named. Nothing outside is read.
+    its hash, and read. Files that are missing, damaged, or contradict each other are named. Linked folders are
+    followed, and the cache that a run's harvest.cache names is checked too.
     """
+    from sae.progress import progress_bars
     from sae.verification import record_hashes
     from sae.verification import verify as verify_folder
 
     files, problems = 0, []
     for path in paths:
-        count, found = verify_folder(path)
+        with progress_bars(quiet=options["quiet"], units={"verify": "files"}) as progress:
+            count, found = verify_folder(path, progress)
         files, problems = files + count, [*problems, *found]
         if record and not found:
             say(f"{len(record_hashes(path))} hashes added in {path}")

@@ -50,7 +50,7 @@ _YOUNG_NS = 100_000_000
 _PATIENCE_SECONDS = 10.0
 
 _NUMBERED = {"checkpoints", "snapshots"}
-_PARTS = {"activations", "dictionary", "features", "probing", *_NUMBERED}
+PARTS = {"activations", "dictionary", "features", "probing", *_NUMBERED}
 """Folders in a run folder; of those that are numbered, folders in them hold files."""
 
 _WAYS_OUT = {
@@ -394,7 +394,7 @@ def _run_of(folder: Path) -> Path | None:
     """The run folder that a folder is part of, by its name; None if there is none."""
     part = folder.parent if folder.parent.name in _NUMBERED else folder
     run = part.parent
-    return run if part.name in _PARTS and os.path.lexists(run / "config.yaml") else None
+    return run if part.name in PARTS and os.path.lexists(run / "config.yaml") else None
 
 
 _ANNOUNCED: set[Path] = set()
