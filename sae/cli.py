@@ -16,6 +16,7 @@ import sae
 from sae.commands.compare import compare
 from sae.commands.effects import effects
 from sae.commands.hooks import hooks
+from sae.commands.interrupted import beginning_again
 from sae.commands.keys import with_keys
 from sae.commands.overrides import evaluation_overrides, features_and_overrides
 from sae.commands.probe import probe
@@ -69,7 +70,8 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
         whole.harvest()
         whole.train()
         report = None if whole.is_evaluated() else whole.evaluate()
-        features = whole.features()
+        with beginning_again("the collection of features"):
+            features = whole.features()
     _show_report(read_object(whole.folder / JSON_FILE) if report is None else report)
     folder = str(whole.folder)
     line = Text(f"\n{len(features):,} features in ").append(folder, "bold")
@@ -206,7 +208,7 @@ def features(
     if page is not None and (not page.name or page.is_dir()):
         raise click.BadParameter(f"{str(page)!r} is no file; name one, such as page.html.", param_hint="'--page'")
     if stands(path / CONFIG_YAML):
-        with progress_bars(quiet=options["quiet"]) as progress:
+        with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
             store = pipeline.Run.open(path, overrides, progress).features()
     else:
         if overrides:
@@ -242,7 +244,10 @@ def verify(options: dict[str, bool], paths: tuple[Path, ...], record: bool) -> N
 
     files, problems = 0, []
     for path in paths:
-        with progress_bars(quiet=options["quiet"], units={"verify": "files"}) as progress:
+        with (
+            beginning_again("it"),
+            progress_bars(quiet=options["quiet"], units={"verify": "files"}) as progress,
+        ):
             count, found = verify_folder(path, progress)
         files, problems = files + count, [*problems, *found]
         if record and not found:
@@ -291,8 +296,8 @@ def _main() -> None:
     debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        _fail(_INTERRUPTED, 130)
+    except (click.exceptions.Abort, KeyboardInterrupt) as stopped:
+        _fail(str(stopped) or _INTERRUPTED, 130)
     except click.ClickException as error:
         usage = io.StringIO()
         error.show(usage)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ from sae.activations.cache import ActivationCache
 from sae.architectures import load
 from sae.config_file import CONFIG_YAML
 from sae.dictionary import Dictionary
-from sae.errors import ConfigError
+from sae.errors import CacheError, ConfigError
 from sae.evaluation import Comparison, evaluate_all, write_comparison
+from sae.evaluation.budget import announcement
 from sae.evaluation.compare import check_several, comparison_key, read_comparison
+from sae.evaluation.partial import discard
 from sae.evaluation.report import identify, read_stored
 from sae.evaluation.streams import Progress
 from sae.files import locked, stands
 from sae.paths import expanded
 from sae.pipeline import Run
+from sae.progress import announce
 
+READ = "read dictionaries"
+"""The stage that counts dictionaries instead of tokens."""
+_UNFINISHED = "comparison-unfinished"
 Evaluation = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -37,6 +44,9 @@ def compare_folders(
         overrides: of that run's configuration.
         progress: called with (stage, tokens done, tokens in all).
 
+    An evaluation that was interrupted goes on: its sums are kept in `comparison-unfinished/` of `out`, or without one
+    of the run folder that the tokens come from. If that cannot be written, they are not kept.
+
     Raises:
         ConfigError: fewer than two, one of them twice, or no run folder.
         CacheError: another process writes into `out`.
@@ -44,10 +54,10 @@ def compare_folders(
     """
     named = _named(places)
     check_several(named)
-    run = _run(named, on, overrides)
+    report = progress or _silent
+    run = _run(named, on, overrides, report)
     cache, hook, settings = run.cache(), run.config.hook, run.config.evaluation
-    dictionaries = {name: load(place) for name, place in named.items()}
-    identities = {name: identify(dictionary) for name, dictionary in dictionaries.items()}
+    dictionaries, identities = _loaded(named, report)
     activations = cache.manifest.identity(hook)
     key = comparison_key(identities, activations, hook, settings)
 
@@ -58,7 +68,8 @@ def compare_folders(
         }
         missing = {name: dictionaries[name] for name, stored in found.items() if stored is None}
         if missing:
-            found |= _evaluate(run, cache, missing, progress)
+            with _kept_in(out or run.folder) as unfinished:
+                found |= _evaluate(run, cache, missing, report, unfinished)
         return Comparison.of({name: stored for name, stored in found.items() if stored is not None})
 
     if out is None:
@@ -72,24 +83,55 @@ def compare_folders(
     return comparison
 
 
+def _loaded(
+    named: Mapping[str, Path], progress: Progress
+) -> tuple[dict[str, Dictionary], dict[str, dict[str, Any]]]:  # fmt: skip
+    """The dictionaries, and what tells each from others."""
+    dictionaries, identities = {}, {}
+    progress(READ, 0, len(named))
+    for name, place in named.items():
+        dictionaries[name] = load(place)
+        identities[name] = identify(dictionaries[name])
+        progress(READ, len(identities), len(named))
+    return dictionaries, identities
+
+
+@contextlib.contextmanager
+def _kept_in(folder: str | Path) -> Iterator[Path | None]:
+    """Where sums are kept until all is measured; None if nothing can be written there, or another process does."""
+    unfinished: Path | None = expanded(folder) / _UNFINISHED
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(unfinished, "comparison"))
+        except CacheError:
+            unfinished = None
+        yield unfinished
+        if unfinished is not None:
+            discard(unfinished)
+
+
 def _evaluate(
-    run: Run, cache: ActivationCache, dictionaries: Mapping[str, Dictionary], progress: Progress | None
+    run: Run, cache: ActivationCache, dictionaries: Mapping[str, Dictionary], progress: Progress,
+    unfinished: Path | None,
 ) -> dict[str, Evaluation]:  # fmt: skip
+    announce(progress, announcement(run.config.evaluation, cache, len(dictionaries)))
     reports = evaluate_all(
         dictionaries, cache,
         hook=run.config.hook, language_model=run.language_model, settings=run.config.evaluation, device=run.device,
-        progress=progress,
+        progress=lambda stage, done, total: progress(f"evaluate: {stage}", done, total), unfinished=unfinished,
     )  # fmt: skip
     return {name: (report.to_json(), report.scores.totals) for name, report in reports.items()}
 
 
-def _run(named: Mapping[str, Path], on: str | Path | None, overrides: tuple[str, ...]) -> Run:
+def _run(
+    named: Mapping[str, Path], on: str | Path | None, overrides: tuple[str, ...], progress: Progress
+) -> Run:  # fmt: skip
     """The run that the held-out tokens come from."""
     if on is not None:
-        return Run.open(on, overrides)
+        return Run.open(on, overrides, progress)
     for place in named.values():
         if stands(place / CONFIG_YAML):
-            return Run.open(place, overrides)
+            return Run.open(place, overrides, progress)
     raise ConfigError(
         f"{', '.join(map(repr, map(str, named.values())))}: none is a run folder, so there are no held-out tokens to "
         "compare them on; name a run with --on RUN (on=... in Python)"
@@ -108,3 +150,6 @@ def _named(places: Sequence[str | Path]) -> dict[str, Path]:
         if len(set(names)) == len(names):
             return dict(zip(names, paths, strict=True))
     return {str(path): path for path in paths}
+
+
+def _silent(stage: str, done: int, total: int) -> None: ...

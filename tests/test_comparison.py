@@ -14,7 +14,7 @@ from sae import comparison
 from sae.comparison import compare_folders
 from sae.config import RunConfig
 from sae.errors import ConfigError
-from sae.evaluation import Comparison
+from sae.evaluation import Comparison, partial
 from sae.files import write_bytes, write_json
 from sae.pipeline import Run
 from tests.conftest import make_tiny_config
@@ -158,3 +158,50 @@ def test_the_command_prints_and_writes(runs: Path, tmp_path: Path, command: Any)
     refused = command("compare", runs / "k4", runs / "k6", "dictionary.k=3")
     assert refused.status == 1 and "evaluation does not read dictionary.k" in refused.err
     assert command("compare", runs / "k4").status == 1
+
+
+@pytest.mark.parametrize("with_out", [True, False])
+def test_an_interrupted_comparison_goes_on(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_out: bool
+) -> None:
+    """What the second process does again is counted in batches, and it measures the same."""
+    monkeypatch.setattr(partial, "EVERY", 0.0)
+    places = [own / "k4" / "dictionary", own / "k8" / "dictionary"]
+    options: dict[str, Any] = {
+        "on": own / "k6", "overrides": ("evaluation.batch_contexts=2", "evaluation.frozen_decoder_tokens=0"),
+    }  # fmt: skip
+    stage = "evaluate: language model"
+    whole: list[int] = []
+    expected = compare_folders(
+        places, **options, progress=lambda name, done, _: whole.append(done) if name == stage else None
+    )
+    assert not (own / "k6" / "comparison-unfinished").exists()
+    out = tmp_path / "out" if with_out else None
+    stop = whole[len(whole) // 2]
+
+    def stopping(name: str, done: int, total: int) -> None:
+        if name == stage and done >= stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_folders(places, **options, out=out, progress=stopping)
+    again: list[tuple[str, int]] = []
+    made = compare_folders(places, **options, out=out, progress=lambda name, done, _: again.append((name, done)))
+    assert made == expected
+    done_again = [done for name, done in again if name == stage]
+    assert done_again[0] == stop, "where it begins"
+    assert len(done_again) == len([done for done in whole if done >= stop])
+    assert [done for name, done in again if name == "evaluate: reconstruction"] == [made.evaluated["tokens"]]
+    assert not (out or own / "k6").joinpath("comparison-unfinished").exists()
+
+
+def test_a_comparison_needs_no_folder_that_can_be_written(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own / "k4" / "comparison-unfinished").write_text("a file in its place")
+    made = compare_folders([own / "k4", own / "k8"])
+    assert list(made.dictionaries) == ["k4", "k8"]
+
+
+def test_every_stage_of_a_comparison_is_said(own: Path) -> None:
+    stages: dict[str, int] = {}
+    compare_folders([own / "k4", own / "k8"], progress=lambda stage, _, total: stages.setdefault(stage, total) and None)
+    assert list(stages)[:2] == ["read dictionaries", "load tiny"] and "evaluate: language model" in stages

@@ -20,15 +20,15 @@ def compare(options: dict[str, bool], arguments: tuple[str, ...], on: Path | Non
     DICTIONARY is a run folder or a dictionary's folder; the first is what the others are compared with. All are
     measured on the same held-out tokens: those of the first run folder among them, or of --on. What a run has measured
     on these already is taken from its eval.json. KEY=VALUE overrides settings of the run that the tokens are of:
-    evaluation.*, model.*, harvest.cache, device.
+    evaluation.*, model.*, harvest.cache, device. A comparison that was interrupted goes on where it stopped.
     """
     from sae.commands.overrides import evaluation_overrides
-    from sae.comparison import compare_folders
+    from sae.comparison import READ, compare_folders
     from sae.evaluation import comparison_tables
     from sae.progress import progress_bars
 
     overrides, places = evaluation_overrides(arguments)
-    with progress_bars(quiet=options["quiet"]) as progress:
+    with progress_bars(quiet=options["quiet"], units={READ: "dictionaries"}) as progress:
         comparison = compare_folders(places, on=on, out=out, overrides=overrides, progress=progress)
     console = output()
     for table in comparison_tables(comparison, console.width):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sae.commands.interrupted import beginning_again
 from sae.config_file import describe_keys, load_config
 from sae.errors import ConfigError
 from sae.hook_points import KINDS
@@ -22,7 +23,8 @@ _READ = ("model.", "device")
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def hooks(model: str, overrides: tuple[str, ...]) -> None:
+@click.pass_obj
+def hooks(options: dict[str, bool], model: str, overrides: tuple[str, ...]) -> None:
     """List the hook points of a model.
 
     MODEL is a name on the hub, a folder, a .gguf file, or 'demo'. Keys are those of 'sae run' that begin with 'model.',
@@ -30,16 +32,25 @@ def hooks(model: str, overrides: tuple[str, ...]) -> None:
     """
     from sae.environment import choose_device
     from sae.language_model import LanguageModel
+    from sae.model_identity import model_label
+    from sae.progress import progress_bars
 
     for override in overrides:
         if not override.startswith(_READ):
             known = (key for key, _, _ in describe_keys() if key.startswith(_READ) and key != "model.name")
             raise ConfigError(f"override {override!r}: 'sae hooks' reads {', '.join(known)}")
     config = load_config(None, [f"model.name={model}", *overrides])
-    language_model = LanguageModel(config.model, choose_device(config.device))
+    with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
+        stage = f"load {model_label(config.model.name)}"
+        progress(stage, 0, 1)
+        language_model = LanguageModel(config.model, choose_device(config.device))
+        progress(stage, 1, 1)
+        progress("read hook points", 0, 1)
+        found = language_model.hooks()
+        progress("read hook points", 1, 1)
     info = language_model.info
     say(f"{info.name}: {info.n_layers} blocks, residual stream of {info.d_model:,}, blocks.N. and")
-    for line in hook_lines(language_model.hooks()):
+    for line in hook_lines(found):
         say(line)
 
 

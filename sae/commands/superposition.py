@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from sae.commands.interrupted import beginning_again
 from sae.config import LARGEST
 from sae.terminal import output, say
 
@@ -35,7 +36,8 @@ def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: P
     from sae.superposition import EXPERIMENTS, run
     from sae.superposition.report import show
 
-    with progress_bars(quiet=options["quiet"], units=dict.fromkeys(EXPERIMENTS, "inputs")) as progress:
+    bars = progress_bars(quiet=options["quiet"], units=dict.fromkeys(EXPERIMENTS, "inputs"))
+    with beginning_again("the experiment that was running"), bars as progress:
         done = run(out, experiments, seed=seed, progress=progress)
     console = output()
     for experiment in done.values():
