@@ -22,7 +22,7 @@ from sae.commands.overrides import evaluation_overrides, features_and_overrides
 from sae.commands.probe import probe
 from sae.commands.superposition import superposition
 from sae.config_file import CONFIG_YAML, describe_keys, load_config
-from sae.errors import SaeError
+from sae.errors import SaeError, TrainingInterrupted
 from sae.files import stands
 from sae.terminal import close, complain, complain_at_length, output, prepare, say, show_warning, unwritable
 
@@ -288,11 +288,6 @@ def main() -> None:
 
 
 def _main() -> None:
-    try:
-        from sae.training.loop import TrainingInterrupted
-    except KeyboardInterrupt:
-        _fail(_INTERRUPTED, 130)
-
     debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=False)

@@ -9,6 +9,7 @@
     │   ├── DamagedError  (a CacheError as well) a file is missing, damaged, changed, or no regular file
     │   └── UnreadableError  (a CacheError as well) the machine cannot read a file, which may be good
     ├── TrainingError  training cannot go on
+    ├── TrainingInterrupted  no error: Ctrl-C, and the state is saved
     ├── ShapeError     activations have another width than the dictionary
     └── UnknownFeatureError  the dictionary has no feature of that number
 
@@ -52,6 +53,10 @@ class UnreadableError(FormatError, CacheError):
 
 class TrainingError(SaeError):
     """Training cannot go on: not-a-number values, activations of the wrong width, no data."""
+
+
+class TrainingInterrupted(SaeError):  # noqa: N818  it is no error
+    """Ctrl-C: the state is saved, and the same command goes on."""
 
 
 class ShapeError(SaeError, ValueError):

@@ -11,15 +11,15 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sae import hashes
 from sae.errors import CacheError
 from sae.paths import expanded
 from sae.printable import json_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> None:
@@ -70,6 +70,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically. The same tensors give the same bytes."""
+    from safetensors.torch import save  # not above: it takes seconds, and the command line writes no tensors to begin
+
     write_bytes(path, save(dict(tensors)))
 
 

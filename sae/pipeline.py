@@ -24,7 +24,7 @@ from sae.config import RunConfig
 from sae.config_file import CONFIG_YAML, MOST_YAML_BYTES, load_config, parse_yaml
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
 from sae.environment import choose_device, git_commit
-from sae.errors import CacheError, ConfigError, FormatError, SaeError
+from sae.errors import CacheError, ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.evaluation import Report, evaluate_all, write_report
 from sae.evaluation.budget import announcement
 from sae.evaluation.partial import FOLDER as UNFINISHED
@@ -43,7 +43,7 @@ from sae.progress import Notes, announce
 from sae.reading import read_object
 from sae.training.applicability import check_read
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, training_bytes, warn_of_missed_snapshots
-from sae.training.loop import TrainingInterrupted, train
+from sae.training.loop import train
 from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
 from sae.training.trainee import Recipe, build, check_start, chosen_settings, freeze_, setting_of
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import sae
 
 ROOT = Path(sae.__file__).parent
@@ -170,6 +172,57 @@ print(elapsed)
         for _ in range(3)
     ]
     assert min(times) < 1.0, times
+
+
+def test_the_command_line_begins_without_torch() -> None:
+    code = """
+import sys
+from sae import __main__, cli
+heavy = {"torch", "numpy", "safetensors", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    for words in (["--version"], ["--help"], ["run", "--help"]):
+        command = [sys.executable, "-X", "importtime", "-m", "sae", *words]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "click" in imported and not {"torch", "numpy"} & imported, words
+        assert done.stdout.startswith(f"sae, version {sae.__version__}" if words == ["--version"] else "Usage:"), words
+
+
+def test_the_installed_command_is_the_guarded_one() -> None:
+    assert 'sae = "sae.__main__:main"' in (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module", ["click", "pydantic", "sae.cli"])
+def test_ctrl_c_while_modules_are_imported_leaves_one_line(module: str) -> None:
+    """The signal comes as a module is looked for, which would otherwise end in a stack trace."""
+    code = f"""
+import os, signal, sys
+class Pressing:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Pressing())
+from sae.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert done.stderr == "interrupted before anything was begun\n"
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    code = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.argv = ["sae", "--version"]
+from sae.__main__ import main
+main()
+assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "version" in done.stdout
 
 
 def test_public_names_exist_and_are_documented() -> None:

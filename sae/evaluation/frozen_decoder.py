@@ -13,11 +13,11 @@ from sae.activations.loader import ActivationLoader
 from sae.architectures import load
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
-from sae.errors import FormatError, TrainingError
+from sae.errors import FormatError, TrainingError, TrainingInterrupted
 from sae.evaluation.baselines import Baseline
 from sae.evaluation.reconstruction import Reconstructor, from_dictionary
 from sae.evaluation.streams import Progress
-from sae.training import Recipe, TrainingInterrupted, train_all
+from sae.training import Recipe, train_all
 
 BATCH, LEAST_STEPS = 1024, 16
 _POOL_TOKENS = 65_536

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 import sae
-from sae.errors import ConfigError, FormatError, SaeError
+from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.files import locked, stands, write_bytes, write_json
 from sae.hashes import is_leftover
 from sae.paths import expanded
@@ -22,7 +22,6 @@ from sae.reading import read_object, validated
 from sae.superposition import dictionaries, experiments
 from sae.superposition.figures import draw
 from sae.superposition.report import markdown
-from sae.training.loop import TrainingInterrupted
 
 FORMAT, FORMAT_VERSION = "sae-superposition", 1
 JSON_FILE, MARKDOWN_FILE = "superposition.json", "superposition.md"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sae.training.loop import Outcome, TrainingInterrupted, train, train_all
+from sae.errors import TrainingInterrupted
+from sae.training.loop import Outcome, train, train_all
 from sae.training.source import BatchSource, IterableSource
 from sae.training.trainee import Recipe
 

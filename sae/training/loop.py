@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
-from sae.errors import ConfigError, SaeError, TrainingError
+from sae.errors import ConfigError, TrainingError, TrainingInterrupted
 from sae.files import missing_space
 from sae.modes import present_mode, training_mode
 from sae.paths import expanded
@@ -43,10 +43,6 @@ from sae.training.trainee import Recipe, Trainee
 Metrics = dict[str, float | int]
 Progress = Callable[[int, int, Metrics], None]
 _ONLY = "dictionary"
-
-
-class TrainingInterrupted(SaeError):  # noqa: N818  it is no error
-    """Ctrl-C: the state is saved, and the same command goes on."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 import sae
-from sae.errors import ConfigError, FormatError
+from sae.errors import ConfigError, FormatError, TrainingInterrupted
 from sae.files import write_json
 from sae.superposition import EXPERIMENTS, ToyTraining, run
 from sae.superposition.dictionaries import RecoverySettings
 from sae.superposition.experiments import DimensionalitySettings, GeometrySettings, PhaseSettings
-from sae.training.loop import TrainingInterrupted
 
 QUICK = ToyTraining(steps=60, batch_size=32)
 SMALL = {
