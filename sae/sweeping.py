@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -39,6 +40,8 @@ JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "sweep.json", "sweep.md", "pareto.png"
 COST_FILE = "cost.json"
 _SHARED = ("tokens", "batch_size", "pool_tokens", "log_every", "checkpoint_every", "shuffle_seed")
 _WEIGHTS = ("train.l1_coefficient", "train.l0_coefficient")
+MOST_VARIANTS = 1000
+"""Dictionaries of a sweep: all of them train in one pass."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -69,13 +72,21 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
     """Every combination of the values in `config.sweep`, by a name made of what differs.
 
     Raises:
-        ConfigError: nothing is swept, a key that cannot be, something that is no list, or two of one name.
+        ConfigError: nothing is swept, a key that cannot be, something that is no list, two of one name, or more than
+            `MOST_VARIANTS` combinations.
     """
     axes = dict(_axes(config.sweep))
     if not axes:
         raise ConfigError(
             "sweep is empty: give lists of values, such as 'sweep.dictionary.k=[16,32]', or use 'sae run' for one "
             "dictionary"
+        )
+    count = math.prod(map(len, axes.values()))
+    if count > MOST_VARIANTS:
+        product = " × ".join(f"{len(values)} of {key}" for key, values in axes.items())
+        raise ConfigError(
+            f"sweep has {count:,} combinations ({product}), and {MOST_VARIANTS:,} is the most: give fewer values, or "
+            "several sweeps with one harvest.cache"
         )
     made: dict[str, RunConfig] = {}
     plain = config.model_dump(mode="json", exclude={"sweep", "sweep_at_once"})

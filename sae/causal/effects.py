@@ -17,6 +17,7 @@ from sae.reading import conforming
 FORMAT, FORMAT_VERSION = "sae-effects", 1
 SORT_COLUMNS = ("kl", "loss", "kl_after", "loss_after", "direct", "density", "positions", "feature")
 
+_LARGEST_SCALE = (2 - 2**-23) * 2.0**127
 _LEAST = {"positions": 1, "null_positions": 0, "window": 0, "tokens": 1, "top": 0, "seed": 0}
 
 
@@ -48,6 +49,11 @@ class EffectSettings:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ConfigError(f"scale={self.scale}: expected a finite number; 0 ablates a feature, 2 doubles it")
+        if abs(self.scale) > _LARGEST_SCALE:
+            raise ConfigError(
+                f"scale={self.scale}: expected at most {_LARGEST_SCALE:.4g}, float32's largest number; 0 ablates a "
+                "feature, 2 doubles it"
+            )
         object.__setattr__(self, "scale", float(self.scale))  # 0 and 0.0 are one setting
         for name, least in _LEAST.items():
             value = getattr(self, name)

@@ -22,7 +22,7 @@ from sae.causal.meter import ChangeMeter
 from sae.causal.store import effects_key
 from sae.causal.summarise import summarise, token_changes
 from sae.dictionary import Dictionary
-from sae.errors import ConfigError, UnknownFeatureError
+from sae.errors import ConfigError, SaeError, UnknownFeatureError
 from sae.evaluation.report import identify
 from sae.features.vocabulary import Vocabulary
 from sae.files import locked
@@ -112,7 +112,7 @@ def measure_effects(
         try:
             for group, changes in _measured(meter, missing, firings, settings, vocabulary, report):
                 known.add_(group, changes, firings.tokens)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SaeError):
             known.save()
             raise
         return known.write().only(chosen)

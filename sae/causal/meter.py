@@ -15,6 +15,7 @@ from sae.causal.changes import ELSEWHERE, FIRING, RANDOM, Changes, Plan
 from sae.causal.direct import DirectPath
 from sae.causal.firings import measurable
 from sae.dictionary import Dictionary
+from sae.errors import ConfigError
 from sae.evaluation.estimate import double, row_sums
 from sae.seeding import numpy_generator
 from sae.tail import Start, Tail
@@ -103,10 +104,11 @@ class ChangeMeter:
     ) -> None:  # fmt: skip
         self.tail, self.direct, self.dictionary, self.cache = tail, direct, dictionary, cache
         self.mean = torch.from_numpy(np.asarray(mean)).float()
-        self.scale, self.window, self.seed = scale, window, seed
+        self.scale, self.seed = scale, seed
+        self.window = min(window, cache.context_length - 1)
         vocabulary = int(tail.language_model.bridge.cfg.d_vocab)
         self.contexts = max(1, min(batch_contexts, _CLEAN_LOGITS // (cache.context_length * vocabulary)))
-        self.copies = max(1, min(copies, _CHANGED_LOGITS // ((1 + window) * vocabulary)))
+        self.copies = max(1, min(copies, _CHANGED_LOGITS // ((1 + self.window) * vocabulary)))
 
     @torch.no_grad()
     def measure(self, plan: Plan, progress: Callable[[int], None] | None = None) -> Measured:
@@ -214,7 +216,9 @@ class ChangeMeter:
         length = min(clean.tokens.shape[1], int(position.max()) + self.window + 1)
         copies = clean.x[context, :length].clone()
         place = torch.arange(len(copies), device=device)
-        copies[place, position] = (copies[place, position].float() + sites.vector.to(device)).to(copies.dtype)
+        changed = (copies[place, position].float() + sites.vector.to(device)).to(copies.dtype)
+        self._check_finite(changed.float().square().sum(-1), copies.dtype)  # norms square it
+        copies[place, position] = changed
         read = position[:, None] + torch.arange(self.window + 1, device=device)
         inside, read = read < length, read.clamp(max=length - 1)
         which = context[:, None]
@@ -222,11 +226,20 @@ class ChangeMeter:
         counts = (inside & clean.counts[which, read] & same_document).cpu()
         log_q = self.tail.read_out(clean.start.at(context, length), copies, read).logits.log_softmax(-1)
         log_p = clean.log_p[which, read]
+        self._check_finite(log_q.amax(-1)[log_p.amax(-1).isfinite()], copies.dtype)
         next_token = clean.tokens[which, (read + 1).clamp(max=clean.tokens.shape[1] - 1)]
         difference = log_p - log_q
         loss = double(difference.gather(-1, next_token[..., None])[..., 0]).cpu()
         kl = row_sums(difference.mul_(log_p.exp()).flatten(0, 1)).view(read.shape).cpu()
         return _here_and_after(loss * counts), _here_and_after(kl * counts)
+
+    def _check_finite(self, numbers: Tensor, dtype: torch.dtype) -> None:
+        """Raise ConfigError if the scale is too large for the model's number type."""
+        if not numbers.isfinite().all():
+            raise ConfigError(
+                f"scale={self.scale:g}: activations so changed overflow in the model, which computes in "
+                f"{str(dtype).removeprefix('torch.')}; use a factor nearer to 1, such as 0 or 2"
+            )
 
     def _direct(
         self, direct: DirectPath, clean: _Clean, sites: _Sites, token_sums: dict[int, TokenSums]
