@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import traceback
 import warnings
@@ -27,6 +28,8 @@ from sae.files import stands
 from sae.terminal import close, complain, complain_at_length, output, prepare, say, show_warning, unwritable
 
 _INTERRUPTED = "interrupted; run the same command again to go on"
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Libraries' own messages and bars in this process, which shows its own."""
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _OfConfiguration = with_keys("Keys, for the file and as KEY=VALUE", describe_keys)
 
@@ -282,6 +285,8 @@ def _show_report(report: Any) -> None:
 def main() -> None:
     """Run the command line: errors of this package become one line and exit status 1; Ctrl-C gives 130."""
     prepare()
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         _main()

@@ -59,7 +59,6 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
         ModelError: it cannot be found, downloaded or read; it needs code of its own and `config` does not allow it; its
             weights are a pickle.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("USE_HUB_KERNELS", "NO")  # code from the hub, chosen by what is installed
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # by a service of the hub
     try:
@@ -126,8 +125,9 @@ def boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
     Raises:
         ModelError: transformer-lens has no adapter for it.
     """
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformer_lens.model_bridge.sources.transformers import source
+    with _quiet():  # importing it changes what transformers says
+        from transformer_lens.model_bridge import TransformerBridge
+        from transformer_lens.model_bridge.sources.transformers import source
 
     try:
         # The processor of images or sound is looked up on the hub by the label, and torchvision installed for it.
@@ -252,12 +252,15 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' warnings and progress bars off the user's terminal."""
+    """While open, keep the libraries' warnings and progress bars off the user's terminal; they are then as before."""
     import logging
     import warnings
 
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     previous = logging.root.manager.disable
@@ -268,3 +271,10 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # and those of the hub
+        if bars and not hub_bars:
+            disable_progress_bars()
+        elif hub_bars and not bars:
+            enable_progress_bars()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -252,3 +253,47 @@ def test_the_hub_is_not_asked_about_a_folder(tiny_model: Path, tmp_path: Path, m
     monkeypatch.setattr(source, "load_modality_processor", look_up)
     assert LanguageModel(ModelConfig(name=str(tiny_model))).info.name == tiny_model.name
     assert source.load_modality_processor is look_up
+
+
+@pytest.mark.parametrize(("bars", "hub_bars"), [(True, True), (False, False), (True, False), (False, True)])
+def test_loading_leaves_the_libraries_messages_as_they_were(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, bars: bool, hub_bars: bool
+) -> None:
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    def state() -> tuple[int, bool, bool]:
+        return logging.get_verbosity(), logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+
+    before = state()
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    try:
+        logging.set_verbosity_info()
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+        (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()
+        LanguageModel(ModelConfig(name=str(tiny_model)))
+        assert state() == (20, bars, hub_bars)
+        with pytest.raises(ModelError):
+            LanguageModel(ModelConfig(name="./no such model"))
+        assert state() == (20, bars, hub_bars)
+        assert "TRANSFORMERS_VERBOSITY" not in os.environ
+    finally:
+        logging.set_verbosity(before[0])
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
+        (hub.enable_progress_bars if before[2] else hub.disable_progress_bars)()
+
+
+def test_the_first_loading_of_a_process_does_so_too(tiny_model: Path) -> None:
+    """Importing libraries has effects as well."""
+    code = f"""
+import sae
+sae.LanguageModel({str(tiny_model)!r})
+from transformers.utils import logging
+print(logging.get_verbosity(), logging.is_progress_bar_enabled())
+"""
+    quiet = ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS")
+    environment = {name: value for name, value in os.environ.items() if name not in quiet}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert (done.stdout, done.stderr) == ("30 True\n", ""), done

@@ -317,3 +317,18 @@ sae.sweep(sae.load_config({str(path)!r}))
     for name in ALL:
         for label, parameter in whole.dictionary(name).named_parameters():
             assert torch.equal(resumed.dictionary(name).get_parameter(label), parameter), (name, label)
+
+
+def test_a_sweep_of_too_many_is_refused_before_one_is_made(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = list(range(1000))
+    assert len(variants(swept(tiny_config, seed=seeds))) == 1000
+    monkeypatch.setattr("sae.sweeping.parse_config", lambda settings: pytest.fail("one was made"))
+    config = swept(tiny_config, seed=seeds[:40], dictionary={"k": seeds[1:41]}, train={"lr": [0.01, 0.02]})
+    with pytest.raises(ConfigError) as refused:
+        variants(config)
+    assert str(refused.value) == (
+        "sweep has 3,200 combinations (40 of seed × 40 of dictionary.k × 2 of train.lr), and 1,000 is the most: give "
+        "fewer values, or several sweeps with one harvest.cache"
+    )

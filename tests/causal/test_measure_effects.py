@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,10 @@ def test_refusals(held_out: ActivationCache, language_model: LanguageModel, tiny
     wrong: dict[str, Any]
     for wrong, message in (
         ({"scale": math.nan}, "scale=nan: expected a finite number; 0 ablates a feature, 2 doubles it"),
+        (
+            {"scale": -1e300},
+            "scale=-1e+300: expected at most 3.403e+38, float32's largest number; 0 ablates a feature, 2 doubles it",
+        ),
         ({"positions": 0}, "positions=0: expected at least 1"),
         ({"null_positions": -1}, "null_positions=-1: expected at least 0"),
         ({"tokens": 0}, "tokens=0: expected at least 1"),
@@ -382,3 +387,24 @@ def unnamed(cache: ActivationCache) -> Any:
     dictionary = make_dictionary(cache, RESID)
     dictionary.metadata = {}
     return dictionary
+
+
+def test_a_window_longer_than_a_context_is_the_rest_of_it(held_out: ActivationCache, language_model) -> None:
+    rest, more = (
+        measure(held_out, language_model, settings=EffectSettings(positions=6, null_positions=0, window=window))
+        for window in (held_out.context_length - 1, 10**12)
+    )
+    assert_same(rest, more)
+
+
+@pytest.mark.parametrize("scale", [1e19, 1e25, -3e38])
+def test_a_scale_that_overflows_is_refused(held_out: ActivationCache, language_model, scale: float) -> None:
+    """Squares in a norm exceed float32's 3.4e38 long before the activations do."""
+    message = f"scale={scale:g}: activations so changed overflow in the model, which computes in float32; use a factor"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        measure(held_out, language_model, settings=EffectSettings(scale=scale, positions=6, window=2))
+
+
+def test_a_large_scale_that_does_not_overflow_is_measured(held_out: ActivationCache, language_model) -> None:
+    effects = measure(held_out, language_model, settings=EffectSettings(scale=1e12, positions=6, window=2))
+    assert all(math.isfinite(effects[feature].kl.value or 0) for feature in effects.features)
