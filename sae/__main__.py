@@ -1,4 +1,4 @@
-"""Where the command `sae` begins: Ctrl-C while its modules are imported ends it as quietly as later."""
+"""Where the command `sae` begins and ends: Ctrl-C while modules are imported, or at exit, leaves no stack trace."""
 
 from __future__ import annotations
 
@@ -12,22 +12,30 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Import the command line, and run it."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in `nohup sae … &`
-        from sae import cli
-    else:
+    obeyed = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, as in `nohup sae … &`
+    if obeyed:
         signal.signal(signal.SIGINT, _leave)  # an exception could be lost in the code of modules being imported
-        from sae import cli
+    from sae import cli
 
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if obeyed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         cli.main()
     except KeyboardInterrupt:  # before or after what `cli.main` guards
-        _leave(signal.SIGINT, None)
+        os._exit(INTERRUPTED)
+    finally:
+        if obeyed:
+            signal.signal(signal.SIGINT, _end)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
     """End the process: nothing has been opened yet."""
     os.write(2, b"interrupted before anything was begun\n")
+    os._exit(INTERRUPTED)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    """End the process: everything is done and said."""
     os._exit(INTERRUPTED)
 
 
