@@ -36,7 +36,7 @@ def copied(tiny_model: Path, folder: Path, change: Callable[[Any], None] | None 
 def larger(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     """A model whose tokenizer has one token more than the model."""
     folder = tmp_path_factory.mktemp("larger") / "larger"
-    return copied(tiny_model, folder, lambda tokenizer: tokenizer.add_tokens(["dragonfly"]))
+    return copied(tiny_model, folder, lambda tokenizer: tokenizer.add_tokens(["walrus"]))
 
 
 def source(tmp_path: Path, rows: list[Any]) -> Path:
@@ -52,13 +52,13 @@ def test_a_token_without_a_row_is_named(
     monkeypatch.setattr("sae.text.tokenise.WHOLE", 100)
     rows = larger.rows
     assert rows == len(larger.tokenizer) - 1
-    texts = {"text": "the dragonfly", "ids": [5, rows], "long": "the old river " * 50 + "dragonfly"}
+    texts = {"text": "the walrus", "ids": [5, rows], "long": "the old river " * 50 + "walrus"}
     others = [f"the river {number} " * 5 for number in range(200)]
     config = make_tiny_config(tiny_model, source(tmp_path, [texts[kind], *others]), tmp_path / "run", {})
     with pytest.raises(DataError) as caught:
         harvest(config, larger)
     assert str(caught.value) == (
-        f"document 'a.jsonl:1': it has the token 'dragonfly' with the id {rows}, and the model has embeddings of {rows} "
+        f"document 'a.jsonl:1': it has the token 'walrus' with the id {rows}, and the model has embeddings of {rows} "
         "tokens; load the tokenizer that the model was trained with"
     )
 
@@ -71,9 +71,7 @@ def test_tokens_that_no_text_has_need_no_row(larger: LanguageModel, tiny_model: 
 
 def test_probes_name_the_token(larger: LanguageModel) -> None:
     examples = Examples(((1, larger.rows),), (0,), (1,), (0,), labels=("a",), groups=(0,), left_out=0)
-    with pytest.raises(
-        ModelError, match=r"gives the token 'dragonfly' with the id \d+, and the model has embeddings of"
-    ):
+    with pytest.raises(ModelError, match=r"gives the token 'walrus' with the id \d+, and the model has embeddings of"):
         read_activations(larger, "blocks.1.hook_resid_pre", examples)
 
 

@@ -7,6 +7,7 @@ occur together in such folders tell.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -15,7 +16,7 @@ from sae import hashes
 from sae.errors import SaeError
 
 _SHARD = re.compile(r"(train|held_out)-\d+\.safetensors")
-_OF_A_RUN = {"activations", "checkpoints", "dictionary", "features", "snapshots"}
+_IN_A_RUN = ("activations/manifest.json", "dictionary/weights.safetensors")
 _FILES_OF_A_RUN = re.compile(
     r"config\.yaml|metrics\.jsonl|cost\.json|(eval|probe|compare|effects[^/]*)\.(json|md)|"
     r"(eval-documents|effects[^/]*)\.safetensors"
@@ -23,9 +24,6 @@ _FILES_OF_A_RUN = re.compile(
 _TOGETHER = (
     {"config.json", "weights.safetensors"},
     {"features.json", "features.safetensors", "tokens.safetensors", "documents.json", "vocabulary.json"},
-    {"compare.json", "compare.md"},
-    {"sweep.json", "sweep.md"},
-    {"superposition.json", "superposition.md"},
 )
 
 
@@ -42,16 +40,21 @@ def own_names(folder: Path, subfolders: Collection[str], names: Collection[str])
     own |= {name for name in there if _SHARD.fullmatch(name)}
     if hashes.SUMS in there and not _is_users(folder):
         own |= {hashes.SUMS, *_listed(folder)}
-    if "tokens" in subfolders:  # a cache, whose manifest has the hashes
-        own |= {"documents.json"} if hashes.SUMS in own or "manifest.json" not in there else set()
-        own |= {"documents.json", "manifest.json"} if {"documents.json", "manifest.json"} <= there else set()
-    if "config.yaml" in there and not _OF_A_RUN.isdisjoint(subfolders):
+    if "manifest.json" in own or ("tokens" in subfolders and _has_shards(folder / "tokens")):
+        own |= {"manifest.json", "documents.json"}  # a cache, whose manifest has the hash of the other
+    if "config.yaml" in there and any((folder / name).is_file() for name in _IN_A_RUN):
         own |= {name for name in there if _FILES_OF_A_RUN.fullmatch(name)}
     if "config.yaml" in own:
         own |= {"metrics.jsonl"}  # in no list while it grows
     for files in _TOGETHER:
         own |= files if files <= there else set()
     return own & there
+
+
+def _has_shards(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return any(_SHARD.fullmatch(path.name) for path in folder.iterdir())
+    return False
 
 
 def _is_users(folder: Path) -> bool:

@@ -51,11 +51,11 @@ def test_chats_that_the_template_writes_alike_are_equal(
     language_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language_model.tokenizer, "chat_template", CHATML)
-    chats = [[{"role": "user", "content": f"What is {n}?"}, {"role": "bot", "content": f"{n}"}] for n in range(8)]
+    chats = [[{"role": "user", "content": f"What is {n}?"}, {"role": "bot", "content": f"{n}"}] for n in range(40)]
     named = [[{**one, "id": f"{n}-{one['role']}", "name": "x"} for one in chat] for n, chat in enumerate(chats)]
     spaced = [[{**one, "content": f" {one['content']} "} for one in chat] for chat in chats]
     calls = [[{**one, "tool_calls": [{"id": "1"}]} for one in chat] for chat in chats]
-    texts = [f"<user>What is {n}?\n<bot>{n}\n" for n in range(8)]
+    texts = [f"<user>What is {n}?\n<bot>{n}\n" for n in range(40)]
     contents = ContentTokenizer(language_model.tokenizer)
     try:
         plain = contents.compared(Chat(tuple(chats[0])))
@@ -65,7 +65,7 @@ def test_chats_that_the_template_writes_alike_are_equal(
     finally:
         contents.close()
     config = write(tmp_path, [chats, named, spaced, texts])
-    assert read(config, language_model)[1] == 24
+    assert read(config, language_model)[1] == 120
 
 
 def test_without_a_template_what_templates_read_is_compared(tmp_path: Path) -> None:
