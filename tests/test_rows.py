@@ -50,8 +50,7 @@ def test_a_token_without_a_row_is_named(
     kind: str, larger: LanguageModel, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sae.text.tokenise.WHOLE", 100)
-    rows = larger.rows
-    assert rows == len(larger.tokenizer) - 1
+    rows = len(larger.tokenizer) - 1
     texts = {"text": "the walrus", "ids": [5, rows], "long": "the old river " * 50 + "walrus"}
     others = [f"the river {number} " * 5 for number in range(200)]
     config = make_tiny_config(tiny_model, source(tmp_path, [texts[kind], *others]), tmp_path / "run", {})
@@ -70,7 +69,7 @@ def test_tokens_that_no_text_has_need_no_row(larger: LanguageModel, tiny_model: 
 
 
 def test_probes_name_the_token(larger: LanguageModel) -> None:
-    examples = Examples(((1, larger.rows),), (0,), (1,), (0,), labels=("a",), groups=(0,), left_out=0)
+    examples = Examples(((1, len(larger.tokenizer) - 1),), (0,), (1,), (0,), labels=("a",), groups=(0,), left_out=0)
     with pytest.raises(ModelError, match=r"gives the token 'walrus' with the id \d+, and the model has embeddings of"):
         read_activations(larger, "blocks.1.hook_resid_pre", examples)
 
