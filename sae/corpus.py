@@ -14,8 +14,9 @@ from sae.errors import DataError
 from sae.hub_errors import explain_hub_error, first_line
 from sae.paths import expanded, name_of
 from sae.text.census import Census
-from sae.text.document import Document
+from sae.text.document import READING, Document
 from sae.text.files import READABLE, field_of, read_file, read_folder
+from sae.text.written_lists import without_written_lists
 
 STANDARD_LIBRARY = "stdlib"
 # Character maps are tables of numbers; topics.py is read topic by topic instead of as source.
@@ -26,7 +27,7 @@ _SHOWN = 80
 
 def read_documents(
     source: str, *, split: str = "train", subset: str | None = None, column: str = "text", streaming: bool = True,
-    census: Census | None = None, revision: str | None = None, keep_mark: bool = False,
+    census: Census | None = None, revision: str | None = None, reading: int = READING,
 ) -> Iterator[Document]:  # fmt: skip
     """Documents of `source`, in an order that depends on nothing but the source itself.
 
@@ -38,23 +39,28 @@ def read_documents(
         streaming: read a hub dataset as it downloads, instead of downloading all of it first.
         census: what is found and not read is counted there.
         revision: git revision of a hub dataset.
-        keep_mark: a byte order mark is part of the text of .txt and .md files.
+        reading: version of how text is read.
 
     Raises:
-        DataError: the source does not exist, is of no kind that can be read, holds no text, or lacks the column.
+        DataError: the source does not exist, is of no kind that can be read, holds no text, lacks the column, or the
+            column holds lists written as text.
     """
     path = _place(source)
     if source == STANDARD_LIBRARY:
         return standard_library()
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _saved_dataset(path, split, column)
+        return _texts(_saved_dataset(path, split, column), column, reading)
     if path.is_dir():
-        return read_folder(path, column, census, keep_mark=keep_mark)
+        return read_folder(path, column, census, reading=reading)
     if path.is_file():
-        return read_file(path, name_of(path.name), column, keep_mark=keep_mark)
+        return read_file(path, name_of(path.name), column, reading=reading)
     if path.suffix.lower() in READABLE or source.startswith((".", "/", "~")):
         raise DataError(f"data source {source!r}: no such file or folder")
-    return _hub_dataset(source, split, subset, column, streaming, revision)
+    return _texts(_hub_dataset(source, split, subset, column, streaming, revision), column, reading)
+
+
+def _texts(rows: Iterator[tuple[str, Document]], column: str, reading: int) -> Iterator[Document]:
+    return without_written_lists(rows, column) if reading >= 3 else (document for _, document in rows)
 
 
 def check_revision(sources: Sequence[str], revision: str | None) -> None:
@@ -158,7 +164,7 @@ def _read_source(path: Path) -> str:
         return ""
 
 
-def _saved_dataset(path: Path, split: str, column: str) -> Iterator[Document]:
+def _saved_dataset(path: Path, split: str, column: str) -> Iterator[tuple[str, Document]]:
     import datasets
 
     try:
@@ -175,7 +181,7 @@ def _saved_dataset(path: Path, split: str, column: str) -> Iterator[Document]:
 
 def _hub_dataset(
     source: str, split: str, subset: str | None, column: str, streaming: bool, revision: str | None
-) -> Iterator[Document]:
+) -> Iterator[tuple[str, Document]]:
     import datasets
 
     try:
@@ -185,7 +191,7 @@ def _hub_dataset(
     return _rows(loaded, source, column)
 
 
-def _rows(rows: Any, source: str, column: str) -> Iterator[Document]:
+def _rows(rows: Any, source: str, column: str) -> Iterator[tuple[str, Document]]:
     rows, number = iter(rows), 0
     while True:
         try:
@@ -197,5 +203,6 @@ def _rows(rows: Any, source: str, column: str) -> Iterator[Document]:
                 f"data source {source!r}: row {number} could not be read ({first_line(error)}); check the network, "
                 "and run the same command again to go on"
             ) from error
-        yield Document(f"{number}", field_of(record, column, f"{source}, row {number}", number + 1))
+        where = f"{source}, row {number}"
+        yield where, Document(f"{number}", field_of(record, column, where, number + 1))
         number += 1

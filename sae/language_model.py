@@ -141,10 +141,10 @@ class LanguageModel:
                 f"model {self.info.name!r}: its tokenizer has no BOS or EOS token; set data.prepend_bos=false"
             )
         for token in (self.bos if prepend_bos else None, self.separator):
-            if token is not None and token >= self._rows:
+            if token is not None and token >= self.rows:
                 raise ModelError(
                     f"model {self.info.name!r}: its tokenizer's BOS or EOS token has the id {token}, and the model has "
-                    f"embeddings of {self._rows} tokens; load the tokenizer that the model was trained with"
+                    f"embeddings of {self.rows} tokens; load the tokenizer that the model was trained with"
                 )
         ids = {*self.tokenizer.all_special_ids, *(token for token in (self.bos, self.separator) if token is not None)}
         return TokenPolicy(prepend_bos, masked_positions, tuple(sorted(ids)) if mask_special_tokens else ())
@@ -174,12 +174,21 @@ class LanguageModel:
     @property
     def _vocabulary(self) -> int:
         """Ids that the model has rows for and the tokenizer names."""
-        return max(1, min(self._rows, len(self.tokenizer)))
+        return max(1, min(self.rows, len(self.tokenizer)))
 
     @property
-    def _rows(self) -> int:
+    def rows(self) -> int:
         """Tokens that the model has embeddings of."""
         return int(self.bridge.original_model.get_input_embeddings().weight.shape[0])
+
+    def check_id(self, token: int) -> None:
+        """Raise ModelError if the model has no embedding of a token."""
+        if token >= self.rows:
+            raise ModelError(
+                f"model {self.info.name!r}: its tokenizer gives the token "
+                f"{self.tokenizer.convert_ids_to_tokens(token)!r} with the id {token:,}, and the model has embeddings "
+                f"of {self.rows:,} tokens; load the tokenizer that the model was trained with"
+            )
 
     def probe_tokens(self, contexts: int, length: int) -> Int[Tensor, "context seq"]:
         """Valid token ids without a meaning, to try the model on."""

@@ -70,8 +70,11 @@ def older_fingerprint(name: str) -> str | None:
 
 
 def _weight_files(name: str) -> list[Path]:
+    """Regular files, or links to such: what else has a name of weights holds none."""
     path = DEMO_FOLDER if name == DEMO else expanded(name)
-    return [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES)
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES and file.is_file())
 
 
 def _of_samples(files: list[Path]) -> str:

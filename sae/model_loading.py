@@ -33,6 +33,12 @@ _RUNS_CODE = {
     "transformers.integrations.hub_kernels": ("get_kernel",),
 }
 _READS_PICKLES = {"torch": ("load",)}
+_OPENED = (
+    "config", "generation_config", "model", "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges",
+    "chat_template",
+)  # fmt: skip
+"""How names of the files begin that transformers opens in a model's folder."""
+_PROBE_TEXT = "The sum of 1 and 2 is 3."
 _REMOTE_MODULES = "transformers_modules"
 
 
@@ -85,6 +91,7 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
                 gguf_copies.write(copy, model, tokenizer)
     except Exception as error:
         raise ModelError(f"model {config.name!r}: {_explain(config, source, error)}") from error
+    _check_tokenizer(config, tokenizer)
     return model, tokenizer, model_label(config.name), _commit(source, arguments.get("revision"))
 
 
@@ -172,7 +179,8 @@ def _find(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
     if path.is_file() and path.suffix in (".safetensors", *_PICKLES):
         raise ModelError(f"model {config.name!r}: a file of weights alone; name the folder that its config.json is in")
     if path.is_dir():
-        if (pickles := _pickles(path)) and not any(path.glob("*.safetensors*")):
+        _check_regular(config, path)
+        if (pickles := _pickles(path)) and not any(file.is_file() for file in path.glob("*.safetensors*")):
             raise ModelError(f"model {config.name!r}: {_is_pickle(config, pickles[0])}")
         return path, {"local_files_only": True}
     if config.name.startswith((".", "/", "~")) or config.name.endswith(".gguf"):
@@ -181,7 +189,27 @@ def _find(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
 
 
 def _pickles(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    return sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES and path.is_file())
+
+
+def _check_regular(config: ModelConfig, folder: Path) -> None:
+    """Raise ModelError if something else stands where transformers would open a file, and perhaps wait for ever."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(_OPENED) and not path.is_file() and not path.is_dir():
+            raise ModelError(
+                f"model {config.name!r}: {path.name} is a pipe, a device or a link to nothing where a file should be; "
+                "put the file there, or take it away"
+            )
+
+
+def _check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
+    """Raise ModelError if a tokenizer knows no text, as one is that transformers makes without the files of any."""
+    ids = tokenizer(_PROBE_TEXT, add_special_tokens=False, verbose=False)["input_ids"]
+    if set(ids) <= set(tokenizer.all_special_ids):
+        raise ModelError(
+            f"model {config.name!r}: its tokenizer makes no tokens of {_PROBE_TEXT!r}; are its files missing, such as "
+            "tokenizer.json? Put those of the model's tokenizer beside its weights"
+        )
 
 
 def _explain(config: ModelConfig, source: str | Path, error: Exception) -> str:

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,19 +22,13 @@ from sae.mixture import Turns
 from sae.seeding import STREAMS, document_random_1, python_random
 from sae.text.census import Census
 from sae.text.digests import DigestSet, ReadTexts
-from sae.text.document import Chat, Content, Document, LongText, TokenIds, digest_of, is_empty
+from sae.text.document import READING, Chat, Content, Document, LongText, TokenIds, digest_of, essential, is_empty
 from sae.text.recorded import check_recorded_tokenizer
 from sae.text.sections import sections
 from sae.text.tokenise import ContentTokenizer, TokenPart
 
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS: tuple[str, ...] = (TRAIN, HELD_OUT)
-READING = 2
-"""Version of how text is read.
-
-0: equal documents were read as often as they came, 1: only documents equal to the last character counted as equal, and
-a byte order mark was part of a .txt or .md file's text, 2: see `sae.text.digests.ReadTexts`.
-"""
 _CHARACTERS_AT_ONCE = 500_000
 _SECTION_OF_ONE_DOCUMENT = 10_000
 _CHARACTERS_PER_ID = 4
@@ -208,7 +202,7 @@ class Packer:
 
 def packed_shards(
     config: DataConfig, tokenizer: Any, shard_contexts: int, packers: dict[str, Packer], streams: int = STREAMS,
-    census: Sequence[Census] | None = None, reading: int = READING,
+    census: Sequence[Census] | None = None, reading: int = READING, model_rows: int | None = None,
 ) -> Iterator[tuple[str, PackedRows]]:  # fmt: skip
     """Read, tokenise and pack the text of `config`; yields a split's name and a shard's rows, as soon as one is full.
 
@@ -222,16 +216,18 @@ def packed_shards(
         streams: version of the random streams that documents are shuffled with.
         census: for each source, where to count what is found in it.
         reading: version of how text is read.
+        model_rows: tokens that the model has embeddings of; None: of all that the tokenizer names.
 
     Raises:
-        DataError: the text cannot be read, a source lies inside another, or one ends before every split has the tokens
-            asked for.
+        DataError: the text cannot be read, a source lies inside another, one ends before every split has the tokens
+            asked for, or a token has no embedding.
     """
     check_apart(config.sources)
     check_revision(config.sources, config.revision)
-    census, read = census or [Census() for _ in config.sources], _read_texts(reading)
+    census = census or [Census() for _ in config.sources]
     separator = next(iter(packers.values())).separator
-    contents = ContentTokenizer(tokenizer, config.chat_roles, separator)
+    contents = ContentTokenizer(tokenizer, config.chat_roles, separator, model_rows)
+    read = _read_texts(reading, contents.compared)
     readers = [
         _Reader(
             config.sources[number],
@@ -291,7 +287,7 @@ def prepared_documents(
     source, census = config.sources[number], census or Census()
     documents = read_documents(
         source, split=config.split, subset=config.subset, column=config.column, streaming=config.streaming,
-        census=census, revision=config.revision, keep_mark=reading < 2,
+        census=census, revision=config.revision, reading=reading,
     )  # fmt: skip
     prefix = f"{config.labels[number]}/" if len(config.sources) > 1 else ""
 
@@ -390,8 +386,8 @@ class _Shares:
         self.least, self.largest = min(self.least, share), max(self.largest, share)
 
 
-def _read_texts(reading: int) -> ReadTexts:
-    return ReadTexts(exactly=reading < 2)
+def _read_texts(reading: int, form: Callable[[TokenIds | Chat], str | TokenIds | Chat] = essential) -> ReadTexts:
+    return ReadTexts(form if reading >= 3 else lambda content: content, exactly=reading < 2)
 
 
 def _new_documents(documents: Iterator[Document], census: Census, read: ReadTexts | None) -> Iterator[Document]:

@@ -150,7 +150,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, t
 
 def _where_from(data: DataConfig) -> dict[str, Any]:
     """Sources by what they hold, not by where they lie: a folder's or file's name, and a hash of its texts."""
-    prints = [_fingerprint(source) for source in data.sources]
+    prints = [_fingerprint(source, READING) for source in data.sources]
     names = [
         source if known is None else label
         for source, label, known in zip(data.sources, data.labels, prints, strict=True)
@@ -161,12 +161,12 @@ def _where_from(data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _fingerprint(source: str) -> str | None:
+def _fingerprint(source: str, reading: int) -> str | None:
     """None for what is no folder or file of texts (any more)."""
     if source == STANDARD_LIBRARY:
         return None
     try:
-        return source_fingerprint(source)
+        return source_fingerprint(source, reading=reading)
     except (DataError, OSError):
         return None
 
@@ -190,7 +190,7 @@ def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: 
             ):
                 raise other
             continue
-        now = _fingerprint(asked) if text or before != label else known
+        now = _fingerprint(asked, _reading(manifest.data)) if text or before != label else known
         named_alike = before == label or len(held) == 1
         if now == known and named_alike:
             continue
@@ -202,6 +202,11 @@ def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: 
                 "harvest.cache to another folder (or delete this one) to read it anew, or put the text back; sae eval "
                 "and sae features take the cache as it is"
             )
+
+
+def _reading(data: dict[str, Any]) -> int:
+    """The version of how a manifest's text was read."""
+    return data.get(_READING, 1 if _COLUMNS in data else 0)
 
 
 def _same_path(one: str, other: str) -> bool:
@@ -252,14 +257,21 @@ def _write_text(
     rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
     shard_contexts, columns = config.harvest.shard_contexts, before.get(_COLUMNS, _PLAIN_COLUMNS)
     census = [Census() for _ in data.sources]
-    reading = before.get(_READING, 1 if _COLUMNS in before else 0)
+    reading = _reading(before)
     if reading not in range(READING + 1):
         raise CacheError(
             f"cache {str(folder)!r}: its manifest has reading={reading!r}, and 0 to {READING} are known here: restore "
             "it with the version that wrote it, or delete the cache and harvest it anew"
         )
     for split, packed in packed_shards(
-        data, language_model.tokenizer, shard_contexts, packers, before.get(_STREAMS, 1), census, reading
+        data,
+        language_model.tokenizer,
+        shard_contexts,
+        packers,
+        before.get(_STREAMS, 1),
+        census,
+        reading,
+        language_model.rows,
     ):
         name = shard_name("tokens", split, counts[split])
         tensors = {column: torch.from_numpy(getattr(packed, column)) for column in columns}

@@ -93,9 +93,11 @@ def read_activations(
 
     Raises:
         DataError: an activation is not finite.
+        ModelError: the model reads fewer tokens, or has no embedding of one.
     """
     longest = max(map(len, examples.contexts))
     language_model.check_context_length(longest)
+    language_model.check_id(max(map(max, examples.contexts)))
     wanted: dict[int, list[int]] = {}
     for row, context in enumerate(examples.context):
         wanted.setdefault(context, []).append(row)

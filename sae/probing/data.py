@@ -16,6 +16,7 @@ from sae.paths import expanded
 from sae.probing.settings import ProbeConfig
 from sae.text.document import kind_of_value
 from sae.text.files import reason_of
+from sae.text.written_lists import CELLS, is_written_list
 
 SAE_PROBES = "sae-probes"
 TEXT_COLUMNS, LABEL_COLUMNS, SPANS = ("text", "prompt"), ("label", "target"), "spans"
@@ -115,6 +116,11 @@ def _find(source: str) -> Iterator[DataFile]:
         yield from _of_sae_probes(master)
         return
     files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
+    for file in files:
+        if not file.is_file():
+            raise DataError(
+                f"data {str(file)!r}: no regular file (a folder, a pipe or a link to nothing); move it away"
+            )
     if not files:
         raise DataError(f"data {source!r}: the folder holds no file that ends in {', '.join(_SUFFIXES)}")
     yield from (DataFile(_stem(file), file) for file in files)
@@ -221,6 +227,11 @@ def _labelled(name: str, where: str, records: list[dict[str, Any]], settings: Pr
     if not kept:
         raise DataError(f"data {where!r}: no row has both a {text!r} and a {label!r}")
     texts = tuple(record[text].encode("utf-8", "replace").decode() for record in kept)
+    if 2 * sum(map(is_written_list, texts[:CELLS])) > len(texts[:CELLS]):
+        raise DataError(
+            f"data {where!r}: column {text!r} holds lists written as text; set text=COLUMN to another column, or "
+            "convert it to text"
+        )
     left_out = len(records) - len(kept)
     if any(isinstance(record[label], list) for record in kept):
         spans = tuple(_spans(where, number, record[label]) for number, record in enumerate(kept, 1))

@@ -9,6 +9,12 @@ from typing import Any
 
 from sae.printable import printable
 
+_SEVERAL = {
+    "link to a folder": "links to folders",
+    "link to nothing": "links to nothing",
+    "folder that cannot be opened": "folders that cannot be opened",
+}
+
 
 @dataclass
 class Census:
@@ -18,6 +24,8 @@ class Census:
         empty: rows without text.
         duplicates: documents equal to one that was read before.
         hidden: hidden files and folders.
+        own: files that this toolkit wrote.
+        irregular: what is no file and no folder that is entered, by kind: links to folders, links to nothing, pipes.
         other_kinds: files of kinds that are not read, by suffix.
         without_column: .json, .csv and .tsv files in a folder that lack the column.
         pretokenised, chats: documents that were token ids, and chats.
@@ -29,6 +37,8 @@ class Census:
     empty: int = 0
     duplicates: int = 0
     hidden: int = 0
+    own: int = 0
+    irregular: Counter[str] = field(default_factory=Counter)
     other_kinds: Counter[str] = field(default_factory=Counter)
     without_column: list[str] = field(default_factory=list)
     pretokenised: int = 0
@@ -58,6 +68,10 @@ class Census:
             found.append(f"{_count(self.empty, 'row')} without text skipped")
         if self.hidden:
             found.append(f"{_count(self.hidden, 'hidden file or folder', 'hidden files and folders')} not read")
+        if self.own:
+            found.append(f"{_count(self.own, 'file')} written by sae not read")
+        if self.irregular:
+            found.append(f"not read, being no regular files: {irregular_in_words(self.irregular)}")
         if self.other_kinds:
             found.append(f"not read, being of other kinds: {kinds_in_words(self.other_kinds)}")
         if self.without_column:
@@ -77,6 +91,11 @@ def combined(parts: Sequence[Census]) -> dict[str, Any]:
         **{name: count for name, count in counts.items() if count or name == "duplicates"},
         **({"divided_by": units if len(units) > 1 else units[0]} if "section" in units else {}),
     }
+
+
+def irregular_in_words(kinds: Counter[str]) -> str:
+    """`2 links to folders, 1 named pipe`."""
+    return ", ".join(_count(count, kind, _SEVERAL.get(kind)) for kind, count in kinds.most_common())
 
 
 def kinds_in_words(kinds: Counter[str]) -> str:

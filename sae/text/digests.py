@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from sae.text.document import Chat, LongText, TokenIds, digest_of, digest_of_pieces
+from sae.text.document import Chat, LongText, TokenIds, digest_of, digest_of_pieces, essential
 
 _RECENT = 1 << 16
 _LONG = 1_000_000
@@ -46,19 +46,25 @@ class DigestSet:
 class ReadTexts:
     """Which contents have been read. Of long texts the beginnings; all of one only where two begin alike.
 
-    Texts are equal if they are so without a byte order mark, with line ends as '\\n', and without space around them.
+    Texts are equal if they are so without a byte order mark, with line ends as '\\n', and without space around them;
+    lists of ids and chats if `form` makes them equal.
 
     Args:
-        exactly: nothing of that is allowed for, and a text that is read in pieces never equals one that is not: what
-            version 1 of the reading (`sae.tokens.READING`) did.
+        form: what a list of ids or a chat is compared by. A chat may become a text, and is then equal to that text.
+        exactly: no differences between texts are allowed for, and a text that is read in pieces never equals one that
+            is not: what version 1 of the reading (`sae.text.document.READING`) did.
     """
 
-    def __init__(self, *, exactly: bool = False) -> None:
-        self._exactly, self._digests = exactly, DigestSet()
+    def __init__(
+        self, form: Callable[[TokenIds | Chat], str | TokenIds | Chat] = essential, *, exactly: bool = False
+    ) -> None:
+        self._form, self._exactly, self._digests = form, exactly, DigestSet()
         self._long: dict[bytes, list[_Long]] = {}
 
     def add(self, content: str | LongText | TokenIds | Chat) -> bool:
         """Whether it had not been read; from now on it has."""
+        if isinstance(content, TokenIds | Chat):
+            content = self._form(content)
         if isinstance(content, TokenIds | Chat) or (self._exactly and isinstance(content, str)):
             return self._digests.add(digest_of(content))
         beginning = content.beginning if self._exactly and isinstance(content, LongText) else _beginning(content)

@@ -14,8 +14,17 @@ from jaxtyping import Int
 
 from sae.errors import DataError
 
+READING = 3
+"""Version of how text is read.
+
+0: equal documents were read as often as they came, 1: only documents equal to the last character counted as equal, and
+a byte order mark was part of a .txt or .md file's text, 2: lists of ids and chats were equal only to the last entry,
+lists written as text were looked for in .csv and .tsv files alone, and files that the toolkit wrote were read as text,
+3: see `sae.text.digests.ReadTexts`, `sae.text.written_lists` and `sae.text.own_files`.
+"""
 _ROLES_OF_FROM = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 """Roles that the form {from, value} calls by other names."""
+_READ_BY_TEMPLATES = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking"}
 _DIGEST_BYTES = 16
 
 
@@ -100,6 +109,14 @@ def is_empty(content: Content) -> bool:
     if isinstance(content, TokenIds):
         return not len(content.ids)
     return isinstance(content, Chat) and not content.messages
+
+
+def essential(content: TokenIds | Chat) -> TokenIds | Chat:
+    """A chat with only what chat templates read of its messages; a list of ids as it is."""
+    if isinstance(content, TokenIds):
+        return content
+    messages = content.messages
+    return Chat(tuple({key: part for key, part in one.items() if key in _READ_BY_TEMPLATES} for one in messages))
 
 
 def digest_of(content: str | TokenIds | Chat) -> bytes:

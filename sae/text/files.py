@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import codecs
-import contextlib
 import csv
 import functools
 import io
 import json
 import os
+import stat
 import sys
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,9 +18,11 @@ from typing import Any
 
 from sae.errors import DataError
 from sae.paths import name_of
-from sae.text.census import Census, kinds_in_words
-from sae.text.document import Document, LongText, read_value
+from sae.text.census import Census, irregular_in_words, kinds_in_words
+from sae.text.document import READING, Document, LongText, read_value
 from sae.text.json_records import json_records
+from sae.text.own_files import own_names
+from sae.text.written_lists import without_written_lists
 
 try:
     from lzma import LZMAError
@@ -35,6 +35,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 READABLE = (*TEXT_SUFFIXES, *RECORD_SUFFIXES, ".parquet")
 READABLE_IN_WORDS = f"{', '.join(READABLE)}, and all but .parquet compressed as {', '.join(COMPRESSIONS)} too"
 _MAY_BE_OTHER_DATA = (".json", ".csv", ".tsv")
+_LINKED, _CLOSED = "link to a folder", "folder that cannot be opened"
 _HELD_WHOLE = 4_000_000
 _BYTES_AT_ONCE = 1 << 20
 _DAMAGED = (OSError, EOFError, zlib.error, LZMAError)
@@ -50,57 +51,84 @@ def kind_of(path: Path) -> tuple[str, str]:
     return (suffix, packed) if readable else ("", packed)
 
 
-def list_folder(folder: Path, census: Census | None = None) -> list[Path]:
-    """Files of a folder and its subfolders that can be read, in the order of their paths; none that is hidden.
+def list_folder(folder: Path, census: Census | None = None, *, reading: int = READING) -> list[Path]:
+    """Files of a folder and its subfolders that can be read, in the order of their paths.
+
+    Left out and counted are hidden files and folders, files that this toolkit wrote, links to folders, and what is no
+    regular file.
 
     Raises:
         DataError: there is none.
     """
     census = census or Census()
     files, kinds = [], Counter[str]()
-    for place, subfolders, names in os.walk(folder):
-        hidden = [name for name in (*subfolders, *names) if name.startswith(".")]
+    for place, subfolders, names in os.walk(folder, onerror=lambda _: census.irregular.update([_CLOSED])):
+        own = own_names(Path(place), subfolders, names) if reading >= 3 else set()
+        census.own += len(own)
+        hidden = [name for name in (*subfolders, *names) if name.startswith(".") and name not in own]
         census.hidden += len(hidden)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for path in (Path(place) / name for name in names if not name.startswith(".")):
-            if path.is_file():
-                if kind_of(path)[0]:
-                    files.append(path)
-                else:
-                    kinds["".join(path.suffixes[-2:] if kind_of(path)[1] else path.suffixes[-1:]) or "no suffix"] += 1
+        census.irregular.update(_LINKED for name in subfolders if (Path(place) / name).is_symlink())
+        for path in (Path(place) / name for name in names if not name.startswith(".") and name not in own):
+            if not path.is_file():
+                census.irregular.update([_irregular(path)])
+            elif kind_of(path)[0]:
+                files.append(path)
+            else:
+                kinds["".join(path.suffixes[-2:] if kind_of(path)[1] else path.suffixes[-1:]) or "no suffix"] += 1
     census.other_kinds.update(kinds)
     if not files:
-        others = f", only {kinds_in_words(kinds)}" if kinds else ""
-        hidden = f" ({census.hidden} hidden ones are not read)" if census.hidden else ""
-        raise DataError(
-            f"data source {str(folder)!r}: the folder holds no {', '.join(READABLE)} file{others}{hidden}; compressed "
-            f"as {', '.join(COMPRESSIONS)} they are read too"
-        )
+        raise DataError(_nothing_there(folder, kinds, census))
     return sorted(files)
 
 
+def _irregular(path: Path) -> str:
+    """What stands in a file's place."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "link to nothing" if path.is_symlink() else "file that cannot be opened"
+    kinds = ((stat.S_ISFIFO, "named pipe"), (stat.S_ISSOCK, "socket"))
+    return next((name for is_kind, name in kinds if is_kind(mode)), "device")
+
+
+def _nothing_there(folder: Path, kinds: Counter[str], census: Census) -> str:
+    others = [
+        *([kinds_in_words(kinds)] if kinds else []),
+        *([f"{census.own} written by sae"] if census.own else []),
+        *([irregular_in_words(census.irregular)] if census.irregular else []),
+    ]
+    listed = f", only {', '.join(others)}" if others else ""
+    hidden = f" ({census.hidden} hidden ones are not read)" if census.hidden else ""
+    linked = "; name a linked folder itself" if census.irregular[_LINKED] else ""
+    return (
+        f"data source {str(folder)!r}: the folder holds no {', '.join(READABLE)} file{listed}{hidden}; compressed "
+        f"as {', '.join(COMPRESSIONS)} they are read too{linked}"
+    )
+
+
 def read_folder(
-    folder: Path, column: str, census: Census | None = None, *, keep_mark: bool = False
+    folder: Path, column: str, census: Census | None = None, *, reading: int = READING
 ) -> Iterator[Document]:
     """Documents of a folder's files, named by their paths in it.
 
     A .json, .csv or .tsv file without the column is left out, unless there is nothing else: such files often lie
-    there for something else. `keep_mark` is that of `read_file`.
+    there for something else.
 
     Raises:
         DataError: no file can be read, or one is damaged.
     """
     census = census or Census()
-    files = list_folder(folder, census)
-    return _documents_of(files, folder, column, census, keep_mark)
+    files = list_folder(folder, census, reading=reading)
+    return _documents_of(files, folder, column, census, reading)
 
 
-def _documents_of(files: list[Path], folder: Path, column: str, census: Census, keep_mark: bool) -> Iterator[Document]:
+def _documents_of(files: list[Path], folder: Path, column: str, census: Census, reading: int) -> Iterator[Document]:
     unfit: MissingColumnError | None = None
     for file in files:
         name = name_of(file.relative_to(folder))
         try:
-            yield from read_file(file, name, column, keep_mark=keep_mark)
+            yield from read_file(file, name, column, reading=reading)
         except MissingColumnError as error:
             if error.row > 1 or kind_of(file)[0] not in _MAY_BE_OTHER_DATA:
                 raise
@@ -110,17 +138,17 @@ def _documents_of(files: list[Path], folder: Path, column: str, census: Census, 
         raise unfit
 
 
-def read_file(path: Path, name: str, column: str, *, keep_mark: bool = False) -> Iterator[Document]:
+def read_file(path: Path, name: str, column: str, *, reading: int = READING) -> Iterator[Document]:
     """Documents of a file.
 
     Args:
         path: the file.
         name: what its documents' names begin with.
         column: the field to read, in all but .txt and .md files.
-        keep_mark: a byte order mark is part of the text of .txt and .md files.
+        reading: version of how text is read.
 
     Raises:
-        DataError: it is of no kind that can be read, damaged, or lacks the column.
+        DataError: it is of no kind that can be read, damaged, lacks the column, or the column holds lists as text.
     """
     kind, _ = kind_of(path)
     if not kind:
@@ -128,10 +156,9 @@ def read_file(path: Path, name: str, column: str, *, keep_mark: bool = False) ->
             f"data source {str(path)!r}: not a kind of file that can be read, which are {READABLE_IN_WORDS}"
         )
     if kind in TEXT_SUFFIXES:
-        return _text(path, name, keep_mark)
-    if kind == ".parquet":
-        return _parquet(path, name, column)
-    return _records(path, name, column, kind)
+        return _text(path, name, keep_mark=reading < 2)
+    rows = _parquet(path, name, column) if kind == ".parquet" else _records(path, name, column, kind)
+    return without_written_lists(rows, column) if reading >= 3 else (document for _, document in rows)
 
 
 class MissingColumnError(DataError):
@@ -219,7 +246,7 @@ def unreadable(path: Path, error: Exception) -> str:
     return f"data source {str(path)!r}: cannot be read ({reason})"
 
 
-def _text(path: Path, name: str, keep_mark: bool) -> Iterator[Document]:
+def _text(path: Path, name: str, *, keep_mark: bool) -> Iterator[Document]:
     pieces, held, characters = decoded(path, keep_mark=keep_mark), [], 0
     for piece in pieces:
         held.append(piece)
@@ -232,19 +259,13 @@ def _text(path: Path, name: str, keep_mark: bool) -> Iterator[Document]:
     yield Document(name, "".join(held))
 
 
-def _records(path: Path, name: str, column: str, kind: str) -> Iterator[Document]:
+def _records(path: Path, name: str, column: str, kind: str) -> Iterator[tuple[str, Document]]:
     readers: dict[str, Callable[[Path, str], Iterator[tuple[int, str, Any]]]]
     readers = {".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl}
     try:
         for row, (number, place, record) in enumerate(readers[kind](path, column), 1):
             where = f"{path}, {place} {number}"
-            content = field_of(record, column, where, row)
-            if kind in (".csv", ".tsv") and isinstance(content, str) and _is_written_list(content):
-                raise DataError(
-                    f"data source {where}: column {column!r} holds a list written as text; store lists of token ids "
-                    "and chats as .jsonl or .parquet"
-                )
-            yield Document(f"{name}:{number}", content)
+            yield where, Document(f"{name}:{number}", field_of(record, column, where, row))
     except UnicodeDecodeError as error:
         raise DataError(not_utf8(path, error)) from error
     except _DAMAGED as error:
@@ -298,7 +319,7 @@ def _csv(path: Path, column: str) -> Iterator[tuple[int, str, Any]]:
             raise DataError(f"data source {str(path)!r}: line {rows.line_num} is not CSV ({error})") from error
 
 
-def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
+def _parquet(path: Path, name: str, column: str) -> Iterator[tuple[str, Document]]:
     from pyarrow import parquet
 
     try:
@@ -311,22 +332,11 @@ def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
     try:
         for batch in table.iter_batches(columns=[column], batch_size=1024):
             for value in batch.column(0):
-                yield Document(f"{name}:{row}", read_value(value.as_py(), column, f"{path}, row {row}"))
+                where = f"{path}, row {row}"
+                yield where, Document(f"{name}:{row}", read_value(value.as_py(), column, where))
                 row += 1
     except (OSError, ValueError) as error:
         raise DataError(f"data source {str(path)!r}: row {row} could not be read ({reason_of(error)})") from error
-
-
-def _is_written_list(text: str) -> bool:
-    """Whether text is a list of numbers or of objects in JSON or Python."""
-    if not (text.startswith("[") and text.rstrip().endswith("]") and text[1:].lstrip()[:1] in "{-0123456789"):
-        return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escape sequences that Python does not know
-        for parse in (json.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-                return isinstance(parse(text), list)
-    return False
 
 
 def reason_of(error: Exception) -> str:

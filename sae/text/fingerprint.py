@@ -7,17 +7,19 @@ import hashlib
 from pathlib import Path
 
 from sae.paths import expanded
+from sae.text.document import READING
 from sae.text.files import list_folder
 
 _HASHED_WHOLE = 256 << 20
 _PIECE = 1 << 16
 
 
-def source_fingerprint(source: str) -> str | None:
+def source_fingerprint(source: str, *, reading: int = READING) -> str | None:
     """A hash of the names, sizes and contents of a file's or folder's texts; None if there is neither.
 
     Names are those inside the folder, so it does not matter where the folder lies. Of more than 256 MiB in all, three
-    pieces of each file are hashed instead of all of it.
+    pieces of each file are hashed instead of all of it. The version of how text is read, `reading`, decides which of a
+    folder's files are texts.
     """
     path = expanded(source)
     if path.is_file():
@@ -26,7 +28,7 @@ def source_fingerprint(source: str) -> str | None:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         names = [file.relative_to(path).as_posix() for file in files]
     elif path.is_dir():
-        files = list_folder(path)
+        files = list_folder(path, reading=reading)
         names = [file.relative_to(path).as_posix() for file in files]
     else:
         return None

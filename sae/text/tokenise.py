@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Int
 
 from sae.errors import DataError
 from sae.text.chat import ChatTemplate, Rendered
-from sae.text.document import Chat, Content, LongText, TokenIds
+from sae.text.document import Chat, Content, LongText, TokenIds, essential
 from sae.text.pieces import WHOLE, token_parts
 
 _WHOLE_AT_MOST = 4_000_000
@@ -37,18 +38,22 @@ class ContentTokenizer:
         tokenizer: the model's.
         chat_roles: whose messages count in chats; None: all text of a chat.
         separator: the id that ends a document; a list of ids that ends with it already gets no second one.
+        rows: tokens that the model has embeddings of; None: of all that the tokenizer names.
     """
 
-    def __init__(self, tokenizer: Any, chat_roles: Collection[str] | None = None, separator: int | None = None) -> None:
-        self.tokenizer, self.chat_roles, self.separator = tokenizer, chat_roles, separator
+    def __init__(
+        self, tokenizer: Any, chat_roles: Collection[str] | None = None, separator: int | None = None,
+        rows: int | None = None,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.chat_roles, self.separator, self.rows = tokenizer, chat_roles, separator, rows
         self._template: ChatTemplate | None = None
 
     def __call__(self, documents: Sequence[tuple[str, Content]]) -> list[Iterator[TokenPart]]:
         """The tokens of each (name, content) without special tokens. Short texts are tokenised together, at once.
 
         Raises:
-            DataError: an id is outside the vocabulary, a chat cannot be rendered, or a long text cannot be cut; for
-                long texts it is raised as their parts are taken.
+            DataError: an id is outside the vocabulary, a chat cannot be rendered, a long text cannot be cut, or the
+                model has no embedding of a token; the last two are raised as parts are taken.
         """
         texts = [content for _, content in documents if isinstance(content, str) and len(content) <= WHOLE]
         short = iter(self._ids(texts))
@@ -63,7 +68,32 @@ class ContentTokenizer:
                 found.append(self._long(name, content))
             else:
                 found.append(iter([TokenPart(np.array(next(short), dtype=np.int32))]))
-        return found
+        names = (name for name, _ in documents)
+        return [map(functools.partial(self._in_rows, name), parts) for name, parts in zip(names, found, strict=True)]
+
+    def compared(self, content: TokenIds | Chat) -> str | TokenIds | Chat:
+        """What tells whether two are the same document: ids without special tokens at both ends, a chat's text.
+
+        A chat that the template refuses is compared by what templates read.
+        """
+        if isinstance(content, TokenIds):
+            places = np.flatnonzero(~np.isin(content.ids, self._special_ids))
+            return TokenIds(content.ids[places[0] : places[-1] + 1] if len(places) else content.ids[:0])
+        try:
+            self._template = self._template or ChatTemplate(self.tokenizer)
+            return self._template.render(content, "").text
+        except DataError:
+            return essential(content)
+
+    @functools.cached_property
+    def _special_ids(self) -> list[int]:
+        ids = {*getattr(self.tokenizer, "all_special_ids", ()), self.separator}
+        return sorted(token for token in ids if token is not None)
+
+    @functools.cached_property
+    def _largest_id(self) -> int:
+        """Of the ids that the tokenizer names."""
+        return max(self.tokenizer.get_vocab().values(), default=-1)
 
     def close(self) -> None:
         """End the process that renders chats, if there is one."""
@@ -92,12 +122,22 @@ class ContentTokenizer:
 
     def _checked(self, name: str, content: TokenIds) -> TokenPart:
         ids = content.ids
-        if len(ids) and int(ids.max()) >= len(self.tokenizer):
+        if len(ids) and int(ids.max()) > self._largest_id:
             raise DataError(
-                f"document {name!r}: its token id {int(ids.max()):,} is outside the vocabulary, which has "
-                f"{len(self.tokenizer):,}: the ids are another tokenizer's; give the text, or ids of the model's own"
+                f"document {name!r}: its token id {int(ids.max()):,} is outside the vocabulary, which ends with "
+                f"{self._largest_id:,}: the ids are another tokenizer's; give the text, or ids of the model's own"
             )
         return TokenPart(ids[:-1] if len(ids) and ids[-1] == self.separator else ids)
+
+    def _in_rows(self, name: str, part: TokenPart) -> TokenPart:
+        largest = int(part.ids.max(initial=-1))
+        if self.rows is not None and largest >= self.rows:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise DataError(
+                f"document {name!r}: it has the token {token!r} with the id {largest:,}, and the model has embeddings "
+                f"of {self.rows:,} tokens; load the tokenizer that the model was trained with"
+            )
+        return part
 
     def _chats(self, chats: list[tuple[str, Chat]]) -> list[TokenPart]:
         if not chats:

@@ -1,0 +1,71 @@
+"""A folder's names in; those of files that this toolkit wrote out, which are no text although they may be .md or .json.
+
+Run folders often lie below the texts that they are made from. A file is the toolkit's if a `SHA256SUMS` of the toolkit
+lists it. Without a list, in a folder that a kill left half written or that is older than the lists, names that only
+occur together in such folders tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from sae import hashes
+from sae.errors import SaeError
+
+_SHARD = re.compile(r"(train|held_out)-\d+\.safetensors")
+_IN_A_RUN = ("activations/manifest.json", "dictionary/weights.safetensors")
+_FILES_OF_A_RUN = re.compile(
+    r"config\.yaml|metrics\.jsonl|cost\.json|(eval|probe|compare|effects[^/]*)\.(json|md)|"
+    r"(eval-documents|effects[^/]*)\.safetensors"
+)
+_TOGETHER = (
+    {"config.json", "weights.safetensors"},
+    {"features.json", "features.safetensors", "tokens.safetensors", "documents.json", "vocabulary.json"},
+)
+
+
+def own_names(folder: Path, subfolders: Collection[str], names: Collection[str]) -> set[str]:
+    """Names in a folder of files that this toolkit wrote.
+
+    Args:
+        folder: where it is.
+        subfolders: names of the folders in it.
+        names: all other names in it.
+    """
+    there = set(names)
+    own = {name for name in there if hashes.is_leftover(name) and name != hashes.SUMS}
+    own |= {name for name in there if _SHARD.fullmatch(name)}
+    if hashes.SUMS in there and not _is_users(folder):
+        own |= {hashes.SUMS, *_listed(folder)}
+    if "manifest.json" in own or ("tokens" in subfolders and _has_shards(folder / "tokens")):
+        own |= {"manifest.json", "documents.json"}  # a cache, whose manifest has the hash of the other
+    if "config.yaml" in there and any((folder / name).is_file() for name in _IN_A_RUN):
+        own |= {name for name in there if _FILES_OF_A_RUN.fullmatch(name)}
+    if "config.yaml" in own:
+        own |= {"metrics.jsonl"}  # in no list while it grows
+    for files in _TOGETHER:
+        own |= files if files <= there else set()
+    return own & there
+
+
+def _has_shards(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return any(_SHARD.fullmatch(path.name) for path in folder.iterdir())
+    return False
+
+
+def _is_users(folder: Path) -> bool:
+    try:
+        return hashes.is_users(folder)
+    except SaeError:
+        return True
+
+
+def _listed(folder: Path) -> set[str]:
+    try:
+        return set(hashes.read_sums(folder))
+    except SaeError:
+        return set()

@@ -1,0 +1,161 @@
+"""Texts of a column in; an error if they are not texts but lists that a program wrote as text.
+
+A CSV file has no lists. pandas writes a column of them as Python or NumPy prints them, and others as JSON or as
+`repr` of a tensor. Read as text, these would be numbers and quotation marks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from sae.errors import DataError
+from sae.text.document import Document
+
+CELLS = 16
+"""Cells with text of a file, or of a hub data set, that decide for all."""
+
+_NAMES = r"tensor|array|asarray|ndarray|list|tuple|set|frozenset|deque|Tensor|Array|DeviceArray|Series|Index|Int64Index"
+_OPENING = re.compile(rf"[\[({{]|(?:\w+\.)*(?:{_NAMES})\(|<tf\.Tensor:")
+_CLOSING = {"[": "]", "(": ")", "{": "}", "<": ">"}
+_SPACE = re.compile(r"\s+")
+_ITEM = re.compile(
+    r"""
+    (?P<text> [bBuU]? (?: '[^'\\]*(?:\\.[^'\\]*)*' | "[^"\\]*(?:\\.[^"\\]*)*" ) )
+  | (?P<number> [-+]? (?: 0[xX][0-9a-fA-F]+ | (?: \d[\d_]*(?:\.\d*)? | \.\d+ ) (?: [eE][-+]?\d+ )? | inf | nan
+      | Infinity )
+      (?= [\s,:\]})>] | $ ) )
+  | (?P<word> (?: None | True | False | null | true | false | NaN | NaT | <NA> ) (?= [\s,:\]})>] | $ ) )
+  | (?P<dots> \.\.\. | … )
+  | (?P<setting> [A-Za-z_]\w* = (?: <[\w.]+> | [\w.]+ (?= [\s,)] ) )? )
+  | (?P<open> <tf\.Tensor: | (?: [A-Za-z_][\w.]* )? \( | \[ | \{ )
+  | (?P<close> [\])}>] )
+  | (?P<comma> , )
+  | (?P<colon> : )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_DATA_KEYS = {
+    "input_ids", "ids", "token_ids", "tokens", "attention_mask", "labels", "messages", "conversations", "conversation",
+    "role", "from",
+}  # fmt: skip
+_ENOUGH = 50_000
+"""Items after which a text is taken for what it has been so far, if its last character fits."""
+_DEEPEST, _MOST_WAITING = 100, 1024
+_KEY = re.compile(r"""['"](\w+)['"]\s*:""")
+
+
+def is_written_list(text: str) -> bool:
+    """Whether all of a text is a list, a tuple, a set, an array or a tensor as a program writes it.
+
+    That is: numbers, quoted text, None, true and false, `...`, and lists, objects and calls of these, with commas or
+    only space between them. An object by itself is one only if it has a key of tokenised text or of a chat, such as
+    `input_ids` or `messages`: other objects may be documents of JSON.
+    """
+    text = text.strip()
+    if text[:2] in ('"[', '"{') and text.endswith(('}"', ']"')):  # JSON in JSON
+        try:
+            text = json.loads(text).strip()
+        except ValueError:
+            return False
+    opening = _OPENING.match(text)
+    if opening is None:
+        return False
+    scan = _Scan()
+    if not scan.read(text):
+        return False
+    if opening[0] == "(":
+        return scan.commas > 0
+    if opening[0] == "{" and scan.is_object:
+        return not _DATA_KEYS.isdisjoint(_KEY.findall(text))
+    return scan.brackets > 1 or (scan.items > 0 and opening[0] in "[{")
+
+
+def without_written_lists(rows: Iterable[tuple[str, Document]], column: str) -> Iterator[Document]:
+    """Documents of a file's or data set's rows as they come, if their texts are texts.
+
+    The first `CELLS` cells with text decide: if more than half of them are lists written as text, the column holds no
+    text. Fewer may be documents that look like a list.
+
+    Args:
+        rows: for each where it stands, for the message, and its document.
+        column: the column's name, for the message.
+
+    Raises:
+        DataError: the column holds lists written as text.
+    """
+    rows = iter(rows)
+    waiting: list[Document] = []
+    texts, lists, first = 0, 0, ""
+    for where, document in rows:
+        if isinstance(document.text, str) and document.text.strip():
+            texts += 1
+            if is_written_list(document.text):
+                lists, first = lists + 1, first or where
+        if lists:
+            waiting.append(document)  # until it is decided
+        else:
+            yield document
+        if texts == CELLS or 2 * (texts - lists) >= CELLS or len(waiting) == _MOST_WAITING:
+            break
+    if 2 * lists > texts:
+        raise DataError(
+            f"data source {first}: column {column!r} holds a list written as text, as do {lists} of the first {texts} "
+            "cells with text; store lists of token ids and chats as lists, in .jsonl or .parquet, and documents that "
+            "are lists as .txt files"
+        )
+    yield from waiting
+    yield from (document for _, document in rows)
+
+
+@dataclass
+class _Scan:
+    """A text read from its first bracket to the one that closes it.
+
+    Attributes:
+        items: numbers, quoted texts and words.
+        commas: between them.
+        brackets: without the name of a call before them, and the outermost.
+        is_object: the outermost holds keys.
+        closings: of the brackets that are open.
+    """
+
+    items: int = 0
+    commas: int = 0
+    brackets: int = 0
+    is_object: bool = False
+    closings: list[str] = field(default_factory=list)
+
+    def read(self, text: str) -> bool:
+        """Whether all of the text is a list."""
+        place = 0
+        while place < len(text):
+            if (space := _SPACE.match(text, place)) is not None:
+                place = space.end()
+                continue
+            match = _ITEM.match(text, place)
+            if match is None or not self._takes(match.lastgroup or "", match[0]):
+                return False
+            place = match.end()
+            if not self.closings:
+                return place == len(text)
+            if self.items == _ENOUGH:
+                return text.endswith(self.closings[0])
+        return False
+
+    def _takes(self, kind: str, part: str) -> bool:
+        """Count a part; False if it cannot stand there."""
+        if kind == "open":
+            self.brackets += not self.closings or len(part) == 1
+            self.closings.append(_CLOSING["<" if part[0] == "<" else part[-1]])
+            return len(self.closings) <= _DEEPEST
+        if kind == "close":
+            return self.closings.pop() == part
+        if kind == "colon":
+            self.is_object = self.is_object or len(self.closings) == 1
+            return self.closings[-1] == "}"
+        self.commas += kind == "comma"
+        self.items += kind in ("text", "number", "word")
+        return True
