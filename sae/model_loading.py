@@ -82,9 +82,10 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any, str, str | None]:
     weights = {} if "gguf_file" in arguments else {"use_safetensors": True}
     try:
         with _quiet(), _guarded(config):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, config.dtype), output_loading_info=True, **weights, **arguments
             )
+            model, found = loaded
             _check_whole(model, found)
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
             if copy:
