@@ -143,7 +143,7 @@ def test_what_feeds_the_mlp_alone_leaves_the_residual_stream(llama: LanguageMode
 def test_the_command_lists_them(llama_folder: Path) -> None:
     result = CliRunner().invoke(cli, ["hooks", str(llama_folder), "device=cpu"])
     assert result.exit_code == 0, result.output
-    lines = result.output.splitlines()
+    lines = result.stdout.splitlines()
     assert lines[0] == "llama: 4 blocks, residual stream of 32, blocks.N. and"
     rows = {line.split()[0]: line.split()[1:4] for line in lines[2:]}
     assert rows["attn.hook_k"] == ["16", "0-3", "yes"]
