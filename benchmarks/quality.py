@@ -39,7 +39,6 @@ from peers.environments import FOLDER, python
 import sae
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
-from sae.files import write_json
 from sae.tokens import HELD_OUT, TRAIN
 from sae.training.applicability import PENALISED
 
@@ -128,7 +127,9 @@ def run(toolkit: str, architecture: str, data: Data, seed: int, coefficient: flo
         file=sys.stderr,
         flush=True,
     )
-    write_json(kept, found)
+    unfinished = kept.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(kept)
     return found
 
 
