@@ -127,6 +127,7 @@ def run(toolkit: str, architecture: str, data: Data, seed: int, coefficient: flo
         file=sys.stderr,
         flush=True,
     )
+    kept.parent.mkdir(parents=True, exist_ok=True)
     unfinished = kept.with_suffix(".tmp")
     unfinished.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(kept)
