@@ -175,7 +175,7 @@ def run_verb(verb: str, config: Path) -> None:
     if verb == "resume":
         shutil.rmtree("run/dictionary")
     if verb == "finish eval":
-        Path("run/eval.json").unlink()
+        Path("run/eval.json").unlink(missing_ok=True)
     if verb == UNFINISHED:
         leave_evaluation_unfinished()
         return
