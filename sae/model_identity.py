@@ -63,10 +63,15 @@ def fingerprint(name: str) -> str | None:
     return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
 
 
-def older_fingerprint(name: str) -> str | None:
-    """As in manifests of older versions, which hashed samples of files of every size."""
+def has_fingerprint(name: str, recorded: str | None) -> bool | None:
+    """Whether a recorded fingerprint is that of a local model's weight files; None if one of the two is not known.
+
+    Those of older versions are of samples, whatever the size.
+    """
     files = _weight_files(name)
-    return _of_samples(files) if files else None
+    if not files or recorded is None:
+        return None
+    return recorded == fingerprint(name) or recorded == _of_samples(files)
 
 
 def _weight_files(name: str) -> list[Path]:

@@ -37,7 +37,7 @@ from sae.errors import CacheError, DataError
 from sae.files import free_bytes, locked, stands, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
-from sae.model_identity import fingerprint, model_label, older_fingerprint
+from sae.model_identity import has_fingerprint, model_label
 from sae.modes import without_autocast
 from sae.paths import expanded
 from sae.printable import json_text, one_line, printable
@@ -132,10 +132,10 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, t
         "harvest.mask_special_tokens": manifest.tokens.get("mask_special_tokens"),
         "data.chat_roles": manifest.tokens.get("chat_roles"),
     }
-    files = fingerprint(config.model.name)
-    if files is None or model.get("fingerprint") is None:
+    same_files = has_fingerprint(config.model.name, model.get("fingerprint"))
+    if same_files is None:
         asked["model.name"], held["model.name"] = model_label(config.model.name), model.get("name")
-    elif model["fingerprint"] not in (files, older_fingerprint(config.model.name)):
+    elif not same_files:
         raise CacheError(
             f"cache {str(folder)!r}: of another model: the weights of {config.model.name!r} are not those it was made "
             f"with ({model.get('name')!r}); use that model, or set harvest.cache to another folder"

@@ -14,7 +14,7 @@ from sae.errors import ConfigError, DataError, ModelError
 from sae.evaluation.report import identify as identify_dictionary
 from sae.files import locked, write_bytes
 from sae.language_model import LanguageModel
-from sae.model_identity import fingerprint
+from sae.model_identity import has_fingerprint
 from sae.modes import without_autocast
 from sae.origin import Place, check_belongs
 from sae.pipeline import Run
@@ -212,8 +212,7 @@ def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[st
             f"run {str(run.folder)!r}: its dictionary does not say on which model, hook point and tokens it was "
             "trained; probe it in Python with activations of your own: sae.probe(dictionary, activations, labels)"
         ) from error
-    held, here = model.get("fingerprint"), fingerprint(run.config.model.name)
-    if held is not None and here is not None and held != here:
+    if has_fingerprint(run.config.model.name, model.get("fingerprint")) is False:
         raise ModelError(
             f"model {run.config.model.name!r}: its weights are not those that the dictionary was trained on "
             f"({model.get('name')!r}); give that model with model.name=PATH"

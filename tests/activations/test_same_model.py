@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from sae.config import ModelConfig, RunConfig
 from sae.errors import CacheError
 from sae.files import write_json
 from sae.language_model import LanguageModel
+from sae.model_identity import fingerprint, has_fingerprint
 
 Config = Callable[..., RunConfig]
 Change = Callable[[dict[str, Any]], None]
@@ -108,6 +110,17 @@ def test_every_byte_of_a_small_model_counts(
         harvest(tiny_config(model__name=str(copy)), LanguageModel(ModelConfig(name=str(copy))))
     with pytest.raises(CacheError, match=r"of another model: weights_sha256 is '[0-9a-f]+' there and '[0-9a-f]+' in"):
         check_same_model(ActivationCache(tiny_config().cache_folder), LanguageModel(str(copy)))
+
+
+def test_fingerprints_of_older_versions_hold(tiny_model: Path) -> None:
+    """They are of the size and of 4 KB at the beginning of each 64 KB."""
+    content = (tiny_model / "model.safetensors").read_bytes()
+    samples = b"".join(content[place : place + 4096] for place in range(0, len(content), 1 << 16))
+    older = hashlib.sha256(f"{len(content)} ".encode() + samples).hexdigest()
+    assert older != fingerprint(str(tiny_model))
+    assert has_fingerprint(str(tiny_model), older) and has_fingerprint(str(tiny_model), fingerprint(str(tiny_model)))
+    assert has_fingerprint(str(tiny_model), "0" * 64) is False
+    assert has_fingerprint(str(tiny_model), None) is has_fingerprint("gpt2", older) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
