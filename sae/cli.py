@@ -22,7 +22,7 @@ from sae.commands.keys import with_keys
 from sae.commands.overrides import evaluation_overrides, features_and_overrides
 from sae.commands.probe import probe
 from sae.commands.superposition import superposition
-from sae.config_file import CONFIG_YAML, describe_keys, load_config
+from sae.config_file import CONFIG_YAML, describe_keys, named_config
 from sae.errors import SaeError, TrainingInterrupted
 from sae.files import stands
 from sae.terminal import close, complain, complain_at_length, output, prepare, say, show_warning, unwritable
@@ -64,7 +64,7 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     from sae.progress import progress_bars
     from sae.reading import read_object
 
-    settings = load_config(config, overrides)
+    settings = named_config(config, overrides)
     _say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
         whole = pipeline.Run(settings, progress)
@@ -93,7 +93,7 @@ def harvest(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) 
     from sae import pipeline
     from sae.progress import progress_bars
 
-    settings = load_config(config, overrides)
+    settings = named_config(config, overrides)
     with progress_bars(quiet=options["quiet"]) as progress:
         cache = pipeline.Run(settings, progress).harvest()
     say(cache)
@@ -110,7 +110,7 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     from sae import pipeline
     from sae.progress import progress_bars
 
-    settings = load_config(config, overrides)
+    settings = named_config(config, overrides)
     _say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
         dictionary = pipeline.Run(settings, progress).train()
@@ -132,7 +132,7 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     from sae.sweeping import MARKDOWN_FILE
     from sae.sweeping import sweep as run_sweep
 
-    settings = load_config(config, overrides)
+    settings = named_config(config, overrides)
     _say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
         made = run_sweep(settings, progress)

@@ -15,13 +15,16 @@ from yaml.composer import ComposerError
 
 from sae.config import RunConfig, is_text
 from sae.errors import ConfigError, DamagedError, UnreadableError
+from sae.files import stands
 from sae.fit import check_fit
-from sae.hashes import read_checked, recorded
+from sae.hashes import PARTS, SUMS, read_checked, recorded
+from sae.paths import expanded
 from sae.printable import one_line
 
 CONFIG_YAML = "config.yaml"
 """What a run folder records its settings in."""
 MOST_YAML_BYTES = 1 << 20
+TRUST_SETTING = "model.trust_remote_code"
 _MOST_VALUES = 10_000
 _LONGEST = 300
 
@@ -42,6 +45,34 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"override {override!r}: expected key=value, such as dictionary.k=64")
         _set(settings, key.strip().split("."), _parse_value(key.strip(), value.strip(), override))
     return parse_config(settings)
+
+
+def named_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a file that somebody named; what lies in a run folder is a record there too.
+
+    Raises:
+        ConfigError: as `load_config`; or it is a run folder's, and lets code run that `overrides` do not let.
+    """
+    config = load_config(path, overrides)
+    place = expanded(path).resolve()
+    if place.name == CONFIG_YAML and any(stands(place.parent / name) for name in (SUMS, *PARTS)):
+        check_permission(config, f"run {str(path.parent)!r}", overrides)
+    return config
+
+
+def check_permission(config: RunConfig, place: str, overrides: Sequence[str]) -> None:
+    """Refuse to run code of a model on the word of a run folder alone.
+
+    Raises:
+        ConfigError: the configuration lets it run, and the command does not say so itself.
+    """
+    said = any(override.partition("=")[0].strip() in (TRUST_SETTING, "model") for override in overrides)
+    if config.model.trust_remote_code and not said:
+        raise ConfigError(
+            f"{place}: its {CONFIG_YAML} has {TRUST_SETTING}=true, which is only a record there: code that comes with "
+            f"model {config.model.name!r} would run; if you trust it, add {TRUST_SETTING}=true, else "
+            f"{TRUST_SETTING}=false"
+        )
 
 
 def parse_config(settings: dict[str, Any]) -> RunConfig:

@@ -183,7 +183,13 @@ def _hub_dataset(
     source: str, split: str, subset: str | None, column: str, streaming: bool, revision: str | None
 ) -> Iterator[tuple[str, Document]]:
     import datasets
+    from datasets import packaged_modules
 
+    if source in packaged_modules._PACKAGED_DATASETS_MODULES:  # there is no other list of them
+        raise DataError(
+            f"data source {source!r}: no file or folder of that name, and for `datasets` it is a file format, not a "
+            "data set on the hub; name the files' folder, or a data set as OWNER/NAME"
+        )
     try:
         loaded = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
     except Exception as error:

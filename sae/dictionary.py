@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sae.errors import FormatError, ShapeError
 from sae.files import stands, write_json, write_tensors
-from sae.hashes import damaged, recorded
+from sae.hashes import damaged, recorded, sha256_of
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.kernels.pattern import Pattern
 from sae.modes import has_values, needs_plain_operators, without_autocast
@@ -28,6 +28,7 @@ from sae.tool_config import ToolConfig, tool_config
 FORMAT = "sae-dictionary"
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+WEIGHTS_HASH = "weights_file_sha256"
 _TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
 """Settings of training that a saved dictionary has as its own."""
 
@@ -279,13 +280,16 @@ class Dictionary(nn.Module, ABC):
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `weights.safetensors`, all that is needed to use the dictionary again.
 
+        `config.json` has the SHA-256 of the other file, so that a kill between the two, over a dictionary that was
+        there before, does not leave a pair that passes for one.
+
         Raises:
             CacheError: the folder cannot be written.
         """
         folder = Path(folder)
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.named_parameters()}
-        write_tensors(folder / WEIGHTS_FILE, tensors)
-        write_json(folder / CONFIG_FILE, self.config())
+        digest = write_tensors(folder / WEIGHTS_FILE, tensors)
+        write_json(folder / CONFIG_FILE, self.config() | {WEIGHTS_HASH: digest})
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds."""
@@ -392,6 +396,11 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
         )
     tensors = load_tensors(folder / WEIGHTS_FILE, device)
     _check_saved(folder, config, tensors)
+    if WEIGHTS_HASH in config and config[WEIGHTS_HASH] != sha256_of(folder / WEIGHTS_FILE):
+        raise damaged(
+            folder / WEIGHTS_FILE,
+            f"its SHA-256 is not the one in {CONFIG_FILE}: they are of two dictionaries, or saving was cut short",
+        )
     return SavedDictionary(config, tensors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).strip().splitlines()[0][:120]
         raise ConfigError(f"device {name!r}: not available here ({reason}); use device=auto or device=cpu") from error
     return device
+
+
+def memory_of(device: torch.device) -> int:
+    """All memory that a device has, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def git_commit() -> str | None:

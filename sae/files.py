@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,11 +69,17 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json_text(content, indent=2) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file atomically. The same tensors give the same bytes."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file atomically. The same tensors give the same bytes.
+
+    Returns:
+        Its SHA-256.
+    """
     from safetensors.torch import save  # not above: it takes seconds, and the command line writes no tensors to begin
 
-    write_bytes(path, save(dict(tensors)))
+    content = save(dict(tensors))
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def delete(path: Path) -> None:
@@ -146,14 +153,22 @@ def _explain(path: Path, size: int, error: OSError) -> str:
             f"disk full: {str(path)!r} needs {size:,} bytes or more; nothing is damaged: "
             "free some space and run the same command again to go on"
         )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"cannot write {str(path)!r}: {error.strerror}; {hashes.MORE_FILES}"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"cannot write {str(path)!r}: {error.strerror}; choose a shorter name"
     return f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or change its permissions"
+
+
+_HELD: set[tuple[int, int, Path]] = set()
+"""Folders that are locked, by process and thread."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path, doing: str) -> Iterator[None]:
-    """One process at a time in a folder; the lock goes when the process does, however it ends.
+    """One process at a time in a folder, and one of its threads; the lock goes when the process does, however it ends.
 
-    What a killed process left there is put in order first.
+    A thread that holds the folder may lock it again. What a killed process left there is put in order first.
 
     Args:
         folder: made where it is missing.
@@ -162,7 +177,10 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
     Raises:
         CacheError: the folder cannot be written, or another process holds it.
     """
-    path = folder / ".lock"
+    path, holder = folder / ".lock", (os.getpid(), threading.get_ident(), expanded(folder).resolve())
+    if holder in _HELD:
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -182,6 +200,8 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
             hashes.settle(folder)
         except OSError as error:
             raise CacheError(_explain(folder / hashes.SUMS, 0, error)) from error
+        _HELD.add(holder)
         yield
     finally:
+        _HELD.discard(holder)
         os.close(descriptor)

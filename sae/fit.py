@@ -26,6 +26,25 @@ def check_fit(shape: DictionaryConfig, settings: TrainConfig) -> None:
         raise ConfigError("train.warmup_fraction + train.decay_fraction exceed 1: lower one of them")
 
 
+def check_memory(d_in: int, shape: DictionaryConfig, memory: int) -> None:
+    """Refuse a dictionary that a device could not hold while it is trained.
+
+    Args:
+        d_in: width of the activations; 1 where it is not known yet.
+        shape: the dictionary.
+        memory: all that the device has, in bytes.
+
+    Raises:
+        ConfigError: encoder, decoder and Adam's two moments of each, in float32, need more.
+    """
+    needed = 2 * 3 * 4 * shape.d_sae * d_in
+    if needed > memory:
+        raise ConfigError(
+            f"dictionary.d_sae={shape.d_sae}: with d_in={d_in:,}{' or more' if d_in == 1 else ''} its weights and "
+            f"Adam's moments need {needed / 1e9:,.0f} GB, and the device has {memory / 1e9:,.0f} GB of memory: lower it"
+        )
+
+
 def check_amounts(config: RunConfig) -> None:
     """Refuse numbers of tokens with which a step after the harvest could only fail.
 

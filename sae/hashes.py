@@ -79,7 +79,7 @@ _WAYS_OUT = {
 _OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EIO, errno.EFAULT}
 """Errors that a file is to blame for; `EFAULT` is how a mapped one says that a piece of it cannot be read."""
 _TRY_AGAIN = "check permissions and free memory, and run the same command again"
-_MORE_FILES = "let more files be open ('ulimit -n 4096'), and run the same command again"
+MORE_FILES = "let more files be open ('ulimit -n 4096'), and run the same command again"
 
 
 class UnhashedWarning(UserWarning):
@@ -101,7 +101,7 @@ def damaged(path: Path, reason: str, remedy: str | None = None) -> DamagedError:
 def unreadable(path: Path, error: Exception, remedy: str | None = None) -> DamagedError | UnreadableError:
     """The error of a file that the system does not read; where the machine is to blame, nothing is to be deleted."""
     if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
-        way = _MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else _TRY_AGAIN
+        way = MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else _TRY_AGAIN
         return UnreadableError(f"{str(path)!r}: cannot be read ({_reason(error)}); {way}")
     reason = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
     return damaged(path, reason, remedy)

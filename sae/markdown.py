@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from sae.printable import printable
 
-_MARKUP = re.compile(r"[\\`<\[\]]")
+_MARKUP = re.compile(r"[\\`<\[\]*~@]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=//)|(?<=www)\.", re.IGNORECASE)
+"""What begins a code span, tag, link, emphasis or entity, or makes an address a link by itself."""
 
 
 def code(name: object) -> str:
@@ -16,7 +17,7 @@ def code(name: object) -> str:
 
 
 def plain(text: object) -> str:
-    """A name, or a library's words, as text of one line that opens no code span, link or tag."""
+    """A name, or a library's words, as one line that Markdown shows as it is: no code, link, tag or emphasis."""
     return _MARKUP.sub(lambda match: f"\\{match[0]}", printable(str(text)))
 
 

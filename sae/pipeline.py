@@ -21,9 +21,9 @@ from sae.activations.metadata import dictionary_metadata
 from sae.activations.same_model import check_same_model
 from sae.architectures import load
 from sae.config import RunConfig
-from sae.config_file import CONFIG_YAML, MOST_YAML_BYTES, load_config, parse_yaml
+from sae.config_file import CONFIG_YAML, MOST_YAML_BYTES, parse_yaml
 from sae.dictionary import CONFIG_FILE, Dictionary, weights_sha256
-from sae.environment import choose_device, git_commit
+from sae.environment import choose_device, git_commit, memory_of
 from sae.errors import CacheError, ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.evaluation import Report, evaluate_all, write_report
 from sae.evaluation.budget import announcement
@@ -33,21 +33,20 @@ from sae.evaluation.report import identify, read_stored
 from sae.features import Features, collect
 from sae.features.layout import INDEX
 from sae.files import locked, missing_space, stands, write_bytes
-from sae.fit import amount_notes, check_amounts
+from sae.fit import amount_notes, check_amounts, check_memory
 from sae.hashes import check, read_checked
 from sae.language_model import LanguageModel
 from sae.model_identity import model_label
-from sae.paths import expanded
 from sae.printable import printable
 from sae.progress import Notes, announce
 from sae.reading import read_object
+from sae.run_folder import DICTIONARY, open_config, other_setting
 from sae.training.applicability import check_read
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, training_bytes, warn_of_missed_snapshots
 from sae.training.loop import train
 from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
-from sae.training.trainee import Recipe, build, check_start, chosen_settings, freeze_, setting_of
+from sae.training.trainee import Recipe, build, check_start, freeze_
 
-TRUST_SETTING = "model.trust_remote_code"
 Progress = Callable[[str, int, int], None]
 
 
@@ -73,25 +72,9 @@ class Run:
         Raises:
             ConfigError: the folder is not a run folder, or its configuration lets code of the model run and
                 `overrides` do not say so: who wrote the folder does not decide that.
+            FormatError: the dictionary there was made with other settings.
         """
-        path = expanded(folder)
-        if not stands(path / CONFIG_YAML):
-            raise ConfigError(
-                f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}'"
-            )
-        check(path / CONFIG_YAML)
-        if (path / CONFIG_YAML).stat().st_size == 0:
-            raise ConfigError(
-                f"run {str(folder)!r}: {CONFIG_YAML} is empty; run the same 'sae run' again to write it anew"
-            )
-        config = load_config(path / CONFIG_YAML, overrides)
-        if config.model.trust_remote_code and not _grants_code(overrides):
-            raise ConfigError(
-                f"run {str(folder)!r}: its {CONFIG_YAML} has {TRUST_SETTING}=true, which is only a record there: code "
-                f"that comes with model {config.model.name!r} would run; if you trust it, add {TRUST_SETTING}=true, "
-                f"else {TRUST_SETTING}=false"
-            )
-        return Run(config.model_copy(update={"out": str(path)}), progress)
+        return Run(open_config(folder, overrides), progress)
 
     @cached_property
     def device(self) -> torch.device:
@@ -172,8 +155,10 @@ class Run:
                 f"the dictionary to start from has d_sae={start.d_sae}, and d_sae={shape.d_sae} is asked for: choose "
                 "another train.start_from, or set dictionary.d_sae to its"
             )
+        d_in = 1 if start is None else start.d_in
+        check_memory(d_in, shape, memory_of(self.device))
         with torch.device("meta"):
-            dictionary = build(shape, 1 if start is None else start.d_in)
+            dictionary = build(shape, d_in)
         freeze_(dictionary, settings.freeze)
         check_start(Recipe(shape, settings, start=start), dictionary)
 
@@ -206,9 +191,12 @@ class Run:
         if self.is_trained():
             return self.trained_already(cache)
         announce(self.progress, *amount_notes(self.config))
-        with locked(self.folder, "training"), self.configured():
-            dictionary = self._train(cache)
-            dictionary.save(self.folder / "dictionary")
+        with locked(self.folder, "training"):
+            if self.is_trained():  # by another process, since
+                return self.trained_already(cache)
+            with self.configured():
+                dictionary = self._train(cache)
+                dictionary.save(self.folder / "dictionary")
         return dictionary
 
     def is_trained(self) -> bool:
@@ -343,22 +331,13 @@ class Run:
             FormatError: it was made with other settings.
         """
         dictionary = self.dictionary()
-        held = dictionary.metadata.get("trained", {}).get("settings", {})
-        asked = {
-            "hook": self.config.hook,
-            **chosen_settings(self.config.dictionary, self.config.train),
-            "seed": self.config.seed,
-            "activations": cache.manifest.identity(self.config.hook),
-            **self._start_identity(),
-        }
-        held = {**held, "hook": dictionary.metadata.get("hook")}
-        for key, value in asked.items():
-            if setting_of(held, key) != value:
-                raise FormatError(
-                    f"dictionary {str(self.folder / 'dictionary')!r}: made with {key}={setting_of(held, key)!r}, now "
-                    f"{value!r} is asked for; choose another run folder (out=...), or delete the dictionary and "
-                    "checkpoints there"
-                )
+        of_data = {"activations": cache.manifest.identity(self.config.hook), **self._start_identity()}
+        if other := other_setting(self.config, dictionary.metadata, of_data):
+            key, held, asked = other
+            raise FormatError(
+                f"dictionary {str(self.folder / DICTIONARY)!r}: made with {key}={held!r}, now {asked!r} is asked for; "
+                "choose another run folder (out=...), or delete the dictionary and checkpoints there"
+            )
         settings = self.config.train
         warn_of_missed_snapshots(self.folder, settings, settings.batch_size, dictionary.metadata["trained"]["steps"])
         return dictionary
@@ -394,11 +373,6 @@ class Run:
         commit = git_commit()
         made_by = f"sae {sae.__version__}{f' ({commit})' if commit else ''}, torch {torch.__version__}"
         write_bytes(path, f"# {made_by}, Python {platform.python_version()}\n{settings}".encode())
-
-
-def _grants_code(overrides: Sequence[str]) -> bool:
-    """Whether settings of the command line say themselves that code of the model may run."""
-    return any(override.partition("=")[0].strip() in (TRUST_SETTING, "model") for override in overrides)
 
 
 def falling(metrics: Mapping[str, float | int]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.config import RunConfig
-from sae.config_file import parse_config
+from sae.config_file import TRUST_SETTING, parse_config
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.pareto import Point, draw_pareto
@@ -25,7 +25,7 @@ from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
 from sae.files import locked, stands, write_bytes, write_json
 from sae.fit import amount_notes, check_amounts
 from sae.markdown import code, plain
-from sae.pipeline import TRUST_SETTING, Run, evaluate_runs
+from sae.pipeline import Run, evaluate_runs
 from sae.progress import Notes, announce
 from sae.reading import load_tensors, read_object, taken_apart
 from sae.tokens import TRAIN
@@ -176,10 +176,7 @@ def _named(name: str) -> Iterator[None]:
 
 def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:
     """Train those that are not there yet; those that stopped at a common step go on together, the others begin so."""
-    for run in runs.values():
-        if run.is_trained():
-            run.trained_already(cache)
-    missing = {name: run for name, run in runs.items() if not run.is_trained()}
+    missing = {name: run for name, run in runs.items() if not _is_trained_already(run, cache)}
     if not missing:
         return {}
     recipes = {name: run.recipe(cache) for name, run in missing.items()}
@@ -189,8 +186,25 @@ def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress:
         at_once = base.config.sweep_at_once or len(group)
         for start in range(0, len(group), at_once):
             part = dict(itertools.islice(group.items(), start, start + at_once))
-            failures |= _train_together(base, part, _loaders(base, part, cache), recipes, progress)
+            with contextlib.ExitStack() as stack:
+                for run in part.values():
+                    stack.enter_context(locked(run.folder, "training"))
+                left = {name: run for name, run in part.items() if not _is_trained_already(run, cache)}
+                if left:
+                    failures |= _train_together(base, left, _loaders(base, left, cache), recipes, progress)
     return failures
+
+
+def _is_trained_already(run: Run, cache: ActivationCache) -> bool:
+    """Whether the dictionary is there, as it is asked for.
+
+    Raises:
+        FormatError: it was made with other settings.
+    """
+    if run.is_trained():
+        run.trained_already(cache)
+        return True
+    return False
 
 
 def _that_go_together(runs: dict[str, Run]) -> Iterator[dict[str, Run]]:

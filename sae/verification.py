@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sae.features import Features, layout
 from sae.hashes import SUMS, check, damaged, read_sums
 from sae.paths import expanded
 from sae.progress import announce
+from sae.run_folder import check_run
 from sae.training.sinks import METRICS_FILE
 
 _OURS = {
@@ -30,6 +32,7 @@ _OURS = {
     "sweep.json", "sweep.md", "superposition.json", "superposition.md", "cost.json",
 }  # fmt: skip
 """What the toolkit writes: a folder without a list of hashes is known by it to be older than these."""
+_SHOWN = 5
 _Identity = tuple[int, int]
 Progress = Callable[[str, int, int], None]
 
@@ -72,6 +75,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[int, lis
         )
     for cache in _caches_elsewhere(parts, report):
         parts += [_part(folder, names) for folder, names in _folders(cache, seen, links)]
+    _warn_of_unhashed(parts)
     checked = _checked(parts, report)
     problems = dict.fromkeys(
         problem
@@ -165,6 +169,27 @@ def _caches_elsewhere(parts: Iterable[_Part], progress: Progress) -> Iterator[Pa
                 )
 
 
+def _warn_of_unhashed(parts: Iterable[_Part]) -> None:
+    """Say which files of the toolkit's stand in no list, be it that an older version wrote them or that it was cut."""
+    bare = [
+        part.folder / name
+        for part in parts
+        if not part.problems
+        for name in sorted(_OURS & set(part.names))
+        if part.folder / name not in part.checks
+        and not (name == MANIFEST and part.checks)  # reading it compares the shards, and its own hash
+    ]
+    if bare:
+        shown = ", ".join(repr(str(path)) for path in bare[:_SHOWN]) + (" …" if len(bare) > _SHOWN else "")
+        have = "file has" if len(bare) == 1 else "files have"
+        warnings.warn(
+            f"{len(bare)} {have} no hash in {SUMS} and cannot be compared: {shown}; 'sae verify --record' adds hashes "
+            "of what is there now",
+            hashes.UnhashedWarning,
+            stacklevel=3,
+        )
+
+
 def _part(folder: Path, names: list[str]) -> _Part:
     """A folder's files that have a hash, by a list or a manifest."""
     try:
@@ -209,7 +234,7 @@ def _misfits(folder: Path, names: list[str]) -> Iterator[str]:
         ({CONFIG_FILE, WEIGHTS_FILE}, load),
         ({layout.INDEX}, Features),
         ({JSON_FILE, DOCUMENTS_FILE}, check_documents),
-        ({CONFIG_YAML}, lambda path: load_config(path / CONFIG_YAML)),
+        ({CONFIG_YAML}, check_run),
     ]
     for files, read in readers:
         if files <= set(names):

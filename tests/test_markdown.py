@@ -21,6 +21,9 @@ OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 def test_a_name_is_one_code_span_or_plain_text() -> None:
     assert code("a`b\x1b[0m\nc") == r"`aˋb\x1b[0m\nc`"
     assert plain("a_b.c (k 4)") == "a_b.c (k 4)"
+    assert plain("*b* _i_ a_b ~s~ &lt; R&D http://x.y www.x.y a@b.c") == (
+        r"\*b\* \_i\_ a_b \~s\~ \&lt; R&D http\://x.y www\.x.y a\@b.c"
+    )
     assert plain("[x](y)<b>`\x9b") == "\\[x\\](y)\\<b>\\`\\\\x9b"
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import click
 
 from sae.errors import ConfigError
+from sae.printable import one_line
 
 _READ_BY_RUN = ("model.", "harvest.cache", "device")
+_LONGEST_NUMBER = 18
 _READ_BY_EVALUATION = ("evaluation.", *_READ_BY_RUN)
 
 
@@ -32,9 +34,10 @@ def features_and_overrides(arguments: tuple[str, ...], path: Path) -> tuple[tupl
     overrides = _overrides(arguments, _READ_BY_RUN, f"{str(path)!r} is made, and nothing of it reads")
     numbers = [argument for argument in arguments if argument not in overrides]
     for argument in numbers:
-        if not argument.removeprefix("-").isdecimal():
+        if not argument.removeprefix("-").isdecimal() or len(argument) > _LONGEST_NUMBER:
             raise click.BadParameter(
-                f"{argument!r} is neither the number of a feature nor KEY=VALUE.", param_hint="'[FEATURE]...'"
+                f"{one_line(argument, 100)!r} is neither the number of a feature nor KEY=VALUE.",
+                param_hint="'[FEATURE]...'",
             )
     return tuple(map(int, numbers)), overrides
 

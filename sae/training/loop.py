@@ -17,8 +17,10 @@ from torch import Tensor
 
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
+from sae.environment import memory_of
 from sae.errors import ConfigError, TrainingError, TrainingInterrupted
-from sae.files import missing_space
+from sae.files import locked, missing_space
+from sae.fit import check_memory
 from sae.modes import present_mode, training_mode
 from sae.paths import expanded
 from sae.reading import taken_apart
@@ -117,6 +119,7 @@ def train(
         TrainingInterrupted: Ctrl-C, after the state was saved.
         ConfigError: settings that contradict each other, or that have no effect on this architecture.
         TrainingError: fewer tokens than a batch; NaN; a checkpoint of other settings.
+        CacheError: another process, or another thread, trains in the folder; or it cannot be written.
     """
     sources = {"input": source} if target is None else {"input": source, "target": target}
     recipe = Recipe(
@@ -160,6 +163,7 @@ def train_all(
         ConfigError: recipes or sources that do not fit each other; settings that contradict each other or that have no
             effect.
         TrainingError: fewer tokens than a batch; a checkpoint of other settings.
+        CacheError: another process, or another thread, trains in one of the folders; or one cannot be written.
     """
     if not recipes:
         raise ConfigError("there is no recipe: give at least one dictionary to train")
@@ -215,6 +219,9 @@ class _Run:
         self.sources = {name: source for name, source in sources.items() if name in used}
         self.device = device
         first = next(iter(recipes.values()))
+        for recipe in recipes.values():
+            if recipe.source in sources:
+                check_memory(sources[recipe.source].d_in, recipe.dictionary, memory_of(device))
         self.batch_size, self.total_tokens = common_pass(sources, recipes)
         self.steps = self.total_tokens // self.batch_size
         self.log_every, self.checkpoint_every = first.settings.log_every, first.settings.checkpoint_every
@@ -237,10 +244,13 @@ class _Run:
         sinks: Mapping[str, Sequence[Sink]],
         progress: Callable[[int, int, dict[str, Metrics]], None] | None,
     ) -> Outcome:
-        self._resume()
-        self._check_space()
         everyone = dict(self.members)
         with _stop_flag() as stop, contextlib.ExitStack() as stack:
+            for member in everyone.values():
+                if member.folder is not None:
+                    stack.enter_context(locked(member.folder, "training"))
+            self._resume()
+            self._check_space()
             for name, member in everyone.items():
                 member.sinks = list(sinks.get(name, ()))
                 if member.folder is not None:
