@@ -30,6 +30,8 @@ from sae.terminal import close, complain, complain_at_length, output, prepare, s
 _INTERRUPTED = "interrupted; run the same command again to go on"
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Libraries' own messages and bars in this process, which shows its own."""
+_NO_MEMORY = "can't allocate memory"
+"""What PyTorch says on a CPU, in a RuntimeError."""
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _OfConfiguration = with_keys("Keys, for the file and as KEY=VALUE", describe_keys)
 
@@ -316,11 +318,19 @@ def _main() -> None:
             sys.exit(1)
         if unwritten:
             _fail(f"Error: standard output cannot be written ({unwritten}); send it where there is space", 1)
-        _fail(f"Error: {error}" if isinstance(error, SaeError) else f"Error: {_unexpected(error)}", 1)
+        _fail(f"Error: {error if isinstance(error, SaeError) else _unforeseen(error)}", 1)
 
 
-def _unexpected(error: Exception) -> str:
+def _unforeseen(error: Exception) -> str:
+    """One line on an error that is none of the package's."""
     text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in text:
+        reason = f" ({text[:200]})" if text else ""
+        return (
+            f"not enough memory{reason}; end other programs, lift a limit on it (ulimit -v, a container's), or lower "
+            "what is held at once: harvest.batch_contexts, train.batch_size, evaluation.batch_contexts, or take a "
+            "smaller model; the same command goes on where it stopped ('sae --debug ...' shows more)"
+        )
     return f"unexpected {type(error).__name__}: {text} ('sae --debug ...' shows more)"
 
 

@@ -169,6 +169,8 @@ def _saved_dataset(path: Path, split: str, column: str) -> Iterator[tuple[str, D
 
     try:
         loaded = datasets.load_from_disk(str(path))
+    except MemoryError:
+        raise
     except Exception as error:
         raise DataError(f"data source {str(path)!r}: not a whole saved data set ({first_line(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):
@@ -192,6 +194,8 @@ def _hub_dataset(
         )
     try:
         loaded = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
+    except MemoryError:
+        raise
     except Exception as error:
         raise DataError(f"data source {source!r}: {explain_hub_error(error, source, 'data set', 'data')}") from error
     return _rows(loaded, source, column)
@@ -204,6 +208,8 @@ def _rows(rows: Any, source: str, column: str) -> Iterator[tuple[str, Document]]
             record = next(rows)
         except StopIteration:
             return
+        except MemoryError:
+            raise
         except Exception as error:  # a streamed data set can fail at any row
             raise DataError(
                 f"data source {source!r}: row {number} could not be read ({first_line(error)}); check the network, "

@@ -325,6 +325,22 @@ def test_nan_in_the_activations(config_file: Path, tiny_model: Path, tmp_path: P
     assert_refused(low, "set model.dtype=float32 (it is bfloat16), and check the model's weights")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(), MemoryError("Unable to allocate 4 GiB"), torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)  # fmt: skip
+def test_memory_that_does_not_suffice(
+    error: Exception, config_file: Path, tmp_path: Path, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae.pipeline.Run.harvest", mock.Mock(side_effect=error))
+    outcome = command("harvest", config_file, f"out={tmp_path / 'r'}")
+    assert_refused(outcome, "Error: not enough memory", str(error), "or lower what is held at once: harvest.batch_cont")
+    assert "unexpected" not in outcome.err
+
+
 def test_unwritable_folder(config_file: Path, tmp_path: Path, command) -> None:
     (tmp_path / "file").write_text("in the way")
     outcome = command("harvest", config_file, f"out={tmp_path / 'file' / 'run'}")

@@ -102,38 +102,36 @@ class _Long:
         return self._digest
 
     def _digest_of(self, pieces: Iterable[str]) -> bytes:
-        return digest_of_pieces(pieces if self._exactly else normalised(pieces))
+        return digest_of_pieces(pieces) if self._exactly else digest_of_pieces(_normalised(pieces), stripped=True)
 
 
-def normalised(pieces: Iterable[str]) -> Iterator[str]:
-    """A text's pieces without byte order mark, with line ends as '\\n', and without space around the whole."""
+def _normalised(pieces: Iterable[str]) -> Iterator[str]:
+    """A text's pieces without byte order mark, with line ends as '\\n', and without space before the whole."""
     lines = io.IncrementalNewlineDecoder(None, translate=True)
-    begun, space = False, ""
+    begun = False
     for number, piece in enumerate(itertools.chain(pieces, [None])):
         text = lines.decode((piece or "").removeprefix("\ufeff" if number == 0 else ""), final=piece is None)
         if not begun:
             text = text.lstrip()
             begun = bool(text)
-        words = text.rstrip()
-        if words:
-            yield space + words
-            space = ""
-        space += text[len(words) :]
+        if text:
+            yield text
 
 
 def _beginning(content: str | LongText) -> str:
-    """The first `_LONG` characters, normalised; all of a shorter text."""
+    """The first `_LONG` characters, normalised and without space after the whole; all of a shorter text."""
     if isinstance(content, LongText):
-        text = _first(normalised([content.beginning]), _LONG)
-        return text if len(text) == _LONG else _first(normalised(content.pieces()), _LONG)
-    return _first(normalised([content]), _LONG)
+        text = _first(_normalised([content.beginning]), _LONG)
+        return text if len(text) == _LONG else _first(_normalised(content.pieces()), _LONG)
+    return _first(_normalised([content]), _LONG)
 
 
 def _first(pieces: Iterator[str], characters: int) -> str:
-    held, count = [], 0
+    """A text's first characters, without space that ends the whole text; no more than those are held."""
+    text = ""
     for piece in pieces:
-        held.append(piece[: characters - count])
-        count += len(held[-1])
-        if count == characters:
-            break
-    return "".join(held)
+        taken = piece[: characters - len(text)]
+        text += taken
+        if len(text) == characters and (not text[-1].isspace() or piece[len(taken) :].strip()):
+            return text
+    return text.rstrip()

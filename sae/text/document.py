@@ -14,13 +14,15 @@ from jaxtyping import Int
 
 from sae.errors import DataError
 
-READING = 3
+READING = 4
 """Version of how text is read.
 
 0: equal documents were read as often as they came, 1: only documents equal to the last character counted as equal, and
 a byte order mark was part of a .txt or .md file's text, 2: lists of ids and chats were equal only to the last entry,
 lists written as text were looked for in .csv and .tsv files alone, and files that the toolkit wrote were read as text,
-3: see `sae.text.digests.ReadTexts`, `sae.text.written_lists` and `sae.text.own_files`.
+3: files full of NULs were text, what could not be read behind a stream of a .bz2 or .xz was left out, the last of keys
+or columns of one name was read, and a record could have any length, 4: see `sae.text.digests.ReadTexts`,
+`sae.text.written_lists`, `sae.text.own_files`, `sae.text.binary` and `sae.text.limits`.
 """
 _ROLES_OF_FROM = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 """Roles that the form {from, value} calls by other names."""
@@ -130,12 +132,17 @@ def digest_of(content: str | TokenIds | Chat) -> bytes:
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES, person=kind).digest()
 
 
-def digest_of_pieces(pieces: Iterable[str]) -> bytes:
-    """`digest_of` a text that comes in pieces."""
+def digest_of_pieces(pieces: Iterable[str], *, stripped: bool = False) -> bytes:
+    """`digest_of` a text that comes in pieces; with `stripped`, of that text without space at its end."""
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    ended = digest.copy()
     for piece in pieces:
-        digest.update(piece.encode())
-    return digest.digest()
+        words = piece.rstrip() if stripped else piece
+        if words:
+            digest.update(words.encode())
+            ended = digest.copy()
+        digest.update(piece[len(words) :].encode())
+    return ended.digest()
 
 
 def _token_ids(value: Sequence[int], column: str, where: str) -> TokenIds:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import functools
 import io
+import itertools
 import json
 import os
 import stat
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,9 +17,12 @@ from typing import Any
 
 from sae.errors import DataError
 from sae.paths import name_of
+from sae.text.binary import open_binary
 from sae.text.census import Census, irregular_in_words, kinds_in_words
+from sae.text.csv_records import csv_records
 from sae.text.document import READING, Document, LongText, read_value
-from sae.text.json_records import json_records
+from sae.text.json_records import LongRecordError, json_records, key_there_twice, object_of
+from sae.text.limits import most_in_record, there_twice, too_long
 from sae.text.own_files import own_names
 from sae.text.written_lists import without_written_lists
 
@@ -156,8 +158,9 @@ def read_file(path: Path, name: str, column: str, *, reading: int = READING) -> 
             f"data source {str(path)!r}: not a kind of file that can be read, which are {READABLE_IN_WORDS}"
         )
     if kind in TEXT_SUFFIXES:
-        return _text(path, name, keep_mark=reading < 2)
-    rows = _parquet(path, name, column) if kind == ".parquet" else _records(path, name, column, kind)
+        return _text(path, name, reading)
+    read = _parquet if kind == ".parquet" else _records
+    rows = read(path, name, column, reading)
     return without_written_lists(rows, column) if reading >= 3 else (document for _, document in rows)
 
 
@@ -174,38 +177,16 @@ def field_of(record: Any, column: str, where: str, row: int) -> Any:
     """What a record holds in its column.
 
     Raises:
-        DataError: it lacks the column, or holds what is no text.
+        DataError: it lacks the column, has it twice, or holds what is no text.
     """
     if not isinstance(record, dict) or column not in record:
         raise MissingColumnError(where, column, list(map(str, record)) if isinstance(record, dict) else [], row)
+    if (twice := key_there_twice(record, column)) is not None:
+        raise DataError(there_twice(where, "key", twice))
     return read_value(record[column], column, where)
 
 
-def open_binary(path: Path) -> io.BufferedIOBase:
-    """A file's bytes, decompressed as its name says."""
-    packed = kind_of(path)[1]
-    if packed == ".gz":
-        import gzip
-
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if packed == ".bz2":
-        import bz2
-
-        return bz2.open(path, "rb")
-    if packed == ".xz":
-        import lzma
-
-        return lzma.open(path, "rb")
-    if packed == ".zst":
-        try:
-            import pyarrow
-        except ImportError as error:
-            raise DataError(".zst files need pyarrow, of the package's extra: pip install 'sae[lm]'") from error
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), _BYTES_AT_ONCE)  # type: ignore[arg-type]
-    return path.open("rb")
-
-
-def decoded(path: Path, *, keep_mark: bool = False) -> Iterator[str]:
+def decoded(path: Path, *, reading: int = READING) -> Iterator[str]:
     """A file's text in pieces of about a million characters, with line ends as '\\n' and without byte order mark.
 
     Raises:
@@ -213,9 +194,9 @@ def decoded(path: Path, *, keep_mark: bool = False) -> Iterator[str]:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    done, mark = 0, "" if keep_mark else "\ufeff"
+    done, mark = 0, "" if reading < 2 else "\ufeff"
     try:
-        with open_binary(path) as content:
+        with _opened(path, reading) as content:
             while True:
                 data = content.read(_BYTES_AT_ONCE)
                 waiting = len(decoder.getstate()[0])
@@ -233,6 +214,10 @@ def decoded(path: Path, *, keep_mark: bool = False) -> Iterator[str]:
         raise DataError(unreadable(path, error)) from error
 
 
+def _opened(path: Path, reading: int) -> io.BufferedIOBase:
+    return open_binary(path, kind_of(path)[1], lenient=reading < 4)
+
+
 def not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> str:
     """What is wrong with a text file's bytes."""
     return f"data source {str(path)!r}: not UTF-8 text ({error.reason} at byte {before + error.start})"
@@ -246,24 +231,24 @@ def unreadable(path: Path, error: Exception) -> str:
     return f"data source {str(path)!r}: cannot be read ({reason})"
 
 
-def _text(path: Path, name: str, *, keep_mark: bool) -> Iterator[Document]:
-    pieces, held, characters = decoded(path, keep_mark=keep_mark), [], 0
+def _text(path: Path, name: str, reading: int) -> Iterator[Document]:
+    pieces, held, characters = decoded(path, reading=reading), [], 0
     for piece in pieces:
         held.append(piece)
         characters += len(piece)
         if characters > _HELD_WHOLE:
             stat = path.stat()
-            again = functools.partial(decoded, path, keep_mark=keep_mark)
+            again = functools.partial(decoded, path, reading=reading)
             yield Document(name, LongText(again, (stat.st_dev, stat.st_ino), "".join(held)))
             return
     yield Document(name, "".join(held))
 
 
-def _records(path: Path, name: str, column: str, kind: str) -> Iterator[tuple[str, Document]]:
-    readers: dict[str, Callable[[Path, str], Iterator[tuple[int, str, Any]]]]
+def _records(path: Path, name: str, column: str, reading: int) -> Iterator[tuple[str, Document]]:
+    readers: dict[str, Callable[[Path, str, int], Iterator[tuple[int, str, Any]]]]
     readers = {".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl}
     try:
-        for row, (number, place, record) in enumerate(readers[kind](path, column), 1):
+        for row, (number, place, record) in enumerate(readers[kind_of(path)[0]](path, column, reading), 1):
             where = f"{path}, {place} {number}"
             yield where, Document(f"{name}:{number}", field_of(record, column, where, row))
     except UnicodeDecodeError as error:
@@ -272,62 +257,62 @@ def _records(path: Path, name: str, column: str, kind: str) -> Iterator[tuple[st
         raise DataError(unreadable(path, error)) from error
 
 
-def _jsonl(path: Path, _: str) -> Iterator[tuple[int, str, Any]]:
-    with open_binary(path) as lines:
-        for number, line in enumerate(lines, 1):
+def _jsonl(path: Path, _: str, reading: int) -> Iterator[tuple[int, str, Any]]:
+    most, parse = most_in_record(reading), json.JSONDecoder(object_pairs_hook=_made_by(reading)).decode
+    with _opened(path, reading) as lines:
+        for number in itertools.count(1):
+            line = lines.readline(most + 2)
+            if not line:
+                return
+            if len(line) > most and len(line.rstrip(b"\r\n")) > most:
+                raise DataError(too_long(path, f"line {number}", "bytes"))
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not content.strip():
                 continue
             try:
-                yield number, "line", json.loads(content.decode("utf-8"))
+                yield number, "line", parse(content.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"data source {str(path)!r}: line {number} is not JSON ({reason_of(error)})") from error
 
 
-def _json(path: Path, _: str) -> Iterator[tuple[int, str, Any]]:
+def _made_by(reading: int) -> Callable[[list[tuple[str, Any]]], dict[str, Any]] | None:
+    """What makes an object of its keys and values: older versions took the last value of each key."""
+    return object_of if reading >= 4 else None
+
+
+def _json(path: Path, _: str, reading: int) -> Iterator[tuple[int, str, Any]]:
     """Records of a list, of one object, or of lines with an object each: all three are called .json."""
+    number = 0
     try:
-        for number, record in enumerate(json_records(decoded(path)), 1):
+        pieces = decoded(path, reading=reading)
+        for number, record in enumerate(json_records(pieces, most_in_record(reading), _made_by(reading)), 1):
             yield number, "record", record
+    except LongRecordError as error:
+        raise DataError(too_long(path, f"record {number + 1}", "characters")) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"data source {str(path)!r}: not JSON ({reason_of(error)})") from error
 
 
-def _csv(path: Path, column: str) -> Iterator[tuple[int, str, Any]]:
-    """Rows below the header. If it has the column, each must have a field for it, and no more fields than the header.
-
-    A row may end early behind the column: some programs leave out empty fields at the end.
-    """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="") as lines:  # type: ignore[arg-type]
-        comma, called = ("\t", "tab") if kind_of(path)[0] == ".tsv" else (",", "comma")
-        rows = csv.DictReader(lines, delimiter=comma, strict=True)
-        try:
-            for number, row in enumerate(rows, 1):
-                if column in row and None in row:
-                    raise DataError(
-                        f"data source {str(path)!r}: line {rows.line_num} has more fields than the header; put text "
-                        f"with a {called} in quotes"
-                    )
-                if column in row and row[column] is None:
-                    raise DataError(
-                        f"data source {str(path)!r}: line {rows.line_num} has fewer fields than the header, and none "
-                        f"for {column!r}; put text with a line end in quotes"
-                    )
-                yield number, "row", {key: value for key, value in row.items() if key is not None}
-        except csv.Error as error:
-            raise DataError(f"data source {str(path)!r}: line {rows.line_num} is not CSV ({error})") from error
+def _csv(path: Path, column: str, reading: int) -> Iterator[tuple[int, str, Any]]:
+    with io.TextIOWrapper(_opened(path, reading), encoding="utf-8-sig", newline="") as content:  # type: ignore[arg-type]
+        delimiter = "\t" if kind_of(path)[0] == ".tsv" else ","
+        for number, row in csv_records(content, path, column, delimiter, reading=reading):
+            yield number, "row", row
 
 
-def _parquet(path: Path, name: str, column: str) -> Iterator[tuple[str, Document]]:
+def _parquet(path: Path, name: str, column: str, reading: int) -> Iterator[tuple[str, Document]]:
     from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(path)
+    except MemoryError:
+        raise
     except Exception as error:
         raise DataError(f"data source {str(path)!r}: not a parquet file ({reason_of(error)})") from error
     if column not in table.schema_arrow.names:
         raise MissingColumnError(str(path), column, table.schema_arrow.names, 1)
+    if table.schema_arrow.names.count(column) > 1 and reading >= 4:
+        raise DataError(there_twice(str(path), "column", column))
     row = 0
     try:
         for batch in table.iter_batches(columns=[column], batch_size=1024):

@@ -3,21 +3,66 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _SPACE = " \t\r\n"
 
 
-def json_records(pieces: Iterator[str]) -> Iterator[Any]:
+class LongRecordError(Exception):
+    """A record has more characters than it may have."""
+
+
+class Repeated(dict[str, Any]):
+    """An object that had a key more than once, with the last value of each."""
+
+    keys_twice: frozenset[str]
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its keys and values; `Repeated` if a key is there twice."""
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    repeated, keys = Repeated(made), [key for key, _ in pairs]
+    repeated.keys_twice = frozenset(key for key, count in Counter(keys).items() if count > 1)
+    return repeated
+
+
+def key_there_twice(record: dict[str, Any], key: str) -> str | None:
+    """A key that is read and that a record, or a message in what it holds there, had more than once."""
+    if isinstance(record, Repeated) and key in record.keys_twice:
+        return key
+    value = record[key]
+    waiting = [value] if isinstance(value, list) and value and isinstance(value[0], dict) else []
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Repeated):
+            return min(part.keys_twice)
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return None
+
+
+def json_records(
+    pieces: Iterator[str], most: int = sys.maxsize,
+    object_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Iterator[Any]:  # fmt: skip
     """Records of a JSON text that is a list, one value, or several values after one another.
 
     Only one record is held in memory, and the piece that it ends in.
 
+    Args:
+        pieces: the text.
+        most: characters that a record may have.
+        object_pairs: makes an object from its keys and values; None: a dict.
+
     Raises:
+        LongRecordError: a record has more than `most` characters.
         ValueError: the text is not JSON.
     """
-    text = _Buffer(pieces)
+    text = _Buffer(pieces, most, object_pairs)
     first = text.next_character()
     in_list = first == "["
     if in_list:
@@ -41,8 +86,8 @@ def json_records(pieces: Iterator[str]) -> Iterator[Any]:
 class _Buffer:
     """Text that is read as far as it is needed, and dropped as it is parsed."""
 
-    def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces, self._decoder = pieces, json.JSONDecoder()
+    def __init__(self, pieces: Iterator[str], most: int, object_pairs: Callable[..., Any] | None) -> None:
+        self._pieces, self._most, self._decoder = pieces, most, json.JSONDecoder(object_pairs_hook=object_pairs)
         self._text, self._place, self._ended = "", 0, False
 
     def next_character(self) -> str:
@@ -64,9 +109,14 @@ class _Buffer:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._place)
             except json.JSONDecodeError:
-                if not self._more(len(self._text) - self._place):
+                held = len(self._text) - self._place
+                if held > self._most:
+                    raise LongRecordError from None
+                if not self._more(min(held, self._most + 1 - held)):
                     raise
                 continue
+            if end - self._place > self._most:
+                raise LongRecordError
             if end == len(self._text) and self._more():
                 continue  # a number may go on in the next piece
             self._place = end

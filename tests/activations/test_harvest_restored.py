@@ -71,7 +71,7 @@ def test_text_is_restored_in_the_order_that_the_manifest_is_of(
     assert all(hashlib.sha256(held[name]).hexdigest() == manifest["files"][name]["sha256"] for name in lost)
 
 
-@pytest.mark.parametrize("reading", [1, 2, 3])
+@pytest.mark.parametrize("reading", [1, 2, 3, 4])
 def test_text_is_restored_as_the_version_read_it_that_the_manifest_is_of(
     reading: int, tiny_config: Config, text_folder: Path, language_model: LanguageModel, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -96,9 +96,9 @@ def test_text_is_restored_as_the_version_read_it_that_the_manifest_is_of(
     harvest(config, language_model)
     assert contents(folder) == before
     (folder / "documents.json").unlink()
-    manifest["data"]["reading"] = 4
+    manifest["data"]["reading"] = 5
     write_json(folder / "manifest.json", manifest)
-    with pytest.raises(CacheError, match=r"its manifest has reading=4, and 0 to 3 are known here: restore it with the"):
+    with pytest.raises(CacheError, match=r"its manifest has reading=5, and 0 to 4 are known here: restore it with the"):
         harvest(config, language_model)
 
 

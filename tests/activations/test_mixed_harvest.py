@@ -118,7 +118,7 @@ def test_one_source_is_what_it_was(
     data = cache.manifest.data
     assert len(data["fingerprints"]) == 1
     assert {key: value for key, value in data.items() if key != "fingerprints"} == {
-        "source": text_folder.name, "duplicates": 0, "token_columns": ["tokens", "documents"], "reading": 3,
+        "source": text_folder.name, "duplicates": 0, "token_columns": ["tokens", "documents"], "reading": 4,
         "subset": None, "split": "train", "column": "text", "section_characters": None,
         "shuffle_documents": None, "holdout_fraction": 0.25, "holdout_seed": 0,
     }  # fmt: skip
