@@ -18,8 +18,11 @@ from typing import Any
 from sae import hashes
 from sae.errors import CacheError, DamagedError, UnreadableError
 from sae.files import free_bytes
+from sae.paths import name_of
 
 _SHARE_OF_FREE_SPACE = 0.1
+_LONGEST_STEM = 200
+"""Bytes of the GGUF's name in its copy's; with what follows they are fewer than a file system allows."""
 _REMEDY = "this copy is made again from the GGUF"
 
 
@@ -34,7 +37,8 @@ def folder_of(path: Path, dtype: str) -> Path | None:
         content = " ".join([hashes.sha256_of(path), dtype, version("transformers"), version("gguf")])
     except (DamagedError, UnreadableError, PackageNotFoundError):
         return None
-    name = f"{path.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    stem = name_of(path.stem).encode()[:_LONGEST_STEM].decode(errors="ignore")
+    name = f"{stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     return Path(constants.HF_HOME) / "sae-dequantised" / name
 
 

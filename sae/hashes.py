@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from sae.errors import DamagedError, UnreadableError
+from sae.errors import CacheError, DamagedError, UnreadableError
 
 SUMS = "SHA256SUMS"
 _PIECE, _MAPPED = 1 << 17, 1 << 22
@@ -279,6 +279,7 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
 
     Raises:
         DamagedError: `SHA256SUMS` cannot be read.
+        CacheError: the list cannot hold the file's name; nothing has changed then.
         OSError: it cannot be written; nothing has changed then.
     """
     folder, name = path.parent, path.name
@@ -305,6 +306,7 @@ def record(path: Path) -> None:
 
     Raises:
         DamagedError: the file or the list cannot be read.
+        CacheError: the list cannot hold the file's name.
         OSError: the list cannot be written.
     """
     with _alone(path.parent):
@@ -472,6 +474,11 @@ def _right_now(path: Path, listed: tuple[str, ...]) -> tuple[str, ...]:
 def _write_sums(folder: Path, sums: dict[str, tuple[str, ...]]) -> None:
     lines = [_HEADER]
     for name, (digest, *before) in sorted(sums.items()):
+        if not _can_be_listed(name):
+            raise CacheError(
+                f"{str(folder / name)!r}: {SUMS} cannot list a name with a line end, or one that is not UTF-8; choose "
+                "another name"
+            )
         lines += [f"{digest}  {name}\n", *(f"{_BEFORE}{other}  {name}\n" for other in before if other != digest)]
     content = "".join(lines).encode()
     with temporary_file(folder / SUMS) as (temporary, descriptor):
@@ -479,6 +486,14 @@ def _write_sums(folder: Path, sums: dict[str, tuple[str, ...]]) -> None:
             file.write(content)
         os.fsync(descriptor)
         temporary.replace(folder / SUMS)
+
+
+def _can_be_listed(name: str) -> bool:
+    """Whether the list with it can be read again."""
+    try:
+        return b"\n" not in name.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 @contextlib.contextmanager

@@ -116,3 +116,13 @@ def test_a_copy_without_hashes_is_made_again(gguf: Path, conversions: list[str])
         _logits(gguf)
     _logits(gguf)
     assert len(conversions) == 2
+
+
+@pytest.mark.parametrize("stem", ["n" * 245, "字" * 80, "bad\udcff", "two\nlines"])
+def test_the_copy_of_a_file_of_any_name_has_a_name_that_can_be_written(stem: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{stem}.gguf"
+    path.write_bytes(b"GGUF")
+    folder = gguf_copies.folder_of(path, "float32")
+    assert folder is not None
+    assert len(folder.name.encode()) < 230
+    assert not gguf_copies.is_whole(folder)

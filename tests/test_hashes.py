@@ -422,3 +422,15 @@ def test_commands_end_with_one_line_where_a_fifo_stands(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "a FIFO where a file should be" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["new\nline", "bad\udcff"])
+def test_a_name_that_a_list_cannot_hold_is_refused(name: str, tmp_path: Path) -> None:
+    write_bytes(tmp_path / "good", b"1")
+    with pytest.raises(CacheError, match="SHA256SUMS cannot list a name with a line end, or one that is not UTF-8; ch"):
+        write_bytes(tmp_path / name, b"2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [SUMS, "good"]
+    (tmp_path / name).write_bytes(b"2")
+    with pytest.raises(CacheError, match="cannot list a name"):
+        hashes.record(tmp_path / name)
+    assert hashes.read_sums(tmp_path).keys() == {"good"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from sae.errors import DataError, ShapeError
 from sae.files import stands, write_json, write_tensors
 from sae.language_model import LanguageModel
 from sae.modes import without_autocast
+from sae.paths import short_name
 from sae.probing.examples import Examples
 from sae.reading import load_tensors, read_object, taken_apart
 
@@ -41,7 +43,8 @@ class LabelledActivations:
         example: the example each row belongs to, ascending from 0; examples of several rows are averaged.
         labels: of each example.
         groups: of each example; those of one group depend on each other.
-        left_out: texts that are no examples: without a label, or without a token that counts.
+        left_out: texts and spans that are no examples: without a label, or without a token that counts.
+        equal: texts that equal one before them, as `Examples` has it.
     """
 
     rows: Float[Tensor, "rows d_in"]
@@ -49,6 +52,7 @@ class LabelledActivations:
     labels: tuple[str, ...]
     groups: Int[Tensor, " examples"]
     left_out: int = 0
+    equal: int = 0
 
     def dense(self) -> Float[Tensor, "examples d_in"]:
         """Activations by example."""
@@ -124,34 +128,61 @@ def read_activations(
     if not bool(rows.isfinite().all()):
         raise DataError(f"hook {hook!r}: {model_not_finite(language_model.info.dtype)}")
     return LabelledActivations(
-        rows, torch.tensor(examples.example), examples.labels, torch.tensor(examples.groups), examples.left_out
-    )
+        rows, torch.tensor(examples.example), examples.labels, torch.tensor(examples.groups), examples.left_out,
+        examples.equal,
+    )  # fmt: skip
 
 
-def save_activations(activations: LabelledActivations, path: Path) -> None:
-    """Write `path` with suffixes .safetensors and .json, the latter last: where it is, the other is whole."""
-    tensors = {name: getattr(activations, name).contiguous() for name in ("rows", "example", "groups")}
-    write_tensors(path.with_suffix(".safetensors"), tensors)
-    write_json(path.with_suffix(".json"), {"labels": activations.labels, "left_out": activations.left_out})
+def save_activations(activations: LabelledActivations, folder: Path, name: str, key: str) -> None:
+    """Write a .safetensors and a .json file, the latter last: where it is, the other is whole.
+
+    Args:
+        activations: of a data set.
+        folder: for the files.
+        name: of the data set; the files' names begin like it.
+        key: hash of all that the activations depend on; the files' names end with its beginning, the .json holds it.
+    """
+    index, rows = _files(folder, name, key)
+    write_tensors(rows, {part: getattr(activations, part).contiguous() for part in ("rows", "example", "groups")})
+    record = {"labels": activations.labels, "left_out": activations.left_out, "equal": activations.equal}
+    write_json(index, {"key": key, **record})
 
 
-def load_activations(path: Path) -> LabelledActivations | None:
-    """What `save_activations` wrote; None if it is not there.
+def load_activations(folder: Path, name: str, key: str) -> LabelledActivations | None:
+    """What `save_activations` wrote with the same key; None if it is not there.
+
+    Earlier versions wrote no key into the file. Theirs count as not there, with a warning.
 
     Raises:
         DamagedError: a file is damaged.
     """
-    index, rows = path.with_suffix(".json"), path.with_suffix(".safetensors")
+    index, rows = _files(folder, name, key)
     if not stands(index) or not stands(rows):
         return None
-    tensors, record = load_tensors(rows), read_object(index)
+    record = read_object(index)
+    if "key" not in record:
+        warnings.warn(
+            f"{str(folder)!r}: activations that an earlier version kept do not say what they are of; they are read "
+            "anew",
+            stacklevel=2,
+        )
+    if record.get("key") != key:
+        return None
+    tensors = load_tensors(rows)
     with taken_apart(index):
         labels = tuple(map(str, record["labels"]))
-        held = LabelledActivations(**tensors, labels=labels, left_out=int(record["left_out"]))
+        held = LabelledActivations(
+            **tensors, labels=labels, left_out=int(record["left_out"]), equal=int(record["equal"])
+        )  # fmt: skip
         examples = len(labels), int(held.example.max()) + 1
         if held.rows.ndim != 2 or len(held.example) != len(held.rows) or (len(held.groups), *examples[1:]) != examples:
             raise ValueError("it does not fit the activations beside it")
         return held
+
+
+def _files(folder: Path, name: str, key: str) -> tuple[Path, Path]:
+    stem = f"{short_name(name)}-{key[:16]}"
+    return folder / f"{stem}.json", folder / f"{stem}.safetensors"
 
 
 def _filled(context: tuple[int, ...], length: int) -> list[int]:

@@ -6,13 +6,14 @@ import csv
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sae.errors import ConfigError, DataError
-from sae.paths import expanded
+from sae.paths import expanded, name_of
+from sae.probing.labels import class_names, is_missing, other_kind
 from sae.probing.settings import ProbeConfig
 from sae.text.document import kind_of_value
 from sae.text.files import reason_of
@@ -23,7 +24,7 @@ TEXT_COLUMNS, LABEL_COLUMNS, SPANS = ("text", "prompt"), ("label", "target"), "s
 _MASTER = "probing_datasets_MASTER.csv.zst"
 _SUFFIXES = (".csv", ".csv.zst", ".jsonl", ".parquet")
 
-Span = tuple[int, int, str]
+Span = tuple[int, int, str | None]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class LabelledTexts:
         name: of the data set.
         texts: none of them empty.
         labels: one for each text; empty where there are spans.
-        spans: for each text its (first character, character after the last, label); empty where there are labels.
-        left_out: rows without text or label.
+        spans: for each text its (first character, character after the last, label or None where that is missing);
+            empty where there are labels.
+        left_out: rows without text or label, and spans without label.
     """
 
     name: str
@@ -50,7 +52,7 @@ class DataFile:
     """A file of labelled texts that has not been read yet.
 
     Attributes:
-        name: what its data set is called: the file's name without suffixes.
+        name: what its data set is called: the file's name without suffixes, as text that can be written as UTF-8.
         path: .csv, .csv.zst, .jsonl or .parquet.
     """
 
@@ -85,7 +87,16 @@ def find_data(sources: Sequence[str]) -> list[DataFile]:
         DataError: there is nothing of that name, or no file in the folder.
         ConfigError: the package is not installed.
     """
-    found = [file for source in sources for file in _find(source)]
+    return each_name_once(file for source in sources for file in _find(source))
+
+
+def each_name_once(files: Iterable[DataFile]) -> list[DataFile]:
+    """The files, none twice, in order.
+
+    Raises:
+        DataError: two of them would be data sets of one name.
+    """
+    found = list(files)
     names: dict[str, Path] = {}
     for file in found:
         other = names.setdefault(file.name, file.path)
@@ -149,7 +160,7 @@ def _of_sae_probes(master: Path) -> Iterator[DataFile]:
 
 def _stem(path: Path) -> str:
     suffix = next(suffix for suffix in sorted(_SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix))
-    return path.name.removesuffix(suffix)
+    return name_of(path.name.removesuffix(suffix))
 
 
 def _records(path: Path, settings: ProbeConfig) -> Iterator[dict[str, Any]]:
@@ -166,7 +177,8 @@ def _csv(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     from pyarrow import csv as arrow_csv
 
     try:
-        with pyarrow.input_stream(str(path), compression="zstd" if path.suffix == ".zst" else None) as stream:
+        with path.open("rb") as file:  # pyarrow opens no name that is not UTF-8
+            stream = pyarrow.input_stream(file, compression="zstd" if path.suffix == ".zst" else None)
             content = stream.read()
         header = next(csv.reader([content[: content.find(b"\n") + 1 or None].decode("utf-8-sig")]), [])
         kept = [name for name in dict.fromkeys(names) if name in header]
@@ -208,7 +220,8 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     from pyarrow import parquet
 
     try:
-        yield from parquet.read_table(path).to_pylist()
+        with path.open("rb") as file:
+            yield from parquet.read_table(file).to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(f"data {str(path)!r}: not a parquet file ({' '.join(str(error).split())[:200]})") from error
 
@@ -219,24 +232,52 @@ def _labelled(name: str, where: str, records: list[dict[str, Any]], settings: Pr
     label = _column(where, "label", settings.label, (*LABEL_COLUMNS, SPANS), columns)
     for number, record in enumerate(records, 1):
         _check_kinds(where, number, text, record.get(text), label, record.get(label))
-    kept = [
-        record
-        for record in records
-        if (record.get(text) or "").strip() and record.get(label) is not None and record.get(label) != ""
-    ]
+    kept = {
+        number: record
+        for number, record in enumerate(records, 1)
+        if (record.get(text) or "").strip() and not is_missing(record.get(label))
+    }
     if not kept:
         raise DataError(f"data {where!r}: no row has both a {text!r} and a {label!r}")
-    texts = tuple(record[text].encode("utf-8", "replace").decode() for record in kept)
+    texts = tuple(record[text].encode("utf-8", "replace").decode() for record in kept.values())
     if 2 * sum(map(is_written_list, texts[:CELLS])) > len(texts[:CELLS]):
         raise DataError(
             f"data {where!r}: column {text!r} holds lists written as text; set text=COLUMN to another column, or "
             "convert it to text"
         )
     left_out = len(records) - len(kept)
-    if any(isinstance(record[label], list) for record in kept):
-        spans = tuple(_spans(where, number, record[label]) for number, record in enumerate(kept, 1))
-        return LabelledTexts(name, texts, spans=spans, left_out=left_out)
-    return LabelledTexts(name, texts, tuple(str(record[label]) for record in kept), left_out=left_out)
+    labels = {number: record[label] for number, record in kept.items()}
+    if not any(isinstance(one, list) for one in labels.values()):
+        return LabelledTexts(name, texts, tuple(_names(where, label, labels.items())), left_out=left_out)
+    spans = {number: _spans(where, number, one) for number, one in labels.items()}
+    named = [(number, one) for number, of_text in spans.items() for *_, one in of_text if not is_missing(one)]
+    names = iter(_names(where, label, named))
+    return LabelledTexts(
+        name, texts,
+        spans=tuple(
+            tuple((start, end, None if is_missing(one) else next(names)) for start, end, one in of_text)
+            for of_text in spans.values()
+        ),
+        left_out=left_out + sum(map(len, spans.values())) - len(named),
+    )  # fmt: skip
+
+
+def _names(where: str, column: str, labels: Iterable[tuple[int, Any]]) -> list[str]:
+    """Names of the labels of (row, label); DataError where text stands beside numbers or truth values."""
+    held = list(labels)
+    found = [one for _, one in held]
+    other = other_kind(found)
+    if other is not None:
+        raise DataError(
+            f"data {where!r}, row {held[other][0]}: column {column!r} has the label {_shown(found[other])}, and "
+            f"{_shown(found[0])} in row {held[0][0]}; expected text alone, or numbers, true and false: convert the "
+            "column to one of these"
+        )
+    return class_names(found)
+
+
+def _shown(label: Any) -> str:
+    return f"{label!r:.40}" if isinstance(label, str) else kind_of_value(label)
 
 
 def _check_kinds(where: str, row: int, text_column: str, text: Any, label_column: str, label: Any) -> None:
@@ -264,14 +305,14 @@ def _column(where: str, role: str, asked: str | None, known: Sequence[str], colu
     return found
 
 
-def _spans(where: str, number: int, spans: Any) -> tuple[Span, ...]:
+def _spans(where: str, row: int, spans: Any) -> list[tuple[int, int, Any]]:
     try:
-        if not all(isinstance(label, str | int | float) for _, _, label in spans):
+        if not all(label is None or isinstance(label, str | int | float) for _, _, label in spans):
             raise TypeError("a label is text, a number, true or false")
-        return tuple((int(start), int(end), str(label)) for start, end, label in spans)
-    except (TypeError, ValueError) as error:
+        return [(int(start), int(end), label) for start, end, label in spans]
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
-            f"data {where!r}, text {number}: spans={spans!r:.80}: expected a list of [first character, character after "
+            f"data {where!r}, row {row}: spans={spans!r:.80}: expected a list of [first character, character after "
             "the last, label]"
         ) from error
 

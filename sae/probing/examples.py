@@ -11,9 +11,12 @@ import numpy as np
 import torch
 
 from sae.errors import DataError
-from sae.probing.data import LabelledTexts
+from sae.probing.data import LabelledTexts, Span
 from sae.probing.settings import ProbeConfig
 from sae.seeding import numpy_generator
+from sae.text.digests import normalised
+from sae.text.document import digest_of_pieces
+from sae.text.endings import last_tokens
 from sae.tokens import TokenPolicy
 
 LEAST_OF_A_CLASS = 12
@@ -30,8 +33,10 @@ class Examples:
         position: its place there.
         example: the example that each row belongs to: one row each, or all of a text where these are averaged.
         labels: of each example.
-        groups: of each example: equal for examples of equal contexts or of one text, which depend on each other.
-        left_out: texts without a label, and those drawn that have no token that counts.
+        groups: of each example: equal for examples of one text, of texts that are equal but for line ends and space
+            around them, or of equal contexts, which depend on each other.
+        left_out: texts and spans without a label, and texts that were drawn and have no token that counts.
+        equal: texts of the examples that are in the group of one before them.
     """
 
     contexts: tuple[tuple[int, ...], ...]
@@ -41,6 +46,7 @@ class Examples:
     labels: tuple[str, ...]
     groups: tuple[int, ...]
     left_out: int
+    equal: int = 0
 
 
 def choose_examples(
@@ -67,7 +73,11 @@ def choose_examples(
     check_classes(data.name, data.labels)
     chosen = _balanced(data.labels, settings)
     texts = [data.texts[number] for number in chosen]
-    contexts = [_context(ids, policy, bos, settings) for ids in _ids(tokenizer, texts)]
+    opening = _opening(policy, bos)
+    contexts = [
+        (*opening, *places[:, 2].tolist())
+        for places in last_tokens(tokenizer, texts, settings.max_tokens - len(opening))
+    ]
     rows: list[tuple[int, int, int]] = []
     kept: list[int] = []
     for number, context in enumerate(contexts):
@@ -79,13 +89,9 @@ def choose_examples(
         ]
         kept.append(number)
     return _examples(
-        data.name,
-        contexts,
-        rows,
-        [data.labels[chosen[number]] for number in kept],
-        kept,
+        data.name, contexts, texts, rows, [data.labels[chosen[number]] for number in kept], kept,
         data.left_out + len(contexts) - len(kept),
-    )
+    )  # fmt: skip
 
 
 def check_classes(name: str, labels: Sequence[str]) -> None:
@@ -113,18 +119,16 @@ def _tokens_of_spans(
     """Every labelled token of the texts is a candidate; the model reads the texts of those that are drawn."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"data {data.name!r}: spans need a tokenizer that tells where its tokens lie, a fast one")
-    encoded = tokenizer(list(data.texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    opening = _opening(policy, bos)
     contexts: list[tuple[int, ...]] = []
     candidates: list[tuple[int, int]] = []
     labels: list[str] = []
-    for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
-        contexts.append(_context(ids, policy, bos, settings))
-        opening = int(policy.prepend_bos and bos is not None)
-        skipped = len(ids) - (len(contexts[-1]) - opening)
+    for number, places in enumerate(last_tokens(tokenizer, data.texts, settings.max_tokens - len(opening))):
+        contexts.append((*opening, *places[:, 2].tolist()))
         for position in _eligible(contexts[-1], policy):
-            if position < opening:
+            if position < len(opening):
                 continue
-            start, end = offsets[skipped + position - opening]
+            start, end = places[position - len(opening), :2].tolist()
             label = _label_of(data.texts[number], start, end, data.spans[number], settings.outside)
             if label is not None:
                 candidates.append((number, position))
@@ -135,17 +139,18 @@ def _tokens_of_spans(
     place = {text: number for number, text in enumerate(read)}
     rows = [(place[candidates[number][0]], candidates[number][1], row) for row, number in enumerate(chosen)]
     return _examples(
-        data.name, [contexts[text] for text in read], rows, [labels[number] for number in chosen],
-        [row[0] for row in rows], data.left_out,
+        data.name, [contexts[text] for text in read], [data.texts[text] for text in read], rows,
+        [labels[number] for number in chosen], [row[0] for row in rows], data.left_out,
     )  # fmt: skip
 
 
 def _label_of(
-    text: str, start: int, end: int, spans: Sequence[tuple[int, int, str]], outside: str | None
-) -> str | None:
-    """Label of the span with the token's first character that is no space."""
+    text: str, start: int, end: int, spans: Sequence[Span], outside: str | None
+) -> str | None:  # fmt: skip
+    """Label of the span with the token's first character that is no space; None in a span whose label is missing."""
     start += len(text[start:end]) - len(text[start:end].lstrip())
-    return next((label for first, after, label in spans if first <= start < min(after, end)), outside)
+    covering = [label for first, after, label in spans if first <= start < min(after, end)]
+    return next((label for label in covering if label is not None), None if covering else outside)
 
 
 def _balanced(labels: Sequence[str], settings: ProbeConfig) -> list[int]:
@@ -158,14 +163,9 @@ def _balanced(labels: Sequence[str], settings: ProbeConfig) -> list[int]:
     return sorted(int(number) for numbers in drawn for number in numbers)
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _context(ids: Sequence[int], policy: TokenPolicy, bos: int | None, settings: ProbeConfig) -> tuple[int, ...]:
-    """The last tokens of a text, behind BOS where contexts have one."""
-    opening = (bos,) if policy.prepend_bos and bos is not None else ()
-    return (*opening, *ids[-(settings.max_tokens - len(opening)) :])
+def _opening(policy: TokenPolicy, bos: int | None) -> tuple[int, ...]:
+    """What stands before a text's last tokens: BOS where contexts have one."""
+    return (bos,) if policy.prepend_bos and bos is not None else ()
 
 
 def _eligible(context: tuple[int, ...], policy: TokenPolicy) -> list[int]:
@@ -175,15 +175,34 @@ def _eligible(context: tuple[int, ...], policy: TokenPolicy) -> list[int]:
 
 
 def _examples(
-    name: str, contexts: Sequence[tuple[int, ...]], rows: list[tuple[int, int, int]], labels: list[str],
-    context_of: list[int], left_out: int,
+    name: str, contexts: Sequence[tuple[int, ...]], texts: Sequence[str], rows: list[tuple[int, int, int]],
+    labels: list[str], context_of: list[int], left_out: int,
 ) -> Examples:  # fmt: skip
     if not labels:
         raise DataError(f"data {name!r}: every token is masked by the token policy; give longer texts")
     check_classes(name, labels)
-    same: dict[tuple[int, ...], int] = {}
-    groups = tuple(same.setdefault(contexts[number], len(same)) for number in context_of)
+    of_text = _dependent(contexts, texts)
+    numbers: dict[int, int] = {}
+    groups = tuple(numbers.setdefault(of_text[number], len(numbers)) for number in context_of)
     return Examples(
         tuple(contexts), *(tuple(row[part] for row in rows) for part in range(3)),
-        labels=tuple(labels), groups=groups, left_out=left_out,
+        labels=tuple(labels), groups=groups, left_out=left_out, equal=len(set(context_of)) - len(numbers),
     )  # fmt: skip
+
+
+def _dependent(contexts: Sequence[tuple[int, ...]], texts: Sequence[str]) -> list[int]:
+    """For each text the number of another, or its own: the same for texts that are equal, as documents are, for those
+    of equal contexts, and for those that are so by way of others.
+    """
+    leader = list(range(len(texts)))
+
+    def leader_of(number: int) -> int:
+        while leader[number] != number:
+            number = leader[number]
+        return number
+
+    first: dict[tuple[int, ...] | bytes, int] = {}
+    for number, (context, text) in enumerate(zip(contexts, texts, strict=True)):
+        for fact in (context, digest_of_pieces(normalised([text]))):
+            leader[leader_of(number)] = leader_of(first.setdefault(fact, number))
+    return list(map(leader_of, range(len(texts))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from sae.origin import Place, check_belongs
 from sae.pipeline import Run
 from sae.probing.absorption import measure_absorption
 from sae.probing.activations import LabelledActivations, load_activations, read_activations, save_activations
-from sae.probing.data import DataFile, find_data
+from sae.probing.data import DataFile, each_name_once, find_data
 from sae.probing.examples import Examples, choose_examples
 from sae.probing.first_letters import letter_examples
 from sae.probing.linear import require_sklearn
@@ -55,7 +56,8 @@ def probe_run(
 
     Args:
         run: a run, or its folder.
-        data: what to probe: files, or what `sae.probing.find_data` takes.
+        data: what to probe: files, or what `sae.probing.find_data` takes. Of files of the same bytes the first is
+            probed, with a warning.
         settings: of the probes.
         letters: measure first letters, with these settings; None: don't.
 
@@ -65,13 +67,14 @@ def probe_run(
 
     Raises:
         ConfigError: scikit-learn is not installed, or the dictionary does not say where it was trained.
-        DataError: a single data set cannot be probed; of several the others are, and the reason is recorded.
+        DataError: a single data set cannot be probed; of several the others are, and the reason is recorded. Or two
+            files would be data sets of one name.
         ModelError: the language model is not the dictionary's.
     """
     require_sklearn()
     whole = run if isinstance(run, Run) else Run.open(run)
     files = [file for one in data for file in ([one] if isinstance(one, DataFile) else find_data([str(one)]))]
-    return _Probing(whole, settings or ProbeConfig()).run(files, letters)
+    return _Probing(whole, settings or ProbeConfig()).run(each_name_once(files), letters)
 
 
 class _Probing:
@@ -90,7 +93,7 @@ class _Probing:
 
     def run(self, data: Sequence[DataFile], letters: LetterConfig | None) -> ProbeRecord:
         with locked(self.run_folder / FOLDER, "probing"):
-            files = {file.name: file for file in _in_random_order(data, self.settings)}
+            files = {file.name: file for file in _in_random_order(_without_copies(data), self.settings)}
             asked = {name: self._identity(file) for name, file in files.items()}
             if letters is not None:
                 asked[FIRST_LETTERS] = identify(subject=self._subject_hash, settings=letters.model_dump())
@@ -130,8 +133,8 @@ class _Probing:
 
     def _arranged(self, record: ProbeRecord, asked: Mapping[str, str]) -> ProbeRecord:
         """Entries: of what is asked for what is the same in everything and no failure; of the rest, which earlier calls
-        left, what was probed with the same settings, since one table has one kind of probe. Where first letters alone
-        are asked for, that is the table there is.
+        left, what was probed with the same settings, since one table has one kind of probe, and is of other data, since
+        data of two names are no two data sets. Where first letters alone are asked for, that is the table there is.
         """
         settings = self._kept_settings()
         if not asked.keys() - {FIRST_LETTERS}:
@@ -141,7 +144,7 @@ class _Probing:
         def belongs(name: str, entry: Entry) -> bool:
             if name in asked:
                 return entry.identity == asked[name] and entry.failure is None
-            return name == FIRST_LETTERS or entry.settings == settings
+            return name == FIRST_LETTERS or (entry.settings == settings and entry.identity not in asked.values())
 
         return record.arranged(belongs)
 
@@ -158,7 +161,7 @@ class _Probing:
         settings = {key: getattr(self.settings, key) for key in _OF_EXAMPLES}
         activations = self._activations(file.name, {"data": file.sha256(), **settings}, examples)
         result = probe_examples(self.dictionary, activations, self.settings, file.name)
-        return Entry("", self._kept_settings(), result, left_out=activations.left_out)
+        return Entry("", self._kept_settings(), result, left_out=activations.left_out, equal=activations.equal)
 
     def _lettered(self, letters: LetterConfig) -> Entry:
         read = {key: getattr(letters, key) for key in ("words", "prompt", "seed")}
@@ -183,8 +186,8 @@ class _Probing:
         """Read by the language model, or kept from an earlier time."""
         of_model = {key: self.subject[key] for key in ("model", "hook", "token_policy")}
         key = identify(**{**of_model, "model": {**of_model["model"], "name": None}}, examples=of_examples)
-        path = self.run_folder / FOLDER / f"{name}-{key[:16]}"
-        held = load_activations(path)
+        folder = self.run_folder / FOLDER
+        held = load_activations(folder, name, key)
         if held is not None:
             return held
         language_model = self._run.language_model
@@ -198,7 +201,7 @@ class _Probing:
             self._run.progress("activations", before + done, before + total)
 
         made = read_activations(language_model, self.hook, examples(language_model), progress)
-        save_activations(made, path)
+        save_activations(made, folder, name, key)
         return made
 
 
@@ -218,6 +221,25 @@ def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[st
             f"({model.get('name')!r}); give that model with model.name=PATH"
         )
     return hook, policy, model
+
+
+def _without_copies(data: Sequence[DataFile]) -> list[DataFile]:
+    """Of files of the same bytes the first; of the others a warning says which that is.
+
+    Raises:
+        DataError: one cannot be read, or is called as first letters are.
+    """
+    firsts: dict[tuple[str, str], DataFile] = {}
+    for file in data:
+        if file.name == FIRST_LETTERS:
+            raise DataError(f"data {str(file.path)!r}: {FIRST_LETTERS!r} is another measurement; rename the file")
+        first = firsts.setdefault((file.path.suffix, file.sha256()), file)
+        if first is not file:
+            warnings.warn(
+                f"data {str(file.path)!r}: the same bytes as {str(first.path)!r}; probed once, as {first.name!r}",
+                stacklevel=4,
+            )
+    return list(firsts.values())
 
 
 def _in_random_order(data: Sequence[DataFile], settings: ProbeConfig) -> list[DataFile]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sae.errors import DataError, ShapeError
 from sae.probing.activations import Encoder, LabelledActivations
 from sae.probing.examples import check_classes
+from sae.probing.labels import class_names, is_missing, other_kind
 from sae.probing.linear import Design, principal_components, rank_columns, require_sklearn
 from sae.probing.scores import BinaryScores, SplitScores, binary_scores, majority_scores, over_classes, over_splits
 from sae.probing.settings import ProbeConfig
@@ -114,14 +115,14 @@ def probe(
     Args:
         dictionary: any object with `encode`, `[batch, d_in]` → `[batch, d_sae]`.
         activations: raw activations, one row an example.
-        labels: one an example; they are compared as text.
+        labels: one an example: text, or numbers and truth values, of which 1, 1.0 and True are equal.
         settings: k, ranking, splits, seed; what concerns texts has no effect here.
         groups: a number for each example; those of one group, such as tokens of one text, are never on two sides of a
             split, and count as one draw in standard errors. None: every example by itself.
 
     Raises:
         ConfigError: scikit-learn is not installed.
-        DataError: fewer than two classes, or too few examples of them.
+        DataError: fewer than two classes, or too few examples of them; a label is missing, or text beside numbers.
         ShapeError: activations, labels and groups are not of one length, or the dictionary takes another width.
     """
     count = len(activations)
@@ -134,10 +135,25 @@ def probe(
     if not bool(activations.isfinite().all()):
         raise DataError("activations have values that are infinite or not a number; take them out, or read them again")
     held = LabelledActivations(
-        activations.detach().float().cpu(), torch.arange(count), tuple(map(str, labels)),
+        activations.detach().float().cpu(), torch.arange(count), tuple(_names(labels)),
         torch.arange(count) if groups is None else torch.tensor(list(groups)),
     )  # fmt: skip
     return probe_examples(dictionary, held, settings or ProbeConfig())
+
+
+def _names(labels: Sequence[Any]) -> list[str]:
+    """Names of classes; numbers of NumPy and PyTorch are numbers."""
+    found = [label.item() if hasattr(label, "item") else label for label in labels]
+    missing = next((place for place, label in enumerate(found) if is_missing(label)), None)
+    if missing is not None:
+        raise DataError(f"labels[{missing}] is {found[missing]!r}: leave out the examples that have no label")
+    other = other_kind(found)
+    if other is not None:
+        raise DataError(
+            f"labels[{other}] is {found[other]!r}, and labels[0] is {found[0]!r}: expected text alone, or numbers and "
+            "truth values; convert them"
+        )
+    return class_names(found)
 
 
 def probe_examples(

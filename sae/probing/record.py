@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from sae.files import stands, write_json
 from sae.probing.probe import ProbeResult
 from sae.reading import conforming, read_object, taken_apart
 
-FORMAT, FORMAT_VERSION = "sae-probes", 1
+FORMAT, FORMAT_VERSION = "sae-probes", 2
+_WITHOUT_KEYS = 1
+"""The version whose results may be of another data set's activations, with copies on both sides of the split."""
 JSON_FILE, MARKDOWN_FILE = "probe.json", "probe.md"
 FIRST_LETTERS = "first-letters"
 
@@ -29,7 +32,9 @@ class Entry:
         result: of a labelled data set; None for first letters, and where it failed.
         letters: the JSON of first letters; None for labelled data sets.
         failure: why there is no result.
-        left_out: rows without text or label, and texts without a token that counts.
+        left_out: rows without text or label, spans without label, and texts without a token that counts.
+        equal: texts that equal one before them, line ends and space around them aside, and are on its side of the
+            splits.
         seconds: it took, the language model's passes included.
     """
 
@@ -39,6 +44,7 @@ class Entry:
     letters: dict[str, Any] | None = None
     failure: str | None = None
     left_out: int = 0
+    equal: int = 0
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -47,6 +53,7 @@ class Entry:
             "settings": self.settings,
             "failure": self.failure,
             "left_out": self.left_out,
+            "equal": self.equal,
             "seconds": self.seconds,
             **({"letters": self.letters} if self.letters is not None else {}),
             **(self.result.to_json() if self.result is not None else {}),
@@ -57,7 +64,7 @@ class Entry:
         result = ProbeResult.from_json(record) if "methods" in record else None
         return Entry(
             record["identity"], record["settings"], result, record.get("letters"), record["failure"],
-            record["left_out"], record["seconds"],
+            record["left_out"], record["equal"], record["seconds"],
         )  # fmt: skip
 
 
@@ -100,12 +107,18 @@ class ProbeRecord:
         return ProbeRecord(self.subject, {name: self.entries[name] for name in names if name in self.entries})
 
     def arranged(self, belongs: Callable[[str, Entry], bool]) -> ProbeRecord:
-        """Of all there is, those that belong as entries and the rest as others; failures that do not are left out."""
+        """Of all there is, those that belong as entries and the rest as others; failures that do not are left out.
+
+        Of those that belong and are the same probes of the same data, only the first is an entry.
+        """
         everything = [*self.entries.items(), *self.others]
-        inside = {name: entry for name, entry in reversed(everything) if belongs(name, entry)}
-        ordered = {name: inside[name] for name, _ in everything if name in inside}
+        inside: dict[str, Entry] = {}
+        for name, entry in everything:
+            known = name in inside or any(entry.identity == other.identity for other in inside.values())
+            if not known and belongs(name, entry):
+                inside[name] = entry
         rest = [(name, entry) for name, entry in everything if entry.failure is None and inside.get(name) is not entry]
-        return ProbeRecord(self.subject, ordered, tuple(rest))
+        return ProbeRecord(self.subject, inside, tuple(rest))
 
     def write(self, folder: Path) -> None:
         """Write `probe.json`, atomically."""
@@ -132,6 +145,12 @@ class ProbeRecord:
         if not stands(path):
             return empty
         record = read_object(path)
+        if record.get("format_version") == _WITHOUT_KEYS:
+            warnings.warn(
+                f"{str(path)!r}: of an earlier version, which could mistake data sets with dots in their names for one "
+                "another and split copies; everything is probed anew",
+                stacklevel=2,
+            )
         if (record.get("format_version"), record.get("sae_version")) != (FORMAT_VERSION, sae.__version__):
             return empty
         if record.get("subject") != subject:

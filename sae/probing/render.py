@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.columns import Column, fitted
 from sae.markdown import code, document, pipe_table, plain
+from sae.printable import printable
 from sae.probing.probe import MAJORITY
 from sae.probing.record import MARKDOWN_FILE, ProbeRecord
 from sae.probing.scores import METRICS
@@ -25,6 +26,11 @@ _LETTER_HEAD = (
     "absorbing",
 )  # fmt: skip
 _SHOWN_LATENTS = 3
+_COUNTED = {
+    "equal": "Texts that equal one before them, but for line ends and space around them or in the tokens that are "
+    "read, and are on its side of every split",
+    "left_out": "Left out, without text, without label, or without a token that counts",
+}
 
 
 def markdown(record: ProbeRecord) -> str:
@@ -59,7 +65,7 @@ def summary_table(record: ProbeRecord, width: int | None = None) -> Group:
         width: characters of the terminal; None: it is wide enough.
     """
     count = len(record.results)
-    title = next(iter(record.results)) if count == 1 else f"{count} data sets"
+    title = printable(next(iter(record.results))) if count == 1 else f"{count} data sets"
     rows = [[name, accuracy, *others] for name, accuracy, _, *others in _summary_rows(record)]
     over = "test examples" if count == 1 else "data sets"
     return fitted(
@@ -107,6 +113,7 @@ def _data_sets(record: ProbeRecord) -> list[str]:
         "± standard error over test examples (DeLong), averaged over the random splits; 0 where every positive is "
         "above every negative, which is not certainty. The last column is the largest class's share of all examples; "
         "data sets of more than two classes are averaged over classes.",
+        *_counted(record),
     ]
 
 
@@ -124,7 +131,19 @@ def _data_set(record: ProbeRecord) -> list[str]:
         f"{sum(result.examples.values()):,} examples. ± standard error over test examples (of AUC: DeLong), averaged "
         f"over the random splits{_without_error(rows)}. {_how(record)}",
         *([f"Best latent in each split, for {latents}."] if latents else []),
+        *_counted(record),
     ]
+
+
+def _counted(record: ProbeRecord) -> list[str]:
+    """How many texts are equal, and how many were left out, where there are any."""
+    found = []
+    probed = {name: entry for name, entry in record.entries.items() if entry.result is not None}
+    for kind, meaning in _COUNTED.items():
+        counts = {name: getattr(entry, kind) for name, entry in probed.items() if getattr(entry, kind)}
+        shown = [f"{code(name)} {count:,}" if len(probed) > 1 else f"{count:,}" for name, count in counts.items()]
+        found += [f"{meaning}: {', '.join(shown)}."] if shown else []
+    return found
 
 
 def _without_error(rows: Iterable[Sequence[str]]) -> str:

@@ -25,7 +25,7 @@ _AGREEING = 16
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """Tokens of the characters from `start` to `end`.
 
     Attributes:
@@ -36,9 +36,6 @@ class _Window:
     start: int
     end: int
     places: Int[np.ndarray, "tokens 5"]
-
-    def ids(self, first: int, end: int | None = None) -> Int[np.ndarray, " tokens"]:
-        return self.places[first:end, 2].astype(np.int32)
 
 
 def token_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[Int[np.ndarray, " tokens"]]:
@@ -52,22 +49,33 @@ def token_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[In
     Raises:
         DataError: the tokenizer does not say where its tokens stand, or two windows agree nowhere.
     """
+    for places in placed_parts(tokenizer, pieces, name):
+        yield places[:, 2].astype(np.int32)
+
+
+def placed_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[Int[np.ndarray, "tokens 5"]]:
+    """`token_parts` with the places of tokens, as `Window` has them.
+
+    Raises:
+        DataError: as `token_parts`.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(_no_parts(name, "the tokenizer does not say where its tokens stand"))
     text = _Text(iter(pieces))
-    left, first = _encode(tokenizer, text, 0, _WINDOW), 0
+    left, first = encode(tokenizer, text.between(0, _WINDOW), 0), 0
     while not text.ends_at(left.end):
         for overlap in _OVERLAPS:
-            right = _encode(tokenizer, text, _start_of_next(left, overlap), _WINDOW + overlap)
-            seam = _seam(left, right)
+            start = _start_of_next(left, overlap)
+            right = encode(tokenizer, text.between(start, start + _WINDOW + overlap), start)
+            seam = seam_of(left, right)
             if seam is not None:
                 break
         else:
             raise DataError(_no_parts(name, f"its tokens before character {left.end:,} depend on text far away"))
-        yield left.ids(first, seam[0])
+        yield left.places[first : seam[0]]
         left, first = right, seam[1]
         text.drop(left.start)
-    yield left.ids(first)
+    yield left.places[first:]
 
 
 class _Text:
@@ -98,8 +106,8 @@ class _Text:
         self._held, self._dropped = self._held[before - self._dropped :], before
 
 
-def _encode(tokenizer: Any, text: _Text, start: int, characters: int) -> _Window:
-    part = text.between(start, start + characters)
+def encode(tokenizer: Any, part: str, start: int) -> Window:
+    """A part of a text, of which the first character is the text's `start`-th. The tokenizer is a fast one."""
     found = tokenizer(
         part, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
     )
@@ -112,10 +120,10 @@ def _encode(tokenizer: Any, text: _Text, start: int, characters: int) -> _Window
     repeated = np.flatnonzero((places[1:] == places[:-1]).all(1)) + 1
     for number in repeated:
         places[number, 4] = places[number - 1, 4] + 1
-    return _Window(start, start + len(part), places)
+    return Window(start, start + len(part), places)
 
 
-def _start_of_next(left: _Window, overlap: int) -> int:
+def _start_of_next(left: Window, overlap: int) -> int:
     """Where the next window begins: with a word of the left one, about `overlap` characters before its end.
 
     With any token where no word begins near there, as in a text without spaces.
@@ -126,7 +134,7 @@ def _start_of_next(left: _Window, overlap: int) -> int:
     return int((words if len(words) else following)[0, 0]) if len(following) else place
 
 
-def _seam(left: _Window, right: _Window) -> tuple[int, int] | None:
+def seam_of(left: Window, right: Window) -> tuple[int, int] | None:
     """The middle of the longest run of equal tokens: its number in each window; None where none is long enough."""
     begin = int(np.searchsorted(left.places[:, 0], right.start))
     numbers = {

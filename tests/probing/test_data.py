@@ -57,7 +57,7 @@ def test_spans(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "Anna", "spans": [[0, "name"]]}\n')
     (tmp_path / "c.jsonl").write_text('{"text": "Anna", "spans": [[0, 4, {"a": 1}]]}\n')
     for name in ("b.jsonl", "c.jsonl"):
-        with pytest.raises(DataError, match=r"text 1: spans=.*expected a list of \[first character"):
+        with pytest.raises(DataError, match=r"row 1: spans=.*expected a list of \[first character"):
             read(tmp_path / name)
 
 
@@ -82,11 +82,77 @@ def test_what_is_no_text_and_no_label_is_refused(row: dict, message: str, tmp_pa
         read(tmp_path / "b.parquet")
 
 
-def test_labels_may_be_text_numbers_and_truth_values(tmp_path: Path) -> None:
-    rows = [{"text": "a", "label": label} for label in ("x", 1, 0.5, True, None)] + [{"text": None, "label": 1}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "left_out"),
+    [
+        ([1, 1.0, True, 0, 0.0, False, 0.5], ["1", "1", "1", "0", "0", "0", "0.5"], 0),
+        ([True, False], ["True", "False"], 0),
+        ([1.0, NAN, 0.0, None], ["1", "0"], 2),
+        (["x", None, "", "nan", "1.0"], ["x", "nan", "1.0"], 2),
+        ([1e300, 2**53, 2.0**53, -0.0, 10**400], [str(int(1e300)), str(2**53), str(2**53), "0", str(10**400)], 0),
+        (["\ud83d"], ["?"], 0),
+    ],
+)  # fmt: skip
+def test_labels_are_text_or_numbers_and_truth_values(
+    labels: list, names: list[str], left_out: int, tmp_path: Path
+) -> None:
+    rows = [{"text": "a", "label": label} for label in labels]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": None, "label": labels[0]}])))
     data = read(tmp_path / "a.jsonl")
-    assert (data.labels, data.left_out) == (("x", "1", "0.5", "True"), 2)
+    assert (list(data.labels), data.left_out) == (names, left_out + 1)
+    spans = [{"text": "a", "spans": [[0, 1, label]]} for label in labels]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, spans)))
+    data = read(tmp_path / "b.jsonl")
+    assert [label for [(_, _, label)] in data.spans if label is not None] == names
+    assert (len(data.spans), data.left_out) == (len(labels), left_out)
+
+
+def test_labels_of_a_table_with_gaps(tmp_path: Path) -> None:
+    """As pandas writes whole numbers of which some are missing."""
+    parquet.write_table(pyarrow.table({"text": ["a"] * 3, "label": [1.0, NAN, 0.0]}), tmp_path / "a.parquet")
+    data = read(tmp_path / "a.parquet")
+    assert (data.labels, data.left_out) == (("1", "0"), 1)
+
+
+def test_text_beside_numbers_is_refused(tmp_path: Path) -> None:
+    for labels, message in (
+        (
+            [None, "x", "y", 1],
+            r"row 4: column 'label' has the label a number \(1\), and 'x' in row 2; expected text",
+        ),
+        (
+            [0, True, "1"],
+            r"row 3: column 'label' has the label '1', and a number \(0\) in row 1; expected text",
+        ),
+    ):
+        for name, of_row in (("label", lambda label: label), ("spans", lambda label: [[0, 1, label]])):
+            rows = [{"text": "a", name: of_row(label)} for label in labels]
+            (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            with pytest.raises(DataError, match=message.replace("'label'", f"'{name}'")):
+                read(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="row 1: spans="):
+        (tmp_path / "a.jsonl").write_text('{"text": "a", "spans": [[0, Infinity, "x"]]}')
+        read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv.zst", "jsonl", "parquet"])
+def test_a_name_that_is_no_text(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"bad\udcff.{kind.removesuffix('.zst')}"
+    if kind == "jsonl":
+        path.write_text('{"text": "a", "label": 1}')
+    elif kind == "parquet":
+        with path.open("wb") as file:
+            parquet.write_table(pyarrow.table({"text": ["a"], "label": [1]}), file)
+    else:
+        write_csv(path, "text,label", [("a", "1")])
+    if kind == "csv.zst":
+        with (tmp_path / f"{path.name}.zst").open("wb") as file, pyarrow.output_stream(file, compression="zstd") as out:
+            out.write(path.read_bytes())
+        path = tmp_path / f"{path.name}.zst"
+    assert read(path) == LabelledTexts("bad\\xff", ("a",), ("1",))
 
 
 def test_lines_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:

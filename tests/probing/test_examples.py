@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import sae
+from sae import hashes
 from sae.errors import DamagedError, DataError
+from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.probing.activations import load_activations, read_activations, save_activations
 from sae.probing.data import LabelledTexts
@@ -72,6 +76,33 @@ def test_equal_texts_are_one_group(language_model: LanguageModel) -> None:
     assert found.groups == (*range(20), *range(20))
 
 
+def test_texts_that_differ_in_space_around_them_are_one_group(language_model: LanguageModel) -> None:
+    some = texts(20)
+    around = ("", "\n", " ", "\r\n", "\t", "\ufeff")
+    copies = [f"{text}{space}" if space != "\ufeff" else f"{space}{text}" for text in some for space in around]
+    found = choose(language_model, LabelledTexts("set", tuple(copies), ("a",) * 60 + ("b",) * 60))
+    assert found.groups == tuple(number for number in range(20) for _ in around)
+    assert found.equal == 100
+    lines = [f"one line\n{text}" for text in some]
+    data = LabelledTexts("set", (*lines, *(line.replace("\n", "\r\n") for line in lines)), ("a", "b") * 20)
+    assert choose(language_model, data).groups == (*range(20), *range(20))
+    spans = tuple(((0, 5, "a"), (5, len(text), "b")) for text in copies)
+    of_spans = choose(language_model, LabelledTexts("set", tuple(copies), spans=spans), examples=10_000)
+    assert len(set(of_spans.groups)) == 20
+    assert of_spans.equal == 100
+
+
+def test_equal_by_way_of_a_third_text(language_model: LanguageModel) -> None:
+    """The first two have equal contexts; the third equals the second but for a line end."""
+    end = " ".join(WORDS)
+    linked = (f"a {end}", f"b {end}", f"b {end}\n", f"c {end} ")
+    data = LabelledTexts("set", (*linked, *texts(26)), ("a", "b") * 15)
+    found = choose(language_model, data, max_tokens=6)
+    assert found.groups[:3] == (0, 0, 0)
+    assert found.groups[3] != 0
+    assert found.equal == 2
+
+
 def test_texts_of_masked_tokens_alone_are_left_out(language_model: LanguageModel) -> None:
     data = LabelledTexts("set", ("x", *texts(30)), ("a", *("a", "b") * 15))
     found = choose(language_model, data, policy_of(language_model, masked_positions=2))
@@ -110,6 +141,20 @@ def test_tokens_of_spans(language_model: LanguageModel) -> None:
             assert label == "none"
 
 
+def test_a_span_without_label_is_neither_an_example_nor_outside(language_model: LanguageModel) -> None:
+    sentences = tuple(f"{first} {second} road" for first in WORDS for second in WORDS)
+    spans = tuple(
+        ((0, len(text.split()[0]), "first"), (len(text.split()[0]), len(text) - 5, None)) for text in sentences
+    )
+    found = choose(language_model, LabelledTexts("set", sentences, spans=spans), examples=10_000, outside="none")
+    outside = {
+        language_model.tokenizer.decode([found.contexts[context][position]]).strip()
+        for context, position, label in zip(found.context, found.position, found.labels, strict=True)
+        if label == "none"
+    }
+    assert set("".join(outside)) == set("road")
+
+
 @pytest.mark.parametrize("pool", ["last", "mean"])
 def test_activations_are_those_of_each_text_read_alone(language_model: LanguageModel, pool: str) -> None:
     data = LabelledTexts("set", tuple(texts(40)), ("a", "b") * 20)
@@ -130,18 +175,37 @@ def test_activations_are_those_of_each_text_read_alone(language_model: LanguageM
 
 def test_activations_are_kept_in_files(language_model: LanguageModel, tmp_path: Path) -> None:
     found = choose(language_model, LabelledTexts("set", tuple(texts(30)), ("a", "b") * 15), pool="mean")
-    read = read_activations(language_model, HOOK, found)
-    path = tmp_path / "131_Typical Time-abc"
-    save_activations(read, path)
-    again = load_activations(path)
+    read = replace(read_activations(language_model, HOOK, found), left_out=3, equal=2)
+    name, key = "131_Typical Time", "abc" * 20
+    save_activations(read, tmp_path, name, key)
+    again = load_activations(tmp_path, name, key)
     assert again is not None
-    assert again.labels == read.labels
-    for name in ("rows", "example", "groups"):
-        assert torch.equal(getattr(again, name), getattr(read, name))
-    path.with_suffix(".safetensors").write_bytes(b"damaged")
-    with pytest.raises(DamagedError, match=r"Time-abc.safetensors': damaged or changed"):
-        load_activations(path)
-    assert load_activations(tmp_path / "missing") is None
+    assert (again.labels, again.left_out, again.equal) == (read.labels, 3, 2)
+    for part in ("rows", "example", "groups"):
+        assert torch.equal(getattr(again, part), getattr(read, part))
+    (tmp_path / "131_Typical_Time-abcabcabcabcabca.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DamagedError, match=r"Time-abcabcabcabcabca.safetensors': damaged or changed"):
+        load_activations(tmp_path, name, key)
+    assert load_activations(tmp_path, "missing", key) is None
+
+
+def test_activations_are_known_by_their_whole_key(language_model: LanguageModel, tmp_path: Path) -> None:
+    """Not by the name of a file, which a dot in the data set's name or another key of equal beginning could share."""
+    found = choose(language_model, LabelledTexts("set", tuple(texts(30)), ("a", "b") * 15))
+    read = read_activations(language_model, HOOK, found)
+    for name in ("r.v1", "r.v2", "x\ny", "\udcff", "n" * 235, "字" * 100, ""):
+        for key in ("1" * 64, "2" * 64):
+            save_activations(replace(read, left_out=int(key[0])), tmp_path, name, key)
+        for key in ("1" * 64, "2" * 64):
+            held = load_activations(tmp_path, name, key)
+            assert held is not None
+            assert held.left_out == int(key[0])
+        assert load_activations(tmp_path, name, "1" * 16 + "3" * 48) is None
+    hashes.read_sums(tmp_path)
+    for file in tmp_path.glob("*.json"):
+        write_json(file, {part: value for part, value in json.loads(file.read_text()).items() if part != "key"})
+    with pytest.warns(UserWarning, match="activations that an earlier version kept do not say what they are of; they"):
+        assert load_activations(tmp_path, "r.v1", "1" * 64) is None
 
 
 def test_words_and_their_first_letters() -> None:

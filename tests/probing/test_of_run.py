@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 import sae
-from sae import pipeline
+from sae import hashes, pipeline
 from sae.config_file import parse_config
 from sae.errors import ConfigError, DataError, ModelError
 from sae.files import write_json
@@ -243,6 +243,81 @@ def test_one_bad_data_set_does_not_stop_the_others(own_run: Path, sets: Path, tm
     assert "- bad: data 'bad': all labels are '1'" in (own_run / "probe.md").read_text()
     with pytest.raises(DataError, match="all labels are '1'"):
         sae.probe_run(own_run, [folder / "bad.csv"], QUICK)
+
+
+def test_a_dot_in_a_name_does_not_mix_data_sets(own_run: Path, tmp_path: Path) -> None:
+    files = [write_set(tmp_path / f"r.v{n}.csv", ("import", "return"), seed=n, rows=30 + n) for n in (1, 2)]
+    for file in files:
+        sae.probe_run(own_run, [file], QUICK.model_copy(update={"examples": 100}))
+    results = sae.probe_run(own_run, files, QUICK.model_copy(update={"examples": 100})).results
+    assert {name: sum(result.examples.values()) for name, result in results.items()} == {"r.v1": 62, "r.v2": 64}
+
+
+def test_names_of_all_kinds(own_run: Path, sets: Path, tmp_path: Path, command) -> None:
+    names = ("new\nline", "bad\udcff", "n" * 235, "a|b`c<b>*", "\x1b[31mred\u202e", "日本語" * 20, "first.letters")
+    for number, name in enumerate(names):
+        write_set(tmp_path / "sets" / f"{name}.csv", ("self", "class"), seed=number)
+    status, out, err = command("probe", own_run, tmp_path / "sets", "k=1", "splits=1", "examples=60", "pca=false")
+    assert status == 0, err
+    assert f"{len(names)} probed" in out
+    record = json.loads((own_run / "probe.json").read_text())
+    assert set(record["data_sets"]) == {name.replace("\udcff", "\\xff") for name in names}
+    assert r"| `new\nline` |" in (own_run / "probe.md").read_text()
+    assert all(len(path.name.encode()) < 200 for path in (own_run / "probing").iterdir())
+    assert len(hashes.read_sums(own_run / "probing")) == 2 * len(names)
+    status, out, err = command("verify", own_run)
+    assert status == 0, err
+    status, out, err = command(
+        "probe", own_run, tmp_path / "sets" / "new\nline.csv", "k=1", "splits=1", "examples=60", "pca=false"
+    )
+    assert r"probes on new\nline" in out
+    write_set(tmp_path / "first-letters.csv", ("self", "class"))
+    with pytest.raises(DataError, match="'first-letters' is another measurement; rename the file"):
+        sae.probe_run(own_run, [tmp_path / "first-letters.csv"], QUICK)
+    with pytest.raises(DataError, match="is called 'set0' as well; rename one"):
+        sae.probe_run(own_run, [sets / "set0.csv", write_set(tmp_path / "set0.csv", ("a", "b"))], QUICK)
+
+
+def test_equal_files_are_probed_once(own_run: Path, sets: Path, tmp_path: Path, counted: list[str]) -> None:
+    folder = Path(shutil.copytree(sets, tmp_path / "sets"))
+    shutil.copy(folder / "set0.csv", folder / "copy.csv")
+    with pytest.warns(UserWarning, match=r"set0.csv': the same bytes as '.*copy.csv'; probed once, as 'copy'"):
+        record = sae.probe_run(own_run, [folder], QUICK)
+    assert set(record.results) == set(counted) == {"copy", "set1", "set2"}
+    assert "## Means over 3 data sets" in (own_run / "probe.md").read_text()
+    sae.probe_run(own_run, [folder / "set0.csv"], QUICK)
+    assert "## Means over 3 data sets" in (own_run / "probe.md").read_text(), "by another name it is no fourth"
+    sae.probe_run(own_run, [folder / "set1.csv"], QUICK)
+    assert "## Means over 3 data sets" in (own_run / "probe.md").read_text()
+
+
+def test_copies_and_what_is_left_out_are_counted(own_run: Path, tmp_path: Path) -> None:
+    rng, rows = random.Random(0), []
+    for number in range(40):
+        text = " ".join(rng.choices(FILLER, k=8))
+        rows += [{"text": text + space, "label": [0, 1.0][number % 2]} for space in ("", "\n")]
+    rows += [{"text": "none", "label": float("nan")}] * 3
+    path = tmp_path / "copies.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    result = sae.probe_run(own_run, [path], QUICK.model_copy(update={"examples": 100})).results["copies"]
+    assert (result.examples, result.groups) == ({"0": 40, "1": 40}, 40)
+    text = (own_run / "probe.md").read_text()
+    assert "are on its side of every split: 40." in text
+    assert "without a token that counts: 3." in text
+    sae.probe_run(
+        own_run, [write_set(tmp_path / "other.csv", ("self", "class"))], QUICK.model_copy(update={"examples": 100})
+    )
+    assert "of every split: `copies` 40." in (own_run / "probe.md").read_text()
+
+
+def test_results_of_the_version_before_are_made_anew(own_run: Path, sets: Path, counted: list[str]) -> None:
+    sae.probe_run(own_run, [sets / "set0.csv"], QUICK)
+    record = json.loads((own_run / "probe.json").read_text())
+    write_json(own_run / "probe.json", {**record, "format_version": 1})
+    counted.clear()
+    with pytest.warns(UserWarning, match=r"probe.json': of an earlier version, .*; everything is probed anew"):
+        sae.probe_run(own_run, [sets / "set0.csv"], QUICK)
+    assert counted == ["set0"]
 
 
 def test_first_letters_of_the_demo_model(own_run: Path, sets: Path) -> None:

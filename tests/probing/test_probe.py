@@ -214,3 +214,17 @@ def test_bad_input() -> None:
         sae.probe(Columns(lambda rows: rows[0]), x, balanced(60).tolist())
     with pytest.raises(ShapeError, match=r"this dictionary takes \[..., 4\]"):
         sae.probe(sae.TopK(4, 8, k=2), x, balanced(60).tolist())
+
+
+def test_labels_of_numbers_are_equal_as_numbers_are() -> None:
+    labels, x = balanced(200), noise(200, 4)
+    mixed = [[int(one), float(one), bool(one)][place % 3] for place, one in enumerate(labels.tolist())]
+    found = sae.probe(Columns(torch.relu), x, mixed, QUICK)
+    assert found.examples == {"0": 100, "1": 100}
+    assert sae.probe(Columns(torch.relu), x, list(labels.int().numpy()), QUICK).to_json() == found.to_json()
+    with pytest.raises(DataError, match=r"labels\[3\] is nan: leave out the examples that have no label"):
+        sae.probe(Columns(torch.relu), x, [*mixed[:3], np.float32("nan"), *mixed[4:]], QUICK)
+    with pytest.raises(
+        DataError, match=r"labels\[199\] is 'x', and labels\[0\] is .*: expected text alone, or numbers"
+    ):
+        sae.probe(Columns(torch.relu), x, [*mixed[:199], "x"], QUICK)
