@@ -16,11 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import hook_points
+from sae.bridging import boot
 from sae.config import ModelConfig
 from sae.errors import ConfigError, ModelError
 from sae.hook_probe import Hook, probe_tokens, read_hooks
+from sae.hub_errors import first_line
 from sae.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
-from sae.model_loading import boot, code_sha256, load_pretrained
+from sae.model_loading import code_sha256, load_pretrained
 from sae.passes import Pass, Passes
 from sae.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
 from sae.tokens import TokenPolicy
@@ -86,7 +88,7 @@ class LanguageModel:
 
     def __init__(self, config: ModelConfig | str | Path, device: str | torch.device = "cpu") -> None:
         config = _configured(config)
-        model, self.tokenizer, label, revision = load_pretrained(config)
+        model, self.tokenizer, label, revision, self._made_up = load_pretrained(config)
         if model.config.bos_token_id is None and self.tokenizer.bos_token_id is None:
             model.config.bos_token_id = self.tokenizer.eos_token_id
         weights_sha256, code = hash_weights(model), code_sha256(model, model.config, self.tokenizer)
@@ -116,8 +118,7 @@ class LanguageModel:
     @property
     def bos(self) -> int | None:
         """The id that opens a context: BOS, or end-of-text for tokenizers that have no BOS."""
-        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        return next((token for token in ids if token is not None), None)
+        return self._first_known(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
 
     @property
     def separator(self) -> int | None:
@@ -127,18 +128,24 @@ class LanguageModel:
         the next without a sign of it, the token policy masks first positions of contexts and no ids, and the first
         token of a document counts like any other.
         """
-        ids = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
-        return next((token for token in ids if token is not None), None)
+        return self._first_known(self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+
+    def _first_known(self, *ids: int | None) -> int | None:
+        """The first id that a file of the tokenizer holds; what its class makes up, the model has never seen."""
+        return next((token for token in ids if token is not None and token not in self._made_up), None)
 
     def token_policy(self, *, prepend_bos: bool, masked_positions: int, mask_special_tokens: bool) -> TokenPolicy:
         """Which tokens count, with this tokenizer's special tokens.
 
         Raises:
-            ModelError: BOS is asked for and the tokenizer has neither BOS nor EOS, or the model has no row for one.
+            ModelError: BOS is asked for and the tokenizer's files have neither BOS nor EOS, or the model has no row
+                for one.
         """
         if prepend_bos and self.bos is None:
+            made_up = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self._made_up))
+            but = f" in its files ({made_up} made up by its class or settings)" if made_up else ""
             raise ModelError(
-                f"model {self.info.name!r}: its tokenizer has no BOS or EOS token; set data.prepend_bos=false"
+                f"model {self.info.name!r}: its tokenizer has no BOS or EOS token{but}; set data.prepend_bos=false"
             )
         for token in (self.bos if prepend_bos else None, self.separator):
             if token is not None and token >= self.rows:
@@ -169,7 +176,15 @@ class LanguageModel:
 
     @functools.cached_property
     def _hooks(self) -> dict[str, Hook]:
-        return read_hooks(self.bridge, self._vocabulary, self.device)
+        try:
+            return read_hooks(self.bridge, self._vocabulary, self.device)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"model {self.info.name!r}: transformer-lens cannot run it over {self._vocabulary:,} tokens "
+                f"({first_line(error)}); use another model"
+            ) from error
 
     @property
     def _vocabulary(self) -> int:
@@ -336,10 +351,15 @@ class LanguageModel:
     def unembedding(self) -> Float[Tensor, "d_model vocab"]:
         """Logit effect of a residual direction: the final norm's gain (and centring) times the unembedding.
 
-        The final norm's division by the token's own norm is left out, so effects are right up to a positive factor.
+        The final norm's division by the token's own norm is left out, so effects are right up to a positive factor. A
+        model without a final norm has the unembedding alone.
         """
-        norm = self.bridge.ln_final
+        norm = getattr(self.bridge, "ln_final", None)
         W_U = self.bridge.W_U.detach().float()
+        if W_U.shape[0] != self.info.d_model:  # embeddings of another width than the residual stream, as OPT-350M has
+            W_U = self.bridge.original_model.get_decoder().project_out.weight.detach().float().T @ W_U
+        if norm is None:
+            return W_U
         weight = getattr(norm, "weight", None)
         if weight is not None:
             # Gemma's RMSNorm multiplies by 1 + weight.

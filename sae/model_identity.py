@@ -17,6 +17,7 @@ from sae.paths import expanded
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+_INDEX = "model.safetensors.index.json"
 _WHOLE_BYTES = 256_000_000
 NOT_OF_ACTIVATIONS = ("name", "fingerprint", "library")
 """What may differ between models that give equal activations."""
@@ -58,28 +59,51 @@ def fingerprint(name: str) -> str | None:
     files = _weight_files(name)
     if not files:
         return None
-    if sum(file.stat().st_size for file in files) > _WHOLE_BYTES:
-        return _of_samples(files)
-    return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+    return _of_contents(files)
 
 
 def has_fingerprint(name: str, recorded: str | None) -> bool | None:
     """Whether a recorded fingerprint is that of a local model's weight files; None if one of the two is not known.
 
-    Those of older versions are of samples, whatever the size.
+    Those of older versions are of samples, whatever the size, and of the folder's own files alone.
     """
     files = _weight_files(name)
     if not files or recorded is None:
         return None
-    return recorded == fingerprint(name) or recorded == _of_samples(files)
+    older = _weight_files(name, subfolders=False)
+    return recorded in (fingerprint(name), _of_samples(files)) or bool(
+        older and older != files and recorded in (_of_contents(older), _of_samples(older))
+    )
 
 
-def _weight_files(name: str) -> list[Path]:
-    """Regular files, or links to such: what else has a name of weights holds none."""
+def _weight_files(name: str, *, subfolders: bool = True) -> list[Path]:
+    """Regular files, or links to such: what else has a name of weights holds none.
+
+    Args:
+        name: the model.
+        subfolders: those in folders within its own count too, if its index names them.
+    """
     path = DEMO_FOLDER if name == DEMO else expanded(name)
     if path.is_file():
         return [path]
-    return sorted(file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES and file.is_file())
+    own = [file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES and file.is_file()]
+    named = [path / shard for shard in _shards(path / _INDEX) if "/" in shard] if subfolders else []
+    return sorted({*own, *(file for file in named if file.suffix in _WEIGHT_SUFFIXES and file.is_file())})
+
+
+def _shards(index: Path) -> set[str]:
+    """Files that an index of weights names; none if there is no index, or none that can be read."""
+    try:
+        named = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return set()
+    return {shard for shard in named if isinstance(shard, str) and ".." not in Path(shard).parts}
+
+
+def _of_contents(files: list[Path]) -> str:
+    if sum(file.stat().st_size for file in files) > _WHOLE_BYTES:
+        return _of_samples(files)
+    return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
 
 
 def _of_samples(files: list[Path]) -> str:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from family_configs import FAMILIES, SMALL
@@ -42,16 +43,17 @@ class FamilyRow:
     failure: str | None = None
 
 
-def write_model(family: str, folder: Path) -> Path:
+def write_model(family: str, folder: Path, **settings: Any) -> Path:
     """A random model of four blocks with weights far from where they begin, and the demo model's tokenizer.
 
     Args:
         family: key of `FAMILIES`.
         folder: where to.
+        settings: entries of the configuration that differ from the family's.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family], **settings})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)

@@ -38,7 +38,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def _logits(path: Path, dtype: str = "float32") -> tuple[torch.Tensor, list[int], str]:
-    model, tokenizer, label, _ = load_pretrained(ModelConfig(name=str(path), dtype=dtype))
+    model, tokenizer, label, *_ = load_pretrained(ModelConfig(name=str(path), dtype=dtype))
     tokens = tokenizer("the cat sat on a mat, 12 times\n\tdef f():").input_ids
     return model(torch.tensor([tokens])).logits, tokens, label
 

@@ -77,6 +77,8 @@ class DirectPath:
         A bias is the same at both.
         """
         final, logits = readout.final[0, :2], readout.logits[0, :2]
+        if final.shape[-1] != self.W_U.shape[0]:
+            return False
         normed, _ = self._normed(final)
         expected, actual = (both[0] - both[1] for both in (normed @ self.W_U, logits))
         return bool((actual - expected).norm() <= _ROUNDING * actual.norm())
