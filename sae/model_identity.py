@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,17 @@ def hash_config(config: Any) -> str:
 
     content = json.dumps(computing(config.to_diff_dict()), sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def differs(key: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether two records of models contradict each other in an entry that both have.
+
+    Hashes of configurations can be compared where one version of the library made both.
+    """
+    if None in (recorded.get(key), here.get(key)):
+        return False
+    comparable = key != "config_sha256" or recorded.get("library") == here.get("library")
+    return comparable and recorded[key] != here[key]
 
 
 def hash_ids(tokenizer: Any) -> str:

@@ -8,10 +8,13 @@ from typing import Any
 
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, SaeError
+from sae.model_identity import differs
 from sae.transcoding import Hooks
 
 OF_WEIGHTS = ("weights_sha256", "weight_processing")
 """What two models must share if activations of one are to be encoded by a dictionary of the other."""
+OF_COMPUTATION = ("config_sha256", "code_sha256")
+"""What they must share beside it, where both are known: the same weights can be computed with in another way."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Place:
         model: what is known of the model: the entries of `ModelInfo`.
         error: what is raised if the model is another.
         width: of the activations at a hook point; None: not known.
-        model_keys: entries that must be those of training.
+        model_keys: entries that must be those of training; those of `OF_COMPUTATION` must be too.
     """
 
     name: str
@@ -69,9 +72,18 @@ def _check_model(trained_on: Any, place: Place) -> None:
     if not isinstance(trained_on, Mapping):
         return
     for key in place.model_keys:
-        trained, here = trained_on.get(key), place.model.get(key)
-        if trained not in (None, here):
+        if trained_on.get(key) not in (None, place.model.get(key)):
+            raise place.error(_of_another(trained_on, place, key) + "; use the model that it was trained on")
+    for key in OF_COMPUTATION:
+        if differs(key, trained_on, place.model):
             raise place.error(
-                f"{place.name}: of another model than the dictionary's: {key} is {here!r} there and {trained!r} in "
-                f"training, on {trained_on.get('name')!r}; use the model that it was trained on"
+                _of_another(trained_on, place, key) + ", with the same weights; use the config.json and the code that "
+                f"it was trained with, or delete {key} from the dictionary's metadata if the difference does not matter"
             )
+
+
+def _of_another(trained_on: Mapping[str, Any], place: Place, key: str) -> str:
+    return (
+        f"{place.name}: of another model than the dictionary's: {key} is {place.model.get(key)!r} there and "
+        f"{trained_on[key]!r} in training, on {trained_on.get('name')!r}"
+    )

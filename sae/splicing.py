@@ -50,7 +50,8 @@ def splice(
     Raises:
         ConfigError: a transcoder's target comes before what it reads.
         ModelError: another model than the dictionary's, no hook point known, or one of another width; the dictionary's
-            record of masked tokens cannot be read; or a transcoder is in a pass that begins in the middle of the model.
+            record of masked tokens cannot be read; a transcoder is in a pass that begins in the middle of the model; or
+            a pass goes on from a cache of a kind that is not known here, and has no `position_ids`.
     """
     hooks = Hooks.of(dictionary.metadata, hook, target_hook)
     if hooks.reads is None or hooks.gives is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from sae.config import FeaturesConfig
 from sae.errors import CacheError, ConfigError, ModelError, SaeError
 from sae.features import collect
 from sae.language_model import LanguageModel
+from sae.origin import Place, check_belongs
 from sae.training import source as source_module
 
 READS, GIVES = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
@@ -143,6 +147,72 @@ def test_a_dictionary_of_another_model_is_not_spliced(
         sae.splice(language_model, stranger),
     ):
         pass
+
+
+def with_config(tiny_model: Path, folder: Path, **changes: Any) -> LanguageModel:
+    """The tiny model's weights with another `config.json`; None: without that entry."""
+    shutil.copytree(tiny_model, folder)
+    config = {**json.loads((folder / "config.json").read_bytes()), **changes}
+    kept = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    return LanguageModel(folder)
+
+
+@pytest.mark.parametrize("change", [{"n_head": 4}, {"activation_function": "relu"}, {"layer_norm_epsilon": 0.1}])
+def test_the_same_weights_in_another_configuration_are_another_model(
+    change: dict[str, Any], dictionary: sae.Dictionary, tiny_model: Path, tmp_path: Path
+) -> None:
+    other = with_config(tiny_model, tmp_path / "other", **change)
+    assert other.info.weights_sha256 == dictionary.metadata["model"]["weights_sha256"]
+    told = r"model 'other': of another model .*: config_sha256 is .* with the same weights; .*, or delete config_sha256"
+    with pytest.raises(ModelError, match=told), sae.splice(other, dictionary):
+        pass
+    dictionary.metadata["model"] = {**dictionary.metadata["model"], "config_sha256": None}
+    with sae.splice(other, dictionary):
+        pass
+
+
+def test_what_is_not_computed_with_does_not_make_another_model(
+    dictionary: sae.Dictionary, tiny_model: Path, tmp_path: Path
+) -> None:
+    changes = {
+        "_name_or_path": "elsewhere/tiny", "transformers_version": "4.0.0", "use_cache": False, "dtype": None,
+        "torch_dtype": "bfloat16", "architectures": ["Other"], "pad_token_id": 3, "output_hidden_states": True,
+        "attn_implementation": "eager", "resid_pdrop": 0.1,
+    }  # fmt: skip
+    with sae.splice(with_config(tiny_model, tmp_path / "copy", **changes), dictionary):
+        pass
+
+
+RECORDS: dict[str, tuple[dict[str, Any], bool]] = {
+    "of another configuration": ({"config_sha256": "0" * 64}, True),
+    "by another version of the library": ({"config_sha256": "0" * 64, "library": "transformers 4.0.0"}, False),
+    "by a version that knew no configurations": ({"config_sha256": None, "library": None}, False),
+    "of a model with code of its own": ({"code_sha256": "0" * 64}, False),  # which the library has by now
+}
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_configurations_are_compared_where_both_are_known(
+    record: str, cache: ActivationCache, language_model: LanguageModel, tmp_path: Path
+) -> None:
+    changes, refused = RECORDS[record]
+    model = {**sae.dictionary_metadata(cache, READS)["model"], **changes}
+    made = sae.train(loader(cache, READS), SHAPE, SETTINGS, metadata={"model": model})
+    expected = pytest.raises(SaeError, match="config_sha256 is") if refused else contextlib.nullcontext()
+    for use in USES.values():
+        with expected:
+            use(made, cache, language_model, READS, tmp_path)
+    with expected, sae.splice(language_model, made):
+        pass
+
+
+def test_code_of_the_model_s_own_is_compared_where_both_have_some(dictionary: sae.Dictionary) -> None:
+    place = Place("there", {**dictionary.metadata["model"], "code_sha256": "1" * 64}, ModelError)
+    check_belongs(dictionary, place)
+    dictionary.metadata["model"] = {**dictionary.metadata["model"], "code_sha256": "2" * 64}
+    with pytest.raises(ModelError, match=r"there: of another model .*: code_sha256 is '1+' there and '2+' in training"):
+        check_belongs(dictionary, place)
 
 
 def test_a_language_model_is_named_or_configured(language_model: LanguageModel, tiny_model: Path) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor
 from sae.activations.cache import RESTORE, ActivationCache, Manifest, dequantise, shard_name
 from sae.errors import CacheError, DamagedError
 from sae.language_model import LanguageModel
+from sae.model_identity import differs
 from sae.reading import load_tensors, taken_apart
 from sae.tokens import HELD_OUT, SPLITS, TRAIN
 
 _ALWAYS = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256", "code_sha256")
 _WHERE_RECORDED = ("tokenizer_ids_sha256", "config_sha256")
-"""Older caches have none; that of the configuration is of one version of the library that reads it."""
+"""Older caches have none."""
 _TOLERANCES = {"float32": 0.01}
 _OF_OTHER_TYPES = 0.05
 
@@ -27,11 +28,8 @@ def check_same_hashes(folder: Path, manifest: Manifest, language_model: Language
     Names may differ.
     """
     info, held = language_model.info.to_json(), manifest.model
-    keys = [*_ALWAYS, *(key for key in _WHERE_RECORDED if held.get(key) is not None)]
-    if held.get("library") != info["library"]:
-        keys = [key for key in keys if key != "config_sha256"]
-    for key in keys:
-        if held.get(key) != info[key]:
+    for key in (*_ALWAYS, *_WHERE_RECORDED):
+        if differs(key, held, info) if key in _WHERE_RECORDED else held.get(key) != info[key]:
             raise CacheError(
                 f"cache {str(folder)!r}: of another model: {key} is {held.get(key)!r} there and {info[key]!r} in "
                 f"{language_model.info.name!r}; use that model, or set harvest.cache to another folder"
