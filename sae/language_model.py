@@ -21,6 +21,7 @@ from sae.errors import ConfigError, ModelError
 from sae.hook_probe import Hook, probe_tokens, read_hooks
 from sae.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
 from sae.model_loading import boot, code_sha256, load_pretrained
+from sae.modes import in_own_modes
 from sae.passes import Pass, Passes
 from sae.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
 from sae.tokens import TokenPolicy
@@ -84,6 +85,7 @@ class LanguageModel:
         info: the model's identity.
     """
 
+    @in_own_modes
     def __init__(self, config: ModelConfig | str | Path, device: str | torch.device = "cpu") -> None:
         config = _configured(config)
         model, self.tokenizer, label, revision = load_pretrained(config)
