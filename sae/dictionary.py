@@ -355,7 +355,8 @@ def weights_sha256(dictionary: Dictionary) -> str:
     """Identity of a dictionary's weights, whatever device they are on."""
     digest = hashlib.sha256(dictionary.architecture.encode())
     for name, parameter in sorted(dictionary.named_parameters()):
-        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        # `detach` refuses what was made in inference mode and moved outside it.
+        content = parameter.data.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         digest.update(name.encode())
         digest.update(content)
     return digest.hexdigest()

@@ -53,7 +53,7 @@ class Hook:
 
 def probe_tokens(vocabulary: int, contexts: int, length: int, device: torch.device | str) -> Int[Tensor, "context seq"]:
     """Token ids that look random and are the same every time (multiples of the golden ratio)."""
-    numbers = torch.arange(1, contexts * length + 1, dtype=torch.float64)
+    numbers = torch.arange(1, contexts * length + 1, dtype=torch.float64, device="cpu")
     share = (numbers * 0.6180339887498949) % 1
     return (share * vocabulary).long().clamp(max=vocabulary - 1).view(contexts, length).to(device)
 

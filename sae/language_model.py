@@ -23,6 +23,7 @@ from sae.hook_probe import Hook, probe_tokens, read_hooks
 from sae.hub_errors import first_line
 from sae.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
 from sae.model_loading import code_sha256, load_pretrained
+from sae.modes import in_own_modes
 from sae.passes import Pass, Passes
 from sae.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
 from sae.tokens import TokenPolicy
@@ -86,6 +87,7 @@ class LanguageModel:
         info: the model's identity.
     """
 
+    @in_own_modes
     def __init__(self, config: ModelConfig | str | Path, device: str | torch.device = "cpu") -> None:
         config = _configured(config)
         model, self.tokenizer, label, revision, self._made_up = load_pretrained(config)

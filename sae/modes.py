@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -55,6 +56,37 @@ def without_autocast(computation: Computation) -> Computation:
         if not any(torch.is_autocast_enabled(kind) for kind in _KINDS):
             return computation(*args, **kwargs)
         with _no_autocast():
+            return computation(*args, **kwargs)
+
+    return cast(Computation, computed)
+
+
+def in_own_modes(computation: Computation) -> Computation:
+    """The same function or generator, inside `torch.autocast`, `set_default_dtype` and `set_default_device` too.
+
+    Where a generator yields, the caller's modes hold.
+    """
+    if inspect.isgeneratorfunction(inspect.unwrap(computation)):
+
+        @functools.wraps(computation)
+        def yielded(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            values = computation(*args, **kwargs)
+            try:
+                while True:
+                    with _no_autocast(), defaults():
+                        try:
+                            value = next(values)
+                        except StopIteration:
+                            return
+                    yield value
+            finally:
+                values.close()
+
+        return cast(Computation, yielded)
+
+    @functools.wraps(computation)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        with _no_autocast(), defaults():
             return computation(*args, **kwargs)
 
     return cast(Computation, computed)

@@ -128,6 +128,32 @@ def test_loading_keeps_every_bit_of_every_number_type(architecture: str, saved: 
             assert torch.equal(parameter, expected), (name, default)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_loaded_in_inference_mode_has_ordinary_weights(architecture: str, tmp_path: Path) -> None:
+    trained(architecture).save(tmp_path)
+    with torch.inference_mode():
+        loaded = sae.load(tmp_path)
+        assert torch.is_inference_mode_enabled()
+        assert torch.equal(loaded(torch.ones(2, 8)), sae.load(tmp_path)(torch.ones(2, 8)))
+    x = torch.randn(5, 8, requires_grad=True)
+    loaded.encode(x).sum().backward()
+    assert x.grad is not None
+    loaded.normalise_decoder_()
+    trained(architecture, start=loaded)
+    loaded.requires_grad_(True)(x).sum().backward()
+
+
+@pytest.mark.parametrize("moved", [None, torch.float64])
+def test_training_starts_from_weights_that_were_made_in_inference_mode(moved: torch.dtype | None) -> None:
+    source = trained("topk")
+    with torch.inference_mode():
+        start = sae.TopK(8, 32, k=2)
+        start.load_state_dict(source.state_dict())
+    expected = trained("topk", start=source)
+    found = trained("topk", start=start if moved is None else start.to(moved))
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
 @modes
 def test_a_source_is_read_in_the_caller_s_mode(mode: str) -> None:
     """It may run a language model, of which nothing is to be recorded and whose precision the caller chose."""

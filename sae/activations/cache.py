@@ -24,6 +24,7 @@ from sae.errors import CacheError, DamagedError
 from sae.files import stands
 from sae.hashes import Identity, check, damaged, identity_of
 from sae.model_identity import NOT_OF_ACTIVATIONS
+from sae.modes import in_own_modes
 from sae.paths import expanded
 from sae.reading import open_tensors, read_json, read_object, tensor_of, validated
 from sae.tokens import SPLITS, TRAIN, TokenPolicy
@@ -297,7 +298,7 @@ class ActivationCache:
         entry = self._hook(hook)
         if entry.tokens == 0:
             raise CacheError(f"cache {str(self.path)!r}: every training token is masked, so there are no statistics")
-        mean = torch.tensor(entry.sum, dtype=torch.float64) / entry.tokens
+        mean = torch.tensor(entry.sum, dtype=torch.float64, device="cpu") / entry.tokens
         return Statistics(entry.tokens, mean, entry.sum_of_squares / entry.tokens)
 
     def documents(self, split: str = TRAIN) -> list[str]:
@@ -352,6 +353,7 @@ class ActivationCache:
         with background(THREADS) as pool:
             yield lambda number: pool.submit(self._check, shard_name(folder, split, number))
 
+    @in_own_modes
     def contexts(
         self, split: str = TRAIN, hook: str | None = None, *, batch_contexts: int = 64, max_tokens: int | None = None
     ) -> Iterator[ContextBatch]:

@@ -38,7 +38,7 @@ from sae.files import free_bytes, locked, stands, write_bytes
 from sae.language_model import LanguageModel
 from sae.mixture import tokens_by_source
 from sae.model_identity import has_fingerprint, model_label
-from sae.modes import without_autocast
+from sae.modes import in_own_modes
 from sae.paths import expanded
 from sae.printable import json_text, one_line, printable
 from sae.reading import load_tensors, taken_apart
@@ -63,7 +63,7 @@ _STREAMS = "streams"
 """In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
 
 
-@without_autocast
+@in_own_modes
 def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress | None = None) -> ActivationCache:
     """Cache the activations that `config` asks for, or go on with a harvest that was interrupted.
 
@@ -342,7 +342,7 @@ def _check_roles(data: DataConfig, census: Sequence[Census]) -> None:
     )
 
 
-@without_autocast
+@in_own_modes
 def hook_widths(config: RunConfig, language_model: LanguageModel) -> dict[str, int]:
     """Numbers a token has at each hook point."""
     example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)

@@ -17,6 +17,7 @@ from sae.activations.background import background
 from sae.activations.cache import ActivationCache, Statistics, dequantise
 from sae.activations.metadata import dictionary_metadata
 from sae.errors import CacheError
+from sae.modes import in_own_modes
 from sae.seeding import STREAMS, loader_generator_1, numpy_generator
 from sae.tokens import TRAIN
 
@@ -128,6 +129,7 @@ class ActivationLoader:
             self.block_tokens,
         )  # fmt: skip
 
+    @in_own_modes
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
         parts: list[Tensor] = []
         missing = self.batch_size

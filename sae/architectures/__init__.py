@@ -27,11 +27,13 @@ ARCHITECTURES: dict[str, type[Dictionary]] = {
 }
 
 
+@torch.inference_mode(False)
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
     """Load a saved dictionary, from its folder or from the run folder that holds it.
 
     Returns:
-        A dictionary in evaluation mode that takes raw activations `[..., d_in]`.
+        A dictionary in evaluation mode that takes raw activations `[..., d_in]`; inside `torch.inference_mode` too its
+        weights are ordinary tensors, which gradients can go through afterwards.
 
     Raises:
         FormatError: nothing there, not this format, a newer version, a pickle, damaged or ill-shaped weights.

@@ -27,7 +27,7 @@ from sae.evaluation.report import identify
 from sae.features.vocabulary import Vocabulary
 from sae.files import locked
 from sae.language_model import LanguageModel
-from sae.modes import without_autocast
+from sae.modes import in_own_modes
 from sae.origin import check_belongs
 from sae.paths import expanded
 from sae.seeding import numpy_generator
@@ -38,7 +38,7 @@ _FEATURES_AT_ONCE = 64
 Progress = Callable[[str, int, int], None]
 
 
-@without_autocast
+@in_own_modes
 def measure_effects(
     dictionary: Dictionary,
     cache: ActivationCache,

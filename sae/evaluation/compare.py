@@ -22,6 +22,7 @@ from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated
 from sae.files import delete, stands, write_bytes, write_json
 from sae.language_model import LanguageModel
+from sae.modes import in_own_modes
 from sae.paths import expanded
 from sae.reading import conforming, read_object, taken_apart
 
@@ -133,6 +134,7 @@ class Comparison:
         )
 
 
+@in_own_modes
 def compare(
     dictionaries: Mapping[str, Evaluated],
     cache: ActivationCache,

@@ -26,7 +26,7 @@ from sae.evaluation.sparsity import SparsityCounts
 from sae.evaluation.streams import BLOCK_TOKENS, ActivationSummary, Progress, held_out_blocks, summarise
 from sae.evaluation.subject import Evaluated, Subject, subject
 from sae.language_model import LanguageModel
-from sae.modes import without_autocast
+from sae.modes import in_own_modes
 from sae.tail import NO_ROAD, Road
 from sae.tokens import TokenPolicy
 
@@ -76,7 +76,7 @@ def evaluate(
 
 
 @torch.no_grad()
-@without_autocast
+@in_own_modes
 def evaluate_all(
     dictionaries: Mapping[str, Evaluated],
     cache: ActivationCache,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError, ShapeError
-from sae.modes import without_autocast
+from sae.modes import in_own_modes
 from sae.seeding import torch_generator
 
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
@@ -72,7 +72,7 @@ class Recovery:
 
 
 @torch.no_grad()
-@without_autocast
+@in_own_modes
 def recovery(
     learned: Float[Tensor, "d_sae d_in"],
     true: Float[Tensor, "true _"],
@@ -211,7 +211,7 @@ class Detection:
 
 
 @torch.no_grad()
-@without_autocast
+@in_own_modes
 def detection(
     dictionary: Dictionary, matching: Matching, validation: Labelled, test: Labelled, *, seed: int = 0
 ) -> Detection:

@@ -68,7 +68,7 @@ class SparsityScores:
         bins = -lowest * BINS_PER_DECADE
         edges = [lowest + number / BINS_PER_DECADE for number in range(bins + 1)]
         alive = self.density[self.firings > 0].log10()
-        place = torch.bucketize(alive, torch.tensor(edges, dtype=torch.float64), right=True) - 1
+        place = torch.bucketize(alive, torch.tensor(edges, dtype=torch.float64, device=alive.device), right=True) - 1
         return edges, torch.bincount(place.clamp(0, bins - 1), minlength=bins).tolist()
 
     def to_json(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from sae.features.logits import LogitEffects, logit_effects
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
 from sae.features.write import Collected, write_store
-from sae.modes import without_autocast
+from sae.modes import in_own_modes
 from sae.neighbours import nearest_neighbours
 from sae.origin import check_belongs
 from sae.tokens import TRAIN
@@ -39,7 +39,7 @@ BLOCK_FIRINGS = 1 << 21
 _ENCODED_AT_ONCE = 1 << 26
 
 
-@without_autocast
+@in_own_modes
 def collect(
     dictionary: Dictionary,
     cache: ActivationCache,

@@ -107,7 +107,8 @@ class Features:
         """Columns over all features."""
         count = self._columns["count"]
         density = count.double() / max(1, self.info["tokens"])
-        return Summary(torch.arange(len(self)), count, density, self._columns["max"], self._columns["mean"], count == 0)
+        number, columns = torch.arange(len(count), device=count.device), self._columns
+        return Summary(number, count, density, columns["max"], columns["mean"], count == 0)
 
     def sorted_by(self, column: str, *, descending: bool | None = None, max_density: float = 1.0) -> list[int]:
         """Indices of features in the order of a column, dead ones last; ties by index.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.errors import ShapeError
 from sae.evaluation.estimate import Estimate, ratio
+from sae.modes import in_own_modes
 from sae.probing.activations import LabelledActivations
 from sae.probing.linear import Design, LinearProbe, rank_columns, require_sklearn
 from sae.probing.scores import binary_scores, mean_and_error
@@ -119,6 +120,7 @@ class AbsorptionResult:
         return mean_and_error(known) if known else None
 
 
+@in_own_modes
 def measure_absorption(
     dictionary: Decoding, data: LabelledActivations, settings: LetterConfig | None = None, name: str = "labels"
 ) -> AbsorptionResult:

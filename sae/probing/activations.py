@@ -16,7 +16,7 @@ from sae.activations.harvest import model_not_finite
 from sae.errors import DataError, ShapeError
 from sae.files import stands, write_json, write_tensors
 from sae.language_model import LanguageModel
-from sae.modes import without_autocast
+from sae.modes import in_own_modes
 from sae.paths import short_name
 from sae.probing.examples import Examples
 from sae.reading import load_tensors, read_object, taken_apart
@@ -86,7 +86,7 @@ class LabelledActivations:
         return torch.bincount(self.example, minlength=len(self.labels))[:, None]
 
 
-@without_autocast
+@in_own_modes
 def read_activations(
     language_model: LanguageModel, hook: str, examples: Examples, progress: Callable[[int, int], None] | None = None
 ) -> LabelledActivations:

@@ -16,7 +16,7 @@ from sae.evaluation.report import identify as identify_dictionary
 from sae.files import locked, write_bytes
 from sae.language_model import LanguageModel
 from sae.model_identity import has_fingerprint
-from sae.modes import without_autocast
+from sae.modes import in_own_modes
 from sae.origin import Place, check_belongs
 from sae.pipeline import Run
 from sae.probing.absorption import measure_absorption
@@ -38,7 +38,7 @@ _OF_EXAMPLES = ("examples", "max_tokens", "pool", "text", "label", "outside", "s
 _NOT_OF_RESULT = ("sample",)
 
 
-@without_autocast
+@in_own_modes
 def probe_run(
     run: Run | str | Path,
     data: Sequence[DataFile | str | Path],

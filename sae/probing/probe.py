@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import DataError, ShapeError
+from sae.modes import in_own_modes
 from sae.probing.activations import Encoder, LabelledActivations
 from sae.probing.examples import check_classes
 from sae.probing.labels import class_names, is_missing, other_kind
@@ -96,6 +97,7 @@ class ProbeResult:
         )
 
 
+@in_own_modes
 def probe(
     dictionary: Encoder,
     activations: Float[Tensor, "rows d_in"],

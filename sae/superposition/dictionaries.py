@@ -18,7 +18,7 @@ from sae.evaluation.recovery import (
     firing_density,
     recovery,
 )
-from sae.modes import without_autocast
+from sae.modes import in_own_modes
 from sae.superposition.world import TEST, VALIDATION, World, WorldSource, even_world, hard_world, toy_world
 from sae.training import Recipe, train_all
 
@@ -139,7 +139,7 @@ class RecoveryResult:
     dictionaries: tuple[DictionaryScores, ...]
 
 
-@without_autocast
+@in_own_modes
 def run_recovery(
     settings: RecoverySettings, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> RecoveryResult:

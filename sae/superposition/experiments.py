@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from sae.modes import in_own_modes
 from sae.superposition.geometry import dimensions_per_feature, feature_dimensionality, is_pentagon, neighbour_angles
 from sae.superposition.phases import AWAY, phase_diagram, phase_grid
 from sae.superposition.toy import ToyTraining, expected_loss, train_toy_models
@@ -67,6 +68,7 @@ class GeometryResult:
     models: tuple[PlaneModels, ...]
 
 
+@in_own_modes
 def run_geometry(settings: GeometrySettings, seed: int, progress: Steps | None = None) -> GeometryResult:
     """Train `runs` models at each density."""
     density = torch.tensor(settings.densities).repeat_interleave(settings.runs)
@@ -128,6 +130,7 @@ class DimensionalityResult:
     dimensionality: tuple[Row, ...]
 
 
+@in_own_modes
 def run_dimensionality(
     settings: DimensionalitySettings, seed: int, progress: Steps | None = None
 ) -> DimensionalityResult:
@@ -188,6 +191,7 @@ class PhaseResult:
     cells_away: int
 
 
+@in_own_modes
 def run_phases(settings: PhaseSettings, seed: int, progress: Steps | None = None) -> PhaseResult:
     """Train every cell, and count where the phase is the analytic one."""
     made = phase_diagram(

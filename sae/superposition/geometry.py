@@ -42,7 +42,7 @@ def neighbour_angles(W: Float[Tensor, "features hidden"], represented: float = R
         raise ShapeError(f"directions of shape {list(W.shape)}: neighbours have an order only in two dimensions")
     kept = W[W.norm(dim=1) > represented].double()
     if len(kept) < 2:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device=W.device)
     angles = torch.atan2(kept[:, 1], kept[:, 0]).sort().values
     gaps = angles.diff(append=angles[:1] + 2 * math.pi)
     return gaps * 180 / math.pi

@@ -12,6 +12,7 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from sae.errors import ConfigError
+from sae.modes import in_own_modes
 from sae.superposition.geometry import REPRESENTED
 from sae.superposition.toy import ToyTraining, best_of_restarts, train_toy_models
 
@@ -83,6 +84,7 @@ def _least(f: Polynomial) -> float:
     return float(min(f(b) for b in (0.0, 0.5, *inside)))
 
 
+@in_own_modes
 def analytic_losses(
     features: int, density: Float[Tensor, " densities"], importance: Float[Tensor, " importances"]
 ) -> Float[Tensor, "phases densities importances"]:
@@ -150,6 +152,7 @@ class PhaseDiagram:
         return int((away & (self.trained == self.analytic)).sum()), int(away.sum())
 
 
+@in_own_modes
 def phase_diagram(
     shape: tuple[int, int],
     density: Float[Tensor, " densities"],

@@ -17,6 +17,7 @@ import sae
 from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.files import locked, stands, write_bytes, write_json
 from sae.hashes import is_leftover
+from sae.modes import in_own_modes
 from sae.paths import expanded
 from sae.reading import read_object, validated
 from sae.superposition import dictionaries, experiments
@@ -114,6 +115,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+@in_own_modes
 def run(
     folder: str | Path,
     names: Iterable[str] = (),

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import ConfigError, TrainingError
-from sae.modes import without_autocast
+from sae.modes import in_own_modes
 from sae.seeding import torch_generator
 from sae.training.schedules import learning_rate
 
@@ -86,7 +86,7 @@ def sample_inputs(
 
 @torch.inference_mode(False)
 @torch.no_grad()
-@without_autocast
+@in_own_modes
 def train_toy_models(
     density: Float[Tensor, " instances"],
     importance: Float[Tensor, "instances features"],
@@ -158,6 +158,7 @@ def loss_gradients(
     return delta @ h.mT + x @ (W.mT @ delta).mT, delta.sum(2)
 
 
+@in_own_modes
 def expected_loss(models: ToyModels, points: int = 2048) -> Float[Tensor, " instances"]:
     """E Σ_i I_i (x_i − x'_i)² of each instance, in float64, without noise from what is present.
 
@@ -190,6 +191,7 @@ def expected_loss(models: ToyModels, points: int = 2048) -> Float[Tensor, " inst
     return losses
 
 
+@in_own_modes
 def best_of_restarts(models: ToyModels, restarts: int) -> tuple[ToyModels, Float[Tensor, " cells"]]:
     """Of every `restarts` consecutive instances the one of lowest expected loss, and that loss."""
     losses = expected_loss(models).reshape(-1, restarts)

@@ -13,6 +13,7 @@ from torch import Tensor
 from sae.activations.cache import Statistics
 from sae.errors import ConfigError, TrainingError
 from sae.evaluation.recovery import Labelled
+from sae.modes import in_own_modes
 from sae.seeding import STREAMS, numpy_generator, torch_generator
 from sae.superposition.geometry import REPRESENTED
 from sae.superposition.toy import train_toy_models
@@ -74,6 +75,7 @@ class World:
         """Mean number of features that are present."""
         return float(self.frequency.double().sum())
 
+    @in_own_modes
     def sample(self, rows: int, number: int = 0, stream: str = TRAINING) -> Sample:
         """A batch: the same for the same seed, stream, number and rows, whatever was drawn before.
 
@@ -96,6 +98,7 @@ class World:
         values = torch.where(present, coins / self.chance, 0.0)  # a coin below its chance, divided by it, is uniform
         return Sample(values @ self.directions, values)
 
+    @in_own_modes
     def joint_frequency(self) -> Float[Tensor, "features features"]:
         """Probability that both of two features are present, in float64; on the diagonal a feature's own.
 
@@ -163,6 +166,7 @@ class WorldSource:
         self._next = 0
 
 
+@in_own_modes
 def even_world(features: int = 512, d_in: int = 256, mean_l0: float = 8.0, *, seed: int = 0) -> World:
     """Independent features of one frequency, mean_l0 / features.
 
@@ -186,6 +190,7 @@ def even_world(features: int = 512, d_in: int = 256, mean_l0: float = 8.0, *, se
     )
 
 
+@in_own_modes
 def hard_world(
     features: int = 512,
     d_in: int = 256,
@@ -243,6 +248,7 @@ def hard_world(
     return World(directions, frequency, chance, gate, gates, parent, seed, _HARD)
 
 
+@in_own_modes
 def toy_world(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, seed: int = 0) -> World:
     """The hidden activations of a toy model that was trained for the purpose: features as it has laid them out.
 
