@@ -14,8 +14,7 @@ from sae.errors import DataError
 from sae.probing.data import LabelledTexts, Span
 from sae.probing.settings import ProbeConfig
 from sae.seeding import numpy_generator
-from sae.text.digests import normalised
-from sae.text.document import digest_of_pieces
+from sae.text.digests import normalised_digest
 from sae.text.endings import last_tokens
 from sae.tokens import TokenPolicy
 
@@ -203,6 +202,6 @@ def _dependent(contexts: Sequence[tuple[int, ...]], texts: Sequence[str]) -> lis
 
     first: dict[tuple[int, ...] | bytes, int] = {}
     for number, (context, text) in enumerate(zip(contexts, texts, strict=True)):
-        for fact in (context, digest_of_pieces(normalised([text]))):
+        for fact in (context, normalised_digest([text])):
             leader[leader_of(number)] = leader_of(first.setdefault(fact, number))
     return list(map(leader_of, range(len(texts))))

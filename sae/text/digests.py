@@ -102,7 +102,12 @@ class _Long:
         return self._digest
 
     def _digest_of(self, pieces: Iterable[str]) -> bytes:
-        return digest_of_pieces(pieces) if self._exactly else digest_of_pieces(_normalised(pieces), stripped=True)
+        return digest_of_pieces(pieces) if self._exactly else normalised_digest(pieces)
+
+
+def normalised_digest(pieces: Iterable[str]) -> bytes:
+    """What texts have in common that are equal but for line ends, a byte order mark and space around them."""
+    return digest_of_pieces(_normalised(pieces), stripped=True)
 
 
 def _normalised(pieces: Iterable[str]) -> Iterator[str]:
