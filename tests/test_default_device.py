@@ -24,6 +24,7 @@ from sae.features import collect
 from sae.language_model import LanguageModel
 from sae.probing import ProbeConfig
 from sae.superposition.dictionaries import RecoverySettings, run_recovery
+from tests.conftest import make_tiny_config
 
 HOOK = "blocks.1.hook_resid_pre"
 TOKENS = torch.randint(1, 90, (2, 12), generator=torch.Generator().manual_seed(4))
@@ -163,8 +164,6 @@ def case(
     tiny_cache: ActivationCache, tiny_model: Path, text_folder: Path, language_model: LanguageModel,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Case:  # fmt: skip
-    from conftest import make_tiny_config
-
     folder = tmp_path_factory.mktemp("case")
     config = make_tiny_config(tiny_model, text_folder, folder / "run", {"evaluation.frozen_decoder_tokens": 256})
     return Case(tiny_cache, language_model, config, folder)
