@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 
 from sae.config import ModelConfig
 from sae.errors import ModelError
+from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.model_identity import fingerprint, has_fingerprint
+from sae.pipeline import Run
+from tests.conftest import TinyConfig
 
 INDEX = "model.safetensors.index.json"
 
@@ -166,3 +169,14 @@ def test_a_revision_is_of_the_hub(local: bool, tiny_model: Path) -> None:
         f"model.revision='abc': model {name!r} is a local folder or file, and only models of the hub have revisions; "
         "leave it out"
     )
+
+
+def test_a_cache_that_recorded_a_folder_s_revision_is_used(tiny_config: TinyConfig) -> None:
+    """As older versions did; it had no effect."""
+    config = tiny_config()
+    run = Run(config)
+    manifest = run.harvest().path / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["model"]["requested_revision"] = "main"
+    write_json(manifest, record)
+    assert Run(config).cache(text=True).manifest.model["requested_revision"] == "main"

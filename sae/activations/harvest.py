@@ -140,6 +140,8 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, t
             f"cache {str(folder)!r}: of another model: the weights of {config.model.name!r} are not those it was made "
             f"with ({model.get('name')!r}); use that model, or set harvest.cache to another folder"
         )
+    elif config.model.revision is None:
+        del asked["model.revision"]  # older versions recorded what was given with a folder, where it had no effect
     for key, value in asked.items():
         if held.get(key) != value:
             raise CacheError(
