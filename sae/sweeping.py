@@ -180,7 +180,8 @@ def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress:
     if not missing:
         return {}
     recipes = {name: run.recipe(cache) for name, run in missing.items()}
-    common_pass(_loaders(base, missing, cache), recipes)  # what cannot be trained is known before anything is
+    loaders = _loaders(base, missing, cache)
+    common_pass(loaders, recipes, base.device)  # what cannot be trained is known before anything is
     failures: dict[str, str] = {}
     for group in _that_go_together(missing):
         at_once = base.config.sweep_at_once or len(group)

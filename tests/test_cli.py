@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import sae
+from tests.support.locks import held_elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -290,10 +291,8 @@ def test_a_moved_run_still_works(own_run: Path, tmp_path: Path, command) -> None
 
 
 def test_two_trainings_in_one_folder_are_refused(config_file: Path, own_run: Path, command) -> None:
-    from sae.files import locked
-
     shutil.rmtree(own_run / "dictionary")
-    with locked(own_run, "training"):
+    with held_elsewhere(own_run, "training"):
         assert_refused(command("train", config_file, f"out={own_run}"), "another training is writing it")
 
 

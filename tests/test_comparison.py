@@ -15,7 +15,7 @@ from sae.comparison import compare_folders
 from sae.config import RunConfig
 from sae.errors import ConfigError
 from sae.evaluation import Comparison, partial
-from sae.files import write_bytes, write_json
+from sae.files import write_json
 from sae.pipeline import Run
 from tests.conftest import make_tiny_config
 
@@ -38,6 +38,12 @@ def runs(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathF
 def own(runs: Path, tmp_path: Path) -> Path:
     """A copy to change."""
     return Path(shutil.copytree(runs, tmp_path / "own"))
+
+
+def change_weights(folder: Path) -> None:
+    dictionary = sae.load(folder)
+    dictionary.W_enc.mul_(1.5)
+    dictionary.save(folder)
 
 
 def _config(tiny_model: Path, text_folder: Path, folder: Path, name: str, k: int) -> RunConfig:
@@ -94,8 +100,7 @@ def test_what_is_stale_is_measured_again(
     overrides: tuple[str, ...] = ()
     expected = ["k6"]
     if what == "weights":
-        content = (own / "k8/dictionary/weights.safetensors").read_bytes()
-        write_bytes(own / "k6/dictionary/weights.safetensors", content)
+        change_weights(own / "k6/dictionary")
     elif what == "k":
         path = own / "k6" / "dictionary" / "config.json"
         write_json(path, {**json.loads(path.read_text()), "k": 5})
@@ -134,8 +139,7 @@ def test_a_written_comparison_is_read_again(own: Path, evaluated: list[list[str]
     assert len(evaluated) == 1
     assert again == first == Comparison.from_json(json.loads((tmp_path / "out" / "compare.json").read_text()))
     assert list(first.dictionaries) == ["k4/dictionary", "k8/dictionary"], "the shortest ends that differ"
-    content = (own / "k6/dictionary/weights.safetensors").read_bytes()
-    write_bytes(own / "k8/dictionary/weights.safetensors", content)
+    change_weights(own / "k8/dictionary")
     other = compare_folders(places, on=own / "k4", out=tmp_path / "out")
     assert len(evaluated) == 2 and other != first
 

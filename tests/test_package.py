@@ -57,6 +57,7 @@ FLOW = [
     ["features"],
     ["causal", "probing"],
     ["viewer"],
+    ["run_folder"],
     ["pipeline", "progress", "verification"],
     ["probing.of_run"],
     ["sweeping", "comparison"],

@@ -8,19 +8,23 @@ from collections.abc import Mapping
 import torch
 
 from sae.activations.loader import ActivationLoader
+from sae.environment import memory_of
 from sae.errors import ConfigError, TrainingError
-from sae.fit import check_fit
+from sae.fit import check_fit, check_memory
 from sae.training.applicability import check_read
 from sae.training.source import BatchSource, origin
 from sae.training.trainee import Recipe, build, check_start, freeze_
 from sae.transcoding import Hooks
 
 
-def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe]) -> tuple[int, int]:
+def common_pass(
+    sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe], device: torch.device
+) -> tuple[int, int]:
     """Batch size and number of tokens, which all share.
 
     Raises:
-        ConfigError: a source that is not there; settings that a common pass cannot have.
+        ConfigError: a source that is not there; settings that a common pass cannot have; a dictionary that the device's
+            memory cannot hold.
         TrainingError: fewer tokens than a batch.
     """
     for name, recipe in recipes.items():
@@ -59,7 +63,7 @@ def common_pass(sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe
             f"{tokens:,} training tokens are fewer than one batch of {source.batch_size:,}: "
             f"{'raise train.tokens' if settings.tokens else 'harvest more (data.tokens)'}, or lower train.batch_size"
         )
-    _check_recipes(recipes, sources, tokens // source.batch_size * source.batch_size)
+    _check_recipes(recipes, sources, tokens // source.batch_size * source.batch_size, memory_of(device))
     return source.batch_size, tokens
 
 
@@ -108,9 +112,10 @@ def _check_sources(sources: Mapping[str, BatchSource]) -> None:
             )
 
 
-def _check_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, BatchSource], tokens: int) -> None:
+def _check_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, BatchSource], tokens: int, memory: int) -> None:
     for name, recipe in recipes.items():
         try:
+            check_memory(sources[recipe.source].d_in, recipe.dictionary, memory)
             _check_recipe(recipe, sources[recipe.source].d_in, tokens)
         except ConfigError as error:
             raise (ConfigError(f"{name}: {error}") if len(recipes) > 1 else error) from None

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from sae.config import DictionaryConfig, TrainConfig
 from sae.dictionary import Dictionary
-from sae.environment import memory_of
 from sae.errors import ConfigError, TrainingError, TrainingInterrupted
 from sae.files import locked, missing_space
-from sae.fit import check_memory
 from sae.modes import present_mode, training_mode
 from sae.paths import expanded
 from sae.reading import taken_apart
@@ -219,10 +217,7 @@ class _Run:
         self.sources = {name: source for name, source in sources.items() if name in used}
         self.device = device
         first = next(iter(recipes.values()))
-        for recipe in recipes.values():
-            if recipe.source in sources:
-                check_memory(sources[recipe.source].d_in, recipe.dictionary, memory_of(device))
-        self.batch_size, self.total_tokens = common_pass(sources, recipes)
+        self.batch_size, self.total_tokens = common_pass(sources, recipes, device)
         self.steps = self.total_tokens // self.batch_size
         self.log_every, self.checkpoint_every = first.settings.log_every, first.settings.checkpoint_every
         self.step = 0

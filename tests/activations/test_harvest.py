@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +275,11 @@ def test_unwritable_folder(tiny_config: Config, language_model: LanguageModel, t
 
 def test_two_harvests_in_one_folder(tiny_config: Config, language_model: LanguageModel) -> None:
     def second(done: int, total: int) -> None:
-        with pytest.raises(CacheError, match=r"another harvest is writing it; wait for it or stop it"):
-            harvest(tiny_config(), language_model)
+        with (
+            ThreadPoolExecutor(1) as pool,
+            pytest.raises(CacheError, match=r"another harvest is writing it; wait for it or stop it"),
+        ):
+            pool.submit(harvest, tiny_config(), language_model).result()
 
     harvest(tiny_config(), language_model, second)
 
