@@ -114,6 +114,7 @@ def test_sweep_prints_its_table_and_names_its_folder(command, config_file: Path,
     assert "not trained: lr1e30: " in bad.out
 
 
+@pytest.mark.slow
 def test_eval_of_several_runs_writes_a_report_into_each(
     config_file: Path, own_run: Path, tmp_path: Path, command
 ) -> None:

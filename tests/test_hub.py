@@ -188,7 +188,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(hub: LoopbackHub, gpt
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize("offline", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_hub_out_of_reach(offline: str, hub: LoopbackHub, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

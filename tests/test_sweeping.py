@@ -257,6 +257,7 @@ def test_each_dictionary_has_a_wandb_run_of_its_own(tiny_config: TinyConfig) -> 
         assert len(list((Path(config.out) / name).rglob("*.wandb"))) == 1, name
 
 
+@pytest.mark.slow
 def test_one_that_diverged_holds_up_no_one(tiny_config: TinyConfig) -> None:
     """It has no newer checkpoint than the one before it failed; the others go on from their own."""
     config = swept(tiny_config, train={"lr": [1e-3, 2e-3]})

@@ -168,6 +168,7 @@ def test_a_harvest_that_cannot_fit_is_not_begun(
     assert contents(cache.path) == contents(tiny_cache.path)
 
 
+@pytest.mark.slow
 def test_killed_harvests_end_with_the_same_bytes(tiny_model: Path, text_folder: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments, and at steps of the file system, then resumed to the end."""
     script = Path(__file__).with_name("killed_harvest.py")

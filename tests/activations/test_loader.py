@@ -48,7 +48,7 @@ def drawn(loader: ActivationLoader, batches: int) -> list[int]:
 
 
 @pytest.mark.parametrize("block_tokens", [1, 5, 64, 5000])
-@pytest.mark.parametrize("pool_tokens", [1, 50, 333, 10**6])
+@pytest.mark.parametrize("pool_tokens", [pytest.param(1, marks=pytest.mark.slow), 50, 333, 10**6])
 def test_every_eligible_row_once_an_epoch_and_no_other(
     marked: tuple[ActivationCache, list[int]], pool_tokens: int, block_tokens: int
 ) -> None:

@@ -131,7 +131,9 @@ def test_sums_of_columns(kernels, density: float) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "rows"), [("groups of columns", 1), ("ordinary", 5), ("ordinary", 9)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [pytest.param("groups of columns", 1, marks=pytest.mark.slow), ("ordinary", 5), ("ordinary", 9)]
+)
 def test_not_a_number_is_selected_first(kernels, name: str, rows: int) -> None:
     """So that training that diverges is seen to."""
     ours, like, _ = kernels

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from tests.support.quick import quick_for
-
 pytest.importorskip("triton")
 
 from sae import sparse
@@ -71,7 +69,8 @@ class Trained:
         self.losses.append(float(losses.total.detach()))
 
 
-@pytest.mark.parametrize("architecture", quick_for(["batch_topk"], ["topk", "batch_topk"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
 def test_triton_takes_the_cpu_s_steps(use, architecture: str) -> None:
     """With dead features from the third step on, so that AuxK and its blocks of gradients take part.
 
@@ -123,6 +122,7 @@ def largest_tensor_of_a_step(architecture: str, d_in: int, d_sae: int, batch: in
     return recorder.numbers, recorder.operator
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
 def test_a_step_makes_neither_all_pre_activations_nor_a_gradient_of_a_matrix(use, architecture: str) -> None:

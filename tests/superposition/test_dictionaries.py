@@ -51,6 +51,7 @@ def test_a_dictionary_recovers_what_a_toy_model_has_laid_out() -> None:
     assert dictionary.f1 > 0.7 and dictionary.null_f1 < 0.1
 
 
+@pytest.mark.slow
 def test_dictionaries_recover_128_features_in_64_dimensions() -> None:
     settings = RecoverySettings(
         "even", features=128, d_in=64, mean_l0=4.0, d_sae=256, k=4, tokens=300_000, batch_size=1024, scored=4000

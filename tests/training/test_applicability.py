@@ -22,6 +22,7 @@ from tests.training.test_control import raw, shape
 from tests.training.test_loop import BATCH, planted, settings
 
 
+@pytest.mark.slow
 def test_jumprelu_takes_the_weight_and_the_bandwidth_that_are_set() -> None:
     def made(steps: int = 400, **changes: float) -> sae.Dictionary:
         return train(IterableSource(planted(50)), shape("jumprelu"), settings(steps, **{"lr": 3e-3, **changes}))

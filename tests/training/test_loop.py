@@ -205,6 +205,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """kill -9 at six random moments; only whole checkpoints may count."""
     whole = train(IterableSource(planted(30)), SHAPE, settings(200, checkpoint_every=7), folder=tmp_path / "whole")

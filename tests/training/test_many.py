@@ -22,6 +22,7 @@ from sae.training.checkpoint import list_checkpoints
 from sae.training.schedules import FALL, START_L0, Gains, SteeredWeight, falling_l0
 from sae.training.threshold import rows_for_threshold
 from sae.training.trainee import Trainee
+from tests.support.quick import quick_for
 from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, settings
 
 
@@ -97,6 +98,7 @@ train_all({"activations": IterableSource(Killing(planted(100)))}, {n: recipe(n, 
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_resumed_gives_the_same_weights(tmp_path: Path) -> None:
     ahead = rows_for_threshold(K) // BATCH
     count = 8 + 40 + ahead  # those of the statistics, those of the steps, those read for the threshold of step 40
@@ -184,7 +186,7 @@ def test_a_transcoder_resumes_and_is_not_mistaken_for_an_autoencoder(tmp_path: P
         assert torch.equal(resumed.get_parameter(label), parameter), label
 
 
-@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
+@pytest.mark.parametrize("architecture", quick_for(["relu"], ["relu", "gated", "jumprelu"]))
 def test_penalties_are_steered_to_the_l0_that_was_asked_for(architecture: str) -> None:
     data = planted(100)
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
