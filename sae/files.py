@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> None:
+def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> str:
     """Write a file so that a crash at any instant leaves the old content or the new, never a part.
 
     Args:
@@ -31,13 +31,16 @@ def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> None:
         content: all of it.
         hashed: its hash goes into `SHA256SUMS` beside it; else it has none.
 
+    Returns:
+        SHA-256 of the content.
+
     Raises:
         CacheError: the folder cannot be written, or the disk is full; the old file is untouched.
     """
-    write_chunks(path, [content], hashed=hashed)
+    return write_chunks(path, [content], hashed=hashed)
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) -> None:
+def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) -> str:
     """`write_bytes` for content that comes in pieces and need not fit into memory.
 
     Raises:
@@ -52,8 +55,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) ->
                 for chunk in chunks:
                     written += len(chunk)
                     file.write(chunk)
-                    if hashed:
-                        digest.update(chunk)
+                    digest.update(chunk)
             os.fsync(descriptor)
             if not hashed:
                 hashes.forget(path)
@@ -62,6 +64,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) ->
                 _sync_folder(path.parent)
     except OSError as error:
         raise CacheError(_explain(path, written, error)) from error
+    return digest.hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -77,9 +80,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """
     from safetensors.torch import save  # not above: it takes seconds, and the command line writes no tensors to begin
 
-    content = save(dict(tensors))
-    write_bytes(path, content)
-    return hashlib.sha256(content).hexdigest()
+    return write_bytes(path, save(dict(tensors)))
 
 
 def delete(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def check_folder(name: str, folder: Path) -> None:
             "merge the adapter into its model, save that (in PEFT: model.merge_and_unload().save_pretrained(...), and "
             "the tokenizer beside it), and give that folder"
         )
-    weights = _json(folder / "config.json").get("transformers_weights")
+    config = folder / "config.json"
+    weights = _read_json(config if config.is_file() else None).get("transformers_weights")
     if isinstance(weights, str):
         if weights.endswith(".safetensors"):
             _check_shard(name, folder, weights, "config.json")
@@ -85,7 +87,7 @@ def _fault(path: Path, keys: tuple[str, ...]) -> str | None:
     return None if lacking is None else f"{path.name} has no {lacking!r}"
 
 
-def added_tokens(read: Any) -> set[str]:
+def added_tokens(read: Callable[[str], Path | None]) -> set[str]:
     """Tokens that a tokenizer's files add to its vocabulary, special ones among them.
 
     Args:
@@ -137,10 +139,6 @@ def _no_file(name: str, file: str) -> str:
         f"model {name!r}: {file} is a pipe, a device or a link to nothing where a file should be; put the file there, "
         "or take it away"
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return _read_json(path if path.is_file() else None)
 
 
 def _read_json(path: Path | None) -> dict[str, Any]:

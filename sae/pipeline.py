@@ -196,12 +196,12 @@ class Run:
                 return self.trained_already(cache)
             with self.configured():
                 dictionary = self._train(cache)
-                dictionary.save(self.folder / "dictionary")
+                dictionary.save(self.folder / DICTIONARY)
         return dictionary
 
     def is_trained(self) -> bool:
         """Whether the dictionary is there, whatever its settings were."""
-        return stands(self.folder / "dictionary" / CONFIG_FILE)
+        return stands(self.folder / DICTIONARY / CONFIG_FILE)
 
     def evaluate(self) -> Report:
         """The report on the run's dictionary, also written as `eval.json` and `eval.md`."""

@@ -82,14 +82,15 @@ def check_run(folder: Path) -> None:
         return
     if contradiction := _other_settings(folder, config):
         raise FormatError(contradiction)
+    results = {folder / name: of for name, of in _OF_DICTIONARY.items() if stands(folder / name)}
+    if not results:
+        return
     weights = weights_sha256(load(folder))
-    for path, (part, key, verb) in _OF_DICTIONARY.items():
-        if stands(folder / path):
-            record = read_object(folder / path)
-            subject = as_object(folder / path, record.get(part, {})) if part else record
-            if subject.get(key, weights) != weights:
-                reason = f"of another dictionary than the one in {DICTIONARY}"
-                raise damaged(folder / path, reason, f"run '{verb}' again")
+    for path, (part, key, verb) in results.items():
+        record = read_object(path)
+        subject = as_object(path, record.get(part, {})) if part else record
+        if subject.get(key, weights) != weights:
+            raise damaged(path, f"of another dictionary than the one in {DICTIONARY}", f"run '{verb}' again")
 
 
 def _other_settings(folder: Path, config: RunConfig) -> str | None:

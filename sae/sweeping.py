@@ -28,6 +28,7 @@ from sae.markdown import code, plain
 from sae.pipeline import Run, evaluate_runs
 from sae.progress import Notes, announce
 from sae.reading import load_tensors, read_object, taken_apart
+from sae.run_folder import DICTIONARY
 from sae.tokens import TRAIN
 from sae.training.agreement import common_pass
 from sae.training.applicability import no_reader, unread
@@ -276,7 +277,7 @@ def _train_together(
             )
         for name, dictionary in outcome.dictionaries.items():
             _keep_cost(runs[name].folder, outcome.costs[name], base.device.type)
-            dictionary.save(runs[name].folder / "dictionary")
+            dictionary.save(runs[name].folder / DICTIONARY)
             finished.add(name)
     finally:
         for name, of_run in sinks.items():
