@@ -45,8 +45,9 @@ from sae.training.initialise import initialise_
 
 FROZEN_DECODER = 200_000
 SETTINGS = EvaluationConfig(
-    downstream_tokens=None, baseline_tokens=16_384, frozen_decoder_tokens=FROZEN_DECODER, legacy_tokens=8192
-)
+    downstream_tokens=None, baseline_tokens=16_384, baseline_reconstruction_tokens=None,
+    frozen_decoder_tokens=FROZEN_DECODER, legacy_tokens=8192,
+)  # fmt: skip
 """Every held-out token for the dictionary, whatever the size of the cache."""
 
 

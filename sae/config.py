@@ -381,7 +381,7 @@ class EvaluationConfig(_Settings):
     )
     downstream_tokens: int | str | None = Field(
         default=AUTO,
-        description="held-out tokens for the language-model loss, in contexts spread over `tokens`; `auto`: one of 384 "
+        description="held-out tokens for the language-model loss, in contexts spread over `tokens`; `auto`: one of 768 "
         "cached tokens, 2,048 at least; null: as many as `tokens`",
     )
     baseline_tokens: int | str | None = Field(
@@ -389,19 +389,27 @@ class EvaluationConfig(_Settings):
         description="of those, how many are enough for baselines, in whole contexts; `auto`: one of 1,152 cached "
         "tokens, from 1,024 to 16,384; null: all",
     )
+    baseline_reconstruction_tokens: int | str | None = Field(
+        default=AUTO,
+        description="held-out tokens on which baselines are reconstructed, every n-th of `tokens`; `auto`: one of 256 "
+        "cached tokens, 4,096 at least; null: all",
+    )
     frozen_decoder_tokens: int | str = Field(
         default=AUTO,
-        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: one of 48 "
+        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: one of 96 "
         "cached tokens, from 16,384 to 200,000; 0: leave it out",
     )
     legacy_tokens: int | str = Field(
         default=AUTO,
-        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; `auto`: one of 1,024 "
+        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; `auto`: one of 1,536 "
         "cached tokens, from 1,024 to 8,192; 0: leave them out",
     )
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
 
-    @field_validator("downstream_tokens", "baseline_tokens", "frozen_decoder_tokens", "legacy_tokens", mode="before")
+    @field_validator(
+        "downstream_tokens", "baseline_tokens", "baseline_reconstruction_tokens", "frozen_decoder_tokens",
+        "legacy_tokens", mode="before",
+    )  # fmt: skip
     @classmethod
     def _tokens(cls, value: Any, info: Any) -> Any:
         can_be_zero = info.field_name in ("frozen_decoder_tokens", "legacy_tokens")

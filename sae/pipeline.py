@@ -448,7 +448,9 @@ def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict
         unfinished=unfinished,
     )
     for number, run in runs.items():
+        first.progress("evaluate: tables and figures", 0, 1)
         write_report(reports[names[number]], run.folder, run.folder / METRICS_FILE)
+        first.progress("evaluate: tables and figures", 1, 1)
     discard(unfinished)
     return {number: reports[name] for number, name in names.items()}
 

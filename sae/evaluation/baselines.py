@@ -13,12 +13,13 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache
 from sae.architectures.topk import TopK
 from sae.dictionary import Codes
+from sae.evaluation.budget import pca_tokens
 from sae.evaluation.estimate import double
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.evaluation.streams import Progress, training_blocks
 from sae.seeding import torch_generator
 
-PCA_TOKENS, GAIN_TOKENS = 200_000, 16_384
+GAIN_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,16 @@ class PrincipalComponents:
 
 def fit_pca(
     cache: ActivationCache, hook: str, device: str | torch.device = "cpu", *,
-    progress: Progress | None = None, max_tokens: int = PCA_TOKENS,
+    progress: Progress | None = None, max_tokens: int | None = None,
 ) -> PrincipalComponents:  # fmt: skip
-    """Mean and covariance of up to `max_tokens` eligible training tokens, streamed in float64, and its eigenvectors.
+    """Mean and covariance of eligible training tokens, streamed in float64, and the covariance's eigenvectors.
+
+    Args:
+        cache: whose training tokens are read, at equal distances.
+        hook: hook point.
+        device: where products are computed.
+        progress: called with (stage, tokens done, tokens in all).
+        max_tokens: how many at most; None: one of 32 cached tokens, 16,384 and 64 · d_in at least, 200,000 at most.
 
     Raises:
         CacheError: a training activation is not finite.
@@ -117,6 +125,7 @@ def fit_pca(
     shift = cache.statistics(hook).mean.double()
     tokens, total, products = 0, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
     report = progress or (lambda stage, done, of: None)
+    max_tokens = pca_tokens(cache, hook) if max_tokens is None else max_tokens
     of = min(max_tokens, cache.statistics(hook).tokens)
     report("principal components", 0, of)
     for block in training_blocks(cache, hook, max_tokens):

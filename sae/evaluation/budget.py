@@ -12,14 +12,17 @@ from sae.config import AUTO, EvaluationConfig
 from sae.tokens import HELD_OUT, SPLITS
 
 _OF_CACHE = {
-    "downstream_tokens": (384, 2048),
+    "downstream_tokens": (768, 2048),
     "baseline_tokens": (1152, 1024),
-    "legacy_tokens": (1024, 1024),
-    "frozen_decoder_tokens": (48, 16_384),
+    "baseline_reconstruction_tokens": (256, 4096),
+    "legacy_tokens": (1536, 1024),
+    "frozen_decoder_tokens": (96, 16_384),
 }
 """One token of so many of the cache, and the least, which is a context where the language model reads whole ones."""
 _WHOLE_CONTEXTS = ("downstream_tokens", "baseline_tokens", "legacy_tokens")
 _MOST = {"baseline_tokens": 16_384, "legacy_tokens": 8192, "frozen_decoder_tokens": 200_000}
+_PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH, _PCA_MOST = 32, 16_384, 64, 200_000
+"""Principal components: one token of so many of the cache; the least, also for each number of a token; the most."""
 
 
 def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationConfig:
@@ -32,6 +35,12 @@ def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationCon
         if getattr(settings, name) == AUTO
     }
     return settings.model_copy(update=numbers)
+
+
+def pca_tokens(cache: ActivationCache, hook: str) -> int:
+    """Training tokens that principal components are fitted on."""
+    harvested = sum(cache.rows(split) for split in SPLITS)
+    return min(max(harvested // _PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH * cache.d_in(hook)), _PCA_MOST)
 
 
 def settled_tokens(tokens: int | str | None) -> int | None:

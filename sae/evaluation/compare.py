@@ -17,6 +17,7 @@ from sae.errors import ConfigError
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.evaluate import evaluate_all
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
+from sae.evaluation.render import fewest_of_baselines
 from sae.evaluation.report import HEADINGS
 from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated
@@ -75,8 +76,8 @@ class Comparison:
         key: what it is of: hashes of weights and activations, hook point, settings, package version.
         hook, model, data: where the activations come from.
         token_policy: which tokens count.
-        evaluated: how many tokens and documents, by the names in `eval.json`; `baseline_positions` is the least number
-            of positions that a baseline's losses are of.
+        evaluated: how many tokens and documents, by the names in `eval.json`; `baseline_tokens` and
+            `baseline_positions` are the least that a baseline, and its losses, are measured on.
         dictionaries: by name; the first is what the others are measured against.
         baselines: of all of them, each once, by what they are.
     """
@@ -129,7 +130,11 @@ class Comparison:
             key=comparison_key(identities, reference["activations"], reference["hook"], settings),
             dictionaries=dictionaries,
             baselines=_baselines(records.values()),
-            evaluated={**reference["evaluated"], "baseline_positions": _fewest_positions(records.values())},
+            evaluated={
+                **reference["evaluated"],
+                "baseline_tokens": fewest_of_baselines(records.values(), "tokens"),
+                "baseline_positions": fewest_of_baselines(records.values(), "downstream_tokens"),
+            },
             **{name: reference[name] for name in ("hook", "model", "data", "token_policy")},
         )
 
@@ -258,8 +263,3 @@ def _baselines(records: Iterable[Mapping[str, Any]]) -> dict[str, Compared]:
             again = sum(other == name or other.startswith(f"{name} (") for other in named)
             named[f"{name} ({again + 1})" if again else name] = made
     return named
-
-
-def _fewest_positions(records: Iterable[Mapping[str, Any]]) -> int | None:
-    positions = [made["downstream_tokens"] for record in records for made in record["baselines"].values()]
-    return min((number for number in positions if number is not None), default=None)

@@ -15,6 +15,7 @@ from sae.evaluation.render import (
     NONE,
     RECONSTRUCTION,
     SPARSITY,
+    baselines_have_fewer,
     describe_masks,
     describe_text,
     share_of,
@@ -127,11 +128,9 @@ def _second_lines(comparison: Comparison) -> str:
 
 
 def _fewer_tokens(comparison: Comparison) -> str:
-    """Of which positions the baselines' losses are, where these are fewer than the dictionaries'."""
-    own, fewest = comparison.evaluated["downstream_tokens"], comparison.evaluated["baseline_positions"]
-    if own is None or fewest is None or fewest == own:
-        return ""
-    return f"losses of baselines, and the clean loss that they are beside: {fewest:,} positions"
+    """What the baselines are measured on, where that is less than what the dictionaries are."""
+    evaluated = comparison.evaluated
+    return baselines_have_fewer(evaluated, evaluated.get("baseline_tokens"), evaluated["baseline_positions"])
 
 
 def _subject(comparison: Comparison) -> str:

@@ -119,9 +119,9 @@ def evaluate_all(
     kept = _kept(unfinished, subjects, cache, hook, settings, language_model, road, device)
     summary = summarise(cache, hook, settings, report_progress)
 
-    def score(stage: str, reconstructors: Mapping[Any, Reconstructor]) -> dict[Hashable, Scores]:
+    def score(stage: str, reconstructors: Mapping[Any, Reconstructor], every: int = 1) -> dict[Hashable, Scores]:
         return _score(
-            reconstructors, cache, hook, settings, stage=stage, unfinished=kept,
+            reconstructors, cache, hook, settings, stage=stage, every=every, unfinished=kept,
             summary=summary, progress=lambda *done: report_progress(stage, *done), device=device,
         )  # fmt: skip
 
@@ -134,7 +134,8 @@ def evaluate_all(
     baselines |= train_frozen_decoders(
         frozen, cache, hook, settled_tokens(settings.frozen_decoder_tokens) or 0, device, report_progress, kept.folder
     )
-    scores |= score("baselines", baselines)
+    enough = settled_tokens(settings.baseline_reconstruction_tokens) or summary.tokens
+    scores |= score("baselines", baselines, every=-(-summary.tokens // enough))
     if language_model is not None:
         downstream = measure_downstream(
             language_model, cache, hook, own, baselines,
@@ -224,10 +225,10 @@ def baseline_size(made: Subject, scores: Scores) -> int:
 
 def _score(
     reconstructors: Mapping[Any, Reconstructor], cache: ActivationCache, hook: str, settings: EvaluationConfig, *,
-    stage: str, unfinished: Unfinished, summary: ActivationSummary, progress: Callable[[int, int], None],
+    stage: str, every: int, unfinished: Unfinished, summary: ActivationSummary, progress: Callable[[int, int], None],
     device: str | torch.device,
 ) -> dict[Hashable, Scores]:  # fmt: skip
-    """One pass over the held-out tokens."""
+    """One pass over the held-out tokens, or over every n-th of them."""
     sums = {key: ReconstructionSums(summary.all_documents) for key in reconstructors}
     sparsity = {
         key: SparsityCounts(summary.all_documents, reconstructor.features)
@@ -248,19 +249,25 @@ def _score(
     for step, block in enumerate(held_out_blocks(cache, hook, settings, others), 1):
         if step <= stages.done:
             continue
-        x = block.x.to(device)
+        rows = slice(-done % every, None, every)
+        x, documents = block.x[rows].to(device), block.documents[rows]
         truth = Truth.of(x, summary.mean)
-        for key, reconstructor in reconstructors.items():
-            result = reconstructor(block.others[reconstructor.reads].to(device) if reconstructor.reads else x)
-            sums[key].add_(truth, result.x_hat, block.documents)
+        for key, reconstructor in reconstructors.items() if len(x) else ():
+            result = reconstructor(block.others[reconstructor.reads][rows].to(device) if reconstructor.reads else x)
+            sums[key].add_(truth, result.x_hat, documents)
             if key in sparsity and result.codes is not None:
-                sparsity[key].add_(result.codes, block.documents)
-        done += len(x)
+                sparsity[key].add_(result.codes, documents)
+        done += len(block.x)
         stages.step(step)
         progress(done, summary.tokens)
     stages.keep()
     return {
-        key: Scores(made.description, sums[key].scores(), sparsity[key].scores() if key in sparsity else None)
+        key: Scores(
+            made.description,
+            -(-summary.tokens // every),
+            sums[key].scores(),
+            sparsity[key].scores() if key in sparsity else None,
+        )
         for key, made in reconstructors.items()
     }
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae.columns import Column, fitted
 from sae.evaluation.estimate import Estimate, error_note
@@ -51,7 +51,8 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         _subject(report),
         "## Metrics",
         pipe_table(["", "", *(HEADINGS[name] for name in report.columns)], _rows(report)),
-        f"Values are means over tokens, {error_note(report.to_json()['evaluated'])}. Baselines: {_baselines(report)}.",
+        f"Values are means over tokens, {error_note(report.to_json()['evaluated'])}. Baselines: {_baselines(report)}."
+        + _sentence(fewer_tokens(report.to_json())),
         *_losses(report),
         "## Sparsity",
         _sparsity(report),
@@ -203,26 +204,42 @@ def _losses(report: Report) -> list[str]:
         pipe_table(["hook point replaced by", "", "nats per token"], rows),
         f"Over {downstream.tokens:,} eligible positions with a next token, of {downstream.documents:,} documents. All "
         "replacements are made at the same eligible positions; the others keep the model's own activations."
-        + (_sentence(plain(report.road)) if report.road else "")
-        + _sentence(fewer_tokens(report.to_json())),
+        + (_sentence(plain(report.road)) if report.road else ""),
     ]
 
 
 def fewer_tokens(record: Mapping[str, Any]) -> str:
-    """Which positions the baselines' losses are of, if these are fewer than the dictionary's; else empty.
+    """What the baselines are measured on, if that is less than what the dictionary is; else empty.
 
     Args:
         record: what `eval.json` holds.
     """
-    own = record["evaluated"]["downstream_tokens"]
-    fewer = [one for one in record["baselines"].values() if one["downstream_tokens"] is not None]
-    least = min(fewer, key=lambda one: one["downstream_tokens"], default=None)
-    if own is None or least is None or least["downstream_tokens"] == own:
-        return ""
-    return (
-        f"losses of baselines, and the clean loss that they are beside: {least['downstream_tokens']:,} positions, of "
-        f"{least['downstream_documents']:,} documents"
-    )
+    fewest = {key: fewest_of_baselines([record], key) for key in ("tokens", "downstream_tokens")}
+    return baselines_have_fewer(record["evaluated"], fewest["tokens"], fewest["downstream_tokens"])
+
+
+def fewest_of_baselines(
+    records: Iterable[Mapping[str, Any]], key: Literal["tokens", "downstream_tokens"]
+) -> int | None:
+    """The least that a baseline of them is measured on; None where none says it."""
+    numbers = [one.get(key) for record in records for one in record["baselines"].values()]
+    return min((number for number in numbers if number is not None), default=None)
+
+
+def baselines_have_fewer(evaluated: Mapping[str, Any], tokens: int | None, positions: int | None) -> str:
+    """Of how many tokens baselines are, and of how many positions their losses; empty where it is as many.
+
+    Args:
+        evaluated: of the dictionary, by the names of `eval.json`.
+        tokens: of the baselines' reconstruction; None: unknown.
+        positions: of their losses; None: not measured.
+    """
+    parts = []
+    if tokens is not None and tokens != evaluated["tokens"]:
+        parts.append(f"reconstruction and sparsity on {tokens:,} tokens")
+    if positions is not None and positions != evaluated["downstream_tokens"]:
+        parts.append(f"losses, and the clean loss that they are beside, on {positions:,} positions")
+    return f"baselines are measured on less: {'; '.join(parts)}" if parts else ""
 
 
 def _without_losses(record: Mapping[str, Any]) -> str:

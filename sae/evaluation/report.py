@@ -47,12 +47,14 @@ class Scores:
 
     Attributes:
         description: what it is, in a line.
+        tokens: that reconstruction and sparsity are of.
         reconstruction: against the activations.
         sparsity: of its codes; None for the identity.
         downstream: in the language model; None where none was given.
     """
 
     description: str
+    tokens: int
     reconstruction: ReconstructionScores
     sparsity: SparsityScores | None
     downstream: DownstreamScores | None = None
@@ -160,6 +162,7 @@ class Report:
             "baselines": {
                 name: {
                     "description": scores.description,
+                    "tokens": scores.tokens,
                     "downstream_tokens": scores.downstream.tokens if scores.downstream else None,
                     "downstream_documents": scores.downstream.documents if scores.downstream else None,
                     **scores.to_json(),

@@ -10,10 +10,11 @@ from evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
 from sae.activations.cache import eligible_rows
 from sae.activations.loader import ActivationLoader
 from sae.architectures import TopK
-from sae.config import DictionaryConfig, TrainConfig
-from sae.evaluation import evaluate
+from sae.config import DictionaryConfig, EvaluationConfig, TrainConfig
+from sae.evaluation import Report, evaluate
 from sae.evaluation.baselines import Baseline, RandomDictionary, fit_pca
 from sae.evaluation.frozen_decoder import train_frozen_decoders
+from sae.evaluation.render import markdown
 from sae.evaluation.streams import training_blocks
 from sae.training import Outcome, train, train_all
 
@@ -120,3 +121,29 @@ def test_a_gpu_gives_the_same_scores(tmp_path: Path) -> None:
             one, other = getattr(scores.reconstruction, metric), getattr(gpu[name].reconstruction, metric)
             assert other.value == pytest.approx(one.value, rel=1e-4, abs=1e-9), (name, metric)
     assert dictionary.W_dec.device.type == "cpu"
+
+
+def test_baselines_are_reconstructed_on_every_nth_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted through the split, over the edges of blocks; on all of them the numbers are of all."""
+    monkeypatch.setattr("sae.evaluation.streams.BLOCK_TOKENS", 32)
+    cache = make_cache(tmp_path, HELD_OUT, TRAIN)
+    x, tokens, _ = HELD_OUT
+    held_out = x[eligible_rows(tokens, POLICY, 8)]
+
+    def measured(wanted: int | None) -> Report:
+        settings = EvaluationConfig(baseline_reconstruction_tokens=wanted, frozen_decoder_tokens=0)
+        return evaluate(TopK(6, 24, k=2).requires_grad_(False), cache, hook=HOOK, settings=settings)
+
+    few, every = measured(-(-len(held_out) // 5)), measured(None)
+    assert few.scores.reconstruction == every.scores.reconstruction, "the dictionary is measured on all"
+    pca = fit_pca(cache, HOOK).reconstructor(2)
+    for made, rows in ((few, held_out[::5]), (every, held_out)):
+        scores = made.baselines["pca"]
+        error = (rows - pca(rows).x_hat).double().square().sum(-1).mean()
+        assert scores.reconstruction.mse.value == pytest.approx(float(error), rel=1e-5)
+        assert scores.sparsity is not None and scores.sparsity.tokens == scores.tokens == len(rows)
+        assert made.to_json()["baselines"]["pca"]["tokens"] == len(rows)
+    assert f"Baselines are measured on less: reconstruction and sparsity on {len(held_out[::5])} tokens" in markdown(
+        few, []
+    )
+    assert "on less" not in markdown(every, [])

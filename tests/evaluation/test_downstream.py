@@ -213,9 +213,12 @@ def test_tables_say_where_baselines_have_fewer_tokens(
 
     few, every = report(33), report(None)
     positions = few.baselines["pca"].downstream.tokens
-    assert f"Losses of baselines, and the clean loss that they are beside: {positions} positions" in markdown(few, [])
-    assert f"beside: {positions} positions" in printed(few)
-    assert "Losses of baselines" not in markdown(every, []) and "positions" not in printed(every)
+    assert (
+        f"Baselines are measured on less: losses, and the clean loss that they are beside, on {positions} positions."
+        in markdown(few, [])
+    )
+    assert f"beside, on {positions} positions" in printed(few)
+    assert "on less" not in markdown(every, []) and "positions" not in printed(every)
 
 
 def test_another_model_is_an_error(many_documents: ActivationCache, tiny_model: Path) -> None:

@@ -262,7 +262,7 @@ def test_anything_that_decides_the_numbers_makes_a_stored_report_stale(
             f"evaluation.{key}": {"settings": EvaluationConfig(**{key: value})}
             for key, value in {
                 "tokens": 96, "downstream_tokens": 64, "baseline_tokens": None, "frozen_decoder_tokens": 500,
-                "legacy_tokens": 0, "batch_contexts": 3,
+                "baseline_reconstruction_tokens": 64, "legacy_tokens": 0, "batch_contexts": 3,
             }.items()
         },
     }  # fmt: skip

@@ -15,7 +15,7 @@ from sae import pipeline
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation import evaluate, partial
-from sae.evaluation.budget import announcement, losses_read, settled, spread_contexts
+from sae.evaluation.budget import announcement, losses_read, pca_tokens, settled, spread_contexts
 from sae.evaluation.partial import FOLDER, Unfinished
 from sae.tokens import HELD_OUT
 
@@ -138,30 +138,41 @@ def test_auto_is_a_share_of_the_cache(tiny_cache: sae.ActivationCache, monkeypat
     rows = {"train": 1_500_000, "held_out": 60_000}
     monkeypatch.setattr(type(tiny_cache), "rows", lambda self, split: rows[split])
     chosen = settled(EvaluationConfig(), tiny_cache)
-    assert (chosen.downstream_tokens, chosen.baseline_tokens) == (4062, 1354)
-    assert (chosen.legacy_tokens, chosen.frozen_decoder_tokens) == (1523, 32_500)
+    assert (chosen.downstream_tokens, chosen.baseline_tokens) == (2048, 1354)
+    assert (chosen.legacy_tokens, chosen.frozen_decoder_tokens) == (1024, 16_384)
+    assert chosen.baseline_reconstruction_tokens == 6093
+    assert pca_tokens(tiny_cache, "blocks.1.hook_resid_pre") == 48_750
     rows["train"] = 300_000_000
     large = settled(EvaluationConfig(), tiny_cache)
-    assert (large.downstream_tokens, large.baseline_tokens) == (781_406, 16_384)
+    assert (large.downstream_tokens, large.baseline_tokens) == (390_703, 16_384)
     assert (large.legacy_tokens, large.frozen_decoder_tokens) == (8192, 200_000)
+    assert large.baseline_reconstruction_tokens == 1_172_109
+    assert pca_tokens(tiny_cache, "blocks.1.hook_resid_pre") == 200_000
     rows |= {"train": 1000, "held_out": 200}
     small = settled(EvaluationConfig(), tiny_cache)
     assert (small.downstream_tokens, small.baseline_tokens, small.legacy_tokens) == (2048, 1024, 1024)
+    assert pca_tokens(tiny_cache, "blocks.1.hook_resid_pre") == 16_384
     rows |= {"train": 16_384, "held_out": 8192}
     monkeypatch.setattr(type(tiny_cache), "context_length", 4096)
     long = settled(EvaluationConfig(), tiny_cache)
     assert (long.downstream_tokens, long.baseline_tokens, long.legacy_tokens) == (4096, 4096, 4096), "one context each"
-    given = EvaluationConfig(downstream_tokens=None, baseline_tokens=7, legacy_tokens=0, frozen_decoder_tokens=5)
+    given = EvaluationConfig(
+        downstream_tokens=None,
+        baseline_tokens=7,
+        legacy_tokens=0,
+        frozen_decoder_tokens=5,
+        baseline_reconstruction_tokens=9,
+    )
     assert settled(given, tiny_cache) == given
 
 
 def test_the_cost_is_said_before(tiny_cache: sae.ActivationCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: 4 · 4,062 + 3 · 1,354 + 4 · 1,523 tokens go through the model."""
+    """By hand: 4 · 2,048 + 3 · 1,354 + 4 · 1,024 tokens go through the model."""
     rows = {"train": 1_500_000, "held_out": 60_000}
     monkeypatch.setattr(type(tiny_cache), "rows", lambda self, split: rows[split])
     text = announcement(EvaluationConfig(), tiny_cache)
     assert text == (
-        "evaluation: 60,000 held-out tokens, 4,062 of them for losses: language-model passes over about 26,402 tokens "
+        "evaluation: 60,000 held-out tokens, 2,048 of them for losses: language-model passes over about 16,350 tokens "
         "(the harvest: 1,560,000)"
     )
 
@@ -184,7 +195,13 @@ def test_contexts_for_losses_are_spread_over_the_split(many_documents: sae.Activ
 
 
 def test_numbers_of_tokens_that_cannot_be_are_refused() -> None:
-    for name, value in (("downstream_tokens", 0), ("baseline_tokens", "some"), ("legacy_tokens", -1)):
+    refused = {
+        "downstream_tokens": 0,
+        "baseline_tokens": "some",
+        "baseline_reconstruction_tokens": 0,
+        "legacy_tokens": -1,
+    }
+    for name, value in refused.items():
         with pytest.raises(ConfigError, match=rf"setting evaluation\.{name}={value!r}: expected a number"):
             EvaluationConfig.model_validate({name: value})
     with pytest.raises(ConfigError, match="legacy_tokens=None: expected a number 0 or more, or auto"):
