@@ -101,6 +101,7 @@ def test_eval_refuses_overrides_that_it_does_not_read(command, finished_run: Pat
     assert_refused(command("eval", finished_run, "dictionary.k=8"), "evaluation does not read dictionary.k")
 
 
+@pytest.mark.slow
 def test_sweep_prints_its_table_and_names_its_folder(command, config_file: Path, tmp_path: Path) -> None:
     arguments = ("train.tokens=1280", "evaluation.tokens=64", "sweep.dictionary.architecture=[topk, relu]")
     outcome = command("sweep", config_file, f"out={tmp_path / 'swept'}", *arguments)
@@ -258,6 +259,7 @@ def test_a_report_cut_short_is_written_again(config_file: Path, own_run: Path, c
     assert (own_run / "eval.md").is_file()
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_while_it_is_written_is_made_again(
     config_file: Path, own_run: Path, command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

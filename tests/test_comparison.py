@@ -164,7 +164,7 @@ def test_the_command_prints_and_writes(runs: Path, tmp_path: Path, command: Any)
     assert command("compare", runs / "k4").status == 1
 
 
-@pytest.mark.parametrize("with_out", [True, False])
+@pytest.mark.parametrize("with_out", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_interrupted_comparison_goes_on(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_out: bool
 ) -> None:

@@ -71,6 +71,7 @@ def process(hub: LoopbackHub, home: Path, *command: str, **environment: str) -> 
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_main_configuration_runs_from_its_names_over_a_bad_line(hub: LoopbackHub, tmp_path: Path) -> None:
     """A download that breaks off is tried again; too many requests are waited for."""
     hub.faults = [
@@ -151,6 +152,7 @@ for case in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_one_line_with_the_way_out(hub: LoopbackHub, gpt2: Path, tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in gpt2.iterdir()}
     hub.add("models", "org/gated", gpt2, gated=True)
@@ -188,7 +190,8 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(hub: LoopbackHub, gpt
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("offline", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_hub_out_of_reach(offline: str, hub: LoopbackHub, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from sae.markdown import code, document, pipe_table, plain
@@ -49,6 +50,7 @@ def test_json_escapes_what_is_obeyed_and_gives_the_same_back() -> None:
     assert json_text({"a": [1, "é"]}, indent=1) == json.dumps({"a": [1, "é"]}, indent=1, ensure_ascii=False)
 
 
+@pytest.mark.slow
 def test_no_file_of_any_verb_holds_a_name_that_a_terminal_obeys(
     tiny_model: Path, text_folder: Path, tmp_path: Path, command: Command
 ) -> None:

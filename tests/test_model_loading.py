@@ -94,6 +94,7 @@ def test_code_asked_for_runs_and_is_recorded(hostile: Callable[..., Any], langua
     assert torch.equal(model.logits(tokens), language_model.logits(tokens))
 
 
+@pytest.mark.slow
 def test_nothing_asks_on_a_terminal_that_says_yes(hostile: Callable[..., Any], tmp_path: Path) -> None:
     """In a process of its own, `yes` at the other end of the pipe."""
     folder, marker = hostile({"model_type": "own", "auto_map": MODEL_MAP}, {"auto_map": TOKENIZER_MAP})
@@ -283,6 +284,7 @@ def test_loading_leaves_the_libraries_messages_as_they_were(
         (hub.enable_progress_bars if before[2] else hub.disable_progress_bars)()
 
 
+@pytest.mark.slow
 def test_the_first_loading_of_a_process_does_so_too(tiny_model: Path) -> None:
     """Importing libraries has effects as well."""
     code = f"""

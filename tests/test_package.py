@@ -282,6 +282,7 @@ def test_what_editors_see_is_what_there_is() -> None:
     assert (ROOT / "py.typed").is_file(), "without this file type checkers do not look into an installed package"
 
 
+@pytest.mark.slow
 def test_a_type_checker_knows_every_public_name(tmp_path: Path) -> None:
     """Its type, and what is no name or is called wrongly."""
     lines = [f"reveal_type(sae.{name})" for name in sae.__all__]

@@ -14,6 +14,7 @@ from sae.corpus import is_held_out
 from sae.model_identity import DEMO_FOLDER
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 SMALL = [
     "data.tokens=30000", "data.held_out_tokens=4000", "train.tokens=200000", "dictionary.d_sae=1024",
     "features.tokens=20000", "train.dead_after_tokens=20000",

@@ -96,6 +96,7 @@ def test_a_single_run_does_not_take_a_sweep(tiny_config: TinyConfig) -> None:
         Run(config).train()
 
 
+@pytest.mark.slow
 def test_one_pass_trains_evaluates_and_compares_all(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     original = ActivationLoader.__iter__
@@ -223,6 +224,7 @@ def test_what_the_cache_is_too_small_for_is_said_before_any_is_trained(tiny_conf
     assert not list(config.folder.glob("*/dictionary"))
 
 
+@pytest.mark.slow
 def test_a_start_that_several_share_is_read_once(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     start = Run(tiny_config(out=tiny_config().out + "-start"))
     start.harvest()

@@ -185,6 +185,7 @@ def test_neighbours_in_a_batch_are_not_neighbours_in_the_text(write_cache: Calla
     assert np.abs(np.quantile(pool, [0.1, 0.25, 0.5, 0.75, 0.9]) - expected).max() < 4 * 40_000 * 0.5 / blocks**0.5
 
 
+@pytest.mark.slow
 def test_pools_are_as_large_as_they_say(
     write_cache: Callable[..., ActivationCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,7 +171,7 @@ def test_downstream_tokens_limit(many_documents: ActivationCache, language_model
         _evaluate(many_documents, language_model, lambda x: x, downstream_tokens=3)
 
 
-@pytest.mark.parametrize("batch_contexts", [1, 4, 100])
+@pytest.mark.parametrize("batch_contexts", [pytest.param(1, marks=pytest.mark.slow), 4, 100])
 def test_baselines_are_put_into_the_first_contexts_only(
     many_documents: ActivationCache, language_model: LanguageModel, batch_contexts: int
 ) -> None:

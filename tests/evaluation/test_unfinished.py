@@ -82,7 +82,7 @@ def uninterrupted(run_of: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         ("baselines", 1),
         ("language model", 3),
         pytest.param("language model", 12, marks=pytest.mark.slow),
-        ("legacy formulas", 2),
+        pytest.param("legacy formulas", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_evaluation_is_the_uninterrupted_one(

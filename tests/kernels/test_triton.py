@@ -50,7 +50,7 @@ def guessing(monkeypatch: pytest.MonkeyPatch, rank: int, capacity: int) -> None:
     monkeypatch.setattr(topk, "plan", lambda d_sae, k: topk.Plan(4, rank, capacity))
 
 
-@pytest.mark.parametrize("miss", quick_for(["never", "sometimes"], ["never", "too few", "too many", "sometimes"]))
+@pytest.mark.parametrize("miss", quick_for(["never"], ["never", "too few", "too many", "sometimes"]))
 def test_the_selection_is_exact_whether_a_guess_hits_or_misses(monkeypatch: pytest.MonkeyPatch, miss: str) -> None:
     case = some()
     rank, capacity = {"never": (10, 160), "too few": (3, 128), "too many": (30, 16), "sometimes": (2, 16)}[miss]

@@ -253,6 +253,7 @@ def test_a_dot_in_a_name_does_not_mix_data_sets(own_run: Path, tmp_path: Path) -
     assert {name: sum(result.examples.values()) for name, result in results.items()} == {"r.v1": 62, "r.v2": 64}
 
 
+@pytest.mark.slow
 def test_names_of_all_kinds(own_run: Path, sets: Path, tmp_path: Path, command) -> None:
     names = ("new\nline", "bad\udcff", "n" * 235, "a|b`c<b>*", "\x1b[31mred\u202e", "日本語" * 20, "first.letters")
     for number, name in enumerate(names):

@@ -68,7 +68,7 @@ def test_the_spans_are_the_contents_of_the_roles(template: str) -> None:
         ("{{ 'x' * 10 ** 10 }}", "too much memory"),
         ("{{ messages[0].__class__.__mro__[1].__subclasses__() }}", "refuses it"),
         ("{{ raise_exception('roles must\nalternate') }}", r"refuses it \(roles must alternate\)"),
-        ("{{ 'x' * 80000000 }}", "gives more than 64 MB"),
+        pytest.param("{{ 'x' * 80000000 }}", "gives more than 64 MB", marks=pytest.mark.slow),
     ],
 )
 def test_hostile_templates_end_in_one_line(template: str, message: str) -> None:
@@ -94,6 +94,7 @@ def chat_model(language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -
     return language_model
 
 
+@pytest.mark.slow
 def test_roles_that_no_chat_has_are_refused_before_the_model_reads_them(
     tiny_config: Any, chat_model: LanguageModel, tmp_path: Path
 ) -> None:

@@ -212,6 +212,7 @@ def test_snapshots_are_the_dictionary_after_so_many_tokens_and_stay(tmp_path: Pa
     assert tenth.metadata["trained"]["tokens"] == 10 * BATCH
 
 
+@pytest.mark.slow
 def test_a_kill_at_a_snapshot_loses_none(tmp_path: Path) -> None:
     """Snapshot and checkpoint are due at the same step, and the process dies as soon as one of them is there."""
     code = f"""

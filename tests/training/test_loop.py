@@ -62,7 +62,12 @@ def fvu(dictionary: sae.Dictionary, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "most"), [pytest.param("topk", 0.05, marks=pytest.mark.slow), ("batch_topk", 0.05), ("relu", 0.25)]
+    ("architecture", "most"),
+    [
+        pytest.param("topk", 0.05, marks=pytest.mark.slow),
+        pytest.param("batch_topk", 0.05, marks=pytest.mark.slow),
+        ("relu", 0.25),
+    ],
 )
 def test_training_recovers_planted_features(architecture: str, most: float) -> None:
     data = planted(100)
