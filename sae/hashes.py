@@ -86,6 +86,10 @@ class UnhashedWarning(UserWarning):
     """A file that the toolkit wrote has no hash beside it."""
 
 
+class MissingWarning(UserWarning):
+    """A file that the toolkit wrote is gone, and the result does without it."""
+
+
 def way_out(path: Path) -> str:
     """What to do about a damaged file."""
     if path.name.startswith("effects"):
@@ -390,6 +394,20 @@ def announce_unhashed(path: Path) -> None:
         UnhashedWarning,
         stacklevel=4,
     )
+
+
+def announce_missing(path: Path, without: str) -> None:
+    """Warn that a file which is not there stands in `SHA256SUMS`; one that was never written does not.
+
+    Args:
+        path: the file.
+        without: what comes of its absence.
+
+    Raises:
+        DamagedError: `SHA256SUMS` cannot be read.
+    """
+    if recorded(path):
+        warnings.warn(f"{str(path)!r}: missing, though {SUMS} lists it; {without}", MissingWarning, stacklevel=3)
 
 
 def _run_of(folder: Path) -> Path | None:

@@ -175,7 +175,8 @@ def run_verb(verb: str, config: Path) -> None:
     if verb == "resume":
         shutil.rmtree("run/dictionary")
     if verb == "finish eval":
-        Path("run/eval.json").unlink(missing_ok=True)
+        report = Path("run/eval.json")
+        report.rmdir() if report.is_dir() else report.unlink(missing_ok=True)
     if verb == UNFINISHED:
         leave_evaluation_unfinished()
         return
@@ -200,6 +201,8 @@ def run_verb(verb: str, config: Path) -> None:
 VERBS = (
     "verify", "run", "resume", "eval", "finish eval", "features", "features N", "compare", "effects", "probe", "load",
 )  # fmt: skip
+CAN_BE_MISSING = {"metrics.jsonl": ("resume", "eval", "finish eval"), "effects.json": ("features N",)}
+"""Files that a verb does without, and says so."""
 UNFINISHED = "leave an evaluation unfinished"
 
 
@@ -295,6 +298,11 @@ class Fuzzer:
         self.expected: dict[str, list[tuple[str, dict[str, Any]]]] = {verb: [self._intact(verb)] for verb in VERBS}
         self.expected["run"].append(self._intact("run", without="eval.json"))
         self.expected["compare"].append(self._intact("compare", without="compared/compare.json"))
+        for file, verbs in CAN_BE_MISSING.items():
+            for verb in verbs:
+                self.expected[verb].append(self._intact(verb, without=file))
+                if "missing, though SHA256SUMS lists it" not in self.expected[verb][-1][0]:
+                    raise SystemExit(f"{verb}: not a word of {file}, which is missing")
 
     def cells(self) -> list[Case]:
         """Every file × damage × verb, in an order drawn by the seed; what `resume` deletes it cannot meet."""

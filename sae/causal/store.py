@@ -17,7 +17,7 @@ from sae.causal.effects import FORMAT_VERSION, Effects, EffectSettings
 from sae.errors import FormatError
 from sae.features.store import Features
 from sae.files import delete, stands, write_bytes, write_json, write_tensors
-from sae.hashes import way_out
+from sae.hashes import announce_missing, way_out
 from sae.model_identity import NOT_OF_ACTIVATIONS
 from sae.paths import expanded
 from sae.reading import load_tensors, read_json, read_object, taken_apart
@@ -132,7 +132,9 @@ def effects_beside(features: Features) -> Effects | None:
         FormatError: they are damaged, or of a newer version.
     """
     folder = features.path.parent
-    if not stands(folder / f"{stem(0.0)}.json"):
+    file = folder / f"{stem(0.0)}.json"
+    if not stands(file):
+        announce_missing(file, "effects are left out until 'sae effects' measures them again")
         return None
     effects = read_effects(folder)
     same = effects.dictionary.get("weights_sha256") == features.info.get("dictionary_sha256")

@@ -18,7 +18,7 @@ from torch import Tensor
 from sae.config import WandbConfig
 from sae.errors import ConfigError, DamagedError, TrainingError
 from sae.files import stands, write_bytes
-from sae.hashes import damaged, read_checked, record
+from sae.hashes import announce_missing, damaged, read_checked, record
 from sae.reading import MOST_JSON_BYTES, as_object, parse_json
 
 METRICS_FILE = "metrics.jsonl"
@@ -204,6 +204,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         DamagedError: another line is no JSON with a step, or the file of a finished training differs from its hash.
     """
     if not stands(path):
+        announce_missing(path, "what it held of the training is left out")
         return []
     *lines, last = read_checked(path, most=MOST_JSON_BYTES, announce=False).split(b"\n")
     records = [_metrics(path, line) for line in lines if line.strip()]

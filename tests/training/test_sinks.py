@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 
 from sae.config import DictionaryConfig, WandbConfig
 from sae.errors import ConfigError
+from sae.files import delete
+from sae.hashes import MissingWarning
 from sae.training import IterableSource, train
 from sae.training.sinks import JsonLines, Wandb, read_metrics
 from tests.training.test_loop import D_SAE, K, planted, settings
@@ -40,6 +43,23 @@ def test_a_new_run_starts_an_empty_log(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     JsonLines(tmp_path).close()
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_log_that_is_gone_is_said(tmp_path: Path) -> None:
+    """One that was never written, or that was deleted with its line in the list, is not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_metrics(tmp_path / "metrics.jsonl") == []
+    sink = JsonLines(tmp_path)
+    sink.log({"step": 10, "loss": 0.1})
+    sink.close()
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.warns(MissingWarning, match=r"metrics.jsonl': missing, though SHA256SUMS lists it; what it held"):
+        assert read_metrics(tmp_path / "metrics.jsonl") == []
+    delete(tmp_path / "metrics.jsonl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def written_by_wandb(folder: Path) -> bytes:

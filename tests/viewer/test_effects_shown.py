@@ -16,6 +16,7 @@ from test_page import Elements, browser, expect  # noqa: F401  the fixture is us
 from sae.causal import effects_beside
 from sae.errors import FormatError
 from sae.files import write_json
+from sae.hashes import MissingWarning
 from sae.viewer import print_feature, write_page
 from sae.viewer.page import page_data
 from tests.viewer.test_terminal import printed
@@ -39,6 +40,10 @@ def test_effects_of_this_dictionary_alone_are_shown(make_features) -> None:
     assert effects_beside(features) is None, "another dictionary's"
     beside(features, hook="blocks.0.hook_mlp_out")
     assert effects_beside(features) is None, "another hook point's"
+    (features.path.parent / "effects.json").unlink()
+    with pytest.warns(MissingWarning, match="effects.json': missing, though SHA256SUMS lists it"):
+        assert effects_beside(features) is None
+    beside(features)
     (features.path.parent / "effects.json").write_text("{")
     with pytest.raises(FormatError, match="delete it and run the same 'sae effects' again"):
         effects_beside(features)
