@@ -382,12 +382,12 @@ class EvaluationConfig(_Settings):
     downstream_tokens: int | str | None = Field(
         default=AUTO,
         description="held-out tokens for the language-model loss, in contexts spread over `tokens`; `auto`: one of 768 "
-        "cached tokens, 2,048 at least; null: as many as `tokens`",
+        "cached tokens, 1,024 at least; null: as many as `tokens`",
     )
     baseline_tokens: int | str | None = Field(
         default=AUTO,
         description="of those, how many are enough for baselines, in whole contexts; `auto`: one of 1,152 cached "
-        "tokens, from 1,024 to 16,384; null: all",
+        "tokens, from 512 to 16,384; null: all",
     )
     baseline_reconstruction_tokens: int | str | None = Field(
         default=AUTO,
@@ -402,7 +402,7 @@ class EvaluationConfig(_Settings):
     legacy_tokens: int | str = Field(
         default=AUTO,
         description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; `auto`: one of 1,536 "
-        "cached tokens, from 1,024 to 8,192; 0: leave them out",
+        "cached tokens, from 512 to 8,192; 0: leave them out",
     )
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
 

@@ -12,10 +12,10 @@ from sae.config import AUTO, EvaluationConfig
 from sae.tokens import HELD_OUT, SPLITS
 
 _OF_CACHE = {
-    "downstream_tokens": (768, 2048),
-    "baseline_tokens": (1152, 1024),
+    "downstream_tokens": (768, 1024),
+    "baseline_tokens": (1152, 512),
     "baseline_reconstruction_tokens": (256, 4096),
-    "legacy_tokens": (1536, 1024),
+    "legacy_tokens": (1536, 512),
     "frozen_decoder_tokens": (96, 16_384),
 }
 """One token of so many of the cache, and the least, which is a context where the language model reads whole ones."""

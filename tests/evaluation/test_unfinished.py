@@ -138,8 +138,8 @@ def test_auto_is_a_share_of_the_cache(tiny_cache: sae.ActivationCache, monkeypat
     rows = {"train": 1_500_000, "held_out": 60_000}
     monkeypatch.setattr(type(tiny_cache), "rows", lambda self, split: rows[split])
     chosen = settled(EvaluationConfig(), tiny_cache)
-    assert (chosen.downstream_tokens, chosen.baseline_tokens) == (2048, 1354)
-    assert (chosen.legacy_tokens, chosen.frozen_decoder_tokens) == (1024, 16_384)
+    assert (chosen.downstream_tokens, chosen.baseline_tokens) == (2031, 1354)
+    assert (chosen.legacy_tokens, chosen.frozen_decoder_tokens) == (1015, 16_384)
     assert chosen.baseline_reconstruction_tokens == 6093
     assert pca_tokens(tiny_cache, "blocks.1.hook_resid_pre") == 48_750
     rows["train"] = 300_000_000
@@ -150,7 +150,7 @@ def test_auto_is_a_share_of_the_cache(tiny_cache: sae.ActivationCache, monkeypat
     assert pca_tokens(tiny_cache, "blocks.1.hook_resid_pre") == 200_000
     rows |= {"train": 1000, "held_out": 200}
     small = settled(EvaluationConfig(), tiny_cache)
-    assert (small.downstream_tokens, small.baseline_tokens, small.legacy_tokens) == (2048, 1024, 1024)
+    assert (small.downstream_tokens, small.baseline_tokens, small.legacy_tokens) == (1024, 512, 512)
     assert pca_tokens(tiny_cache, "blocks.1.hook_resid_pre") == 16_384
     rows |= {"train": 16_384, "held_out": 8192}
     monkeypatch.setattr(type(tiny_cache), "context_length", 4096)
@@ -167,12 +167,12 @@ def test_auto_is_a_share_of_the_cache(tiny_cache: sae.ActivationCache, monkeypat
 
 
 def test_the_cost_is_said_before(tiny_cache: sae.ActivationCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: 4 · 2,048 + 3 · 1,354 + 4 · 1,024 tokens go through the model."""
+    """By hand: 4 · 2,031 + 3 · 1,354 + 4 · 1,015 tokens go through the model."""
     rows = {"train": 1_500_000, "held_out": 60_000}
     monkeypatch.setattr(type(tiny_cache), "rows", lambda self, split: rows[split])
     text = announcement(EvaluationConfig(), tiny_cache)
     assert text == (
-        "evaluation: 60,000 held-out tokens, 2,048 of them for losses: language-model passes over about 16,350 tokens "
+        "evaluation: 60,000 held-out tokens, 2,031 of them for losses: language-model passes over about 16,246 tokens "
         "(the harvest: 1,560,000)"
     )
 
