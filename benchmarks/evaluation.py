@@ -38,7 +38,7 @@ from sae.activations.harvest import harvest
 from sae.architectures import TopK
 from sae.config import EvaluationConfig, FeaturesConfig, ModelConfig
 from sae.evaluation import evaluate_all, write_report
-from sae.features.collect import scan
+from sae.features.collection import scan
 from sae.language_model import LanguageModel
 from sae.tokens import HELD_OUT, TRAIN
 from sae.training.initialise import initialise_

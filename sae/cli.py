@@ -129,7 +129,7 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     one pass over the activations. sweep.md, sweep.json and pareto.png compare them; each has a run folder of its own.
     A sweep that was interrupted goes on where it stopped.
     """
-    from sae.evaluation.sweep_tables import sweep_tables
+    from sae.evaluation.sweep_view import sweep_tables
     from sae.progress import progress_bars
     from sae.sweeping import MARKDOWN_FILE
     from sae.sweeping import sweep as run_sweep

@@ -16,7 +16,7 @@ from sae.dictionary import Dictionary
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import Comparison, evaluate_all, write_comparison
 from sae.evaluation.budget import announcement
-from sae.evaluation.compare import check_several, comparison_key, read_comparison
+from sae.evaluation.comparison import check_several, comparison_key, read_comparison
 from sae.evaluation.partial import discard
 from sae.evaluation.report import identify, read_stored
 from sae.evaluation.streams import Progress

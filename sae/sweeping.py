@@ -21,7 +21,7 @@ from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.pareto import Point, draw_pareto
 from sae.evaluation.report import DOCUMENTS_FILE
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
-from sae.evaluation.sweep_tables import Differences, behind_best, sweep_markdown
+from sae.evaluation.sweep_view import Differences, behind_best, sweep_markdown
 from sae.files import locked, stands, write_bytes, write_json
 from sae.fit import amount_notes, check_amounts
 from sae.markdown import code, plain

@@ -244,10 +244,21 @@ def test_public_names_exist_and_are_documented() -> None:
     assert set(sae.__all__) <= set(dir(sae))
 
 
+def public_names(file: Path) -> set[str]:
+    """What `__all__` of a module lists."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
 def test_no_public_name_is_a_submodule_too() -> None:
     """Importing the submodule would replace the function or class by a module: `sae.sweep(…)` worked once."""
-    submodules = {name.split(".")[0] for name, _ in modules()}
-    assert not submodules & set(sae.__all__)
+    for file in [ROOT / "__init__.py", *(path for _, path in modules() if path.name == "__init__.py")]:
+        submodules = {
+            path.stem for path in file.parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+        }
+        assert not public_names(file) & submodules, file
     code = """
 import importlib, pkgutil, sae
 for module in pkgutil.walk_packages(sae.__path__, "sae."):
@@ -265,7 +276,7 @@ import sae
 print(sae.superposition.run.__module__, sae.probing.ProbeConfig.__name__, sae.errors.SaeError.__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["sae.superposition.run", "ProbeConfig", "SaeError"]
+    assert done.stdout.split() == ["sae.superposition.runner", "ProbeConfig", "SaeError"]
 
 
 def test_what_editors_see_is_what_there_is() -> None:

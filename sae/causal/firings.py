@@ -14,7 +14,7 @@ from sae.activations.cache import ActivationCache, ContextBatch
 from sae.dictionary import Dictionary
 from sae.errors import ConfigError
 from sae.features.block import Block
-from sae.features.collect import random_keys
+from sae.features.collection import random_keys
 from sae.tokens import HELD_OUT
 
 _ENCODED_AT_ONCE = 1 << 26

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sae.evaluation.compare import Comparison, compare, write_comparison
-from sae.evaluation.comparison_tables import comparison_tables
+from sae.evaluation.comparison import Comparison, compare, write_comparison
+from sae.evaluation.comparison_view import comparison_tables
 from sae.evaluation.estimate import Estimate
-from sae.evaluation.evaluate import evaluate, evaluate_all
-from sae.evaluation.render import report_table
 from sae.evaluation.report import Report, Scores, write_report
+from sae.evaluation.report_view import report_table
+from sae.evaluation.scoring import evaluate, evaluate_all
 from sae.evaluation.subject import Autoencoder
 
 __all__ = [

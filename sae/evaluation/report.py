@@ -224,7 +224,7 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
         CacheError: the folder cannot be written.
     """
     from sae.evaluation.figures import draw_figures
-    from sae.evaluation.render import markdown
+    from sae.evaluation.report_view import markdown
 
     folder = expanded(folder)
     figures = draw_figures(report, expanded(metrics_path) if metrics_path is not None else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sae.features.collect import collect
+from sae.features.collection import collect
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
 from sae.features.store import Features, Summary
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from sae.probing.absorption import AbsorptionResult, ConceptResult, measure_absorption
 from sae.probing.activations import LabelledActivations
 from sae.probing.data import DataFile, LabelledTexts, find_data
-from sae.probing.probe import MethodResult, ProbeResult, probe
 from sae.probing.settings import LetterConfig, ProbeConfig
+from sae.probing.sparse_probes import MethodResult, ProbeResult, probe
 
 __all__ = [
     "AbsorptionResult",

@@ -25,10 +25,10 @@ from sae.probing.data import DataFile, each_name_once, find_data
 from sae.probing.examples import Examples, choose_examples
 from sae.probing.first_letters import letter_examples
 from sae.probing.linear import require_sklearn
-from sae.probing.probe import probe_examples
 from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE, Entry, ProbeRecord, identify
 from sae.probing.render import markdown
 from sae.probing.settings import LetterConfig, ProbeConfig
+from sae.probing.sparse_probes import probe_examples
 from sae.seeding import numpy_generator
 from sae.tokens import TokenPolicy
 

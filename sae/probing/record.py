@@ -12,7 +12,7 @@ from typing import Any
 
 import sae
 from sae.files import stands, write_json
-from sae.probing.probe import ProbeResult
+from sae.probing.sparse_probes import ProbeResult
 from sae.reading import conforming, read_object, taken_apart
 
 FORMAT, FORMAT_VERSION = "sae-probes", 2

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from sae.columns import Column, fitted
 from sae.markdown import code, document, pipe_table, plain
 from sae.printable import printable
-from sae.probing.probe import MAJORITY
 from sae.probing.record import MARKDOWN_FILE, ProbeRecord
 from sae.probing.scores import METRICS
+from sae.probing.sparse_probes import MAJORITY
 from sae.probing.summary import duels, heading, method_order, shown, summarise
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sae.probing.probe import MAJORITY, ProbeResult
 from sae.probing.scores import METRICS, SplitEstimate, mean_and_error
+from sae.probing.sparse_probes import MAJORITY, ProbeResult
 
 _TIE = 1e-12
 

@@ -16,7 +16,7 @@ from sae.superposition.phases import AWAY
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sae.superposition.run import Finished
+    from sae.superposition.runner import Finished
 
 
 @dataclass(frozen=True)

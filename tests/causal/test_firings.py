@@ -11,7 +11,7 @@ from sae.causal import firings as module
 from sae.causal.firings import scan_firings, spread
 from sae.errors import ConfigError
 from sae.features.block import Block
-from sae.features.collect import random_keys
+from sae.features.collection import random_keys
 from sae.tokens import HELD_OUT
 
 

@@ -66,7 +66,7 @@ def test_hooks_compare_and_verify_say_what_they_do(trained: Path, tiny_model: Pa
         ("sae.language_model.LanguageModel.__init__", ["hooks", "demo"],
          "interrupted; the same command begins it again"),
         ("sae.pipeline.collect", ["features", "RUN"], "interrupted; the same command begins it again"),
-        ("sae.superposition.run._run", ["superposition", "--out", "OUT", "geometry"],
+        ("sae.superposition.runner._run", ["superposition", "--out", "OUT", "geometry"],
          "interrupted; the same command begins the experiment that was running again"),
         ("sae.pipeline.evaluate_all", ["eval", "RUN"], "interrupted; run the same command again to go on"),
         ("sae.comparison.evaluate_all", ["compare", "RUN", "OTHER"],

@@ -14,7 +14,7 @@ from sae.config import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.evaluation import Report, evaluate
 from sae.evaluation.baselines import Baseline, RandomDictionary, fit_pca
 from sae.evaluation.frozen_decoder import train_frozen_decoders
-from sae.evaluation.render import markdown
+from sae.evaluation.report_view import markdown
 from sae.evaluation.streams import training_blocks
 from sae.training import Outcome, train, train_all
 

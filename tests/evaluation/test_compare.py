@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sae.architectures import TopK
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError, DamagedError, FormatError
 from sae.evaluation import Comparison, comparison_tables, evaluate, write_comparison
-from sae.evaluation.compare import comparison_key, read_comparison
+from sae.evaluation.comparison import comparison_key, read_comparison
 from sae.evaluation.metrics import METRICS, below_noise
 from sae.evaluation.report import identify
 from sae.language_model import LanguageModel
@@ -208,7 +207,7 @@ def test_killed_while_a_comparison_is_written_there_is_none(
     import dataclasses
 
     write_comparison(dataclasses.replace(comparison, key=_key()), tmp_path)
-    monkeypatch.setattr(sys.modules["sae.evaluation.compare"], "write_json", lambda *_: pytest.fail("killed"))
+    monkeypatch.setattr("sae.evaluation.comparison.write_json", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
         write_comparison(dataclasses.replace(comparison, key={"another": 1}), tmp_path)
     assert read_comparison(tmp_path, _key()) is None, "compare.md is of the other"

@@ -19,8 +19,8 @@ from sae.config import EvaluationConfig, ModelConfig
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, write_report
 from sae.evaluation.metrics import METRICS
-from sae.evaluation.render import markdown, report_table
 from sae.evaluation.report import Report
+from sae.evaluation.report_view import markdown, report_table
 from sae.language_model import LanguageModel
 from sae.pipeline import run
 from sae.tokens import HELD_OUT

@@ -18,7 +18,7 @@ from sae.config import EvaluationConfig
 from sae.evaluation import evaluate
 from sae.evaluation.legacy import SAEBENCH, SAELENS
 from sae.evaluation.legacy_pass import LegacyScores, measure_legacy
-from sae.evaluation.render import markdown
+from sae.evaluation.report_view import markdown
 from sae.evaluation.subject import from_object
 from sae.language_model import LanguageModel, Replacement
 from sae.tokens import TokenPolicy

@@ -18,7 +18,7 @@ from sae.architectures import TopK
 from sae.config import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, evaluate_all
-from sae.evaluation.render import markdown
+from sae.evaluation.report_view import markdown
 from sae.evaluation.streams import held_out_blocks
 from sae.language_model import LanguageModel
 from sae.splicing import splice

@@ -14,7 +14,7 @@ from sae.config import FeaturesConfig
 from sae.errors import CacheError, ConfigError
 from sae.features import Features, collect
 from sae.features.block import Block
-from sae.features.collect import random_keys
+from sae.features.collection import random_keys
 from sae.features.examples import reservoir_size
 
 
@@ -136,19 +136,17 @@ def test_histograms_count_every_activation(case: Case, features: Features) -> No
 
 @pytest.mark.parametrize("batch_contexts", [1, 7])
 def test_result_does_not_depend_on_the_batch_size(case: Case, tmp_path: Path, batch_contexts: int, monkeypatch) -> None:
-    import importlib
 
     whole = case.collect(tmp_path / "whole")
-    monkeypatch.setattr(importlib.import_module("sae.features.collect"), "BLOCK_FIRINGS", 50)
+    monkeypatch.setattr("sae.features.collection.BLOCK_FIRINGS", 50)
     parts = case.collect(tmp_path / "parts", batch_contexts=batch_contexts)
     assert list(whole) == list(parts)
 
 
 def test_blocks_that_cut_documents_keep_one_example_of_each(tmp_path: Path, monkeypatch) -> None:
-    import importlib
 
     case = build_case(tmp_path / "activations", document_length=100)
-    monkeypatch.setattr(importlib.import_module("sae.features.collect"), "BLOCK_FIRINGS", 1)
+    monkeypatch.setattr("sae.features.collection.BLOCK_FIRINGS", 1)
     for feature in case.collect(tmp_path / "store", batch_contexts=1):
         expected = case.reference.top(feature.index, SETTINGS.top)
         assert [(example.value, example.row) for example in feature.top] == [(f.value, f.row) for f in expected]

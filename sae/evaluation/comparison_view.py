@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from sae.columns import Column, fitted
-from sae.evaluation.compare import Compared, Comparison
+from sae.evaluation.comparison import Compared, Comparison
 from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import below_noise
-from sae.evaluation.render import (
+from sae.evaluation.report_view import (
     COUNTS,
     DOWNSTREAM,
     NONE,

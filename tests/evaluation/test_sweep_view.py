@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.metrics import Totals, estimate
-from sae.evaluation.sweep_tables import Behind, behind_best, sweep_markdown, sweep_tables
+from sae.evaluation.sweep_view import Behind, behind_best, sweep_markdown, sweep_tables
 from tests.evaluation.test_pareto import point
 
 

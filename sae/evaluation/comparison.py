@@ -15,10 +15,10 @@ from sae.activations.cache import ActivationCache
 from sae.config import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation.estimate import Estimate
-from sae.evaluation.evaluate import evaluate_all
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
-from sae.evaluation.render import fewest_of_baselines
 from sae.evaluation.report import HEADINGS
+from sae.evaluation.report_view import fewest_of_baselines
+from sae.evaluation.scoring import evaluate_all
 from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated
 from sae.files import delete, stands, write_bytes, write_json
@@ -205,7 +205,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     Raises:
         CacheError: the folder cannot be written.
     """
-    from sae.evaluation.comparison_tables import comparison_markdown
+    from sae.evaluation.comparison_view import comparison_markdown
 
     folder = expanded(folder)
     text, record = comparison_markdown(comparison).encode(), comparison.to_json()
