@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same as _HOME
     from sae.config_file import load_config as load_config
     from sae.dictionary import Codes as Codes
     from sae.dictionary import Dictionary as Dictionary
+    from sae.dictionary import SparseAutoencoder as SparseAutoencoder
     from sae.errors import SaeError as SaeError
     from sae.evaluation import compare as compare
     from sae.evaluation import evaluate as evaluate
@@ -76,6 +77,7 @@ __all__ = [
     "Recipe",
     "RunConfig",
     "SaeError",
+    "SparseAutoencoder",
     "TopK",
     "TrainConfig",
     "collect_features",
@@ -118,6 +120,7 @@ _HOME = {
     "Recipe": "sae.training",
     "RunConfig": "sae.config",
     "SaeError": "sae.errors",
+    "SparseAutoencoder": "sae.dictionary",
     "TopK": "sae.architectures",
     "TrainConfig": "sae.config",
     "collect_features": "sae.pipeline",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +23,11 @@ from sae.commands.keys import with_keys
 from sae.commands.overrides import evaluation_overrides, features_and_overrides
 from sae.commands.probe import probe
 from sae.commands.superposition import superposition
-from sae.config_file import CONFIG_YAML, describe_keys, named_config
+from sae.config import RunConfig
+from sae.config_file import CONFIG_YAML, describe_keys, load_config, named_config
 from sae.errors import SaeError, TrainingInterrupted
 from sae.files import stands
+from sae.paths import expanded
 from sae.terminal import close, complain, complain_at_length, output, prepare, say, show_warning, unwritable
 
 _INTERRUPTED = "interrupted; run the same command again to go on"
@@ -46,18 +49,32 @@ def cli(context: click.Context, debug: bool, quiet: bool) -> None:
     context.obj = {"debug": debug, "quiet": quiet}
 
 
-def _config_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
-    return click.argument("config", type=click.Path(path_type=Path))(command)
+def _configured(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the command its `settings`, from a YAML file, KEY=VALUE arguments, or both."""
+
+    @functools.wraps(command)
+    def with_settings(*given: Any, arguments: tuple[str, ...], **options: Any) -> Any:
+        return command(*given, settings=_settings(arguments), **options)
+
+    return click.argument("arguments", nargs=-1, required=True, metavar="[CONFIG] [KEY=VALUE]...")(with_settings)
+
+
+def _settings(arguments: Sequence[str]) -> RunConfig:
+    """The first argument is a file unless it reads KEY=VALUE and no file is called that."""
+    first, *overrides = arguments
+    if "=" in first and not stands(expanded(first)):
+        return load_config(None, arguments)
+    return named_config(Path(first), overrides)
 
 
 @cli.command(cls=_OfConfiguration)
-@_config_arguments
+@_configured
 @click.pass_obj
-def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
+def run(options: dict[str, bool], settings: RunConfig) -> None:
     """Harvest, train, evaluate, collect features.
 
-    CONFIG is a YAML file. What is done already is skipped. A run that was interrupted goes on where it stopped.
+    CONFIG is a YAML file; KEY=VALUE settings are enough without it. What is done already is skipped. A run that was
+    interrupted goes on where it stopped.
     """
     from rich.text import Text
 
@@ -66,7 +83,6 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
     from sae.progress import progress_bars
     from sae.reading import read_object
 
-    settings = named_config(config, overrides)
     _say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
         whole = pipeline.Run(settings, progress)
@@ -85,34 +101,34 @@ def run(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> N
 
 
 @cli.command(cls=_OfConfiguration)
-@_config_arguments
+@_configured
 @click.pass_obj
-def harvest(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
+def harvest(options: dict[str, bool], settings: RunConfig) -> None:
     """Cache a language model's activations.
 
-    CONFIG is a YAML file. A harvest that was interrupted goes on where it stopped.
+    CONFIG is a YAML file; KEY=VALUE settings are enough without it. A harvest that was interrupted goes on where it
+    stopped.
     """
     from sae import pipeline
     from sae.progress import progress_bars
 
-    settings = named_config(config, overrides)
     with progress_bars(quiet=options["quiet"]) as progress:
         cache = pipeline.Run(settings, progress).harvest()
     say(cache)
 
 
 @cli.command(cls=_OfConfiguration)
-@_config_arguments
+@_configured
 @click.pass_obj
-def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
+def train(options: dict[str, bool], settings: RunConfig) -> None:
     """Train a dictionary on cached activations.
 
-    CONFIG is a YAML file, the cache one that 'sae harvest' made. Resumes from the newest checkpoint.
+    CONFIG is a YAML file; KEY=VALUE settings are enough without it. The cache is one that 'sae harvest' made. Resumes
+    from the newest checkpoint.
     """
     from sae import pipeline
     from sae.progress import progress_bars
 
-    settings = named_config(config, overrides)
     _say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
         dictionary = pipeline.Run(settings, progress).train()
@@ -120,9 +136,9 @@ def train(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
 
 
 @cli.command(cls=_OfConfiguration)
-@_config_arguments
+@_configured
 @click.pass_obj
-def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) -> None:
+def sweep(options: dict[str, bool], settings: RunConfig) -> None:
     """Train and compare many dictionaries in one pass.
 
     CONFIG is a YAML file with lists of values under 'sweep': one dictionary is trained for every combination, all from
@@ -134,7 +150,6 @@ def sweep(options: dict[str, bool], config: Path, overrides: tuple[str, ...]) ->
     from sae.sweeping import MARKDOWN_FILE
     from sae.sweeping import sweep as run_sweep
 
-    settings = named_config(config, overrides)
     _say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
         made = run_sweep(settings, progress)

@@ -48,6 +48,19 @@ class Codes:
     def __iter__(self):
         return iter((self.values, self.indices))
 
+    def __getitem__(self, inputs: Any) -> Codes:
+        """The codes of some of the inputs, chosen as `values[inputs]` chooses rows."""
+        return Codes(self.values[inputs], self.indices[inputs])
+
+    def dense(self, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
+        """Every feature's activation, 0 for those that do not fire; differentiable in the values.
+
+        Args:
+            d_sae: number of features of the dictionary.
+        """
+        zeros = self.values.new_zeros(*self.values.shape[:-1], d_sae)
+        return zeros.scatter_add(-1, self.indices.expand_as(self.values), self.values)
+
 
 class Dictionary(nn.Module, ABC):
     """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
@@ -334,6 +347,10 @@ class Dictionary(nn.Module, ABC):
     def extra_repr(self) -> str:
         settings = ", ".join(f"{key}={value}" for key, value in self.settings().items())
         return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
+
+
+SparseAutoencoder = Dictionary
+"""The same class by the name that most papers use."""
 
 
 def _name_of(dtype: torch.dtype) -> str:

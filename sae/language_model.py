@@ -257,6 +257,27 @@ class LanguageModel:
             self.bridge(tokens)
         return found
 
+    def to_tokens(self, text: str | Sequence[str], *, prepend_bos: bool = True) -> Int[Tensor, "context seq"]:
+        """Token ids of one text, or of several that have as many tokens, on the model's device.
+
+        Args:
+            text: a text or texts.
+            prepend_bos: begin with `bos`, where the tokenizer has one.
+
+        Raises:
+            ModelError: no text, one without a token, or texts of different lengths: padding would change what the
+                model sees.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        start = [self.bos] if prepend_bos and self.bos is not None else []
+        rows = [[*start, *self.tokenizer(one, add_special_tokens=False)["input_ids"]] for one in texts]
+        least, most = min(map(len, rows), default=0), max(map(len, rows), default=0)
+        if not least:
+            raise ModelError("there is no text, or one has no token: leave empty texts out")
+        if least < most:
+            raise ModelError(f"the texts have {least} to {most} tokens: give those of one length together")
+        return torch.tensor(rows, device=self.device)
+
     def logits(self, tokens: Int[Tensor, "context seq"]) -> Float[Tensor, "context seq vocab"]:
         """Next-token logits, float32, with gradients unless the caller has turned them off."""
         return self.bridge(tokens).float()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sae.dictionary import Dictionary
-from sae.errors import ModelError
+from sae.errors import ConfigError, ModelError
 from sae.language_model import LanguageModel
 from sae.origin import Place, check_belongs
 from sae.passes import Pass
@@ -22,7 +22,7 @@ Edit = Callable[[Tensor], Tensor]
 @contextlib.contextmanager
 def splice(
     language_model: LanguageModel,
-    dictionary: Dictionary,
+    dictionary: Dictionary | Sequence[Dictionary],
     *,
     hook: str | None = None,
     target_hook: str | None = None,
@@ -39,7 +39,9 @@ def splice(
 
     Args:
         language_model: where to splice.
-        dictionary: what to splice; it takes raw activations.
+        dictionary: what to splice; it takes raw activations. Or several, each at the hook point that it was trained
+            on, and reading what those before it in the model have changed. `hook`, `target_hook` and `edit` are for a
+            single one.
         hook: hook point that it reads; None: the one the dictionary was trained on.
         target_hook: hook point that it gives; None: the target that it was trained on, or without one `hook`.
         error_term: give x̂ + (x − x̂) instead, the second part without gradient: the model computes as before, and its
@@ -48,11 +50,20 @@ def splice(
             `error_term` the reconstruction's error is that of the unedited features.
 
     Raises:
-        ConfigError: a transcoder's target comes before what it reads.
+        ConfigError: a transcoder's target comes before what it reads; two dictionaries give the same hook point; or
+            several are given with what is for one.
         ModelError: another model than the dictionary's, no hook point known, or one of another width; the dictionary's
             record of masked tokens cannot be read; a transcoder is in a pass that begins in the middle of the model; or
             a pass goes on from a cache of a kind that is not known here, and has no `position_ids`.
     """
+    if not isinstance(dictionary, Dictionary):
+        if not (hook is target_hook is edit is None):
+            raise ConfigError(
+                "hook, target_hook and edit are for a single dictionary: splice each in a block of its own"
+            )
+        with _several(language_model, dictionary, error_term):
+            yield language_model
+        return
     hooks = Hooks.of(dictionary.metadata, hook, target_hook)
     if hooks.reads is None or hooks.gives is None:
         raise ModelError("the dictionary does not say which hook point it belongs to: give hook='blocks.N.…'")
@@ -76,6 +87,18 @@ def splice(
     reading = language_model.reading(hooks.reads) if hooks.of_transcoder else contextlib.nullcontext([])
     with reading as read, language_model.replacing(hooks.gives, replacement, with_pass=True):
         yield language_model
+
+
+@contextlib.contextmanager
+def _several(language_model: LanguageModel, dictionaries: Sequence[Dictionary], error_term: bool) -> Iterator[None]:
+    given = [Hooks.of(dictionary.metadata).gives for dictionary in dictionaries]
+    for hook in given:
+        if hook is not None and given.count(hook) > 1:
+            raise ConfigError(f"{given.count(hook)} dictionaries give {hook!r}: splice one of them")
+    with contextlib.ExitStack() as stack:
+        for dictionary in dictionaries:
+            stack.enter_context(splice(language_model, dictionary, error_term=error_term))
+        yield
 
 
 def _input(hooks: Hooks, read: list[Tensor], now: Pass | None) -> Tensor:

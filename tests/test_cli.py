@@ -165,6 +165,23 @@ def test_verify_passes_a_good_cache_and_names_a_flipped_byte(own_run: Path, comm
     assert f"{shard}': damaged or changed: its SHA-256 is " in outcome.err.splitlines()[0]
 
 
+def test_a_run_needs_no_file(command, tiny_model: Path, text_folder: Path, tmp_path: Path) -> None:
+    settings = [
+        f"model.name={tiny_model}", f"data.source={text_folder}", "data.tokens=600", "data.held_out_tokens=200",
+        "data.context_length=16", "data.holdout_fraction=0.25", "harvest.hooks=[blocks.1.hook_resid_pre]",
+        "dictionary.d_sae=64", "dictionary.k=4", "train.batch_size=64", "train.tokens=640",
+    ]  # fmt: skip
+    out = tmp_path / "run"
+    assert command("harvest", *settings, f"out={out}").status == 0
+    assert command("train", f"out={out}", *settings).status == 0
+    assert sae.load(out).settings()["k"] == 4
+    assert_refused(command("train", "dictionary.kk=4"), "dictionary.kk", "dictionary.k")
+    assert command("train").status == 2
+    file = tmp_path / "a=b.yaml"
+    file.write_text("dictionary: {kk: 4}")
+    assert_refused(command("train", file), "dictionary.kk")
+
+
 def test_unknown_key(config_file: Path, command) -> None:
     assert_refused(command("run", config_file, "dictionary.kk=3"), "unknown setting", "did you mean dictionary.k?")
 

@@ -254,3 +254,18 @@ def test_activations_of_another_width_are_refused(architecture: str, shape: tupl
     for use in (dictionary, dictionary.encode, dictionary.encode_sparse, dictionary.pre_activations):
         with pytest.raises(ShapeError, match=r"takes \[\.\.\., 6\].*blocks\.7\.hook_resid_pre"):
             use(torch.zeros(shape))
+
+
+def test_codes_are_indexed_and_made_dense() -> None:
+    dictionary = filled(TopK, k=3)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    codes = dictionary.encode_sparse(x)
+    assert torch.equal(codes.dense(dictionary.d_sae), dictionary.encode(x))
+    assert torch.equal(codes[1, 2:].dense(dictionary.d_sae), dictionary.encode(x[1, 2:]))
+    values = codes.values.clone().requires_grad_()
+    sae.Codes(values, codes.indices).dense(dictionary.d_sae).square().sum().backward()
+    assert torch.equal(values.grad, 2 * codes.values)
+
+
+def test_the_name_that_papers_use() -> None:
+    assert sae.SparseAutoencoder is sae.Dictionary

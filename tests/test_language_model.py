@@ -367,3 +367,14 @@ def test_tokenizer_without_bos_refuses_to_prepend_it(
     )
     with pytest.raises(ModelError, match=r"model 'tiny': its tokenizer has no BOS or EOS token; set data.prepend_bos="):
         language_model.token_policy(prepend_bos=True, masked_positions=1, mask_special_tokens=True)
+
+
+def test_texts_become_tokens(language_model: LanguageModel) -> None:
+    ids = language_model.tokenizer("the river", add_special_tokens=False)["input_ids"]
+    assert language_model.to_tokens("the river").tolist() == [[language_model.bos, *ids]]
+    assert language_model.to_tokens(["the river"] * 2, prepend_bos=False).tolist() == [ids, ids]
+    for nothing in ([], ["the", ""], ""):
+        with pytest.raises(ModelError, match="there is no text, or one has no token"):
+            language_model.to_tokens(nothing, prepend_bos=False)
+    with pytest.raises(ModelError, match=r"the texts have \d+ to \d+ tokens: give those of one length together"):
+        language_model.to_tokens(["the", "the river keeps stone houses"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae.architectures import ReLU, TopK
 from sae.dictionary import Dictionary
-from sae.errors import ModelError
+from sae.errors import ConfigError, ModelError
 from sae.language_model import LanguageModel
 from sae.splicing import splice
 
@@ -229,3 +229,26 @@ def test_unpublished_dictionary_fits_any_model(language_model: LanguageModel, to
     dictionary = make_dictionary(language_model, model=None)
     with splice(language_model, dictionary, hook=HOOK):
         assert language_model.logits(tokens).isfinite().all()
+
+
+def test_several_dictionaries_are_spliced_as_in_nested_blocks(language_model: LanguageModel, tokens: Tensor) -> None:
+    first, later = make_dictionary(language_model), make_dictionary(language_model, hook="blocks.2.hook_mlp_out")
+    clean = language_model.logits(tokens)
+    with splice(language_model, first), splice(language_model, later):
+        nested = language_model.logits(tokens)
+    for order in ([first, later], (later, first)):
+        with splice(language_model, order):
+            assert torch.equal(language_model.logits(tokens), nested)
+    with splice(language_model, [first]):
+        assert not torch.equal(language_model.logits(tokens), nested)
+    with splice(language_model, [first, later], error_term=True):
+        torch.testing.assert_close(language_model.logits(tokens), clean, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_for_one_dictionary_is_refused_for_several(language_model: LanguageModel) -> None:
+    one, other = make_dictionary(language_model), make_dictionary(language_model, ReLU)
+    message = f"2 dictionaries give '{HOOK}': splice one of them"
+    with pytest.raises(ConfigError, match=message), splice(language_model, [one, other]):
+        pass
+    with pytest.raises(ConfigError, match="are for a single dictionary"), splice(language_model, [one], hook=HOOK):
+        pass

@@ -144,7 +144,7 @@ def compare(
     dictionaries: Mapping[str, Evaluated],
     cache: ActivationCache,
     *,
-    hook: str,
+    hook: str | None = None,
     language_model: LanguageModel | None = None,
     settings: EvaluationConfig | None = None,
     device: str | torch.device = "cpu",

@@ -24,7 +24,7 @@ from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, Tru
 from sae.evaluation.report import Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
 from sae.evaluation.streams import BLOCK_TOKENS, ActivationSummary, Progress, held_out_blocks, summarise
-from sae.evaluation.subject import Evaluated, Subject, subject
+from sae.evaluation.subject import Evaluated, Subject, common_hook, subject
 from sae.language_model import LanguageModel
 from sae.modes import in_own_modes
 from sae.tail import NO_ROAD, Road
@@ -35,7 +35,7 @@ def evaluate(
     dictionary: Evaluated,
     cache: ActivationCache,
     *,
-    hook: str,
+    hook: str | None = None,
     language_model: LanguageModel | None = None,
     settings: EvaluationConfig | None = None,
     device: str | torch.device = "cpu",
@@ -54,7 +54,8 @@ def evaluate(
             whose `encode` gives dense features `[rows, d_sae]` of them and whose `decode` gives them back; it is used
             where it is, and baselines get as many features as it fires.
         cache: the activations; baselines are fitted on its training split.
-        hook: hook point, one of the cache's; of a transcoder the one whose activations it gives.
+        hook: hook point, one of the cache's; of a transcoder the one whose activations it gives. None: the one the
+            dictionary was trained on, or the cache's only one.
         language_model: the model that the cache is of; None: no language-model losses. Nor are there any where the hook
             point can be read but not replaced, which the report then says.
         settings: how many tokens, and how many contexts at a time.
@@ -81,7 +82,7 @@ def evaluate_all(
     dictionaries: Mapping[str, Evaluated],
     cache: ActivationCache,
     *,
-    hook: str,
+    hook: str | None = None,
     language_model: LanguageModel | None = None,
     settings: EvaluationConfig | None = None,
     device: str | torch.device = "cpu",
@@ -110,6 +111,7 @@ def evaluate_all(
     settings = settled(asked, cache)
     if not dictionaries:
         raise ConfigError("there is no dictionary to evaluate; give at least one")
+    hook = hook or common_hook(dictionaries, cache)
     subjects = {name: subject(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
     road = None
     if language_model is not None:

@@ -69,6 +69,25 @@ class Subject:
         return {"features": trained["dead"], "tokens": trained["dead_after_tokens"]}
 
 
+def common_hook(dictionaries: Mapping[str, Evaluated], cache: ActivationCache) -> str:
+    """The hook point that all of them give by their metadata; if none says it, the cache's only one.
+
+    Raises:
+        ConfigError: they give different ones, or none says it and the cache has several.
+    """
+    given = {Hooks.of(one.metadata).gives for one in dictionaries.values() if isinstance(one, Dictionary)} - {None}
+    hooks = given or set(cache.hooks)
+    if len(hooks) > 1:
+        names = ", ".join(sorted(map(repr, hooks)))
+        whose = (
+            "the dictionaries are of the hook points" if given else "nothing says which hook point it is: the cache has"
+        )
+        raise ConfigError(f"{whose} {names}; give hook=, and only dictionaries of that one")
+    [hook] = hooks
+    assert hook is not None
+    return hook
+
+
 def subject(
     name: str, thing: Evaluated, cache: ActivationCache, hook: str, device: str | torch.device
 ) -> Subject:  # fmt: skip

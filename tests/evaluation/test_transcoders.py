@@ -123,7 +123,7 @@ def test_from_training_to_a_report(many_documents: ActivationCache, tmp_path: Pa
     assert trained is not None and untrained is not None
     assert trained < 0.2
     assert untrained > 1
-    compared = sae.compare({"t": loaded, "u": make_transcoder(many_documents)}, many_documents, hook=GIVES)
+    compared = sae.compare({"t": loaded, "u": make_transcoder(many_documents)}, many_documents)
     assert compared.dictionaries["u"].differences["fvu"].value == pytest.approx(untrained - trained, rel=1e-5)
 
 
@@ -133,6 +133,18 @@ def test_formulas_of_other_packages_are_left_out_with_a_word(many_documents: Act
     assert reports["t"].legacy is None and reports["p"].legacy is not None
     words = "Nothing: the formulas of other packages are for dictionaries that give what they read."
     assert words in markdown(reports["t"], []) and words not in markdown(reports["p"], [])
+
+
+def test_the_hook_point_is_the_one_that_dictionaries_give(many_documents: ActivationCache) -> None:
+    transcoder, bare = make_transcoder(many_documents), TopK(32, 64, k=4).requires_grad_(False)
+    settings = EvaluationConfig(tokens=64, frozen_decoder_tokens=0)
+    for dictionaries in ({"t": transcoder}, {"t": transcoder, "bare": bare}):
+        assert {one.hook for one in evaluate_all(dictionaries, many_documents, settings=settings).values()} == {GIVES}
+    with pytest.raises(ConfigError, match=f"nothing says which hook point it is: the cache has '{READS}', '{GIVES}'"):
+        evaluate(bare, many_documents)
+    other = TopK(32, 64, k=4, metadata={"hook": READS}).requires_grad_(False)
+    with pytest.raises(ConfigError, match=f"are of the hook points '{READS}', '{GIVES}'; give hook="):
+        evaluate_all({"t": transcoder, "o": other}, many_documents)
 
 
 def test_rows_of_other_hook_points_belong_to_the_same_tokens(many_documents: ActivationCache) -> None:
