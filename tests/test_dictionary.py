@@ -261,7 +261,7 @@ def test_codes_are_indexed_and_made_dense() -> None:
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
     codes = dictionary.encode_sparse(x)
     assert torch.equal(codes.dense(dictionary.d_sae), dictionary.encode(x))
-    assert torch.equal(codes[1, 2:].dense(dictionary.d_sae), dictionary.encode(x[1, 2:]))
+    assert torch.equal(codes[1, 2:].dense(dictionary.d_sae), dictionary.encode(x)[1, 2:])
     values = codes.values.clone().requires_grad_()
     sae.Codes(values, codes.indices).dense(dictionary.d_sae).square().sum().backward()
     assert torch.equal(values.grad, 2 * codes.values)
