@@ -405,7 +405,7 @@ def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Repor
     on these are written before the next are evaluated.
 
     Raises:
-        SaeError: as `Run.cache` and `sae.evaluation.scoring` do.
+        SaeError: as `Run.cache` and `sae.evaluation.evaluate` do.
     """
     models: dict[Hashable, LanguageModel] = {}
     groups: dict[Hashable, list[int]] = {}

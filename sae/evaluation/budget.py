@@ -27,7 +27,7 @@ _PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH, _PCA_MOST = 32, 16_384, 64, 200_000
 
 def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationConfig:
     """The settings with a number of tokens in place of each `auto`."""
-    harvested = sum(cache.rows(split) for split in SPLITS)
+    harvested = _harvested(cache)
     context = {name: min(cache.context_length, cache.rows(HELD_OUT)) for name in _WHOLE_CONTEXTS}
     numbers = {
         name: max(min(max(harvested // every, least), _MOST.get(name, math.inf)), context.get(name, 0))
@@ -37,9 +37,14 @@ def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationCon
     return settings.model_copy(update=numbers)
 
 
+def _harvested(cache: ActivationCache) -> int:
+    """Tokens of the cache."""
+    return sum(cache.rows(split) for split in SPLITS)
+
+
 def pca_tokens(cache: ActivationCache, hook: str) -> int:
     """Training tokens that principal components are fitted on."""
-    harvested = sum(cache.rows(split) for split in SPLITS)
+    harvested = _harvested(cache)
     return min(max(harvested // _PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH * cache.d_in(hook)), _PCA_MOST)
 
 
@@ -64,7 +69,7 @@ def announcement(settings: EvaluationConfig, cache: ActivationCache, dictionarie
     legacy = min(held_out, settled_tokens(chosen.legacy_tokens) or 0)
     kinds = 3 if chosen.frozen_decoder_tokens else 2
     passes = (3 + dictionaries) * own + kinds * baselines + (2 + 2 * dictionaries if legacy else 0) * legacy
-    harvested = sum(cache.rows(split) for split in SPLITS)
+    harvested = _harvested(cache)
     return (
         f"evaluation: {tokens:,} held-out tokens, {own:,} of them for losses: language-model passes over about "
         f"{passes:,} tokens (the harvest: {harvested:,})"

@@ -16,8 +16,7 @@ from sae.config import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation.estimate import Estimate
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
-from sae.evaluation.report import HEADINGS
-from sae.evaluation.report_view import fewest_of_baselines
+from sae.evaluation.report import HEADINGS, fewest_of_baselines
 from sae.evaluation.scoring import evaluate_all
 from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -202,6 +203,14 @@ class _Stored(BaseModel):
     dead: _Count | None
     dense: _Count | None
     baselines: dict[Literal["pca", "random", "frozen_decoder", "identity"], _Baseline]
+
+
+def fewest_of_baselines(
+    records: Iterable[Mapping[str, Any]], key: Literal["tokens", "downstream_tokens"]
+) -> int | None:
+    """The least that a baseline of them is measured on; None where none says it."""
+    numbers = [one.get(key) for record in records for one in record["baselines"].values()]
+    return min((number for number in numbers if number is not None), default=None)
 
 
 def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sae.columns import Column, fitted
 from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.legacy import CONTEXTS_PER_BATCH
-from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report
+from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines
 from sae.markdown import code, document, pipe_table, plain
 from sae.tail import NO_ROAD, Road
 from sae.tokens import TokenPolicy
@@ -216,14 +216,6 @@ def fewer_tokens(record: Mapping[str, Any]) -> str:
     """
     fewest = {key: fewest_of_baselines([record], key) for key in ("tokens", "downstream_tokens")}
     return baselines_have_fewer(record["evaluated"], fewest["tokens"], fewest["downstream_tokens"])
-
-
-def fewest_of_baselines(
-    records: Iterable[Mapping[str, Any]], key: Literal["tokens", "downstream_tokens"]
-) -> int | None:
-    """The least that a baseline of them is measured on; None where none says it."""
-    numbers = [one.get(key) for record in records for one in record["baselines"].values()]
-    return min((number for number in numbers if number is not None), default=None)
 
 
 def baselines_have_fewer(evaluated: Mapping[str, Any], tokens: int | None, positions: int | None) -> str:

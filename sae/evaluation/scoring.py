@@ -266,7 +266,7 @@ def _score(
     return {
         key: Scores(
             made.description,
-            -(-summary.tokens // every),
+            sums[key].sums.tokens,
             sums[key].scores(),
             sparsity[key].scores() if key in sparsity else None,
         )
