@@ -31,12 +31,12 @@ from quality import KEPT, activations, digest, sources
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.config.splits import HELD_OUT
+from sae.dictionary.base import Dictionary
 from sae.evaluation.figures import Canvas, logarithmic
 from sae.evaluation.pareto import COLOURS
-from sae.files import write_json
-from sae.tokens import HELD_OUT
+from sae.files.writing import write_json
 from sae.training import Recipe, train_all
 from sae.training.firing import default_dead_after
 from sae.training.schedules import default_learning_rate

@@ -38,10 +38,10 @@ from sae.activations.cache import (
 )
 from sae.activations.harvest import harvest
 from sae.activations.loader import ActivationLoader
-from sae.config import ModelConfig, RunConfig
-from sae.config_file import parse_config
-from sae.language_model import LanguageModel
-from sae.model_identity import DEMO_FOLDER
+from sae.config.file import parse_config
+from sae.config.settings import ModelConfig, RunConfig
+from sae.dictionary.model_identity import DEMO_FOLDER
+from sae.model.language_model import LanguageModel
 
 HOOK = "blocks.0.hook_resid_pre"
 
@@ -185,7 +185,7 @@ def write_random_gpt2(folder: Path, tokenizer_folder: Path | None) -> Path:
     else:
         from tokenizers import ByteLevelBPETokenizer
 
-        from sae.corpus import standard_library
+        from sae.text.corpus import standard_library
 
         bpe = ByteLevelBPETokenizer()
         texts = (document.text for document, _ in zip(standard_library(), range(200), strict=False))

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sae import hashes
+from sae.files import hashes
 
 FILES = 4
 

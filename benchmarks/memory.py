@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from sae import sparse
 from sae.architectures import ARCHITECTURES
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels import back_end
 from sae.training import optimizer as optimizer_module
 from sae.training.firing import FiringRecord

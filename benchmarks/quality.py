@@ -39,7 +39,7 @@ from peers.environments import FOLDER, python
 import sae
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
-from sae.tokens import HELD_OUT, TRAIN
+from sae.config.splits import HELD_OUT, TRAIN
 from sae.training.applicability import PENALISED
 
 WORKER = Path(__file__).parent / "peers" / "quality_worker.py"

@@ -23,38 +23,37 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same as _HOME
     from sae.architectures import ReLU as ReLU
     from sae.architectures import TopK as TopK
     from sae.architectures import load as load
-    from sae.causal import Effects as Effects
-    from sae.causal import EffectSettings as EffectSettings
-    from sae.causal import measure_effects as measure_effects
-    from sae.config import DictionaryConfig as DictionaryConfig
-    from sae.config import EvaluationConfig as EvaluationConfig
-    from sae.config import ModelConfig as ModelConfig
-    from sae.config import RunConfig as RunConfig
-    from sae.config import TrainConfig as TrainConfig
-    from sae.config_file import load_config as load_config
-    from sae.dictionary import Codes as Codes
-    from sae.dictionary import Dictionary as Dictionary
-    from sae.dictionary import SparseAutoencoder as SparseAutoencoder
+    from sae.config.file import load_config as load_config
+    from sae.config.settings import DictionaryConfig as DictionaryConfig
+    from sae.config.settings import EvaluationConfig as EvaluationConfig
+    from sae.config.settings import ModelConfig as ModelConfig
+    from sae.config.settings import RunConfig as RunConfig
+    from sae.config.settings import TrainConfig as TrainConfig
+    from sae.config.version import __version__ as __version__
+    from sae.dictionary.base import Codes as Codes
+    from sae.dictionary.base import Dictionary as Dictionary
+    from sae.dictionary.base import SparseAutoencoder as SparseAutoencoder
+    from sae.effects import Effects as Effects
+    from sae.effects import EffectSettings as EffectSettings
+    from sae.effects import measure_effects as measure_effects
     from sae.errors import SaeError as SaeError
     from sae.evaluation import compare as compare
     from sae.evaluation import evaluate as evaluate
     from sae.evaluation import evaluate_all as evaluate_all
     from sae.features import Features as Features
-    from sae.language_model import LanguageModel as LanguageModel
-    from sae.pipeline import collect_features as collect_features
-    from sae.pipeline import harvest as harvest
-    from sae.pipeline import run as run
+    from sae.model.language_model import LanguageModel as LanguageModel
+    from sae.model.splicing import splice as splice
     from sae.probing import probe as probe
-    from sae.probing.of_run import probe_run as probe_run
-    from sae.splicing import splice as splice
-    from sae.sweeping import sweep as sweep
+    from sae.runs.pipeline import collect_features as collect_features
+    from sae.runs.pipeline import harvest as harvest
+    from sae.runs.pipeline import run as run
+    from sae.runs.probes import probe_run as probe_run
+    from sae.runs.sweeping import sweep as sweep
+    from sae.runs.verification import verify as verify
     from sae.training import IterableSource as IterableSource
     from sae.training import Recipe as Recipe
     from sae.training import train as train
     from sae.training import train_all as train_all
-    from sae.verification import verify as verify
-
-__version__ = "0.2.0"
 
 __all__ = [
     "ActivationCache",
@@ -100,46 +99,47 @@ __all__ = [
 ]
 
 _HOME = {
+    "__version__": "sae.config.version",
     "ActivationCache": "sae.activations",
     "ActivationLoader": "sae.activations.loader",
     "BatchTopK": "sae.architectures",
-    "Codes": "sae.dictionary",
-    "Dictionary": "sae.dictionary",
-    "DictionaryConfig": "sae.config",
-    "EffectSettings": "sae.causal",
-    "Effects": "sae.causal",
-    "EvaluationConfig": "sae.config",
+    "Codes": "sae.dictionary.base",
+    "Dictionary": "sae.dictionary.base",
+    "DictionaryConfig": "sae.config.settings",
+    "EffectSettings": "sae.effects",
+    "Effects": "sae.effects",
+    "EvaluationConfig": "sae.config.settings",
     "Features": "sae.features",
     "Gated": "sae.architectures",
     "IterableSource": "sae.training",
     "JumpReLU": "sae.architectures",
-    "LanguageModel": "sae.language_model",
+    "LanguageModel": "sae.model.language_model",
     "Matryoshka": "sae.architectures",
-    "ModelConfig": "sae.config",
+    "ModelConfig": "sae.config.settings",
     "ReLU": "sae.architectures",
     "Recipe": "sae.training",
-    "RunConfig": "sae.config",
+    "RunConfig": "sae.config.settings",
     "SaeError": "sae.errors",
-    "SparseAutoencoder": "sae.dictionary",
+    "SparseAutoencoder": "sae.dictionary.base",
     "TopK": "sae.architectures",
-    "TrainConfig": "sae.config",
-    "collect_features": "sae.pipeline",
+    "TrainConfig": "sae.config.settings",
+    "collect_features": "sae.runs.pipeline",
     "compare": "sae.evaluation",
     "dictionary_metadata": "sae.activations.metadata",
     "evaluate": "sae.evaluation",
     "evaluate_all": "sae.evaluation",
-    "harvest": "sae.pipeline",
+    "harvest": "sae.runs.pipeline",
     "load": "sae.architectures",
-    "load_config": "sae.config_file",
-    "measure_effects": "sae.causal",
+    "load_config": "sae.config.file",
+    "measure_effects": "sae.effects",
     "probe": "sae.probing",
-    "probe_run": "sae.probing.of_run",
-    "run": "sae.pipeline",
-    "splice": "sae.splicing",
-    "sweep": "sae.sweeping",
+    "probe_run": "sae.runs.probes",
+    "run": "sae.runs.pipeline",
+    "splice": "sae.model.splicing",
+    "sweep": "sae.runs.sweeping",
     "train": "sae.training",
     "train_all": "sae.training",
-    "verify": "sae.verification",
+    "verify": "sae.runs.verification",
 }
 
 if not TYPE_CHECKING:  # else every name would be known, and of no type

@@ -15,7 +15,7 @@ def main() -> None:
     obeyed = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, as in `nohup sae … &`
     if obeyed:
         signal.signal(signal.SIGINT, _leave)  # an exception could be lost in the code of modules being imported
-    from sae import cli
+    from sae.cli import main as cli
 
     try:
         if obeyed:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from sae.kernels import back_end, kernels_for
 from sae.kernels.interface import Block, Gradient, Kernels, Selection, Subset, Term
 from sae.kernels.pattern import Pattern
-from sae.modes import is_mapped, without_autocast
+from sae.numerics.modes import is_mapped, without_autocast
 
 
 @dataclass

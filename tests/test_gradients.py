@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.architectures import ARCHITECTURES, Gated, JumpReLU, TopK
 from sae.architectures.elementwise import OneThreshold
-from sae.dictionary import Codes, Dictionary
+from sae.dictionary.base import Codes, Dictionary
 from sae.errors import ShapeError
 from sae.kernels import back_end
 from sae.kernels.interface import Term

@@ -86,7 +86,7 @@ def test_the_main_configuration_runs_from_its_names_over_a_bad_line(hub: Loopbac
         "evaluation.downstream_tokens=100", "evaluation.legacy_tokens=0", "evaluation.frozen_decoder_tokens=0",
         "features.tokens=500",
     ]  # fmt: skip
-    done = process(hub, tmp_path, "-m", "sae.cli", "--quiet", "run", str(CONFIG), *small, "out=run")
+    done = process(hub, tmp_path, "-m", "sae.cli.main", "--quiet", "run", str(CONFIG), *small, "out=run")
     assert done.returncode == 0, done.stderr
     assert [fault for fault in hub.faults if fault.times] == []
     manifest = json.loads((tmp_path / "run" / "activations" / "manifest.json").read_text(encoding="utf-8"))
@@ -102,8 +102,8 @@ def test_the_main_configuration_runs_from_its_names_over_a_bad_line(hub: Loopbac
 BROKEN_STREAM = """
 import os, sys, time, urllib.request
 time.sleep = lambda seconds: None  # between the libraries' own tries, which take minutes
-from sae import pipeline
-from sae.config_file import load_config
+from sae.runs import pipeline
+from sae.config.file import load_config
 from sae.errors import SaeError
 overrides = sys.argv[2:]
 try:
@@ -136,10 +136,10 @@ def test_a_stream_that_breaks_off_goes_on_with_the_next_run(hub: LoopbackHub, tm
 ERRORS = """
 import sys, json, time
 time.sleep = lambda seconds: None  # between the libraries' own tries
-from sae.config import DataConfig, ModelConfig
-from sae.corpus import read_documents
+from sae.config.settings import DataConfig, ModelConfig
+from sae.text.corpus import read_documents
 from sae.errors import SaeError
-from sae.model_loading import load_pretrained
+from sae.model.loading import load_pretrained
 for case in json.loads(sys.argv[1]):
     try:
         if "name" in case:

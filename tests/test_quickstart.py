@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sae
-from sae.corpus import is_held_out
-from sae.model_identity import DEMO_FOLDER
+from sae.dictionary.model_identity import DEMO_FOLDER
+from sae.text.corpus import is_held_out
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

@@ -75,7 +75,7 @@ def ours(task: Task, data: list[torch.Tensor], products: str = "float32") -> lis
     batch to that for the next, and a fiftieth of what the last line took is added: BatchTopK finds its threshold then.
     """
     import sae
-    from sae.config import DictionaryConfig, TrainConfig
+    from sae.config.settings import DictionaryConfig, TrainConfig
 
     every = TrainConfig().log_every
     steps = task.steps + 2 if task.device == "cpu" else every * (task.steps + 1)

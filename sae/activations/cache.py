@@ -20,14 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 from torch import Tensor
 
 from sae.activations.background import background
+from sae.config.splits import SPLITS, TRAIN
+from sae.dictionary.model_identity import NOT_OF_ACTIVATIONS
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError, DamagedError
-from sae.files import stands
-from sae.hashes import Identity, check, damaged, identity_of
-from sae.model_identity import NOT_OF_ACTIVATIONS
-from sae.modes import in_own_modes
-from sae.paths import expanded
-from sae.reading import open_tensors, read_json, read_object, tensor_of, validated
-from sae.tokens import SPLITS, TRAIN, TokenPolicy
+from sae.files.hashes import Identity, check, damaged, identity_of
+from sae.files.paths import expanded
+from sae.files.reading import open_tensors, read_json, read_object, tensor_of, validated
+from sae.files.writing import stands
+from sae.numerics.modes import in_own_modes
 
 FORMAT = "sae-activations"
 FORMAT_VERSION = 1

@@ -31,22 +31,24 @@ from sae.activations.cache import (
     shard_name,
 )
 from sae.activations.same_model import check_same_as_before
-from sae.config import DataConfig, RunConfig
-from sae.corpus import STANDARD_LIBRARY
+from sae.config.mixture import tokens_by_source
+from sae.config.settings import DataConfig, RunConfig
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
+from sae.console.terminal import complain
+from sae.dictionary.model_identity import has_fingerprint, model_label
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError, DataError
-from sae.files import free_bytes, locked, stands, write_bytes
-from sae.language_model import LanguageModel
-from sae.mixture import tokens_by_source
-from sae.model_identity import has_fingerprint, model_label
-from sae.modes import in_own_modes
-from sae.paths import expanded
-from sae.printable import json_text, one_line, printable
-from sae.reading import load_tensors, taken_apart
-from sae.seeding import STREAMS
-from sae.terminal import complain
+from sae.files.paths import expanded
+from sae.files.printable import json_text, one_line, printable
+from sae.files.reading import load_tensors, taken_apart
+from sae.files.writing import free_bytes, locked, stands, write_bytes
+from sae.model.language_model import LanguageModel
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import STREAMS
 from sae.text.census import Census, combined
+from sae.text.corpus import STANDARD_LIBRARY
 from sae.text.fingerprint import source_fingerprint
-from sae.tokens import HELD_OUT, READING, SPLITS, TRAIN, Packer, TokenPolicy, packed_shards
+from sae.text.packing import READING, Packer, packed_shards
 
 Progress = Callable[[int, int], None]
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from sae.activations.background import background
 from sae.activations.cache import ActivationCache, Statistics, dequantise
 from sae.activations.metadata import dictionary_metadata
+from sae.config.splits import TRAIN
 from sae.errors import CacheError
-from sae.modes import in_own_modes
-from sae.seeding import STREAMS, loader_generator_1, numpy_generator
-from sae.tokens import TRAIN
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import STREAMS, loader_generator_1, numpy_generator
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sae.activations.cache import ActivationCache
+from sae.dictionary.origin import Place
+from sae.dictionary.sites import Hooks
 from sae.errors import CacheError, ConfigError
-from sae.origin import Place
-from sae.transcoding import Hooks
 
 
 def place_of(cache: ActivationCache) -> Place:

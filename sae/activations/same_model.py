@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import RESTORE, ActivationCache, Manifest, dequantise, shard_name
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
+from sae.dictionary.model_identity import differs
 from sae.errors import CacheError, DamagedError
-from sae.language_model import LanguageModel
-from sae.model_identity import differs
-from sae.reading import load_tensors, taken_apart
-from sae.tokens import HELD_OUT, SPLITS, TRAIN
+from sae.files.reading import load_tensors, taken_apart
+from sae.model.language_model import LanguageModel
 
 _ALWAYS = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256", "code_sha256")
 _WHERE_RECORDED = ("tokenizer_ids_sha256", "config_sha256")

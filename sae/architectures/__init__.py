@@ -13,9 +13,9 @@ from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.matryoshka import Matryoshka
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
-from sae.dictionary import Dictionary, read_saved
+from sae.dictionary.base import Dictionary, read_saved
 from sae.errors import FormatError
-from sae.modes import defaults
+from sae.numerics.modes import defaults
 
 ARCHITECTURES: dict[str, type[Dictionary]] = {
     "relu": ReLU,

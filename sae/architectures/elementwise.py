@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae.dictionary import Dictionary, checked_k
+from sae.dictionary.base import Dictionary, checked_k
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.sparse import select_above
 

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae.architectures.elementwise import OneThreshold
-from sae.config import PREFIXES
-from sae.fit import nested_sizes
+from sae.config.check import nested_sizes
+from sae.config.settings import PREFIXES
 
 
 class Matryoshka(OneThreshold):

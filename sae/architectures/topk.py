@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.dictionary import Dictionary, checked_k
+from sae.dictionary.base import Dictionary, checked_k
 from sae.kernels.interface import Selection
 from sae.sparse import select_topk
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.architectures.topk import TopK
-from sae.dictionary import Codes
+from sae.dictionary.base import Codes
 from sae.evaluation.budget import pca_tokens
-from sae.evaluation.estimate import double
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.evaluation.streams import Progress, training_blocks
-from sae.seeding import torch_generator
+from sae.numerics.seeding import torch_generator
+from sae.results.estimate import double
 
 GAIN_TOKENS = 4096
 

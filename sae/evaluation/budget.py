@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sae.activations.cache import ActivationCache, ContextBatch
-from sae.config import AUTO, EvaluationConfig
-from sae.tokens import HELD_OUT, SPLITS
+from sae.config.settings import AUTO, EvaluationConfig
+from sae.config.splits import HELD_OUT, SPLITS
 
 _OF_CACHE = {
     "downstream_tokens": (768, 1024),

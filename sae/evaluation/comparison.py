@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import sae
 from sae.activations.cache import ActivationCache
-from sae.config import EvaluationConfig
+from sae.config import version
+from sae.config.settings import EvaluationConfig
 from sae.errors import ConfigError
-from sae.evaluation.estimate import Estimate
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
 from sae.evaluation.report import HEADINGS, fewest_of_baselines
 from sae.evaluation.scoring import evaluate_all
 from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated
-from sae.files import delete, stands, write_bytes, write_json
-from sae.language_model import LanguageModel
-from sae.modes import in_own_modes
-from sae.paths import expanded
-from sae.reading import conforming, read_object, taken_apart
+from sae.model.language_model import LanguageModel
+from sae.numerics.modes import in_own_modes
+from sae.results.estimate import Estimate
 
 FORMAT, FORMAT_VERSION = "sae-comparison", 1
 COMMON = ("ce_clean", "ce_zero", "ce_mean")
@@ -189,48 +185,13 @@ def comparison_key(
         settings: how much is evaluated.
     """
     facts = {
-        "sae_version": sae.__version__,
+        "sae_version": version.__version__,
         "dictionaries": [[name, identity] for name, identity in identities.items()],
         "activations": activations,
         "hook": hook,
         "settings": settings.model_dump(mode="json"),
     }
     return json.loads(json.dumps(facts))
-
-
-def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
-    """Write `compare.md` and `compare.json`.
-
-    Raises:
-        CacheError: the folder cannot be written.
-    """
-    from sae.evaluation.comparison_view import comparison_markdown
-
-    folder = expanded(folder)
-    text, record = comparison_markdown(comparison).encode(), comparison.to_json()
-    delete(folder / JSON_FILE)
-    write_bytes(folder / MARKDOWN_FILE, text)
-    write_json(folder / JSON_FILE, record)  # last: where it is, the rest is
-    return [folder / JSON_FILE, folder / MARKDOWN_FILE]
-
-
-def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | None:
-    """A written comparison, where it is of just this key, and of dictionaries that have a hash.
-
-    Raises:
-        DamagedError: the file is damaged.
-    """
-    folder = expanded(folder)
-    path = folder / JSON_FILE
-    if not stands(path) or not stands(folder / MARKDOWN_FILE):
-        return None
-    record = read_object(path)
-    current = (record.get("key"), record.get("format"), record.get("format_version")) == (key, FORMAT, FORMAT_VERSION)
-    hashed = all(identity["weights_sha256"] for _, identity in key["dictionaries"])
-    if not current or not hashed:
-        return None
-    with taken_apart(path):
-        return conforming(Comparison.from_json(record))
 
 
 def _compared(record: Mapping[str, Any], description: str, differences: dict[str, Estimate]) -> Compared:

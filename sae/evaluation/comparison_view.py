@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from sae.columns import Column, fitted
+from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.comparison import Compared, Comparison
-from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import below_noise
 from sae.evaluation.report_view import (
     COUNTS,
@@ -20,8 +19,9 @@ from sae.evaluation.report_view import (
     describe_text,
     share_of,
 )
-from sae.markdown import code, document, pipe_table, plain
-from sae.tokens import TokenPolicy
+from sae.results.columns import Column, fitted
+from sae.results.estimate import Estimate, error_note
+from sae.results.markdown import code, document, pipe_table, plain
 
 if TYPE_CHECKING:
     from rich.console import Group

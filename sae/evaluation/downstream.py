@@ -11,18 +11,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, ContextBatch
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
+from sae.config.splits import HELD_OUT
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline
 from sae.evaluation.budget import losses_read, settled, spread_contexts
-from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, row_sums, to_json
 from sae.evaluation.metrics import estimate
 from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import Reconstructor
 from sae.evaluation.streams import Progress
-from sae.language_model import LanguageModel
-from sae.tail import Replacement
-from sae.tokens import HELD_OUT
+from sae.model.language_model import LanguageModel
+from sae.model.tail import Replacement
+from sae.results.estimate import TOKENS, DocumentSums, Estimate, double, row_sums, to_json
 
 DOWNSTREAM_NAMES = (
     "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_ce", "ce_recovered_zero", "ce_recovered_mean", "kl"

@@ -11,8 +11,8 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import load
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary
 from sae.errors import FormatError, TrainingError, TrainingInterrupted
 from sae.evaluation.baselines import Baseline
 from sae.evaluation.reconstruction import Reconstructor, from_dictionary

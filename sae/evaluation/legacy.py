@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary import Codes
-from sae.evaluation.estimate import double
+from sae.dictionary.base import Codes
+from sae.results.estimate import double
 
 CONTEXTS_PER_BATCH = 16
 """The default of both packages (`batch_size_prompts`)."""

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, ContextBatch
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
+from sae.config.splits import HELD_OUT
 from sae.evaluation.budget import settled, settled_tokens
-from sae.evaluation.estimate import double, row_sums
 from sae.evaluation.legacy import (
     CONTEXTS_PER_BATCH,
     SAEBENCH,
@@ -27,8 +27,8 @@ from sae.evaluation.legacy import (
 from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.evaluation.streams import Progress
-from sae.language_model import LanguageModel
-from sae.tokens import HELD_OUT
+from sae.model.language_model import LanguageModel
+from sae.results.estimate import double, row_sums
 
 _MEAN = "\0mean"
 _CLEAN, _ZERO = "clean", "zero"

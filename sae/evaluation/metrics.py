@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.evaluation.estimate import TOKENS, Estimate, jackknife, left_out, ratio
+from sae.results.estimate import TOKENS, Estimate, jackknife, left_out, ratio
 
 POSITIONS = "positions"
 """Counts the tokens whose language-model losses were measured; `tokens` counts the others' sample."""

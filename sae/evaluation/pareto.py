@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sae.evaluation.estimate import Estimate
 from sae.evaluation.figures import Canvas, logarithmic
+from sae.results.estimate import Estimate
 
 COLOURS = {
     "relu": "#6b7280",

@@ -15,11 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-import sae
+from sae.config import version
 from sae.errors import DamagedError
-from sae.files import stands, write_tensors
-from sae.hashes import recorded
-from sae.reading import load_tensors
+from sae.files.hashes import recorded
+from sae.files.reading import load_tensors
+from sae.files.writing import stands, write_tensors
 
 FOLDER = "evaluation-unfinished"
 EVERY = 5.0
@@ -50,7 +50,7 @@ class Unfinished:
         self, folder: Path | None = None, decides: Mapping[str, Any] = NOTHING, every: float | None = None
     ) -> None:
         self.every = EVERY if every is None else every
-        software = {"sae": sae.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        software = {"sae": version.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
         facts = {**decides, **software}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
         self.folder = None if folder is None else folder / key

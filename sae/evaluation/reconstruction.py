@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary import Codes, Dictionary
-from sae.evaluation.estimate import DocumentSums, Estimate, double, to_json
+from sae.dictionary.base import Codes, Dictionary
 from sae.evaluation.metrics import estimate
+from sae.results.estimate import DocumentSums, Estimate, double, to_json
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError, ShapeError
-from sae.modes import in_own_modes
-from sae.seeding import torch_generator
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import torch_generator
 
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
 """Cosines at which precision and recall are given."""

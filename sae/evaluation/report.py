@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
 from safetensors.torch import save
 from torch import Tensor
 
-import sae
-from sae.config import EvaluationConfig
-from sae.dictionary import Dictionary, weights_sha256
-from sae.errors import DamagedError
+from sae.config import version
+from sae.config.settings import EvaluationConfig
+from sae.dictionary.base import Dictionary, weights_sha256
+from sae.dictionary.sites import Hooks
+from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
-from sae.evaluation.estimate import Estimate
 from sae.evaluation.legacy_pass import LegacyScores
 from sae.evaluation.reconstruction import ReconstructionScores
 from sae.evaluation.sparsity import SparsityScores
 from sae.evaluation.streams import NormHistogram
-from sae.files import delete, stands, write_bytes, write_json
-from sae.hashes import check, damaged, recorded, sha256_of
-from sae.paths import expanded
-from sae.reading import load_tensors, read_object, taken_apart, validated
-from sae.tail import Road
-from sae.tokens import TokenPolicy
-from sae.transcoding import Hooks
+from sae.model.tail import Road
 
 FORMAT, FORMAT_VERSION = "sae-evaluation", 2
 JSON_FILE, MARKDOWN_FILE, FIGURE_FOLDER = "eval.json", "eval.md", "figures"
@@ -103,7 +94,7 @@ class Report:
         dead_in_training: features that had not fired for `tokens` tokens when training ended; None where unknown.
         norms: of the activations, eligible and masked.
         seconds: it took.
-        road: how replacements at the hook point became logits (`sae.tail.Road`); None without a language model.
+        road: how replacements at the hook point became logits (`sae.model.tail.Road`); None without a language model.
     """
 
     dictionary: dict[str, Any]
@@ -142,7 +133,7 @@ class Report:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "sae_version": sae.__version__,
+            "sae_version": version.__version__,
             "dictionary": self.dictionary,
             "description": self.scores.description.removeprefix("dictionary: "),
             "hook": self.hook,
@@ -178,33 +169,6 @@ class Report:
         }
 
 
-class _Count(BaseModel):
-    features: int
-
-
-class _Baseline(BaseModel):
-    description: str
-    downstream_tokens: int | None
-    features: int | None
-    dead: _Count | None
-    dense: _Count | None
-
-
-class _Stored(BaseModel):
-    """What is read of `eval.json`, estimates left out."""
-
-    description: str
-    hook: str
-    model: dict[str, Any]
-    data: dict[str, Any]
-    token_policy: dict[str, Any]
-    evaluated: dict[str, int | None]
-    features: int | None
-    dead: _Count | None
-    dense: _Count | None
-    baselines: dict[Literal["pca", "random", "frozen_decoder", "identity"], _Baseline]
-
-
 def fewest_of_baselines(
     records: Iterable[Mapping[str, Any]], key: Literal["tokens", "downstream_tokens"]
 ) -> int | None:
@@ -213,117 +177,9 @@ def fewest_of_baselines(
     return min((number for number in numbers if number is not None), default=None)
 
 
-def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:
-    """Write `eval.json`, `eval.md`, `eval-documents.safetensors` and, where matplotlib is installed, `figures/*.png`.
-
-    The third holds the sums over each document of the split that the dictionary's metrics are ratios of, so that two
-    dictionaries can be compared document by document; `eval.json` names its checksum.
-
-    An older `eval.json` goes first and the new one comes last: a kill between leaves a folder that is not evaluated.
-
-    Args:
-        report: what to write.
-        folder: where; the run folder, as a rule.
-        metrics_path: `metrics.jsonl` of the training, for its curves; None: no curves.
-
-    Returns:
-        The files, `eval.json` first.
-
-    Raises:
-        CacheError: the folder cannot be written.
-    """
-    from sae.evaluation.figures import draw_figures
-    from sae.evaluation.report_view import markdown
-
-    folder = expanded(folder)
-    figures = draw_figures(report, expanded(metrics_path) if metrics_path is not None else None)
-    index = folder / JSON_FILE
-    contents = {
-        folder / MARKDOWN_FILE: markdown(report, figures).encode(),
-        folder / DOCUMENTS_FILE: report.documents_content(),
-        **{folder / FIGURE_FOLDER / figure.file: figure.png for figure in figures or []},
-    }
-    record = report.to_json()
-    delete(index)
-    for path, content in contents.items():
-        write_bytes(path, content)
-    write_json(index, record)  # last: where it is, the rest is
-    return [index, *contents]
-
-
 def identify(dictionary: Dictionary) -> dict[str, Any]:
     """What tells a dictionary from another: its configuration, what a transcoder reads, and a hash of its weights."""
     left_out = ("format", "format_version", "metadata")
     kept = {key: value for key, value in dictionary.config().items() if key not in left_out}
     reads = Hooks.of(dictionary.metadata).read_elsewhere
     return {**kept, **({"reads": reads} if reads else {}), "weights_sha256": weights_sha256(dictionary)}
-
-
-def read_stored(
-    folder: str | Path, dictionary: dict[str, Any], activations: str, *, hook: str, settings: EvaluationConfig
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """A written report and its sums over documents, where they are of just this.
-
-    Args:
-        folder: where `write_report` wrote.
-        dictionary: `identify` of what was evaluated.
-        activations: hash of the activations.
-        hook: hook point.
-        settings: how much was asked for.
-
-    Returns:
-        None where anything differs, be it the version of this package, where a file is missing, and where the sums are
-        whole but of another evaluation, as a kill could leave them before `eval.json` was deleted first.
-
-    Raises:
-        DamagedError: a file is damaged.
-    """
-    folder = expanded(folder)
-    if not all(stands(folder / name) for name in (JSON_FILE, MARKDOWN_FILE, DOCUMENTS_FILE)):
-        return None
-    record = read_object(folder / JSON_FILE)
-    asked = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "sae_version": sae.__version__,
-        "dictionary": json.loads(json.dumps(dictionary)),
-        "activations": activations,
-        "hook": hook,
-        "settings": settings.model_dump(mode="json"),
-    }
-    if any(record.get(key) != value for key, value in asked.items()):
-        return None
-    validated(folder / JSON_FILE, _Stored, record)
-    with taken_apart(folder / JSON_FILE):
-        TokenPolicy.from_json(record["token_policy"])
-        for part in (record, *record["baselines"].values()):
-            for value in part.values():
-                if isinstance(value, dict) and "standard_error" in value:
-                    Estimate.from_json(value)
-    check(folder / MARKDOWN_FILE)
-    path = folder / DOCUMENTS_FILE
-    totals = load_tensors(path)
-    if not _are_of(path, record):
-        if recorded(path):
-            return None
-        raise _of_another(path)
-    return record, totals
-
-
-def check_documents(folder: Path) -> None:
-    """Compare the sums over documents with the report beside them.
-
-    Raises:
-        DamagedError: they are of another evaluation, or one of the files is damaged.
-    """
-    path = folder / DOCUMENTS_FILE
-    if not _are_of(path, read_object(folder / JSON_FILE)):
-        raise _of_another(path)
-
-
-def _are_of(documents: Path, record: dict[str, Any]) -> bool:
-    return sha256_of(documents) == record.get("documents_sha256")
-
-
-def _of_another(documents: Path) -> DamagedError:
-    return damaged(documents, f"its SHA-256 is not the one in {JSON_FILE}")

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae.columns import Column, fitted
-from sae.evaluation.estimate import Estimate, error_note
+from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.legacy import CONTEXTS_PER_BATCH
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines
-from sae.markdown import code, document, pipe_table, plain
-from sae.tail import NO_ROAD, Road
-from sae.tokens import TokenPolicy
+from sae.model.tail import NO_ROAD, Road
+from sae.results.columns import Column, fitted
+from sae.results.estimate import Estimate, error_note
+from sae.results.markdown import code, document, pipe_table, plain
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -12,7 +12,8 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.same_model import check_same_model
 from sae.architectures import ARCHITECTURES
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
 from sae.evaluation.budget import settled, settled_tokens
@@ -25,10 +26,9 @@ from sae.evaluation.report import Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
 from sae.evaluation.streams import BLOCK_TOKENS, ActivationSummary, Progress, held_out_blocks, summarise
 from sae.evaluation.subject import Evaluated, Subject, common_hook, subject
-from sae.language_model import LanguageModel
-from sae.modes import in_own_modes
-from sae.tail import NO_ROAD, Road
-from sae.tokens import TokenPolicy
+from sae.model.language_model import LanguageModel
+from sae.model.tail import NO_ROAD, Road
+from sae.numerics.modes import in_own_modes
 
 
 def evaluate(

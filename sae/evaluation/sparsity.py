@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.dictionary import Codes
-from sae.evaluation.estimate import DocumentSums, Estimate, double
+from sae.dictionary.base import Codes
 from sae.evaluation.metrics import estimate
+from sae.results.estimate import DocumentSums, Estimate, double
 
 DENSE_ABOVE = 0.1
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

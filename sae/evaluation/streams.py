@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, dequantise
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
+from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import CacheError, ConfigError
-from sae.tokens import HELD_OUT, TRAIN
 
 BLOCK_TOKENS = 2048
 NORM_DECADES, BINS_PER_DECADE = (-4, 8), 50

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from sae.activations.cache import ActivationCache
 from sae.activations.metadata import place_of
-from sae.dictionary import Codes, Dictionary
+from sae.dictionary.base import Codes, Dictionary
+from sae.dictionary.model_identity import hash_weights
+from sae.dictionary.origin import check_belongs
+from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError, FormatError
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_dictionary
 from sae.evaluation.report import identify
-from sae.model_identity import hash_weights
-from sae.origin import check_belongs
-from sae.transcoding import Hooks
 
 
 @runtime_checkable

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sae.columns import Column, fitted
 from sae.evaluation.comparison_view import MARK
-from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import Totals, below_noise, difference
 from sae.evaluation.pareto import Point, lines, values_of
 from sae.evaluation.report import HEADINGS
 from sae.evaluation.report_view import NONE
-from sae.markdown import document, pipe_table, plain
+from sae.results.columns import Column, fitted
+from sae.results.estimate import Estimate, error_note
+from sae.results.markdown import document, pipe_table, plain
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from sae import seeding
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.activations.metadata import place_of
-from sae.config import FeaturesConfig
-from sae.dictionary import Dictionary
+from sae.config.settings import FeaturesConfig
+from sae.config.splits import TRAIN
+from sae.dictionary.base import Dictionary
+from sae.dictionary.neighbours import nearest_neighbours
+from sae.dictionary.origin import check_belongs
+from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError
 from sae.features.best import Best
 from sae.features.block import Block, Reach, make_block
@@ -26,14 +29,11 @@ from sae.features.logits import LogitEffects, logit_effects
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
 from sae.features.write import Collected, write_store
-from sae.modes import in_own_modes
-from sae.neighbours import nearest_neighbours
-from sae.origin import check_belongs
-from sae.tokens import TRAIN
-from sae.transcoding import Hooks
+from sae.numerics import seeding
+from sae.numerics.modes import in_own_modes
 
 if TYPE_CHECKING:
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
 BLOCK_FIRINGS = 1 << 21
 _ENCODED_AT_ONCE = 1 << 26

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae.config import FeaturesConfig
+from sae.config.settings import FeaturesConfig
 from sae.features.best import WORST, Best, rank_within
 from sae.features.histogram import LARGEST_BITS, fine_bins, float_bits
 

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from sae.activations.cache import ActivationCache, ContextBatch
-from sae.config import FeaturesConfig
-from sae.tokens import TRAIN
+from sae.config.settings import FeaturesConfig
+from sae.config.splits import TRAIN
 
 SECTION_TOKENS = 2048
 """Of a section where documents were not cut into any: about the 10,000 characters of `data.section_characters`."""

@@ -14,15 +14,15 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from sae.config import MOST_EXAMPLES
+from sae.config.settings import MOST_EXAMPLES
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
 from sae.features.vocabulary import CONTEXT_BEFORE, Vocabulary
-from sae.files import stands
-from sae.hashes import damaged
-from sae.paths import expanded
-from sae.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
+from sae.files.hashes import damaged
+from sae.files.paths import expanded
+from sae.files.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
+from sae.files.writing import stands
 
 SORT_COLUMNS = ("density", "max", "count", "index", "mean")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sae.printable import UNFIT
+from sae.files.printable import UNFIT
 
 _SIGNS = {ord("\n"): "↵", ord("\r"): "␍", ord("\t"): "→"}
 _PART_OF_CHARACTER = "◌"

@@ -14,16 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache
-from sae.config import FeaturesConfig
-from sae.dictionary import Dictionary, weights_sha256
+from sae.config.settings import FeaturesConfig
+from sae.config.splits import TRAIN
+from sae.dictionary.base import Dictionary, weights_sha256
+from sae.dictionary.neighbours import Neighbours
 from sae.features import layout
 from sae.features.examples import Examples
 from sae.features.logits import LogitEffects
 from sae.features.store import Features
 from sae.features.vocabulary import Vocabulary
-from sae.files import delete, write_chunks, write_json, write_tensors
-from sae.neighbours import Neighbours
-from sae.tokens import TRAIN
+from sae.files.writing import delete, write_chunks, write_json, write_tensors
 
 
 @dataclass(frozen=True)

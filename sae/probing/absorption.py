@@ -12,14 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import ShapeError
-from sae.evaluation.estimate import Estimate, ratio
-from sae.modes import in_own_modes
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import numpy_generator
 from sae.probing.activations import LabelledActivations
 from sae.probing.linear import Design, LinearProbe, rank_columns, require_sklearn
 from sae.probing.scores import binary_scores, mean_and_error
 from sae.probing.settings import LetterConfig
 from sae.probing.splits import Split, check_split, split_examples
-from sae.seeding import numpy_generator
+from sae.results.estimate import Estimate, ratio
 
 SILENT = 1e-8
 

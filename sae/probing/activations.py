@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sae.activations.harvest import model_not_finite
 from sae.errors import DataError, ShapeError
-from sae.files import stands, write_json, write_tensors
-from sae.language_model import LanguageModel
-from sae.modes import in_own_modes
-from sae.paths import short_name
+from sae.files.paths import short_name
+from sae.files.reading import load_tensors, read_object, taken_apart
+from sae.files.writing import stands, write_json, write_tensors
+from sae.model.language_model import LanguageModel
+from sae.numerics.modes import in_own_modes
 from sae.probing.examples import Examples
-from sae.reading import load_tensors, read_object, taken_apart
 
 TOKENS_AT_ONCE = 2048
 ROWS_AT_ONCE = 2048

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import ConfigError, DataError
-from sae.paths import expanded, name_of
+from sae.files.paths import expanded, name_of
 from sae.probing.labels import class_names, is_missing, other_kind
 from sae.probing.settings import ProbeConfig
 from sae.text.document import kind_of_value

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DataError
+from sae.numerics.seeding import numpy_generator
 from sae.probing.data import LabelledTexts, Span
 from sae.probing.settings import ProbeConfig
-from sae.seeding import numpy_generator
 from sae.text.digests import normalised_digest
 from sae.text.endings import last_tokens
-from sae.tokens import TokenPolicy
 
 LEAST_OF_A_CLASS = 12
 MOST_CLASSES = 64

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DataError
 from sae.features.vocabulary import Vocabulary
+from sae.numerics.seeding import numpy_generator
 from sae.probing.examples import Examples
 from sae.probing.settings import LetterConfig
-from sae.seeding import numpy_generator
-from sae.tokens import TokenPolicy
 
 LEAST_WORDS, LEAST_LENGTH, LEAST_LETTERS = 20, 3, 2
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import sae
-from sae.files import stands, write_json
+from sae.config import version
+from sae.files.reading import conforming, read_object, taken_apart
+from sae.files.writing import stands, write_json
 from sae.probing.sparse_probes import ProbeResult
-from sae.reading import conforming, read_object, taken_apart
 
 FORMAT, FORMAT_VERSION = "sae-probes", 2
 _WITHOUT_KEYS = 1
@@ -127,7 +127,7 @@ class ProbeRecord:
             {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "sae_version": sae.__version__,
+                "sae_version": version.__version__,
                 "subject": self.subject,
                 "data_sets": {name: entry.to_json() for name, entry in self.entries.items()},
                 "others": [{"name": name, **entry.to_json()} for name, entry in self.others],
@@ -151,7 +151,7 @@ class ProbeRecord:
                 "another and split copies; everything is probed anew",
                 stacklevel=2,
             )
-        if (record.get("format_version"), record.get("sae_version")) != (FORMAT_VERSION, sae.__version__):
+        if (record.get("format_version"), record.get("sae_version")) != (FORMAT_VERSION, version.__version__):
             return empty
         if record.get("subject") != subject:
             return empty

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sae.columns import Column, fitted
-from sae.markdown import code, document, pipe_table, plain
-from sae.printable import printable
+from sae.files.printable import printable
 from sae.probing.record import MARKDOWN_FILE, ProbeRecord
 from sae.probing.scores import METRICS
 from sae.probing.sparse_probes import MAJORITY
 from sae.probing.summary import duels, heading, method_order, shown, summarise
+from sae.results.columns import Column, fitted
+from sae.results.markdown import code, document, pipe_table, plain
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from sae.evaluation.estimate import Estimate, ratio
+from sae.results.estimate import Estimate, ratio
 
 METRICS = ("accuracy", "f1", "auc")
 
@@ -75,7 +75,7 @@ def binary_scores(
 
     Groups are the independent draws: a text by itself, or all tokens of one text. With TP, FP, FN counted per group,
     accuracy is a mean and F1 = Σ 2TP / Σ (2TP + FP + FN) a ratio over groups, both with the standard error of a ratio
-    (`sae.evaluation.estimate.ratio`). AUC as in `auc`. F1 is 0 where nothing is positive, neither truly nor predicted.
+    (`sae.results.estimate.ratio`). AUC as in `auc`. F1 is 0 where nothing is positive, neither truly nor predicted.
 
     Args:
         labels: True for the positive class.

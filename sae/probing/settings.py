@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from sae.config import listed, within_64_bits
+from sae.config.settings import listed, within_64_bits
 from sae.errors import ConfigError
 
 LETTERS = "letters"

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import DataError, ShapeError
-from sae.modes import in_own_modes
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import numpy_generator
 from sae.probing.activations import Encoder, LabelledActivations
 from sae.probing.examples import check_classes
 from sae.probing.labels import class_names, is_missing, other_kind
@@ -20,7 +21,6 @@ from sae.probing.linear import Design, principal_components, rank_columns, requi
 from sae.probing.scores import BinaryScores, SplitScores, binary_scores, majority_scores, over_classes, over_splits
 from sae.probing.settings import ProbeConfig
 from sae.probing.splits import LEAST_PER_PART, Split, check_split, split_examples
-from sae.seeding import numpy_generator
 
 LATENTS, NEURONS, COMPONENTS, MAJORITY = "latents", "neurons", "components", "majority"
 _KEPT_COLUMNS = 64

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary
 from sae.errors import TrainingError
 from sae.evaluation.recovery import (
     DirectionScores,
@@ -18,7 +18,7 @@ from sae.evaluation.recovery import (
     firing_density,
     recovery,
 )
-from sae.modes import in_own_modes
+from sae.numerics.modes import in_own_modes
 from sae.superposition.world import TEST, VALIDATION, World, WorldSource, even_world, hard_world, toy_world
 from sae.training import Recipe, train_all
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from sae.modes import in_own_modes
+from sae.numerics.modes import in_own_modes
 from sae.superposition.geometry import dimensions_per_feature, feature_dimensionality, is_pentagon, neighbour_angles
 from sae.superposition.phases import AWAY, phase_diagram, phase_grid
 from sae.superposition.toy import ToyTraining, expected_loss, train_toy_models

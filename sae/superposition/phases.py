@@ -12,7 +12,7 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from sae.errors import ConfigError
-from sae.modes import in_own_modes
+from sae.numerics.modes import in_own_modes
 from sae.superposition.geometry import REPRESENTED
 from sae.superposition.toy import ToyTraining, best_of_restarts, train_toy_models
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae.columns import Column, fitted
-from sae.markdown import document, pipe_table
+from sae.results.columns import Column, fitted
+from sae.results.markdown import document, pipe_table
 from sae.superposition.dictionaries import COSINE, DictionaryScores, RecoveryResult
 from sae.superposition.experiments import DimensionalityResult, GeometryResult, PhaseResult
 from sae.superposition.geometry import REPRESENTED
@@ -16,7 +16,28 @@ from sae.superposition.phases import AWAY
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sae.superposition.runner import Finished
+
+@dataclass(frozen=True)
+class Finished:
+    """An experiment that has been run.
+
+    Attributes:
+        name: of it, in `EXPERIMENTS`.
+        title: what it is called.
+        settings: it was run with.
+        seed: likewise.
+        seconds: it took.
+        result: what came of it.
+        figure: file name of its figure; None where matplotlib was missing.
+    """
+
+    name: str
+    title: str
+    settings: Any
+    seed: int
+    seconds: float
+    result: Any
+    figure: str | None
 
 
 @dataclass(frozen=True)

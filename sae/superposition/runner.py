@@ -13,16 +13,16 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-import sae
+from sae.config import version
 from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
-from sae.files import locked, stands, write_bytes, write_json
-from sae.hashes import is_leftover
-from sae.modes import in_own_modes
-from sae.paths import expanded
-from sae.reading import read_object, validated
+from sae.files.hashes import is_leftover
+from sae.files.paths import expanded
+from sae.files.reading import read_object, validated
+from sae.files.writing import locked, stands, write_bytes, write_json
+from sae.numerics.modes import in_own_modes
 from sae.superposition import dictionaries, experiments
 from sae.superposition.figures import draw
-from sae.superposition.report import markdown
+from sae.superposition.report import Finished, markdown
 
 FORMAT, FORMAT_VERSION = "sae-superposition", 1
 JSON_FILE, MARKDOWN_FILE = "superposition.json", "superposition.md"
@@ -44,29 +44,6 @@ class Experiment:
     settings: Any
     run: Callable[..., Any]
     result: type
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An experiment that has been run.
-
-    Attributes:
-        name: of it, in `EXPERIMENTS`.
-        title: what it is called.
-        settings: it was run with.
-        seed: likewise.
-        seconds: it took.
-        result: what came of it.
-        figure: file name of its figure; None where matplotlib was missing.
-    """
-
-    name: str
-    title: str
-    settings: Any
-    seed: int
-    seconds: float
-    result: Any
-    figure: str | None
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -161,7 +138,7 @@ def run(
 
 def key_of(name: str, settings: Any, seed: int) -> str:
     """Hash of all that decides an experiment's result: its settings, seed, and the version of this package."""
-    identity = {"name": name, "settings": dataclasses.asdict(settings), "seed": seed, "version": sae.__version__}
+    identity = {"name": name, "settings": dataclasses.asdict(settings), "seed": seed, "version": version.__version__}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -207,7 +184,7 @@ def _check_same(folder: Path, name: str, entry: Mapping[str, Any], settings: Any
         return
     held = {"sae version": entry.get("sae_version"), "seed": entry.get("seed"), **_flat(_settings_of(entry))}
     asked = {
-        "sae version": sae.__version__,
+        "sae version": version.__version__,
         "seed": seed,
         **_flat(json.loads(json.dumps(dataclasses.asdict(settings)))),
     }
@@ -242,7 +219,7 @@ def _run(name: str, settings: Any, seed: int, folder: Path, progress: Progress) 
         ) from stopped
     return {
         "key": key_of(name, settings, seed),
-        "sae_version": sae.__version__,
+        "sae_version": version.__version__,
         "seed": seed,
         "settings": dataclasses.asdict(settings),
         "seconds": round(time.perf_counter() - started, 1),

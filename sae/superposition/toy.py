@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import ConfigError, TrainingError
-from sae.modes import in_own_modes
-from sae.seeding import torch_generator
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import torch_generator
 from sae.training.schedules import learning_rate
 
 EXACT_UP_TO = 10

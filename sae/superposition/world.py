@@ -13,8 +13,8 @@ from torch import Tensor
 from sae.activations.cache import Statistics
 from sae.errors import ConfigError, TrainingError
 from sae.evaluation.recovery import Labelled
-from sae.modes import in_own_modes
-from sae.seeding import STREAMS, numpy_generator, torch_generator
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import STREAMS, numpy_generator, torch_generator
 from sae.superposition.geometry import REPRESENTED
 from sae.superposition.toy import train_toy_models
 

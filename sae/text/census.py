@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sae.printable import printable
+from sae.files.printable import printable
 
 _SEVERAL = {
     "link to a folder": "links to folders",

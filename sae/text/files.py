@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
-from sae.paths import name_of
+from sae.files.paths import name_of
 from sae.text.binary import open_binary
 from sae.text.census import Census, irregular_in_words, kinds_in_words
 from sae.text.csv_records import csv_records

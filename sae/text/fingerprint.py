@@ -6,7 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from sae.paths import expanded
+from sae.files.paths import expanded
 from sae.text.document import READING
 from sae.text.files import list_folder
 

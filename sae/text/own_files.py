@@ -12,8 +12,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from sae import hashes
 from sae.errors import SaeError
+from sae.files import hashes
 
 _SHARD = re.compile(r"(train|held_out)-\d+\.safetensors")
 _IN_A_RUN = ("activations/manifest.json", "dictionary/weights.safetensors")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
-from sae.paths import expanded
+from sae.files.paths import expanded
 
 _NAMES = ("tokenizer_name", "tokenizer", "tokenizer_name_or_path")
 _RECORDS = ("sae_lens.json", "dataset_info.json")

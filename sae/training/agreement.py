@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 
 from sae.activations.loader import ActivationLoader
-from sae.environment import memory_of
+from sae.config.check import check_fit, check_memory
+from sae.config.environment import memory_of
+from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError, TrainingError
-from sae.fit import check_fit, check_memory
 from sae.training.applicability import check_read
 from sae.training.source import BatchSource, origin
 from sae.training.trainee import Recipe, build, check_start, freeze_
-from sae.transcoding import Hooks
 
 
 def common_pass(

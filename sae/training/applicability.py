@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import ConfigError
 
 PENALISED = ("relu", "gated", "jumprelu")

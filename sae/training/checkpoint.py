@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from sae.config import TrainConfig
-from sae.dictionary import Dictionary
-from sae.files import delete, stands, write_bytes
-from sae.hashes import check, damaged, recorded
+from sae.config.settings import TrainConfig
+from sae.dictionary.base import Dictionary
+from sae.files.hashes import check, damaged, recorded
+from sae.files.writing import delete, stands, write_bytes
 
 STATE_FILE = "state.pt"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.architectures import Gated, JumpReLU, ReLU
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.sparse import select_batch_topk
 
 

@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError, TrainingError, TrainingInterrupted
-from sae.files import locked, missing_space
-from sae.modes import present_mode, training_mode
-from sae.paths import expanded
-from sae.reading import taken_apart
+from sae.files.paths import expanded
+from sae.files.reading import taken_apart
+from sae.files.writing import locked, missing_space
+from sae.numerics.modes import present_mode, training_mode
 from sae.training.agreement import common_pass
 from sae.training.checkpoint import (
     CHECKPOINTS,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.errors import TrainingError
 from sae.training.source import BatchSource
 

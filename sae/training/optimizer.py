@@ -9,7 +9,7 @@ from jaxtyping import BFloat16, Float
 from torch import Tensor
 
 from sae.architectures import JumpReLU
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels import kernels_for
 from sae.kernels.interface import AdamStep, Gradient, Moments
 from sae.sparse import GradientSink

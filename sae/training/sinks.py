@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.config import WandbConfig
+from sae.config.settings import WandbConfig
 from sae.errors import ConfigError, DamagedError, TrainingError
-from sae.files import stands, write_bytes
-from sae.hashes import announce_missing, damaged, read_checked, record
-from sae.reading import MOST_JSON_BYTES, as_object, parse_json
+from sae.files.hashes import announce_missing, damaged, read_checked, record
+from sae.files.reading import MOST_JSON_BYTES, as_object, parse_json
+from sae.files.writing import stands, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb-id.txt"

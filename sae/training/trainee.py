@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import sae
 from sae.architectures import ARCHITECTURES
 from sae.architectures.elementwise import OneThreshold
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary, weights_sha256
+from sae.config import version
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary, weights_sha256
+from sae.dictionary.neighbours import nearest_neighbours
 from sae.errors import ConfigError, TrainingError
 from sae.kernels.products import cpu_has_bfloat16
-from sae.neighbours import nearest_neighbours
-from sae.seeding import torch_generator
+from sae.numerics.seeding import torch_generator
 from sae.training.applicability import PENALISED, READERS
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
@@ -162,7 +162,7 @@ class Trainee:
         fold_(copied, ours, theirs)
         copied.metadata = {
             **self.recipe.metadata,
-            "sae_version": sae.__version__,
+            "sae_version": version.__version__,
             "trained": {
                 "tokens": self.step_number * self.batch_size,
                 "steps": self.step_number,

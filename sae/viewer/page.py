@@ -11,12 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sae.causal.effects import Effects, FeatureEffect
-from sae.causal.render import signed, what_is_done
+from sae.effects.effects import Effects, FeatureEffect
+from sae.effects.view import signed, what_is_done
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
-from sae.files import write_bytes
-from sae.printable import json_text, printable
+from sae.files.printable import json_text, printable
+from sae.files.writing import write_bytes
 
 _LENGTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _LONG = "-"

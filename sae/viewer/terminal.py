@@ -7,13 +7,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from sae.causal.effects import Effects
-from sae.causal.render import effect_lines
-from sae.columns import Column, fitted
+from sae.console.terminal import output
+from sae.effects.effects import Effects
+from sae.effects.view import effect_lines
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
 from sae.features.text import visible
-from sae.terminal import output
+from sae.results.columns import Column, fitted
 
 HOT = (214, 102, 16)
 PALE = (72, 48, 32)

@@ -11,10 +11,10 @@ import torch
 
 from sae.activations import ActivationCache
 from sae.activations.cache import MANIFEST
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import CacheError
-from sae.files import write_json
-from sae.tokens import HELD_OUT, SPLITS, TRAIN
-from sae.verification import verify
+from sae.files.writing import write_json
+from sae.runs.verification import verify
 
 HOOK = "blocks.1.hook_resid_pre"
 SHARD = f"{HOOK}/train-00002.safetensors"

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.errors import CacheError
-from sae.seeding import numpy_generator
+from sae.numerics.seeding import numpy_generator
 
 HOOK = "blocks.0.hook_resid_pre"
 CONTEXT = 8

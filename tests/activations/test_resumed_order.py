@@ -12,9 +12,9 @@ import torch
 
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import TrainingError
-from sae.files import write_bytes
+from sae.files.writing import write_bytes
 from sae.training import Recipe, TrainingInterrupted, train, train_all
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
 

@@ -21,10 +21,10 @@ from sae.activations.cache import (
     eligible_rows,
     shard_name,
 )
-from sae.dictionary import Codes, Dictionary
-from sae.files import write_bytes
+from sae.dictionary.base import Codes, Dictionary
+from sae.dictionary.token_policy import TokenPolicy
+from sae.files.writing import write_bytes
 from sae.kernels.interface import Selection
-from sae.tokens import TokenPolicy
 
 HOOK = "blocks.1.hook_resid_pre"
 POLICY = TokenPolicy(prepend_bos=True, masked_positions=1, masked_ids=(0,))

@@ -10,7 +10,7 @@ from evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
 from sae.activations.cache import eligible_rows
 from sae.activations.loader import ActivationLoader
 from sae.architectures import TopK
-from sae.config import DictionaryConfig, EvaluationConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.evaluation import Report, evaluate
 from sae.evaluation.baselines import Baseline, RandomDictionary, fit_pca
 from sae.evaluation.frozen_decoder import train_frozen_decoders

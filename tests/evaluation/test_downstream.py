@@ -15,15 +15,15 @@ from torch import Tensor
 
 from sae.activations import ActivationCache
 from sae.architectures import TopK
-from sae.config import EvaluationConfig, ModelConfig
+from sae.config.settings import EvaluationConfig, ModelConfig
+from sae.config.splits import HELD_OUT
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, write_report
 from sae.evaluation.metrics import METRICS
 from sae.evaluation.report import Report
 from sae.evaluation.report_view import markdown, report_table
-from sae.language_model import LanguageModel
-from sae.pipeline import run
-from sae.tokens import HELD_OUT
+from sae.model.language_model import LanguageModel
+from sae.runs.pipeline import run
 
 HOOK = "blocks.1.hook_resid_pre"
 

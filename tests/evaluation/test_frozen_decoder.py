@@ -8,13 +8,13 @@ import torch
 from evaluation_cache import HOOK, Fixed, make_cache, random_rows
 
 from sae.architectures import ARCHITECTURES, TopK
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
 from sae.errors import TrainingError
 from sae.evaluation import evaluate, evaluate_all
 from sae.evaluation.baselines import Baseline
 from sae.evaluation.frozen_decoder import train_frozen_decoders
 from sae.evaluation.streams import training_blocks
-from sae.seeding import torch_generator
+from sae.numerics.seeding import torch_generator
 
 TRAIN = random_rows(4000, 6, 12, seed=1)
 HELD_OUT = random_rows(150, 6, 9, seed=2)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from sae.activations import ActivationCache
 from sae.architectures import TopK
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
+from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation import evaluate
 from sae.evaluation.legacy import SAEBENCH, SAELENS
 from sae.evaluation.legacy_pass import LegacyScores, measure_legacy
 from sae.evaluation.report_view import markdown
 from sae.evaluation.subject import from_object
-from sae.language_model import LanguageModel, Replacement
-from sae.tokens import TokenPolicy
+from sae.model.language_model import LanguageModel, Replacement
 
 REFERENCE: dict[str, dict[str, dict[str, float]]] = {
     "sae-lens 6.54.12": {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache, eligible_rows
 from sae.architectures import TopK
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
 from sae.errors import CacheError, ConfigError, FormatError
 from sae.evaluation import evaluate, streams
 from sae.evaluation.streams import held_out_blocks

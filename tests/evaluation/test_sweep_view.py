@@ -11,9 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from sae.evaluation.estimate import Estimate
 from sae.evaluation.metrics import Totals, estimate
 from sae.evaluation.sweep_view import Behind, behind_best, sweep_markdown, sweep_tables
+from sae.results.estimate import Estimate
 from tests.evaluation.test_pareto import point
 
 

@@ -15,14 +15,14 @@ import sae
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import TopK
-from sae.config import DictionaryConfig, EvaluationConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, EvaluationConfig, TrainConfig
+from sae.config.splits import HELD_OUT
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, evaluate_all
 from sae.evaluation.report_view import markdown
 from sae.evaluation.streams import held_out_blocks
-from sae.language_model import LanguageModel
-from sae.splicing import splice
-from sae.tokens import HELD_OUT
+from sae.model.language_model import LanguageModel
+from sae.model.splicing import splice
 
 READS, GIVES = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
 

@@ -11,8 +11,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae.activations.cache import DOCUMENTS, MANIFEST, ActivationCache, FileEntry, HookEntry, Manifest, shard_name
-from sae.files import write_bytes
-from sae.tokens import TokenPolicy
+from sae.dictionary.token_policy import TokenPolicy
+from sae.files.writing import write_bytes
 
 HOOK = "blocks.1.hook_resid_pre"
 POLICY = TokenPolicy(prepend_bos=True, masked_positions=1, masked_ids=(0,))

@@ -11,7 +11,7 @@ from slow_reference import Reference
 
 from sae.activations.cache import ActivationCache
 from sae.architectures import ReLU
-from sae.config import FeaturesConfig
+from sae.config.settings import FeaturesConfig
 from sae.features import Features, collect
 
 SETTINGS = FeaturesConfig(top=5, quantiles=3, per_quantile=2, before=4, after=3, neighbours=3)

@@ -8,14 +8,14 @@ import torch
 from fake_cache import HOOK, FakeTokenizer
 from feature_case import CONTEXT, D_SAE, DEAD, SETTINGS, Case, build_case
 
-from sae import seeding
 from sae.architectures import ReLU, TopK
-from sae.config import FeaturesConfig
+from sae.config.settings import FeaturesConfig
 from sae.errors import CacheError, ConfigError
 from sae.features import Features, collect
 from sae.features.block import Block
 from sae.features.collection import random_keys
 from sae.features.examples import reservoir_size
+from sae.numerics import seeding
 
 
 def all_examples(features: Features):

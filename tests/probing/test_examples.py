@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import sae
-from sae import hashes
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DamagedError, DataError
-from sae.files import write_json
-from sae.language_model import LanguageModel
+from sae.files import hashes
+from sae.files.writing import write_json
+from sae.model.language_model import LanguageModel
 from sae.probing.activations import load_activations, read_activations, save_activations
 from sae.probing.data import LabelledTexts
 from sae.probing.examples import Examples, choose_examples
 from sae.probing.first_letters import letter_examples, vocabulary_words
 from sae.probing.settings import LetterConfig, ProbeConfig
-from sae.tokens import TokenPolicy
 
 HOOK = "blocks.1.hook_resid_pre"
 WORDS = "river stone house letter winter garden engine mother number silver road window question".split()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import sae
 from sae.errors import DataError, ShapeError
+from sae.numerics.seeding import numpy_generator
 from sae.probing.activations import LabelledActivations
 from sae.probing.settings import ProbeConfig
 from sae.probing.sparse_probes import ProbeResult, probe_examples
 from sae.probing.splits import split_examples
-from sae.seeding import numpy_generator
 
 
 class Columns:

@@ -12,7 +12,7 @@ import torch
 from sae.activations.harvest import harvest
 from sae.activations.loader import ActivationLoader
 from sae.errors import CacheError, DataError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from sae.text.chat import ChatTemplate
 from sae.text.document import Chat
 

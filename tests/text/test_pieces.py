@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from tokenizer_kinds import KINDS, make
 
-from sae.config import DataConfig
-from sae.corpus import standard_library
+from sae.config.settings import DataConfig
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import DataError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
+from sae.text.corpus import standard_library
+from sae.text.packing import Packer, packed_shards
 from sae.text.pieces import token_parts
 from sae.text.sections import sections
-from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, packed_shards
 
 SMALL = 60_000
 LARGE, LARGEST = 1_000_000, 10_000_000
@@ -125,7 +126,7 @@ def test_long_files_give_their_tokens_in_order(
 
 
 def _sides(folder: Path, seed: int) -> list[str]:
-    from sae.tokens import prepared_documents
+    from sae.text.packing import prepared_documents
 
     config = DataConfig(source=str(folder), holdout_fraction=0.5, holdout_seed=seed)
     return [split for _, _, split in prepared_documents(config)]

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from sae.config import DataConfig
-from sae.corpus import read_documents
+from sae.config.settings import DataConfig
+from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import DataError
 from sae.text.census import Census
+from sae.text.corpus import read_documents
 from sae.text.document import Chat, Content, TokenIds
-from sae.tokens import HELD_OUT, READING, TRAIN, prepared_documents
+from sae.text.packing import READING, prepared_documents
 
 ROWS = [{"text": "One, ü × 漢字 😀.\nTwo", "n": 1}, {"text": 'He said "no", twice', "n": 2}]
 TEXTS = [row["text"] for row in ROWS]

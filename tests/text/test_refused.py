@@ -15,8 +15,8 @@ from unittest import mock
 
 import pytest
 
-from sae.corpus import read_documents
 from sae.errors import DataError
+from sae.text.corpus import read_documents
 from sae.text.digests import ReadTexts
 from sae.text.document import Chat, Content, LongText
 

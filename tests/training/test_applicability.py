@@ -9,9 +9,9 @@ import torch
 
 import sae
 from sae.architectures import ARCHITECTURES, TopK
-from sae.dictionary import weights_sha256
+from sae.dictionary.base import weights_sha256
 from sae.errors import ConfigError, FormatError
-from sae.pipeline import Run
+from sae.runs.pipeline import Run
 from sae.training import IterableSource, train
 from sae.training.applicability import READERS, unread
 from sae.training.checkpoint import STATE_FILE, list_checkpoints

@@ -17,12 +17,12 @@ import torch
 
 import sae
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig
-from sae.dictionary import weights_sha256
+from sae.config.settings import DictionaryConfig
+from sae.dictionary.base import weights_sha256
 from sae.errors import ConfigError, FormatError, TrainingError
-from sae.files import write_json
-from sae.pipeline import Run
-from sae.seeding import torch_generator
+from sae.files.writing import write_json
+from sae.numerics.seeding import torch_generator
+from sae.runs.pipeline import Run
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.initialise import geometric_median
 from sae.training.threshold import rows_for_threshold

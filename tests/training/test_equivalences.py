@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sae.architectures import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.training.objectives import Context, batch_topk_loss, gated_loss, jumprelu_loss, matryoshka_loss, relu_loss
 from sae.training.objectives import topk_loss as topk
 from sae.training.objectives.penalised import jump, step

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource, train
 from sae.training.trainee import Recipe, Trainee
 

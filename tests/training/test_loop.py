@@ -19,8 +19,8 @@ from torch import Tensor
 
 import sae
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import weights_sha256
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import weights_sha256
 from sae.errors import DamagedError, TrainingError
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.applicability import READERS

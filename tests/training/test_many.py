@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig
+from sae.config.settings import DictionaryConfig
 from sae.errors import ConfigError, TrainingError
 from sae.training import IterableSource, Recipe, TrainingInterrupted, train, train_all
 from sae.training.checkpoint import list_checkpoints

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae.architectures import Gated, JumpReLU, ReLU, TopK
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
 from sae.training.objectives import Context, gated_loss, jumprelu_loss, relu_loss, topk_loss

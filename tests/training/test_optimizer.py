@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
-from sae.seeding import torch_generator
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary
+from sae.numerics.seeding import torch_generator
 from sae.training import IterableSource, train
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae.architectures import TopK
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import geometric_median, initialise_

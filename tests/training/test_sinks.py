@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from sae.config import DictionaryConfig, WandbConfig
+from sae.config.settings import DictionaryConfig, WandbConfig
 from sae.errors import ConfigError
-from sae.files import delete
-from sae.hashes import MissingWarning
+from sae.files.hashes import MissingWarning
+from sae.files.writing import delete
 from sae.training import IterableSource, train
 from sae.training.sinks import JsonLines, Wandb, read_metrics
 from tests.training.test_loop import D_SAE, K, planted, settings
@@ -224,7 +224,7 @@ def test_a_wandb_that_fails_during_training_ends_nothing(tmp_path: Path, monkeyp
 OUT_OF_REACH = """
 import os, sys
 from pathlib import Path
-from sae.config import WandbConfig
+from sae.config.settings import WandbConfig
 from sae.training import sinks
 sinks._SECONDS_TO_CONNECT = 3
 for name in ("a", "b"):

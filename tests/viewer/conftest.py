@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "features"))
 from fake_cache import HOOK, FakeTokenizer, make_cache
 
 from sae.architectures import TopK
-from sae.config import FeaturesConfig
+from sae.config.settings import FeaturesConfig
 from sae.features import Features, collect
 
 EVIL = "</script><img src=x onerror=document.body.remove()><!--&amp;[bold]\x1b[31m\u2028"

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.architectures import Gated
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.sparse import decode, encode_at, rows_of, select_topk

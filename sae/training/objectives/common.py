@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection
 from sae.kernels.pattern import Pattern
 from sae.sparse import GradientSink, decode, encode_at

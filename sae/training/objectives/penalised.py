@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.architectures import Gated, JumpReLU
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels.interface import DENSE_ABOVE
 from sae.sparse import decode, entries_of, select_above
 from sae.training.objectives.auxk import auxk_after

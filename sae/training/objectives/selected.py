@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.architectures import Matryoshka
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection
 from sae.kernels.pattern import Pattern
 from sae.sparse import decode, select_batch_topk, select_topk

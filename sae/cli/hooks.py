@@ -1,0 +1,88 @@
+"""`sae hooks`: what can be read of a model, and what can be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING
+
+import click
+
+from sae.cli.interrupted import beginning_again
+from sae.config.file import describe_keys, load_config
+from sae.console.terminal import say
+from sae.dictionary.hook_points import KINDS
+from sae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sae.model.hook_probe import Hook
+
+_READ = ("model.", "device")
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.pass_obj
+def hooks(options: dict[str, bool], model: str, overrides: tuple[str, ...]) -> None:
+    """List the hook points of a model.
+
+    MODEL is a name on the hub, a folder, a .gguf file, or 'demo'. Keys are those of 'sae run' that begin with 'model.',
+    and 'device'. The model is loaded and run on a few tokens; no text is read.
+    """
+    from sae.config.environment import choose_device
+    from sae.console.progress import progress_bars
+    from sae.dictionary.model_identity import model_label
+    from sae.model.language_model import LanguageModel
+
+    for override in overrides:
+        if not override.startswith(_READ):
+            known = (key for key, _, _ in describe_keys() if key.startswith(_READ) and key != "model.name")
+            raise ConfigError(f"override {override!r}: 'sae hooks' reads {', '.join(known)}")
+    config = load_config(None, [f"model.name={model}", *overrides])
+    with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
+        stage = f"load {model_label(config.model.name)}"
+        progress(stage, 0, 1)
+        language_model = LanguageModel(config.model, choose_device(config.device))
+        progress(stage, 1, 1)
+        progress("read hook points", 0, 1)
+        found = language_model.hooks()
+        progress("read hook points", 1, 1)
+    info = language_model.info
+    say(f"{info.name}: {info.n_layers} blocks, residual stream of {info.d_model:,}, blocks.N. and")
+    for line in hook_lines(found):
+        say(line)
+
+
+def hook_lines(hooks: Iterable[Hook]) -> Iterator[str]:
+    """A line for each kind of hook point, width and answer; blocks are named where they are alike."""
+    order = list(KINDS)
+
+    def key(hook: Hook) -> tuple[int, int, str]:
+        return order.index(hook.kind), hook.width, hook.refusal or ""
+
+    rows = [("hook point", "width", "blocks", "replaced", "what it is")]
+    for _, alike in groupby(sorted(hooks, key=lambda hook: (*key(hook), hook.block)), key=key):
+        group = list(alike)
+        kind, refusal = group[0].kind, group[0].refusal
+        answer, meaning = ("yes", KINDS[kind]) if refusal is None else ("no", f"{KINDS[kind]}; {refusal}")
+        rows.append((kind, f"{group[0].width:,}", block_ranges([hook.block for hook in group]), answer, meaning))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for kind, width, blocks, answer, meaning in rows:
+        yield (
+            f"{kind:<{widths[0]}}  {width:>{widths[1]}}  {blocks:<{widths[2]}}  {answer:<{widths[3]}}  {meaning}"
+        ).rstrip()
+
+
+def block_ranges(blocks: list[int]) -> str:
+    """`0-3, 5` of 0, 1, 2, 3 and 5; of every second one, `0, 2, …, 10`."""
+    steps = {after - before for before, after in pairwise(blocks)}
+    if len(blocks) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{blocks[0]}, {blocks[1]}, …, {blocks[-1]}"
+    parts: list[list[int]] = []
+    for block in blocks:
+        if parts and block == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], block]
+        else:
+            parts.append([block])
+    return ", ".join("-".join(map(str, part)) for part in parts)

@@ -1,0 +1,520 @@
+"""The settings of a run: frozen, typed, each with its default and what it means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from sae.config.mixture import check_mixture, source_labels, token_shares
+from sae.errors import ConfigError
+from sae.files.paths import expanded
+
+StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def listed(model: type[BaseModel], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with single values in a list where a list is expected; text is never taken letter by letter."""
+    return {
+        key: (value,) if (field := model.model_fields.get(key)) and _holds_list(field) and _is_single(value) else value
+        for key, value in settings.items()
+    }
+
+
+def _holds_list(field: FieldInfo) -> bool:
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    return str not in kinds and any(get_origin(kind) is tuple for kind in kinds)
+
+
+def _is_single(value: Any) -> bool:
+    return value is not None and not isinstance(value, list | tuple | set | dict)
+
+
+def is_text(field: FieldInfo) -> bool:
+    """Whether a setting holds text, or text or a list of texts."""
+    return field.annotation in (str, str | None, str | tuple[str, ...])
+
+
+LARGEST = (1 << 63) - 1
+"""Of whole numbers in settings: larger ones would be written, and not be read again."""
+
+
+def within_64_bits(value: Any) -> Any:
+    """A setting, if all whole numbers in it are ones that files of this toolkit may hold.
+
+    Raises:
+        PydanticCustomError: one is larger.
+    """
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int) and not -LARGEST - 1 <= number <= LARGEST:
+            way = f"at most {LARGEST:,}" if number > 0 else f"at least {-LARGEST - 1:,}"
+            raise PydanticCustomError("whole_number", "Expected {way}", {"way": way})
+    return value
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _within_64_bits(cls, value: Any) -> Any:
+        return within_64_bits(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_scientific(cls, settings: Any) -> Any:
+        """1e8 as a number, which YAML 1.1 takes for text."""
+        if not isinstance(settings, dict):
+            return settings
+        numbers = {
+            key: _number(value)
+            for key, value in settings.items()
+            if (field := cls.model_fields.get(key)) and not is_text(field)
+        }
+        return listed(cls, {**settings, **numbers})
+
+
+def _number(value: Any) -> Any:
+    """Text that is a number, or a list of such, as numbers; everything else as it is."""
+    if isinstance(value, list):
+        return [_number(entry) for entry in value]
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+class ModelConfig(_Settings):
+    """Which language model the activations come from."""
+
+    name: str = Field(
+        default="demo",
+        description="`demo` (embedded), a local folder, a .gguf file, or a name on the Hugging Face hub such as `gpt2`",
+    )
+    revision: str | None = Field(default=None, description="git revision of a hub model; null: the newest")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that comes with the model or its tokenizer; counts only on the command line, in "
+        "the file named there, or in Python: the config.yaml of a run folder only records it",
+    )
+    dtype: ComputeDtype = Field(default="float32", description="number type the model computes in")
+    weight_processing: Literal["none", "fold_ln", "center_and_fold"] = Field(
+        default="none",
+        description="`none`: weights as published; `fold_ln`: layer norms' gains folded into the next weights; "
+        "`center_and_fold`: also centred writing weights and unembedding, the default of transformer-lens before 4",
+    )
+
+
+class DataConfig(_Settings):
+    """Which text is read, and how it is cut into contexts."""
+
+    source: str | tuple[str, ...] = Field(
+        default="stdlib",
+        description="`stdlib` (Python's standard library), a .txt, .md, .jsonl, .json, .csv, .tsv or .parquet file "
+        "(all but the last also as .gz, .bz2, .xz or .zst), a folder of them, a folder saved by `datasets`, or a hub "
+        "data set; or a list of these, such as [stdlib, path/to/books]: they are mixed, and subset, split, column "
+        "and streaming hold for each of them",
+    )
+    weights: tuple[float, ...] | None = Field(
+        default=None,
+        description="for a list of sources: a positive number for each, their shares of the tokens (of both splits), "
+        "whatever they sum to; null: equal shares",
+    )
+    subset: str | None = Field(default=None, description="configuration name of a hub data set")
+    revision: str | None = Field(
+        default=None,
+        description="git revision of a hub data set, such as a commit; null: the newest. For one hub data set only",
+    )
+    split: str = Field(default="train", description="split of a hub or saved data set")
+    column: str = Field(
+        default="text",
+        description="field that holds the text, in all but .txt and .md: text, a list of token ids, or a chat (a list "
+        "of messages with role and content, written out by the model's chat template)",
+    )
+    chat_roles: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="of chats, the roles whose messages count, such as [assistant]: the rest is context and left out "
+        "of training, statistics and evaluation; null: all text of a chat counts",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="for a column of token ids whose data set records a tokenizer: that name, if it is the model's own "
+        "tokenizer under another name",
+    )
+    streaming: bool = Field(default=True, description="read a hub data set while it downloads")
+    section_characters: PositiveInt | None = Field(
+        default=None,
+        description="cut longer documents at line ends into sections of about that many characters, which are shuffled "
+        "one by one; null: documents stay whole, and sections of 10,000 characters where holdout_by needs some",
+    )
+    holdout_by: Literal["document", "section"] | None = Field(
+        default=None,
+        description="what is held out, and counts as one in standard errors: whole documents, or single sections of "
+        "them; null: documents, or sections if a source is one document",
+    )
+    shuffle_documents: PositiveInt | None = Field(
+        default=None,
+        description="draw documents (or sections) at random from a buffer of so many, a buffer for each source; null: "
+        "in the order of the source",
+    )
+    tokens: PositiveInt = Field(default=1_000_000, description="training tokens to cache, exactly")
+    held_out_tokens: PositiveInt = Field(default=100_000, description="evaluation tokens to cache, exactly")
+    holdout_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="share of the documents set aside for evaluation, by a hash of their names"
+    )
+    holdout_seed: int = Field(default=0, description="seed of that hash; independent of `seed`")
+    context_length: int = Field(default=128, ge=2, description="tokens the model sees at once, the BOS token included")
+    prepend_bos: bool = Field(default=True, description="begin every context with the tokenizer's BOS token")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        """Text, or several in a tuple; a list of one is that one."""
+        entries = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(isinstance(entry, str) for entry in entries):
+            raise ConfigError(
+                f"setting data.source={value!r}: expected text, or a list of texts; put dates, numbers and the like in "
+                "quotes"
+            )
+        return entries[0] if len(entries) == 1 else entries
+
+    @model_validator(mode="after")
+    def _mixes(self) -> DataConfig:
+        check_mixture(self.sources, self.weights)
+        return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All sources, be it one or several."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the documents' names of each source begin with, where there are several."""
+        return source_labels(self.sources)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each source's share of the tokens; they sum to 1."""
+        return token_shares(self.weights or [1.0] * len(self.sources))
+
+
+class HarvestConfig(_Settings):
+    """What is cached, and in which form."""
+
+    hooks: tuple[str, ...] = Field(
+        default=("blocks.2.hook_resid_pre",),
+        min_length=1,
+        description="hook points to cache, by the names that `sae hooks MODEL` lists; one needs no list",
+    )
+    dtype: StorageDtype = Field(default="float16", description="number type on disk; `int8` keeps one scale per token")
+    batch_contexts: PositiveInt = Field(default=32, description="contexts per forward pass")
+    shard_contexts: PositiveInt = Field(
+        default=1024, description="contexts per shard file; a kill loses at most one shard"
+    )
+    masked_positions: int = Field(
+        default=1,
+        ge=0,
+        description="keep so many positions at the start of every context out of training, statistics and evaluation: "
+        "many models put norms a hundred times the rest there",
+    )
+    mask_special_tokens: bool = Field(
+        default=True,
+        description="keep BOS, EOS, padding and other special tokens out of training, statistics and evaluation",
+    )
+    cache: str | None = Field(
+        default=None, description="folder of the activation cache; null: `activations` in the run folder"
+    )
+
+
+AUTO = "auto"
+"""In place of a number of tokens: chosen by the size of the cache."""
+
+PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
+"""Shares of d_sae that end nested dictionaries: each adds twice as many features as the one before."""
+
+
+class DictionaryConfig(_Settings):
+    """The shape of the dictionary."""
+
+    architecture: Literal["relu", "gated", "topk", "batch_topk", "jumprelu", "matryoshka"] = Field(
+        default="topk",
+        description="`topk` (k per token), `batch_topk` (k per token on average), `matryoshka` (the same, nested), "
+        "`jumprelu` (learned thresholds), `gated` and `relu` (with an L1 penalty)",
+    )
+    hook: str | None = Field(
+        default=None,
+        description="hook point to train on; null: the first of harvest.hooks; sweep.dictionary.hook takes a list",
+    )
+    d_sae: PositiveInt = Field(default=4096, description="number of features")
+    k: PositiveInt = Field(
+        default=32,
+        description="features active per token; for relu, gated and jumprelu what their penalty aims at, unless "
+        "train.l1_coefficient or train.l0_coefficient fixes its weight",
+    )
+    prefixes: tuple[float, ...] = Field(
+        default=PREFIXES,
+        description="shares of d_sae at which the nested dictionaries end; matryoshka only",
+    )
+
+
+class TrainConfig(_Settings):
+    """How the dictionary is trained."""
+
+    tokens: PositiveInt | None = Field(
+        default=None, description="training tokens; more than cached: several epochs; null: one"
+    )
+    batch_size: PositiveInt = Field(default=2048, description="tokens per step")
+    lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="peak learning rate of Adam; null: 2.4e-3 · √(4096 / d_sae), times √(2000 / steps) from two "
+        "thousand steps on",
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Adam's decay of the second moment")
+    warmup_fraction: float = Field(
+        default=0.02, ge=0, le=1, description="share of the steps with a rising learning rate"
+    )
+    decay_fraction: float = Field(
+        default=0.2, ge=0, le=1, description="share of the steps, at the end, with a falling one"
+    )
+    l1_coefficient: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of Σ|f| against ‖x − x̂‖², inputs scaled so that E‖x − E x‖² = d_in, for relu and gated; "
+        "null: steered while training so that dictionary.k features fire per token",
+    )
+    l0_coefficient: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of L0 against ‖x − x̂‖², for jumprelu; null: the penalty is d_in · (L0 / dictionary.k − 1)²",
+    )
+    sparsity_warmup_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of the steps in which that penalty comes into force: its weight rises; where relu's is "
+        "steered, from random directions and with biases that are trained, the L0 aimed at falls to k instead; null: "
+        "0.1 there, 0.05 otherwise",
+    )
+    bandwidth: float = Field(
+        default=1.0,
+        gt=0,
+        description="width of the window around a threshold in which jumprelu's gradient of it is estimated, for "
+        "inputs scaled so that E‖x − E x‖² = d_in",
+    )
+    max_gradient_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="a gradient whose norm over all parameters is larger is scaled down to it; null: never",
+    )
+    initial_b_dec: Literal["geometric_median", "mean", "zeros"] = Field(
+        default="geometric_median",
+        description="what b_dec is of the first batch to begin with; not where training starts from a dictionary",
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="folder of a dictionary (or of a run) whose weights training begins with; of the same d_in and "
+        "d_sae, its k and architecture may differ; null: random directions",
+    )
+    freeze: tuple[str, ...] = Field(
+        default=(), description="parameters that are not trained, such as [W_dec, b_dec]: names as in the saved weights"
+    )
+    snapshots: tuple[PositiveInt, ...] = Field(
+        default=(),
+        description="numbers of training tokens after which the dictionary is saved for good, in `snapshots/`",
+    )
+    aux_coefficient: float = Field(
+        default=1.0,
+        ge=0,
+        description="weight of what revives dead features: of the AuxK loss, and for relu and gated of their biases",
+    )
+    k_aux: PositiveInt | None = Field(
+        default=None,
+        description="dead features used by AuxK per token; null: k; not for relu",
+    )
+    dead_after_tokens: PositiveInt | None = Field(
+        default=None,
+        description="a feature that has not fired for so many tokens counts as dead, and is revived; null: "
+        "64 · d_sae / k, or a thousandth of the training if that is more; at most a thirtieth or 200,000, whichever is "
+        "more, and ten million",
+    )
+    center: bool = Field(
+        default=False,
+        description="subtract the mean activation before training (folded into the saved biases); the scale is the "
+        "same either way",
+    )
+    products: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="precision of the encoder's large product, for topk, batch_topk and matryoshka; weights stay "
+        "float32; `auto`: bfloat16 on a GPU",
+    )
+    shuffle_seed: int | None = Field(
+        default=None, ge=0, description="seed of the order of the activations; null: `seed`"
+    )
+    pool_tokens: PositiveInt = Field(default=262_144, description="tokens shuffled together in memory")
+    log_every: PositiveInt = Field(default=50, description="steps between lines in metrics.jsonl")
+    checkpoint_every: PositiveInt | None = Field(
+        default=None,
+        description="steps between checkpoints, and one at the end; null: at least a minute apart, and so seldom that "
+        "writing them takes at most a twentieth of the time",
+    )
+    keep_checkpoints: PositiveInt = Field(default=2, description="checkpoints kept, newest first")
+
+    @field_validator("freeze", "snapshots", mode="after")
+    @classmethod
+    def _in_order(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(sorted(set(value)))
+
+
+class EvaluationConfig(_Settings):
+    """How much is evaluated."""
+
+    tokens: PositiveInt | None = Field(
+        default=None, description="held-out tokens for reconstruction and sparsity; null: all"
+    )
+    downstream_tokens: int | str | None = Field(
+        default=AUTO,
+        description="held-out tokens for the language-model loss, in contexts spread over `tokens`; `auto`: one of 768 "
+        "cached tokens, 1,024 at least; null: as many as `tokens`",
+    )
+    baseline_tokens: int | str | None = Field(
+        default=AUTO,
+        description="of those, how many are enough for baselines, in whole contexts; `auto`: one of 1,152 cached "
+        "tokens, from 512 to 16,384; null: all",
+    )
+    baseline_reconstruction_tokens: int | str | None = Field(
+        default=AUTO,
+        description="held-out tokens on which baselines are reconstructed, every n-th of `tokens`; `auto`: one of 256 "
+        "cached tokens, 4,096 at least; null: all",
+    )
+    frozen_decoder_tokens: int | str = Field(
+        default=AUTO,
+        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: one of 96 "
+        "cached tokens, from 16,384 to 200,000; 0: leave it out",
+    )
+    legacy_tokens: int | str = Field(
+        default=AUTO,
+        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; `auto`: one of 1,536 "
+        "cached tokens, from 512 to 8,192; 0: leave them out",
+    )
+    batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
+
+    @field_validator(
+        "downstream_tokens", "baseline_tokens", "baseline_reconstruction_tokens", "frozen_decoder_tokens",
+        "legacy_tokens", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _tokens(cls, value: Any, info: Any) -> Any:
+        can_be_zero = info.field_name in ("frozen_decoder_tokens", "legacy_tokens")
+        whole = (isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, float) and value.is_integer()
+        )
+        if value == AUTO or (whole and value >= (0 if can_be_zero else 1)) or (value is None and not can_be_zero):
+            return value
+        other = "0 or more" if can_be_zero else "above 0, null"
+        raise ConfigError(f"setting evaluation.{info.field_name}={value!r}: expected a number {other}, or auto")
+
+
+MOST_EXAMPLES = 10_000
+"""Kept of a feature; more would neither be looked at nor fit into memory."""
+
+
+class FeaturesConfig(_Settings):
+    """What is kept of every feature."""
+
+    tokens: PositiveInt | None = Field(default=None, description="training tokens to scan; null: all that are cached")
+    top: PositiveInt = Field(
+        default=16,
+        description="strongest activations kept per feature: at most one a document, or one a section of about 2,000 "
+        "tokens (or data.section_characters) where there are fewer documents than twice that",
+    )
+    quantiles: PositiveInt = Field(
+        default=4, description="equal shares into which a feature's non-zero activations are cut"
+    )
+    per_quantile: PositiveInt = Field(default=4, description="random activations kept from each share")
+    before: int = Field(default=16, ge=0, le=1000, description="tokens of context kept before the activating one")
+    after: int = Field(default=8, ge=0, le=1000, description="tokens of context kept after it")
+    logits: int = Field(
+        default=10, ge=1, le=1000, description="tokens kept that the feature raises most, and lowers most"
+    )
+    neighbours: int = Field(
+        default=8, ge=1, le=1000, description="features kept with the most similar decoder directions"
+    )
+
+    @model_validator(mode="after")
+    def _fit_into_memory(self) -> FeaturesConfig:
+        examples = self.top + self.quantiles * self.per_quantile
+        if examples > MOST_EXAMPLES:
+            raise ValueError(
+                f"top + quantiles · per_quantile = {examples:,} examples of each feature; at most {MOST_EXAMPLES:,}"
+            )
+        return self
+
+
+class WandbConfig(_Settings):
+    """Logging to Weights & Biases, beside metrics.jsonl."""
+
+    project: str | None = Field(default=None, description="project to log to; null: wandb is not used")
+    name: str | None = Field(default=None, description="name of the run; null: the run folder's")
+    mode: Literal["online", "offline"] = Field(
+        default="online", description="`offline` writes locally, for `wandb sync`"
+    )
+
+
+class RunConfig(_Settings):
+    """Everything that determines a run."""
+
+    out: str = Field(default="runs/default", description="run folder: everything that is made goes there")
+    seed: int = Field(default=0, ge=0, description="seed of initialisation and shuffling")
+    device: str = Field(default="auto", description="`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    harvest: HarvestConfig = HarvestConfig()
+    dictionary: DictionaryConfig = DictionaryConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    wandb: WandbConfig = WandbConfig()
+    sweep: dict[str, Any] = Field(
+        default={},
+        description="for `sae sweep`: keys of dictionary and train, and seed, each with a list of values; one "
+        "dictionary is trained for every combination, such as sweep.dictionary.k=[16,32]",
+    )
+    sweep_at_once: PositiveInt | None = Field(
+        default=None,
+        description="for `sae sweep`: dictionaries trained in one pass, and evaluated in one, where memory is short; "
+        "the others follow in further passes over the activations; null: all in one",
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return expanded(self.out)
+
+    @property
+    def cache_folder(self) -> Path:
+        """The activation cache, in the run folder unless `harvest.cache` says otherwise."""
+        return expanded(self.harvest.cache) if self.harvest.cache else self.folder / "activations"
+
+    @property
+    def hook(self) -> str:
+        """The hook point the dictionary is trained on."""
+        return self.dictionary.hook or self.harvest.hooks[0]
+
+    @property
+    def hook_note(self) -> str | None:
+        """Which of several hook points is trained on, where nothing says so."""
+        others = len(self.harvest.hooks) - 1
+        if self.dictionary.hook is not None or not others or "hook" in (self.sweep.get("dictionary") or {}):
+            return None
+        return (
+            f"training on {self.hook}, the first of {others + 1} hook points in harvest.hooks; set dictionary.hook for "
+            "another, or sweep.dictionary.hook for several"
+        )

@@ -1,0 +1,285 @@
+"""How far a command is: bars on a terminal, plain lines where standard error is a file or a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from sae.console.terminal import Terminal, complain, errors, showing
+from sae.files.printable import printable
+
+NO_UNITS: Mapping[str, str] = MappingProxyType({})
+EVERY = 30.0
+"""Seconds between lines of a stage in a log."""
+
+Report = Callable[[str, int, int], None]
+
+
+@runtime_checkable
+class Notes(Protocol):
+    """Progress that also takes a few words: beside a stage, or before one begins."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+    def beside(self, stage: str, text: str) -> None: ...
+
+    def announce(self, text: str) -> None: ...
+
+
+def announce(progress: Report, *lines: str) -> None:
+    """Say lines before what comes next, where progress is shown; with `--quiet` it is not."""
+    if isinstance(progress, Notes):
+        for line in lines:
+            progress.announce(line)
+
+
+@dataclass
+class _Stage:
+    """A stage under way; what was done before this process began it has no part in its rate."""
+
+    name: str
+    unit: str
+    total: int
+    first: int
+    began: float
+    done: int = 0
+    note: str = ""
+
+    def rate(self, now: float) -> float | None:
+        """Units a second in this process."""
+        seconds = now - self.began
+        return (self.done - self.first) / seconds if self.done > self.first and seconds > 0 else None
+
+    def left(self, now: float) -> float | None:
+        """Seconds."""
+        rate = self.rate(now)
+        return (self.total - self.done) / rate if rate else None
+
+
+@contextlib.contextmanager
+def progress_bars(
+    *, quiet: bool = False, units: Mapping[str, str] = NO_UNITS, every: float = EVERY
+) -> Iterator[Report]:
+    """A function (stage, done, in all) that says on standard error how far each stage is.
+
+    The first call of a stage says where it begins: at 0, or at what an earlier process had done. Rates count what comes
+    after. A stage ends where the next begins. On a terminal a stage is a bar; elsewhere it is a line where it begins,
+    one every half minute, and one where it ends. A stage of 1 is one piece of work, such as loading a model.
+
+    Args:
+        quiet: say nothing.
+        units: what stages count, where that is not tokens.
+        every: seconds between lines.
+    """
+    if quiet:
+        yield lambda stage, done, total: None
+        return
+    terminal = errors()
+    shown: _Bars | _Lines = _Bars(terminal, units) if terminal.is_terminal else _Lines(units, every)
+    with showing(terminal):
+        try:
+            yield shown
+        except BaseException:
+            shown.stop(finished=False)
+            raise
+        shown.stop(finished=True)
+
+
+class _Stages(ABC):
+    """What bars and lines share: which stage it is, and how far."""
+
+    def __init__(self, units: Mapping[str, str]) -> None:
+        self.units = units
+        self.stage: _Stage | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.stage is None or self.stage.name != stage:
+            self.end()
+            unit = self.units.get(stage, "tokens" if total != 1 else "")
+            self.stage = _Stage(stage, unit, total, done, time.monotonic(), done)
+            self.begun(self.stage)
+            return
+        self.stage.done, self.stage.total = done, total
+        self.moved(self.stage)
+        if not self.stage.unit and done >= total:  # what comes after one piece of work may be silent for long
+            self.end()
+
+    def beside(self, stage: str, text: str) -> None:
+        """A few words beside a stage, such as how small the error has become."""
+        if self.stage is not None and self.stage.name == stage:
+            self.stage.note = text
+            self.moved(self.stage)
+
+    def announce(self, text: str) -> None:
+        """A line before what comes next."""
+        self.end()
+        complain(text)
+
+    def end(self) -> None:
+        """The stage under way is over, though it may have stopped short of a last partial batch."""
+        if self.stage is not None:
+            self.stage.done = self.stage.total
+            self.ended(self.stage)
+        self.stage = None
+
+    def stop(self, *, finished: bool) -> None:
+        """Nothing more comes."""
+        if finished:
+            self.end()
+
+    @abstractmethod
+    def begun(self, stage: _Stage) -> None: ...
+
+    @abstractmethod
+    def moved(self, stage: _Stage) -> None: ...
+
+    @abstractmethod
+    def ended(self, stage: _Stage) -> None: ...
+
+
+class _Lines(_Stages):
+    """Plain lines."""
+
+    def __init__(self, units: Mapping[str, str], every: float) -> None:
+        super().__init__(units)
+        self._lock, self._over, self._every = threading.RLock(), threading.Event(), every
+        self._clock: threading.Thread | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        with self._lock:
+            super().__call__(stage, done, total)
+
+    def begun(self, stage: _Stage) -> None:
+        before = f", {stage.first:,} of {stage.total:,} done before" if stage.first else ""
+        size = f": {stage.total:,} {stage.unit}" if stage.unit else ""
+        complain(f"{stage.name}{size}{before}")
+        if self._clock is None:
+            self._clock = threading.Thread(target=self._tick, daemon=True)
+            self._clock.start()
+
+    def moved(self, stage: _Stage) -> None:
+        """Nothing: the clock says it."""
+
+    def ended(self, stage: _Stage) -> None:
+        now = time.monotonic()
+        rate = stage.rate(now)
+        speed = f" ({rate:,.0f} {stage.unit}/s)" if rate and stage.unit else ""
+        note = f"; {stage.note}" if stage.note else ""
+        complain(f"{stage.name}: done in {_clock(now - stage.began)}{speed}{note}")
+
+    def stop(self, *, finished: bool) -> None:
+        with self._lock:
+            self._over.set()
+            if self.stage is not None and not finished:
+                complain(f"{self.stage.name}: stopped at {self.stage.done:,} of {self.stage.total:,}")
+            super().stop(finished=finished)
+
+    def _tick(self) -> None:
+        while not self._over.wait(self._every):
+            with self._lock:
+                if self.stage is not None and not self._over.is_set():
+                    complain(_line(self.stage, time.monotonic()))
+
+
+def _line(stage: _Stage, now: float) -> str:
+    """How far a stage is, for a log."""
+    if not stage.unit:
+        return f"{stage.name}: {_clock(now - stage.began)}"
+    rate, left = stage.rate(now), stage.left(now)
+    parts = [f"{stage.done:,} of {stage.total:,} {stage.unit}"]
+    parts += [f"{rate:,.0f} {stage.unit}/s"] if rate else []
+    parts += [f"{_clock(left)} left"] if left is not None else []
+    parts += [stage.note] if stage.note else []
+    return f"{stage.name}: {', '.join(parts)}"
+
+
+class _Bars(_Stages):
+    """A bar for each stage."""
+
+    def __init__(self, terminal: Terminal, units: Mapping[str, str]) -> None:
+        super().__init__(units)
+        narrow = terminal.width < 100
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=12 if narrow else 32),
+            *([] if terminal.width < 60 else [_Done()]),
+            _Rate(),
+            _Left(),
+            _Note(),
+        )
+        self._bars = Progress(*columns, console=terminal, refresh_per_second=4)
+        self._task: TaskID | None = None
+
+    def begun(self, stage: _Stage) -> None:
+        self._bars.start()  # with the first stage: bars that never were would leave an empty line
+        total = stage.total if stage.unit else None  # one piece of work: a bar that moves until it is done
+        self._task = self._bars.add_task(printable(stage.name), total=total, completed=stage.done, stage=stage)
+
+    def moved(self, stage: _Stage) -> None:
+        if self._task is not None and stage.unit:
+            self._bars.update(self._task, completed=stage.done, total=stage.total)
+
+    def ended(self, stage: _Stage) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, completed=stage.total, total=stage.total)
+
+    def stop(self, *, finished: bool) -> None:
+        super().stop(finished=finished)
+        if self._bars.live.is_started:
+            self._bars.stop()
+
+
+class _OfStage(ProgressColumn):
+    """A column about the stage that a task is of."""
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(self.text(task, task.fields["stage"])), style="cyan", no_wrap=True, overflow="ellipsis")
+
+    @abstractmethod
+    def text(self, task: Task, stage: _Stage) -> str: ...
+
+
+class _Done(_OfStage):
+    def text(self, task: Task, stage: _Stage) -> str:
+        return f"{stage.done:,}/{stage.total:,}" if stage.unit else ""
+
+
+class _Rate(_OfStage):
+    def text(self, task: Task, stage: _Stage) -> str:
+        seconds = task.finished_time or task.elapsed
+        rate = (stage.done - stage.first) / seconds if seconds and stage.unit else 0
+        return f"{rate:,.0f} {stage.unit}/s" if rate else ""
+
+
+class _Left(_OfStage):
+    """Time left; when all is done, the time it took."""
+
+    def text(self, task: Task, stage: _Stage) -> str:
+        seconds = task.finished_time if task.finished else stage.left(time.monotonic())
+        if seconds is None and not stage.unit:
+            seconds = task.elapsed
+        return "" if seconds is None else _clock(seconds)
+
+
+class _Note(_OfStage):
+    def text(self, task: Task, stage: _Stage) -> str:
+        return stage.note
+
+
+def _clock(seconds: float) -> str:
+    """`1:02:03`, or `25 s`."""
+    whole = round(seconds)
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s" if whole < 60 else _hours(whole)
+
+
+def _hours(seconds: int) -> str:
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,0 +1,1 @@
+"""A dictionary: its forward pass, its files, and where it belongs."""

@@ -1,0 +1,461 @@
+"""What a dictionary is: encode, decode, parameters, save, load."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sae.dictionary.saelens_cfg import ToolConfig, tool_config
+from sae.dictionary.token_policy import TokenPolicy
+from sae.errors import FormatError, ShapeError
+from sae.files.hashes import damaged, recorded, sha256_of
+from sae.files.paths import expanded
+from sae.files.reading import load_tensors, read_object, taken_apart
+from sae.files.writing import stands, write_json, write_tensors
+from sae.kernels.interface import DENSE_ABOVE, Selection
+from sae.kernels.pattern import Pattern
+from sae.numerics.modes import has_values, needs_plain_operators, without_autocast
+from sae.sparse import decode, encode_at, padded
+
+FORMAT = "sae-dictionary"
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+WEIGHTS_HASH = "weights_file_sha256"
+_TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
+"""Settings of training that a saved dictionary has as its own."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse codes: the features that fire for each input, strongest first.
+
+    Attributes:
+        values: activations ≥ 0; rows with fewer active features than the widest are padded with 0.
+        indices: the features they belong to; where the value is 0, the index has no meaning.
+    """
+
+    values: Float[Tensor, "*batch k"]
+    indices: Int[Tensor, "*batch k"]
+
+    def __iter__(self):
+        return iter((self.values, self.indices))
+
+    def __getitem__(self, inputs: Any) -> Codes:
+        """The codes of some of the inputs, chosen as `values[inputs]` chooses rows."""
+        return Codes(self.values[inputs], self.indices[inputs])
+
+    def dense(self, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
+        """Every feature's activation, 0 for those that do not fire; differentiable in the values.
+
+        Args:
+            d_sae: number of features of the dictionary.
+        """
+        zeros = self.values.new_zeros(*self.values.shape[:-1], d_sae)
+        return zeros.scatter_add(-1, self.indices.expand_as(self.values), self.values)
+
+
+class Dictionary(nn.Module, ABC):
+    """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
+
+    Subclasses define `act`: by the features it lets through, `select` and `lets_through`, and by what it makes of their
+    pre-activations, `activate`. Shapes of inputs are `[..., d_in]`, of features `[..., d_sae]`.
+
+    Everything is differentiable, in the input and in the parameters, also twice. Inside the transforms of `torch.func`,
+    in forward-mode differentiation, and where `torch.compile` or `torch.export` traces, codes are computed by PyTorch's
+    dense operators; elsewhere sparsely, if few features fire. Results are in the weights' number type, inside
+    `torch.autocast` too.
+
+    Attributes:
+        W_enc: `[d_in, d_sae]`; in memory it lies by feature, as the transpose of a contiguous `[d_sae, d_in]`.
+        b_enc: `[d_sae]`.
+        W_dec: `[d_sae, d_in]`, rows of norm 1: row j is the direction of feature j.
+        b_dec: `[d_in]`.
+        metadata: JSON-able facts saved beside the weights: model, hook point, token policy, training.
+    """
+
+    architecture: ClassVar[str]
+    setting_names: ClassVar[tuple[str, ...]]
+    bias_names: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters `[d_sae]` in units of the pre-activations, which start at 0."""
+    unit_decoder: ClassVar[bool] = True
+    """Whether training keeps decoder rows at norm 1; otherwise they are given it when the dictionary is done."""
+
+    b_enc: nn.Parameter
+
+    def __init__(self, d_in: int, d_sae: int, metadata: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.d_in, self.d_sae = d_in, d_sae
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self._cfg: ToolConfig | None = None
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
+        for name in self.bias_names:
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @abstractmethod
+    def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
+        """The features that may fire on each row, and their pre-activations."""
+
+    @abstractmethod
+    def lets_through(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
+        """Where dense pre-activations are those of features that may fire: what `select` finds, in plain PyTorch."""
+
+    def activate(
+        self, pre: Float[Tensor, "*batch"], features: Int[Tensor, " pairs"] | slice
+    ) -> Float[Tensor, "*batch"]:
+        """Activations of what was selected, from its pre-activations; those of negative ones are 0.
+
+        Args:
+            pre: one for each pair, or `[..., d_sae]` with `features=slice(None)`.
+            features: the pairs' features.
+        """
+        return pre.relu()
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the constructor needs beside d_in and d_sae."""
+
+    @without_autocast
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """(x − b_dec) W_enc + b_enc.
+
+        Raises:
+            ShapeError: x has another width than d_in; so do all that encode.
+        """
+        self._check_width(x)
+        return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+
+    @without_autocast
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
+        """The features that fire, as values and indices `[..., k]`, strongest first.
+
+        Here k is what the input with the most features has, and the others are padded with 0 (see `Codes`); of TopK
+        it is the dictionary's k.
+
+        Raises:
+            ShapeError: inside `torch.func.vmap` or on a meta tensor, unless the dictionary is a TopK.
+        """
+        if self._is_dense(x):
+            features = self._encode_densely(x)
+            return Codes(*features.topk(self._widest(features), dim=-1))
+        pattern, values = self._encode_rows(x)
+        rows_values, rows_indices = padded(pattern, values)
+        shape = (*x.shape[:-1], rows_values.shape[1])
+        return Codes(rows_values.reshape(shape), rows_indices.reshape(shape))
+
+    @without_autocast
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations, dense: zero where a feature does not fire."""
+        if self._is_dense(x):
+            return self._encode_densely(x)
+        pattern, values = self._encode_rows(x)
+        return pattern.dense(values).view(*x.shape[:-1], self.d_sae)
+
+    @without_autocast
+    def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction from dense features.
+
+        On a CPU only what fires is multiplied, where that is little and no gradient of the features is wanted: as in
+        `forward`, so that `decode(encode(x))` is the same to the last bit.
+        """
+        features = features.to(self.W_dec.dtype)
+        if not self._is_worth_sparse(features):
+            return features @ self.W_dec + self.b_dec
+        pattern, values = Pattern.of_nonzeros(features.reshape(-1, self.d_sae))
+        return decode(pattern, values, self.W_dec).view(*features.shape[:-1], self.d_in) + self.b_dec
+
+    @without_autocast
+    def decode_sparse(self, codes: Codes) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction from sparse codes; equal to `decode` of the same features."""
+        values, indices = codes.values.to(self.W_dec.dtype), codes.indices
+        batch, k = values.shape[:-1], values.shape[-1]
+        if needs_plain_operators(values):
+            features = values.new_zeros(*batch, self.d_sae).scatter_add(-1, indices, values)
+            return features @ self.W_dec + self.b_dec
+        pattern = Pattern.from_indices(indices.reshape(-1, k), self.d_sae)
+        return decode(pattern, values.reshape(-1), self.W_dec).reshape(*batch, self.d_in) + self.b_dec
+
+    @without_autocast
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction x̂ of x."""
+        if self._is_dense(x):
+            return self.decode(self._encode_densely(x))
+        pattern, values = self._encode_rows(x)
+        if pattern.density > DENSE_ABOVE and values.device.type == "cpu":  # of many selected, few may fire
+            return self.decode(pattern.dense(values).view(*x.shape[:-1], self.d_sae))
+        return decode(*pattern.ascending(values), self.W_dec).reshape(x.shape) + self.b_dec
+
+    def _is_dense(self, x: Tensor) -> bool:
+        """Whether codes of x are to be computed densely."""
+        self._check_width(x)
+        return needs_plain_operators(x)
+
+    def _encode_densely(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        pre = self.pre_activations(x)
+        return self.activate(pre, slice(None)).masked_fill(~self.lets_through(pre), 0)
+
+    def _widest(self, features: Float[Tensor, "*batch d_sae"]) -> int:
+        """How many features fire where most do, 1 at least."""
+        if not has_values(features):
+            raise ShapeError(
+                f"encode_sparse of a {type(self).__name__}, inside vmap or on a meta tensor: its shape depends on how "
+                "many features fire, which is not known there; use encode, or call encode_sparse outside vmap"
+            )
+        return max(int((features != 0).sum(-1).max()), 1) if features.numel() else 1
+
+    def _encode_rows(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
+        self._check_width(x)
+        rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
+        selection = self.select(rows)
+        pattern = selection.pattern
+        pre = encode_at(rows, self.b_dec, self.W_enc.T, self.b_enc, selection)
+        return pattern, self.activate(pre, pattern.features)
+
+    def _is_worth_sparse(self, features: Tensor) -> bool:
+        """Whether dense features have so few non-zeros that to find them costs less than to multiply the zeros."""
+        fits = features.shape[-1:] == (self.d_sae,) and not needs_plain_operators(features)
+        if not fits or features.device.type != "cpu" or (features.requires_grad and torch.is_grad_enabled()):
+            return False
+        return int(features.count_nonzero()) <= DENSE_ABOVE * features.numel()
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1:] != (self.d_in,):
+            hook = self.metadata.get("hook")
+            raise ShapeError(
+                f"activations of shape {list(x.shape)}: this dictionary takes [..., {self.d_in}]; give it those of the "
+                f"model and hook point that it was trained on{f' ({hook})' if hook else ''}"
+            )
+
+    @torch.no_grad()
+    def fold_normalisation_(
+        self,
+        mean: Float[Tensor, " d_in"],
+        scale: float,
+        target_mean: Float[Tensor, " d_in"] | None = None,
+        target_scale: float | None = None,
+    ) -> None:
+        """Rewrite weights that were trained on (x − mean)·scale so that they take raw x, and give raw targets.
+
+        Decoder rows keep their norm, so activations come out in the units of the target: divided by its scale.
+
+        Args:
+            mean, scale: of the input.
+            target_mean, target_scale: of the target, where it is not the input.
+        """
+        target_scale = scale if target_scale is None else target_scale
+        if target_mean is None:
+            self.scale_activations_(1 / target_scale)
+            self.b_dec.copy_(self.b_dec / target_scale + mean)
+            return
+        self.W_enc.mul_(scale)
+        self.shift_pre_activations_(-(self.b_dec + mean * scale) @ self.W_enc / scale)
+        self.scale_activations_(1 / target_scale)
+        self.W_enc.mul_(1 / target_scale)
+        self.b_dec.copy_(self.b_dec / target_scale + target_mean)
+        self.shift_pre_activations_(self.b_dec @ self.W_enc)
+
+    @torch.no_grad()
+    def normalise_decoder_(self) -> None:
+        """Give decoder rows norm 1: activations take the norms over.
+
+        Reconstructions stay as they are where each feature fires by itself; where features are measured against each
+        other or against one threshold (TopK, BatchTopK, Matryoshka), others may fire.
+        """
+        norms = self.W_dec.norm(dim=-1)
+        norms = norms.where(norms > 0, 1.0)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms)
+        self.scale_activations_(norms)
+
+    @torch.no_grad()
+    def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:
+        """Add to (x − b_dec) W_enc, wherever it is used."""
+        self.b_enc.add_(shift)
+
+    @torch.no_grad()
+    def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
+        """Multiply everything in the units of pre-activations, so that they come out so many times as large.
+
+        Of the weights only these change: the encoder is left as it is.
+        """
+        for name in self.bias_names:
+            self.get_parameter(name).mul_(factor)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `weights.safetensors`, all that is needed to use the dictionary again.
+
+        `config.json` has the SHA-256 of the other file, so that a kill between the two, over a dictionary that was
+        there before, does not leave a pair that passes for one.
+
+        Raises:
+            CacheError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.named_parameters()}
+        digest = write_tensors(folder / WEIGHTS_FILE, tensors)
+        write_json(folder / CONFIG_FILE, self.config() | {WEIGHTS_HASH: digest})
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "architecture": self.architecture,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            **self.settings(),
+            "dtype": _name_of(self.dtype),
+            "metadata": self.metadata,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the weights, in which everything is computed; inputs of another are converted."""
+        return self.W_dec.dtype
+
+    @property
+    def cfg(self) -> ToolConfig:
+        """What SAELens and SAEBench ask of a dictionary, in their names; made when it is first asked for.
+
+        Yours to change, as in `dictionary.cfg.model_name = "gpt2"`: nothing here reads it, and it is not saved.
+        """
+        if self._cfg is None:
+            self._cfg = tool_config(self.config(), str(self.device))
+        return self._cfg
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dictionary:
+        """What `.to()`, `.cuda()`, `.bfloat16()` and the like are made of."""
+        moved = super()._apply(fn, recurse)
+        if self._cfg is not None:
+            self._cfg.dtype, self._cfg.device = _name_of(self.dtype), str(self.device)
+        return moved
+
+    def extra_repr(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.settings().items())
+        return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
+
+
+SparseAutoencoder = Dictionary
+"""The same class by the name that most papers use."""
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def checked_k(k: int, d_sae: int) -> int:
+    """k, where it is a number of features that there are.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k={k}: expected 1 ≤ k ≤ d_sae={d_sae}")
+    return k
+
+
+def weights_sha256(dictionary: Dictionary) -> str:
+    """Identity of a dictionary's weights, whatever device they are on."""
+    digest = hashlib.sha256(dictionary.architecture.encode())
+    for name, parameter in sorted(dictionary.named_parameters()):
+        # `detach` refuses what was made in inference mode and moved outside it.
+        content = parameter.data.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SavedDictionary:
+    """A dictionary's two files, read and checked, before an architecture makes an object of them."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+
+def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDictionary:
+    """Read a dictionary folder (or a run folder that holds one).
+
+    Raises:
+        FormatError: nothing there, not this format, a newer version, a pickle, damaged or ill-shaped weights.
+    """
+    folder = expanded(path)
+    if folder.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
+        raise FormatError(
+            f"dictionary {str(path)!r}: pickled files are not read, since they can run code; "
+            f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    if not stands(folder / CONFIG_FILE) and stands(folder / "dictionary" / CONFIG_FILE):
+        folder = folder / "dictionary"
+    if not stands(folder / CONFIG_FILE):
+        raise FormatError(f"dictionary {str(path)!r}: no {CONFIG_FILE} there; give a dictionary folder or a run folder")
+    config = read_object(folder / CONFIG_FILE)
+    if config.get("format") != FORMAT:
+        raise FormatError(f"dictionary {str(folder)!r}: {CONFIG_FILE} is not of this toolkit (no format {FORMAT!r})")
+    version = config.get("format_version", 0)
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise FormatError(
+            f"dictionary {str(folder)!r}: format version {version} is newer than this package reads "
+            f"({FORMAT_VERSION}); update the package"
+        )
+    tensors = load_tensors(folder / WEIGHTS_FILE, device)
+    _check_saved(folder, config, tensors)
+    if WEIGHTS_HASH in config and config[WEIGHTS_HASH] != sha256_of(folder / WEIGHTS_FILE):
+        raise damaged(
+            folder / WEIGHTS_FILE,
+            f"its SHA-256 is not the one in {CONFIG_FILE}: they are of two dictionaries, or saving was cut short",
+        )
+    return SavedDictionary(config, tensors)
+
+
+def _check_saved(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration that contradicts the tensors or itself, and weights that are no numbers."""
+    for key in ("d_in", "d_sae", *(("k",) if "k" in config else ())):
+        if type(config.get(key)) is not int:
+            raise damaged(folder / CONFIG_FILE, f"{key}={config.get(key)!r}: expected a whole number")
+    shape = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
+    if shape != (config["d_sae"], config["d_in"]):
+        there = "no W_dec" if shape is None else f"W_dec {list(shape)}"
+        raise damaged(
+            folder / WEIGHTS_FILE,
+            f"weights do not fit {CONFIG_FILE}: {there}, where that says [{config['d_sae']}, {config['d_in']}]",
+        )
+    for name, tensor in tensors.items():
+        here = _name_of(tensor.dtype)
+        if here != config.get("dtype", here):
+            raise damaged(folder / WEIGHTS_FILE, f"{name} is {here}, where {CONFIG_FILE} says {config['dtype']!r}")
+        if not bool(tensor.isfinite().all()):
+            raise damaged(folder / WEIGHTS_FILE, f"{name} has values that are not finite (NaN or infinity)")
+    _check_metadata(folder / CONFIG_FILE, config)
+
+
+def _check_metadata(path: Path, config: Mapping[str, Any]) -> None:
+    metadata = config.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise damaged(path, "metadata should be keys and values")
+    if isinstance(metadata.get("tokens"), dict):
+        with taken_apart(path):
+            TokenPolicy.from_json(metadata["tokens"])
+    trained = metadata.get("trained", {})
+    settings = trained.get("settings", {}) if isinstance(trained, dict) else None
+    if not isinstance(settings, dict):
+        raise damaged(path, "metadata.trained should be keys and values")
+    if recorded(path):
+        return  # as it was saved, be it with another k than that of training
+    for key in _TRAINED_AS & config.keys() & settings.keys():
+        if config[key] != settings[key]:
+            raise damaged(path, f"{key}={config[key]!r}, and {settings[key]!r} in its own metadata")

@@ -1,0 +1,1 @@
+"""Language models: loaded, identified, read and replaced at hook points."""

@@ -1,0 +1,84 @@
+"""Dequantised copies of GGUF models, so that only the first command on a .gguf file waits for the conversion.
+
+Reading the vocabulary and dequantising the weights of a GGUF take half a minute for a model of 135M parameters; the
+same model as safetensors is there in a second. Copies lie in Hugging Face's cache (`HF_HOME`), one folder for each
+content of a file and number type, and may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sae.errors import CacheError, DamagedError, UnreadableError
+from sae.files.paths import name_of
+from sae.files.writing import free_bytes, hashes
+
+_SHARE_OF_FREE_SPACE = 0.1
+_LONGEST_STEM = 200
+"""Bytes of the GGUF's name in its copy's; with what follows they are fewer than a file system allows."""
+_REMEDY = "this copy is made again from the GGUF"
+
+
+def folder_of(path: Path, dtype: str) -> Path | None:
+    """Where the copy of a GGUF file in a number type belongs; another version of transformers makes its own.
+
+    None: the file cannot be read, or what reads it is not installed.
+    """
+    from huggingface_hub import constants
+
+    try:
+        content = " ".join([hashes.sha256_of(path), dtype, version("transformers"), version("gguf")])
+    except (DamagedError, UnreadableError, PackageNotFoundError):
+        return None
+    stem = name_of(path.stem).encode()[:_LONGEST_STEM].decode(errors="ignore")
+    name = f"{stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    return Path(constants.HF_HOME) / "sae-dequantised" / name
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether there is a copy, and every file of it is as it was written; a damaged one is deleted.
+
+    One that the machine cannot read now counts as missing, and stays.
+    """
+    if not folder.is_dir():
+        return False
+    try:
+        if "config.json" not in (names := hashes.read_sums(folder)):
+            raise hashes.damaged(folder / hashes.SUMS, "missing or without config.json", _REMEDY)
+        for name in names:
+            hashes.check(folder / name, remedy=_REMEDY)
+    except DamagedError as error:
+        warnings.warn(str(error), stacklevel=2)
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    except UnreadableError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return False
+    return True
+
+
+def write(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Keep a model that came from a GGUF file, where a tenth of the free disk space holds it; else do nothing."""
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    try:
+        if size > _SHARE_OF_FREE_SPACE * free_bytes(folder):
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as name:
+            copy = Path(name) / "copy"
+            model.hf_quantizer = None  # its weights are plain numbers by now
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(copy)
+            tokenizer.save_pretrained(copy)
+            for path in copy.iterdir():
+                hashes.record(path)
+            copy.rename(folder)
+    except (OSError, CacheError):  # no place to write, or another process was faster
+        return

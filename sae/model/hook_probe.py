@@ -1,0 +1,109 @@
+"""Which hook points a model has, read from one pass of it over a few tokens, before any text is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Int
+from torch import Tensor
+
+from sae.dictionary.hook_points import KINDS, READ_ONLY
+
+_CONTEXTS, _LENGTH = 3, 7
+_SAME_IN_MIXTURES = {"mlp.hook_pre": "mlp.hook_in", "mlp.hook_post": "mlp.hook_out"}
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A hook point that a model has.
+
+    Attributes:
+        name: `blocks.N.` and its kind.
+        block: N.
+        kind: one of `hook_points.KINDS`.
+        width: numbers for each token, with heads concatenated.
+        refusal: why it cannot be replaced; None if it can.
+        heads_first: whether the model holds it as `[context, head, seq, d_head]`.
+    """
+
+    name: str
+    block: int
+    kind: str
+    width: int
+    refusal: str | None
+    heads_first: bool = False
+
+    def flat(self, activation: Tensor) -> Tensor:
+        """The activation as `[context, seq, width]`."""
+        if self.heads_first:
+            return rearrange(activation, "context head seq d -> context seq (head d)")
+        return activation.flatten(2)
+
+    def unflat(self, x: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `flat`, in the model's number type."""
+        x = x.to(like.dtype)
+        if self.heads_first:
+            return rearrange(x, "context seq (head d) -> context head seq d", head=like.shape[1])
+        return x.reshape(like.shape)
+
+
+def probe_tokens(vocabulary: int, contexts: int, length: int, device: torch.device | str) -> Int[Tensor, "context seq"]:
+    """Token ids that look random and are the same every time (multiples of the golden ratio)."""
+    numbers = torch.arange(1, contexts * length + 1, dtype=torch.float64, device="cpu")
+    share = (numbers * 0.6180339887498949) % 1
+    return (share * vocabulary).long().clamp(max=vocabulary - 1).view(contexts, length).to(device)
+
+
+def read_hooks(bridge: Any, vocabulary: int, device: torch.device | str) -> dict[str, Hook]:
+    """Every hook point that fires with one vector for each token, by name, in the order of `KINDS` and blocks.
+
+    Args:
+        bridge: transformer-lens's `TransformerBridge`.
+        vocabulary: tokens to choose from.
+        device: where the bridge is.
+    """
+    bridge.set_use_hook_mlp_in(True)
+    points: Mapping[str, Any] = bridge.hook_dict
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook_function(activation: Any, hook: Any) -> None:
+            if isinstance(activation, Tensor):
+                seen[name] = tuple(activation.shape)
+
+        return hook_function
+
+    names = [
+        f"blocks.{block}.{kind}"
+        for block in range(bridge.cfg.n_layers)
+        for kind in KINDS
+        if f"blocks.{block}.{kind}" in points and not _is_another(points, block, kind)
+    ]
+    fireable = [name for name in names if bridge._gated_hook_reason(name) is None]
+    with torch.no_grad(), bridge.hooks(fwd_hooks=[(name, look(name)) for name in fireable]):
+        bridge(probe_tokens(vocabulary, _CONTEXTS, _LENGTH, device))
+    hooks = (_hook(name, seen[name]) for name in names if name in seen)
+    return {hook.name: hook for hook in hooks if hook is not None}
+
+
+def _is_another(points: Mapping[str, Any], block: int, kind: str) -> bool:
+    """Whether the name is a second one of another hook point: a mixture of experts has no `hook_pre` of its own."""
+    other = points.get(f"blocks.{block}.{_SAME_IN_MIXTURES.get(kind, '')}")
+    return other is not None and points[f"blocks.{block}.{kind}"] is other
+
+
+def _hook(name: str, shape: tuple[int, ...]) -> Hook | None:
+    _, block, kind = name.split(".", 2)
+    refusal = READ_ONLY.get(kind)
+    if shape[:2] == (_CONTEXTS, _LENGTH) and len(shape) >= 3:
+        width = 1
+        for size in shape[2:]:
+            width *= size
+        return Hook(name, int(block), kind, width, refusal)
+    if len(shape) == 4 and shape[0] == _CONTEXTS and shape[2] == _LENGTH:
+        return Hook(name, int(block), kind, shape[1] * shape[3], refusal, heads_first=True)
+    return None

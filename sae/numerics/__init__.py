@@ -1,0 +1,1 @@
+"""What a computation depends on besides its inputs: random streams, and PyTorch's modes."""

@@ -1,0 +1,1 @@
+"""What a run folder goes through, one verb a file."""

@@ -1,0 +1,156 @@
+"""Dictionaries in folders, compared on one run's held-out tokens; what is measured already is not measured again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae.activations.cache import ActivationCache
+from sae.architectures import load
+from sae.config.file import CONFIG_YAML
+from sae.console.progress import announce
+from sae.dictionary.base import Dictionary
+from sae.errors import CacheError, ConfigError
+from sae.evaluation import Comparison, evaluate_all, write_comparison
+from sae.evaluation.budget import announcement
+from sae.evaluation.comparison import check_several, comparison_key
+from sae.evaluation.partial import discard
+from sae.evaluation.report import identify
+from sae.evaluation.stored import read_comparison, read_stored
+from sae.evaluation.streams import Progress
+from sae.files.paths import expanded
+from sae.files.writing import locked, stands
+from sae.runs.pipeline import Run
+
+READ = "read dictionaries"
+"""The stage that counts dictionaries instead of tokens."""
+_UNFINISHED = "comparison-unfinished"
+Evaluation = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def compare_folders(
+    places: Sequence[str | Path], *, on: str | Path | None = None, out: str | Path | None = None,
+    overrides: tuple[str, ...] = (), progress: Progress | None = None,
+) -> Comparison:  # fmt: skip
+    """Set the dictionaries of several folders side by side, on the held-out tokens of one run.
+
+    Args:
+        places: run folders or dictionaries' folders, the one to compare with first.
+        on: the run folder whose activations, model and evaluation settings are used; None: the first among `places`.
+        out: folder for `compare.md` and `compare.json`; if one of the same is there, it is read.
+        overrides: of that run's configuration.
+        progress: called with (stage, tokens done, tokens in all).
+
+    An evaluation that was interrupted goes on: its sums are kept in `comparison-unfinished/` of `out`, or without one
+    of the run folder that the tokens come from. If that cannot be written, they are not kept.
+
+    Raises:
+        ConfigError: fewer than two, one of them twice, or no run folder.
+        CacheError: another process writes into `out`.
+        SaeError: as loading and evaluating do.
+    """
+    named = _named(places)
+    check_several(named)
+    report = progress or _silent
+    run = _run(named, on, overrides, report)
+    cache, hook, settings = run.cache(), run.config.hook, run.config.evaluation
+    dictionaries, identities = _loaded(named, report)
+    activations = cache.manifest.identity(hook)
+    key = comparison_key(identities, activations, hook, settings)
+
+    def made() -> Comparison:
+        found: dict[str, Evaluation | None] = {
+            name: read_stored(place, identities[name], activations, hook=hook, settings=settings)
+            for name, place in named.items()
+        }
+        missing = {name: dictionaries[name] for name, stored in found.items() if stored is None}
+        if missing:
+            with _kept_in(out or run.folder) as unfinished:
+                found |= _evaluate(run, cache, missing, report, unfinished)
+        return Comparison.of({name: stored for name, stored in found.items() if stored is not None})
+
+    if out is None:
+        return made()
+    written = read_comparison(out, key)
+    if written is not None:
+        return written
+    with locked(expanded(out), "comparison"):
+        comparison = made()
+        write_comparison(comparison, out)
+    return comparison
+
+
+def _loaded(
+    named: Mapping[str, Path], progress: Progress
+) -> tuple[dict[str, Dictionary], dict[str, dict[str, Any]]]:  # fmt: skip
+    """The dictionaries, and what tells each from others."""
+    dictionaries, identities = {}, {}
+    progress(READ, 0, len(named))
+    for name, place in named.items():
+        dictionaries[name] = load(place)
+        identities[name] = identify(dictionaries[name])
+        progress(READ, len(identities), len(named))
+    return dictionaries, identities
+
+
+@contextlib.contextmanager
+def _kept_in(folder: str | Path) -> Iterator[Path | None]:
+    """Where sums are kept until all is measured; None if nothing can be written there, or another process does."""
+    unfinished: Path | None = expanded(folder) / _UNFINISHED
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(unfinished, "comparison"))
+        except CacheError:
+            unfinished = None
+        yield unfinished
+        if unfinished is not None:
+            discard(unfinished)
+
+
+def _evaluate(
+    run: Run, cache: ActivationCache, dictionaries: Mapping[str, Dictionary], progress: Progress,
+    unfinished: Path | None,
+) -> dict[str, Evaluation]:  # fmt: skip
+    announce(progress, announcement(run.config.evaluation, cache, len(dictionaries)))
+    reports = evaluate_all(
+        dictionaries, cache,
+        hook=run.config.hook, language_model=run.language_model, settings=run.config.evaluation, device=run.device,
+        progress=lambda stage, done, total: progress(f"evaluate: {stage}", done, total), unfinished=unfinished,
+    )  # fmt: skip
+    return {name: (report.to_json(), report.scores.totals) for name, report in reports.items()}
+
+
+def _run(
+    named: Mapping[str, Path], on: str | Path | None, overrides: tuple[str, ...], progress: Progress
+) -> Run:  # fmt: skip
+    """The run that the held-out tokens come from."""
+    if on is not None:
+        return Run.open(on, overrides, progress)
+    for place in named.values():
+        if stands(place / CONFIG_YAML):
+            return Run.open(place, overrides, progress)
+    raise ConfigError(
+        f"{', '.join(map(repr, map(str, named.values())))}: none is a run folder, so there are no held-out tokens to "
+        "compare them on; name a run with --on RUN (on=... in Python)"
+    )
+
+
+def _named(places: Sequence[str | Path]) -> dict[str, Path]:
+    """By the shortest ends of their paths that differ."""
+    paths = [expanded(place) for place in places]
+    whole = [path.resolve() for path in paths]
+    for number, path in enumerate(whole):
+        if path in whole[:number]:
+            raise ConfigError(f"{str(places[number])!r} is named twice: give every dictionary once")
+    for length in range(1, max(len(path.parts) for path in whole) + 1 if whole else 1):
+        names = ["/".join(path.parts[-length:]) for path in whole]
+        if len(set(names)) == len(names):
+            return dict(zip(names, paths, strict=True))
+    return {str(path): path for path in paths}
+
+
+def _silent(stage: str, done: int, total: int) -> None: ...

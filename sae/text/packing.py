@@ -1,0 +1,429 @@
+"""Documents in, packed contexts of tokens out; and the one rule for which tokens count."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sae.config.mixture import Turns
+from sae.config.settings import DataConfig
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
+from sae.errors import DataError
+from sae.numerics.seeding import STREAMS, document_random_1, python_random
+from sae.text.census import Census
+from sae.text.corpus import check_apart, check_revision, holdout_share, is_held_out, read_documents
+from sae.text.digests import DigestSet, ReadTexts
+from sae.text.document import READING, Chat, Content, Document, LongText, TokenIds, digest_of, essential, is_empty
+from sae.text.recorded import check_recorded_tokenizer
+from sae.text.sections import sections
+from sae.text.tokenise import ContentTokenizer, TokenPart
+
+_CHARACTERS_AT_ONCE = 500_000
+_SECTION_OF_ONE_DOCUMENT = 10_000
+_CHARACTERS_PER_ID = 4
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A run of consecutive rows of one split, in text order.
+
+    Attributes:
+        tokens: their ids.
+        documents: the number of the document each belongs to.
+        sections: the number of the section, among all documents.
+        counted: False for tokens of a chat's roles that do not count.
+    """
+
+    tokens: Int[np.ndarray, " rows"]
+    documents: Int[np.ndarray, " rows"]
+    sections: Int[np.ndarray, " rows"]
+    counted: Bool[np.ndarray, " rows"]
+
+
+class Packer:
+    """Packs one split's documents into contexts, and stops at an exact number of rows.
+
+    A context opens with BOS (if `bos` is given) and goes on with documents, each followed by the separator. Row i
+    belongs to context i // context_length; only the very last context may be shorter.
+    """
+
+    def __init__(self, rows: int, context_length: int, bos: int | None, separator: int | None) -> None:
+        self.rows, self.context_length, self.bos, self.separator = rows, context_length, bos, separator
+        self._numbers: dict[str, int] = {}
+        self._packed = self._sections = 0
+        self._columns: dict[str, list[np.ndarray]] = {column.name: [] for column in fields(PackedRows)}
+        self._waiting = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Documents so far, in the order of their numbers."""
+        return list(self._numbers)
+
+    @property
+    def full(self) -> bool:
+        """Whether all rows asked for are packed or waiting to be."""
+        return self._packed + self._rows_from(self._waiting) >= self.rows
+
+    @property
+    def available(self) -> int:
+        """Rows that the documents so far amount to."""
+        return min(self.rows, self._packed + self._rows_from(self._waiting))
+
+    def add(
+        self, name: str, ids: Sequence[int] | Int[np.ndarray, " tokens"],
+        counted: Bool[np.ndarray, " tokens"] | None = None, *, ends: bool = True,
+    ) -> int:  # fmt: skip
+        """Append the tokens of a document, or of a section of one.
+
+        Args:
+            name: the document's.
+            ids: its tokens.
+            counted: which of them count; None: all.
+            ends: whether the document (or section) ends with these, so that the separator follows.
+
+        Returns:
+            How many rows these are, with the separator and the BOS of every context that they begin.
+        """
+        separators = [self.separator] if ends and self.separator is not None else []
+        tokens = np.concatenate([np.asarray(ids, dtype=np.int32), np.asarray(separators, dtype=np.int32)])
+        counts = np.ones(len(tokens), dtype=bool)
+        if counted is not None:
+            counts[: len(counted)], counts[len(counted) :] = counted, False
+        document = self._numbers.setdefault(name, len(self._numbers))
+        before = self._rows_from(self._waiting)
+        self._columns["tokens"].append(tokens)
+        self._columns["documents"].append(np.full(len(tokens), document, dtype=np.int32))
+        self._columns["sections"].append(np.full(len(tokens), self._sections, dtype=np.int32))
+        self._columns["counted"].append(counts)
+        self._sections += ends
+        self._waiting += len(tokens)
+        return self._rows_from(self._waiting) - before
+
+    def take(self, contexts: int) -> PackedRows | None:
+        """The next `contexts` contexts, or the last ones when full; None until there are enough tokens."""
+        rows = min(contexts * self.context_length, self.rows - self._packed)
+        if rows == 0 or self._rows_from(self._waiting) < rows:
+            return None
+        begun = -(-rows // self.context_length) if self.bos is not None else 0
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        text_rows = rows - begun
+        self._columns = {name: [column[text_rows:]] for name, column in columns.items()}
+        self._waiting -= text_rows
+        self._packed += rows
+        starts = np.arange(begun) * (self.context_length - 1)
+        # A BOS belongs to the document after it, be it that only the BOS is left of the last context.
+        of_starts = {name: column[starts] for name, column in columns.items()} | {
+            "tokens": np.full(begun, self.bos or 0)
+        }
+        return PackedRows(
+            **{name: np.insert(column[:text_rows], starts, of_starts[name]) for name, column in columns.items()}
+        )
+
+    def _rows_from(self, text_tokens: int) -> int:
+        """Rows that so many text tokens make, with a BOS row for every context begun."""
+        if self.bos is None:
+            return text_tokens
+        return text_tokens + -(-text_tokens // (self.context_length - 1))
+
+
+def packed_shards(
+    config: DataConfig, tokenizer: Any, shard_contexts: int, packers: dict[str, Packer], streams: int = STREAMS,
+    census: Sequence[Census] | None = None, reading: int = READING, model_rows: int | None = None,
+) -> Iterator[tuple[str, PackedRows]]:  # fmt: skip
+    """Read, tokenise and pack the text of `config`; yields a split's name and a shard's rows, as soon as one is full.
+
+    Several sources take turns, in each split on its own: see `sae.config.mixture.Turns`.
+
+    Args:
+        config: which text.
+        tokenizer: the model's.
+        shard_contexts: contexts in a shard.
+        packers: one for each split, which know how many rows are wanted.
+        streams: version of the random streams that documents are shuffled with.
+        census: for each source, where to count what is found in it.
+        reading: version of how text is read.
+        model_rows: tokens that the model has embeddings of; None: of all that the tokenizer names.
+
+    Raises:
+        DataError: the text cannot be read, a source lies inside another, one ends before every split has the tokens
+            asked for, or a token has no embedding.
+    """
+    check_apart(config.sources)
+    check_revision(config.sources, config.revision)
+    census = census or [Census() for _ in config.sources]
+    separator = next(iter(packers.values())).separator
+    contents = ContentTokenizer(tokenizer, config.chat_roles, separator, model_rows)
+    read = _read_texts(reading, contents.compared)
+    readers = [
+        _Reader(
+            config.sources[number],
+            prepared_documents(config, number, streams, counts, read, reading),
+            contents,
+            packers,
+            config,
+            counts,
+        )
+        for number, counts in enumerate(census)
+    ]
+    turns = {split: Turns(config.shares) for split in packers}
+    try:
+        while not all(packer.full for packer in packers.values()):
+            for split, packer in packers.items():
+                while not packer.full and (waiting := readers[turns[split].source].waiting[split]):
+                    given = 0
+                    for name, part, ends in _marked_ends(*waiting.popleft()):
+                        given += packer.add(name, part.ids, part.counted, ends=ends)
+                        while (rows := packer.take(shard_contexts)) is not None:
+                            yield split, rows
+                        if packer.full:
+                            break
+                    turns[split].give(given)
+            for split, packer in packers.items():
+                reader = readers[turns[split].source]
+                if not packer.full and not reader.waiting[split] and not reader.read():
+                    raise DataError(_too_little(config, split, packer, turns[split], reader))
+    finally:
+        contents.close()
+
+
+def prepared_documents(
+    config: DataConfig, number: int = 0, streams: int = STREAMS, census: Census | None = None,
+    read: ReadTexts | None = None, reading: int = READING,
+) -> Iterator[tuple[str, Content, str]]:  # fmt: skip
+    """(document's name, content, split) of a source, cut into sections and shuffled as asked; nothing that is empty.
+
+    Sections keep the name of their document, so they fall on one side of the
+    held-out split and count as one document in standard errors, unless `holdout_by` is `section`: then every section is
+    a document of its own. It is so by itself for a source that is one document.
+
+    Among several sources, names begin with the source's label. The held-out split goes by what they are without it, so
+    that a document is on the same side alone and in every mix.
+
+    Args:
+        config: which text.
+        number: of the source.
+        streams: version of the random streams that documents are shuffled with.
+        census: what is found and not read is counted there.
+        read: contents that have been read already, of this and other sources; None: there are none.
+        reading: version of how text is read.
+
+    Raises:
+        DataError: as `read_documents`; or one document is all there is, and documents are to be held out whole.
+    """
+    source, census = config.sources[number], census or Census()
+    documents = read_documents(
+        source, split=config.split, subset=config.subset, column=config.column, streaming=config.streaming,
+        census=census, revision=config.revision, reading=reading,
+    )  # fmt: skip
+    prefix = f"{config.labels[number]}/" if len(config.sources) > 1 else ""
+
+    def prepared() -> Iterator[tuple[str, Content, str]]:
+        new = _new_documents(documents, census, (read or _read_texts(reading)) if reading else None)
+        first = list(itertools.islice(new, 2))
+        if len(first) == 1 and config.holdout_by == "document":
+            raise DataError(
+                f"data source {source!r}: it holds one document, and a held-out split needs at least two: set "
+                "data.holdout_by=section, so that its sections are divided, or add text"
+            )
+        by_section = config.holdout_by == "section" or (config.holdout_by is None and len(first) == 1)
+        census.unit = "section" if by_section else "document"
+        characters = config.section_characters or (_SECTION_OF_ONE_DOCUMENT if by_section else None)
+        sides = {split: DigestSet() for split in SPLITS}
+        for document in itertools.chain(first, new):
+            for section, content in enumerate(_cut(document.text, characters)):
+                if is_empty(content):
+                    continue
+                name = f"{document.name}#{section}" if by_section else document.name
+                split = HELD_OUT if is_held_out(name, config.holdout_seed, config.holdout_fraction) else TRAIN
+                if by_section and isinstance(content, str):
+                    digest = digest_of(content)
+                    sides[split].add(digest)
+                    census.repeated_sections += any(digest in seen for side, seen in sides.items() if side != split)
+                yield prefix + name, content, split
+
+    if not config.shuffle_documents:
+        return prepared()
+    rng = document_random_1() if streams == 1 else python_random("order of documents", number)
+    return _shuffled(prepared(), config.shuffle_documents, rng)
+
+
+@dataclass
+class _Reader:
+    """One source, read ahead.
+
+    Attributes:
+        source: its name.
+        documents: what is read, as `prepared_documents` gives it.
+        contents: makes tokens of it.
+        packers: by split; what is full needs no more.
+        config: which text.
+        census: what was found and not read.
+        waiting: by split, name and tokens of the documents (or sections) whose turn has not come, in order.
+        shares: where its documents (or sections) lie between training and held-out text.
+        compared: whether the tokenizer that it records for token ids has been compared with the model's.
+    """
+
+    source: str
+    documents: Iterator[tuple[str, Content, str]]
+    contents: ContentTokenizer
+    packers: dict[str, Packer]
+    config: DataConfig
+    census: Census
+    waiting: dict[str, deque[tuple[str, Iterator[TokenPart]]]] = field(init=False)
+    shares: _Shares = field(init=False)
+    compared: bool = False
+
+    def __post_init__(self) -> None:
+        self.waiting = {split: deque() for split in self.packers}
+        self.shares = _Shares(self.config)
+
+    def read(self) -> bool:
+        """Tokenise some more documents, for the splits that are not full; False where the source has ended."""
+        batch = list(_take_characters(self.documents))
+        for name, _, _ in batch:
+            self.shares.add(name)
+        wanted = [(name, content, split) for name, content, split in batch if not self.packers[split].full]
+        if not self.compared and any(isinstance(content, TokenIds) for _, content, _ in wanted):
+            check_recorded_tokenizer(self.source, self.contents.tokenizer, self.config.tokenizer)
+            self.compared = True
+        for _, content, _ in wanted:
+            if isinstance(content, Chat):
+                self.census.roles.update(message["role"] for message in content.messages)
+        tokens = self.contents([(name, content) for name, content, _ in wanted])
+        for (name, _, split), parts in zip(wanted, tokens, strict=True):
+            self.waiting[split].append((name, parts))
+        return bool(batch)
+
+
+class _Shares:
+    """Where a source's documents lie between 0 and 1: those below `holdout_fraction` are held out."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.documents, self.least, self.largest = 0, 1.0, 0.0
+        self._mixed, self._seed, self._last = len(config.sources) > 1, config.holdout_seed, ""
+
+    def add(self, name: str) -> None:
+        """Count a document; of sections that follow one another and share its name the first."""
+        if name == self._last:
+            return
+        self._last = name
+        share = holdout_share(name.partition("/")[2] if self._mixed else name, self._seed)
+        self.documents += 1
+        self.least, self.largest = min(self.least, share), max(self.largest, share)
+
+
+def _read_texts(reading: int, form: Callable[[TokenIds | Chat], str | TokenIds | Chat] = essential) -> ReadTexts:
+    return ReadTexts(form if reading >= 3 else lambda content: content, exactly=reading < 2)
+
+
+def _new_documents(documents: Iterator[Document], census: Census, read: ReadTexts | None) -> Iterator[Document]:
+    """Documents that are neither empty nor equal to one that was read before; both are counted."""
+    for document in documents:
+        if is_empty(document.text):
+            census.empty += 1
+        elif read is not None and not read.add(document.text):
+            census.duplicates += 1
+        else:
+            census.pretokenised += isinstance(document.text, TokenIds)
+            census.chats += isinstance(document.text, Chat)
+            yield document
+
+
+def _cut(content: Content, characters: int | None) -> Iterator[Content]:
+    """Sections of texts and of lists of ids; chats remain whole."""
+    if characters is None or isinstance(content, Chat):
+        yield content
+    elif isinstance(content, TokenIds):
+        step = max(1, characters // _CHARACTERS_PER_ID)
+        yield from (TokenIds(content.ids[start : start + step]) for start in range(0, len(content.ids), step))
+    else:
+        yield from sections(content.pieces() if isinstance(content, LongText) else [content], characters)
+
+
+def _marked_ends(name: str, parts: Iterator[TokenPart]) -> Iterator[tuple[str, TokenPart, bool]]:
+    """The parts of a document, each with whether it is the last."""
+    before: TokenPart | None = None
+    for part in parts:
+        if before is not None:
+            yield name, before, False
+        before = part
+    if before is not None:
+        yield name, before, True
+
+
+def _shuffled(
+    items: Iterable[tuple[str, Content, str]], buffer_size: int, rng: random.Random
+) -> Iterator[tuple[str, Content, str]]:
+    """A streaming shuffle: each item leaves from a random place of the buffer."""
+    items = iter(items)
+    buffer = list(itertools.islice(items, buffer_size))
+    for item in items:
+        place = rng.randrange(len(buffer))
+        yield buffer[place]
+        buffer[place] = item
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _take_characters(documents: Iterator[tuple[str, Content, str]]) -> Iterator[tuple[str, Content, str]]:
+    """Documents of about half a million characters together; a text that is read piece by piece ends them."""
+    count = 0
+    for document in documents:
+        yield document
+        count += _size(document[1])
+        if count >= _CHARACTERS_AT_ONCE:
+            return
+
+
+def _size(content: Content) -> int:
+    if isinstance(content, Chat):
+        return content.characters
+    if isinstance(content, TokenIds):
+        return len(content.ids)
+    return _CHARACTERS_AT_ONCE if isinstance(content, LongText) else len(content)
+
+
+def _too_little(config: DataConfig, split: str, packer: Packer, turns: Turns, reader: _Reader) -> str:
+    """Why a split is not full: the source whose turn it is has ended."""
+    number, mixed = turns.source, len(config.sources) > 1
+    given, share = turns.given[number], f"{turns.shares[number]:.3g} of " if mixed else ""
+    setting = "data.tokens" if split == TRAIN else "data.held_out_tokens"
+    found = (
+        f"data source {config.sources[number]!r}: the {split.replace('_', '-')} documents hold {given:,} tokens, "
+        f"{share}{setting}={packer.rows:,} were asked for"
+    )
+    shares = reader.shares
+    if not shares.documents and reader.census.duplicates:
+        return (
+            f"{found}: its {reader.census.duplicates:,} documents equal those of another source, which are read once: "
+            "take it out of data.source, or give it other text"
+        )
+    if not shares.documents:
+        return f"{found}: the text is empty"
+    if shares.documents == 1:
+        cut = "" if config.holdout_by == "document" else "lower data.section_characters to cut it into more, or "
+        return (
+            f"{found}: all of it is one document of one section, and a held-out split needs at least two: {cut}add text"
+        )
+    if given == 0:
+        held_out = split == HELD_OUT
+        bound = math.ceil(shares.least * 1e4 + 1) / 1e4 if held_out else math.floor(shares.largest * 1e4) / 1e4
+        return (
+            f"{found}; holdout_fraction={config.holdout_fraction} put no document there: change it or "
+            f"data.holdout_seed ({bound:g} would put one there)"
+        )
+    if mixed:
+        possible = 0.995 * given / packer.rows  # never above what is there, once rounded to three digits
+        return (
+            f"{found}: lower its weight in data.weights (to a share of {possible:.3g}), or lower {setting} to "
+            f"{packer.available:,}, or add text to this source"
+        )
+    return f"{found}: lower it, or add text"
