@@ -1,11 +1,12 @@
 """Rooms of the code, the floors they stand on, the imports between them, and the circles among files.
 
-    python scripts/structure.py [CHECKOUT] [--list]
+    python scripts/structure.py [CHECKOUT] [--list] [--tree]
 
 A room is a folder directly below `sae`, a file directly in it, or one of the other folders of Python files (`scripts`,
 `benchmarks`). A room's floor is the longest chain of imports below it, so that what imports nothing is on the first.
 Imports count wherever they stand: at the top of a file, in a function, under TYPE_CHECKING. A circle is a set of files
-that import each other. `--list` prints every room with its floor and what it imports.
+that import each other. `--list` prints every room with its floor and what it imports, `--tree` every file of the
+package with its first line, as docs/architecture.md shows it.
 """
 
 from __future__ import annotations
@@ -122,11 +123,36 @@ def components(graph: Graph[Node]) -> list[set[Node]]:
     return found
 
 
+def tree(checkout: Path) -> str:
+    """Every file of the package, folder by folder from the lowest floor up, with the first line of its docstring."""
+    floors = structure_of(checkout).floors()
+    rooms = sorted((room for room in floors if room.startswith(f"{PACKAGE}.")), key=lambda room: (floors[room], room))
+    lines = []
+    for room in rooms:
+        path = checkout / room.replace(".", "/")
+        if path.is_dir():
+            lines.append(f"{path.name}/  {first_line(path / '__init__.py')}")
+            inner = [file for file in sorted(path.rglob("*.py")) if file != path / "__init__.py"]
+            lines += [f"    {file.relative_to(path).as_posix()}  {first_line(file)}" for file in inner]
+        else:
+            lines.append(f"{path.name}.py  {first_line(path.with_suffix('.py'))}")
+    return "\n".join(lines)
+
+
+def first_line(path: Path) -> str:
+    """The first line of a module's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", nargs="?", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--list", action="store_true", help="every room, with its floor and what it imports")
+    parser.add_argument("--tree", action="store_true", help="every file of the package, with its first line")
     arguments = parser.parse_args()
+    if arguments.tree:
+        print(tree(arguments.checkout))
+        return
     structure = structure_of(arguments.checkout)
     floors, circles = structure.floors(), structure.circles()
     print(

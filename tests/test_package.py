@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from structure import structure_of
+from structure import structure_of, tree
 
 import sae
 
@@ -83,6 +83,11 @@ def test_every_room_imports_lower_floors_only() -> None:
 def test_the_contributors_read_the_same_floors() -> None:
     shown = "\n".join(f"    {number:2}  {', '.join(rooms)}" for number, rooms in enumerate(FLOW, 1))
     assert shown in (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_in_the_documents_is_that_of_the_files() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert tree(ROOT.parent) in page, "copy the output of scripts/structure.py --tree into docs/architecture.md"
 
 
 def test_no_files_import_each_other() -> None:

@@ -73,10 +73,3 @@ def test_the_readme_snippets_run(
     assert isinstance(names["spliced"], torch.Tensor)
     assert capsys.readouterr().out
     assert sae.load(workplace / "runs" / "my-dictionary").d_sae == 512
-
-
-def test_the_readme_lists_every_file() -> None:
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2]
-    for path in (ROOT / "sae").iterdir():
-        if path.name not in ("__init__.py", "__pycache__"):
-            assert path.name in tree, f"sae/{path.name} is missing from the README's tree"

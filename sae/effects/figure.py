@@ -11,25 +11,21 @@ from jaxtyping import Float
 
 from sae.effects.effects import Correlation, Effects
 from sae.effects.interventions import FIRING, RANDOM, Changes
-from sae.evaluation.figures import Canvas
+from sae.results.figure import BLUE, GREY, INK, ORANGE, Canvas, drawing, title
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from sae.results.figure import Axes
 
 FIGURE_FOLDER = "figures"
-_BLUE, _ORANGE, _GREY = "#2b6ca3", "#d97b29", "#6b7280"
 _MOST_DOTS = 2000
 
 
+@drawing
 def draw_effects(effects: Effects, changes: Changes) -> bytes | None:
     """A panel of features' means and one of single places, as PNG.
 
-    None where matplotlib is not installed, or there is no direct effect to draw.
+    None if matplotlib is not installed, or there is no direct effect to draw.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return None
     known = changes.at(np.isfinite(changes.direct))
     fires, random = known.at(known.kind == FIRING), known.at(known.kind == RANDOM)
     if not len(fires):
@@ -48,7 +44,7 @@ class _Dots:
     loss: Float[np.ndarray, " n"]
 
 
-def _panel(axes: Axes, dots: _Dots, null: _Dots, correlation: Correlation | None, title: str) -> None:
+def _panel(axes: Axes, dots: _Dots, null: _Dots, correlation: Correlation | None, name: str) -> None:
     """Both axes in one symmetric scale, linear in the middle and logarithmic outside."""
     everything = np.abs(np.concatenate([dots.direct, dots.loss]))
     most = float(everything.max()) or 1.0
@@ -56,15 +52,15 @@ def _panel(axes: Axes, dots: _Dots, null: _Dots, correlation: Correlation | None
     for axis in ("x", "y"):
         getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear, linscale=1.0)
         getattr(axes, f"set_{axis}lim")(-1.4 * most, 1.4 * most)
-    axes.plot([-most, 0, most], [-most, 0, most], color=_GREY, linewidth=0.8, linestyle="--")
-    for some, colour, label in ((null, _ORANGE, "random direction"), (dots, _BLUE, "feature")):
+    axes.plot([-most, 0, most], [-most, 0, most], color=GREY, linewidth=0.8, linestyle="--")
+    for some, colour, label in ((null, ORANGE, "random direction"), (dots, BLUE, "feature")):
         axes.scatter(some.direct, some.loss, s=9, linewidths=0, alpha=0.55, color=colour, label=label)
     axes.set_xlabel("direct change of the loss, nats")
     axes.set_ylabel("measured change of the loss, nats")
     note = "" if correlation is None or correlation.value is None else f", r = {correlation.value:.2f}"
-    axes.set_title(f"{title}{note}", fontsize=9, loc="left", color="#374151")
+    title(axes, f"{name}{note}")
     axes.legend(
-        frameon=False, fontsize=8, labelcolor="#374151", loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2,
+        frameon=False, fontsize=8, labelcolor=INK, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2,
         borderaxespad=0.1, handletextpad=0.1, columnspacing=1.0,
     )  # fmt: skip
 

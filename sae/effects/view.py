@@ -10,16 +10,15 @@ import numpy as np
 
 from sae.effects.effects import Correlation, Effects, EffectSettings, FeatureEffect, TokenChange
 from sae.features.text import visible
-from sae.results.columns import Column, fitted
 from sae.results.estimate import Estimate, error_note
-from sae.results.markdown import code, document, pipe_table, plain
+from sae.results.markdown import code, document, plain
+from sae.results.table import NONE, Column, Table
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _ROWS_IN_MARKDOWN = 100
-_NONE = "–"
 _WIDE = 100
 
 
@@ -65,10 +64,8 @@ def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None, 
         between.join(Text(visible(change.token), style="on grey23") for change in effect.raised) for effect in chosen
     ]
     feature = Column("feature", [str(effect.feature) for effect in chosen])
-    return fitted(
-        [feature, *columns, Column("more likely then", tokens, is_text=True, is_cut=True)], width,
-        title=f"{effects.hook}: features {what_is_done(settings)}, nats",
-    )  # fmt: skip
+    columns = [feature, *columns, Column("more likely then", tokens, is_text=True, is_cut=True)]
+    return Table(columns, f"{effects.hook}: features {what_is_done(settings)}, nats").in_terminal(width)
 
 
 def table_note(effects: Effects, sort: str, limit: int | None) -> str:
@@ -145,9 +142,9 @@ def markdown(effects: Effects, figure: str | None) -> str:
         f"{settings.window} positions of its document. {_errors(effects)}."
         + (f" {effects.road[0].upper()}{plain(effects.road[1:])}." if effects.road else ""),
         "## All features",
-        pipe_table(
-            ["mean of a feature", *(f"{share:.0%}" for share in _QUANTILES)], _distributions(measured), text_columns=1
-        ),
+        Table.of_rows(
+            ["mean of a feature", *(f"{share:.0%}" for share in _QUANTILES)], _distributions(measured)
+        ).in_markdown(),
         "Quantiles over features. Random direction: as long, at the same places. Elsewhere: the feature's mean "
         "activation added where it does not fire.",
         *summary_lines(effects),
@@ -177,7 +174,7 @@ def quantiles(estimates: Iterable[Estimate]) -> list[str]:
     """Of the values that there are, with three digits."""
     values = [estimate.value for estimate in estimates if estimate.value is not None]
     if not values:
-        return [_NONE] * len(_QUANTILES)
+        return [NONE] * len(_QUANTILES)
     return [f"{value:.3g}" for value in np.quantile(values, _QUANTILES)]
 
 
@@ -192,12 +189,12 @@ def _by_feature(effects: Effects) -> str:
     note = (
         "" if len(effects) <= _ROWS_IN_MARKDOWN else f"\n\nThe {_ROWS_IN_MARKDOWN} of the largest KL; the JSON has all."
     )
-    return pipe_table([*head, "more / less likely, direct"], rows, text_columns=1) + note
+    return Table.of_rows([*head, "more / less likely, direct"], rows).in_markdown() + note
 
 
 def _tokens(changes: Sequence[TokenChange]) -> str:
     """Token text as code that no character of it can end."""
-    return " ".join(code(visible(change.token)) for change in changes) or _NONE
+    return " ".join(code(visible(change.token)) for change in changes) or NONE
 
 
 def independent_difference(a: Estimate, b: Estimate) -> Estimate:
@@ -219,8 +216,8 @@ def _correlation(correlation: Correlation) -> str:
 
 def _short(estimate: Estimate | None) -> str:
     """A value alone, with two digits."""
-    return _NONE if estimate is None or estimate.value is None else f"{estimate.value:.2g}"
+    return NONE if estimate is None or estimate.value is None else f"{estimate.value:.2g}"
 
 
 def _cell(estimate: Estimate | None) -> str:
-    return _NONE if estimate is None else str(estimate)
+    return NONE if estimate is None else str(estimate)

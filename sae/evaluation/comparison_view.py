@@ -11,7 +11,6 @@ from sae.evaluation.metrics import below_noise
 from sae.evaluation.report_view import (
     COUNTS,
     DOWNSTREAM,
-    NONE,
     RECONSTRUCTION,
     SPARSITY,
     baselines_have_fewer,
@@ -19,14 +18,13 @@ from sae.evaluation.report_view import (
     describe_text,
     share_of,
 )
-from sae.results.columns import Column, fitted
 from sae.results.estimate import Estimate, error_note
 from sae.results.markdown import code, document, pipe_table, plain
+from sae.results.table import NONE, SAME, Column, Table
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-MARK = "≈"
 _LABEL = 20
 _LOSSES = {"ce_clean": "loss with nothing replaced", "ce_zero": "with 0 in place of x", "ce_mean": "with x̄"}
 _MEANINGS = {**RECONSTRUCTION, **SPARSITY, **COUNTS, **_LOSSES, **DOWNSTREAM}
@@ -48,17 +46,18 @@ def comparison_tables(comparison: Comparison, width: int | None = None) -> list[
         Column(_broken(label), ["\n".join(cells[number]) for _, _, cells in rows])
         for number, label in enumerate(comparison.dictionaries)
     ]
-    table = fitted(
-        [Column("metric", names, is_text=True), *columns], width,
+    table = Table(
+        [Column("metric", names, is_text=True), *columns],
         title=f"{comparison.hook}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        note=f"{error_note(counts)}\n{_second_lines(comparison)}",
+        notes=[error_note(counts), _second_lines(comparison)],
         sections={number for number, name in enumerate(names) if name in _SECTIONS},
-    )  # fmt: skip
+    )
     made = comparison.baselines.values()
     shown = [metric for metric in _OF_BASELINES if any(metric in one.metrics for one in made)]
     of_baselines = [Column(metric, [_cell(one, metric)[0] for one in made]) for metric in shown]
     baselines = Column("baseline", list(comparison.baselines), is_text=True)
-    return [table, fitted([baselines, *of_baselines], width, note=_fewer_tokens(comparison))]
+    beside = Table([baselines, *of_baselines], notes=[_fewer_tokens(comparison)])
+    return [table.in_terminal(width), beside.in_terminal(width)]
 
 
 def _broken(label: str) -> str:
@@ -117,12 +116,12 @@ def signed(difference: Estimate) -> str:
         return NONE
     text = str(difference)
     text = text if text.startswith("-") else f"+{text}"
-    return f"{MARK} {text}" if below_noise(difference) else text
+    return f"{SAME} {text}" if below_noise(difference) else text
 
 
 def _second_lines(comparison: Comparison) -> str:
     return (
-        f"second lines: difference to {comparison.first} ± its standard error, paired over documents; {MARK}: below "
+        f"second lines: difference to {comparison.first} ± its standard error, paired over documents; {SAME}: below "
         "noise, its 95 % interval holds 0"
     )
 

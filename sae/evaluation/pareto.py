@@ -7,18 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sae.evaluation.figures import Canvas, logarithmic
 from sae.results.estimate import Estimate
-
-COLOURS = {
-    "relu": "#6b7280",
-    "gated": "#b45309",
-    "jumprelu": "#9d3c8a",
-    "topk": "#2b6ca3",
-    "batch_topk": "#d97b29",
-    "matryoshka": "#3b8a4f",
-}
-_INK = "#374151"
+from sae.results.figure import ARCHITECTURE_COLOURS, INK, Canvas, drawing, logarithmic, title
 
 
 @dataclass(frozen=True)
@@ -74,17 +64,14 @@ class Point:
         return asdict(self)
 
 
+@drawing
 def draw_pareto(points: Sequence[Point]) -> bytes | None:
     """FVU, and ΔCE where it was measured, against L0, as PNG.
 
     A line for each architecture, and for whatever else differs but k, the penalty's fixed weight, and the seed; over
     seeds it is the mean. Error bars are standard deviations over seeds where there are several, else standard errors
-    over documents. None where matplotlib is not installed or there is nothing to draw.
+    over documents. None if matplotlib is not installed or there is nothing to draw.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return None
     if not points:
         return None
     metrics = ["fvu", *(["delta_ce"] if any(point.delta_ce is not None for point in points) else [])]
@@ -100,7 +87,8 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
                 continue
             x, y, error = zip(*sorted(drawn), strict=True)
             axes.errorbar(
-                x, y, yerr=error, label=label, color=_colour(series[0][0].architecture), linewidth=1.4, markersize=4.5,
+                x, y, yerr=error, label=label, linewidth=1.4, markersize=4.5,
+                color=ARCHITECTURE_COLOURS.get(series[0][0].architecture, INK),
                 marker="osD^vP*X"[number % 8], capsize=2.5, elinewidth=0.9,
             )  # fmt: skip
             values += y
@@ -111,9 +99,9 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
         if min(values) > 0 and max(values) / min(values) > 3:
             logarithmic(axes, "y", (min(values), max(values)))
         axes.set_xlabel("features that fire per token (L0)")
-        axes.set_title(labels[metric], fontsize=9, loc="left", color=_INK)
+        title(axes, labels[metric])
     if canvas.axes[0].get_legend_handles_labels()[0]:
-        canvas.axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+        canvas.axes[0].legend(frameon=False, fontsize=8, labelcolor=INK)
     return canvas.png()
 
 
@@ -144,7 +132,3 @@ def values_of(points: Sequence[Point], metric: str) -> list[float]:
     """Of those for which it was measured."""
     estimates = [getattr(point, metric) for point in points]
     return [estimate.value for estimate in estimates if estimate is not None and estimate.value is not None]
-
-
-def _colour(architecture: str) -> str:
-    return COLOURS.get(architecture, _INK)

@@ -10,16 +10,16 @@ from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.legacy import CONTEXTS_PER_BATCH
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines
 from sae.model.tail import NO_ROAD, Road
-from sae.results.columns import Column, fitted
 from sae.results.estimate import Estimate, error_note
+from sae.results.figure import MISSING
 from sae.results.markdown import code, document, pipe_table, plain
+from sae.results.table import NONE, Column, Table
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from sae.evaluation.figures import Figure
 
-NONE = "–"
 RECONSTRUCTION = {
     "fvu": "fraction of variance unexplained",
     "explained_variance": "1 − fvu",
@@ -59,7 +59,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         *_legacy(report),
     ]
     if figures is None:
-        parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
+        parts.append(MISSING)
     elif figures:
         parts.append("## Figures")
         parts += [f"![{figure.title}]({FIGURE_FOLDER}/{figure.file})\n\n{figure.caption}" for figure in figures]
@@ -86,13 +86,13 @@ def report_table(report: Report | Mapping[str, Any], width: int | None = None) -
         for number, name in enumerate(("dictionary", *record["baselines"]))
     ]
     section = len(RECONSTRUCTION)
-    return fitted(
-        [metrics, *columns], width,
+    return Table(
+        [metrics, *columns],
         title=f"{record['hook']}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        note="\n".join(filter(None, [error_note(counts), fewer_tokens(record), _without_losses(record)])),
+        notes=[error_note(counts), fewer_tokens(record), _without_losses(record)],
         short_note=f"standard errors of the baselines are in {MARKDOWN_FILE}",
         sections=(section, section + len(SPARSITY) + len(COUNTS)),
-    )  # fmt: skip
+    ).in_terminal(width)
 
 
 def _metric_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Estimate | _Count | str]]]:

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sae.evaluation.comparison_view import MARK
 from sae.evaluation.metrics import Totals, below_noise, difference
 from sae.evaluation.pareto import Point, lines, values_of
 from sae.evaluation.report import HEADINGS
-from sae.evaluation.report_view import NONE
-from sae.results.columns import Column, fitted
 from sae.results.estimate import Estimate, error_note
-from sae.results.markdown import document, pipe_table, plain
+from sae.results.markdown import document, plain
+from sae.results.table import BEST, NONE, SAME, Column, Table
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.text import Text
 
 _METRICS = {"l0": "L0", "fvu": "FVU", "delta_ce": "ΔCE"}
 _COMPARED = ("fvu", "delta_ce")
-_BEST = "*"
-WIDE = 120
 _UNKNOWN = Estimate(None, None)
 
 
@@ -47,47 +42,6 @@ class Behind:
 
 Differences = Mapping[str, Mapping[str, Behind]]
 _NOTHING: Differences = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class _Column:
-    """Cells under a heading, and their marks, if any; `short` is what a narrow terminal shows in their place."""
-
-    heading: str
-    cells: list[str]
-    short: list[str] | None
-    marks: list[str] = field(default_factory=list)
-
-    def in_terminal(self, *, is_text: bool) -> Column:
-        """The cells; values stand below each other whether they are marked or not."""
-        return Column(self.heading, self._marked(self.cells), self.short and self._marked(self.short), is_text)
-
-    def _marked(self, cells: Sequence[str]) -> list[Text]:
-        from rich.text import Text
-
-        marks = self.marks or [""] * len(cells)
-        return [
-            Text(f"{cell} {mark:1}" if any(self.marks) else cell, "bold" if mark == _BEST else "")
-            for cell, mark in zip(cells, marks, strict=True)
-        ]
-
-    def in_markdown(self) -> Iterator[str]:
-        """The cells, the best in bold."""
-        for cell, mark in zip(self.cells, self.marks or [""] * len(self.cells), strict=True):
-            yield f"**{cell}**" if mark == _BEST else f"{cell} {mark}".strip()
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Columns under a title; `of_rest` is a note on those that a narrow terminal leaves out.
-
-    In `notes`, `{best}` is how the best is marked.
-    """
-
-    title: str
-    columns: list[_Column]
-    notes: tuple[str, ...]
-    of_rest: str = ""
 
 
 def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Differences:
@@ -144,9 +98,7 @@ def sweep_markdown(
         parts.append(f"![error against L0]({figure})\n")
     for table in _tables(points, differences):
         parts += [f"## {table.title}\n"] if table.title else []
-        rows = zip(*(column.in_markdown() for column in table.columns), strict=True)
-        parts.append(pipe_table([column.heading for column in table.columns], rows, text_columns=1) + "\n")
-        parts += [f"{note.format(best='**bold**')}\n" for note in (*table.notes, table.of_rest) if note]
+        parts += [f"{part}\n" for part in (table.in_markdown(), *table.markdown_notes())]
     if failures:
         reasons = (f"- {plain(name)}: {plain(reason)}" for name, reason in failures.items())
         parts.append("## Not trained\n\n" + "\n".join(reasons) + "\n")
@@ -164,18 +116,10 @@ def sweep_tables(
         width: characters of the terminal; below 120 time and memory are left out, and where they do not fit, standard
             errors other than those of FVU and ΔCE. None: it is wide enough.
     """
-    narrow = width is not None and width < WIDE
-    made = []
-    for table in _tables(points, differences):
-        shown = [column for column in table.columns if column.short or not narrow]
-        notes = [*table.notes, *([table.of_rest] if table.of_rest and not narrow else [])]
-        columns = [column.in_terminal(is_text=not number) for number, column in enumerate(shown)]
-        note = "\n".join(note.format(best=_BEST) for note in notes)
-        made.append(fitted(columns, width, title=table.title, note=note))
-    return made
+    return [table.in_terminal(width) for table in _tables(points, differences)]
 
 
-def _tables(points: Mapping[str, Point], differences: Differences) -> list[_Table]:
+def _tables(points: Mapping[str, Point], differences: Differences) -> list[Table]:
     if not points:
         return []
     metrics = {
@@ -187,7 +131,7 @@ def _tables(points: Mapping[str, Point], differences: Differences) -> list[_Tabl
     return [table for table in found if table is not None]
 
 
-def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], differences: Differences) -> _Table:
+def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], differences: Differences) -> Table:
     """A line for each."""
     columns = [_names(list(points), "dictionary")]
     for metric, heading in metrics.items():
@@ -197,13 +141,13 @@ def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], diffe
         same = {name for name, made in behind.items() if below_noise(made.difference)}
         cells = [str(estimate) for estimate in estimates]
         short = [estimate.short() for estimate in estimates] if metric == "l0" else cells
-        marks = [_BEST if name in best else MARK if name in same else "" for name in points]
-        columns.append(_Column(heading, cells, short, marks))
+        marks = [BEST if name in best else SAME if name in same else "" for name in points]
+        columns.append(Column(heading, cells, short, marks=marks))
     dead = [f"{point.dead:.1%}" for point in points.values()]
     columns += [
-        _Column("never fire", dead, dead),
-        _Column("ms per 1,000 tokens", [_time(point) for point in points.values()], None),
-        _Column("MB", [_memory(point) for point in points.values()], None),
+        Column("never fire", dead, dead),
+        Column("ms per 1,000 tokens", [_time(point) for point in points.values()], is_extra=True),
+        Column("MB", [_memory(point) for point in points.values()], is_extra=True),
     ]
     with_errors = any(point.fvu.standard_error is not None for point in points.values())
     errors = (
@@ -211,7 +155,7 @@ def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], diffe
     )
     notes = (errors, *_on_marks(list(points.values()), differences))
     of_rest = "Time is that of a dictionary's own training steps, memory that of its weights and optimiser."
-    return _Table("", columns, notes, of_rest)
+    return Table(columns, notes=notes, extra_notes=[of_rest])
 
 
 def _on_marks(points: Sequence[Point], differences: Differences) -> list[str]:
@@ -225,11 +169,11 @@ def _on_marks(points: Sequence[Point], differences: Differences) -> list[str]:
     if all(difference.interval is None for difference in made):
         return [f"{best} One document does not tell what is noise."]
     return [
-        f"{best} {MARK}: no different from it: the 95 % interval of the difference, paired over documents, holds 0."
+        f"{best} {SAME}: no different from it: the 95 % interval of the difference, paired over documents, holds 0."
     ]
 
 
-def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> _Table | None:
+def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> Table | None:
     """Means over seeds of metrics with their headings, where a dictionary was trained with several, and the spread."""
     several = [(label, seeds) for label, series in lines(points).items() for seeds in series if len(seeds) > 1]
     if not several:
@@ -239,14 +183,14 @@ def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> _Table |
         for label, seeds in several
     ]
     counts = [str(len(seeds)) for _, seeds in several]
-    columns = [_names(names, "dictionary"), _Column("seeds", counts, counts)]
+    columns = [_names(names, "dictionary"), Column("seeds", counts, counts)]
     for metric, heading in metrics.items():
         cells = [str(_spread(values_of(seeds, metric))) for _, seeds in several]
-        columns.append(_Column(heading, cells, cells))
-    return _Table("Over seeds", columns, ("± is the standard deviation over seeds.",))
+        columns.append(Column(heading, cells, cells))
+    return Table(columns, "Over seeds", ["± is the standard deviation over seeds."])
 
 
-def _beside(points: Mapping[str, Point]) -> _Table | None:
+def _beside(points: Mapping[str, Point]) -> Table | None:
     """FVU of what each dictionary stands beside."""
     kinds = dict.fromkeys(kind for point in points.values() for kind in point.baselines if kind != "identity")
     if not kinds:
@@ -256,15 +200,15 @@ def _beside(points: Mapping[str, Point]) -> _Table | None:
         _estimates("dictionary", [point.fvu for point in points.values()]),
         *(_estimates(HEADINGS[kind], [p.baselines.get(kind, _UNKNOWN) for p in points.values()]) for kind in kinds),
     ]
-    return _Table("Baselines", columns, ("Of the same size each; the identity has FVU 0 and ΔCE 0.",))
+    return Table(columns, "Baselines", ["Of the same size each; the identity has FVU 0 and ΔCE 0."])
 
 
-def _names(names: list[str], heading: str) -> _Column:
-    return _Column(heading, names, names)
+def _names(names: list[str], heading: str) -> Column:
+    return Column(heading, names, is_text=True)
 
 
-def _estimates(heading: str, estimates: Sequence[Estimate]) -> _Column:
-    return _Column(heading, [str(estimate) for estimate in estimates], [estimate.short() for estimate in estimates])
+def _estimates(heading: str, estimates: Sequence[Estimate]) -> Column:
+    return Column(heading, [str(estimate) for estimate in estimates], [estimate.short() for estimate in estimates])
 
 
 def _estimate(point: Point, metric: str) -> Estimate:

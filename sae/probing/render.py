@@ -11,13 +11,12 @@ from sae.probing.record import MARKDOWN_FILE, ProbeRecord
 from sae.probing.scores import METRICS
 from sae.probing.sparse_probes import MAJORITY
 from sae.probing.summary import duels, heading, method_order, shown, summarise
-from sae.results.columns import Column, fitted
-from sae.results.markdown import code, document, pipe_table, plain
+from sae.results.markdown import code, document, plain
+from sae.results.table import NONE, Table
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-_NONE = "–"
 _METRICS = {"accuracy": "accuracy", "f1": "F1", "auc": "AUC"}
 _SUMMARY_HEAD = ("", *_METRICS.values(), "AUC, shuffled labels", "best AUC on")
 _DUEL_HEAD = ("", "", "mean difference", "higher on", "lower on", "clearly higher", "clearly lower")
@@ -48,7 +47,7 @@ def markdown(record: ProbeRecord) -> str:
         parts += [
             "## First letters",
             _letters_text(record.letters),
-            pipe_table(_LETTER_HEAD, _letter_rows(record.letters), text_columns=1),
+            Table.of_rows(_LETTER_HEAD, _letter_rows(record.letters)).in_markdown(),
             "F1 on test words. Seen: test words of the letter in which the dense probe sees it; silent and absorbed "
             "are shares of these.",
         ]
@@ -68,11 +67,11 @@ def summary_table(record: ProbeRecord, width: int | None = None) -> Group:
     title = printable(next(iter(record.results))) if count == 1 else f"{count} data sets"
     rows = [[name, accuracy, *others] for name, accuracy, _, *others in _summary_rows(record)]
     over = "test examples" if count == 1 else "data sets"
-    return fitted(
-        _columns(("", "accuracy", "AUC", "AUC,\nshuffled", "best on"), rows), width,
+    return Table.of_rows(
+        ("", "accuracy", "AUC", "AUC,\nshuffled", "best on"), rows,
         title=f"{record.subject['hook']}: probes on {title}",
-        note=f"± standard error over {over}{_without_error(rows)}; F1 and each data set: {MARKDOWN_FILE}",
-    )  # fmt: skip
+        notes=[f"± standard error over {over}{_without_error(rows)}; F1 and each data set: {MARKDOWN_FILE}"],
+    ).in_terminal(width)  # fmt: skip
 
 
 def letters_table(record: ProbeRecord, width: int | None = None) -> Group:
@@ -83,19 +82,12 @@ def letters_table(record: ProbeRecord, width: int | None = None) -> Group:
         dense = _estimate(one["dense_f1"], 2)
         counts = [f"{one[name]} of {one['positives']}" for name in ("silent", "absorbed")]
         measured = [_estimate(one["main_f1"], 2), _main_latents(one), *counts]
-        rows.append([one["name"], dense, *(measured if one["able"] else ["not able", _NONE, _NONE, _NONE])])
-    return fitted(
-        _columns(("letter", "F1, dense", "F1, main", "main latents", "silent", "absorbed"), rows), width,
+        rows.append([one["name"], dense, *(measured if one["able"] else ["not able", NONE, NONE, NONE])])
+    return Table.of_rows(
+        ("letter", "F1, dense", "F1, main", "main latents", "silent", "absorbed"), rows,
         title=f"{record.subject['hook']}: first letters",
-        note=f"{_letters_text(record.letters)} Rates with errors: {MARKDOWN_FILE}",
-    )  # fmt: skip
-
-
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]:
-    """The first one is text."""
-    return [
-        Column(name, [row[number] for row in rows], is_text=not number) for number, name in enumerate(head)
-    ]  # fmt: skip
+        notes=[f"{_letters_text(record.letters)} Rates with errors: {MARKDOWN_FILE}"],
+    ).in_terminal(width)  # fmt: skip
 
 
 def _data_sets(record: ProbeRecord) -> list[str]:
@@ -103,13 +95,13 @@ def _data_sets(record: ProbeRecord) -> list[str]:
     rows = list(_summary_rows(record))
     return [
         f"## Means over {len(record.results)} data sets",
-        pipe_table(_SUMMARY_HEAD, rows, text_columns=1),
+        Table.of_rows(_SUMMARY_HEAD, rows).in_markdown(),
         f"± standard error over data sets{_without_error(rows)}. {_how(record)}",
         "## One against another, by AUC",
-        pipe_table(_DUEL_HEAD, _duel_rows(record), text_columns=1),
+        Table.of_rows(_DUEL_HEAD, _duel_rows(record)).in_markdown(),
         "Clearly: by more than two standard errors, taken as if the two erred independently.",
         "## AUC by data set",
-        pipe_table(_data_set_head(record), _data_set_rows(record), text_columns=1),
+        Table.of_rows(_data_set_head(record), _data_set_rows(record)).in_markdown(),
         "± standard error over test examples (DeLong), averaged over the random splits; 0 where every positive is "
         "above every negative, which is not certainty. The last column is the largest class's share of all examples; "
         "data sets of more than two classes are averaged over classes.",
@@ -127,7 +119,7 @@ def _data_set(record: ProbeRecord) -> list[str]:
     )
     return [
         f"## {code(name)}",
-        pipe_table(_SUMMARY_HEAD[:-1], (row[:-1] for row in rows), text_columns=1),
+        Table.of_rows(_SUMMARY_HEAD[:-1], [row[:-1] for row in rows]).in_markdown(),
         f"{sum(result.examples.values()):,} examples. ± standard error over test examples (of AUC: DeLong), averaged "
         f"over the random splits{_without_error(rows)}. {_how(record)}",
         *([f"Best latent in each split, for {latents}."] if latents else []),
@@ -148,7 +140,7 @@ def _counted(record: ProbeRecord) -> list[str]:
 
 def _without_error(rows: Iterable[Sequence[str]]) -> str:
     """What a dash after ± means, where there is one."""
-    return f" ({_NONE} where they are too few)" if any(f"± {_NONE}" in cell for row in rows for cell in row) else ""
+    return f" ({NONE} where they are too few)" if any(f"± {NONE}" in cell for row in rows for cell in row) else ""
 
 
 def _how(record: ProbeRecord) -> str:
@@ -168,8 +160,8 @@ def _summary_rows(record: ProbeRecord) -> Iterable[list[str]]:
             cells = [_pair(summary.means[metric]) for metric in METRICS]
         else:
             cells = [str(getattr(alone.methods[method].scores, metric)) for metric in METRICS]
-        wins = _NONE if method == MAJORITY else f"{summary.wins} of {summary.data_sets}"
-        null = _pair(summary.shuffled["auc"]) if summary.shuffled else _NONE
+        wins = NONE if method == MAJORITY else f"{summary.wins} of {summary.data_sets}"
+        null = _pair(summary.shuffled["auc"]) if summary.shuffled else NONE
         if alone is not None and (shuffled := alone.methods[method].shuffled) is not None:
             null = str(shuffled.auc)
         yield [heading(method), *cells, null, wins]
@@ -192,11 +184,11 @@ def _data_set_rows(record: ProbeRecord) -> Iterable[list[str]]:
     methods = shown(method_order(record.results))
     for name, result in sorted(record.results.items(), key=lambda item: _natural(item[0])):
         total = sum(result.examples.values())
-        cells = [str(result.methods[method].scores.auc) if method in result.methods else _NONE for method in methods]
+        cells = [str(result.methods[method].scores.auc) if method in result.methods else NONE for method in methods]
         best = result.methods.get("latents-1")
         chosen = best.columns[result.classes[0]][0] if best is not None and len(result.classes) == 1 else []
         majority = f"{max(result.examples.values()) / total:.2f}"
-        yield [code(name), f"{total:,}", *cells, ", ".join(map(str, chosen)) or _NONE, majority]
+        yield [code(name), f"{total:,}", *cells, ", ".join(map(str, chosen)) or NONE, majority]
 
 
 def _letter_rows(letters: dict[str, Any]) -> Iterable[list[str]]:
@@ -204,10 +196,10 @@ def _letter_rows(letters: dict[str, Any]) -> Iterable[list[str]]:
         absorbing = ", ".join(f"{j['latent']} ({j['examples']}×)" for j in one["absorbing_latents"][:_SHOWN_LATENTS])
         measured = [
             _estimate(one["main_f1"]), _main_latents(one), str(one["positives"]), _estimate(one["silent_rate"]),
-            _estimate(one["absorption_rate"]), absorbing or _NONE,
+            _estimate(one["absorption_rate"]), absorbing or NONE,
         ]  # fmt: skip
         dense = _estimate(one["dense_f1"])
-        yield [one["name"], f"{one['examples']:,}", dense, *(measured if one["able"] else ["not able", *[_NONE] * 5])]
+        yield [one["name"], f"{one['examples']:,}", dense, *(measured if one["able"] else ["not able", *[NONE] * 5])]
 
 
 def _main_latents(letter: dict[str, Any]) -> str:
@@ -229,15 +221,15 @@ def _letters_text(letters: dict[str, Any]) -> str:
 def _estimate(record: dict[str, float | None], decimals: int = 3) -> str:
     value, error = record["value"], record["standard_error"]
     if value is None:
-        return _NONE
-    return f"{value:.{decimals}f} ± " + (_NONE if error is None else f"{error:.{decimals}f}")
+        return NONE
+    return f"{value:.{decimals}f} ± " + (NONE if error is None else f"{error:.{decimals}f}")
 
 
 def _pair(pair: Sequence[float | None] | None, *, sign: bool = False) -> str:
     if pair is None or pair[0] is None:
-        return _NONE
+        return NONE
     value = f"{pair[0]:+.3f}" if sign else f"{pair[0]:.3f}"
-    return f"{value} ± " + (_NONE if pair[1] is None else f"{pair[1]:.3f}")
+    return f"{value} ± " + (NONE if pair[1] is None else f"{pair[1]:.3f}")
 
 
 def _natural(name: str) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sae.results.estimate import Estimate, ratio
+from sae.results.table import NONE
 
 METRICS = ("accuracy", "f1", "auc")
 
@@ -49,7 +50,7 @@ class SplitEstimate:
 
     def __str__(self) -> str:
         """`0.87 ± 0.03`, the second the standard error over test examples."""
-        return f"{self.value:.3f} ± " + ("–" if self.standard_error is None else f"{self.standard_error:.3f}")
+        return f"{self.value:.3f} ± " + (NONE if self.standard_error is None else f"{self.standard_error:.3f}")
 
 
 @dataclass(frozen=True)

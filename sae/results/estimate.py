@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.results.table import NONE
+
 TOKENS = "tokens"
 
 
@@ -60,12 +62,12 @@ class Estimate:
 
     def __str__(self) -> str:
         """`0.1234 ± 0.0012`: two digits of the standard error, and the value to the same place."""
-        return "–" if self.value is None else " ± ".join(self._texts(self.value))
+        return NONE if self.value is None else " ± ".join(self._texts(self.value))
 
     def short(self, width: int = 7) -> str:
         """The value alone, in at most `width` characters if one digit of it fits: below its error it has no meaning."""
         if self.value is None:
-            return "–"
+            return NONE
         value, _ = self._texts(self.value)
         shorter = (f"{self.value:.{digits}g}" for digits in (3, 2, 1))
         return next((text for text in (value, *shorter) if len(text) <= width), value)
@@ -74,7 +76,7 @@ class Estimate:
         """The value and its error."""
         error = self.standard_error
         if error is None or error <= 1e-9 * abs(value):
-            return _short(value), "–" if error is None else "0"
+            return _short(value), NONE if error is None else "0"
         decimals = 1 - math.floor(math.log10(error))
         if decimals > 7:
             digits = max(0, math.floor(math.log10(abs(value) or error)) + decimals)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae.results.columns import Column, fitted
-from sae.results.markdown import document, pipe_table
+from sae.results.figure import MISSING
+from sae.results.markdown import document
+from sae.results.table import NONE, Table
 from sae.superposition.dictionaries import COSINE, DictionaryScores, RecoveryResult
 from sae.superposition.experiments import DimensionalityResult, GeometryResult, PhaseResult
 from sae.superposition.geometry import REPRESENTED
@@ -40,21 +41,6 @@ class Finished:
     figure: str | None
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        head: of the columns.
-        rows: cells as text.
-        note: what must be known to read it; empty where the next table's holds for it too.
-    """
-
-    head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    note: str
-
-
 def markdown(done: Sequence[Finished]) -> str:
     """`superposition.md`: a section for each experiment."""
     parts = ["# Toy models of superposition"]
@@ -63,11 +49,10 @@ def markdown(done: Sequence[Finished]) -> str:
         if experiment.figure:
             parts.append(f"![{experiment.title}]({experiment.figure})")
         for table in tables(experiment.result):
-            parts.append(pipe_table(table.head, table.rows, text_columns=1))
-            parts += [table.note] if table.note else []
+            parts += [table.in_markdown(), *table.markdown_notes()]
         parts.append(f"`{experiment.name}`, seed {experiment.seed}: {experiment.seconds:,.0f} seconds.")
     if any(experiment.figure is None for experiment in done):
-        parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
+        parts.append(MISSING)
     return document(parts)
 
 
@@ -75,11 +60,9 @@ def show(done: Finished, console: Console) -> None:
     """The same in the terminal, without the figure."""
     console.print(f"{done.title} ({done.seconds:,.0f} s)", style="bold")
     for table in tables(done.result):
-        columns = [
-            Column(name, [row[number] for row in table.rows], is_text=not number)
-            for number, name in enumerate(table.head)
-        ]
-        console.print(fitted(columns, console.width, note=table.note and f"{table.note}\n"))
+        console.print(table.in_terminal(console.width))
+        if any(table.notes):
+            console.print()
 
 
 def tables(result: Any) -> list[Table]:
@@ -94,7 +77,7 @@ def _geometry(result: GeometryResult) -> list[Table]:
             f"{min(model.losses):.4g}",
             " ".join(f"{d:.2f}" for d in model.dimensionality),
             f"{sum(model.dimensionality):.3f}",
-            " ".join(f"{angle:.0f}" for angle in model.angles) or "–",
+            " ".join(f"{angle:.0f}" for angle in model.angles) or NONE,
             f"{model.pentagons} of {len(model.losses)}",
         )
         for model in result.models
@@ -103,7 +86,7 @@ def _geometry(result: GeometryResult) -> list[Table]:
         "Of the run of lowest loss: the dimensionality of each feature, their sum, and the angles in degrees between "
         "neighbours. Pentagons: runs, each from one seed, whose angles are 72° ± 2° and dimensionalities 2/5 ± 0.02."
     )
-    return [Table(("density", "loss", "dimensionality", "sum", "angles", "pentagons"), rows, note)]
+    return [Table.of_rows(("density", "loss", "dimensionality", "sum", "angles", "pentagons"), rows, notes=[note])]
 
 
 def _dimensionality(result: DimensionalityResult) -> list[Table]:
@@ -112,13 +95,13 @@ def _dimensionality(result: DimensionalityResult) -> list[Table]:
         result.densities, result.dimensions_per_feature, result.norms, result.dimensionality, strict=True
     ):
         learned = sorted(d for norm, d in zip(norms, numbers, strict=True) if norm > REPRESENTED)
-        middle = f"{learned[len(learned) // 2]:.3f}" if learned else "–"
+        middle = f"{learned[len(learned) // 2]:.3f}" if learned else NONE
         rows.append((f"{1 / p:.3g}", f"{per_feature:.3f}", f"{len(learned)}", middle, f"{sum(numbers):.2f}"))
     note = (
         f"m / ‖W‖² is hidden dimensions for each learned feature. Learned: features of norm above {REPRESENTED:g}, and "
         f"their median dimensionality. The sum is over all features, and never exceeds m = {result.hidden}."
     )
-    return [Table(("1 / density", "m / ‖W‖²", "learned", "median", "sum"), rows, note)]
+    return [Table.of_rows(("1 / density", "m / ‖W‖²", "learned", "median", "sum"), rows, notes=[note])]
 
 
 def _phases(result: PhaseResult) -> list[Table]:
@@ -129,7 +112,7 @@ def _phases(result: PhaseResult) -> list[Table]:
             f"cells of margin ≥ {AWAY:g}",
             f"{result.agree_away}",
             f"{result.cells_away}",
-            f"{result.agree_away / result.cells_away:.1%}" if result.cells_away else "–",
+            f"{result.agree_away / result.cells_away:.1%}" if result.cells_away else NONE,
         ),
     ]
     note = (
@@ -138,7 +121,7 @@ def _phases(result: PhaseResult) -> list[Table]:
         f"crosses cells that differ. Trained loss divided by the least analytic one: {ratios[0]:.3f} to "
         f"{ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}."
     )
-    return [Table(("", "agree", "of", "share"), rows, note)]
+    return [Table.of_rows(("", "agree", "of", "share"), rows, notes=[note])]
 
 
 def _recovery(result: RecoveryResult) -> list[Table]:
@@ -148,7 +131,7 @@ def _recovery(result: RecoveryResult) -> list[Table]:
         f"({result.measured_l0:.3f} in the scored sample). Null: as many random directions as there are live features; "
         "of F1, another feature's latent. Precision and recall are by one-to-one matching."
     )
-    made = [Table(head, list(_direction_rows(result.dictionaries)), note)]
+    made = [Table.of_rows(head, _direction_rows(result.dictionaries), notes=[note])]
     if len({group.frequency for group in result.dictionaries[0].by_frequency}) > 1:
         note = (
             f"Recall at cosine {COSINE:g} and detection F1 are of tenths of the true features, most frequent first; "
@@ -184,10 +167,10 @@ def _by_tenth(dictionary: DictionaryScores, note: str) -> Table:
     rows = []
     for number, group in enumerate(dictionary.by_frequency):
         fired = dictionary.by_density[number : number + 1]
-        precision = f"{fired[0].precision:.3f}" if fired else "–"
+        precision = f"{fired[0].precision:.3f}" if fired else NONE
         scores = (f"{group.recall:.3f}", precision, f"{group.f1:.3f}", f"{group.null_f1:.3f}")
         rows.append((f"{number + 1}", f"{group.frequency:.4f}", *scores))
-    return Table(head, rows, note)
+    return Table.of_rows(head, rows, notes=[note])
 
 
 _TABLES = {

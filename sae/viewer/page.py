@@ -17,6 +17,7 @@ from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
 from sae.files.printable import json_text, printable
 from sae.files.writing import write_bytes
+from sae.results.table import NONE
 
 _LENGTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _LONG = "-"
@@ -115,7 +116,7 @@ def _effect(effect: FeatureEffect, window: int) -> list[list[str]]:
         [f"Δ loss, next {window}", signed(effect.loss_after)],
         ["KL there", str(effect.kl)],
         ["KL, random direction", str(effect.random_kl)],
-        ["Δ loss, direct", "–" if effect.direct is None else signed(effect.direct)],
+        ["Δ loss, direct", NONE if effect.direct is None else signed(effect.direct)],
         ["measured at", f"{effect.positions:,} places, {effect.documents:,} documents"],
     ]
     return rows if effect.positions else rows[-1:]

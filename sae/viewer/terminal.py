@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console, Group
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from sae.console.terminal import output
@@ -13,7 +13,7 @@ from sae.effects.view import effect_lines
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
 from sae.features.text import visible
-from sae.results.columns import Column, fitted
+from sae.results.table import Column, Table
 
 HOT = (214, 102, 16)
 PALE = (72, 48, 32)
@@ -70,7 +70,8 @@ def print_features(
     }
     tokens = [Text() if feature.dead else _peek(feature, in_colour(console)) for feature in chosen]
     columns = [Column(heading, cells) for heading, cells in numbers.items()]
-    console.print(fitted([*columns, Column("fires on", tokens, is_text=True, is_cut=True)], console.width))
+    table = Table([*columns, Column("fires on", tokens, is_text=True, is_cut=True)])
+    console.print(table.in_terminal(console.width))
     dead = int(features.summary().dead.sum())
     rarer = f", {len(order):,} of them on at most {density_text(max_density)} of tokens" if max_density < 1 else ""
     tokens_read = f"{features.info['tokens']:,} tokens"
@@ -116,7 +117,7 @@ def _header(feature: Feature) -> Text:
 
 
 def _labelled(label: str, content: Text) -> Padding:
-    line = Table.grid(padding=(0, 1))
+    line = Grid.grid(padding=(0, 1))
     line.add_column(width=7, style="dim")
     line.add_column()
     line.add_row(label, content)
@@ -137,7 +138,7 @@ def _neighbours(feature: Feature) -> Text:
 
 
 def _contexts(title: str, examples: list[Example], largest: float, colour: bool) -> Group:
-    table = Table.grid(padding=(0, 1))
+    table = Grid.grid(padding=(0, 1))
     table.add_column(justify="right", style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for example in examples:

@@ -19,10 +19,10 @@ from rich.text import Text
 import sae
 from sae.console.terminal import Terminal, complain, say, show_warning
 from sae.files.printable import printable
-from sae.results.columns import Column, fitted
+from sae.results.table import Column
 
 ROOT = Path(sae.__file__).parent
-PLACE = "terminal.py"
+PLACE = "console/terminal.py"
 QUIETENED = {"guard.py", "language_model.py"}
 """Where libraries' own messages are turned off."""
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202eright\u2066[/][bold]x[/bold]\x08\x00\u2028end"
@@ -88,7 +88,7 @@ def test_a_console_obeys_nothing_of_what_it_is_given(colour: bool) -> None:
     stream = io.StringIO()
     terminal = Terminal(file=stream, width=300, force_terminal=colour, color_system="truecolor" if colour else None)
     column = Column(HOSTILE, [HOSTILE, Text(HOSTILE)], is_text=True)
-    for content in (HOSTILE, Text(HOSTILE), fitted([column, column], 300, title=HOSTILE, note=HOSTILE)):
+    for content in (HOSTILE, Text(HOSTILE), Table([column, column], HOSTILE, [HOSTILE]).in_terminal(300)):
         terminal.print(content)
     text = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()) if colour else stream.getvalue()
     assert not OBEYED.search(text)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 
 from sae.console.terminal import Terminal
-from sae.results.columns import Column, fitted
+from sae.results.table import BEST, SAME, WIDE, Column, Table
 
 NAMES = ["fvu", "relative_reconstruction_bias", "a name in several words that is longer than half a terminal"]
 FULL = ["0.2307 ± 0.0044", "0.99921 ± 0.00099", "12,345 ± 67"]
@@ -15,9 +16,9 @@ SHORT = ["0.2307", "0.9992", "12,345"]
 TOKENS = ["one two three " * 9, "日本語 " * 20, "short"]
 
 
-def printed(columns: list[Column], width: int | None, **texts: str) -> str:
+def printed(columns: list[Column], width: int | None, **texts: Any) -> str:
     stream = io.StringIO()
-    Terminal(file=stream, width=width or 400).print(fitted(columns, width, **texts))
+    Terminal(file=stream, width=width or 400).print(Table(columns, **texts).in_terminal(width))
     return stream.getvalue()
 
 
@@ -71,7 +72,7 @@ def test_long_names_break_at_underscores(width: int, lines: list[str]) -> None:
 
 
 def test_notes_stand_below_and_one_of_them_only_if_cells_are_short() -> None:
-    texts = {"title": "a title", "note": "a note", "short_note": "errors are elsewhere"}
+    texts: dict[str, Any] = {"title": "a title", "notes": ["a note", ""], "short_note": "errors are elsewhere"}
     assert "errors are elsewhere" not in printed(table(2), 200, **texts)
     narrow = printed(table(2), 40, **texts)
     assert narrow.splitlines()[0].strip() == "a title"
@@ -81,3 +82,32 @@ def test_notes_stand_below_and_one_of_them_only_if_cells_are_short() -> None:
 def test_cells_are_neither_markup_nor_control_sequences() -> None:
     text = printed([Column("[bold]name", ["[/] \x1b[31m"], is_text=True), Column("own", ["1"])], 80, title="[red]")
     assert "[bold]name" in text and r"[/] \x1b[31m" in text and "[red]" in text
+
+
+def test_the_same_table_as_markdown_has_its_marks_and_notes() -> None:
+    own = Column("own", FULL, marks=[BEST, SAME, ""])
+    extra = Column("seconds", ["1", "2", "3"], is_extra=True)
+    made = Table(
+        [Column("metric", ["a", "b", "c"], is_text=True), own, extra], notes=["{best}: best"], extra_notes=["s"]
+    )
+    assert made.in_markdown().splitlines() == [
+        "| metric | own | seconds |",
+        "| :-- | --: | --: |",
+        f"| a | **{FULL[0]}** | 1 |",
+        f"| b | {FULL[1]} ≈ | 2 |",
+        f"| c | {FULL[2]} | 3 |",
+    ]
+    assert made.markdown_notes() == ["**bold**: best", "s"]
+    for width, wide in ((WIDE, True), (WIDE - 1, False)):
+        stream = io.StringIO()
+        Terminal(file=stream, width=width).print(made.in_terminal(width))
+        assert ("seconds" in stream.getvalue()) == wide
+        assert "*: best" in stream.getvalue() and f"{FULL[0]} *" in stream.getvalue()
+
+
+def test_rows_become_columns() -> None:
+    made = Table.of_rows(["", "n"], iter([("one", "1"), ("two", "2")]), title="counts")
+    assert [(column.heading, list(column.cells), column.is_text) for column in made.columns] == [
+        ("", ["one", "two"], True),
+        ("n", ["1", "2"], False),
+    ]

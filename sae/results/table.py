@@ -1,19 +1,29 @@
-"""Tables for terminals of any width: numbers are never cut, text gives way first, then columns go below each other."""
+"""Tables, for terminals of any width and as Markdown.
+
+In a terminal numbers are never cut: text gives way first, then columns go below each other.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sae.files.printable import printable
+from sae.results.markdown import pipe_table
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
+NONE = "–"
+"""What stands in a cell without a value."""
+BEST, SAME = "*", "≈"
+"""Marks of the best cells of a column, and of those no different from the best beyond noise."""
+WIDE = 120
+"""Characters of a terminal that shows every column."""
 _READABLE, _LEAST = 20, 10
 """Characters that text keeps as long as numbers can be shortened instead, and those that it always keeps."""
 
@@ -28,6 +38,8 @@ class Column:
         short: what stands there if the terminal is too narrow for `cells`; None: the same.
         is_text: may be folded, and stands on the left; numbers stand on the right and stay whole.
         is_cut: ends with an ellipsis rather than go on in another line.
+        marks: one a row, shown beside the cell; cells marked as `BEST` are bold. Empty: no cell has one.
+        is_extra: left out of terminals narrower than `WIDE`.
     """
 
     heading: str
@@ -35,6 +47,8 @@ class Column:
     short: Sequence[str | Text] | None = None
     is_text: bool = False
     is_cut: bool = False
+    marks: Sequence[str] = ()
+    is_extra: bool = False
 
     def width(self, short: bool) -> int:
         """Characters of its longest line."""
@@ -44,8 +58,84 @@ class Column:
         return max(cell_len(line) for text in texts for line in printable(text, lines=True).split("\n"))
 
     def shown(self, short: bool) -> Sequence[str | Text]:
-        """Its cells."""
-        return self.short if short and self.short is not None else self.cells
+        """Its cells in a terminal; values stand below each other whether they are marked or not."""
+        cells = self.short if short and self.short is not None else self.cells
+        if not any(self.marks):
+            return cells
+        from rich.text import Text
+
+        return [
+            Text(f"{cell} {mark:1}", "bold" if mark == BEST else "")
+            for cell, mark in zip(cells, self.marks, strict=True)
+        ]
+
+    def in_markdown(self) -> Iterator[str]:
+        """Its cells in Markdown, the best in bold."""
+        for cell, mark in zip(self.cells, self.marks or [""] * len(self.cells), strict=True):
+            yield f"**{cell}**" if mark == BEST else f"{cell} {mark}".strip()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns under a title.
+
+    Attributes:
+        columns: the first one names the rows.
+        title: above.
+        notes: below, a sentence or more each; `{best}` stands for how the best cells look.
+        extra_notes: notes on columns that are `is_extra`.
+        short_note: below, if cells were shortened.
+        sections: rows that a gap stands before in a terminal.
+    """
+
+    columns: Sequence[Column]
+    title: str = ""
+    notes: Sequence[str] = ()
+    extra_notes: Sequence[str] = ()
+    short_note: str = ""
+    sections: Collection[int] = ()
+
+    @staticmethod
+    def of_rows(
+        head: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", notes: Sequence[str] = ()
+    ) -> Table:
+        """Of rows of cells, the first of which is text."""
+        rows = list(rows)
+        columns = [
+            Column(heading, [row[number] for row in rows], is_text=not number) for number, heading in enumerate(head)
+        ]
+        return Table(columns, title, notes)
+
+    def in_terminal(self, width: int | None = None) -> Group:
+        """The columns beside each other, or as several tables below each other that repeat the first column.
+
+        Args:
+            width: characters of the terminal; None: it is wide enough.
+        """
+        from rich.console import Group
+        from rich.text import Text
+
+        narrow = width is not None and width < WIDE
+        layouts = list(_layouts([column for column in self.columns if not (narrow and column.is_extra)], width))
+        notes = [*self.notes, *(() if narrow else self.extra_notes)]
+        notes.append(self.short_note if any(layout.short for layout in layouts) else "")
+        above = [Text(printable(self.title), style="bold")] if self.title else []
+        below = [Text(printable(_with_best(note, BEST), lines=True), style="dim") for note in notes if note]
+        drawn = [part for layout in layouts for part in (Text(), _drawn(layout, self.sections))][1:]
+        return Group(*above, *drawn, *below)
+
+    def in_markdown(self) -> str:
+        """The columns as a table, without title and notes."""
+        rows = zip(*(column.in_markdown() for column in self.columns), strict=True)
+        return pipe_table([column.heading for column in self.columns], rows, text_columns=1)
+
+    def markdown_notes(self) -> list[str]:
+        """The notes that stand below it in Markdown."""
+        return [_with_best(note, "**bold**") for note in (*self.notes, *self.extra_notes) if note]
+
+
+def _with_best(note: str, looks: str) -> str:
+    return note.replace("{best}", looks)
 
 
 @dataclass(frozen=True)
@@ -56,31 +146,6 @@ class _Layout:
     widths: Sequence[int]
     gap: int
     short: bool
-
-
-def fitted(
-    columns: Sequence[Column], width: int | None = None, *, title: str = "", note: str = "", short_note: str = "",
-    sections: Collection[int] = (),
-) -> Group:  # fmt: skip
-    """The columns as a table, or as several below each other that repeat the first column.
-
-    Args:
-        columns: the first one names the rows.
-        width: characters of the terminal; None: it is wide enough.
-        title: above.
-        note: below; several lines, if need be.
-        short_note: below it if cells were shortened.
-        sections: rows that a gap stands before.
-    """
-    from rich.console import Group
-    from rich.text import Text
-
-    layouts = list(_layouts(columns, width))
-    notes = [note, short_note if any(layout.short for layout in layouts) else ""]
-    above = [Text(printable(title), style="bold")] if title else []
-    below = [Text(printable(text, lines=True), style="dim") for text in notes if text]
-    drawn = [part for layout in layouts for part in (Text(), _drawn(layout, sections))][1:]
-    return Group(*above, *drawn, *below)
 
 
 def _layouts(columns: Sequence[Column], width: int | None) -> Iterator[_Layout]:
@@ -124,12 +189,12 @@ def _squeezed(columns: Sequence[Column], width: int | None) -> list[int]:
     return [max(1, (width or sum(natural)) - sum(natural[1:]) - len(columns) + 1), *natural[1:]]
 
 
-def _drawn(layout: _Layout, sections: Collection[int]) -> Table:
+def _drawn(layout: _Layout, sections: Collection[int]) -> RichTable:
     from rich import box
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = Table(
+    table = RichTable(
         box=box.SIMPLE_HEAD, padding=(0, layout.gap - 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold"
     )
     last = len(layout.columns) - 1
