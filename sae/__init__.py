@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same as _HOME
     from sae.config.settings import ModelConfig as ModelConfig
     from sae.config.settings import RunConfig as RunConfig
     from sae.config.settings import TrainConfig as TrainConfig
-    from sae.config.version import __version__ as __version__
     from sae.dictionary.base import Codes as Codes
     from sae.dictionary.base import Dictionary as Dictionary
     from sae.dictionary.base import SparseAutoencoder as SparseAutoencoder
@@ -41,6 +40,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same as _HOME
     from sae.evaluation import evaluate as evaluate
     from sae.evaluation import evaluate_all as evaluate_all
     from sae.features import Features as Features
+    from sae.files.version import __version__ as __version__
     from sae.model.language_model import LanguageModel as LanguageModel
     from sae.model.splicing import splice as splice
     from sae.probing import probe as probe
@@ -99,7 +99,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "__version__": "sae.config.version",
+    "__version__": "sae.files.version",
     "ActivationCache": "sae.activations",
     "ActivationLoader": "sae.activations.loader",
     "BatchTopK": "sae.architectures",

@@ -24,14 +24,14 @@ from sae.config.splits import SPLITS, TRAIN
 from sae.dictionary.model_identity import NOT_OF_ACTIVATIONS
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError, DamagedError
+from sae.files.formats import Format
 from sae.files.hashes import Identity, check, damaged, identity_of
 from sae.files.paths import expanded
 from sae.files.reading import open_tensors, read_json, read_object, tensor_of, validated
 from sae.files.writing import stands
 from sae.numerics.modes import in_own_modes
 
-FORMAT = "sae-activations"
-FORMAT_VERSION = 1
+FORMAT = Format("sae-activations", 1)
 MANIFEST, DOCUMENTS = "manifest.json", "documents.json"
 RESTORE = "delete it and run the same 'sae harvest' to restore it"
 NUMBER_TYPES = {
@@ -75,8 +75,8 @@ class Manifest(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    format: str = FORMAT
-    format_version: int = FORMAT_VERSION
+    format: str = FORMAT.name
+    format_version: int = FORMAT.version
     complete: bool = False
     model: dict[str, Any]
     data: dict[str, Any]
@@ -491,13 +491,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     record = read_object(path)
-    if record.get("format") != FORMAT or not isinstance(record.get("format_version"), int):
-        raise CacheError(f"cache {str(folder)!r}: {MANIFEST} is not of this toolkit (no format {FORMAT!r})")
-    if record["format_version"] > FORMAT_VERSION:
-        raise CacheError(
-            f"cache {str(folder)!r}: format {record['format']!r} version {record['format_version']}; this package "
-            f"reads {FORMAT!r} up to version {FORMAT_VERSION}"
-        )
+    FORMAT.check(record, f"cache {str(folder)!r}", MANIFEST, CacheError)
     manifest: Manifest = validated(path, Manifest, record)
     if reason := manifest.contradiction():
         raise damaged(path, f"damaged ({reason})")

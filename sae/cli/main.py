@@ -22,11 +22,11 @@ from sae.cli.keys import with_keys
 from sae.cli.overrides import evaluation_overrides, features_and_overrides
 from sae.cli.probe import probe
 from sae.cli.superposition import superposition
-from sae.config import version
 from sae.config.file import CONFIG_YAML, describe_keys, load_config, named_config
 from sae.config.settings import RunConfig
 from sae.console.terminal import close, complain, complain_at_length, output, prepare, say, show_warning, unwritable
 from sae.errors import SaeError, TrainingInterrupted
+from sae.files import version
 from sae.files.paths import expanded
 from sae.files.writing import stands
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import FormatError, ShapeError
+from sae.files.formats import Format
 from sae.files.hashes import damaged, recorded, sha256_of
 from sae.files.paths import expanded
 from sae.files.reading import load_tensors, read_object, taken_apart
@@ -25,8 +26,7 @@ from sae.kernels.pattern import Pattern
 from sae.numerics.modes import has_values, needs_plain_operators, without_autocast
 from sae.sparse import decode, encode_at, padded
 
-FORMAT = "sae-dictionary"
-FORMAT_VERSION = 1
+FORMAT = Format("sae-dictionary", 1)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
 WEIGHTS_HASH = "weights_file_sha256"
 _TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
@@ -307,8 +307,7 @@ class Dictionary(nn.Module, ABC):
     def config(self) -> dict[str, Any]:
         """What `config.json` holds."""
         return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            **FORMAT.head(),
             "architecture": self.architecture,
             "d_in": self.d_in,
             "d_sae": self.d_sae,
@@ -404,14 +403,7 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
     if not stands(folder / CONFIG_FILE):
         raise FormatError(f"dictionary {str(path)!r}: no {CONFIG_FILE} there; give a dictionary folder or a run folder")
     config = read_object(folder / CONFIG_FILE)
-    if config.get("format") != FORMAT:
-        raise FormatError(f"dictionary {str(folder)!r}: {CONFIG_FILE} is not of this toolkit (no format {FORMAT!r})")
-    version = config.get("format_version", 0)
-    if type(version) is not int or version > FORMAT_VERSION:
-        raise FormatError(
-            f"dictionary {str(folder)!r}: format version {version} is newer than this package reads "
-            f"({FORMAT_VERSION}); update the package"
-        )
+    FORMAT.check(config, f"dictionary {str(folder)!r}", CONFIG_FILE)
     tensors = load_tensors(folder / WEIGHTS_FILE, device)
     _check_saved(folder, config, tensors)
     if WEIGHTS_HASH in config and config[WEIGHTS_HASH] != sha256_of(folder / WEIGHTS_FILE):

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sae.config import version
 from sae.config.settings import LARGEST
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
+from sae.files.formats import Format
 from sae.files.reading import conforming
 from sae.results.estimate import Estimate
 
-FORMAT, FORMAT_VERSION = "sae-effects", 1
+FORMAT = Format("sae-effects", 1)
 SORT_COLUMNS = ("kl", "loss", "kl_after", "loss_after", "direct", "density", "positions", "feature")
 
 _LARGEST_SCALE = (2 - 2**-23) * 2.0**127
@@ -217,8 +217,7 @@ class Effects:
         record = {name: getattr(self, name) for name in _names(Effects) if name != "features"}
         for name in ("settings", "over_features", "over_positions"):
             record[name] = None if record[name] is None else dataclasses.asdict(record[name])
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "sae_version": version.__version__}
-        return {**head, **record, "features": [effect.to_json() for effect in self.features.values()]}
+        return {**FORMAT.result_head(), **record, "features": [effect.to_json() for effect in self.features.values()]}
 
     @staticmethod
     def from_json(record: Any) -> Effects:
@@ -227,14 +226,7 @@ class Effects:
         Raises:
             FormatError: the record is not one, or of a newer version.
         """
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise FormatError(f"effects: not of this toolkit (no format {FORMAT!r})")
-        version = record.get("format_version", 0)
-        if type(version) is not int or version > FORMAT_VERSION:
-            raise FormatError(
-                f"effects: format version {version} is newer than this package reads "
-                f"({FORMAT_VERSION}); update the package"
-            )
+        FORMAT.check(record, "effects")
         try:
             values = {name: record[name] for name in _names(Effects) if name != "road" or name in record}
             effects = [FeatureEffect.from_json(entry) for entry in values["features"]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae.config import version
 from sae.dictionary.model_identity import NOT_OF_ACTIVATIONS
-from sae.effects.effects import FORMAT_VERSION, Effects, EffectSettings
+from sae.effects.effects import FORMAT, Effects, EffectSettings
 from sae.effects.interventions import NO_CHANGES, Changes
 from sae.errors import FormatError
 from sae.features.store import Features
+from sae.files import version
+from sae.files.formats import fingerprint_of
 from sae.files.hashes import announce_missing, way_out
 from sae.files.paths import expanded
 from sae.files.reading import load_tensors, read_json, read_object, taken_apart
@@ -44,8 +43,8 @@ def effects_key(
         settings: all of them.
     """
     model = {key: value for key, value in model.items() if key not in NOT_OF_ACTIVATIONS}
-    facts = [FORMAT_VERSION, version.__version__, dict(dictionary), activations, hook, model, vars(settings)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    facts = [FORMAT.version, version.__version__, dict(dictionary), activations, hook, model, vars(settings)]
+    return fingerprint_of(facts)
 
 
 def write_effects(effects: Effects, changes: Changes, folder: Path) -> list[Path]:
@@ -112,7 +111,7 @@ def resume(folder: Path, key: str, scale: float) -> tuple[Effects, Changes] | No
     index, singles = folder / f"{name}.json", folder / f"{name}.safetensors"
     if not stands(index) or not stands(singles):
         return None
-    if read_object(index).get("sae_version") != version.__version__:
+    if not FORMAT.is_current(read_object(index)):
         return None
     effects, tensors = read_effects(index), load_tensors(singles)
     of_changes = tensors.pop(_KEY, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 
 from sae.activations.cache import ActivationCache
-from sae.config import version
 from sae.config.settings import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
@@ -18,11 +16,13 @@ from sae.evaluation.report import HEADINGS, fewest_of_baselines
 from sae.evaluation.scoring import evaluate_all
 from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated
+from sae.files import version
+from sae.files.formats import HEAD, Format, as_read_back
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.results.estimate import Estimate
 
-FORMAT, FORMAT_VERSION = "sae-comparison", 1
+FORMAT = Format("sae-comparison", 1)
 COMMON = ("ce_clean", "ce_zero", "ce_mean")
 """Metrics of the language model alone, the same for all dictionaries."""
 JSON_FILE, MARKDOWN_FILE = "compare.json", "compare.md"
@@ -97,7 +97,7 @@ class Comparison:
             for part in ("dictionaries", "baselines")
         }
         plain = {name: getattr(self, name) for name in ("key", "hook", "model", "data", "token_policy", "evaluated")}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **plain, **parts}
+        return {**FORMAT.head(), **plain, **parts}
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Comparison:
@@ -105,7 +105,7 @@ class Comparison:
             part: {name: Compared.from_json(made) for name, made in record[part].items()}
             for part in ("dictionaries", "baselines")
         }
-        rest = {name: value for name, value in record.items() if name not in ("format", "format_version")}
+        rest = {name: value for name, value in record.items() if name not in HEAD}
         return Comparison(**{**rest, **parts})
 
     @staticmethod
@@ -191,7 +191,7 @@ def comparison_key(
         "hook": hook,
         "settings": settings.model_dump(mode="json"),
     }
-    return json.loads(json.dumps(facts))
+    return as_read_back(facts)
 
 
 def _compared(record: Mapping[str, Any], description: str, differences: dict[str, Estimate]) -> Compared:

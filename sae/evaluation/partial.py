@@ -15,8 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sae.config import version
 from sae.errors import DamagedError
+from sae.files import version
 from sae.files.hashes import recorded
 from sae.files.reading import load_tensors
 from sae.files.writing import stands, write_tensors

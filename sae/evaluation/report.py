@@ -11,7 +11,6 @@ from typing import Any, Literal
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.config import version
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.base import Dictionary, weights_sha256
 from sae.dictionary.sites import Hooks
@@ -21,9 +20,10 @@ from sae.evaluation.legacy_pass import LegacyScores
 from sae.evaluation.reconstruction import ReconstructionScores
 from sae.evaluation.sparsity import SparsityScores
 from sae.evaluation.streams import NormHistogram
+from sae.files.formats import HEAD, Format
 from sae.model.tail import Road
 
-FORMAT, FORMAT_VERSION = "sae-evaluation", 2
+FORMAT = Format("sae-evaluation", 2)
 JSON_FILE, MARKDOWN_FILE, FIGURE_FOLDER = "eval.json", "eval.md", "figures"
 DOCUMENTS_FILE = "eval-documents.safetensors"
 HEADINGS = {
@@ -131,9 +131,7 @@ class Report:
         metrics = self.scores.to_json()
         metrics["dead"] = {**metrics["dead"], "in_training": self.dead_in_training}
         return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "sae_version": version.__version__,
+            **FORMAT.result_head(),
             "dictionary": self.dictionary,
             "description": self.scores.description.removeprefix("dictionary: "),
             "hook": self.hook,
@@ -179,7 +177,7 @@ def fewest_of_baselines(
 
 def identify(dictionary: Dictionary) -> dict[str, Any]:
     """What tells a dictionary from another: its configuration, what a transcoder reads, and a hash of its weights."""
-    left_out = ("format", "format_version", "metadata")
+    left_out = (*HEAD, "metadata")
     kept = {key: value for key, value in dictionary.config().items() if key not in left_out}
     reads = Hooks.of(dictionary.metadata).read_elsewhere
     return {**kept, **({"reads": reads} if reads else {}), "weights_sha256": weights_sha256(dictionary)}

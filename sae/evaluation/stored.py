@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from torch import Tensor
 
-from sae.config import version
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DamagedError
@@ -22,12 +20,12 @@ from sae.evaluation.report import (
     DOCUMENTS_FILE,
     FIGURE_FOLDER,
     FORMAT,
-    FORMAT_VERSION,
     JSON_FILE,
     MARKDOWN_FILE,
     Report,
 )
 from sae.evaluation.report_view import markdown
+from sae.files.formats import as_read_back
 from sae.files.hashes import check, damaged, recorded, sha256_of
 from sae.files.paths import expanded
 from sae.files.reading import conforming, load_tensors, read_object, taken_apart, validated
@@ -120,16 +118,8 @@ def read_stored(
     if not all(stands(folder / name) for name in (JSON_FILE, MARKDOWN_FILE, DOCUMENTS_FILE)):
         return None
     record = read_object(folder / JSON_FILE)
-    asked = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "sae_version": version.__version__,
-        "dictionary": json.loads(json.dumps(dictionary)),
-        "activations": activations,
-        "hook": hook,
-        "settings": settings.model_dump(mode="json"),
-    }
-    if any(record.get(key) != value for key, value in asked.items()):
+    asked = {"dictionary": as_read_back(dictionary), "settings": settings.model_dump(mode="json")}
+    if not FORMAT.is_current(record, activations=activations, hook=hook, **asked):
         return None
     validated(folder / JSON_FILE, _Stored, record)
     with taken_apart(folder / JSON_FILE):
@@ -192,13 +182,8 @@ def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | 
     if not stands(path) or not stands(folder / compared.MARKDOWN_FILE):
         return None
     record = read_object(path)
-    current = (record.get("key"), record.get("format"), record.get("format_version")) == (
-        key,
-        compared.FORMAT,
-        compared.FORMAT_VERSION,
-    )
     hashed = all(identity["weights_sha256"] for _, identity in key["dictionaries"])
-    if not current or not hashed:
+    if not hashed or not compared.FORMAT.holds(record, key=key):
         return None
     with taken_apart(path):
         return conforming(Comparison.from_json(record))

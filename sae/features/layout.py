@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-FORMAT = "sae-features"
-FORMAT_VERSION = 1
+from sae.files.formats import Format
+
+FORMAT = Format("sae-features", 1)
 
 INDEX = "features.json"
 COLUMNS = "features.safetensors"

@@ -254,15 +254,6 @@ def _find_store(path: str | Path) -> Path:
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / layout.INDEX
     info = read_object(path)
-    if info.get("format") != layout.FORMAT:
-        raise FormatError(
-            f"features {str(folder)!r}: {layout.INDEX} is not of this toolkit (no format {layout.FORMAT!r})"
-        )
-    version = info.get("format_version", 0)
-    if type(version) is not int or version > layout.FORMAT_VERSION:
-        raise FormatError(
-            f"features {str(folder)!r}: format version {version} is newer than this package reads "
-            f"({layout.FORMAT_VERSION}); update the package"
-        )
+    layout.FORMAT.check(info, f"features {str(folder)!r}", layout.INDEX)
     validated(path, _Index, info)
     return info

@@ -82,8 +82,7 @@ def write_store(
     write_json(folder / layout.DOCUMENTS, cache.documents(TRAIN)[:used])
     write_json(folder / layout.VOCABULARY, vocabulary.to_json())
     record = {
-        "format": layout.FORMAT,
-        "format_version": layout.FORMAT_VERSION,
+        **layout.FORMAT.head(),
         "d_sae": dictionary.d_sae,
         "hook": hook,
         "model": cache.manifest.model.get("name"),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sae.config import version
+from sae.files.formats import Format
 from sae.files.reading import conforming, read_object, taken_apart
 from sae.files.writing import stands, write_json
 from sae.probing.sparse_probes import ProbeResult
 
-FORMAT, FORMAT_VERSION = "sae-probes", 2
+FORMAT = Format("sae-probes", 2)
 _WITHOUT_KEYS = 1
 """The version whose results may be of another data set's activations, with copies on both sides of the split."""
 JSON_FILE, MARKDOWN_FILE = "probe.json", "probe.md"
@@ -125,9 +123,7 @@ class ProbeRecord:
         write_json(
             folder / JSON_FILE,
             {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "sae_version": version.__version__,
+                **FORMAT.result_head(),
                 "subject": self.subject,
                 "data_sets": {name: entry.to_json() for name, entry in self.entries.items()},
                 "others": [{"name": name, **entry.to_json()} for name, entry in self.others],
@@ -151,16 +147,9 @@ class ProbeRecord:
                 "another and split copies; everything is probed anew",
                 stacklevel=2,
             )
-        if (record.get("format_version"), record.get("sae_version")) != (FORMAT_VERSION, version.__version__):
-            return empty
-        if record.get("subject") != subject:
+        if not FORMAT.is_current(record, subject=subject):
             return empty
         with taken_apart(path):
             entries = {name: conforming(Entry.from_json(one)) for name, one in record["data_sets"].items()}
             others = tuple((one["name"], conforming(Entry.from_json(one))) for one in record["others"])
             return ProbeRecord(subject, entries, others)
-
-
-def identify(**parts: Any) -> str:
-    """One hash of JSON-able parts."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -74,10 +74,9 @@ class Canvas:
             columns: of the legend.
             size: of its font.
         """
-        chosen = {} if handles is None else {"handles": list(handles)}
-        self.figure.legend(
-            frameon=False, fontsize=size, labelcolor=INK, loc=f"outside {place} center", ncols=columns, **chosen
-        )
+        chosen: dict[str, Any] = {} if handles is None else {"handles": list(handles)}
+        chosen["loc"] = f"outside {place} center"
+        self.figure.legend(frameon=False, fontsize=size, labelcolor=INK, ncols=columns, **chosen)
 
     def png(self) -> bytes:
         """Draw; the same figure gives the same bytes."""

@@ -19,7 +19,6 @@ from sae.activations.loader import ActivationLoader
 from sae.activations.metadata import dictionary_metadata
 from sae.activations.same_model import check_same_model
 from sae.architectures import load
-from sae.config import version
 from sae.config.check import amount_notes, check_amounts, check_memory
 from sae.config.environment import choose_device, git_commit, memory_of
 from sae.config.file import CONFIG_YAML, MOST_YAML_BYTES, parse_yaml
@@ -36,6 +35,7 @@ from sae.evaluation.report import identify
 from sae.evaluation.stored import read_stored
 from sae.features import Features, collect
 from sae.features.layout import INDEX
+from sae.files import version
 from sae.files.hashes import check, read_checked
 from sae.files.printable import printable
 from sae.files.reading import read_object

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,8 @@ from sae.dictionary.model_identity import has_fingerprint
 from sae.dictionary.origin import Place, check_belongs
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, DataError, ModelError
-from sae.evaluation.report import identify as identify_dictionary
+from sae.evaluation.report import identify
+from sae.files.formats import as_read_back, fingerprint_of
 from sae.files.writing import locked, write_bytes
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
@@ -26,7 +26,7 @@ from sae.probing.data import DataFile, each_name_once, find_data
 from sae.probing.examples import Examples, choose_examples
 from sae.probing.first_letters import letter_examples
 from sae.probing.linear import require_sklearn
-from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE, Entry, ProbeRecord, identify
+from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE, Entry, ProbeRecord
 from sae.probing.render import markdown
 from sae.probing.settings import LetterConfig, ProbeConfig
 from sae.probing.sparse_probes import probe_examples
@@ -84,19 +84,19 @@ class _Probing:
         self.dictionary = run.dictionary("cpu")
         self.hook, self.policy, self.model = _origin(self.dictionary, run)
         subject = {
-            "dictionary": identify_dictionary(self.dictionary),
+            "dictionary": identify(self.dictionary),
             "model": {key: self.model.get(key) for key in ("name", *_OF_MODEL)},
             "hook": self.hook,
             "token_policy": self.policy.to_json(),
         }
-        self.subject: dict[str, Any] = json.loads(json.dumps(subject))  # as it is read back
+        self.subject: dict[str, Any] = as_read_back(subject)
 
     def run(self, data: Sequence[DataFile], letters: LetterConfig | None) -> ProbeRecord:
         with locked(self.run_folder / FOLDER, "probing"):
             files = {file.name: file for file in _in_random_order(_without_copies(data), self.settings)}
             asked = {name: self._identity(file) for name, file in files.items()}
             if letters is not None:
-                asked[FIRST_LETTERS] = identify(subject=self._subject_hash, settings=letters.model_dump())
+                asked[FIRST_LETTERS] = fingerprint_of({"subject": self._subject_hash, "settings": letters.model_dump()})
             record = self._arranged(ProbeRecord.read(self.run_folder, self.subject), asked)
             self._run.progress("probes", 0, len(files))
             for number, (name, file) in enumerate(files.items()):
@@ -112,13 +112,14 @@ class _Probing:
 
     @property
     def _subject_hash(self) -> str:
-        return identify(**self.subject)
+        return fingerprint_of(self.subject)
 
     def _kept_settings(self) -> dict[str, Any]:
         return self.settings.model_dump(mode="json", exclude=set(_NOT_OF_RESULT))
 
     def _identity(self, file: DataFile) -> str:
-        return identify(subject=self._subject_hash, data=file.sha256(), settings=self._kept_settings())
+        facts = {"subject": self._subject_hash, "data": file.sha256(), "settings": self._kept_settings()}
+        return fingerprint_of(facts)
 
     def _entry(self, identity: str, make: Callable[[], Entry], *, alone: bool) -> Entry:
         """What comes of a data set; its failure where there are others."""
@@ -185,7 +186,7 @@ class _Probing:
     ) -> LabelledActivations:
         """Read by the language model, or kept from an earlier time."""
         of_model = {key: self.subject[key] for key in ("model", "hook", "token_policy")}
-        key = identify(**{**of_model, "model": {**of_model["model"], "name": None}}, examples=of_examples)
+        key = fingerprint_of({**of_model, "model": {**of_model["model"], "name": None}, "examples": of_examples})
         folder = self.run_folder / FOLDER
         held = load_activations(folder, name, key)
         if held is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,8 +11,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from sae.config import version
 from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
+from sae.files import version
+from sae.files.formats import Format, as_read_back, fingerprint_of
 from sae.files.hashes import is_leftover
 from sae.files.paths import expanded
 from sae.files.reading import read_object, validated
@@ -24,7 +23,7 @@ from sae.superposition import dictionaries, experiments
 from sae.superposition.figures import draw
 from sae.superposition.report import Finished, markdown
 
-FORMAT, FORMAT_VERSION = "sae-superposition", 1
+FORMAT = Format("sae-superposition", 1)
 JSON_FILE, MARKDOWN_FILE = "superposition.json", "superposition.md"
 Progress = Callable[[str, int, int], None]
 
@@ -139,7 +138,7 @@ def run(
 def key_of(name: str, settings: Any, seed: int) -> str:
     """Hash of all that decides an experiment's result: its settings, seed, and the version of this package."""
     identity = {"name": name, "settings": dataclasses.asdict(settings), "seed": seed, "version": version.__version__}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return fingerprint_of(identity)
 
 
 def _chosen(names: Iterable[str]) -> list[str]:
@@ -168,13 +167,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if not stands(path):
         return {}
     content = read_object(path)
-    if content.get("format") != FORMAT:
-        raise FormatError(f"{str(path)!r} is not of 'sae superposition'; choose another folder with --out")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{str(path)!r} has format version {content.get('format_version')}, this package reads {FORMAT_VERSION}; "
-            "choose another folder with --out"
-        )
+    FORMAT.check(content, f"{str(folder)!r}", JSON_FILE)
     experiments = validated(path, dict[str, dict[str, Any]], content.get("experiments"))
     return {name: entry for name, entry in experiments.items() if name in EXPERIMENTS}
 
@@ -186,7 +179,7 @@ def _check_same(folder: Path, name: str, entry: Mapping[str, Any], settings: Any
     asked = {
         "sae version": version.__version__,
         "seed": seed,
-        **_flat(json.loads(json.dumps(dataclasses.asdict(settings)))),
+        **_flat(as_read_back(dataclasses.asdict(settings))),
     }
     key = next((key for key, value in asked.items() if held.get(key) != value), "settings")
     raise ConfigError(
@@ -247,6 +240,6 @@ def _restore(folder: Path, name: str, entry: Mapping[str, Any]) -> Finished:
 def _write(folder: Path, kept: Mapping[str, Any]) -> None:
     """Everything the folder has, in the order of `EXPERIMENTS`; by the JSON file, which is first, it is known."""
     ordered = {name: kept[name] for name in EXPERIMENTS if name in kept}
-    write_json(folder / JSON_FILE, {"format": FORMAT, "format_version": FORMAT_VERSION, "experiments": ordered})
+    write_json(folder / JSON_FILE, {**FORMAT.head(), "experiments": ordered})
     text = markdown([_restore(folder, name, entry) for name, entry in ordered.items()])
     write_bytes(folder / MARKDOWN_FILE, text.encode())

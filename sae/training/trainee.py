@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sae.architectures import ARCHITECTURES
 from sae.architectures.elementwise import OneThreshold
-from sae.config import version
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary, weights_sha256
 from sae.dictionary.neighbours import nearest_neighbours
 from sae.errors import ConfigError, TrainingError
+from sae.files import version
 from sae.kernels.products import cpu_has_bfloat16
 from sae.numerics.seeding import torch_generator
 from sae.training.applicability import PENALISED, READERS

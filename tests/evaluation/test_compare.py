@@ -198,7 +198,7 @@ def test_a_comparison_of_anything_else_is_not_read(
     write_comparison(dataclasses.replace(comparison, key=_key()), tmp_path)
     assert read_comparison(tmp_path, _key()) is not None
     assert read_comparison(tmp_path, _key(**changed)) is None
-    monkeypatch.setattr("sae.config.version.__version__", "0.0.0")
+    monkeypatch.setattr("sae.files.version.__version__", "0.0.0")
     assert read_comparison(tmp_path, _key()) is None
 
 

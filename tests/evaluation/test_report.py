@@ -269,7 +269,7 @@ def test_anything_that_decides_the_numbers_makes_a_stored_report_stale(
     for what, changed in stale.items():
         assert _stored(report, tmp_path, **changed) is None, what
     assert _stored(report, tmp_path) is not None
-    monkeypatch.setattr("sae.config.version.__version__", "0.0.0")
+    monkeypatch.setattr("sae.files.version.__version__", "0.0.0")
     assert _stored(report, tmp_path) is None, "version of the package"
 
 

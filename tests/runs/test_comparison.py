@@ -109,7 +109,7 @@ def test_what_is_stale_is_measured_again(
         if what == "settings":
             overrides = ("evaluation.tokens=96",)
         elif what == "version":
-            monkeypatch.setattr("sae.config.version.__version__", "0.0.0")
+            monkeypatch.setattr("sae.files.version.__version__", "0.0.0")
         else:
             key, value = ("hook", "blocks.2.hook_resid_pre") if what == "hook" else ("activations", "0" * 64)
             for name in expected:

@@ -99,7 +99,7 @@ def test_other_settings_are_refused(finished: Path) -> None:
 
 
 def test_another_version_of_the_package_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.config.version.__version__", "9.9.9")
+    monkeypatch.setattr("sae.files.version.__version__", "9.9.9")
     with pytest.raises(ConfigError, match=r"made with sae version='.*', now '9.9.9'"):
         run(finished, ["geometry"], settings=SMALL)
 
