@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from sae.cli.interrupted import beginning_again
-from sae.config.settings import LARGEST
+from sae.config.base import LARGEST
 from sae.console.terminal import output, say
 
 

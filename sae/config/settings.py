@@ -2,93 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from sae.config.base import Settings
 from sae.config.mixture import check_mixture, source_labels, token_shares
 from sae.errors import ConfigError
 from sae.files.paths import expanded
 
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
-_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
-def listed(model: type[BaseModel], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with single values in a list where a list is expected; text is never taken letter by letter."""
-    return {
-        key: (value,) if (field := model.model_fields.get(key)) and _holds_list(field) and _is_single(value) else value
-        for key, value in settings.items()
-    }
-
-
-def _holds_list(field: FieldInfo) -> bool:
-    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
-    return str not in kinds and any(get_origin(kind) is tuple for kind in kinds)
-
-
-def _is_single(value: Any) -> bool:
-    return value is not None and not isinstance(value, list | tuple | set | dict)
-
-
-def is_text(field: FieldInfo) -> bool:
-    """Whether a setting holds text, or text or a list of texts."""
-    return field.annotation in (str, str | None, str | tuple[str, ...])
-
-
-LARGEST = (1 << 63) - 1
-"""Of whole numbers in settings: larger ones would be written, and not be read again."""
-
-
-def within_64_bits(value: Any) -> Any:
-    """A setting, if all whole numbers in it are ones that files of this toolkit may hold.
-
-    Raises:
-        PydanticCustomError: one is larger.
-    """
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, int) and not -LARGEST - 1 <= number <= LARGEST:
-            way = f"at most {LARGEST:,}" if number > 0 else f"at least {-LARGEST - 1:,}"
-            raise PydanticCustomError("whole_number", "Expected {way}", {"way": way})
-    return value
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _within_64_bits(cls, value: Any) -> Any:
-        return within_64_bits(value)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_scientific(cls, settings: Any) -> Any:
-        """1e8 as a number, which YAML 1.1 takes for text."""
-        if not isinstance(settings, dict):
-            return settings
-        numbers = {
-            key: _number(value)
-            for key, value in settings.items()
-            if (field := cls.model_fields.get(key)) and not is_text(field)
-        }
-        return listed(cls, {**settings, **numbers})
-
-
-def _number(value: Any) -> Any:
-    """Text that is a number, or a list of such, as numbers; everything else as it is."""
-    if isinstance(value, list):
-        return [_number(entry) for entry in value]
-    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
-
-
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     """Which language model the activations come from."""
 
     name: str = Field(
@@ -109,7 +37,7 @@ class ModelConfig(_Settings):
     )
 
 
-class DataConfig(_Settings):
+class DataConfig(Settings):
     """Which text is read, and how it is cut into contexts."""
 
     source: str | tuple[str, ...] = Field(
@@ -204,7 +132,7 @@ class DataConfig(_Settings):
         return token_shares(self.weights or [1.0] * len(self.sources))
 
 
-class HarvestConfig(_Settings):
+class HarvestConfig(Settings):
     """What is cached, and in which form."""
 
     hooks: tuple[str, ...] = Field(
@@ -239,7 +167,7 @@ PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """Shares of d_sae that end nested dictionaries: each adds twice as many features as the one before."""
 
 
-class DictionaryConfig(_Settings):
+class DictionaryConfig(Settings):
     """The shape of the dictionary."""
 
     architecture: Literal["relu", "gated", "topk", "batch_topk", "jumprelu", "matryoshka"] = Field(
@@ -263,7 +191,7 @@ class DictionaryConfig(_Settings):
     )
 
 
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """How the dictionary is trained."""
 
     tokens: PositiveInt | None = Field(
@@ -373,7 +301,7 @@ class TrainConfig(_Settings):
         return tuple(sorted(set(value)))
 
 
-class EvaluationConfig(_Settings):
+class EvaluationConfig(Settings):
     """How much is evaluated."""
 
     tokens: PositiveInt | None = Field(
@@ -426,7 +354,7 @@ MOST_EXAMPLES = 10_000
 """Kept of a feature; more would neither be looked at nor fit into memory."""
 
 
-class FeaturesConfig(_Settings):
+class FeaturesConfig(Settings):
     """What is kept of every feature."""
 
     tokens: PositiveInt | None = Field(default=None, description="training tokens to scan; null: all that are cached")
@@ -458,7 +386,7 @@ class FeaturesConfig(_Settings):
         return self
 
 
-class WandbConfig(_Settings):
+class WandbConfig(Settings):
     """Logging to Weights & Biases, beside metrics.jsonl."""
 
     project: str | None = Field(default=None, description="project to log to; null: wandb is not used")
@@ -468,7 +396,7 @@ class WandbConfig(_Settings):
     )
 
 
-class RunConfig(_Settings):
+class RunConfig(Settings):
     """Everything that determines a run."""
 
     out: str = Field(default="runs/default", description="run folder: everything that is made goes there")

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from sae.config.settings import listed, within_64_bits
+from sae.config.base import Settings, described, read_words, validated
 from sae.errors import ConfigError
 
-LETTERS = "letters"
 READ_BY_RUN = ("model.", "harvest.cache", "device")
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+class _Common(Settings):
+    """Of all probes."""
 
-    @field_validator("*", mode="after")
-    @classmethod
-    def _within_64_bits(cls, value: Any) -> Any:
-        return within_64_bits(value)
+    PREFIX: ClassVar[str] = ""
+    """What the keys begin with in a command."""
 
     seed: int = Field(default=0, ge=0, description="seed of every random choice: examples, splits, shuffled labels")
     test_fraction: float = Field(
@@ -33,8 +28,17 @@ class _Settings(BaseModel):
         default=0.15, gt=0, lt=1, description="share of the examples that choose the regularisation"
     )
 
+    @model_validator(mode="after")
+    def _leaves_training(self) -> _Common:
+        if self.test_fraction + self.validation_fraction >= 1:
+            raise ConfigError(
+                f"{self.PREFIX}test_fraction={self.test_fraction} and {self.PREFIX}validation_fraction="
+                f"{self.validation_fraction} leave nothing to train on: lower one of them"
+            )
+        return self
 
-class ProbeConfig(_Settings):
+
+class ProbeConfig(_Common):
     """Which probes are fitted, and to what."""
 
     k: tuple[PositiveInt, ...] = Field(
@@ -64,19 +68,16 @@ class ProbeConfig(_Settings):
         default=None, description="of all the data sets so many, drawn by seed; null: all, in an order drawn by seed"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _listed(cls, settings: Any) -> Any:
-        return listed(cls, settings) if isinstance(settings, dict) else settings
-
     @field_validator("k", mode="after")
     @classmethod
     def _in_order(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted(set(value)))
 
 
-class LetterConfig(_Settings):
+class LetterConfig(_Common):
     """How splitting and absorption of first letters are measured."""
+
+    PREFIX = "letters."
 
     words: PositiveInt = Field(default=300, description="words of the vocabulary for each first letter, at most")
     prompt: str = Field(
@@ -103,6 +104,12 @@ class LetterConfig(_Settings):
         return "" if value is None else value  # `letters.prompt=`, as YAML reads it
 
 
+class _Words(ProbeConfig):
+    """What a command line sets."""
+
+    letters: LetterConfig = LetterConfig()
+
+
 @dataclass(frozen=True)
 class ProbeSettings:
     """What the words KEY=VALUE of a command line amount to.
@@ -119,56 +126,18 @@ class ProbeSettings:
 
 
 def read_overrides(overrides: Sequence[str]) -> ProbeSettings:
-    """Settings from `key=value` words; those of first letters begin with `letters.`; values are YAML.
+    """Settings from `key=value` words; those of first letters begin with `letters.`.
 
     Raises:
         ConfigError: a key does not exist (the nearest one is named), or a value does not fit.
     """
-    probes: dict[str, Any] = {}
-    letters: dict[str, Any] = {}
-    of_run = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"override {override!r}: expected key=value, such as examples=200")
-        if key.startswith(READ_BY_RUN):
-            of_run.append(override)
-            continue
-        section, dot, name = key.partition(".")
-        target = letters if dot and section == LETTERS else probes
-        try:
-            target[name if target is letters else key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from error
-    return ProbeSettings(
-        _validated(ProbeConfig, probes), _validated(LetterConfig, letters, f"{LETTERS}."), tuple(of_run)
-    )
+    of_run = tuple(override for override in overrides if override.startswith(READ_BY_RUN))
+    own = [override for override in overrides if override not in of_run]
+    words = validated(_Words, read_words(_Words, own, {}, "examples=200"), "'sae probe --help'")
+    probes = {name: getattr(words, name) for name in ProbeConfig.model_fields}
+    return ProbeSettings(ProbeConfig(**probes), words.letters, of_run)
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:
     """Every key with its default and its meaning."""
-    for prefix, kind in (("", ProbeConfig), (f"{LETTERS}.", LetterConfig)):
-        for name, field in kind.model_fields.items():
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
-            text = yaml.safe_dump(default, default_flow_style=True, width=1000).replace("\n...", "").strip()
-            yield prefix + name, text, field.description or ""
-
-
-def _validated(kind: type[Any], settings: dict[str, Any], prefix: str = "") -> Any:
-    try:
-        made = kind.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = prefix + ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            known = [name for name, _, _ in describe_keys()]
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise ConfigError(f"unknown setting {key!r} of probes: {hint}") from error
-        raise ConfigError(f"setting {key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-    if made.test_fraction + made.validation_fraction >= 1:
-        raise ConfigError(
-            f"{prefix}test_fraction={made.test_fraction} and {prefix}validation_fraction={made.validation_fraction} "
-            "leave nothing to train on: lower one of them"
-        )
-    return made
+    return described(_Words)

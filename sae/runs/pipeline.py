@@ -21,8 +21,9 @@ from sae.activations.same_model import check_same_model
 from sae.architectures import load
 from sae.config.check import amount_notes, check_amounts, check_memory
 from sae.config.environment import choose_device, git_commit, memory_of
-from sae.config.file import CONFIG_YAML, MOST_YAML_BYTES, parse_yaml
+from sae.config.file import CONFIG_YAML, MOST_YAML_BYTES
 from sae.config.settings import RunConfig
+from sae.config.yaml_text import parse_file
 from sae.console.progress import Notes, announce
 from sae.dictionary.base import CONFIG_FILE, Dictionary, weights_sha256
 from sae.dictionary.model_identity import model_label
@@ -355,7 +356,7 @@ class Run:
         """Write `config.yaml` before a step; a step that is refused leaves the one that was there."""
         path = self.folder / CONFIG_YAML
         before = read_checked(path, most=MOST_YAML_BYTES) if stands(path) else None
-        if before is None or parse_yaml(path, before) != self.config.model_dump(mode="json"):
+        if before is None or parse_file(path, before) != self.config.model_dump(mode="json"):
             self._write_config(path)
         try:
             yield

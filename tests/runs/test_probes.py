@@ -392,7 +392,7 @@ def test_settings_from_words() -> None:
     assert read_overrides(["k=4"]).probes.k == (4,)
     for word, message in (
         ("splits", "override 'splits': expected key=value, such as examples=200"),
-        ("letters.word=3", "unknown setting 'letters.word' of probes: did you mean letters.words?"),
+        ("letters.word=3", "unknown setting 'letters.word': did you mean letters.words?"),
         ("splits=0", "setting splits=0: input should be greater than 0"),
         ("seed=9223372036854775808", "setting seed=9223372036854775808: expected at most 9,223,372,036,854,775,807"),
         ("k=[a", "override 'k=[a': '[a' is not a YAML value"),

@@ -1,0 +1,175 @@
+"""What every group of settings is made of: frozen, typed, described, read from `key=value`, and explained if wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
+from yaml.composer import ComposerError
+
+from sae.config.yaml_text import LONGEST, parsed
+from sae.errors import ConfigError
+from sae.files.printable import one_line
+
+LARGEST = (1 << 63) - 1
+"""Of whole numbers in settings: larger ones would be written, and not be read again."""
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+class Settings(BaseModel):
+    """A group of settings. A subclass declares each as a pydantic `Field` with its default and description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _within_64_bits(cls, value: Any) -> Any:
+        """The value, if files of this toolkit may hold all whole numbers in it.
+
+        Raises:
+            PydanticCustomError: one is too large.
+        """
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not -LARGEST - 1 <= number <= LARGEST:
+                way = f"at most {LARGEST:,}" if number > 0 else f"at least {-LARGEST - 1:,}"
+                raise PydanticCustomError("whole_number", "Expected {way}", {"way": way})
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_expected(cls, settings: Any) -> Any:
+        """1e8 as a number, which YAML 1.1 takes for text, and a single value as a list if a list is expected."""
+        if not isinstance(settings, dict):
+            return settings
+        return {
+            key: value if (field := cls.model_fields.get(key)) is None else _expected(field, value)
+            for key, value in settings.items()
+        }
+
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def _expected(field: FieldInfo, value: Any) -> Any:
+    if not _is_text(field):
+        value = _number(value)
+    single = value is not None and not isinstance(value, list | tuple | set | dict)
+    return (value,) if single and _holds_list(field) else value
+
+
+def _number(value: Any) -> Any:
+    """Text that is a number, or a list of such, as numbers; everything else as it is."""
+    if isinstance(value, list):
+        return [_number(entry) for entry in value]
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+def _holds_list(field: FieldInfo) -> bool:
+    """Whether it is a list and nothing else; text is never taken letter by letter."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    return str not in kinds and any(get_origin(kind) is tuple for kind in kinds)
+
+
+def _is_text(field: FieldInfo) -> bool:
+    """Whether a setting holds text, or text or a list of texts."""
+    return field.annotation in (str, str | None, str | tuple[str, ...])
+
+
+def fields_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting of a group and of the groups in it, by its whole key."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def described(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key with its default and its meaning, in the order in which they are declared."""
+    for key, field in fields_of(kind, prefix):
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        text = yaml.safe_dump(default, default_flow_style=True, width=1000).replace("\n...", "").strip()
+        yield key, text, field.description or ""
+
+
+def read_words(kind: type[Settings], words: Iterable[str], settings: dict[str, Any], example: str) -> dict[str, Any]:
+    """Put words such as `train.lr=1e-3` into nested settings of a kind.
+
+    Values are YAML, except of settings that hold text: these are taken as they stand (`out=2024-11-23` is no date
+    there), and `null` or nothing is None. Where text or a list of texts may stand, what begins with `[` is the list.
+
+    Raises:
+        ConfigError: a word is not `key=value`, as the example is, or its value is none; or a key names a value as if it
+            were a section.
+    """
+    known = dict(fields_of(kind))
+    for word in words:
+        key, equals, text = (part.strip() for part in word.partition("="))
+        if not equals:
+            raise ConfigError(f"override {word!r}: expected key=value, such as {example}")
+        value = _value(key, text, known.get(key))
+        *sections, name = key.split(".")
+        inner = settings
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"override {key}: {section} is a value, not a section")
+        inner[name] = value
+    return settings
+
+
+def _value(key: str, text: str, field: FieldInfo | None) -> Any:
+    hint = ""
+    if field is not None and _is_text(field):
+        if not (text.startswith("[") and field.annotation == str | tuple[str, ...]):
+            return None if not text or (text == "null" and field.annotation == str | None) else text
+        hint = f"; what itself begins with '[' goes in quotes into a list: {key}=['[…']"
+    try:
+        return parsed(text)
+    except ComposerError as error:
+        raise ConfigError(f"override {f'{key}={text}'!r}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {f'{key}={text}'!r}: {text!r} is not a YAML value{hint}") from error
+
+
+def validated(kind: type[Kind], settings: Mapping[str, Any], all_keys: str) -> Kind:
+    """Settings of a kind, checked.
+
+    Args:
+        kind: of settings.
+        settings: nested, by key.
+        all_keys: where a user finds all of them, for the error if no key is near.
+
+    Raises:
+        ConfigError: a key does not exist (the nearest one is named), or a value does not fit.
+    """
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_explained(kind, error.errors(include_url=False)[0], all_keys)) from error
+    except RecursionError as error:
+        raise ConfigError("the settings are too deep") from error
+
+
+def _explained(kind: type[Settings], error: ErrorDetails, all_keys: str) -> str:
+    parts = [str(part) for part in error["loc"]]
+    key = ".".join(parts)
+    if error["type"] == "extra_forbidden":
+        known = [name for name, _ in fields_of(kind)]
+        section = ".".join(parts[:-1])
+        siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+        anywhere = {name.rpartition(".")[2]: name for name in known}
+        near = difflib.get_close_matches(parts[-1], siblings, 1) or difflib.get_close_matches(parts[-1], anywhere, 1)
+        hint = f"did you mean {({**anywhere, **siblings})[near[0]]}?" if near else f"{all_keys} lists every key"
+        return f"unknown setting {key!r}: {hint}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "string_type" and error["input"] is not None:
+        message += "; put it in quotes"
+    return f"setting {key}={one_line(repr(error['input']), LONGEST)}: {message}"
