@@ -36,7 +36,8 @@ from harvest import HOOK, harvest_config, write_random_gpt2, write_synthetic_cac
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.architectures import TopK
-from sae.config.settings import EvaluationConfig, FeaturesConfig, ModelConfig
+from sae.config.settings import EvaluationConfig, FeaturesConfig
+from sae.config.sources import ModelConfig
 from sae.config.splits import HELD_OUT, TRAIN
 from sae.evaluation import evaluate_all, write_report
 from sae.features.collection import scan

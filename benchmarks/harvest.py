@@ -28,18 +28,12 @@ import torch
 from safetensors.torch import load_file, save
 
 from sae.activations import ActivationCache
-from sae.activations.cache import (
-    DOCUMENTS,
-    MANIFEST,
-    FileEntry,
-    HookEntry,
-    Manifest,
-    shard_name,
-)
 from sae.activations.harvest import harvest
 from sae.activations.loader import ActivationLoader
+from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
 from sae.config.file import parse_config
-from sae.config.settings import ModelConfig, RunConfig
+from sae.config.settings import RunConfig
+from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import DEMO_FOLDER
 from sae.model.language_model import LanguageModel
 

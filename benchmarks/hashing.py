@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sae.files import hashes
+from sae.files import digest
 
 FILES = 4
 
@@ -32,8 +32,8 @@ def plain(path: Path) -> str:
 
 def ours(path: Path) -> str:
     """As for a file that this process has not read."""
-    hashes._KNOWN.clear()
-    return hashes.sha256_of(path)
+    digest._KNOWN.clear()
+    return digest.sha256_of(path)
 
 
 def seconds(compute: Callable[[Path], str], files: list[Path], threads: int) -> float:

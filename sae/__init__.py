@@ -26,9 +26,9 @@ if TYPE_CHECKING:  # what editors and type checkers see; the same as _HOME
     from sae.config.file import load_config as load_config
     from sae.config.settings import DictionaryConfig as DictionaryConfig
     from sae.config.settings import EvaluationConfig as EvaluationConfig
-    from sae.config.settings import ModelConfig as ModelConfig
     from sae.config.settings import RunConfig as RunConfig
     from sae.config.settings import TrainConfig as TrainConfig
+    from sae.config.sources import ModelConfig as ModelConfig
     from sae.dictionary.base import Codes as Codes
     from sae.dictionary.base import Dictionary as Dictionary
     from sae.dictionary.base import SparseAutoencoder as SparseAutoencoder

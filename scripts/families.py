@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from family_configs import FAMILIES, SMALL
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.dictionary.hook_points import KINDS
 from sae.dictionary.model_identity import DEMO_FOLDER
 from sae.errors import ModelError

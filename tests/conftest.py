@@ -58,7 +58,8 @@ from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.cli import main as cli
 from sae.config.file import parse_config
-from sae.config.settings import ModelConfig, RunConfig
+from sae.config.settings import RunConfig
+from sae.config.sources import ModelConfig
 from sae.model.language_model import LanguageModel
 
 torch.set_num_threads(1)  # with tensors this small, threads only wait for each other

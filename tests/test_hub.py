@@ -136,7 +136,7 @@ def test_a_stream_that_breaks_off_goes_on_with_the_next_run(hub: LoopbackHub, tm
 ERRORS = """
 import sys, json, time
 time.sleep = lambda seconds: None  # between the libraries' own tries
-from sae.config.settings import DataConfig, ModelConfig
+from sae.config.sources import DataConfig, ModelConfig
 from sae.text.corpus import read_documents
 from sae.errors import SaeError
 from sae.model.loading import load_pretrained

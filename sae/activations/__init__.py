@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from sae.activations.cache import ActivationCache, ContextBatch, Statistics
+from sae.activations.cache import ActivationCache, ContextBatch
+from sae.activations.statistics import Statistics
 
 __all__ = ["ActivationCache", "ContextBatch", "Statistics"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import threading
 from collections import deque
@@ -12,189 +10,41 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from sae.activations.background import background
-from sae.config.splits import SPLITS, TRAIN
-from sae.dictionary.model_identity import NOT_OF_ACTIVATIONS
+from sae.activations.manifest import (
+    COLUMN_TYPES,
+    DOCUMENTS,
+    MANIFEST,
+    PLAIN_COLUMNS,
+    RESTORE,
+    HookEntry,
+    find_cache,
+    inside,
+    read_manifest,
+    shard_name,
+)
+from sae.activations.statistics import Statistics
+from sae.config.splits import TRAIN
 from sae.dictionary.token_policy import TokenPolicy
-from sae.errors import CacheError, DamagedError
-from sae.files.formats import Format
-from sae.files.hashes import Identity, check, damaged, identity_of
-from sae.files.paths import expanded
-from sae.files.reading import open_tensors, read_json, read_object, tensor_of, validated
-from sae.files.writing import stands
+from sae.errors import CacheError
+from sae.files.damage import damaged
+from sae.files.digest import Identity, identity_of
+from sae.files.hashes import check
+from sae.files.reading import open_tensors, read_json, tensor_of, validated
 from sae.numerics.modes import in_own_modes
 
-FORMAT = Format("sae-activations", 1)
-MANIFEST, DOCUMENTS = "manifest.json", "documents.json"
-RESTORE = "delete it and run the same 'sae harvest' to restore it"
 NUMBER_TYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
 }  # fmt: skip
-_COLUMN_TYPES = {
-    "tokens": torch.int32, "documents": torch.int32, "sections": torch.int32, "counted": torch.bool,
-}  # fmt: skip
-_PLAIN_COLUMNS = ("tokens", "documents")
 _SHARDS_AHEAD = 4
 _MOST_MAPPED = 256
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-_ROUNDING = 1e-12
-"""Share of E‖x‖² up to which a variance can be the rounding of sums in float64."""
-
-
-class FileEntry(BaseModel):
-    """A shard as the manifest knows it."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    rows: NonNegativeInt
-    bytes: NonNegativeInt
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class HookEntry(BaseModel):
-    """A hook point: its width, and sums over the eligible training tokens harvested so far, in float64."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    d_in: PositiveInt
-    tokens: NonNegativeInt = 0
-    sum: list[FiniteFloat] = []
-    sum_of_squares: Annotated[FiniteFloat, Field(ge=0)] = 0.0
-
-
-class Manifest(BaseModel):
-    """Everything that says what a cache holds. `model`, `data` and `tokens` decide whether it fits a request.
-
-    Of several sources, `data` also records `source_tokens`: by split and source, how many tokens came from it. What
-    else was found in the text (see `sae.text.census.combined`) and where it came from stands there too.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    format: str = FORMAT.name
-    format_version: int = FORMAT.version
-    complete: bool = False
-    model: dict[str, Any]
-    data: dict[str, Any]
-    tokens: dict[str, Any]
-    context_length: PositiveInt
-    shard_contexts: PositiveInt
-    dtype: Literal["float32", "float16", "bfloat16", "int8"]
-    rows: dict[str, NonNegativeInt]
-    text_sha256: str
-    hooks: dict[str, HookEntry]
-    files: dict[str, FileEntry]
-
-    def identity(self, hook: str) -> str:
-        """A hash of all that decides the activations at `hook` and which of them count: equal only for equal caches."""
-        model = {key: value for key, value in self.model.items() if key not in NOT_OF_ACTIVATIONS}
-        facts = [
-            model,
-            self._deciding_data(),
-            self.tokens,
-            self.context_length,
-            self.dtype,
-            self.rows,
-            self.text_sha256,
-            hook,
-        ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    def _deciding_data(self) -> dict[str, Any]:
-        """Without what follows from the text, whose hash is a fact of its own; all of it in older manifests."""
-        if "token_columns" not in self.data:
-            return self.data
-        return {key: value for key, value in self.data.items() if key in ("holdout_fraction", "holdout_seed")}
-
-    def is_whole(self, folder: Path, name: str) -> bool:
-        """Whether a file is there and of the size it was written with."""
-        entry, path = self.files.get(name), folder / name
-        return entry is not None and path.is_file() and path.stat().st_size == entry.bytes
-
-    def shards(self, split: str) -> int:
-        """Number of shards of a split."""
-        return -(-self.rows[split] // (self.shard_contexts * self.context_length))
-
-    def shard_rows(self, split: str, number: int) -> int:
-        """Tokens in a shard: all have as many but the last."""
-        most = self.shard_contexts * self.context_length
-        return min(most, self.rows[split] - number * most)
-
-    def contradiction(self) -> str | None:
-        """What contradicts the rest; None if everything fits together."""
-        return self._contradiction_of_parts() or (self._contradiction_of_files() if self.complete else None)
-
-    def _contradiction_of_parts(self) -> str | None:
-        if missing := [split for split in SPLITS if split not in self.rows]:
-            return f"rows: {missing[0]!r} is missing"
-        try:
-            TokenPolicy.from_json(self.tokens)
-        except (KeyError, TypeError, ValueError) as error:
-            return f"tokens: {error}"
-        columns = self.data.get("token_columns", _PLAIN_COLUMNS)
-        if not isinstance(columns, list | tuple) or not all(column in _COLUMN_TYPES for column in columns):
-            return f"data.token_columns: {columns!r}"
-        for hook, entry in self.hooks.items():
-            if entry.sum and len(entry.sum) != entry.d_in:
-                return f"hooks.{hook}.sum: {len(entry.sum):,} numbers, where d_in is {entry.d_in:,}"
-        for name in self.files:
-            if name.startswith("/") or ".." in name.split("/"):
-                return f"files: {name!r} leads out of the cache"
-        return None
-
-    def _contradiction_of_files(self) -> str | None:
-        count = 1 + sum(map(self.shards, SPLITS)) * (1 + len(self.hooks))
-        if len(self.files) != count:
-            return f"files: {len(self.files):,} of them, where {count:,} belong to so many rows and hook points"
-        wanted: dict[str, int | None] = {DOCUMENTS: None} | {
-            shard_name(part, split, number): self.shard_rows(split, number)
-            for part in ("tokens", *self.hooks)
-            for split in SPLITS
-            for number in range(self.shards(split))
-        }
-        for name, rows in wanted.items():
-            if name not in self.files:
-                return f"files: {name!r} is missing"
-            if rows is not None and self.files[name].rows != rows:
-                return f"files.{name}: {self.files[name].rows:,} rows, where {rows:,} belong into it"
-        return None
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Over the eligible training tokens of one hook point.
-
-    Attributes:
-        tokens: how many they are.
-        mean: E[x], in float64: the variance is a difference of squares, and with a large mean the smaller part of them.
-        mean_squared_norm: E‖x‖².
-        centred: E‖x − E x‖² as it was measured, where all rows were there at once; None: it follows from the others.
-    """
-
-    tokens: int
-    mean: Float[Tensor, " d_in"]
-    mean_squared_norm: float
-    centred: float | None = None
-
-    @staticmethod
-    def of(rows: Float[Tensor, "rows d_in"]) -> Statistics:
-        """Of rows in memory. Their variance is exact next to any mean, and 0 only if they are equal."""
-        rows = rows.detach().double()
-        variance = (rows - rows[0]).var(0, correction=0).sum()
-        return Statistics(len(rows), rows.mean(0), float(rows.square().sum(1).mean()), float(variance))
-
-    @property
-    def variance(self) -> float:
-        """E‖x − E x‖², summed over d_in; 0 if it is no more than the rounding of the two squares."""
-        if self.centred is not None:
-            return self.centred
-        variance = self.mean_squared_norm - float(self.mean.double().square().sum())
-        rounding = max(_ROUNDING, torch.finfo(self.mean.dtype).eps) * self.mean_squared_norm
-        return 0.0 if variance <= rounding else variance
 
 
 @dataclass(frozen=True)
@@ -227,11 +77,6 @@ class ContextBatch:
             None if self.activations is None else self.activations[part],
             None if self.sections is None else self.sections[part],
         )
-
-
-def shard_name(folder: str, split: str, number: int) -> str:
-    """Path of a shard inside the cache; `folder` is `tokens` or a hook point."""
-    return f"{folder}/{split}-{number:05d}.safetensors"
 
 
 class ActivationCache:
@@ -322,7 +167,7 @@ class ActivationCache:
         And `sections` if documents were cut, and `counted` if only some roles of chats count.
         """
         name, rows = shard_name("tokens", split, number), (self.manifest.shard_rows(split, number),)
-        return {column: self._tensor(name, column, _COLUMN_TYPES[column], rows) for column in self._columns()}
+        return {column: self._tensor(name, column, COLUMN_TYPES[column], rows) for column in self._columns()}
 
     def token_shard(self, split: str, number: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """Tokens and document indices of a shard, int32."""
@@ -406,7 +251,7 @@ class ActivationCache:
                 yield number
 
     def _columns(self) -> Sequence[str]:
-        return self.manifest.data.get("token_columns", _PLAIN_COLUMNS)
+        return self.manifest.data.get("token_columns", PLAIN_COLUMNS)
 
     def _hook(self, hook: str) -> HookEntry:
         if hook not in self.manifest.hooks:
@@ -414,7 +259,7 @@ class ActivationCache:
         return self.manifest.hooks[hook]
 
     def _check(self, name: str) -> Identity:
-        path = _inside(self.path, name)
+        path = inside(self.path, name)
         return check(path, self.manifest.files[name].sha256, remedy=RESTORE)
 
     def _open(self, name: str) -> Any:
@@ -470,62 +315,9 @@ def dequantise(activations: Tensor, scale: Tensor | None) -> Float[Tensor, "rows
     return activations.float() if scale is None else activations.float() * scale[:, None]
 
 
-def find_cache(path: str | Path) -> Path:
-    """The cache's folder, given that or a run folder.
-
-    Raises:
-        CacheError: neither holds a manifest.
-    """
-    folder = expanded(path)
-    for candidate in (folder, folder / "activations"):
-        if stands(candidate / MANIFEST):
-            return candidate
-    raise CacheError(f"cache {str(path)!r}: no {MANIFEST} there; make one with 'sae harvest'")
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest.
-
-    Raises:
-        CacheError: not a manifest of this format, or of a newer version.
-    """
-    path = folder / MANIFEST
-    record = read_object(path)
-    FORMAT.check(record, f"cache {str(folder)!r}", MANIFEST, CacheError)
-    manifest: Manifest = validated(path, Manifest, record)
-    if reason := manifest.contradiction():
-        raise damaged(path, f"damaged ({reason})")
-    return manifest
-
-
 def _batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple[int, int]]:
     whole = rows // length * length
     for start in range(0, whole, batch_contexts * length):
         yield start, min(start + batch_contexts * length, whole)
     if whole < rows:
         yield whole, rows
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file of the cache.
-
-    Raises:
-        DamagedError: it leads out of the cache.
-    """
-    path = folder / name
-    try:
-        leads_out = not path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # a symbolic link to itself
-        leads_out = True
-    if leads_out:
-        raise DamagedError(f"{str(path)!r}: leads out of the cache; put the file itself there, or {RESTORE}")
-    return path
-
-
-def shard_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
-    """What is wrong with a file of a cache; None if nothing is."""
-    try:
-        check(_inside(folder, name), entry.sha256, remedy=RESTORE)
-    except CacheError as error:
-        return str(error)
-    return None

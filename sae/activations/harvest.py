@@ -18,21 +18,22 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.activations.cache import (
+from sae.activations.cache import ActivationCache, eligible_rows
+from sae.activations.manifest import (
     DOCUMENTS,
     MANIFEST,
+    PLAIN_COLUMNS,
     RESTORE,
-    ActivationCache,
     FileEntry,
     HookEntry,
     Manifest,
-    eligible_rows,
     read_manifest,
     shard_name,
 )
 from sae.activations.same_model import check_same_as_before
 from sae.config.mixture import tokens_by_source
-from sae.config.settings import DataConfig, RunConfig
+from sae.config.settings import RunConfig
+from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.console.terminal import complain
 from sae.dictionary.model_identity import has_fingerprint, model_label
@@ -56,7 +57,6 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _BYTES_OF_TEXT = 8  # a token's id and the number of its document
 _SHARDS_IN_FLIGHT = 2
 _ROLES_SHOWN, _LONGEST = 8, 200
-_PLAIN_COLUMNS = ["tokens", "documents"]
 _COLUMNS = "token_columns"
 """In a manifest's data: what token shards hold; missing where it is tokens and documents."""
 _READING = "reading"
@@ -219,7 +219,7 @@ def _same_path(one: str, other: str) -> bool:
 
 def _columns(data: DataConfig) -> list[str]:
     cut, by_role = data.section_characters is not None, data.chat_roles is not None
-    return [*_PLAIN_COLUMNS, *(["sections"] if cut else []), *(["counted"] if by_role else [])]
+    return [*PLAIN_COLUMNS, *(["sections"] if cut else []), *(["counted"] if by_role else [])]
 
 
 def _data_identity(data: DataConfig) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _write_text(
     files: dict[str, FileEntry] = {}
     counts = dict.fromkeys(SPLITS, 0)
     rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    shard_contexts, columns = config.harvest.shard_contexts, before.get(_COLUMNS, _PLAIN_COLUMNS)
+    shard_contexts, columns = config.harvest.shard_contexts, before.get(_COLUMNS, PLAIN_COLUMNS)
     census = [Census() for _ in data.sources]
     reading = _reading(before)
     if reading not in range(READING + 1):

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.background import background
-from sae.activations.cache import ActivationCache, Statistics, dequantise
+from sae.activations.cache import ActivationCache, dequantise
 from sae.activations.metadata import dictionary_metadata
+from sae.activations.statistics import Statistics
 from sae.config.splits import TRAIN
 from sae.errors import CacheError
 from sae.numerics.modes import in_own_modes

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations.cache import RESTORE, ActivationCache, Manifest, dequantise, shard_name
+from sae.activations.cache import ActivationCache, dequantise
+from sae.activations.manifest import RESTORE, Manifest, shard_name
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.dictionary.model_identity import differs
 from sae.errors import CacheError, DamagedError

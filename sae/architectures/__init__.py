@@ -13,7 +13,8 @@ from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.matryoshka import Matryoshka
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
-from sae.dictionary.base import Dictionary, read_saved
+from sae.dictionary.base import Dictionary
+from sae.dictionary.saved import read_saved
 from sae.errors import FormatError
 from sae.numerics.modes import defaults
 

@@ -11,8 +11,10 @@ from sae.config.check import check_fit
 from sae.config.settings import RunConfig
 from sae.config.yaml_text import parse_file
 from sae.errors import ConfigError, DamagedError, UnreadableError
-from sae.files.hashes import PARTS, SUMS, read_checked, recorded
+from sae.files.damage import PARTS, SUMS
+from sae.files.hashes import read_checked
 from sae.files.paths import expanded
+from sae.files.sums import recorded
 from sae.files.writing import stands
 
 CONFIG_YAML = "config.yaml"

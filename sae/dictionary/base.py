@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,13 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
-from sae.dictionary.token_policy import TokenPolicy
-from sae.errors import FormatError, ShapeError
+from sae.errors import ShapeError
 from sae.files.formats import Format
-from sae.files.hashes import damaged, recorded, sha256_of
-from sae.files.paths import expanded
-from sae.files.reading import load_tensors, read_object, taken_apart
-from sae.files.writing import stands, write_json, write_tensors
+from sae.files.writing import write_json, write_tensors
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.kernels.pattern import Pattern
 from sae.numerics.modes import has_values, needs_plain_operators, without_autocast
@@ -29,7 +24,7 @@ from sae.sparse import decode, encode_at, padded
 FORMAT = Format("sae-dictionary", 1)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
 WEIGHTS_HASH = "weights_file_sha256"
-_TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
+TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
 """Settings of training that a saved dictionary has as its own."""
 
 
@@ -312,7 +307,7 @@ class Dictionary(nn.Module, ABC):
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             **self.settings(),
-            "dtype": _name_of(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "metadata": self.metadata,
         }
 
@@ -340,7 +335,7 @@ class Dictionary(nn.Module, ABC):
         """What `.to()`, `.cuda()`, `.bfloat16()` and the like are made of."""
         moved = super()._apply(fn, recurse)
         if self._cfg is not None:
-            self._cfg.dtype, self._cfg.device = _name_of(self.dtype), str(self.device)
+            self._cfg.dtype, self._cfg.device = dtype_name(self.dtype), str(self.device)
         return moved
 
     def extra_repr(self) -> str:
@@ -352,7 +347,7 @@ SparseAutoencoder = Dictionary
 """The same class by the name that most papers use."""
 
 
-def _name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -365,89 +360,3 @@ def checked_k(k: int, d_sae: int) -> int:
     if not 1 <= k <= d_sae:
         raise ValueError(f"k={k}: expected 1 ≤ k ≤ d_sae={d_sae}")
     return k
-
-
-def weights_sha256(dictionary: Dictionary) -> str:
-    """Identity of a dictionary's weights, whatever device they are on."""
-    digest = hashlib.sha256(dictionary.architecture.encode())
-    for name, parameter in sorted(dictionary.named_parameters()):
-        # `detach` refuses what was made in inference mode and moved outside it.
-        content = parameter.data.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        digest.update(name.encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class SavedDictionary:
-    """A dictionary's two files, read and checked, before an architecture makes an object of them."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor] = field(repr=False)
-
-
-def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDictionary:
-    """Read a dictionary folder (or a run folder that holds one).
-
-    Raises:
-        FormatError: nothing there, not this format, a newer version, a pickle, damaged or ill-shaped weights.
-    """
-    folder = expanded(path)
-    if folder.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
-        raise FormatError(
-            f"dictionary {str(path)!r}: pickled files are not read, since they can run code; "
-            f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
-    if not stands(folder / CONFIG_FILE) and stands(folder / "dictionary" / CONFIG_FILE):
-        folder = folder / "dictionary"
-    if not stands(folder / CONFIG_FILE):
-        raise FormatError(f"dictionary {str(path)!r}: no {CONFIG_FILE} there; give a dictionary folder or a run folder")
-    config = read_object(folder / CONFIG_FILE)
-    FORMAT.check(config, f"dictionary {str(folder)!r}", CONFIG_FILE)
-    tensors = load_tensors(folder / WEIGHTS_FILE, device)
-    _check_saved(folder, config, tensors)
-    if WEIGHTS_HASH in config and config[WEIGHTS_HASH] != sha256_of(folder / WEIGHTS_FILE):
-        raise damaged(
-            folder / WEIGHTS_FILE,
-            f"its SHA-256 is not the one in {CONFIG_FILE}: they are of two dictionaries, or saving was cut short",
-        )
-    return SavedDictionary(config, tensors)
-
-
-def _check_saved(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a configuration that contradicts the tensors or itself, and weights that are no numbers."""
-    for key in ("d_in", "d_sae", *(("k",) if "k" in config else ())):
-        if type(config.get(key)) is not int:
-            raise damaged(folder / CONFIG_FILE, f"{key}={config.get(key)!r}: expected a whole number")
-    shape = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
-    if shape != (config["d_sae"], config["d_in"]):
-        there = "no W_dec" if shape is None else f"W_dec {list(shape)}"
-        raise damaged(
-            folder / WEIGHTS_FILE,
-            f"weights do not fit {CONFIG_FILE}: {there}, where that says [{config['d_sae']}, {config['d_in']}]",
-        )
-    for name, tensor in tensors.items():
-        here = _name_of(tensor.dtype)
-        if here != config.get("dtype", here):
-            raise damaged(folder / WEIGHTS_FILE, f"{name} is {here}, where {CONFIG_FILE} says {config['dtype']!r}")
-        if not bool(tensor.isfinite().all()):
-            raise damaged(folder / WEIGHTS_FILE, f"{name} has values that are not finite (NaN or infinity)")
-    _check_metadata(folder / CONFIG_FILE, config)
-
-
-def _check_metadata(path: Path, config: Mapping[str, Any]) -> None:
-    metadata = config.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise damaged(path, "metadata should be keys and values")
-    if isinstance(metadata.get("tokens"), dict):
-        with taken_apart(path):
-            TokenPolicy.from_json(metadata["tokens"])
-    trained = metadata.get("trained", {})
-    settings = trained.get("settings", {}) if isinstance(trained, dict) else None
-    if not isinstance(settings, dict):
-        raise damaged(path, "metadata.trained should be keys and values")
-    if recorded(path):
-        return  # as it was saved, be it with another k than that of training
-    for key in _TRAINED_AS & config.keys() & settings.keys():
-        if config[key] != settings[key]:
-            raise damaged(path, f"{key}={config[key]!r}, and {settings[key]!r} in its own metadata")

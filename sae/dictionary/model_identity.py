@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.files.hashes import sha256_of
+from sae.files.digest import sha256_of
 from sae.files.paths import expanded
 
 DEMO = "demo"

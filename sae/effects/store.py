@@ -15,8 +15,9 @@ from sae.effects.interventions import NO_CHANGES, Changes
 from sae.errors import FormatError
 from sae.features.store import Features
 from sae.files import version
+from sae.files.damage import way_out
 from sae.files.formats import fingerprint_of
-from sae.files.hashes import announce_missing, way_out
+from sae.files.hashes import announce_missing
 from sae.files.paths import expanded
 from sae.files.reading import load_tensors, read_json, read_object, taken_apart
 from sae.files.writing import delete, stands, write_bytes, write_json, write_tensors

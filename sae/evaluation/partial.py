@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sae.errors import DamagedError
 from sae.files import version
-from sae.files.hashes import recorded
 from sae.files.reading import load_tensors
+from sae.files.sums import recorded
 from sae.files.writing import stands, write_tensors
 
 FOLDER = "evaluation-unfinished"

@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae.config.settings import EvaluationConfig
-from sae.dictionary.base import Dictionary, weights_sha256
+from sae.dictionary.base import Dictionary
+from sae.dictionary.saved import weights_sha256
 from sae.dictionary.sites import Hooks
 from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores

@@ -25,10 +25,13 @@ from sae.evaluation.report import (
     Report,
 )
 from sae.evaluation.report_view import markdown
+from sae.files.damage import damaged
+from sae.files.digest import sha256_of
 from sae.files.formats import as_read_back
-from sae.files.hashes import check, damaged, recorded, sha256_of
+from sae.files.hashes import check
 from sae.files.paths import expanded
 from sae.files.reading import conforming, load_tensors, read_object, taken_apart, validated
+from sae.files.sums import recorded
 from sae.files.writing import delete, stands, write_bytes, write_json
 from sae.results.estimate import Estimate
 

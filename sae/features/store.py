@@ -19,7 +19,7 @@ from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
 from sae.features.vocabulary import CONTEXT_BEFORE, Vocabulary
-from sae.files.hashes import damaged
+from sae.files.damage import damaged
 from sae.files.paths import expanded
 from sae.files.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
 from sae.files.writing import stands

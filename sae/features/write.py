@@ -16,8 +16,9 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache
 from sae.config.settings import FeaturesConfig
 from sae.config.splits import TRAIN
-from sae.dictionary.base import Dictionary, weights_sha256
+from sae.dictionary.base import Dictionary
 from sae.dictionary.neighbours import Neighbours
+from sae.dictionary.saved import weights_sha256
 from sae.features import layout
 from sae.features.examples import Examples
 from sae.features.logits import LogitEffects

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.errors import DamagedError, UnreadableError
-from sae.files.hashes import Identity, check, damaged, identity_of, open_regular, read_checked, unreadable
+from sae.files.damage import damaged, unreadable
+from sae.files.digest import Identity, identity_of, open_regular
+from sae.files.hashes import check, read_checked
 from sae.files.printable import one_line
 
 MOST_JSON_BYTES = 1 << 30

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.errors import CacheError
-from sae.files import hashes
+from sae.files.damage import MORE_FILES, SUMS
 from sae.files.paths import expanded
 from sae.files.printable import json_text
+from sae.files.sums import forget, replacing, settle
+from sae.files.temporary import clear_temporaries, temporary_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +52,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) ->
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_once(path.parent)
-        with hashes.temporary_file(path) as (temporary, descriptor):
+        with temporary_file(path) as (temporary, descriptor):
             with open(descriptor, "wb", closefd=False) as file:
                 for chunk in chunks:
                     written += len(chunk)
@@ -58,8 +60,8 @@ def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) ->
                     digest.update(chunk)
             os.fsync(descriptor)
             if not hashed:
-                hashes.forget(path)
-            with hashes.replacing(path, digest.hexdigest()) if hashed else contextlib.nullcontext():
+                forget(path)
+            with replacing(path, digest.hexdigest()) if hashed else contextlib.nullcontext():
                 temporary.replace(path)
                 _sync_folder(path.parent)
     except OSError as error:
@@ -92,7 +94,7 @@ def delete(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
         if path.parent.is_dir():
-            hashes.forget(path)
+            forget(path)
     except OSError as error:
         raise CacheError(_explain(path, 0, error)) from error
 
@@ -109,7 +111,7 @@ def _clear_once(folder: Path) -> None:
     key = os.getpid(), folder
     if key not in _CLEARED:
         _CLEARED.add(key)
-        hashes.clear_temporaries(folder)
+        clear_temporaries(folder)
 
 
 def free_bytes(folder: Path) -> int:
@@ -155,7 +157,7 @@ def _explain(path: Path, size: int, error: OSError) -> str:
             "free some space and run the same command again to go on"
         )
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"cannot write {str(path)!r}: {error.strerror}; {hashes.MORE_FILES}"
+        return f"cannot write {str(path)!r}: {error.strerror}; {MORE_FILES}"
     if error.errno == errno.ENAMETOOLONG:
         return f"cannot write {str(path)!r}: {error.strerror}; choose a shorter name"
     return f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or change its permissions"
@@ -197,10 +199,10 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
                 f"folder {str(folder)!r}: another {doing} is writing it; wait for it or stop it"
             ) from error
         try:
-            hashes.clear_temporaries(folder)
-            hashes.settle(folder)
+            clear_temporaries(folder)
+            settle(folder)
         except OSError as error:
-            raise CacheError(_explain(folder / hashes.SUMS, 0, error)) from error
+            raise CacheError(_explain(folder / SUMS, 0, error)) from error
         _HELD.add(holder)
         yield
     finally:

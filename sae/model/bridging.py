@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.errors import ModelError
 from sae.model.bridge_proof import BridgeProof, Difference
 from sae.model.guard import CodeRefusedError, guarded, needs_code, quiet, replaced

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import CacheError, DamagedError, UnreadableError
+from sae.files.damage import SUMS, damaged
+from sae.files.digest import sha256_of
 from sae.files.paths import name_of
-from sae.files.writing import free_bytes, hashes
+from sae.files.sums import read_sums, record
+from sae.files.writing import free_bytes
 
 _SHARE_OF_FREE_SPACE = 0.1
 _LONGEST_STEM = 200
@@ -33,7 +36,7 @@ def folder_of(path: Path, dtype: str) -> Path | None:
     from huggingface_hub import constants
 
     try:
-        content = " ".join([hashes.sha256_of(path), dtype, version("transformers"), version("gguf")])
+        content = " ".join([sha256_of(path), dtype, version("transformers"), version("gguf")])
     except (DamagedError, UnreadableError, PackageNotFoundError):
         return None
     stem = name_of(path.stem).encode()[:_LONGEST_STEM].decode(errors="ignore")
@@ -49,8 +52,8 @@ def is_whole(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
-        if "config.json" not in (names := hashes.read_sums(folder)):
-            raise hashes.damaged(folder / hashes.SUMS, "missing or without config.json", _REMEDY)
+        if "config.json" not in (names := read_sums(folder)):
+            raise damaged(folder / SUMS, "missing or without config.json", _REMEDY)
         for name in names:
             hashes.check(folder / name, remedy=_REMEDY)
     except DamagedError as error:
@@ -78,7 +81,7 @@ def write(folder: Path, model: Any, tokenizer: Any) -> None:
             model.save_pretrained(copy)
             tokenizer.save_pretrained(copy)
             for path in copy.iterdir():
-                hashes.record(path)
+                record(path)
             copy.rename(folder)
     except (OSError, CacheError):  # no place to write, or another process was faster
         return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any, NoReturn
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 
 # Where libraries fetch or run the code of a model, whether or not they are told to trust it: transformer-lens imports
 # some architectures' modules by the name that config.json gives.

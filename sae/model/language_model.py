@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, ModelError

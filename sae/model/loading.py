@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import DEMO, DEMO_FOLDER, hash_ids, model_label
 from sae.errors import ModelError
 from sae.files.hub_errors import explain_hub_error, first_line

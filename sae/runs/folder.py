@@ -9,15 +9,17 @@ from typing import Any
 from sae.architectures import load
 from sae.config.file import CONFIG_YAML, check_permission, load_config
 from sae.config.settings import RunConfig
-from sae.dictionary.base import CONFIG_FILE, weights_sha256
+from sae.dictionary.base import CONFIG_FILE
+from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, FormatError
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.features.layout import INDEX
-from sae.files.hashes import check, damaged
+from sae.files.damage import damaged
+from sae.files.hashes import check
 from sae.files.paths import expanded
 from sae.files.reading import as_object, read_object
 from sae.files.writing import stands
-from sae.training.trainee import chosen_settings, setting_of
+from sae.training.recipe import chosen_settings, setting_of
 
 DICTIONARY = "dictionary"
 _OF_DICTIONARY = {

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import yaml
 
-from sae.activations.cache import MANIFEST, ActivationCache, read_manifest
+from sae.activations.cache import ActivationCache
 from sae.activations.harvest import cache_bytes, check_same_request, hook_widths
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.loader import ActivationLoader
+from sae.activations.manifest import MANIFEST, read_manifest
 from sae.activations.metadata import dictionary_metadata
 from sae.activations.same_model import check_same_model
 from sae.architectures import load
@@ -25,8 +26,9 @@ from sae.config.file import CONFIG_YAML, MOST_YAML_BYTES
 from sae.config.settings import RunConfig
 from sae.config.yaml_text import parse_file
 from sae.console.progress import Notes, announce
-from sae.dictionary.base import CONFIG_FILE, Dictionary, weights_sha256
+from sae.dictionary.base import CONFIG_FILE, Dictionary
 from sae.dictionary.model_identity import model_label
+from sae.dictionary.saved import weights_sha256
 from sae.errors import CacheError, ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.evaluation import Report, evaluate_all, write_report
 from sae.evaluation.budget import announcement
@@ -46,8 +48,8 @@ from sae.runs.folder import DICTIONARY, open_config, other_setting
 from sae.training.applicability import check_read
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, training_bytes, warn_of_missed_snapshots
 from sae.training.loop import train
+from sae.training.recipe import Recipe, build, check_start, freeze_
 from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
-from sae.training.trainee import Recipe, build, check_start, freeze_
 
 Progress = Callable[[str, int, int], None]
 

@@ -34,8 +34,8 @@ from sae.training.agreement import common_pass
 from sae.training.applicability import no_reader, unread
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import Cost, train_all
+from sae.training.recipe import Recipe
 from sae.training.sinks import Wandb
-from sae.training.trainee import Recipe
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "sweep.json", "sweep.md", "pareto.png"
 COST_FILE = "cost.json"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sae.activations.cache import MANIFEST, THREADS, read_manifest, shard_problem
+from sae.activations.cache import THREADS
+from sae.activations.manifest import MANIFEST, read_manifest, shard_problem
 from sae.architectures import load
 from sae.config.file import CONFIG_YAML, load_config
 from sae.console.progress import announce
@@ -20,9 +21,10 @@ from sae.errors import CacheError, SaeError
 from sae.evaluation.report import DOCUMENTS_FILE, JSON_FILE
 from sae.evaluation.stored import check_documents
 from sae.features import Features, layout
-from sae.files import hashes
-from sae.files.hashes import SUMS, check, damaged, read_sums
+from sae.files.damage import PARTS, SUMS, damaged
+from sae.files.hashes import UnhashedWarning, check
 from sae.files.paths import expanded
+from sae.files.sums import is_users, read_sums, record
 from sae.runs.folder import check_run
 from sae.training.sinks import METRICS_FILE
 
@@ -49,7 +51,7 @@ class _Part:
 
     def is_ours(self) -> bool:
         listed = bool(self.checks or self.problems or _OURS & set(self.names))
-        return listed or (SUMS in self.names and not hashes.is_users(self.folder))
+        return listed or (SUMS in self.names and not is_users(self.folder))
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> tuple[int, list[str]]:
@@ -101,12 +103,12 @@ def record_hashes(path: str | Path) -> list[Path]:
     for folder, names in _folders(expanded(path), set(), {}):
         listed = read_sums(folder)
         for name in sorted((_OURS & set(names)) - listed.keys()):
-            if hashes.is_users(folder):
+            if is_users(folder):
                 raise CacheError(f"{str(folder / SUMS)!r}: sae did not write it, and adds nothing; rename it")
             if (folder / MANIFEST).exists() and name == layout.DOCUMENTS:
                 continue  # the manifest has it
             try:
-                hashes.record(folder / name)
+                record(folder / name)
             except OSError as error:
                 raise CacheError(f"cannot write {str(folder / SUMS)!r}: {error.strerror}") from error
             added.append(folder / name)
@@ -129,7 +131,7 @@ def _folders(root: Path, seen: set[_Identity], broken: dict[str, None]) -> Itera
         seen.add(here)
         place = Path(folder)
         folders[:] = sorted(name for name in folders if not (place / name).is_symlink() or _is_part(place / name))
-        lost = [name for name in names if name in hashes.PARTS and (place / name).is_symlink()]
+        lost = [name for name in names if name in PARTS and (place / name).is_symlink()]
         broken |= dict.fromkeys(
             f"{str(place / name)!r}: leads to {str((place / name).readlink())!r}, which is no folder; attach that "
             "disk or restore it, or delete the link"
@@ -149,7 +151,7 @@ def _identity(folder: Path) -> _Identity | None:
 def _is_part(folder: Path) -> bool:
     """Whether a linked folder is a part of a run folder, or holds something that this toolkit wrote."""
     try:
-        return folder.name in hashes.PARTS or any(file.name in {SUMS, *_OURS} for file in folder.iterdir())
+        return folder.name in PARTS or any(file.name in {SUMS, *_OURS} for file in folder.iterdir())
     except OSError:
         return False
 
@@ -186,7 +188,7 @@ def _warn_of_unhashed(parts: Iterable[_Part]) -> None:
         warnings.warn(
             f"{len(bare)} {have} no hash in {SUMS} and cannot be compared: {shown}; 'sae verify --record' adds hashes "
             "of what is there now",
-            hashes.UnhashedWarning,
+            UnhashedWarning,
             stacklevel=3,
         )
 

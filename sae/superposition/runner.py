@@ -14,9 +14,9 @@ from pydantic import TypeAdapter, ValidationError
 from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.files import version
 from sae.files.formats import Format, as_read_back, fingerprint_of
-from sae.files.hashes import is_leftover
 from sae.files.paths import expanded
 from sae.files.reading import read_object, validated
+from sae.files.temporary import is_leftover
 from sae.files.writing import locked, stands, write_bytes, write_json
 from sae.numerics.modes import in_own_modes
 from sae.superposition import dictionaries, experiments

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations.cache import Statistics
+from sae.activations.statistics import Statistics
 from sae.errors import ConfigError, TrainingError
 from sae.evaluation.recovery import Labelled
 from sae.numerics.modes import in_own_modes

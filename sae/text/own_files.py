@@ -13,7 +13,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from sae.errors import SaeError
-from sae.files import hashes
+from sae.files.damage import SUMS
+from sae.files.sums import is_users, read_sums
+from sae.files.temporary import is_leftover
 
 _SHARD = re.compile(r"(train|held_out)-\d+\.safetensors")
 _IN_A_RUN = ("activations/manifest.json", "dictionary/weights.safetensors")
@@ -36,10 +38,10 @@ def own_names(folder: Path, subfolders: Collection[str], names: Collection[str])
         names: all other names in it.
     """
     there = set(names)
-    own = {name for name in there if hashes.is_leftover(name) and name != hashes.SUMS}
+    own = {name for name in there if is_leftover(name) and name != SUMS}
     own |= {name for name in there if _SHARD.fullmatch(name)}
-    if hashes.SUMS in there and not _is_users(folder):
-        own |= {hashes.SUMS, *_listed(folder)}
+    if SUMS in there and not _is_users(folder):
+        own |= {SUMS, *_listed(folder)}
     if "manifest.json" in own or ("tokens" in subfolders and _has_shards(folder / "tokens")):
         own |= {"manifest.json", "documents.json"}  # a cache, whose manifest has the hash of the other
     if "config.yaml" in there and any((folder / name).is_file() for name in _IN_A_RUN):
@@ -59,13 +61,13 @@ def _has_shards(folder: Path) -> bool:
 
 def _is_users(folder: Path) -> bool:
     try:
-        return hashes.is_users(folder)
+        return is_users(folder)
     except SaeError:
         return True
 
 
 def _listed(folder: Path) -> set[str]:
     try:
-        return set(hashes.read_sums(folder))
+        return set(read_sums(folder))
     except SaeError:
         return set()

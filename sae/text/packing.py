@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sae.config.mixture import Turns
-from sae.config.settings import DataConfig
+from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import DataError
 from sae.numerics.seeding import STREAMS, document_random_1, python_random

@@ -13,8 +13,8 @@ from sae.config.environment import memory_of
 from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError, TrainingError
 from sae.training.applicability import check_read
+from sae.training.recipe import Recipe, build, check_start, freeze_
 from sae.training.source import BatchSource, origin
-from sae.training.trainee import Recipe, build, check_start, freeze_
 
 
 def common_pass(

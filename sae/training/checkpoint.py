@@ -17,7 +17,9 @@ import torch
 
 from sae.config.settings import TrainConfig
 from sae.dictionary.base import Dictionary
-from sae.files.hashes import check, damaged, recorded
+from sae.files.damage import damaged
+from sae.files.hashes import check
+from sae.files.sums import recorded
 from sae.files.writing import delete, stands, write_bytes
 
 STATE_FILE = "state.pt"

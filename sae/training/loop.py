@@ -36,9 +36,10 @@ from sae.training.checkpoint import (
     warn_of_missed_snapshots,
 )
 from sae.training.meter import Meter, Stopwatch
+from sae.training.recipe import Recipe
 from sae.training.sinks import FeatureSink, JsonLines, Sink
 from sae.training.source import BatchSource, IterableSource, origin
-from sae.training.trainee import Recipe, Trainee
+from sae.training.trainee import Trainee
 
 Metrics = dict[str, float | int]
 Progress = Callable[[int, int, Metrics], None]

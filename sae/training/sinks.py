@@ -17,8 +17,10 @@ from torch import Tensor
 
 from sae.config.settings import WandbConfig
 from sae.errors import ConfigError, DamagedError, TrainingError
-from sae.files.hashes import announce_missing, damaged, read_checked, record
+from sae.files.damage import damaged
+from sae.files.hashes import announce_missing, read_checked
 from sae.files.reading import MOST_JSON_BYTES, as_object, parse_json
+from sae.files.sums import record
 from sae.files.writing import stands, write_bytes
 
 METRICS_FILE = "metrics.jsonl"

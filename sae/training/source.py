@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.activations.cache import Statistics
+from sae.activations.statistics import Statistics
 from sae.errors import ConfigError, TrainingError
 
 

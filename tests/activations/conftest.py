@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae.activations import ActivationCache
-from sae.activations.cache import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
+from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
 from sae.files.writing import write_bytes
 
 WriteCache = Callable[..., ActivationCache]

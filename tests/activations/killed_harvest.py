@@ -22,7 +22,7 @@ from typing import Any
 
 from sae.activations import harvest as harvest_module
 from sae.config.file import parse_config
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.model.language_model import LanguageModel
 
 FORWARD_SECONDS, WRITE_SECONDS = 0.004, 0.003

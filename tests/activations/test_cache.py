@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sae.activations import ActivationCache
-from sae.activations.cache import MANIFEST
+from sae.activations.manifest import MANIFEST
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import CacheError
 from sae.files.writing import write_json

@@ -9,7 +9,8 @@ import pytest
 
 from sae.config.check import amount_notes, check_amounts
 from sae.config.file import load_config
-from sae.config.settings import DictionaryConfig, HarvestConfig, RunConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, RunConfig, TrainConfig
+from sae.config.sources import HarvestConfig
 from sae.errors import CacheError, ConfigError
 from sae.model.language_model import LanguageModel
 from sae.probing.settings import ProbeConfig

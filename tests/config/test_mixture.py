@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from sae.config.file import load_config, parse_config
 from sae.config.mixture import Turns, token_shares
-from sae.config.settings import DataConfig
+from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import ConfigError, DataError
 from sae.model.language_model import LanguageModel

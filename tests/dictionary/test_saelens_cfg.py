@@ -14,7 +14,8 @@ import torch
 import sae
 from sae.architectures import ARCHITECTURES
 from sae.architectures.topk import TopK
-from sae.dictionary.base import Dictionary, weights_sha256
+from sae.dictionary.base import Dictionary
+from sae.dictionary.saved import weights_sha256
 
 D_IN, D_SAE, K = 24, 384, 4
 METADATA: dict[str, Any] = {

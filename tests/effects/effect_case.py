@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.activations import ActivationCache
 from sae.architectures import TopK
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
 from sae.model.language_model import LanguageModel

@@ -20,7 +20,7 @@ import evaluation_reference as reference
 
 from sae.activations import ActivationCache
 from sae.architectures import TopK
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.effects import Effects, EffectSettings, measure_effects, read_effects
 from sae.effects import known as known_effects
 from sae.effects import measure as module

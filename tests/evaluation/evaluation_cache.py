@@ -11,16 +11,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.activations.cache import (
-    DOCUMENTS,
-    MANIFEST,
-    ActivationCache,
-    FileEntry,
-    HookEntry,
-    Manifest,
-    eligible_rows,
-    shard_name,
-)
+from sae.activations.cache import ActivationCache, eligible_rows
+from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
 from sae.dictionary.base import Codes, Dictionary
 from sae.dictionary.token_policy import TokenPolicy
 from sae.files.writing import write_bytes

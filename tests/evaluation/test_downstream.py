@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sae.activations import ActivationCache
 from sae.architectures import TopK
-from sae.config.settings import EvaluationConfig, ModelConfig
+from sae.config.settings import EvaluationConfig
+from sae.config.sources import ModelConfig
 from sae.config.splits import HELD_OUT
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, write_report

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.activations.cache import DOCUMENTS, MANIFEST, ActivationCache, FileEntry, HookEntry, Manifest, shard_name
+from sae.activations.cache import ActivationCache
+from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
 from sae.dictionary.token_policy import TokenPolicy
 from sae.files.writing import write_bytes
 

@@ -19,9 +19,11 @@ from sae.architectures import TopK
 from sae.config.environment import choose_device
 from sae.config.file import load_config
 from sae.errors import CacheError, ConfigError, DamagedError, UnreadableError
-from sae.files import hashes, reading
-from sae.files.hashes import SUMS, UnhashedWarning, check, read_checked, recorded, settle
+from sae.files import digest, reading, sums, temporary
+from sae.files.damage import SUMS
+from sae.files.hashes import UnhashedWarning, check, read_checked
 from sae.files.reading import read_json
+from sae.files.sums import recorded, settle
 from sae.files.writing import delete, locked, write_bytes, write_json
 from sae.runs.verification import record_hashes, verify
 
@@ -44,9 +46,9 @@ def test_the_list_is_one_that_sha256sum_checks(tmp_path: Path) -> None:
 def test_hashes_are_those_of_hashlib(tmp_path: Path, size: int) -> None:
     content = os.urandom(size)
     (tmp_path / "a.bin").write_bytes(content)
-    assert hashes.sha256_of(tmp_path / "a.bin") == sha(content)
+    assert digest.sha256_of(tmp_path / "a.bin") == sha(content)
     with (tmp_path / "a.bin").open("rb") as file:
-        assert hashes._hash_read(file.fileno()) == sha(content)
+        assert digest._hash_read(file.fileno()) == sha(content)
 
 
 def test_a_changed_file_is_named_with_what_was_expected(tmp_path: Path) -> None:
@@ -68,9 +70,9 @@ def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "a.bin"
     write_bytes(path, b"abc")
     os.utime(path, ns=(0, 0))
-    monkeypatch.setattr(hashes, "_YOUNG_NS", -1)
+    monkeypatch.setattr(digest, "_YOUNG_NS", -1)
     check(path)
-    monkeypatch.setattr(hashes, "_hash_mapped", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(digest, "_hash_mapped", lambda *_: pytest.fail("read again"))
     check(path)
     monkeypatch.undo()
     state = path.stat()
@@ -143,9 +145,9 @@ def test_two_writers_forced_into_each_other_leave_a_whole_file(tmp_path: Path, m
 
 
 def test_what_a_living_process_writes_is_not_cleared(tmp_path: Path) -> None:
-    with hashes.temporary_file(tmp_path / "a") as (living, _):
+    with temporary.temporary_file(tmp_path / "a") as (living, _):
         (tmp_path / ".b.1-00000000.tmp").write_bytes(b"half")
-        hashes.clear_temporaries(tmp_path)
+        temporary.clear_temporaries(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [living.name]
 
 
@@ -338,7 +340,7 @@ def test_a_list_of_the_users_is_left_alone(tmp_path: Path, kind: str) -> None:
         assert read_json(tmp_path / "a.json") == {"a": 2}
     delete(tmp_path / "a.json")
     with locked(tmp_path, "test"):
-        hashes.record(tmp_path / "config.yaml")
+        sums.record(tmp_path / "config.yaml")
     assert (tmp_path / SUMS).read_bytes() == before
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(CacheError, match="nothing there that sae wrote"):
@@ -361,17 +363,17 @@ def test_whatever_bit_of_the_list_is_flipped_nothing_damaged_is_read(tmp_path: P
         flipped[bit // 8] ^= 1 << bit % 8
         (tmp_path / SUMS).write_bytes(flipped)
         try:
-            names = hashes.read_sums(tmp_path)
+            names = sums.read_sums(tmp_path)
         except DamagedError:
             continue
-        assert len(names) == 1 and not hashes.is_users(tmp_path), bit
+        assert len(names) == 1 and not sums.is_users(tmp_path), bit
     for size in range(1, len(content)):
         (tmp_path / SUMS).write_bytes(content[:size])
         if size == content.index(b"\n") + 1:
-            assert hashes.read_sums(tmp_path) == {}
+            assert sums.read_sums(tmp_path) == {}
         else:
             with pytest.raises(DamagedError, match="not whole"):
-                hashes.read_sums(tmp_path)
+                sums.read_sums(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"\0" * 300, b'{"json": "of another file"}\n'])
@@ -433,5 +435,5 @@ def test_a_name_that_a_list_cannot_hold_is_refused(name: str, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == [SUMS, "good"]
     (tmp_path / name).write_bytes(b"2")
     with pytest.raises(CacheError, match="cannot list a name"):
-        hashes.record(tmp_path / name)
-    assert hashes.read_sums(tmp_path).keys() == {"good"}
+        sums.record(tmp_path / name)
+    assert sums.read_sums(tmp_path).keys() == {"good"}

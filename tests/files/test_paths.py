@@ -9,9 +9,9 @@ import pytest
 from sae.activations import ActivationCache
 from sae.config.file import load_config
 from sae.config.mixture import source_labels
-from sae.config.settings import ModelConfig
-from sae.dictionary.base import read_saved
+from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import fingerprint, model_label
+from sae.dictionary.saved import read_saved
 from sae.errors import CacheError, FormatError, ModelError
 from sae.files.paths import expanded
 from sae.model.language_model import LanguageModel

@@ -11,7 +11,7 @@ import torch
 from families import write_model
 from torch import Tensor
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.effects.direct import DirectPath
 from sae.errors import ModelError
 from sae.model.bridge_proof import BridgeProof

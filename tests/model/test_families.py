@@ -9,7 +9,7 @@ import torch
 from families import READ, REFUSED, SHORT_ROAD, WHOLE_ROAD, family_row, family_rows, table, write_model
 from family_configs import FAMILIES
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.model.language_model import LanguageModel
 
 FEW = ["bloom", "mamba", "llama", "gptj", "gemma3_text"]

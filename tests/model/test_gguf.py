@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub import constants
 from support.gguf import write_gguf
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.model import gguf_copies
 from sae.model.loading import load_pretrained
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae.cli.hooks import block_ranges
 from sae.cli.main import cli
 from sae.config.file import load_config
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.dictionary import hook_points
 from sae.errors import ModelError
 from sae.model.language_model import LanguageModel

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.dictionary.hook_points import KINDS, READ_ONLY
 from sae.dictionary.model_identity import model_label
 from sae.dictionary.token_policy import TokenPolicy

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import fingerprint, has_fingerprint
 from sae.errors import ModelError
 from sae.files.writing import write_json

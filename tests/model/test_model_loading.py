@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from support.hostile_model import MODEL_MAP, TOKENIZER_MAP, write_hostile_model
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.errors import ConfigError, ModelError
 from sae.model.language_model import LanguageModel
 from sae.runs import pipeline

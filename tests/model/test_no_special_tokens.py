@@ -11,7 +11,7 @@ import torch
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import ModelError
 from sae.model.language_model import LanguageModel

@@ -13,7 +13,7 @@ from family_configs import FAMILIES
 from test_splicing import make_dictionary
 from torch import Tensor, nn
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.errors import ModelError
 from sae.model.language_model import LanguageModel
 from sae.model.passes import BEYOND, Passes, positions

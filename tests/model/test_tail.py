@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.errors import ModelError
 from sae.model.language_model import LanguageModel
 from sae.model.tail import NO_ROAD, SHORT, WHOLE

@@ -14,7 +14,7 @@ import torch
 import sae
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DamagedError, DataError
-from sae.files import hashes
+from sae.files import sums
 from sae.files.writing import write_json
 from sae.model.language_model import LanguageModel
 from sae.probing.activations import load_activations, read_activations, save_activations
@@ -201,7 +201,7 @@ def test_activations_are_known_by_their_whole_key(language_model: LanguageModel,
             assert held is not None
             assert held.left_out == int(key[0])
         assert load_activations(tmp_path, name, "1" * 16 + "3" * 48) is None
-    hashes.read_sums(tmp_path)
+    sums.read_sums(tmp_path)
     for file in tmp_path.glob("*.json"):
         write_json(file, {part: value for part, value in json.loads(file.read_text()).items() if part != "key"})
     with pytest.warns(UserWarning, match="activations that an earlier version kept do not say what they are of; they"):

@@ -18,7 +18,7 @@ from rich.console import Console
 import sae
 from sae.config.file import parse_config
 from sae.errors import ConfigError, DataError, ModelError
-from sae.files import hashes
+from sae.files import sums
 from sae.files.writing import write_json
 from sae.probing.render import letters_table, markdown
 from sae.probing.scores import SplitEstimate
@@ -266,7 +266,7 @@ def test_names_of_all_kinds(own_run: Path, sets: Path, tmp_path: Path, command) 
     assert set(record["data_sets"]) == {name.replace("\udcff", "\\xff") for name in names}
     assert r"| `new\nline` |" in (own_run / "probe.md").read_text()
     assert all(len(path.name.encode()) < 200 for path in (own_run / "probing").iterdir())
-    assert len(hashes.read_sums(own_run / "probing")) == 2 * len(names)
+    assert len(sums.read_sums(own_run / "probing")) == 2 * len(names)
     status, out, err = command("verify", own_run)
     assert status == 0, err
     status, out, err = command(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sae.config.settings import DataConfig
+from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.model.language_model import LanguageModel
 from sae.text.census import Census

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sae.config.mixture import source_labels
-from sae.config.settings import DataConfig
+from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import DataError
 from sae.text.corpus import Document, check_apart, check_revision, is_held_out, read_documents, standard_library

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.config.settings import DataConfig
+from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DataError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizer_kinds import KINDS, make
 
-from sae.config.settings import DataConfig
+from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import DataError
 from sae.model.language_model import LanguageModel

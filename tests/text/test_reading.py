@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sae.config.settings import DataConfig
+from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import DataError
 from sae.text.census import Census

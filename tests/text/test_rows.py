@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sae.activations.harvest import harvest
-from sae.config.settings import ModelConfig
+from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import fingerprint
 from sae.errors import DataError, ModelError
 from sae.model.language_model import LanguageModel

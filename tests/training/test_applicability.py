@@ -9,7 +9,7 @@ import torch
 
 import sae
 from sae.architectures import ARCHITECTURES, TopK
-from sae.dictionary.base import weights_sha256
+from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, FormatError
 from sae.runs.pipeline import Run
 from sae.training import IterableSource, train

@@ -18,7 +18,7 @@ import torch
 import sae
 from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig
-from sae.dictionary.base import weights_sha256
+from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, FormatError, TrainingError
 from sae.files.writing import write_json
 from sae.numerics.seeding import torch_generator

@@ -8,7 +8,8 @@ import torch
 from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource, train
-from sae.training.trainee import Recipe, Trainee
+from sae.training.recipe import Recipe
+from sae.training.trainee import Trainee
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

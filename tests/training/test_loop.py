@@ -20,7 +20,7 @@ from torch import Tensor
 import sae
 from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
-from sae.dictionary.base import weights_sha256
+from sae.dictionary.saved import weights_sha256
 from sae.errors import DamagedError, TrainingError
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.applicability import READERS

@@ -14,8 +14,9 @@ from sae.training import IterableSource
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import geometric_median, initialise_
 from sae.training.objectives import Context
+from sae.training.recipe import Recipe
 from sae.training.schedules import default_learning_rate, learning_rate, warmed_up
-from sae.training.trainee import Recipe, Trainee
+from sae.training.trainee import Trainee
 
 
 def test_dead_features_are_counted_in_tokens() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import sae
-from sae.activations.cache import Statistics
 from sae.activations.loader import ActivationLoader
+from sae.activations.statistics import Statistics
 from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import TrainingError

@@ -1,0 +1,108 @@
+"""A dictionary's folder: read and checked, without knowing its class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.dictionary.base import CONFIG_FILE, FORMAT, TRAINED_AS, WEIGHTS_FILE, WEIGHTS_HASH, Dictionary, dtype_name
+from sae.dictionary.token_policy import TokenPolicy
+from sae.errors import FormatError
+from sae.files.damage import damaged
+from sae.files.digest import sha256_of
+from sae.files.paths import expanded
+from sae.files.reading import load_tensors, read_object, taken_apart
+from sae.files.sums import recorded
+from sae.files.writing import stands
+
+
+def weights_sha256(dictionary: Dictionary) -> str:
+    """Identity of a dictionary's weights, whatever device they are on."""
+    digest = hashlib.sha256(dictionary.architecture.encode())
+    for name, parameter in sorted(dictionary.named_parameters()):
+        # `detach` refuses what was made in inference mode and moved outside it.
+        content = parameter.data.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SavedDictionary:
+    """A dictionary's two files, read and checked, before an architecture makes an object of them."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+
+def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDictionary:
+    """Read a dictionary folder (or a run folder that holds one).
+
+    Raises:
+        FormatError: nothing there, not this format, a newer version, a pickle, damaged or ill-shaped weights.
+    """
+    folder = expanded(path)
+    if folder.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
+        raise FormatError(
+            f"dictionary {str(path)!r}: pickled files are not read, since they can run code; "
+            f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    if not stands(folder / CONFIG_FILE) and stands(folder / "dictionary" / CONFIG_FILE):
+        folder = folder / "dictionary"
+    if not stands(folder / CONFIG_FILE):
+        raise FormatError(f"dictionary {str(path)!r}: no {CONFIG_FILE} there; give a dictionary folder or a run folder")
+    config = read_object(folder / CONFIG_FILE)
+    FORMAT.check(config, f"dictionary {str(folder)!r}", CONFIG_FILE)
+    tensors = load_tensors(folder / WEIGHTS_FILE, device)
+    _check_saved(folder, config, tensors)
+    if WEIGHTS_HASH in config and config[WEIGHTS_HASH] != sha256_of(folder / WEIGHTS_FILE):
+        raise damaged(
+            folder / WEIGHTS_FILE,
+            f"its SHA-256 is not the one in {CONFIG_FILE}: they are of two dictionaries, or saving was cut short",
+        )
+    return SavedDictionary(config, tensors)
+
+
+def _check_saved(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration that contradicts the tensors or itself, and weights that are no numbers."""
+    for key in ("d_in", "d_sae", *(("k",) if "k" in config else ())):
+        if type(config.get(key)) is not int:
+            raise damaged(folder / CONFIG_FILE, f"{key}={config.get(key)!r}: expected a whole number")
+    shape = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
+    if shape != (config["d_sae"], config["d_in"]):
+        there = "no W_dec" if shape is None else f"W_dec {list(shape)}"
+        raise damaged(
+            folder / WEIGHTS_FILE,
+            f"weights do not fit {CONFIG_FILE}: {there}, where that says [{config['d_sae']}, {config['d_in']}]",
+        )
+    for name, tensor in tensors.items():
+        here = dtype_name(tensor.dtype)
+        if here != config.get("dtype", here):
+            raise damaged(folder / WEIGHTS_FILE, f"{name} is {here}, where {CONFIG_FILE} says {config['dtype']!r}")
+        if not bool(tensor.isfinite().all()):
+            raise damaged(folder / WEIGHTS_FILE, f"{name} has values that are not finite (NaN or infinity)")
+    _check_metadata(folder / CONFIG_FILE, config)
+
+
+def _check_metadata(path: Path, config: Mapping[str, Any]) -> None:
+    metadata = config.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise damaged(path, "metadata should be keys and values")
+    if isinstance(metadata.get("tokens"), dict):
+        with taken_apart(path):
+            TokenPolicy.from_json(metadata["tokens"])
+    trained = metadata.get("trained", {})
+    settings = trained.get("settings", {}) if isinstance(trained, dict) else None
+    if not isinstance(settings, dict):
+        raise damaged(path, "metadata.trained should be keys and values")
+    if recorded(path):
+        return  # as it was saved, be it with another k than that of training
+    for key in TRAINED_AS & config.keys() & settings.keys():
+        if config[key] != settings[key]:
+            raise damaged(path, f"{key}={config[key]!r}, and {settings[key]!r} in its own metadata")
