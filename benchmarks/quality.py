@@ -40,7 +40,7 @@ import sae
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.config.splits import HELD_OUT, TRAIN
-from sae.training.applicability import PENALISED
+from sae.training.traits import PENALISED
 
 WORKER = Path(__file__).parent / "peers" / "quality_worker.py"
 KEPT = Path(__file__).parent / "results" / "trainings"

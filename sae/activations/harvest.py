@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,38 +31,37 @@ from sae.activations.manifest import (
     shard_name,
 )
 from sae.activations.same_model import check_same_as_before
+from sae.activations.same_request import (
+    TEXT_READING,
+    TEXT_STREAMS,
+    TOKEN_COLUMNS,
+    check_same_request,
+    data_identity,
+    reading_version,
+    token_columns,
+    where_from,
+)
+from sae.activations.space import check_space
 from sae.config.mixture import tokens_by_source
 from sae.config.settings import RunConfig
 from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.console.terminal import complain
-from sae.dictionary.model_identity import has_fingerprint, model_label
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError, DataError
-from sae.files.paths import expanded
 from sae.files.printable import json_text, one_line, printable
 from sae.files.reading import load_tensors, taken_apart
-from sae.files.writing import free_bytes, locked, stands, write_bytes
+from sae.files.writing import locked, stands, write_bytes
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import STREAMS
 from sae.text.census import Census, combined
-from sae.text.corpus import STANDARD_LIBRARY
-from sae.text.fingerprint import source_fingerprint
 from sae.text.packing import READING, Packer, packed_shards
 
 Progress = Callable[[int, int], None]
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-_BYTES_OF_TEXT = 8  # a token's id and the number of its document
 _SHARDS_IN_FLIGHT = 2
 _ROLES_SHOWN, _LONGEST = 8, 200
-_COLUMNS = "token_columns"
-"""In a manifest's data: what token shards hold; missing where it is tokens and documents."""
-_READING = "reading"
-"""In a manifest's data: the version of how its text was read; where it is missing 1, or 0 without `_COLUMNS`."""
-_STREAMS = "streams"
-"""In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
 
 
 @in_own_modes
@@ -91,147 +90,11 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
             if not all(manifest.is_whole(folder, name) for name in manifest.files if _is_text(name)):
                 _write_text(folder, config, language_model, manifest.files, manifest.data)
         else:
-            _check_space(folder, config, hook_widths(config, language_model))
+            check_space(folder, config, hook_widths(config, language_model))
             manifest = _begin(folder, config, language_model)
-        _check_space(folder, config, {hook: entry.d_in for hook, entry in manifest.hooks.items()}, manifest)
+        check_space(folder, config, {hook: entry.d_in for hook, entry in manifest.hooks.items()}, manifest)
         _Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
     return ActivationCache(folder)
-
-
-def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, text: bool = False) -> None:
-    """Raise CacheError if the cache was made with other settings than `config`'s; with `text`, from other text too."""
-    _check_sources(folder, manifest, config.data, text=text)
-    asked = {
-        "model.revision": config.model.revision,
-        "model.weight_processing": config.model.weight_processing,
-        "model.dtype": config.model.dtype,
-        "data.revision": config.data.revision,
-        **{f"data.{key}": value for key, value in _data_identity(config.data).items() if key != "source"},
-        "data.tokens": config.data.tokens,
-        "data.held_out_tokens": config.data.held_out_tokens,
-        "data.context_length": config.data.context_length,
-        "data.prepend_bos": config.data.prepend_bos,
-        "harvest.hooks": list(config.harvest.hooks),
-        "harvest.dtype": config.harvest.dtype,
-        "harvest.shard_contexts": config.harvest.shard_contexts,
-        "harvest.masked_positions": config.harvest.masked_positions,
-        "harvest.mask_special_tokens": config.harvest.mask_special_tokens,
-        "data.chat_roles": None if config.data.chat_roles is None else list(config.data.chat_roles),
-    }
-    model = manifest.model
-    held = {
-        "model.revision": model.get("requested_revision"),
-        **{f"model.{key}": model.get(key) for key in ("weight_processing", "dtype")},
-        **{f"data.{key}": value for key, value in manifest.data.items()},
-        "data.tokens": manifest.rows.get(TRAIN),
-        "data.held_out_tokens": manifest.rows.get(HELD_OUT),
-        "data.context_length": manifest.context_length,
-        "data.prepend_bos": manifest.tokens.get("prepend_bos"),
-        "harvest.hooks": list(manifest.hooks),
-        "harvest.dtype": manifest.dtype,
-        "harvest.shard_contexts": manifest.shard_contexts,
-        "harvest.masked_positions": manifest.tokens.get("masked_positions"),
-        "harvest.mask_special_tokens": manifest.tokens.get("mask_special_tokens"),
-        "data.chat_roles": manifest.tokens.get("chat_roles"),
-    }
-    same_files = has_fingerprint(config.model.name, model.get("fingerprint"))
-    if same_files is None:
-        asked["model.name"], held["model.name"] = model_label(config.model.name), model.get("name")
-    elif not same_files:
-        raise CacheError(
-            f"cache {str(folder)!r}: of another model: the weights of {config.model.name!r} are not those it was made "
-            f"with ({model.get('name')!r}); use that model, or set harvest.cache to another folder"
-        )
-    elif config.model.revision is None:
-        del asked["model.revision"]  # older versions recorded what was given with a folder, where it had no effect
-    for key, value in asked.items():
-        if held.get(key) != value:
-            raise CacheError(
-                f"cache {str(folder)!r}: made with {key}={held.get(key)!r}, now {value!r} is asked for; "
-                "set harvest.cache to another folder, or delete this one"
-            )
-
-
-def _where_from(data: DataConfig) -> dict[str, Any]:
-    """Sources by what they hold, not by where they lie: a folder's or file's name, and a hash of its texts."""
-    prints = [_fingerprint(source, READING) for source in data.sources]
-    names = [
-        source if known is None else label
-        for source, label, known in zip(data.sources, data.labels, prints, strict=True)
-    ]
-    return {
-        "source": names[0] if isinstance(data.source, str) else names,
-        **({"fingerprints": prints} if any(prints) else {}),
-    }
-
-
-def _fingerprint(source: str, reading: int) -> str | None:
-    """None for what is no folder or file of texts (any more)."""
-    if source == STANDARD_LIBRARY:
-        return None
-    try:
-        return source_fingerprint(source, reading=reading)
-    except (DataError, OSError):
-        return None
-
-
-def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: bool) -> None:
-    """Raise CacheError if the cache's text came from elsewhere; with `text`, if it has changed since, too."""
-    source = manifest.data.get("source")
-    held = [source] if isinstance(source, str) else list(source or [])
-    prints = manifest.data.get("fingerprints", [None] * len(held))
-    other = CacheError(
-        f"cache {str(folder)!r}: made with data.source={source!r}, now "
-        f"{data.source if isinstance(data.source, str) else list(data.sources)!r} is asked for; set harvest.cache to "
-        "another folder, or delete this one"
-    )
-    if len(held) != len(data.sources):
-        raise other
-    for before, known, asked, label in zip(held, prints, data.sources, data.labels, strict=True):
-        if known is None:
-            if before != asked and (
-                Path(before).is_absolute() == Path(asked).is_absolute() or not _same_path(before, asked)
-            ):
-                raise other
-            continue
-        now = _fingerprint(asked, _reading(manifest.data)) if text or before != label else known
-        named_alike = before == label or len(held) == 1
-        if now == known and named_alike:
-            continue
-        if before != label:
-            raise other
-        if now is not None:
-            raise CacheError(
-                f"cache {str(folder)!r}: the text of data.source={asked!r} has changed since it was made; set "
-                "harvest.cache to another folder (or delete this one) to read it anew, or put the text back; sae eval "
-                "and sae features take the cache as it is"
-            )
-
-
-def _reading(data: dict[str, Any]) -> int:
-    """The version of how a manifest's text was read."""
-    return data.get(_READING, 1 if _COLUMNS in data else 0)
-
-
-def _same_path(one: str, other: str) -> bool:
-    return expanded(one).resolve() == expanded(other).resolve()
-
-
-def _columns(data: DataConfig) -> list[str]:
-    cut, by_role = data.section_characters is not None, data.chat_roles is not None
-    return [*PLAIN_COLUMNS, *(["sections"] if cut else []), *(["counted"] if by_role else [])]
-
-
-def _data_identity(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide the text; weights, as shares that sum to 1, only where there are several sources."""
-    keys = ("subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction", "holdout_seed")
-    settings = {key: getattr(data, key) for key in keys}
-    settings |= {
-        key: value for key in ("holdout_by", "tokenizer", "revision") if (value := getattr(data, key)) is not None
-    }
-    if isinstance(data.source, str):
-        return {"source": data.source, **settings}
-    return {"source": list(data.sources), "weights": list(data.shares), **settings}
 
 
 @dataclass(frozen=True)
@@ -252,16 +115,18 @@ def _write_text(
     `before` is what the manifest says of the text that is to be restored.
     """
     data = config.data
-    before = {_STREAMS: STREAMS, _COLUMNS: _columns(data), _READING: READING} if before is None else before
+    before = (
+        {TEXT_STREAMS: STREAMS, TOKEN_COLUMNS: token_columns(data), TEXT_READING: READING} if before is None else before
+    )
     bos = language_model.bos if data.prepend_bos else None
     rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
     packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
     files: dict[str, FileEntry] = {}
     counts = dict.fromkeys(SPLITS, 0)
     rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    shard_contexts, columns = config.harvest.shard_contexts, before.get(_COLUMNS, PLAIN_COLUMNS)
+    shard_contexts, columns = config.harvest.shard_contexts, before.get(TOKEN_COLUMNS, PLAIN_COLUMNS)
     census = [Census() for _ in data.sources]
-    reading = _reading(before)
+    reading = reading_version(before)
     if reading not in range(READING + 1):
         raise CacheError(
             f"cache {str(folder)!r}: its manifest has reading={reading!r}, and 0 to {READING} are known here: restore "
@@ -272,7 +137,7 @@ def _write_text(
         language_model.tokenizer,
         shard_contexts,
         packers,
-        before.get(_STREAMS, 1),
+        before.get(TEXT_STREAMS, 1),
         census,
         reading,
         language_model.rows,
@@ -310,12 +175,12 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     manifest = Manifest(
         model=language_model.info.to_json(),
         data={
-            **_data_identity(data),
-            **({_STREAMS: STREAMS} if data.shuffle_documents else {}),
-            _COLUMNS: _columns(data),
-            _READING: READING,
+            **data_identity(data),
+            **({TEXT_STREAMS: STREAMS} if data.shuffle_documents else {}),
+            TOKEN_COLUMNS: token_columns(data),
+            TEXT_READING: READING,
             **combined(text.census),
-            **_where_from(data),
+            **where_from(data),
             **({"source_tokens": text.source_tokens} if text.source_tokens else {}),
         },
         tokens={**policy.to_json(), "mask_special_tokens": harvest_config.mask_special_tokens},
@@ -507,27 +372,6 @@ def _is_text(name: str) -> bool:
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     manifest.files = dict(sorted(manifest.files.items()))
     write_bytes(folder / MANIFEST, (json_text(manifest.model_dump(), indent=1) + "\n").encode())
-
-
-def cache_bytes(config: RunConfig, widths: Mapping[str, int]) -> int:
-    """Size of the activations, tokens and documents' numbers that `config` asks for."""
-    data, dtype = config.data, config.harvest.dtype
-    per_row = sum(widths.values()) * _BYTES[dtype] + 4 * len(widths) * (dtype == "int8") + _BYTES_OF_TEXT
-    return (data.tokens + data.held_out_tokens) * per_row
-
-
-def _check_space(folder: Path, config: RunConfig, widths: Mapping[str, int], manifest: Manifest | None = None) -> None:
-    """Refuse to begin what cannot end: bytes still to write against bytes free."""
-    written = 0
-    if manifest is not None:
-        written = sum(manifest.files[name].bytes for name in manifest.files if manifest.is_whole(folder, name))
-    needed, free = cache_bytes(config, widths) - written, free_bytes(folder)
-    if needed > free:
-        raise CacheError(
-            f"disk full: cache {str(folder)!r} needs {needed / 1e9:,.2f} GB more, {free / 1e9:,.2f} GB are free: "
-            "what is there is kept: free some space and run the same command again, or use harvest.dtype=int8 or "
-            "fewer data.tokens in another folder"
-        )
 
 
 def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from sae.config.settings import MOST_EXAMPLES
+from sae.config.settings import MOST_EXAMPLES, FeaturesConfig
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
@@ -241,6 +241,27 @@ class _Index(BaseModel):
     context_length: PositiveInt
     settings: _Settings
     histogram_edges: list[FiniteFloat]
+
+
+def is_store_of(folder: Path, dictionary: str, activations: str | None, settings: FeaturesConfig) -> bool:
+    """Whether the store in a folder is of just this.
+
+    Args:
+        folder: with `features.json`.
+        dictionary: hash of the weights.
+        activations: the cache's identity at the hook point; None: the activations have been deleted, and a store of
+            this dictionary is enough.
+        settings: of the collection.
+
+    Raises:
+        DamagedError: `features.json` cannot be read.
+    """
+    record = read_object(folder / layout.INDEX)
+    of_weights = record.get("dictionary_sha256") == dictionary
+    return of_weights and (
+        activations is None
+        or (record.get("activations") == activations and record.get("settings") == settings.model_dump())
+    )
 
 
 def _find_store(path: str | Path) -> Path:

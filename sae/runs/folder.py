@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
+
 from sae.architectures import load
-from sae.config.file import CONFIG_YAML, check_permission, load_config
+from sae.config.environment import git_commit
+from sae.config.file import CONFIG_YAML, MOST_YAML_BYTES, check_permission, load_config
 from sae.config.settings import RunConfig
+from sae.config.yaml_text import parse_file
 from sae.dictionary.base import CONFIG_FILE
 from sae.dictionary.saved import weights_sha256
-from sae.errors import ConfigError, FormatError
+from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.features.layout import INDEX
+from sae.files import version
 from sae.files.damage import damaged
-from sae.files.hashes import check
+from sae.files.hashes import check, read_checked
 from sae.files.paths import expanded
+from sae.files.printable import printable
 from sae.files.reading import as_object, read_object
-from sae.files.writing import stands
+from sae.files.writing import stands, write_bytes
 from sae.training.recipe import chosen_settings, setting_of
 
 DICTIONARY = "dictionary"
@@ -110,3 +119,30 @@ def _other_settings(folder: Path, config: RunConfig) -> str | None:
         f"run {str(folder)!r}: its dictionary was made with {key}={held!r}, and its {CONFIG_YAML} has {asked!r}: they "
         "are of two runs; put back the one that belongs there, or give the dictionary's own folder to sae.load"
     )
+
+
+@contextlib.contextmanager
+def configured(config: RunConfig) -> Iterator[None]:
+    """Write `config.yaml` before a step; a step that is refused leaves the one that was there."""
+    path = config.folder / CONFIG_YAML
+    before = read_checked(path, most=MOST_YAML_BYTES) if stands(path) else None
+    if before is None or parse_file(path, before) != config.model_dump(mode="json"):
+        _write_config(path, config)
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except SaeError:
+        if before is not None:
+            write_bytes(path, before)
+        raise
+
+
+def _write_config(path: Path, config: RunConfig) -> None:
+    """The resolved configuration, loadable again, under a line that says what made it."""
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    if printable(settings, lines=True) != settings:
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)  # escapes
+    commit = git_commit()
+    made_by = f"sae {version.__version__}{f' ({commit})' if commit else ''}, torch {torch.__version__}"
+    write_bytes(path, f"# {made_by}, Python {platform.python_version()}\n{settings}".encode())

@@ -3,52 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import platform
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from sae.activations.cache import ActivationCache
-from sae.activations.harvest import cache_bytes, check_same_request, hook_widths
 from sae.activations.harvest import harvest as harvest_activations
+from sae.activations.harvest import hook_widths
 from sae.activations.loader import ActivationLoader
 from sae.activations.manifest import MANIFEST, read_manifest
 from sae.activations.metadata import dictionary_metadata
 from sae.activations.same_model import check_same_model
+from sae.activations.same_request import check_same_request
 from sae.architectures import load
-from sae.config.check import amount_notes, check_amounts, check_memory
-from sae.config.environment import choose_device, git_commit, memory_of
-from sae.config.file import CONFIG_YAML, MOST_YAML_BYTES
+from sae.config.check import amount_notes, check_amounts
+from sae.config.environment import choose_device, memory_of
 from sae.config.settings import RunConfig
-from sae.config.yaml_text import parse_file
 from sae.console.progress import Notes, announce
 from sae.dictionary.base import CONFIG_FILE, Dictionary
 from sae.dictionary.model_identity import model_label
 from sae.dictionary.saved import weights_sha256
-from sae.errors import CacheError, ConfigError, FormatError, SaeError, TrainingInterrupted
-from sae.evaluation import Report, evaluate_all, write_report
+from sae.errors import ConfigError, FormatError
+from sae.evaluation import Report, evaluate_all, partial, write_report
 from sae.evaluation.budget import announcement
-from sae.evaluation.partial import FOLDER as UNFINISHED
-from sae.evaluation.partial import discard
 from sae.evaluation.report import identify
 from sae.evaluation.stored import read_stored
 from sae.features import Features, collect
 from sae.features.layout import INDEX
-from sae.files import version
-from sae.files.hashes import check, read_checked
-from sae.files.printable import printable
-from sae.files.reading import read_object
-from sae.files.writing import locked, missing_space, stands, write_bytes
+from sae.features.store import is_store_of
+from sae.files.hashes import check
+from sae.files.writing import locked, stands
 from sae.model.language_model import LanguageModel
-from sae.runs.folder import DICTIONARY, open_config, other_setting
-from sae.training.applicability import check_read
-from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, training_bytes, warn_of_missed_snapshots
-from sae.training.loop import train
-from sae.training.recipe import Recipe, build, check_start, freeze_
+from sae.runs.disk import check_disk
+from sae.runs.folder import DICTIONARY, configured, open_config, other_setting
+from sae.training.check import check_recipe
+from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
+from sae.training.loop import train_one
+from sae.training.meter import falling
+from sae.training.recipe import Recipe
 from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
 
 Progress = Callable[[str, int, int], None]
@@ -119,7 +114,7 @@ class Run:
             check_same_request(folder, manifest, self.config, text=True)
             if manifest.complete and all(manifest.is_whole(folder, name) for name in manifest.files):
                 return ActivationCache(folder)
-        with self.configured():
+        with configured(self.config):
             language_model = self.language_model
             self.progress("read text", 0, 1)  # until the harvest reports for the first time
             return harvest_activations(
@@ -151,20 +146,9 @@ class Run:
         if self.is_trained():
             return
         check_wandb(self.config.wandb)
-        shape, settings = self.config.dictionary, self.config.train
-        check_read(shape, settings)
         start = self.start
-        if start is not None and start.d_sae != shape.d_sae:
-            raise ConfigError(
-                f"the dictionary to start from has d_sae={start.d_sae}, and d_sae={shape.d_sae} is asked for: choose "
-                "another train.start_from, or set dictionary.d_sae to its"
-            )
-        d_in = 1 if start is None else start.d_in
-        check_memory(d_in, shape, memory_of(self.device))
-        with torch.device("meta"):
-            dictionary = build(shape, d_in)
-        freeze_(dictionary, settings.freeze)
-        check_start(Recipe(shape, settings, start=start), dictionary)
+        recipe = Recipe(self.config.dictionary, self.config.train, start=start)
+        check_recipe(recipe, 1 if start is None else start.d_in, memory_of(self.device))
 
     def check_space(self) -> None:
         """Say before the harvest that what the whole run writes does not fit.
@@ -175,18 +159,7 @@ class Run:
         config, folder = self.config, self.config.cache_folder
         if stands(folder / MANIFEST) and read_manifest(folder).complete:
             return  # what is to be restored is checked by the harvest, and the rest when training begins
-        widths = hook_widths(config, self.language_model)
-        with torch.device("meta"):
-            dictionary = build(config.dictionary, widths[config.hook])
-        weights = 4 * sum(parameter.numel() for parameter in dictionary.parameters())
-        training = 0 if self.is_trained() else training_bytes(weights, 3 * weights, config.train.keep_checkpoints)
-        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if short := missing_space({folder: cache_bytes(config, widths) - there, self.folder: training}):
-            raise CacheError(
-                f"disk full: {short}, for the activations of {config.data.tokens + config.data.held_out_tokens:,} "
-                f"tokens and {training / 1e9:,.2f} GB of checkpoints: free some space, or use harvest.dtype=int8, "
-                "fewer data.tokens or a larger disk (out=..., harvest.cache=...)"
-            )
+        check_disk(config, hook_widths(config, self.language_model), is_trained=self.is_trained())
 
     def train(self) -> Dictionary:
         """The dictionary, trained (or trained to the end) where it is not there yet."""
@@ -198,7 +171,7 @@ class Run:
         with locked(self.folder, "training"):
             if self.is_trained():  # by another process, since
                 return self.trained_already(cache)
-            with self.configured():
+            with configured(self.config):
                 dictionary = self._train(cache)
                 dictionary.save(self.folder / DICTIONARY)
         return dictionary
@@ -287,18 +260,8 @@ class Run:
         loader = self.loader(cache)
         self.progress("train", *self.trained_tokens(loader))
         try:
-            dictionary = train(
-                loader,
-                recipe.dictionary,
-                recipe.settings,
-                seed=recipe.seed,
-                device=self.device,
-                folder=recipe.folder,
-                metadata=recipe.metadata,
-                start=recipe.start,
-                sinks=sinks,
-                progress=self._show_training,
-            )
+            sources = {recipe.source: loader}
+            dictionary = train_one(sources, recipe, device=self.device, sinks=sinks, progress=self._show_training)
             failed = False
         finally:
             for sink in sinks:
@@ -320,13 +283,10 @@ class Run:
     def _is_collected(self, folder: Path) -> bool:
         if not stands(folder / INDEX):
             return False
-        record = read_object(folder / INDEX)
-        if record.get("dictionary_sha256") != weights_sha256(self.dictionary("cpu")):
-            return False
-        if not stands(self.config.cache_folder / MANIFEST):
-            return True
-        identity = self.cache().manifest.identity(self.config.hook)
-        return record.get("activations") == identity and record.get("settings") == self.config.features.model_dump()
+        activations = None
+        if stands(self.config.cache_folder / MANIFEST):
+            activations = self.cache().manifest.identity(self.config.hook)
+        return is_store_of(folder, weights_sha256(self.dictionary("cpu")), activations, self.config.features)
 
     def trained_already(self, cache: ActivationCache) -> Dictionary:
         """The dictionary that is there, if it is the one asked for.
@@ -342,8 +302,8 @@ class Run:
                 f"dictionary {str(self.folder / DICTIONARY)!r}: made with {key}={held!r}, now {asked!r} is asked for; "
                 "choose another run folder (out=...), or delete the dictionary and checkpoints there"
             )
-        settings = self.config.train
-        warn_of_missed_snapshots(self.folder, settings, settings.batch_size, dictionary.metadata["trained"]["steps"])
+        steps = dictionary.metadata["trained"]["steps"]
+        warn_of_missed_snapshots(self.folder, self.config.train, self.config.train.batch_size, steps)
         return dictionary
 
     def _start_identity(self) -> dict[str, Any]:
@@ -352,37 +312,6 @@ class Run:
             return {"start": None if self.start is None else weights_sha256(self.start)}
         except FormatError:
             return {}
-
-    @contextlib.contextmanager
-    def configured(self) -> Iterator[None]:
-        """Write `config.yaml` before a step; a step that is refused leaves the one that was there."""
-        path = self.folder / CONFIG_YAML
-        before = read_checked(path, most=MOST_YAML_BYTES) if stands(path) else None
-        if before is None or parse_file(path, before) != self.config.model_dump(mode="json"):
-            self._write_config(path)
-        try:
-            yield
-        except TrainingInterrupted:
-            raise
-        except SaeError:
-            if before is not None:
-                write_bytes(path, before)
-            raise
-
-    def _write_config(self, path: Path) -> None:
-        """The resolved configuration, loadable again, under a line that says what made it."""
-        settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        if printable(settings, lines=True) != settings:
-            settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)  # escapes
-        commit = git_commit()
-        made_by = f"sae {version.__version__}{f' ({commit})' if commit else ''}, torch {torch.__version__}"
-        write_bytes(path, f"# {made_by}, Python {platform.python_version()}\n{settings}".encode())
-
-
-def falling(metrics: Mapping[str, float | int]) -> str:
-    """What falls while training goes well."""
-    fvu, l0 = metrics.get("fvu"), metrics.get("l0")
-    return "" if fvu is None or l0 is None else f"FVU {fvu:.3f}, L0 {l0:.3g}"
 
 
 def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
@@ -439,7 +368,7 @@ def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Repor
 def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict[int, Report]:
     first = next(iter(runs.values()))
     names = {number: f"run {str(run.folder)!r}" for number, run in runs.items()}
-    cache, unfinished = first.cache(), first.folder / UNFINISHED
+    cache, unfinished = first.cache(), first.folder / partial.FOLDER
     announce(first.progress, announcement(first.config.evaluation, cache, len(runs)))
     reports = evaluate_all(
         {names[number]: run.dictionary() for number, run in runs.items()},
@@ -455,7 +384,7 @@ def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict
         first.progress("evaluate: tables and figures", 0, 1)
         write_report(reports[names[number]], run.folder, run.folder / METRICS_FILE)
         first.progress("evaluate: tables and figures", 1, 1)
-    discard(unfinished)
+    partial.discard(unfinished)
     return {number: reports[name] for number, name in names.items()}
 
 
@@ -469,6 +398,3 @@ def collect_features(
 ) -> Features:
     """The feature store of a run folder, collected where it is missing or stale; `overrides` as of `Run.open`."""
     return Run.open(folder, overrides, progress).features()
-
-
-__all__ = ["Run", "choose_device", "collect_features", "harvest", "run"]

@@ -28,14 +28,15 @@ from sae.evaluation.sweep_view import Differences, behind_best, sweep_markdown
 from sae.files.reading import load_tensors, read_object, taken_apart
 from sae.files.writing import locked, stands, write_bytes, write_json
 from sae.results.markdown import code, plain
-from sae.runs.folder import DICTIONARY
+from sae.runs.folder import DICTIONARY, configured
 from sae.runs.pipeline import Run, evaluate_runs
-from sae.training.agreement import common_pass
-from sae.training.applicability import no_reader, unread
+from sae.training.check import common_pass
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
-from sae.training.loop import Cost, train_all
+from sae.training.loop import train_all
+from sae.training.member import Cost
 from sae.training.recipe import Recipe
 from sae.training.sinks import Wandb
+from sae.training.traits import no_reader, unread
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "sweep.json", "sweep.md", "pareto.png"
 COST_FILE = "cost.json"
@@ -267,7 +268,7 @@ def _train_together(
         sinks |= {name: run.sinks() for name, run in runs.items()}
         with contextlib.ExitStack() as stack:
             for run in runs.values():
-                stack.enter_context(run.configured())
+                stack.enter_context(configured(run.config))
             outcome = train_all(
                 loaders,
                 {name: recipes[name] for name in runs},

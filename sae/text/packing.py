@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,20 +13,15 @@ from jaxtyping import Bool, Int
 
 from sae.config.mixture import Turns
 from sae.config.sources import DataConfig
-from sae.config.splits import HELD_OUT, SPLITS, TRAIN
+from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import DataError
-from sae.numerics.seeding import STREAMS, document_random_1, python_random
+from sae.numerics.seeding import STREAMS
 from sae.text.census import Census
-from sae.text.corpus import check_apart, check_revision, holdout_share, is_held_out, read_documents
-from sae.text.digests import DigestSet, ReadTexts
-from sae.text.document import READING, Chat, Content, Document, LongText, TokenIds, digest_of, essential, is_empty
+from sae.text.corpus import check_apart, check_revision, holdout_share
+from sae.text.document import READING, Chat, Content, TokenIds
+from sae.text.prepared import prepared_documents, take_characters, texts_read
 from sae.text.recorded import check_recorded_tokenizer
-from sae.text.sections import sections
 from sae.text.tokenise import ContentTokenizer, TokenPart
-
-_CHARACTERS_AT_ONCE = 500_000
-_SECTION_OF_ONE_DOCUMENT = 10_000
-_CHARACTERS_PER_ID = 4
 
 
 @dataclass(frozen=True)
@@ -161,7 +154,7 @@ def packed_shards(
     census = census or [Census() for _ in config.sources]
     separator = next(iter(packers.values())).separator
     contents = ContentTokenizer(tokenizer, config.chat_roles, separator, model_rows)
-    read = _read_texts(reading, contents.compared)
+    read = texts_read(reading, contents.compared)
     readers = [
         _Reader(
             config.sources[number],
@@ -192,67 +185,6 @@ def packed_shards(
                     raise DataError(_too_little(config, split, packer, turns[split], reader))
     finally:
         contents.close()
-
-
-def prepared_documents(
-    config: DataConfig, number: int = 0, streams: int = STREAMS, census: Census | None = None,
-    read: ReadTexts | None = None, reading: int = READING,
-) -> Iterator[tuple[str, Content, str]]:  # fmt: skip
-    """(document's name, content, split) of a source, cut into sections and shuffled as asked; nothing that is empty.
-
-    Sections keep the name of their document, so they fall on one side of the
-    held-out split and count as one document in standard errors, unless `holdout_by` is `section`: then every section is
-    a document of its own. It is so by itself for a source that is one document.
-
-    Among several sources, names begin with the source's label. The held-out split goes by what they are without it, so
-    that a document is on the same side alone and in every mix.
-
-    Args:
-        config: which text.
-        number: of the source.
-        streams: version of the random streams that documents are shuffled with.
-        census: what is found and not read is counted there.
-        read: contents that have been read already, of this and other sources; None: there are none.
-        reading: version of how text is read.
-
-    Raises:
-        DataError: as `read_documents`; or one document is all there is, and documents are to be held out whole.
-    """
-    source, census = config.sources[number], census or Census()
-    documents = read_documents(
-        source, split=config.split, subset=config.subset, column=config.column, streaming=config.streaming,
-        census=census, revision=config.revision, reading=reading,
-    )  # fmt: skip
-    prefix = f"{config.labels[number]}/" if len(config.sources) > 1 else ""
-
-    def prepared() -> Iterator[tuple[str, Content, str]]:
-        new = _new_documents(documents, census, (read or _read_texts(reading)) if reading else None)
-        first = list(itertools.islice(new, 2))
-        if len(first) == 1 and config.holdout_by == "document":
-            raise DataError(
-                f"data source {source!r}: it holds one document, and a held-out split needs at least two: set "
-                "data.holdout_by=section, so that its sections are divided, or add text"
-            )
-        by_section = config.holdout_by == "section" or (config.holdout_by is None and len(first) == 1)
-        census.unit = "section" if by_section else "document"
-        characters = config.section_characters or (_SECTION_OF_ONE_DOCUMENT if by_section else None)
-        sides = {split: DigestSet() for split in SPLITS}
-        for document in itertools.chain(first, new):
-            for section, content in enumerate(_cut(document.text, characters)):
-                if is_empty(content):
-                    continue
-                name = f"{document.name}#{section}" if by_section else document.name
-                split = HELD_OUT if is_held_out(name, config.holdout_seed, config.holdout_fraction) else TRAIN
-                if by_section and isinstance(content, str):
-                    digest = digest_of(content)
-                    sides[split].add(digest)
-                    census.repeated_sections += any(digest in seen for side, seen in sides.items() if side != split)
-                yield prefix + name, content, split
-
-    if not config.shuffle_documents:
-        return prepared()
-    rng = document_random_1() if streams == 1 else python_random("order of documents", number)
-    return _shuffled(prepared(), config.shuffle_documents, rng)
 
 
 @dataclass
@@ -287,7 +219,7 @@ class _Reader:
 
     def read(self) -> bool:
         """Tokenise some more documents, for the splits that are not full; False where the source has ended."""
-        batch = list(_take_characters(self.documents))
+        batch = list(take_characters(self.documents))
         for name, _, _ in batch:
             self.shares.add(name)
         wanted = [(name, content, split) for name, content, split in batch if not self.packers[split].full]
@@ -320,34 +252,6 @@ class _Shares:
         self.least, self.largest = min(self.least, share), max(self.largest, share)
 
 
-def _read_texts(reading: int, form: Callable[[TokenIds | Chat], str | TokenIds | Chat] = essential) -> ReadTexts:
-    return ReadTexts(form if reading >= 3 else lambda content: content, exactly=reading < 2)
-
-
-def _new_documents(documents: Iterator[Document], census: Census, read: ReadTexts | None) -> Iterator[Document]:
-    """Documents that are neither empty nor equal to one that was read before; both are counted."""
-    for document in documents:
-        if is_empty(document.text):
-            census.empty += 1
-        elif read is not None and not read.add(document.text):
-            census.duplicates += 1
-        else:
-            census.pretokenised += isinstance(document.text, TokenIds)
-            census.chats += isinstance(document.text, Chat)
-            yield document
-
-
-def _cut(content: Content, characters: int | None) -> Iterator[Content]:
-    """Sections of texts and of lists of ids; chats remain whole."""
-    if characters is None or isinstance(content, Chat):
-        yield content
-    elif isinstance(content, TokenIds):
-        step = max(1, characters // _CHARACTERS_PER_ID)
-        yield from (TokenIds(content.ids[start : start + step]) for start in range(0, len(content.ids), step))
-    else:
-        yield from sections(content.pieces() if isinstance(content, LongText) else [content], characters)
-
-
 def _marked_ends(name: str, parts: Iterator[TokenPart]) -> Iterator[tuple[str, TokenPart, bool]]:
     """The parts of a document, each with whether it is the last."""
     before: TokenPart | None = None
@@ -357,38 +261,6 @@ def _marked_ends(name: str, parts: Iterator[TokenPart]) -> Iterator[tuple[str, T
         before = part
     if before is not None:
         yield name, before, True
-
-
-def _shuffled(
-    items: Iterable[tuple[str, Content, str]], buffer_size: int, rng: random.Random
-) -> Iterator[tuple[str, Content, str]]:
-    """A streaming shuffle: each item leaves from a random place of the buffer."""
-    items = iter(items)
-    buffer = list(itertools.islice(items, buffer_size))
-    for item in items:
-        place = rng.randrange(len(buffer))
-        yield buffer[place]
-        buffer[place] = item
-    rng.shuffle(buffer)
-    yield from buffer
-
-
-def _take_characters(documents: Iterator[tuple[str, Content, str]]) -> Iterator[tuple[str, Content, str]]:
-    """Documents of about half a million characters together; a text that is read piece by piece ends them."""
-    count = 0
-    for document in documents:
-        yield document
-        count += _size(document[1])
-        if count >= _CHARACTERS_AT_ONCE:
-            return
-
-
-def _size(content: Content) -> int:
-    if isinstance(content, Chat):
-        return content.characters
-    if isinstance(content, TokenIds):
-        return len(content.ids)
-    return _CHARACTERS_AT_ONCE if isinstance(content, LongText) else len(content)
 
 
 def _too_little(config: DataConfig, split: str, packer: Packer, turns: Turns, reader: _Reader) -> str:

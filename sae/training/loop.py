@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae.config.settings import DictionaryConfig, TrainConfig
@@ -22,12 +18,11 @@ from sae.files.paths import expanded
 from sae.files.reading import taken_apart
 from sae.files.writing import locked, missing_space
 from sae.numerics.modes import present_mode, training_mode
-from sae.training.agreement import common_pass
+from sae.training.check import common_pass
 from sae.training.checkpoint import (
     CHECKPOINTS,
     STATE_FILE,
     CheckpointClock,
-    list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -35,30 +30,17 @@ from sae.training.checkpoint import (
     training_bytes,
     warn_of_missed_snapshots,
 )
-from sae.training.meter import Meter, Stopwatch
+from sae.training.member import Cost, Member, checkpoint_bytes, weights_bytes
+from sae.training.reader import Reader
 from sae.training.recipe import Recipe
+from sae.training.signals import stop_flag
 from sae.training.sinks import FeatureSink, JsonLines, Sink
-from sae.training.source import BatchSource, IterableSource, origin
-from sae.training.trainee import Trainee
+from sae.training.source import BatchSource, origin
+from sae.training.trainer import Trainer
 
 Metrics = dict[str, float | int]
 Progress = Callable[[int, int, Metrics], None]
 _ONLY = "dictionary"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one dictionary of a common pass took.
-
-    Attributes:
-        seconds: in its own steps, without reading.
-        tokens: trained on in this process.
-        bytes: weights and optimiser.
-    """
-
-    seconds: float
-    tokens: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +107,18 @@ def train(
         dictionary, settings or TrainConfig(), seed, "input", None if target is None else "target",
         None if folder is None else expanded(folder), metadata or {}, start,
     )  # fmt: skip
+    return train_one(sources, recipe, device=device, sinks=sinks, progress=progress)
+
+
+def train_one(
+    sources: Mapping[str, BatchSource], recipe: Recipe, *, device: str | torch.device = "cpu",
+    sinks: Sequence[Sink] = (), progress: Progress | None = None,
+) -> Dictionary:  # fmt: skip
+    """`train` by a recipe, which names one or two of the sources.
+
+    Raises:
+        SaeError: as `train` does.
+    """
     outcome = train_all(
         sources, {_ONLY: recipe}, device=device, sinks={_ONLY: sinks},
         progress=None if progress is None else lambda done, of, metrics: progress(done, of, metrics[_ONLY]),
@@ -171,41 +165,6 @@ def train_all(
         return _Run(sources, recipes, torch.device(device), callers_mode).train(sinks or {}, progress)
 
 
-@dataclass
-class _Member:
-    """One trainee and what surrounds it."""
-
-    trainee: Trainee
-    sinks: list[Sink] = field(default_factory=list)
-    tokens: int = 0
-
-    def __post_init__(self) -> None:
-        self.meter, self.stopwatch = Meter(self.trainee.batch_size), Stopwatch(self.trainee.dictionary.W_dec.device)
-
-    @property
-    def folder(self) -> Path | None:
-        return self.trainee.recipe.folder
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        return list_checkpoints(self.folder / CHECKPOINTS) if self.folder else []
-
-    @property
-    def keep(self) -> int:
-        return self.trainee.settings.keep_checkpoints
-
-    def cost(self) -> Cost:
-        return Cost(self.stopwatch.seconds(), self.tokens, self.trainee.bytes())
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A batch of every source, and the places where they are after it."""
-
-    batch: dict[str, Float[Tensor, "batch d_in"]]
-    places: dict[str, dict[str, Any]]
-
-
 class _Run:
     """One pass."""
 
@@ -213,7 +172,6 @@ class _Run:
         self, sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe], device: torch.device,
         callers_mode: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:  # fmt: skip
-        self.callers_mode = callers_mode
         used = {name for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None}
         self.sources = {name: source for name, source in sources.items() if name in used}
         self.device = device
@@ -223,17 +181,15 @@ class _Run:
         self.log_every, self.checkpoint_every = first.settings.log_every, first.settings.checkpoint_every
         self.step = 0
         self.threshold_step = 0
-        self.ahead: deque[_Read] = deque()
-        self.places: dict[str, dict[str, Any]] | None = None  # of the newest step; None: where the sources are
-        self.unreadable: Exception | None = None
-        self.members = {name: _Member(self._trainee(recipe, sources)) for name, recipe in recipes.items()}
+        self.reader = Reader(self.sources, device, callers_mode)
+        self.members = {name: Member(self._trainer(recipe, sources)) for name, recipe in recipes.items()}
         self.failures: dict[str, str] = {}
 
-    def _trainee(self, recipe: Recipe, sources: Mapping[str, BatchSource]) -> Trainee:
+    def _trainer(self, recipe: Recipe, sources: Mapping[str, BatchSource]) -> Trainer:
         target = None if recipe.target is None else sources[recipe.target]
         known = origin(sources[recipe.source], target)
         recipe = replace(recipe, metadata={**known, **recipe.metadata})
-        return Trainee(recipe, sources[recipe.source], target, self.steps, self.device)
+        return Trainer(recipe, sources[recipe.source], target, self.steps, self.device)
 
     def train(
         self,
@@ -241,7 +197,7 @@ class _Run:
         progress: Callable[[int, int, dict[str, Metrics]], None] | None,
     ) -> Outcome:
         everyone = dict(self.members)
-        with _stop_flag() as stop, contextlib.ExitStack() as stack:
+        with stop_flag() as stop, contextlib.ExitStack() as stack:
             for member in everyone.values():
                 if member.folder is not None:
                     stack.enter_context(locked(member.folder, "training"))
@@ -253,10 +209,12 @@ class _Run:
                     lines = JsonLines(member.folder, self.step)
                     stack.callback(lines.close)
                     member.sinks.insert(0, lines)
-            self.batches = self._batches()
-            clock = CheckpointClock(self.checkpoint_every, sum(map(_checkpoint_bytes, self.members.values())))
+            self.reader.begin(self.step)
+            clock = CheckpointClock(self.checkpoint_every, sum(map(checkpoint_bytes, self.members.values())))
             while self.step < self.steps and self.members:
-                batch = self._next()
+                batch = self.reader.next()
+                if batch is None:
+                    raise TrainingError(f"the source ended after {self.step} steps of {self.steps}; lower train.tokens")
                 self.step += 1
                 for member in self.members.values():
                     self._step(member, batch)
@@ -271,84 +229,44 @@ class _Run:
                 if stop.is_set() and self.members:
                     raise TrainingInterrupted(self._interrupted())
         return Outcome(
-            {name: member.trainee.folded() for name, member in self.members.items()},
+            {name: member.trainer.folded() for name, member in self.members.items()},
             self.failures,
             {name: member.cost() for name, member in everyone.items()},
         )
 
-    def _step(self, member: _Member, batch: dict[str, Tensor]) -> None:
-        recipe = member.trainee.recipe
+    def _step(self, member: Member, batch: dict[str, Tensor]) -> None:
+        recipe = member.trainer.recipe
         raw = batch[recipe.source]
         with member.stopwatch:
-            losses = member.trainee.step(raw, None if recipe.target is None else batch[recipe.target])
-        member.meter.add(losses, member.trainee.variance)
+            losses = member.trainer.step(raw, None if recipe.target is None else batch[recipe.target])
+        member.meter.add(losses, member.trainer.variance)
         member.tokens += len(raw)
-
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        for parts in zip(*self.sources.values(), strict=False):
-            yield dict(zip(self.sources, parts, strict=True))
-
-    def _next(self) -> dict[str, Float[Tensor, "batch d_in"]]:
-        if self.ahead:
-            read = self.ahead.popleft()
-            self.places = read.places
-            return read.batch
-        if self.unreadable is not None:
-            raise self.unreadable
-        self.places, batch = None, self._read()
-        if batch is None:
-            raise TrainingError(f"the source ended after {self.step} steps of {self.steps}; lower train.tokens")
-        return batch
-
-    def _read(self) -> dict[str, Float[Tensor, "batch d_in"]] | None:
-        """The next batch of the sources; None where there is no more."""
-        with self.callers_mode():  # a source may run a language model
-            batch = next(self.batches, None)
-        if batch is None:
-            return None
-        for name, x in batch.items():
-            if x.ndim != 2 or x.shape[1] != self.sources[name].d_in:
-                raise TrainingError(f"a batch has shape {list(x.shape)}: expected [batch, {self.sources[name].d_in}]")
-        epochs = {source.epoch for source in self.sources.values() if isinstance(source, IterableSource)}
-        if len(epochs) > 1:
-            raise TrainingError(
-                f"at step {self.step + len(self.ahead) + 1} {' and '.join(self.sources)} are not of one length: one "
-                "has begun anew and the other has not; give them as many batches each, row by row of the same tokens"
-            )
-        return {name: x.detach().to(self.device, torch.float32) for name, x in batch.items()}
 
     def _set_thresholds(self) -> None:
         """Of those that have one, for the weights as they are, from the batches that come next; once a step."""
-        wanted = max((member.trainee.batches_ahead for member in self.members.values()), default=0)
+        wanted = max((member.trainer.batches_ahead for member in self.members.values()), default=0)
         if self.threshold_step == self.step or wanted == 0:
             return
-        self.places = self.places or self._source_places()
-        try:
-            while self.unreadable is None and len(self.ahead) < wanted and (batch := self._read()) is not None:
-                copied = {name: x.clone() for name, x in batch.items()}  # an iterable may fill one buffer again
-                self.ahead.append(_Read(copied, self._source_places()))
-        except Exception as error:  # of a step that is not due yet, or never will be
-            self.unreadable = error
+        ahead = self.reader.look_ahead(wanted)
         for member in self.members.values():
-            trainee = member.trainee
-            trainee.set_threshold_([read.batch[trainee.recipe.source] for read in self.ahead])
+            member.trainer.set_threshold_([batch[member.trainer.recipe.source] for batch in ahead])
         self.threshold_step = self.step
 
     def _log(self, progress: Callable[[int, int, dict[str, Metrics]], None] | None) -> None:
         self._set_thresholds()
         metrics: dict[str, Metrics] = {}
         for name, member in self.members.items():
-            trainee = member.trainee
+            trainer = member.trainer
             metrics[name] = {
                 "step": self.step,
                 "tokens": self.step * self.batch_size,
                 **member.meter.read(),
-                **trainee.metrics_now(),
+                **trainer.metrics_now(),
             }
             for sink in member.sinks:
                 sink.log(metrics[name])
             takers = [sink for sink in member.sinks if isinstance(sink, FeatureSink)]
-            of_features = trainee.of_features() if takers else {}
+            of_features = trainer.of_features() if takers else {}
             for sink in takers:
                 sink.log_features(self.step, of_features)
         if progress and metrics:
@@ -357,7 +275,7 @@ class _Run:
     def _drop_failed(self) -> None:
         """Take those out whose loss was not finite. Waits for the device."""
         for name, member in list(self.members.items()):
-            reason = member.trainee.failure()
+            reason = member.trainer.failure()
             if reason is None:
                 continue
             kept = member.checkpoints
@@ -371,10 +289,10 @@ class _Run:
         self._set_thresholds()
         for member in self.members.values():
             if member.folder is not None:
-                trainee = member.trainee
-                places = self._places(trainee.recipe)
-                state = {**trainee.state_dict(), "sources": places, "meter": member.meter.state_dict()}
-                save_checkpoint(member.folder / CHECKPOINTS, self.step, state, trainee.folded())
+                trainer = member.trainer
+                places = self.reader.places_of(trainer.recipe)
+                state = {**trainer.state_dict(), "sources": places, "meter": member.meter.state_dict()}
+                save_checkpoint(member.folder / CHECKPOINTS, self.step, state, trainer.folded())
         for member in self.members.values():
             if member.folder is not None:
                 prune_checkpoints(member.folder / CHECKPOINTS, member.keep)
@@ -386,7 +304,7 @@ class _Run:
             TrainingError: fewer bytes are free than the checkpoints and dictionaries need.
         """
         needs = {
-            member.folder: training_bytes(_weights_bytes(member), member.trainee.bytes(), member.keep)
+            member.folder: training_bytes(weights_bytes(member), member.trainer.bytes(), member.keep)
             - sum(file.stat().st_size for path in member.checkpoints for file in path.iterdir())
             for member in self.members.values()
             if member.folder is not None and self.step < self.steps
@@ -402,7 +320,7 @@ class _Run:
         before, now = (self.step - 1) * self.batch_size, self.step * self.batch_size
         due = {
             name for name, member in self.members.items()
-            if any(before < at <= now for at in member.trainee.settings.snapshots)
+            if any(before < at <= now for at in member.trainer.settings.snapshots)
         }  # fmt: skip
         if due:
             self._drop_failed()
@@ -410,7 +328,7 @@ class _Run:
         for name in due & self.members.keys():
             member = self.members[name]
             assert member.folder is not None
-            member.trainee.folded().save(snapshot_folder(member.folder, now))
+            member.trainer.folded().save(snapshot_folder(member.folder, now))
 
     def _resume(self) -> None:
         """Go on from the newest step that all have.
@@ -428,9 +346,9 @@ class _Run:
                 newest = paths[max(common or paths)]
                 state = load_checkpoint(newest)
                 with taken_apart(newest / STATE_FILE):
-                    member.trainee.check_identity(state["identity"], f"checkpoint {str(newest)!r}")
+                    member.trainer.check_identity(state["identity"], f"checkpoint {str(newest)!r}")
                     if common:
-                        self._check_same_places(name, member.trainee.recipe, state["sources"], read)
+                        self._check_same_places(name, member.trainer.recipe, state["sources"], read)
                         self._go_on(member, state)
         if common:
             return
@@ -457,25 +375,16 @@ class _Run:
                     f"({place} and {places[role]}); train them apart"
                 )
 
-    def _go_on(self, member: _Member, state: dict[str, Any]) -> None:
+    def _go_on(self, member: Member, state: dict[str, Any]) -> None:
         """Take a member and its sources to where they were."""
-        warn_of_missed_snapshots(member.folder, member.trainee.settings, self.batch_size, self.step)
-        member.trainee.load_state_dict(state)
+        warn_of_missed_snapshots(member.folder, member.trainer.settings, self.batch_size, self.step)
+        member.trainer.load_state_dict(state)
         if "meter" in state:
             member.meter.load_state_dict(state["meter"], self.device)
-        recipe = member.trainee.recipe
+        recipe = member.trainer.recipe
         for role, name in (("input", recipe.source), ("target", recipe.target)):
             if name is not None:
                 self.sources[name].load_state_dict(state["sources"][role])
-
-    def _places(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
-        """Where the sources of a recipe are, by what they are to it: their names differ from pass to pass."""
-        names = {"input": recipe.source, "target": recipe.target}
-        places = self.places or self._source_places()
-        return {role: places[name] for role, name in names.items() if name is not None}
-
-    def _source_places(self) -> dict[str, dict[str, Any]]:
-        return {name: source.state_dict() for name, source in self.sources.items()}
 
     def _interrupted(self) -> str:
         folders = [member.folder for member in self.members.values() if member.folder is not None]
@@ -486,28 +395,3 @@ class _Run:
             f"stopped at step {self.step} of {self.steps}; the state is saved in {where}: run the same command again "
             "to go on"
         )
-
-
-def _weights_bytes(member: _Member) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in member.trainee.dictionary.parameters())
-
-
-def _checkpoint_bytes(member: _Member) -> int:
-    """Of a state and of the dictionary beside it; 0 where none is written."""
-    return 0 if member.folder is None else _weights_bytes(member) + member.trainee.bytes()
-
-
-@contextlib.contextmanager
-def _stop_flag() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a termination signal sets, instead of breaking into the middle of a step."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *_: flag.set()) for number in signals}
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -87,3 +88,9 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         self._events.append(event)
+
+
+def falling(metrics: Mapping[str, float | int]) -> str:
+    """What falls while training goes well, of logged numbers, in a few characters."""
+    fvu, l0 = metrics.get("fvu"), metrics.get("l0")
+    return "" if fvu is None or l0 is None else f"FVU {fvu:.3f}, L0 {l0:.3g}"

@@ -11,7 +11,7 @@ from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError
-from sae.training.applicability import READERS
+from sae.training.traits import READERS
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from sae.errors import ConfigError, DataError
 from sae.model.language_model import LanguageModel
 from sae.numerics.seeding import python_random
 from sae.text.corpus import is_held_out, read_documents
-from sae.text.packing import Packer, packed_shards, prepared_documents
+from sae.text.packing import Packer, packed_shards
+from sae.text.prepared import prepared_documents
 
 LENGTH = 16
 Streams = dict[str, list[tuple[str, list[int]]]]
@@ -107,7 +108,7 @@ def test_a_mix_equals_the_slow_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """And how far sources are read ahead changes nothing."""
-    monkeypatch.setattr("sae.text.packing._CHARACTERS_AT_ONCE", at_once)
+    monkeypatch.setattr("sae.text.prepared._CHARACTERS_AT_ONCE", at_once)
     config = DataConfig(
         source=(str(notes), str(text_folder)), weights=(3, 7), tokens=5001, held_out_tokens=1037,
         context_length=LENGTH, holdout_fraction=0.25, **options,

@@ -301,14 +301,14 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_weights(tiny_config: 
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     code = f"""
 import os, signal
-from sae.training import trainee
-original, count = trainee.Trainee.step, [0]
+from sae.training import trainer
+original, count = trainer.Trainer.step, [0]
 def step(self, *arguments):
     count[0] += 1
     if count[0] == 150:  # in the middle of step 25 of all six
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *arguments)
-trainee.Trainee.step = step
+trainer.Trainer.step = step
 import sae
 sae.sweep(sae.load_config({str(path)!r}))
 """

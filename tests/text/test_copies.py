@@ -14,7 +14,8 @@ from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.model.language_model import LanguageModel
 from sae.text.census import Census
 from sae.text.document import Chat, TokenIds
-from sae.text.packing import Packer, packed_shards, prepared_documents
+from sae.text.packing import Packer, packed_shards
+from sae.text.prepared import prepared_documents
 from sae.text.tokenise import ContentTokenizer
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{{ m.tool_calls }}\n{% endfor %}"

@@ -16,7 +16,7 @@ from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import DataError
 from sae.text.corpus import Document, check_apart, check_revision, is_held_out, read_documents, standard_library
 from sae.text.document import TokenIds
-from sae.text.packing import prepared_documents
+from sae.text.prepared import prepared_documents
 
 TEXTS = ["One.", "Two, and ü × 漢字.\n", "Three"]
 

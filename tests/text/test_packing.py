@@ -13,7 +13,8 @@ from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DataError
 from sae.model.language_model import LanguageModel
-from sae.text.packing import Packer, packed_shards, prepared_documents
+from sae.text.packing import Packer, packed_shards
+from sae.text.prepared import prepared_documents
 
 BOS, SEPARATOR = 900, 901
 
@@ -109,7 +110,7 @@ def packed(config: DataConfig, language_model: LanguageModel, shard_contexts: in
 def test_text_comes_out_as_the_tokenizer_reads_it(
     tokens: int, text_folder: Path, language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sae.text.packing._CHARACTERS_AT_ONCE", 5000)
+    monkeypatch.setattr("sae.text.prepared._CHARACTERS_AT_ONCE", 5000)
     config = DataConfig(
         source=str(text_folder), tokens=tokens, held_out_tokens=77, context_length=16, holdout_fraction=0.25
     )

@@ -126,7 +126,7 @@ def test_long_files_give_their_tokens_in_order(
 
 
 def _sides(folder: Path, seed: int) -> list[str]:
-    from sae.text.packing import prepared_documents
+    from sae.text.prepared import prepared_documents
 
     config = DataConfig(source=str(folder), holdout_fraction=0.5, holdout_seed=seed)
     return [split for _, _, split in prepared_documents(config)]

@@ -19,7 +19,8 @@ from sae.errors import DataError
 from sae.text.census import Census
 from sae.text.corpus import read_documents
 from sae.text.document import Chat, Content, TokenIds
-from sae.text.packing import READING, prepared_documents
+from sae.text.packing import READING
+from sae.text.prepared import prepared_documents
 
 ROWS = [{"text": "One, ü × 漢字 😀.\nTwo", "n": 1}, {"text": 'He said "no", twice', "n": 2}]
 TEXTS = [row["text"] for row in ROWS]

@@ -117,7 +117,7 @@ def test_training_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: py
 
 def test_the_main_configuration_says_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """80.7 GB: 51 million rows of 768 bfloat16 and two int32; 3 × 604 MB of checkpoints, 151 MB of dictionary."""
-    from sae.activations.harvest import cache_bytes
+    from sae.activations.space import cache_bytes
     from sae.config.file import load_config
 
     path = Path(__file__).parents[2] / "configs" / "gpt2-small.yaml"

@@ -9,7 +9,7 @@ from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource, train
 from sae.training.recipe import Recipe
-from sae.training.trainee import Trainee
+from sae.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -67,7 +67,7 @@ def test_a_step_does_not_wait_for_the_device(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     settings = TrainConfig(tokens=40 * BATCH, batch_size=BATCH, dead_after_tokens=2 * BATCH)
     data = batches(4)
-    run = Trainee(Recipe(shape, settings), IterableSource(data), None, 40, torch.device("cuda"))
+    run = Trainer(Recipe(shape, settings), IterableSource(data), None, 40, torch.device("cuda"))
     on_device = [x.cuda() for x in data]
     for step in range(17):
         run.step(on_device[step % 4], None)

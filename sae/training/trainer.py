@@ -21,7 +21,6 @@ from sae.errors import TrainingError
 from sae.files import version
 from sae.kernels.products import cpu_has_bfloat16
 from sae.numerics.seeding import torch_generator
-from sae.training.applicability import PENALISED, READERS
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisations_of
@@ -40,6 +39,7 @@ from sae.training.schedules import (
 )
 from sae.training.source import BatchSource
 from sae.training.threshold import rows_for_threshold, set_threshold_
+from sae.training.traits import PENALISED, READERS
 
 COSINES = 512
 """Features whose nearest one is looked for when features are logged; of all it would take as long as steps."""
@@ -50,7 +50,7 @@ _OLD_THRESHOLD_RATE = 0.03
 """Weight of the newest batch in that mean."""
 
 
-class Trainee:
+class Trainer:
     """State of one dictionary in training.
 
     Args:

@@ -13,8 +13,8 @@ from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, FormatError
 from sae.runs.pipeline import Run
 from sae.training import IterableSource, train
-from sae.training.applicability import READERS, unread
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
+from sae.training.traits import READERS, unread
 from tests.conftest import TinyConfig
 from tests.support.quick import quick_for
 from tests.support.states import save_state
@@ -48,8 +48,8 @@ READ_BY_SOME = {
 def test_settings_are_read_by_those_that_they_are_said_to_be_for(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sae.training.trainee.cpu_has_bfloat16", lambda: True)
-    monkeypatch.setattr("sae.training.agreement.check_read", lambda *_: None)
+    monkeypatch.setattr("sae.training.trainer.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("sae.training.check.check_read", lambda *_: None)
 
     def made(key: str = "", value: object = None) -> tuple[str, bool]:
         section, _, name = key.partition(".")

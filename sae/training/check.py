@@ -12,9 +12,9 @@ from sae.config.check import check_fit, check_memory
 from sae.config.environment import memory_of
 from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError, TrainingError
-from sae.training.applicability import check_read
 from sae.training.recipe import Recipe, build, check_start, freeze_
 from sae.training.source import BatchSource, origin
+from sae.training.traits import check_read
 
 
 def common_pass(
@@ -115,26 +115,36 @@ def _check_sources(sources: Mapping[str, BatchSource]) -> None:
 def _check_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, BatchSource], tokens: int, memory: int) -> None:
     for name, recipe in recipes.items():
         try:
-            check_memory(sources[recipe.source].d_in, recipe.dictionary, memory)
-            _check_recipe(recipe, sources[recipe.source].d_in, tokens)
+            check_recipe(recipe, sources[recipe.source].d_in, memory)
+            _check_snapshots(recipe, tokens)
         except ConfigError as error:
             raise (ConfigError(f"{name}: {error}") if len(recipes) > 1 else error) from None
 
 
-def _check_recipe(recipe: Recipe, d_in: int, tokens: int) -> None:
+def check_recipe(recipe: Recipe, d_in: int, memory: int) -> None:
     """Whether a dictionary can be trained as its recipe says; nothing of its size is made.
 
+    Args:
+        recipe: of the dictionary.
+        d_in: width of its input.
+        memory: bytes that the device has.
+
     Raises:
-        ConfigError: settings that contradict each other or have no effect; frozen names, a start or snapshots that do
-            not fit.
+        ConfigError: settings that contradict each other or have no effect; too little memory; frozen names or a start
+            that do not fit.
     """
     shape, settings = recipe.dictionary, recipe.settings
+    check_memory(d_in, shape, memory)
     check_fit(shape, settings)
     check_read(shape, settings)
     with torch.device("meta"):
         dictionary = build(shape, d_in)
     freeze_(dictionary, settings.freeze)
     check_start(recipe, dictionary)
+
+
+def _check_snapshots(recipe: Recipe, tokens: int) -> None:
+    settings = recipe.settings
     late = [at for at in settings.snapshots if at > tokens]
     if late:
         raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")

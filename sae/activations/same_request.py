@@ -1,0 +1,160 @@
+"""Is a cache what a configuration asks for? By its settings, its sources and their text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sae.activations.manifest import PLAIN_COLUMNS, Manifest
+from sae.config.settings import RunConfig
+from sae.config.sources import DataConfig
+from sae.config.splits import HELD_OUT, TRAIN
+from sae.dictionary.model_identity import has_fingerprint, model_label
+from sae.errors import CacheError, DataError
+from sae.files.paths import expanded
+from sae.text.corpus import STANDARD_LIBRARY
+from sae.text.fingerprint import source_fingerprint
+from sae.text.packing import READING
+
+TOKEN_COLUMNS = "token_columns"
+"""In a manifest's data: what token shards hold; missing where it is tokens and documents."""
+TEXT_READING = "reading"
+"""In a manifest's data: the version of how its text was read; where it is missing 1, or 0 without `TOKEN_COLUMNS`."""
+TEXT_STREAMS = "streams"
+"""In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
+
+
+def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, text: bool = False) -> None:
+    """Raise CacheError if the cache was made with other settings than `config`'s; with `text`, from other text too."""
+    _check_sources(folder, manifest, config.data, text=text)
+    asked = {
+        "model.revision": config.model.revision,
+        "model.weight_processing": config.model.weight_processing,
+        "model.dtype": config.model.dtype,
+        "data.revision": config.data.revision,
+        **{f"data.{key}": value for key, value in data_identity(config.data).items() if key != "source"},
+        "data.tokens": config.data.tokens,
+        "data.held_out_tokens": config.data.held_out_tokens,
+        "data.context_length": config.data.context_length,
+        "data.prepend_bos": config.data.prepend_bos,
+        "harvest.hooks": list(config.harvest.hooks),
+        "harvest.dtype": config.harvest.dtype,
+        "harvest.shard_contexts": config.harvest.shard_contexts,
+        "harvest.masked_positions": config.harvest.masked_positions,
+        "harvest.mask_special_tokens": config.harvest.mask_special_tokens,
+        "data.chat_roles": None if config.data.chat_roles is None else list(config.data.chat_roles),
+    }
+    model = manifest.model
+    held = {
+        "model.revision": model.get("requested_revision"),
+        **{f"model.{key}": model.get(key) for key in ("weight_processing", "dtype")},
+        **{f"data.{key}": value for key, value in manifest.data.items()},
+        "data.tokens": manifest.rows.get(TRAIN),
+        "data.held_out_tokens": manifest.rows.get(HELD_OUT),
+        "data.context_length": manifest.context_length,
+        "data.prepend_bos": manifest.tokens.get("prepend_bos"),
+        "harvest.hooks": list(manifest.hooks),
+        "harvest.dtype": manifest.dtype,
+        "harvest.shard_contexts": manifest.shard_contexts,
+        "harvest.masked_positions": manifest.tokens.get("masked_positions"),
+        "harvest.mask_special_tokens": manifest.tokens.get("mask_special_tokens"),
+        "data.chat_roles": manifest.tokens.get("chat_roles"),
+    }
+    same_files = has_fingerprint(config.model.name, model.get("fingerprint"))
+    if same_files is None:
+        asked["model.name"], held["model.name"] = model_label(config.model.name), model.get("name")
+    elif not same_files:
+        raise CacheError(
+            f"cache {str(folder)!r}: of another model: the weights of {config.model.name!r} are not those it was made "
+            f"with ({model.get('name')!r}); use that model, or set harvest.cache to another folder"
+        )
+    elif config.model.revision is None:
+        del asked["model.revision"]  # older versions recorded what was given with a folder, where it had no effect
+    for key, value in asked.items():
+        if held.get(key) != value:
+            raise CacheError(
+                f"cache {str(folder)!r}: made with {key}={held.get(key)!r}, now {value!r} is asked for; "
+                "set harvest.cache to another folder, or delete this one"
+            )
+
+
+def where_from(data: DataConfig) -> dict[str, Any]:
+    """Sources by what they hold, not by where they lie: a folder's or file's name, and a hash of its texts."""
+    prints = [_fingerprint(source, READING) for source in data.sources]
+    names = [
+        source if known is None else label
+        for source, label, known in zip(data.sources, data.labels, prints, strict=True)
+    ]
+    return {
+        "source": names[0] if isinstance(data.source, str) else names,
+        **({"fingerprints": prints} if any(prints) else {}),
+    }
+
+
+def _fingerprint(source: str, reading: int) -> str | None:
+    """None for what is no folder or file of texts (any more)."""
+    if source == STANDARD_LIBRARY:
+        return None
+    try:
+        return source_fingerprint(source, reading=reading)
+    except (DataError, OSError):
+        return None
+
+
+def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: bool) -> None:
+    """Raise CacheError if the cache's text came from elsewhere; with `text`, if it has changed since, too."""
+    source = manifest.data.get("source")
+    held = [source] if isinstance(source, str) else list(source or [])
+    prints = manifest.data.get("fingerprints", [None] * len(held))
+    other = CacheError(
+        f"cache {str(folder)!r}: made with data.source={source!r}, now "
+        f"{data.source if isinstance(data.source, str) else list(data.sources)!r} is asked for; set harvest.cache to "
+        "another folder, or delete this one"
+    )
+    if len(held) != len(data.sources):
+        raise other
+    for before, known, asked, label in zip(held, prints, data.sources, data.labels, strict=True):
+        if known is None:
+            if before != asked and (
+                Path(before).is_absolute() == Path(asked).is_absolute() or not _same_path(before, asked)
+            ):
+                raise other
+            continue
+        now = _fingerprint(asked, reading_version(manifest.data)) if text or before != label else known
+        named_alike = before == label or len(held) == 1
+        if now == known and named_alike:
+            continue
+        if before != label:
+            raise other
+        if now is not None:
+            raise CacheError(
+                f"cache {str(folder)!r}: the text of data.source={asked!r} has changed since it was made; set "
+                "harvest.cache to another folder (or delete this one) to read it anew, or put the text back; sae eval "
+                "and sae features take the cache as it is"
+            )
+
+
+def reading_version(data: dict[str, Any]) -> int:
+    """The version of how a manifest's text was read."""
+    return data.get(TEXT_READING, 1 if TOKEN_COLUMNS in data else 0)
+
+
+def _same_path(one: str, other: str) -> bool:
+    return expanded(one).resolve() == expanded(other).resolve()
+
+
+def token_columns(data: DataConfig) -> list[str]:
+    cut, by_role = data.section_characters is not None, data.chat_roles is not None
+    return [*PLAIN_COLUMNS, *(["sections"] if cut else []), *(["counted"] if by_role else [])]
+
+
+def data_identity(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide the text; weights, as shares that sum to 1, only where there are several sources."""
+    keys = ("subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction", "holdout_seed")
+    settings = {key: getattr(data, key) for key in keys}
+    settings |= {
+        key: value for key in ("holdout_by", "tokenizer", "revision") if (value := getattr(data, key)) is not None
+    }
+    if isinstance(data.source, str):
+        return {"source": data.source, **settings}
+    return {"source": list(data.sources), "weights": list(data.shares), **settings}
