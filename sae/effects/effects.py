@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sae.config.settings import LARGEST
+from sae.config.base import LARGEST
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.files.formats import Format
 from sae.files.reading import conforming

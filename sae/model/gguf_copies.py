@@ -18,6 +18,7 @@ from typing import Any
 from sae.errors import CacheError, DamagedError, UnreadableError
 from sae.files.damage import SUMS, damaged
 from sae.files.digest import sha256_of
+from sae.files.hashes import check
 from sae.files.paths import name_of
 from sae.files.sums import read_sums, record
 from sae.files.writing import free_bytes
@@ -55,7 +56,7 @@ def is_whole(folder: Path) -> bool:
         if "config.json" not in (names := read_sums(folder)):
             raise damaged(folder / SUMS, "missing or without config.json", _REMEDY)
         for name in names:
-            hashes.check(folder / name, remedy=_REMEDY)
+            check(folder / name, remedy=_REMEDY)
     except DamagedError as error:
         warnings.warn(str(error), stacklevel=2)
         shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,7 @@ from rich.text import Text
 import sae
 from sae.console.terminal import Terminal, complain, say, show_warning
 from sae.files.printable import printable
-from sae.results.table import Column
+from sae.results.table import Column, Table
 
 ROOT = Path(sae.__file__).parent
 PLACE = "console/terminal.py"
