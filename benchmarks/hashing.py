@@ -23,11 +23,11 @@ FILES = 4
 
 
 def plain(path: Path) -> str:
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(1 << 18):
-            digest.update(piece)
-    return digest.hexdigest()
+            whole.update(piece)
+    return whole.hexdigest()
 
 
 def ours(path: Path) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from sae.activations.same_request import (
 )
 from sae.activations.space import check_space
 from sae.config.mixture import tokens_by_source
+from sae.config.progress import StageProgress
 from sae.config.settings import RunConfig
 from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
@@ -58,14 +59,12 @@ from sae.numerics.seeding import STREAMS
 from sae.text.census import Census, combined
 from sae.text.packing import READING, Packer, packed_shards
 
-Progress = Callable[[int, int], None]
-
 _SHARDS_IN_FLIGHT = 2
 _ROLES_SHOWN, _LONGEST = 8, 200
 
 
 @in_own_modes
-def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress | None = None) -> ActivationCache:
+def harvest(config: RunConfig, language_model: LanguageModel, progress: StageProgress | None = None) -> ActivationCache:
     """Cache the activations that `config` asks for, or go on with a harvest that was interrupted.
 
     Args:
@@ -225,7 +224,12 @@ class _Harvester:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, model: LanguageModel, batch_contexts: int, progress: Progress | None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        model: LanguageModel,
+        batch_contexts: int,
+        progress: StageProgress | None,
     ) -> None:
         self.folder, self.manifest, self.model = folder, manifest, model
         self.batch_contexts, self.progress = batch_contexts, progress

@@ -22,7 +22,7 @@ def compare(options: dict[str, bool], arguments: tuple[str, ...], on: Path | Non
     on these already is taken from its eval.json. KEY=VALUE overrides settings of the run that the tokens are of:
     evaluation.*, model.*, harvest.cache, device. A comparison that was interrupted goes on where it stopped.
     """
-    from sae.cli.overrides import evaluation_overrides
+    from sae.cli.arguments import evaluation_overrides
     from sae.console.progress import progress_bars
     from sae.evaluation import comparison_tables
     from sae.runs.comparison import READ, compare_folders

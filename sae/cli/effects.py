@@ -51,7 +51,7 @@ def effects(
     RUN, a run folder; what is there already, of the same weights, data and settings, is not measured again. KEY=VALUE
     overrides settings of the run: model.*, harvest.cache, device.
     """
-    from sae.cli.overrides import features_and_overrides
+    from sae.cli.arguments import features_and_overrides
     from sae.console.progress import progress_bars
     from sae.effects import EffectSettings, measure_effects
     from sae.effects.effects import check_column

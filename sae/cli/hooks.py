@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sae.cli.interrupted import beginning_again
+from sae.cli.arguments import beginning_again
 from sae.config.file import describe_keys, load_config
 from sae.console.terminal import say
 from sae.dictionary.hook_points import KINDS

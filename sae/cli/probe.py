@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.keys import with_keys
+from sae.cli.arguments import with_keys
 from sae.console.terminal import output, say
 from sae.errors import SaeError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.interrupted import beginning_again
+from sae.cli.arguments import beginning_again
 from sae.config.base import LARGEST
 from sae.console.terminal import output, say
 

@@ -6,40 +6,21 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from sae.config.progress import Progress as Reported
+from sae.config.progress import silent
 from sae.console.terminal import Terminal, complain, errors, showing
 from sae.files.printable import printable
 
 NO_UNITS: Mapping[str, str] = MappingProxyType({})
 EVERY = 30.0
 """Seconds between lines of a stage in a log."""
-
-Report = Callable[[str, int, int], None]
-
-
-@runtime_checkable
-class Notes(Protocol):
-    """Progress that also takes a few words: beside a stage, or before one begins."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
-
-    def beside(self, stage: str, text: str) -> None: ...
-
-    def announce(self, text: str) -> None: ...
-
-
-def announce(progress: Report, *lines: str) -> None:
-    """Say lines before what comes next, where progress is shown; with `--quiet` it is not."""
-    if isinstance(progress, Notes):
-        for line in lines:
-            progress.announce(line)
 
 
 @dataclass
@@ -68,7 +49,7 @@ class _Stage:
 @contextlib.contextmanager
 def progress_bars(
     *, quiet: bool = False, units: Mapping[str, str] = NO_UNITS, every: float = EVERY
-) -> Iterator[Report]:
+) -> Iterator[Reported]:
     """A function (stage, done, in all) that says on standard error how far each stage is.
 
     The first call of a stage says where it begins: at 0, or at what an earlier process had done. Rates count what comes
@@ -81,7 +62,7 @@ def progress_bars(
         every: seconds between lines.
     """
     if quiet:
-        yield lambda stage, done, total: None
+        yield silent
         return
     terminal = errors()
     shown: _Bars | _Lines = _Bars(terminal, units) if terminal.is_terminal else _Lines(units, every)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sae.activations.cache import ActivationCache, ContextBatch
+from sae.config.progress import StageProgress
 from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError
@@ -72,7 +73,7 @@ def scan_firings(
     tokens: int | None = None,
     features: Sequence[int] | None = None,
     device: str | torch.device = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> Firings:
     """Encode held-out activations once, and keep of every feature at most `positions` places where it fires.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.metadata import place_of
 from sae.activations.same_model import check_same_model
+from sae.config.progress import Progress, silent, within
 from sae.dictionary.base import Dictionary
 from sae.dictionary.origin import check_belongs
 from sae.dictionary.sites import Hooks
@@ -35,7 +36,6 @@ from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import numpy_generator
 
 _FEATURES_AT_ONCE = 64
-Progress = Callable[[str, int, int], None]
 
 
 @in_own_modes
@@ -88,7 +88,7 @@ def measure_effects(
         ModelError: the hook point cannot be replaced.
         UnknownFeatureError: the dictionary has no such feature.
     """
-    settings, report = settings or EffectSettings(), progress or _silent
+    settings, report = settings or EffectSettings(), progress or silent
     tail = _checked(dictionary, cache, language_model, hook, features)
     if dictionary.W_dec.device != torch.empty(0, device=device).device:
         dictionary = copy.deepcopy(dictionary).to(device)
@@ -99,7 +99,7 @@ def measure_effects(
             return (known.effects() if known.is_written() else known.write()).only(features)
         firings = scan_firings(
             dictionary, cache, hook, positions=settings.positions, seed=settings.seed, tokens=settings.tokens,
-            features=features, device=device, progress=lambda *done: report("firings", *done),
+            features=features, device=device, progress=within(report, "firings"),
         )  # fmt: skip
         chosen = sorted(set(features)) if features is not None else draw_features(firings, sample, settings.seed)
         meter = ChangeMeter(
@@ -192,7 +192,3 @@ def _blank(
     policy = cache.policy.to_json()
     road = str(language_model.tail(hook).road)
     return Effects({}, settings, identity, hook, model, activations, policy, 0, None, None, key, road)
-
-
-def _silent(stage: str, done: int, of: int) -> None:
-    return None

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.architectures.topk import TopK
+from sae.config.progress import Progress, silent
 from sae.dictionary.base import Codes
 from sae.evaluation.budget import pca_tokens
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
-from sae.evaluation.streams import Progress, training_blocks
+from sae.evaluation.streams import training_blocks
 from sae.numerics.seeding import torch_generator
 from sae.results.estimate import double
 
@@ -124,7 +125,7 @@ def fit_pca(
     """
     shift = cache.statistics(hook).mean.double()
     tokens, total, products = 0, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
-    report = progress or (lambda stage, done, of: None)
+    report = progress or silent
     max_tokens = pca_tokens(cache, hook) if max_tokens is None else max_tokens
     of = min(max_tokens, cache.statistics(hook).tokens)
     report("principal components", 0, of)

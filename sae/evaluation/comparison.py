@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from sae.activations.cache import ActivationCache
+from sae.config.progress import Progress
 from sae.config.settings import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
 from sae.evaluation.report import HEADINGS, fewest_of_baselines
 from sae.evaluation.scoring import evaluate_all
-from sae.evaluation.streams import Progress
 from sae.evaluation.subject import Evaluated
 from sae.files import version
 from sae.files.formats import HEAD, Format, as_read_back

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, ContextBatch
+from sae.config.progress import Progress
 from sae.config.settings import EvaluationConfig
 from sae.config.splits import HELD_OUT
 from sae.errors import ConfigError
@@ -19,7 +20,6 @@ from sae.evaluation.budget import losses_read, settled, spread_contexts
 from sae.evaluation.metrics import estimate
 from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import Reconstructor
-from sae.evaluation.streams import Progress
 from sae.model.language_model import LanguageModel
 from sae.model.tail import Replacement
 from sae.results.estimate import TOKENS, DocumentSums, Estimate, double, row_sums, to_json

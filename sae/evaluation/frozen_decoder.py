@@ -11,12 +11,12 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import load
+from sae.config.progress import Progress
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
 from sae.errors import FormatError, TrainingError, TrainingInterrupted
 from sae.evaluation.baselines import Baseline
 from sae.evaluation.reconstruction import Reconstructor, from_dictionary
-from sae.evaluation.streams import Progress
 from sae.training import Recipe, train_all
 
 BATCH, LEAST_STEPS = 1024, 16

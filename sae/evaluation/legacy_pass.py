@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, ContextBatch
+from sae.config.progress import Progress
 from sae.config.settings import EvaluationConfig
 from sae.config.splits import HELD_OUT
 from sae.evaluation.budget import settled, settled_tokens
@@ -26,7 +27,6 @@ from sae.evaluation.legacy import (
 )
 from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
-from sae.evaluation.streams import Progress
 from sae.model.language_model import LanguageModel
 from sae.results.estimate import double, row_sums
 

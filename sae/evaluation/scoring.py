@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.same_model import check_same_model
 from sae.architectures import ARCHITECTURES
+from sae.config.progress import Progress, StageProgress, silent, within
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError
@@ -24,7 +25,7 @@ from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, Truth
 from sae.evaluation.report import Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
-from sae.evaluation.streams import BLOCK_TOKENS, ActivationSummary, Progress, held_out_blocks, summarise
+from sae.evaluation.streams import BLOCK_TOKENS, ActivationSummary, held_out_blocks, summarise
 from sae.evaluation.subject import Evaluated, Subject, common_hook, subject
 from sae.model.language_model import LanguageModel
 from sae.model.tail import NO_ROAD, Road
@@ -107,7 +108,7 @@ def evaluate_all(
         ConfigError: there is no dictionary.
     """
     started = time.perf_counter()
-    asked, report_progress = settings or EvaluationConfig(), progress or _silent
+    asked, report_progress = settings or EvaluationConfig(), progress or silent
     settings = settled(asked, cache)
     if not dictionaries:
         raise ConfigError("there is no dictionary to evaluate; give at least one")
@@ -124,7 +125,7 @@ def evaluate_all(
     def score(stage: str, reconstructors: Mapping[Any, Reconstructor], every: int = 1) -> dict[Hashable, Scores]:
         return _score(
             reconstructors, cache, hook, settings, stage=stage, every=every, unfinished=kept,
-            summary=summary, progress=lambda *done: report_progress(stage, *done), device=device,
+            summary=summary, progress=within(report_progress, stage), device=device,
         )  # fmt: skip
 
     own = {name: made.reconstructor for name, made in subjects.items()}
@@ -227,7 +228,7 @@ def baseline_size(made: Subject, scores: Scores) -> int:
 
 def _score(
     reconstructors: Mapping[Any, Reconstructor], cache: ActivationCache, hook: str, settings: EvaluationConfig, *,
-    stage: str, every: int, unfinished: Unfinished, summary: ActivationSummary, progress: Callable[[int, int], None],
+    stage: str, every: int, unfinished: Unfinished, summary: ActivationSummary, progress: StageProgress,
     device: str | torch.device,
 ) -> dict[Hashable, Scores]:  # fmt: skip
     """One pass over the held-out tokens, or over every n-th of them."""
@@ -272,7 +273,3 @@ def _score(
         )
         for key, made in reconstructors.items()
     }
-
-
-def _silent(stage: str, done: int, of: int) -> None:
-    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, dequantise
+from sae.config.progress import Progress
 from sae.config.settings import EvaluationConfig
 from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import CacheError, ConfigError
 
 BLOCK_TOKENS = 2048
 NORM_DECADES, BINS_PER_DECADE = (-4, 8), 50
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

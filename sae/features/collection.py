@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from jaxtyping import Int
 
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.activations.metadata import place_of
+from sae.config.progress import StageProgress
 from sae.config.settings import FeaturesConfig
 from sae.config.splits import TRAIN
 from sae.dictionary.base import Dictionary
@@ -52,7 +52,7 @@ def collect(
     seed: int = 0,
     device: str | torch.device = "cpu",
     batch_contexts: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> Features:
     """Scan the cache's training tokens once and write a feature store.
 
@@ -104,7 +104,7 @@ def scan(
     hook: str,
     seed: int = 0,
     batch_contexts: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> Collected:
     """The streaming pass alone, in memory.
 

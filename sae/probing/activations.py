@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.harvest import model_not_finite
+from sae.config.progress import StageProgress
 from sae.errors import DataError, ShapeError
 from sae.files.paths import short_name
 from sae.files.reading import load_tensors, read_object, taken_apart
@@ -88,7 +88,7 @@ class LabelledActivations:
 
 @in_own_modes
 def read_activations(
-    language_model: LanguageModel, hook: str, examples: Examples, progress: Callable[[int, int], None] | None = None
+    language_model: LanguageModel, hook: str, examples: Examples, progress: StageProgress | None = None
 ) -> LabelledActivations:
     """Run the model up to the hook point over all contexts, and keep the rows of the examples.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache
 from sae.architectures import load
 from sae.config.file import CONFIG_YAML
-from sae.console.progress import announce
+from sae.config.progress import Progress, announce, silent, under
 from sae.dictionary.base import Dictionary
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import Comparison, evaluate_all, write_comparison
@@ -21,7 +21,6 @@ from sae.evaluation.comparison import check_several, comparison_key
 from sae.evaluation.partial import discard
 from sae.evaluation.report import identify
 from sae.evaluation.stored import read_comparison, read_stored
-from sae.evaluation.streams import Progress
 from sae.files.paths import expanded
 from sae.files.writing import locked, stands
 from sae.runs.pipeline import Run
@@ -55,7 +54,7 @@ def compare_folders(
     """
     named = _named(places)
     check_several(named)
-    report = progress or _silent
+    report = progress or silent
     run = _run(named, on, overrides, report)
     cache, hook, settings = run.cache(), run.config.hook, run.config.evaluation
     dictionaries, identities = _loaded(named, report)
@@ -119,7 +118,7 @@ def _evaluate(
     reports = evaluate_all(
         dictionaries, cache,
         hook=run.config.hook, language_model=run.language_model, settings=run.config.evaluation, device=run.device,
-        progress=lambda stage, done, total: progress(f"evaluate: {stage}", done, total), unfinished=unfinished,
+        progress=under(progress, "evaluate"), unfinished=unfinished,
     )  # fmt: skip
     return {name: (report.to_json(), report.scores.totals) for name, report in reports.items()}
 
@@ -151,6 +150,3 @@ def _named(places: Sequence[str | Path]) -> dict[str, Path]:
         if len(set(names)) == len(names):
             return dict(zip(names, paths, strict=True))
     return {str(path): path for path in paths}
-
-
-def _silent(stage: str, done: int, total: int) -> None: ...

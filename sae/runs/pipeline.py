@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from sae.activations.same_request import check_same_request
 from sae.architectures import load
 from sae.config.check import amount_notes, check_amounts
 from sae.config.environment import choose_device, memory_of
+from sae.config.progress import Notes, Progress, announce, silent, under, within
 from sae.config.settings import RunConfig
-from sae.console.progress import Notes, announce
 from sae.dictionary.base import CONFIG_FILE, Dictionary
 from sae.dictionary.model_identity import model_label
 from sae.dictionary.saved import weights_sha256
@@ -46,11 +46,6 @@ from sae.training.meter import falling
 from sae.training.recipe import Recipe
 from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
 
-Progress = Callable[[str, int, int], None]
-
-
-def _no_progress(stage: str, done: int, total: int) -> None: ...
-
 
 class Run:
     """A run folder and its configuration; the language model is loaded when a step needs it, once.
@@ -60,12 +55,12 @@ class Run:
         progress: called with (stage, tokens done, tokens in all).
     """
 
-    def __init__(self, config: RunConfig, progress: Progress = _no_progress) -> None:
+    def __init__(self, config: RunConfig, progress: Progress = silent) -> None:
         self.config, self.progress = config, progress
         self.folder = config.folder
 
     @staticmethod
-    def open(folder: str | Path, overrides: tuple[str, ...] = (), progress: Progress = _no_progress) -> Run:
+    def open(folder: str | Path, overrides: tuple[str, ...] = (), progress: Progress = silent) -> Run:
         """The run of an existing folder, by its `config.yaml`; the folder may have been moved.
 
         Raises:
@@ -117,9 +112,7 @@ class Run:
         with configured(self.config):
             language_model = self.language_model
             self.progress("read text", 0, 1)  # until the harvest reports for the first time
-            return harvest_activations(
-                self.config, language_model, lambda done, total: self.progress("harvest", done, total)
-            )
+            return harvest_activations(self.config, language_model, within(self.progress, "harvest"))
 
     def cache(self, *, text: bool = False) -> ActivationCache:
         """The activation cache, which must be there; with `text`, and be of the text as it is now.
@@ -217,7 +210,7 @@ class Run:
             tokenizer=self.language_model.tokenizer,
             seed=self.config.seed,
             device=self.device,
-            progress=lambda done, total: self.progress("features", done, total),
+            progress=within(self.progress, "features"),
         )
 
     def dictionary(self, device: str | torch.device | None = None) -> Dictionary:
@@ -314,8 +307,13 @@ class Run:
             return {}
 
 
-def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
+def run(config: RunConfig, progress: Progress = silent, *, features: bool = True) -> Run:
     """Harvest, train, evaluate, collect features: everything that is not there yet.
+
+    Args:
+        config: what to do.
+        progress: called with (stage, tokens done, tokens in all).
+        features: collect features at the end.
 
     Returns:
         The run, whose `dictionary()`, `evaluate()` and `features()` read what was made.
@@ -327,7 +325,8 @@ def run(config: RunConfig, progress: Progress = _no_progress) -> Run:
     whole.train()
     if not whole.is_evaluated():
         whole.evaluate()
-    whole.features()
+    if features:
+        whole.features()
     return whole
 
 
@@ -377,7 +376,7 @@ def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict
         language_model=language_model,
         settings=first.config.evaluation,
         device=first.device,
-        progress=lambda stage, done, total: first.progress(f"evaluate: {stage}", done, total),
+        progress=under(first.progress, "evaluate"),
         unfinished=unfinished,
     )
     for number, run in runs.items():
@@ -388,13 +387,11 @@ def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict
     return {number: reports[name] for number, name in names.items()}
 
 
-def harvest(config: RunConfig, progress: Progress = _no_progress) -> ActivationCache:
+def harvest(config: RunConfig, progress: Progress = silent) -> ActivationCache:
     """Cache the activations that `config` asks for; see `sae.activations.harvest.harvest`."""
     return Run(config, progress).harvest()
 
 
-def collect_features(
-    folder: str | Path, progress: Progress = _no_progress, overrides: tuple[str, ...] = ()
-) -> Features:
+def collect_features(folder: str | Path, progress: Progress = silent, overrides: tuple[str, ...] = ()) -> Features:
     """The feature store of a run folder, collected where it is missing or stale; `overrides` as of `Run.open`."""
     return Run.open(folder, overrides, progress).features()

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.config.check import amount_notes, check_amounts
 from sae.config.file import TRUST_SETTING, parse_config
+from sae.config.progress import Notes, Progress, announce, silent
 from sae.config.settings import RunConfig
 from sae.config.splits import TRAIN
-from sae.console.progress import Notes, announce
 from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.pareto import Point, draw_pareto
@@ -44,7 +44,6 @@ _SHARED = ("tokens", "batch_size", "pool_tokens", "log_every", "checkpoint_every
 _WEIGHTS = ("train.l1_coefficient", "train.l0_coefficient")
 MOST_VARIANTS = 1000
 """Dictionaries of a sweep: all of them train in one pass."""
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _without(variant: RunConfig, keys: Collection[str]) -> RunConfig:
     return parse_config(settings) if keys else variant
 
 
-def sweep(config: RunConfig, progress: Progress = lambda stage, done, total: None) -> Sweep:
+def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
     """Harvest what is missing, train every variant that is not there yet, evaluate, compare.
 
     They are trained in one pass over the activations and evaluated in another; `config.sweep_at_once` at most in each.

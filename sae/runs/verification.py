@@ -15,7 +15,7 @@ from sae.activations.cache import THREADS
 from sae.activations.manifest import MANIFEST, read_manifest, shard_problem
 from sae.architectures import load
 from sae.config.file import CONFIG_YAML, load_config
-from sae.console.progress import announce
+from sae.config.progress import Progress, announce, silent
 from sae.dictionary.base import CONFIG_FILE, WEIGHTS_FILE
 from sae.errors import CacheError, SaeError
 from sae.evaluation.report import DOCUMENTS_FILE, JSON_FILE
@@ -37,7 +37,6 @@ _OURS = {
 """What the toolkit writes: a folder without a list of hashes is known by it to be older than these."""
 _SHOWN = 5
 _Identity = tuple[int, int]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[int, lis
     Raises:
         CacheError: there is nothing there that this toolkit wrote.
     """
-    root, seen, report = expanded(path), set[_Identity](), progress or _silent
+    root, seen, report = expanded(path), set[_Identity](), progress or silent
     links: dict[str, None] = {}
     parts = [_part(folder, names) for folder, names in _folders(root, seen, links)]
     if not any(part.is_ours() for part in parts):
@@ -245,6 +244,3 @@ def _misfits(folder: Path, names: list[str]) -> Iterator[str]:
                 read(folder)
             except SaeError as error:
                 yield str(error)
-
-
-def _silent(stage: str, done: int, total: int) -> None: ...

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from sae.config.progress import StageProgress
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
 from sae.errors import TrainingError
@@ -140,9 +140,7 @@ class RecoveryResult:
 
 
 @in_own_modes
-def run_recovery(
-    settings: RecoverySettings, seed: int, progress: Callable[[int, int], None] | None = None
-) -> RecoveryResult:
+def run_recovery(settings: RecoverySettings, seed: int, progress: StageProgress | None = None) -> RecoveryResult:
     """Train all architectures in one pass over a world's batches, by their default settings, and score them.
 
     Raises:

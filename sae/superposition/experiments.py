@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from sae.config.progress import StageProgress
 from sae.numerics.modes import in_own_modes
 from sae.superposition.geometry import dimensions_per_feature, feature_dimensionality, is_pentagon, neighbour_angles
 from sae.superposition.phases import AWAY, phase_diagram, phase_grid
 from sae.superposition.toy import ToyTraining, expected_loss, train_toy_models
 
-Steps = Callable[[int, int], None]
 Row = tuple[float, ...]
 
 
@@ -69,7 +68,7 @@ class GeometryResult:
 
 
 @in_own_modes
-def run_geometry(settings: GeometrySettings, seed: int, progress: Steps | None = None) -> GeometryResult:
+def run_geometry(settings: GeometrySettings, seed: int, progress: StageProgress | None = None) -> GeometryResult:
     """Train `runs` models at each density."""
     density = torch.tensor(settings.densities).repeat_interleave(settings.runs)
     importance = (settings.importance ** torch.arange(settings.features)).float()
@@ -132,7 +131,7 @@ class DimensionalityResult:
 
 @in_own_modes
 def run_dimensionality(
-    settings: DimensionalitySettings, seed: int, progress: Steps | None = None
+    settings: DimensionalitySettings, seed: int, progress: StageProgress | None = None
 ) -> DimensionalityResult:
     """Train one model at each density, all features equally important."""
     density = torch.from_numpy(np.geomspace(1, settings.lowest, settings.densities)).float().clamp_max(1)
@@ -192,7 +191,7 @@ class PhaseResult:
 
 
 @in_own_modes
-def run_phases(settings: PhaseSettings, seed: int, progress: Steps | None = None) -> PhaseResult:
+def run_phases(settings: PhaseSettings, seed: int, progress: StageProgress | None = None) -> PhaseResult:
     """Train every cell, and count where the phase is the analytic one."""
     made = phase_diagram(
         (settings.features, settings.hidden),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
+from sae.config.progress import StageProgress
 from sae.errors import ConfigError
 from sae.numerics.modes import in_own_modes
 from sae.superposition.geometry import REPRESENTED
@@ -161,7 +161,7 @@ def phase_diagram(
     restarts: int = 4,
     training: ToyTraining | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> PhaseDiagram:
     """Train every cell `restarts` times, keep the model of lowest loss, and compare its phase with the analytic one.
 

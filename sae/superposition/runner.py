@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from sae.config.progress import Progress, silent
 from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.files import version
 from sae.files.formats import Format, as_read_back, fingerprint_of
@@ -25,7 +26,6 @@ from sae.superposition.report import Finished, markdown
 
 FORMAT = Format("sae-superposition", 1)
 JSON_FILE, MARKDOWN_FILE = "superposition.json", "superposition.md"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def run(
     *,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Finished]:
     """Run experiments; after each, `superposition.json`, `superposition.md` and its figure are written.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.config.progress import StageProgress
 from sae.errors import ConfigError, TrainingError
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import torch_generator
@@ -94,7 +94,7 @@ def train_toy_models(
     training: ToyTraining | None = None,
     *,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> ToyModels:
     """Train one model for each instance, each on inputs of its own, to least E Σ_i I_i (x_i − x'_i)².
 

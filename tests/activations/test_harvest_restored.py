@@ -120,7 +120,7 @@ def test_restoring_what_has_changed_is_refused_and_touches_nothing(
     assert contents(folder) == before
     harvest(config, language_model)
     (folder / "tokens/train-00003.safetensors").unlink()
-    monkeypatch.setattr("sae.text.packing.is_held_out", lambda name, seed, fraction: name > "030")
+    monkeypatch.setattr("sae.text.prepared.is_held_out", lambda name, seed, fraction: name > "030")
     with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed, or this version reads it"):
         harvest(config, language_model)
 

@@ -23,7 +23,7 @@ from sae.results.table import Column, Table
 
 ROOT = Path(sae.__file__).parent
 PLACE = "console/terminal.py"
-QUIETENED = {"guard.py", "language_model.py"}
+QUIETENED = {"model/guard.py", "model/loading.py"}
 """Where libraries' own messages are turned off."""
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202eright\u2066[/][bold]x[/bold]\x08\x00\u2028end"
 OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]")

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from sae.config.progress import announce
 from sae.console import progress as module
-from sae.console.progress import announce, progress_bars
+from sae.console.progress import progress_bars
 from sae.console.terminal import Terminal
 
 Captured = pytest.CaptureFixture[str]
