@@ -23,10 +23,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from sae import sparse
 from sae.architectures import ARCHITECTURES
 from sae.dictionary.base import Dictionary
-from sae.kernels import back_end
+from sae.kernels import back_end, sparse
 from sae.training import optimizer as optimizer_module
 from sae.training.firing import FiringRecord
 from sae.training.objectives import OBJECTIVES, Context

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from sae.activations.cache import ActivationCache, ContextBatch
-from sae.activations.statistics import Statistics
+from sae.numerics.statistics import Statistics
 
 __all__ = ["ActivationCache", "ContextBatch", "Statistics"]

@@ -29,7 +29,6 @@ from sae.activations.manifest import (
     read_manifest,
     shard_name,
 )
-from sae.activations.statistics import Statistics
 from sae.config.splits import TRAIN
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError
@@ -38,6 +37,7 @@ from sae.files.digest import Identity, identity_of
 from sae.files.hashes import check
 from sae.files.reading import open_tensors, read_json, tensor_of, validated
 from sae.numerics.modes import in_own_modes
+from sae.numerics.statistics import Statistics
 
 NUMBER_TYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,

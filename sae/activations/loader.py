@@ -16,11 +16,11 @@ from torch import Tensor
 from sae.activations.background import background
 from sae.activations.cache import ActivationCache, dequantise
 from sae.activations.metadata import dictionary_metadata
-from sae.activations.statistics import Statistics
 from sae.config.splits import TRAIN
 from sae.errors import CacheError
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import STREAMS, loader_generator_1, numpy_generator
+from sae.numerics.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,11 @@ class ActivationLoader:
     def restart(self) -> None:
         """Go to the beginning of today's order; takes effect on the next `iter`."""
         self.position, self.streams = 0, STREAMS
+
+    @property
+    def text(self) -> tuple[str | None, str]:
+        """Hash of the cache's text, and where the cache is."""
+        return self.cache.manifest.text_sha256, str(self.cache.path)
 
     @property
     def order(self) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sae.dictionary.base import Dictionary, checked_k
 from sae.kernels.interface import DENSE_ABOVE, Selection
-from sae.sparse import select_above
+from sae.kernels.sparse import select_above
 
 _PROBE = 64
 

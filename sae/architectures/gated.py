@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.architectures.elementwise import Elementwise
-from sae.sparse import entries_of
+from sae.kernels.sparse import entries_of
 
 
 class Gated(Elementwise):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae.dictionary.base import Dictionary, checked_k
 from sae.kernels.interface import Selection
-from sae.sparse import select_topk
+from sae.kernels.sparse import select_topk
 
 
 class TopK(Dictionary):

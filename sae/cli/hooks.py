@@ -11,7 +11,6 @@ import click
 from sae.cli.arguments import beginning_again
 from sae.config.file import describe_keys, load_config
 from sae.console.terminal import say
-from sae.dictionary.hook_points import KINDS
 from sae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,10 +29,8 @@ def hooks(options: dict[str, bool], model: str, overrides: tuple[str, ...]) -> N
     MODEL is a name on the hub, a folder, a .gguf file, or 'demo'. Keys are those of 'sae run' that begin with 'model.',
     and 'device'. The model is loaded and run on a few tokens; no text is read.
     """
-    from sae.config.environment import choose_device
     from sae.console.progress import progress_bars
-    from sae.dictionary.model_identity import model_label
-    from sae.model.language_model import LanguageModel
+    from sae.runs.pipeline import Run
 
     for override in overrides:
         if not override.startswith(_READ):
@@ -41,10 +38,7 @@ def hooks(options: dict[str, bool], model: str, overrides: tuple[str, ...]) -> N
             raise ConfigError(f"override {override!r}: 'sae hooks' reads {', '.join(known)}")
     config = load_config(None, [f"model.name={model}", *overrides])
     with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
-        stage = f"load {model_label(config.model.name)}"
-        progress(stage, 0, 1)
-        language_model = LanguageModel(config.model, choose_device(config.device))
-        progress(stage, 1, 1)
+        language_model = Run(config, progress).language_model
         progress("read hook points", 0, 1)
         found = language_model.hooks()
         progress("read hook points", 1, 1)
@@ -56,16 +50,15 @@ def hooks(options: dict[str, bool], model: str, overrides: tuple[str, ...]) -> N
 
 def hook_lines(hooks: Iterable[Hook]) -> Iterator[str]:
     """A line for each kind of hook point, width and answer; blocks are named where they are alike."""
-    order = list(KINDS)
 
     def key(hook: Hook) -> tuple[int, int, str]:
-        return order.index(hook.kind), hook.width, hook.refusal or ""
+        return hook.rank, hook.width, hook.refusal or ""
 
     rows = [("hook point", "width", "blocks", "replaced", "what it is")]
     for _, alike in groupby(sorted(hooks, key=lambda hook: (*key(hook), hook.block)), key=key):
         group = list(alike)
-        kind, refusal = group[0].kind, group[0].refusal
-        answer, meaning = ("yes", KINDS[kind]) if refusal is None else ("no", f"{KINDS[kind]}; {refusal}")
+        kind, refusal, meaning = group[0].kind, group[0].refusal, group[0].meaning
+        answer, meaning = ("yes", meaning) if refusal is None else ("no", f"{meaning}; {refusal}")
         rows.append((kind, f"{group[0].width:,}", block_ranges([hook.block for hook in group]), answer, meaning))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for kind, width, blocks, answer, meaning in rows:

@@ -18,8 +18,8 @@ from sae.files.formats import Format
 from sae.files.writing import write_json, write_tensors
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.kernels.pattern import Pattern
+from sae.kernels.sparse import decode, encode_at, padded
 from sae.numerics.modes import has_values, needs_plain_operators, without_autocast
-from sae.sparse import decode, encode_at, padded
 
 FORMAT = Format("sae-dictionary", 1)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from sae.dictionary.base import CONFIG_FILE, FORMAT, TRAINED_AS, WEIGHTS_FILE, WEIGHTS_HASH, Dictionary, dtype_name
+from sae.dictionary.sites import Hooks
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import FormatError
 from sae.files.damage import damaged
 from sae.files.digest import sha256_of
+from sae.files.formats import HEAD
 from sae.files.paths import expanded
 from sae.files.reading import load_tensors, read_object, taken_apart
 from sae.files.sums import recorded
@@ -106,3 +108,11 @@ def _check_metadata(path: Path, config: Mapping[str, Any]) -> None:
     for key in TRAINED_AS & config.keys() & settings.keys():
         if config[key] != settings[key]:
             raise damaged(path, f"{key}={config[key]!r}, and {settings[key]!r} in its own metadata")
+
+
+def identify(dictionary: Dictionary) -> dict[str, Any]:
+    """What tells a dictionary from another: its configuration, what a transcoder reads, and a hash of its weights."""
+    left_out = (*HEAD, "metadata")
+    kept = {key: value for key, value in dictionary.config().items() if key not in left_out}
+    reads = Hooks.of(dictionary.metadata).read_elsewhere
+    return {**kept, **({"reads": reads} if reads else {}), "weights_sha256": weights_sha256(dictionary)}

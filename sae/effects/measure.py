@@ -16,6 +16,7 @@ from sae.activations.same_model import check_same_model
 from sae.config.progress import Progress, silent, within
 from sae.dictionary.base import Dictionary
 from sae.dictionary.origin import check_belongs
+from sae.dictionary.saved import identify
 from sae.dictionary.sites import Hooks
 from sae.effects.direct import DirectPath
 from sae.effects.effects import Effects, EffectSettings, FeatureEffect
@@ -26,12 +27,11 @@ from sae.effects.meter import ChangeMeter
 from sae.effects.store import effects_key
 from sae.effects.summarise import summarise, token_changes
 from sae.errors import ConfigError, SaeError, UnknownFeatureError
-from sae.evaluation.report import identify
-from sae.features.vocabulary import Vocabulary
 from sae.files.paths import expanded
 from sae.files.writing import locked
 from sae.model.language_model import LanguageModel
 from sae.model.tail import Tail
+from sae.model.vocabulary import Vocabulary
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import numpy_generator
 

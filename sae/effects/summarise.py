@@ -12,7 +12,7 @@ from torch import Tensor
 from sae.effects.effects import Correlation, FeatureEffect, TokenChange
 from sae.effects.interventions import ELSEWHERE, FIRING, RANDOM, Changes
 from sae.effects.meter import TokenSums
-from sae.features.vocabulary import Vocabulary
+from sae.model.vocabulary import Vocabulary
 from sae.numerics.seeding import numpy_generator
 from sae.results.estimate import Estimate, ratio
 

@@ -12,16 +12,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae.config.settings import EvaluationConfig
-from sae.dictionary.base import Dictionary
-from sae.dictionary.saved import weights_sha256
-from sae.dictionary.sites import Hooks
 from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
 from sae.evaluation.legacy_pass import LegacyScores
 from sae.evaluation.reconstruction import ReconstructionScores
 from sae.evaluation.sparsity import SparsityScores
 from sae.evaluation.streams import NormHistogram
-from sae.files.formats import HEAD, Format
+from sae.files.formats import Format
 from sae.model.tail import Road
 
 FORMAT = Format("sae-evaluation", 2)
@@ -174,11 +171,3 @@ def fewest_of_baselines(
     """The least that a baseline of them is measured on; None where none says it."""
     numbers = [one.get(key) for record in records for one in record["baselines"].values()]
     return min((number for number in numbers if number is not None), default=None)
-
-
-def identify(dictionary: Dictionary) -> dict[str, Any]:
-    """What tells a dictionary from another: its configuration, what a transcoder reads, and a hash of its weights."""
-    left_out = (*HEAD, "metadata")
-    kept = {key: value for key, value in dictionary.config().items() if key not in left_out}
-    reads = Hooks.of(dictionary.metadata).read_elsewhere
-    return {**kept, **({"reads": reads} if reads else {}), "weights_sha256": weights_sha256(dictionary)}

@@ -16,14 +16,7 @@ from sae.evaluation import comparison as compared
 from sae.evaluation.comparison import Comparison
 from sae.evaluation.comparison_view import comparison_markdown
 from sae.evaluation.figures import draw_figures
-from sae.evaluation.report import (
-    DOCUMENTS_FILE,
-    FIGURE_FOLDER,
-    FORMAT,
-    JSON_FILE,
-    MARKDOWN_FILE,
-    Report,
-)
+from sae.evaluation.report import DOCUMENTS_FILE, FIGURE_FOLDER, FORMAT, JSON_FILE, MARKDOWN_FILE, Report
 from sae.evaluation.report_view import markdown
 from sae.files.damage import damaged
 from sae.files.digest import sha256_of

@@ -16,10 +16,10 @@ from sae.activations.metadata import place_of
 from sae.dictionary.base import Codes, Dictionary
 from sae.dictionary.model_identity import hash_weights
 from sae.dictionary.origin import check_belongs
+from sae.dictionary.saved import identify
 from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError, FormatError
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_dictionary
-from sae.evaluation.report import identify
 
 
 @runtime_checkable

@@ -27,8 +27,8 @@ from sae.features.groups import ExampleGroups
 from sae.features.histogram import FINE_BINS, LARGEST_BITS, bin_edges, coarsen, fine_bins, float_bits
 from sae.features.logits import LogitEffects, logit_effects
 from sae.features.store import Features
-from sae.features.vocabulary import Vocabulary
 from sae.features.write import Collected, write_store
+from sae.model.vocabulary import Vocabulary
 from sae.numerics import seeding
 from sae.numerics.modes import in_own_modes
 

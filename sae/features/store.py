@@ -18,11 +18,11 @@ from sae.config.settings import MOST_EXAMPLES, FeaturesConfig
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
-from sae.features.vocabulary import CONTEXT_BEFORE, Vocabulary
 from sae.files.damage import damaged
 from sae.files.paths import expanded
 from sae.files.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
 from sae.files.writing import stands
+from sae.model.vocabulary import CONTEXT_BEFORE, Vocabulary
 
 SORT_COLUMNS = ("density", "max", "count", "index", "mean")
 

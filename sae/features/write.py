@@ -23,8 +23,8 @@ from sae.features import layout
 from sae.features.examples import Examples
 from sae.features.logits import LogitEffects
 from sae.features.store import Features
-from sae.features.vocabulary import Vocabulary
 from sae.files.writing import delete, write_chunks, write_json, write_tensors
+from sae.model.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

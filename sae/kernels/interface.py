@@ -104,8 +104,8 @@ class Moments:
 class Kernels(Protocol):
     """A back end. Matrices are by feature: `encoder[j]` reads feature j, `decoder[j]` writes it; both `[d_sae, d_in]`.
 
-    Nothing here takes part in autograd: `sae.sparse` does, with these. On a GPU with Triton nothing waits for the
-    device but `select_above`, whose result has a size that only the data decides, and `adam_` of rows above 8,192.
+    Nothing here takes part in autograd: `sae.kernels.sparse` does, with these. On a GPU with Triton nothing waits for
+    the device but `select_above`, whose result has a size that only the data decides, and `adam_` of rows above 8,192.
     """
 
     def select_topk(

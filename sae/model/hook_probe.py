@@ -37,6 +37,16 @@ class Hook:
     refusal: str | None
     heads_first: bool = False
 
+    @property
+    def meaning(self) -> str:
+        """What its kind is, in a few words."""
+        return KINDS[self.kind]
+
+    @property
+    def rank(self) -> int:
+        """Where its kind comes in a block."""
+        return list(KINDS).index(self.kind)
+
     def flat(self, activation: Tensor) -> Tensor:
         """The activation as `[context, seq, width]`."""
         if self.heads_first:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DataError
-from sae.features.vocabulary import Vocabulary
+from sae.model.vocabulary import Vocabulary
 from sae.numerics.seeding import numpy_generator
 from sae.probing.examples import Examples
 from sae.probing.settings import LetterConfig

@@ -14,12 +14,12 @@ from sae.architectures import load
 from sae.config.file import CONFIG_YAML
 from sae.config.progress import Progress, announce, silent, under
 from sae.dictionary.base import Dictionary
+from sae.dictionary.saved import identify
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import Comparison, evaluate_all, write_comparison
 from sae.evaluation.budget import announcement
 from sae.evaluation.comparison import check_several, comparison_key
 from sae.evaluation.partial import discard
-from sae.evaluation.report import identify
 from sae.evaluation.stored import read_comparison, read_stored
 from sae.files.paths import expanded
 from sae.files.writing import locked, stands

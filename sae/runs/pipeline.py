@@ -25,11 +25,10 @@ from sae.config.progress import Notes, Progress, announce, silent, under, within
 from sae.config.settings import RunConfig
 from sae.dictionary.base import CONFIG_FILE, Dictionary
 from sae.dictionary.model_identity import model_label
-from sae.dictionary.saved import weights_sha256
+from sae.dictionary.saved import identify, weights_sha256
 from sae.errors import ConfigError, FormatError
 from sae.evaluation import Report, evaluate_all, partial, write_report
 from sae.evaluation.budget import announcement
-from sae.evaluation.report import identify
 from sae.evaluation.stored import read_stored
 from sae.features import Features, collect
 from sae.features.layout import INDEX

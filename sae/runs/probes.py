@@ -12,9 +12,9 @@ from typing import Any
 from sae.dictionary.base import Dictionary
 from sae.dictionary.model_identity import has_fingerprint
 from sae.dictionary.origin import Place, check_belongs
+from sae.dictionary.saved import identify
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, DataError, ModelError
-from sae.evaluation.report import identify
 from sae.files.formats import as_read_back, fingerprint_of
 from sae.files.writing import locked, write_bytes
 from sae.model.language_model import LanguageModel

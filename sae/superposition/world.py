@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations.statistics import Statistics
 from sae.errors import ConfigError, TrainingError
 from sae.evaluation.recovery import Labelled
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import STREAMS, numpy_generator, torch_generator
+from sae.numerics.statistics import Statistics
 from sae.superposition.geometry import REPRESENTED
 from sae.superposition.toy import train_toy_models
 

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
-from sae.activations.loader import ActivationLoader
 from sae.config.check import check_fit, check_memory
 from sae.config.environment import memory_of
 from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError, TrainingError
 from sae.training.recipe import Recipe, build, check_start, freeze_
-from sae.training.source import BatchSource, origin
+from sae.training.source import BatchSource, OrderedSource, origin
 from sae.training.traits import check_read
 
 
@@ -78,12 +77,12 @@ def _check_transcoder(name: str, source: BatchSource, target: BatchSource) -> No
         raise ConfigError(
             f"{name}: the target has {target.d_in} numbers a row, the input {source.d_in}: they must have as many"
         )
-    if isinstance(source, ActivationLoader) and isinstance(target, ActivationLoader):
-        texts = [loader.cache.manifest.text_sha256 for loader in (source, target)]
-        if texts[0] != texts[1]:
+    if isinstance(source, OrderedSource) and isinstance(target, OrderedSource):
+        (text, place), (other_text, other_place) = source.text, target.text
+        if text != other_text:
             raise ConfigError(
-                f"{name}: the target's cache, {str(target.cache.path)!r}, is of other text than the input's, "
-                f"{str(source.cache.path)!r}: harvest both hook points with the same data settings, best in one cache"
+                f"{name}: the target's cache, {other_place!r}, is of other text than the input's, {place!r}: harvest "
+                "both hook points with the same data settings, best in one cache"
             )
     metadata = origin(source, target)
     if metadata.get("target_model") is None:
@@ -105,7 +104,7 @@ def _check_sources(sources: Mapping[str, BatchSource]) -> None:
                 f"{one} and {other} are one source, and each would get every second batch: "
                 + ("leave target out" if other == "target" else "name it once, for all that read it")
             )
-        if isinstance(ours, ActivationLoader) and isinstance(theirs, ActivationLoader) and ours.order != theirs.order:
+        if isinstance(ours, OrderedSource) and isinstance(theirs, OrderedSource) and ours.order != theirs.order:
             raise ConfigError(
                 f"{one} and {other} give tokens in different orders: load them with the same split, seed, pool_tokens "
                 "and block_tokens, from caches of the same text"

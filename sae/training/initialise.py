@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.architectures import Gated, JumpReLU, ReLU
 from sae.dictionary.base import Dictionary
-from sae.sparse import select_batch_topk
+from sae.kernels.sparse import select_batch_topk
 
 
 @torch.no_grad()

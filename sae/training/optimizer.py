@@ -12,7 +12,7 @@ from sae.architectures import JumpReLU
 from sae.dictionary.base import Dictionary
 from sae.kernels import kernels_for
 from sae.kernels.interface import AdamStep, Gradient, Moments
-from sae.sparse import GradientSink
+from sae.kernels.sparse import GradientSink
 
 RATE_FACTORS = {"threshold": 10.0}
 """By how much the learning rate of a parameter differs: JumpReLU's thresholds are as large as activations, that is many

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.activations.statistics import Statistics
 from sae.errors import ConfigError, TrainingError
+from sae.numerics.statistics import Statistics
 
 
 @runtime_checkable
@@ -55,6 +55,21 @@ class KnownSource(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """Saved with what is trained on it; with the names of `sae.dictionary_metadata`."""
+        ...
+
+
+@runtime_checkable
+class OrderedSource(Protocol):
+    """A source that says in what order it gives which text, as `ActivationLoader` does. Nobody has to."""
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """What decides the order; sources whose orders are equal give rows of the same tokens."""
+        ...
+
+    @property
+    def text(self) -> tuple[str | None, str]:
+        """A hash of the text, and what it is called in an error."""
         ...
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.architectures.elementwise import OneThreshold
-from sae.sparse import select_batch_topk
+from sae.kernels.sparse import select_batch_topk
 
 _PAIRS, _LEAST_ROWS, _MOST_ROWS = 65_536, 2048, 4096
 

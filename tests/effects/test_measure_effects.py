@@ -30,9 +30,9 @@ from sae.effects.meter import ChangeMeter, Measured
 from sae.effects.store import resume
 from sae.effects.summarise import pearson
 from sae.errors import CacheError, ConfigError, DamagedError, FormatError, UnknownFeatureError
-from sae.features.vocabulary import Vocabulary
 from sae.files.writing import write_json
 from sae.model.language_model import LanguageModel
+from sae.model.vocabulary import Vocabulary
 from sae.results.estimate import Estimate
 
 FEW = EffectSettings(positions=6, null_positions=3, window=2, top=4)

@@ -14,11 +14,11 @@ import sae
 from sae.activations import ActivationCache
 from sae.architectures import TopK
 from sae.config.settings import EvaluationConfig
+from sae.dictionary.saved import identify
 from sae.errors import ConfigError, DamagedError, FormatError
 from sae.evaluation import Comparison, comparison_tables, evaluate, write_comparison
 from sae.evaluation.comparison import comparison_key
 from sae.evaluation.metrics import METRICS, below_noise
-from sae.evaluation.report import identify
 from sae.evaluation.stored import read_comparison
 from sae.model.language_model import LanguageModel
 

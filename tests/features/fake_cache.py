@@ -25,7 +25,7 @@ class FakeTokenizer:
     all_special_ids = (0,)
 
     def __init__(self, *longer: str) -> None:
-        from sae.features.vocabulary import _BYTE_OF
+        from sae.model.vocabulary import _BYTE_OF
 
         of_byte = {byte: character for character, byte in _BYTE_OF.items()}
         self.names = {"<|end|>": 0} | {of_byte[byte]: 1 + byte for byte in range(256)}

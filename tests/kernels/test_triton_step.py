@@ -13,10 +13,9 @@ from torch.utils._pytree import tree_iter
 
 pytest.importorskip("triton")
 
-from sae import sparse
 from sae.architectures import ARCHITECTURES
 from sae.dictionary.base import Dictionary
-from sae.kernels import back_end
+from sae.kernels import back_end, sparse
 from sae.training import optimizer as optimizer_module
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import sae
 from sae.activations.loader import ActivationLoader
-from sae.activations.statistics import Statistics
 from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import TrainingError
+from sae.numerics.statistics import Statistics
 from sae.training import IterableSource, train
 from sae.training.normalisation import normalisations_of
 from tests.evaluation.evaluation_cache import HOOK, make_cache

@@ -10,7 +10,7 @@ from sae.architectures import Gated
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
-from sae.sparse import decode, encode_at, rows_of, select_topk
+from sae.kernels.sparse import decode, encode_at, rows_of, select_topk
 from sae.training.objectives.common import Context, mean_squared_error
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection
 from sae.kernels.pattern import Pattern
-from sae.sparse import GradientSink, decode, encode_at
+from sae.kernels.sparse import GradientSink, decode, encode_at
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def firing_densely(features: Float[Tensor, "batch d_sae"]) -> tuple[Float[Tensor
 
 
 def encoder(dictionary: Dictionary) -> tuple[Tensor, Tensor, Tensor]:
-    """b_dec, the encoder by feature, its bias: as `sae.sparse` takes them."""
+    """b_dec, the encoder by feature, its bias: as `sae.kernels.sparse` takes them."""
     return dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc
 
 

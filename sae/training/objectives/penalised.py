@@ -11,7 +11,7 @@ from torch import Tensor
 from sae.architectures import Gated, JumpReLU
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import DENSE_ABOVE
-from sae.sparse import decode, entries_of, select_above
+from sae.kernels.sparse import decode, entries_of, select_above
 from sae.training.objectives.auxk import auxk_after
 from sae.training.objectives.common import (
     Context,

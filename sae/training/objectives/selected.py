@@ -12,7 +12,7 @@ from sae.architectures import Matryoshka
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection
 from sae.kernels.pattern import Pattern
-from sae.sparse import decode, select_batch_topk, select_topk
+from sae.kernels.sparse import decode, select_batch_topk, select_topk
 from sae.training.objectives.auxk import auxk_loss, dead_subset
 from sae.training.objectives.common import (
     Context,

@@ -285,4 +285,4 @@ for method in (dictionary.encode, dictionary):
 exported = torch.export.export(dictionary, (x,)).module()
 torch.testing.assert_close(exported(x), dictionary(x))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parents[2])

@@ -9,7 +9,16 @@ from torch import Tensor
 from sae.kernels import back_end
 from sae.kernels.interface import Gradient, Selection, Subset
 from sae.kernels.pattern import Pattern
-from sae.sparse import GradientSink, decode, encode_at, padded, rows_of, select_above, select_batch_topk, select_topk
+from sae.kernels.sparse import (
+    GradientSink,
+    decode,
+    encode_at,
+    padded,
+    rows_of,
+    select_above,
+    select_batch_topk,
+    select_topk,
+)
 from tests.kernels.kernel_cases import CASES, Case
 
 RULES = ["topk", "batch topk", "above"]

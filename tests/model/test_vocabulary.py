@@ -8,7 +8,7 @@ from fake_cache import FakeTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from sae.errors import FormatError
-from sae.features.vocabulary import _BYTE_OF, Vocabulary
+from sae.model.vocabulary import _BYTE_OF, Vocabulary
 
 
 def hugging_face(backend: Tokenizer, special: tuple[int, ...] = ()) -> SimpleNamespace:
