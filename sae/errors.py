@@ -18,6 +18,9 @@ Each message names the value, what was expected, and the way out; the command li
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
 
 class SaeError(Exception):
     """Root of all errors of this package."""
@@ -65,3 +68,13 @@ class ShapeError(SaeError, ValueError):
 
 class UnknownFeatureError(SaeError, IndexError):
     """The dictionary has no feature of that number."""
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], NoReturn]:
+    """A module's `__getattr__` that answers an old name with the new one."""
+
+    def missing(name: str) -> NoReturn:
+        now = f": it is called {names[name]!r} now" if name in names else ""
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{now}")
+
+    return missing

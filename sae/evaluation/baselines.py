@@ -15,8 +15,8 @@ from sae.architectures.topk import TopK
 from sae.config.progress import Progress, silent
 from sae.dictionary.base import Codes
 from sae.evaluation.budget import pca_tokens
+from sae.evaluation.held_out import training_blocks
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
-from sae.evaluation.streams import training_blocks
 from sae.numerics.seeding import torch_generator
 from sae.results.estimate import double
 

@@ -12,10 +12,10 @@ from sae.activations.cache import ActivationCache
 from sae.config.progress import Progress
 from sae.config.settings import EvaluationConfig
 from sae.errors import ConfigError
+from sae.evaluation.candidate import Evaluated
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
 from sae.evaluation.report import HEADINGS, fewest_of_baselines
 from sae.evaluation.scoring import evaluate_all
-from sae.evaluation.subject import Evaluated
 from sae.files import version
 from sae.files.formats import HEAD, Format, as_read_back
 from sae.model.language_model import LanguageModel

@@ -14,10 +14,10 @@ from torch import Tensor
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
-from sae.evaluation.legacy_pass import LegacyScores
+from sae.evaluation.held_out import NormHistogram
+from sae.evaluation.published import PublishedScores
 from sae.evaluation.reconstruction import ReconstructionScores
 from sae.evaluation.sparsity import SparsityScores
-from sae.evaluation.streams import NormHistogram
 from sae.files.formats import Format
 from sae.model.tail import Road
 
@@ -108,7 +108,7 @@ class Report:
     documents: int
     scores: Scores
     baselines: dict[str, Scores]
-    legacy: LegacyScores | None
+    legacy: PublishedScores | None
     dead_in_training: dict[str, Any] | None
     norms: NormHistogram
     seconds: float

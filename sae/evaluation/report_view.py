@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sae.dictionary.token_policy import TokenPolicy
-from sae.evaluation.legacy import CONTEXTS_PER_BATCH
+from sae.evaluation.published_formulas import CONTEXTS_PER_BATCH
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines
 from sae.model.tail import NO_ROAD, Road
 from sae.results.estimate import Estimate, error_note
@@ -283,8 +283,8 @@ def _legacy(report: Report) -> list[str]:
         title,
         f"What the formulas of other packages give on the first {legacy.tokens:,} held-out tokens whose id is not a "
         f"special one, in batches of {CONTEXTS_PER_BATCH} contexts. They are not the metrics above, even where they "
-        "are called the same: `sae/evaluation/legacy.py` has each equation, and how it differs. Beside the dictionary "
-        "stands what they give for x̂ = x̄, which explains nothing.",
+        "are called the same: `sae/evaluation/published_formulas.py` has each equation, and how it differs. Beside the "
+        "dictionary stands what they give for x̂ = x̄, which explains nothing.",
         pipe_table(head, rows, text_columns=1),
     ]
 

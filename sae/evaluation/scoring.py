@@ -18,15 +18,15 @@ from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
 from sae.evaluation.budget import settled, settled_tokens
+from sae.evaluation.candidate import Candidate, Evaluated, candidate, common_hook
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.frozen_decoder import train_frozen_decoders
-from sae.evaluation.legacy_pass import LegacyScores, measure_legacy
+from sae.evaluation.held_out import BLOCK_TOKENS, ActivationSummary, held_out_blocks, summarise
 from sae.evaluation.partial import Unfinished
+from sae.evaluation.published import PublishedScores, measure_published
 from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, Truth
 from sae.evaluation.report import Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
-from sae.evaluation.streams import BLOCK_TOKENS, ActivationSummary, held_out_blocks, summarise
-from sae.evaluation.subject import Evaluated, Subject, common_hook, subject
 from sae.model.language_model import LanguageModel
 from sae.model.tail import NO_ROAD, Road
 from sae.numerics.modes import in_own_modes
@@ -113,7 +113,7 @@ def evaluate_all(
     if not dictionaries:
         raise ConfigError("there is no dictionary to evaluate; give at least one")
     hook = hook or common_hook(dictionaries, cache)
-    subjects = {name: subject(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
+    subjects = {name: candidate(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
     road = None
     if language_model is not None:
         check_same_model(cache, language_model, hook)
@@ -145,7 +145,7 @@ def evaluate_all(
             mean=summary.mean, settings=settings, device=device, progress=report_progress, unfinished=kept,
         )  # fmt: skip
         scores = {key: part.with_downstream(downstream[key]) for key, part in scores.items()}
-    legacy = measure_legacy(
+    legacy = measure_published(
         language_model, cache, hook, {name: made for name, made in own.items() if not made.reads},
         mean=summary.mean, settings=settings, device=device, progress=report_progress, unfinished=kept,
     )  # fmt: skip
@@ -162,7 +162,7 @@ def evaluate_all(
 
 
 def _kept(
-    folder: Path | None, subjects: Mapping[str, Subject], cache: ActivationCache, hook: str,
+    folder: Path | None, subjects: Mapping[str, Candidate], cache: ActivationCache, hook: str,
     settings: EvaluationConfig, language_model: LanguageModel | None, road: Road | None, device: str | torch.device,
 ) -> Unfinished:  # fmt: skip
     """What was kept of this evaluation, if everything that decides it is the same."""
@@ -181,8 +181,8 @@ def _kept(
 
 
 def _report(
-    made: Subject, cache: ActivationCache, hook: str, settings: EvaluationConfig, summary: ActivationSummary, *,
-    scores: Scores, baselines: dict[str, Scores], legacy: LegacyScores | None, seconds: float,
+    made: Candidate, cache: ActivationCache, hook: str, settings: EvaluationConfig, summary: ActivationSummary, *,
+    scores: Scores, baselines: dict[str, Scores], legacy: PublishedScores | None, seconds: float,
     road: Road | None,
 ) -> Report:  # fmt: skip
     trained_with = made.metadata.get("tokens")
@@ -208,7 +208,7 @@ def _report(
     )
 
 
-def _baselines_of(made: Subject, scores: Scores, settings: EvaluationConfig) -> dict[str, Baseline]:
+def _baselines_of(made: Candidate, scores: Scores, settings: EvaluationConfig) -> dict[str, Baseline]:
     """What a dictionary is compared with, by column; dictionaries of one size have the same."""
     k = baseline_size(made, scores)
     chosen = {"pca": Baseline("pca", k), "random": Baseline("random", k, made.d_sae)}
@@ -220,7 +220,7 @@ def _baselines_of(made: Subject, scores: Scores, settings: EvaluationConfig) -> 
     return chosen | {"identity": IDENTITY}
 
 
-def baseline_size(made: Subject, scores: Scores) -> int:
+def baseline_size(made: Candidate, scores: Scores) -> int:
     """Components and features given to the baselines: the dictionary's k, or its mean L0 rounded where it has no k."""
     assert scores.sparsity is not None
     return max(1, int(made.settings.get("k", round(scores.sparsity.l0.value or 0))))

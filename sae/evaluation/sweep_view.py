@@ -25,7 +25,7 @@ _UNKNOWN = Estimate(None, None)
 
 
 @dataclass(frozen=True)
-class Behind:
+class GapToBest:
     """How far a dictionary is behind the best of its group, as `behind_best` makes them.
 
     Attributes:
@@ -40,7 +40,7 @@ class Behind:
         return {"best": self.best, **self.difference.to_json(), "below_noise": below_noise(self.difference)}
 
 
-Differences = Mapping[str, Mapping[str, Behind]]
+Differences = Mapping[str, Mapping[str, GapToBest]]
 _NOTHING: Differences = MappingProxyType({})
 
 
@@ -62,7 +62,7 @@ def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Di
     for name, point in points.items():
         fixed = None if point.weight is None else (point.weight, point.architecture == "jumprelu")  # L0, or L1
         groups.setdefault((point.hook, point.k, fixed), []).append(name)
-    found: dict[str, dict[str, Behind]] = {}
+    found: dict[str, dict[str, GapToBest]] = {}
     for names in groups.values():
         for metric in _COMPARED:
             measured = {
@@ -72,7 +72,7 @@ def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Di
             for name in measured:
                 made = None if name == best else difference(metric, totals[name], totals[best])
                 if made is not None:
-                    found.setdefault(name, {})[metric] = Behind(best, made)
+                    found.setdefault(name, {})[metric] = GapToBest(best, made)
     return found
 
 

@@ -16,7 +16,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim.adam import adam
 
-from sae.kernels.interface import DENSE_ABOVE, AdamStep, Block, Gradient, Moments, Selection, Subset, Term
+from sae.kernels.interface import (
+    DENSE_ABOVE,
+    AdamStep,
+    FactoredGradient,
+    Gradient,
+    Moments,
+    RowGradient,
+    Selection,
+    Subset,
+)
 from sae.kernels.pattern import Pattern
 from sae.kernels.products import product
 
@@ -97,7 +106,7 @@ def decode(
     return _bags(pattern.features, pattern.offsets, values, decoder)
 
 
-def value_gradients(
+def sampled_product(
     pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, " pairs"]:
     if pattern.density > DENSE_ABOVE:
@@ -112,7 +121,7 @@ def value_gradients(
     return torch.sparse.sampled_addmm(places, left, right.T, beta=0.0).values().to(gradient.dtype)
 
 
-def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
+def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
     if term.pattern.density > DENSE_ABOVE:
         return product(term.pattern.dense(term.coefficients).T, term.rows.T)
     _, rows, offsets = term.pattern.by_feature
@@ -300,11 +309,11 @@ def _summable(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def _sorted_coefficients(term: Term) -> Float[Tensor, " pairs"]:
+def _sorted_coefficients(term: FactoredGradient) -> Float[Tensor, " pairs"]:
     return term.coefficients[term.pattern.by_feature.order]
 
 
-def _sort(block: Block) -> tuple[Tensor, Tensor]:
+def _sort(block: RowGradient) -> tuple[Tensor, Tensor]:
     features, order = block.features.sort()
     return features, block.gradient[order]
 

@@ -47,7 +47,7 @@ class Selection(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Term:
+class FactoredGradient:
     """A gradient of a `[d_sae, d_in]` matrix in factors: G[j] = Σ over pairs (i, j) of coefficient · rows[i]."""
 
     pattern: Pattern
@@ -56,7 +56,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowGradient:
     """A gradient of some rows of a `[d_sae, d_in]` matrix: G[features] += gradient. No feature stands there twice."""
 
     features: Int[Tensor, " some"]
@@ -67,8 +67,8 @@ class Block:
 class Gradient:
     """The gradient of a `[d_sae, d_in]` matrix as a sum of parts; only `dense` is as large as the matrix."""
 
-    terms: Sequence[Term] = ()
-    blocks: Sequence[Block] = ()
+    terms: Sequence[FactoredGradient] = ()
+    blocks: Sequence[RowGradient] = ()
     dense: Float[Tensor, "d_sae d_in"] | None = None
 
 
@@ -146,13 +146,13 @@ class Kernels(Protocol):
         """Row i: Σ over its pairs of value · decoder[feature]."""
         ...
 
-    def value_gradients(
+    def sampled_product(
         self, pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
     ) -> Float[Tensor, " pairs"]:
         """Pair (i, j): gradient[i] · decoder[j], the gradient of `decode` by its values."""
         ...
 
-    def feature_sums(self, term: Term) -> Float[Tensor, "d_sae d_in"]:
+    def feature_sums(self, term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
         """The matrix that a term stands for."""
         ...
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae.kernels import back_end, kernels_for
-from sae.kernels.interface import Block, Gradient, Kernels, Selection, Subset, Term
+from sae.kernels.interface import FactoredGradient, Gradient, Kernels, RowGradient, Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.numerics.modes import is_mapped, without_autocast
 
@@ -27,8 +27,8 @@ from sae.numerics.modes import is_mapped, without_autocast
 class GradientSink:
     """Collects the gradient of one `[d_sae, d_in]` matrix in factors, over a backward pass."""
 
-    terms: list[Term] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
+    terms: list[FactoredGradient] = field(default_factory=list)
+    blocks: list[RowGradient] = field(default_factory=list)
 
     def take(self, dense: Float[Tensor, "d_sae d_in"] | None = None) -> Gradient:
         """What was collected, with what autograd left in `.grad`; the sink is empty again."""
@@ -163,11 +163,11 @@ def _exact(selection: Selection, x: Tensor, encoder: Tensor, b_enc: Tensor, subs
     if kernels is not back_end("cpu"):
         return selection
     pattern = selection.pattern
-    values = kernels.value_gradients(pattern, x, encoder) + b_enc[pattern.features]
+    values = kernels.sampled_product(pattern, x, encoder) + b_enc[pattern.features]
     if subset is None or selection.subset_places is None:
         return selection._replace(values=values)
     places = selection.subset_places
-    among = kernels.value_gradients(Pattern.from_indices(places, len(subset.features)), x, encoder[subset.features])
+    among = kernels.sampled_product(Pattern.from_indices(places, len(subset.features)), x, encoder[subset.features])
     offsets = b_enc[subset.features] + subset.penalty
     return selection._replace(values=values, subset_values=among.view_as(places) + offsets[places])
 
@@ -187,8 +187,8 @@ class _Decode(torch.autograd.Function):
         values, decoder = ctx.saved_tensors
         gradient = gradient.contiguous()
         kernels = _gradient_kernels(decoder, gradient)
-        of_values = kernels.value_gradients(ctx.pattern, gradient, decoder) if ctx.needs_input_grad[0] else None
-        term = Term(ctx.pattern, values, gradient)
+        of_values = kernels.sampled_product(ctx.pattern, gradient, decoder) if ctx.needs_input_grad[0] else None
+        term = FactoredGradient(ctx.pattern, values, gradient)
         return of_values, _matrix_gradient(kernels, term, ctx.sink, ctx.needs_input_grad[1]), None, None
 
 
@@ -214,7 +214,7 @@ class _EncodeAt(torch.autograd.Function):
         of_b_dec = -(of_b_enc @ encoder) if of_b_enc is not None and ctx.needs_input_grad[1] else None
         of_encoder = None
         if ctx.needs_input_grad[2]:
-            of_encoder = _matrix_gradient(kernels, Term(pattern, gradient, x - b_dec), ctx.sink, True)
+            of_encoder = _matrix_gradient(kernels, FactoredGradient(pattern, gradient, x - b_dec), ctx.sink, True)
         return of_x, of_b_dec, of_encoder, of_b_enc, None, None, None
 
 
@@ -227,7 +227,7 @@ class _RowsOf(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.sink.blocks.append(Block(ctx.features, gradient))
+        ctx.sink.blocks.append(RowGradient(ctx.features, gradient))
         return None, None, None
 
 
@@ -236,7 +236,9 @@ def _gradient_kernels(weights: Tensor, gradient: Tensor) -> Kernels:
     return back_end("reference") if torch.is_grad_enabled() or is_mapped(gradient) else kernels_for(weights)
 
 
-def _matrix_gradient(kernels: Kernels, term: Term, sink: GradientSink | None, needed: bool) -> Tensor | None:
+def _matrix_gradient(
+    kernels: Kernels, term: FactoredGradient, sink: GradientSink | None, needed: bool
+) -> Tensor | None:
     if not needed:
         return None
     if sink is None:

@@ -19,7 +19,15 @@ from sae.evaluation.recovery import (
     recovery,
 )
 from sae.numerics.modes import in_own_modes
-from sae.superposition.world import TEST, VALIDATION, World, WorldSource, even_world, hard_world, toy_world
+from sae.superposition.synthetic import (
+    TEST,
+    VALIDATION,
+    SyntheticFeatures,
+    SyntheticSource,
+    even_features,
+    toy_features,
+    uneven_features,
+)
 from sae.training import Recipe, train_all
 
 COSINE = 0.9
@@ -53,9 +61,9 @@ class RecoverySettings:
     batch_size: int = 2048
     scored: int = 20_000
 
-    def make_world(self, seed: int) -> World:
+    def make_world(self, seed: int) -> SyntheticFeatures:
         """The world of these settings."""
-        made = {"toy": toy_world, "even": even_world, "hard": hard_world}[self.world]
+        made = {"toy": toy_features, "even": even_features, "hard": uneven_features}[self.world]
         return made(self.features, self.d_in, self.mean_l0, seed=seed)
 
 
@@ -157,7 +165,7 @@ def run_recovery(settings: RecoverySettings, seed: int, progress: StageProgress 
         )
         for architecture in settings.architectures
     }
-    source = WorldSource(world, settings.batch_size)
+    source = SyntheticSource(world, settings.batch_size)
     if progress is not None:
         progress(0, settings.tokens)
     outcome = train_all(
@@ -176,7 +184,9 @@ def run_recovery(settings: RecoverySettings, seed: int, progress: StageProgress 
     return RecoveryResult(settings.world, features, d_in, world.mean_l0, measured, tuple(made))
 
 
-def score(dictionary: Dictionary, world: World, rows: int, seed: int = 0, seconds: float = 0.0) -> DictionaryScores:
+def score(
+    dictionary: Dictionary, world: SyntheticFeatures, rows: int, seed: int = 0, seconds: float = 0.0
+) -> DictionaryScores:
     """How well a dictionary recovers a world's features.
 
     Args:

@@ -24,7 +24,7 @@ from sae.numerics.seeding import torch_generator
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisations_of
-from sae.training.objectives import OBJECTIVES, Context, Losses
+from sae.training.objectives import OBJECTIVES, Losses, StepInputs
 from sae.training.optimizer import FeatureAdam
 from sae.training.recipe import Recipe, build, chosen_settings, freeze_, setting_of
 from sae.training.schedules import (
@@ -277,7 +277,7 @@ class Trainer:
         self.firing.density = l0 / self.dictionary.d_sae  # what it begins with
         self.optimizer.refresh()
 
-    def _context(self) -> Context:
+    def _context(self) -> StepInputs:
         settings, architecture = self.settings, self.recipe.dictionary.architecture
         warm = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
         target_l0 = None
@@ -288,7 +288,7 @@ class Trainer:
             weight = float(self.dictionary.d_in) if settings.l0_coefficient is None else settings.l0_coefficient
         else:
             weight = settings.l1_coefficient or 0.0
-        return Context(
+        return StepInputs(
             dead=self.firing.dead,
             dead_candidates=self.firing.candidates,
             sparsity=warm * (weight if self.steered is None else self.steered.value),
@@ -307,7 +307,7 @@ class Trainer:
         k, d_sae = self.recipe.dictionary.k, self.dictionary.d_sae
         return falling_l0(self.step_number, self.steps, k, d_sae, self.sparsity_warmup) if self.falls else float(k)
 
-    def _also_logged(self, context: Context) -> dict[str, Float[Tensor, ""]]:
+    def _also_logged(self, context: StepInputs) -> dict[str, Float[Tensor, ""]]:
         """What the log shows beside the terms of the loss."""
         shown = {"gradient_norm": self.optimizer.norm}
         if self.dictionary.architecture in PENALISED:

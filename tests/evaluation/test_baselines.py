@@ -14,8 +14,8 @@ from sae.config.settings import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.evaluation import Report, evaluate
 from sae.evaluation.baselines import Baseline, RandomDictionary, fit_pca
 from sae.evaluation.frozen_decoder import train_frozen_decoders
+from sae.evaluation.held_out import training_blocks
 from sae.evaluation.report_view import markdown
-from sae.evaluation.streams import training_blocks
 from sae.training import Outcome, train, train_all
 
 TRAIN = random_rows(700, 6, 12, seed=1)
@@ -125,7 +125,7 @@ def test_a_gpu_gives_the_same_scores(tmp_path: Path) -> None:
 
 def test_baselines_are_reconstructed_on_every_nth_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted through the split, over the edges of blocks; on all of them the numbers are of all."""
-    monkeypatch.setattr("sae.evaluation.streams.BLOCK_TOKENS", 32)
+    monkeypatch.setattr("sae.evaluation.held_out.BLOCK_TOKENS", 32)
     cache = make_cache(tmp_path, HELD_OUT, TRAIN)
     x, tokens, _ = HELD_OUT
     held_out = x[eligible_rows(tokens, POLICY, 8)]

@@ -13,7 +13,7 @@ from sae.errors import TrainingError
 from sae.evaluation import evaluate, evaluate_all
 from sae.evaluation.baselines import Baseline
 from sae.evaluation.frozen_decoder import train_frozen_decoders
-from sae.evaluation.streams import training_blocks
+from sae.evaluation.held_out import training_blocks
 from sae.numerics.seeding import torch_generator
 
 TRAIN = random_rows(4000, 6, 12, seed=1)

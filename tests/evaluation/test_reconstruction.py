@@ -14,8 +14,8 @@ from sae.activations.cache import ActivationCache, eligible_rows
 from sae.architectures import TopK
 from sae.config.settings import EvaluationConfig
 from sae.errors import CacheError, ConfigError, FormatError
-from sae.evaluation import evaluate, streams
-from sae.evaluation.streams import held_out_blocks
+from sae.evaluation import evaluate, held_out
+from sae.evaluation.held_out import held_out_blocks
 
 D_IN = 6
 ROWS = random_rows(150, D_IN, 9)  # 18 contexts of 8, and one of 6
@@ -158,7 +158,7 @@ def _random_topk(dtype: torch.dtype = torch.float32) -> TopK:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Blocks small enough for a test's cache to have several."""
-    monkeypatch.setattr(streams, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(held_out, "BLOCK_TOKENS", 100)
     return 100
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from sae.evaluation.metrics import Totals, estimate
-from sae.evaluation.sweep_view import Behind, behind_best, sweep_markdown, sweep_tables
+from sae.evaluation.sweep_view import GapToBest, behind_best, sweep_markdown, sweep_tables
 from sae.results.estimate import Estimate
 from tests.evaluation.test_pareto import point
 
@@ -128,7 +128,9 @@ def rows(text: str) -> list[list[str]]:
 def test_a_terminal_shows_whole_names_and_values(width: int) -> None:
     points = {f"{name}-k{k}": point(name, k, 1 / k) for name in ("matryoshka", "batch_topk") for k in (8, 128)}
     points["matryoshka-k8"].baselines["pca"] = Estimate(0.4567, 0.0123)
-    best = {name: {"fvu": Behind("matryoshka-k8", Estimate(0.01, 0.1))} for name in points if name != "matryoshka-k8"}
+    best = {
+        name: {"fvu": GapToBest("matryoshka-k8", Estimate(0.01, 0.1))} for name in points if name != "matryoshka-k8"
+    }
     console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     for table in sweep_tables(points, best, width):
         console.print(table)

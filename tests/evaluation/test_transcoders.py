@@ -19,8 +19,8 @@ from sae.config.settings import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.config.splits import HELD_OUT
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, evaluate_all
+from sae.evaluation.held_out import held_out_blocks
 from sae.evaluation.report_view import markdown
-from sae.evaluation.streams import held_out_blocks
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
 

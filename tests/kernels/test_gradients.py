@@ -21,7 +21,7 @@ from sae.architectures.elementwise import OneThreshold
 from sae.dictionary.base import Codes, Dictionary
 from sae.errors import ShapeError
 from sae.kernels import back_end
-from sae.kernels.interface import Term
+from sae.kernels.interface import FactoredGradient
 from sae.kernels.pattern import Pattern
 
 D_IN, D_SAE, K = 12, 240, 4
@@ -125,7 +125,7 @@ def test_a_bias_gradient_over_many_rows_is_not_rounded_away() -> None:
         pattern = Pattern.from_indices(torch.zeros(1000, 1, dtype=torch.int64), 20)
         assert float(cpu.column_sums(pattern, ones)[0]) == 1000
         rows = torch.ones(1000, 3, dtype=dtype)
-        assert cpu.feature_sums(Term(pattern, ones, rows))[0].tolist() == [1000] * 3
+        assert cpu.feature_sums(FactoredGradient(pattern, ones, rows))[0].tolist() == [1000] * 3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -130,7 +130,12 @@ def toy_results() -> Any:
     scores = run_recovery(settings, 0).dictionaries[0].scores
     density, importance = (torch.full(shape, 0.5, dtype=torch.float32, device="cpu") for shape in ((2,), (2, 5)))
     toys = superposition.train_toy_models(density, importance, 2, superposition.ToyTraining(steps=20, batch_size=32))
-    return [scores, toys.W, superposition.expected_loss(toys, 16), superposition.hard_world().sample(8).activations]
+    return [
+        scores,
+        toys.W,
+        superposition.expected_loss(toys, 16),
+        superposition.uneven_features().sample(8).activations,
+    ]
 
 
 ENTRIES: dict[str, Callable[[Case], Any]] = {

@@ -13,7 +13,7 @@ from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import geometric_median, initialise_
-from sae.training.objectives import Context
+from sae.training.objectives import StepInputs
 from sae.training.recipe import Recipe
 from sae.training.schedules import default_learning_rate, learning_rate, warmed_up
 from sae.training.trainer import Trainer
@@ -41,7 +41,7 @@ def test_a_feature_is_dead_after_the_average_one_would_have_fired_64_times() -> 
 
 
 def test_how_dead_features_are_revived_unless_it_is_chosen() -> None:
-    def trainer(settings: TrainConfig) -> tuple[Trainer, Context]:
+    def trainer(settings: TrainConfig) -> tuple[Trainer, StepInputs]:
         shape = DictionaryConfig(architecture="topk", d_sae=32, k=4)
         source = IterableSource([torch.randn(8, 10)])
         made = Trainer(Recipe(shape, settings), source, None, 1, torch.device("cpu"))

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.interface import AdamStep, Gradient, Moments, Selection, Subset, Term
+from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.kernels.triton import codes, update
 from sae.kernels.triton.batch import above, largest_of_batch
@@ -70,14 +70,14 @@ def decode(
         return codes.decode(pattern, values, decoder.contiguous())
 
 
-def value_gradients(
+def sampled_product(
     pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, " pairs"]:
     with torch.cuda.device_of(gradient):
-        return codes.value_gradients(pattern, gradient.contiguous(), decoder.contiguous())
+        return codes.sampled_product(pattern, gradient.contiguous(), decoder.contiguous())
 
 
-def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
+def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
     with torch.cuda.device_of(term.rows):
         return codes.feature_sums(term)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.kernels.pattern import Pattern
-from sae.kernels.triton.codes import value_gradients
+from sae.kernels.triton.codes import sampled_product
 from sae.kernels.triton.tiles import (
     MISS,
     binomial_below,
@@ -225,7 +225,7 @@ def _guess(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
     d_sae, sampled = len(encoder), scheme.sampled
     rows, lanes = torch.arange(len(x), device=x.device)[:, None], torch.arange(sampled, device=x.device)[None, :]
     pattern = Pattern.from_indices((lanes * (d_sae // sampled) + rows * 7919) % d_sae, d_sae)
-    values = value_gradients(pattern, x, encoder).float() + bias[pattern.features]
+    values = sampled_product(pattern, x, encoder).float() + bias[pattern.features]
     return values.topk(scheme.rank, sorted=False).values.min()
 
 

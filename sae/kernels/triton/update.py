@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.kernels import cpu
-from sae.kernels.interface import AdamStep, Gradient, Moments, Term
+from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments
 from sae.kernels.triton.codes import feature_sums, segment_sum
 from sae.kernels.triton.tiles import at_once, power_of_two
 
@@ -154,12 +154,12 @@ def _parts(weight: Tensor, gradient: Gradient, unit_rows: bool) -> tuple[list[An
     return pointers, options
 
 
-def _pointers(term: Term) -> tuple[Tensor, ...]:
+def _pointers(term: FactoredGradient) -> tuple[Tensor, ...]:
     order, rows, offsets = term.pattern.by_feature
     return term.rows.contiguous(), order, rows, offsets, term.coefficients
 
 
-def _sum(dense: Tensor | None, terms: Sequence[Term]) -> Tensor | None:
+def _sum(dense: Tensor | None, terms: Sequence[FactoredGradient]) -> Tensor | None:
     """What the kernel has no place for, made whole; three terms occur in no architecture there is."""
     for term in terms:
         part = feature_sums(term)

@@ -11,14 +11,14 @@ from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.kernels.sparse import decode, encode_at, rows_of, select_topk
-from sae.training.objectives.common import Context, mean_squared_error
+from sae.training.objectives.common import StepInputs, mean_squared_error
 
 
 def auxk_loss(
     dictionary: Dictionary,
     x: Float[Tensor, "batch d_in"],
     residual: Float[Tensor, "batch d_in"],
-    context: Context,
+    context: StepInputs,
     values: Float[Tensor, "batch k_aux"],
     places: Int[Tensor, "batch k_aux"],
 ) -> Float[Tensor, ""]:
@@ -42,7 +42,7 @@ def auxk_loss(
 
 
 def dead_encoder(
-    dictionary: Dictionary, context: Context
+    dictionary: Dictionary, context: StepInputs
 ) -> tuple[Float[Tensor, "candidates d_in"], Float[Tensor, " candidates"]]:
     """The encoder rows and biases whose ReLU is what the dead features would be worth if they fired.
 
@@ -55,7 +55,7 @@ def dead_encoder(
     return rows, dictionary.b_enc[candidates]
 
 
-def dead_subset(context: Context, dtype: torch.dtype) -> Subset | None:
+def dead_subset(context: StepInputs, dtype: torch.dtype) -> Subset | None:
     """The features that AuxK may use, those that have come to life since they were listed taken out."""
     candidates = context.dead_candidates
     if context.aux_coefficient == 0 or len(candidates) == 0:
@@ -66,7 +66,7 @@ def dead_subset(context: Context, dtype: torch.dtype) -> Subset | None:
 
 
 def auxk_after(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Float[Tensor, ""] | None:
     """`auxk_loss` where the objective's own selection did not look at the dead features; None where none is dead."""
     subset = dead_subset(context, x.dtype)

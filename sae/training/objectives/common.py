@@ -16,7 +16,7 @@ from sae.kernels.sparse import GradientSink, decode, encode_at
 
 
 @dataclass(frozen=True)
-class Context:
+class StepInputs:
     """What an objective needs beside the dictionary and the batch.
 
     Attributes:
@@ -75,7 +75,7 @@ def with_revival(losses: Losses, weight: float, name: str, term: Float[Tensor, "
     return replace(losses, total=losses.total + weighted, terms=terms, revived=revived)
 
 
-Objective = Callable[[Dictionary, Tensor, Tensor, Context], Losses]
+Objective = Callable[[Dictionary, Tensor, Tensor, StepInputs], Losses]
 """(dictionary, input `[batch, d_in]`, target `[batch, d_in]`, context) → losses; pure."""
 
 
@@ -87,14 +87,14 @@ def mean_squared_error(
 
 
 def pre_activations_at(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], context: Context, selection: Selection
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], context: StepInputs, selection: Selection
 ) -> Float[Tensor, " pairs"]:
     """Pre-activations where `selection` is, differentiable in the dictionary."""
     return encode_at(x, *encoder(dictionary), selection, context.encoder_sink)
 
 
 def reconstruct(
-    dictionary: Dictionary, pattern: Pattern, values: Float[Tensor, " pairs"], context: Context
+    dictionary: Dictionary, pattern: Pattern, values: Float[Tensor, " pairs"], context: StepInputs
 ) -> Float[Tensor, "batch d_in"]:
     """Σ of values · decoder rows, and b_dec."""
     return decode(pattern, values, dictionary.W_dec, context.decoder_sink) + dictionary.b_dec

@@ -14,8 +14,8 @@ from sae.kernels.interface import DENSE_ABOVE
 from sae.kernels.sparse import decode, entries_of, select_above
 from sae.training.objectives.auxk import auxk_after
 from sae.training.objectives.common import (
-    Context,
     Losses,
+    StepInputs,
     encoder,
     firing,
     firing_densely,
@@ -28,7 +28,7 @@ from sae.training.objectives.common import (
 
 
 def relu_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j f_j ‖W_dec,j‖, with every positive pre-activation firing.
 
@@ -52,7 +52,7 @@ def relu_loss(
 
 
 def gated_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j ReLU(π_j) + ‖y − ŷ_gate‖² + α · AuxK, with ŷ_gate from ReLU(π) and a decoder it does not train.
 
@@ -89,7 +89,7 @@ def gated_loss(
 
 
 def jumprelu_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ · L0, or + λ · (L0 / target − 1)²; + α · AuxK. Straight-through gradients reach the thresholds.
 
@@ -115,7 +115,7 @@ def jumprelu_loss(
     return with_revival(Losses(total, terms, *firing(pattern, values)), context.aux_coefficient, "aux", aux)
 
 
-def revival(dictionary: Dictionary, context: Context) -> Float[Tensor, ""] | None:
+def revival(dictionary: Dictionary, context: StepInputs) -> Float[Tensor, ""] | None:
     """−Σ of the biases of dead features, which it raises until they fire; None where none is dead.
 
     Where everything positive fires, dead features are negative everywhere, AuxK sees nothing of them, and this is what

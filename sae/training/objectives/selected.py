@@ -15,8 +15,8 @@ from sae.kernels.pattern import Pattern
 from sae.kernels.sparse import decode, select_batch_topk, select_topk
 from sae.training.objectives.auxk import auxk_loss, dead_subset
 from sae.training.objectives.common import (
-    Context,
     Losses,
+    StepInputs,
     encoder,
     firing,
     mean_squared_error,
@@ -27,7 +27,7 @@ from sae.training.objectives.common import (
 
 
 def topk_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k strongest features.   Gao et al. 2024, §2.3 and appendix A.2."""
     k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
@@ -39,7 +39,7 @@ def topk_loss(
 
 
 def batch_topk_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k · batch strongest activations of the batch.   Bussmann et al. 2024, §2."""
     selection, values = _select_over_batch(dictionary, x, context)
@@ -50,7 +50,7 @@ def batch_topk_loss(
 
 
 def matryoshka_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """Mean over prefixes m of ‖y − ŷ_m‖², + α · AuxK, with ŷ_m from BatchTopK's activations below feature m.
 
@@ -79,7 +79,7 @@ def by_groups(pattern: Pattern, ends: Int[Tensor, " groups"]) -> Pattern:
 
 
 def _select_over_batch(
-    dictionary: Dictionary, x: Tensor, context: Context
+    dictionary: Dictionary, x: Tensor, context: StepInputs
 ) -> tuple[Selection, Float[Tensor, " pairs"]]:
     k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
     selection = select_batch_topk(x, *encoder(dictionary), k, subset, context.low)
@@ -87,7 +87,7 @@ def _select_over_batch(
 
 
 def _with_auxk(
-    dictionary: Dictionary, x: Tensor, residual: Tensor, context: Context, selection: Selection, values: Tensor,
+    dictionary: Dictionary, x: Tensor, residual: Tensor, context: StepInputs, selection: Selection, values: Tensor,
     error: Float[Tensor, ""],
 ) -> Losses:  # fmt: skip
     """The error and AuxK on what the selection found among the dead features."""

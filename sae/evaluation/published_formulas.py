@@ -99,7 +99,7 @@ class BatchSums:
 
 
 @dataclass(frozen=True)
-class LegacyLosses:
+class PublishedLosses:
     """Means over the tokens that a package keeps, in nats: next-token cross-entropy, and KL from the clean model.
 
     The loss of token t + 1 counts where token t is kept; the divergence counts at every kept position, the last of a
@@ -200,7 +200,7 @@ def l1_saebench(b: Batches) -> float:
     return float(b.signed_l1.sum() / b.tokens.sum())
 
 
-def ce_loss_score(losses: LegacyLosses) -> float:
+def ce_loss_score(losses: PublishedLosses) -> float:
     """(CE ablated − CE with x̂) / (CE ablated − CE clean): both packages.
 
     Zero ablation replaces every position, special tokens included, while SAELens puts x̂ at the others only: against so
@@ -210,7 +210,7 @@ def ce_loss_score(losses: LegacyLosses) -> float:
     return _divided(ablated - losses.ce_with_sae, ablated - losses.ce_without_sae)
 
 
-def kl_div_score(losses: LegacyLosses) -> float:
+def kl_div_score(losses: PublishedLosses) -> float:
     """(KL ablated − KL with x̂) / KL ablated: both packages. Ours is the divergence itself, `kl`.
 
     SAEBench takes logarithms of probabilities: one that underflows in float32 makes its divergence not a number.
@@ -229,7 +229,7 @@ OF_ACTIVATIONS: Mapping[str, OfActivations] = {
     SAEBENCH: {"explained_variance": explained_variance_saebench, "mse": mse_saebench, **_COMMON, "l1": l1_saebench},
 }
 """By package and by the name that the metric has there."""
-OF_LOSSES: Mapping[str, Callable[[LegacyLosses], float]] = {
+OF_LOSSES: Mapping[str, Callable[[PublishedLosses], float]] = {
     "ce_loss_with_sae": lambda losses: losses.ce_with_sae,
     "ce_loss_without_sae": lambda losses: losses.ce_without_sae,
     "ce_loss_with_ablation": lambda losses: losses.ce_with_ablation,
@@ -246,7 +246,7 @@ def of_activations(package: str, batches: Batches) -> dict[str, float | None]:
     return {name: _finite(formula(batches)) for name, formula in OF_ACTIVATIONS[package].items()}
 
 
-def of_losses(losses: LegacyLosses) -> dict[str, float | None]:
+def of_losses(losses: PublishedLosses) -> dict[str, float | None]:
     """Every formula of the losses; None where it gives no number."""
     return {name: _finite(formula(losses)) for name, formula in OF_LOSSES.items()}
 

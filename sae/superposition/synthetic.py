@@ -43,7 +43,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class World:
+class SyntheticFeatures:
     """x = Σ_i v_i d_i, where feature i is present with probability `frequency[i]`, and then v_i ~ U[0, 1].
 
     A feature is present when three things come together: its gate is open, its parent (if it has one) is present, and
@@ -120,7 +120,7 @@ class World:
         return joint
 
 
-class WorldSource:
+class SyntheticSource:
     """Training batches of a world, without end: what `sae.train` takes.
 
     Batch number n is the same whenever it is asked for, so training resumes without drawing the batches before it.
@@ -133,7 +133,7 @@ class WorldSource:
 
     tokens_per_epoch: int | None = None
 
-    def __init__(self, world: World, batch_size: int = 2048) -> None:
+    def __init__(self, world: SyntheticFeatures, batch_size: int = 2048) -> None:
         self.world, self.batch_size, self.d_in = world, batch_size, world.directions.shape[1]
         parts = [world.sample(batch_size, number, STATISTICS).activations for number in range(_STATISTICS_BATCHES)]
         self.statistics = Statistics.of(torch.cat(parts))
@@ -167,7 +167,7 @@ class WorldSource:
 
 
 @in_own_modes
-def even_world(features: int = 512, d_in: int = 256, mean_l0: float = 8.0, *, seed: int = 0) -> World:
+def even_features(features: int = 512, d_in: int = 256, mean_l0: float = 8.0, *, seed: int = 0) -> SyntheticFeatures:
     """Independent features of one frequency, mean_l0 / features.
 
     Raises:
@@ -178,7 +178,7 @@ def even_world(features: int = 512, d_in: int = 256, mean_l0: float = 8.0, *, se
             f"mean_l0={mean_l0:g}: expected a number above 0 and up to the number of features, {features}"
         )
     frequency = torch.full((features,), mean_l0 / features)
-    return World(
+    return SyntheticFeatures(
         directions=random_directions(features, d_in, seed, _EVEN),
         frequency=frequency,
         chance=frequency,
@@ -191,7 +191,7 @@ def even_world(features: int = 512, d_in: int = 256, mean_l0: float = 8.0, *, se
 
 
 @in_own_modes
-def hard_world(
+def uneven_features(
     features: int = 512,
     d_in: int = 256,
     mean_l0: float = 8.0,
@@ -203,7 +203,7 @@ def hard_world(
     groups: int = 16,
     group_size: int = 8,
     seed: int = 0,
-) -> World:
+) -> SyntheticFeatures:
     """Zipf frequencies, families of a parent and children, groups that occur together, and independent features.
 
     Frequencies fall with a feature's rank to the power of `exponent`, bounded by `most_frequent`, and sum to
@@ -245,11 +245,11 @@ def hard_world(
     gate[in_groups] = torch.arange(1, groups + 1)[:, None]
     chance[in_groups] = frequency[in_groups] / gates[1:, None]
     directions = random_directions(features, d_in, seed, _HARD)
-    return World(directions, frequency, chance, gate, gates, parent, seed, _HARD)
+    return SyntheticFeatures(directions, frequency, chance, gate, gates, parent, seed, _HARD)
 
 
 @in_own_modes
-def toy_world(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, seed: int = 0) -> World:
+def toy_features(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, seed: int = 0) -> SyntheticFeatures:
     """The hidden activations of a toy model that was trained for the purpose: features as it has laid them out.
 
     All features are equally important, each present with probability mean_l0 / features. Those that the model has not
@@ -258,10 +258,10 @@ def toy_world(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, see
     Raises:
         ConfigError: more features per input than there are, or no hidden dimension.
     """
-    world = even_world(features, max(hidden, 1), mean_l0, seed=seed)
+    world = even_features(features, max(hidden, 1), mean_l0, seed=seed)
     models = train_toy_models(world.frequency[:1], torch.ones(1, features), hidden, seed=seed)
     learned = models.W[0].norm(dim=1) > REPRESENTED
-    return World(
+    return SyntheticFeatures(
         models.W[0][learned], world.frequency[learned], world.chance[learned], world.gate[learned], world.gates,
         world.parent[learned], seed, _TOY,
     )  # fmt: skip

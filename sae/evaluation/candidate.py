@@ -39,7 +39,7 @@ Evaluated = Dictionary | Autoencoder
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """One of those that are evaluated, checked and on its device.
 
     Attributes:
@@ -88,9 +88,9 @@ def common_hook(dictionaries: Mapping[str, Evaluated], cache: ActivationCache) -
     return hook
 
 
-def subject(
+def candidate(
     name: str, thing: Evaluated, cache: ActivationCache, hook: str, device: str | torch.device
-) -> Subject:  # fmt: skip
+) -> Candidate:  # fmt: skip
     """Check a dictionary, or an object with `encode` and `decode`, against the activations.
 
     A dictionary that is elsewhere is copied to the device; other objects are used where they are.
@@ -112,12 +112,12 @@ def subject(
     reads = Hooks.of(thing.metadata).read_elsewhere
     description = f"dictionary: {thing.architecture}, {thing.d_in:,} → {thing.d_sae:,}{made_with}"
     reconstructor = from_dictionary(placed, description + (f", from {reads}" if reads else ""), reads)
-    return Subject(reconstructor, identify(thing), thing.architecture, thing.d_sae, settings, thing.metadata)
+    return Candidate(reconstructor, identify(thing), thing.architecture, thing.d_sae, settings, thing.metadata)
 
 
 def _of_object(
     name: str, thing: Autoencoder, cache: ActivationCache, hook: str, device: str | torch.device
-) -> Subject:  # fmt: skip
+) -> Candidate:  # fmt: skip
     d_in, kind = cache.d_in(hook), type(thing).__name__
     try:
         features = thing.encode(torch.zeros(2, d_in, device=device))
@@ -137,7 +137,7 @@ def _of_object(
     reconstructor = from_object(thing, d_sae, f"dictionary: {kind}, {d_in:,} → {d_sae:,}")
     weights = hash_weights(thing) if isinstance(thing, nn.Module) else None
     identity = {"architecture": kind, "d_in": d_in, "d_sae": d_sae, "weights_sha256": weights}
-    return Subject(reconstructor, identity, None, d_sae, {}, {})
+    return Candidate(reconstructor, identity, None, d_sae, {}, {})
 
 
 def from_object(thing: Autoencoder, d_sae: int, description: str) -> Reconstructor:

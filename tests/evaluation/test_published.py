@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import legacy_case as case
+import published_case as case
 import pytest
 import torch
 from evaluation_cache import make_cache, random_rows
@@ -17,10 +17,10 @@ from sae.architectures import TopK
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation import evaluate
-from sae.evaluation.legacy import SAEBENCH, SAELENS
-from sae.evaluation.legacy_pass import LegacyScores, measure_legacy
+from sae.evaluation.candidate import from_object
+from sae.evaluation.published import PublishedScores, measure_published
+from sae.evaluation.published_formulas import SAEBENCH, SAELENS
 from sae.evaluation.report_view import markdown
-from sae.evaluation.subject import from_object
 from sae.model.language_model import LanguageModel, Replacement
 
 REFERENCE: dict[str, dict[str, dict[str, float]]] = {
@@ -85,7 +85,7 @@ REFERENCE: dict[str, dict[str, dict[str, float]]] = {
 
 
 class Toy(LanguageModel):
-    """The toy model of `legacy_case`, as evaluation calls it."""
+    """The toy model of `published_case`, as evaluation calls it."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -96,7 +96,7 @@ class Toy(LanguageModel):
 
 
 class Toys:
-    """The dictionary of `legacy_case`."""
+    """The dictionary of `published_case`."""
 
     def __init__(self, decode: Any = case.decode) -> None:
         self._decode = decode
@@ -118,9 +118,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
     )  # fmt: skip
 
 
-def _measure(cache: ActivationCache, language_model: LanguageModel | None = None, **settings: Any) -> LegacyScores:
+def _measure(cache: ActivationCache, language_model: LanguageModel | None = None, **settings: Any) -> PublishedScores:
     made = from_object(Toys(), case.D_SAE, "toy")
-    scores = measure_legacy(
+    scores = measure_published(
         language_model, cache, case.HOOK, {"toy": made}, mean=case.mean(), settings=EvaluationConfig(**settings),
         device="cpu", progress=lambda *_: None,
     )  # fmt: skip
@@ -153,7 +153,7 @@ def test_saebench_s_formulas_depend_on_units_and_batches(tmp_path: Path) -> None
     made = {c: make_cache(tmp_path / str(c), (c * x, tokens, documents)) for c in (1, 3)}
     half = {1: x, 3: 3 * x}
     scores = {
-        c: measure_legacy(
+        c: measure_published(
             None, cache, case.HOOK, {"half": from_object(Scaled(), 6, "half")}, mean=half[c].mean(0),
             settings=EvaluationConfig(), device="cpu", progress=lambda *_: None,
         )["half"].of
@@ -195,7 +195,7 @@ def test_a_negative_feature_counts_in_saelens_s_l1_and_cancels_in_saebench_s(cac
             return case.decode(-features)
 
     made = from_object(Signed(), case.D_SAE, "signed")
-    found = measure_legacy(
+    found = measure_published(
         None, cache, case.HOOK, {"signed": made}, mean=case.mean(), settings=EvaluationConfig(), device="cpu",
         progress=lambda *_: None,
     )["signed"].of  # fmt: skip

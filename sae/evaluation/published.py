@@ -1,4 +1,4 @@
-"""One pass over the first held-out contexts for the formulas of `legacy.py`, by the rules of their packages."""
+"""One pass over the first held-out contexts for the formulas that other packages publish with, by their rules."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sae.config.progress import Progress
 from sae.config.settings import EvaluationConfig
 from sae.config.splits import HELD_OUT
 from sae.evaluation.budget import settled, settled_tokens
-from sae.evaluation.legacy import (
+from sae.evaluation.partial import Unfinished
+from sae.evaluation.published_formulas import (
     CONTEXTS_PER_BATCH,
     SAEBENCH,
     SAELENS,
     Batches,
     BatchSums,
-    LegacyLosses,
+    PublishedLosses,
     of_activations,
     of_losses,
 )
-from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.model.language_model import LanguageModel
 from sae.results.estimate import double, row_sums
@@ -35,8 +35,8 @@ _CLEAN, _ZERO = "clean", "zero"
 
 
 @dataclass(frozen=True)
-class LegacyScores:
-    """Numbers by the formulas of `legacy.py`, for comparison with published ones only.
+class PublishedScores:
+    """Numbers by the formulas of `published_formulas.py`, for comparison with published ones only.
 
     Attributes:
         tokens: that were kept: those whose id is none of the special tokens'.
@@ -61,11 +61,11 @@ class LegacyScores:
         }
 
 
-def measure_legacy(
+def measure_published(
     language_model: LanguageModel | None, cache: ActivationCache, hook: str, dictionaries: Mapping[str, Reconstructor],
     *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig, device: str | torch.device, progress: Progress,
     unfinished: Unfinished | None = None,
-) -> dict[str, LegacyScores]:  # fmt: skip
+) -> dict[str, PublishedScores]:  # fmt: skip
     """Every legacy formula of each dictionary, on the first `settings.legacy_tokens` held-out tokens.
 
     Kept are the tokens whose id is none that the cache masks; first positions count where their token does, as in the
@@ -117,7 +117,7 @@ def measure_legacy(
         name: {package: of | _of_losses(losses.of, package, name) for package, of in _of_activations(part).items()}
         for name, part in batches.items()
     }
-    return {name: LegacyScores(tokens, contexts, scores[name], baseline) for name in dictionaries}
+    return {name: PublishedScores(tokens, contexts, scores[name], baseline) for name in dictionaries}
 
 
 class _LossLists:
@@ -153,7 +153,7 @@ def _of_losses(losses: Mapping[tuple[str, str], list[float]], package: str, name
     if not losses.get(("ce", with_sae)):
         return {}
     return of_losses(
-        LegacyLosses(
+        PublishedLosses(
             ce_with_sae=_mean(losses, "ce", with_sae),
             ce_without_sae=_mean(losses, "ce", _CLEAN),
             ce_with_ablation=_mean(losses, "ce", _ZERO),
