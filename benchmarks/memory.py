@@ -81,7 +81,7 @@ def step(dictionary: Dictionary, optimizer: FeatureAdam, firing: FiringRecord, x
     """As `sae.train` takes it."""
     context = StepInputs(
         firing.dead, firing.candidates, 0.0, 1.0, k, firing.density,
-        optimizer.encoder_sink, optimizer.decoder_sink, optimizer.low,
+        optimizer.encoder_sink, optimizer.decoder_sink, optimizer.encoder_bf16,
     )  # fmt: skip
     losses = OBJECTIVES[dictionary.architecture](dictionary, x, x, context)
     losses.total.backward()

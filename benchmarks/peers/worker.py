@@ -79,7 +79,7 @@ def ours(task: Task, data: list[torch.Tensor], products: str = "float32") -> lis
 
     every = TrainConfig().log_every
     steps = task.steps + 2 if task.device == "cpu" else every * (task.steps + 1)
-    settings = TrainConfig(tokens=steps * task.batch, batch_size=task.batch, products=products)  # type: ignore[arg-type]
+    settings = TrainConfig(tokens=steps * task.batch, batch_size=task.batch, encoder_dtype=products)  # type: ignore[arg-type]
     shape = DictionaryConfig(architecture=task.architecture, d_sae=task.d_sae, k=task.k)  # type: ignore[arg-type]
     clocked, lines = Clocked(data), list[float]()
     source = sae.IterableSource(clocked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -20,6 +20,8 @@ from sae.files.printable import one_line
 
 LARGEST = (1 << 63) - 1
 """Of whole numbers in settings: larger ones would be written, and not be read again."""
+RENAMED: Mapping[str, str] = MappingProxyType({"train.products": "train.encoder_dtype"})
+"""Settings by the keys that they once had. Users are told the new one; what the toolkit wrote is read as that."""
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -99,6 +101,17 @@ def described(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
         yield key, text, field.description or ""
 
 
+def with_new_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings of a file that the toolkit wrote, by the keys that they have now."""
+    for old, new in RENAMED.items():
+        section, _, name = old.partition(".")
+        inner = settings.get(section)
+        if isinstance(inner, dict) and name in inner:
+            renamed = {new.partition(".")[2] if key == name else key: value for key, value in inner.items()}
+            settings = {**settings, section: renamed}
+    return settings
+
+
 def read_words(kind: type[Settings], words: Iterable[str], settings: dict[str, Any], example: str) -> dict[str, Any]:
     """Put words such as `train.lr=1e-3` into nested settings of a kind.
 
@@ -162,6 +175,8 @@ def _explained(kind: type[Settings], error: ErrorDetails, all_keys: str) -> str:
     parts = [str(part) for part in error["loc"]]
     key = ".".join(parts)
     if error["type"] == "extra_forbidden":
+        if key in RENAMED:
+            return f"setting {key!r} is called {RENAMED[key]!r} now"
         known = [name for name, _ in fields_of(kind)]
         section = ".".join(parts[:-1])
         siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}

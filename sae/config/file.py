@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae.config.base import described, read_words, validated
+from sae.config.base import described, read_words, validated, with_new_keys
 from sae.config.check import check_fit
 from sae.config.settings import RunConfig
 from sae.config.yaml_text import parse_file
@@ -43,8 +43,7 @@ def named_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: as `load_config`; or it is a run folder's, and lets code run that `overrides` do not let.
     """
     config = load_config(path, overrides)
-    place = expanded(path).resolve()
-    if place.name == CONFIG_YAML and any(stands(place.parent / name) for name in (SUMS, *PARTS)):
+    if _is_record(path):
         check_permission(config, f"run {str(path.parent)!r}", overrides)
     return config
 
@@ -103,7 +102,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(f"config {str(path)!r}: expected keys and values, such as 'seed: 0'")
-    return settings
+    return with_new_keys(settings) if _is_record(path) else settings
+
+
+def _is_record(path: Path) -> bool:
+    """Whether it is the configuration that a run folder records."""
+    place = expanded(path).resolve()
+    return place.name == CONFIG_YAML and any(stands(place.parent / name) for name in (SUMS, *PARTS))
 
 
 def _remedy(path: Path) -> str | None:

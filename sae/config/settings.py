@@ -130,7 +130,7 @@ class TrainConfig(Settings):
         description="subtract the mean activation before training (folded into the saved biases); the scale is the "
         "same either way",
     )
-    products: Literal["auto", "float32", "bfloat16"] = Field(
+    encoder_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="precision of the encoder's large product, for topk, batch_topk and matryoshka; weights stay "
         "float32; `auto`: bfloat16 on a GPU",

@@ -38,7 +38,7 @@ class FeatureAdam:
     Attributes:
         encoder_sink: where the sparse core puts the gradient of W_enc.T.
         decoder_sink: where it puts that of W_dec.
-        low: the copy, or None.
+        encoder_bf16: the copy, or None.
         lr: of the last step.
         norm: of the last gradient, before it was scaled; None without `max_norm`.
     """
@@ -61,14 +61,14 @@ class FeatureAdam:
         groups = groups or [{"params": [], "factor": 1.0}]  # only matrices are trained
         self.rest = torch.optim.Adam(groups, betas=(beta1, beta2), eps=_EPSILON, fused=True)
         self.steps, self.lr = 0, 0.0
-        self.low: BFloat16[Tensor, "d_sae d_in"] | None = None
+        self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = None
         if low_precision:
-            self.low = self.encoder.to(torch.bfloat16)
+            self.encoder_bf16 = self.encoder.to(torch.bfloat16)
 
     def refresh(self) -> None:
         """Make the copy anew, after the weights were changed from outside."""
-        if self.low is not None:
-            self.low.copy_(self.encoder)
+        if self.encoder_bf16 is not None:
+            self.encoder_bf16.copy_(self.encoder)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -84,7 +84,7 @@ class FeatureAdam:
             "lr": lr, "beta1": self.beta1, "beta2": self.beta2, "eps": _EPSILON, "number": self.steps, "scale": scale,
         }  # fmt: skip
         if dictionary.W_enc.requires_grad:
-            kernels.adam_(self.encoder, self.moments[0], gradients[0], AdamStep(**common), self.low)
+            kernels.adam_(self.encoder, self.moments[0], gradients[0], AdamStep(**common), self.encoder_bf16)
         if dictionary.W_dec.requires_grad:
             of_rows = AdamStep(**common, unit_rows=dictionary.unit_decoder)
             kernels.adam_(self.decoder, self.moments[1], gradients[1], of_rows)

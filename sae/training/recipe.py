@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.architectures import ARCHITECTURES
+from sae.config.base import RENAMED
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError
@@ -59,10 +60,12 @@ def chosen_settings(shape: DictionaryConfig, settings: TrainConfig) -> dict[str,
 def setting_of(held: Mapping[str, Any], key: str) -> Any:
     """A setting that weights were made with; one that did not exist then had no other effect than its default."""
     defaults = {**DictionaryConfig.model_fields, **TrainConfig.model_fields}
-    if key not in held and key in defaults:
-        default = defaults[key].default
-        return list(default) if isinstance(default, tuple) else default
-    return held.get(key)
+    once = {new.rpartition(".")[2]: old.rpartition(".")[2] for old, new in RENAMED.items()}
+    for name in (key, once.get(key, key)):
+        if name in held:
+            return held[name]
+    default = defaults[key].default if key in defaults else None
+    return list(default) if isinstance(default, tuple) else default
 
 
 def freeze_(dictionary: Dictionary, names: Sequence[str]) -> None:

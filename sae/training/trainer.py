@@ -259,8 +259,8 @@ class Trainer:
     def bytes(self) -> int:
         """Memory of the weights and of what the optimiser keeps."""
         moments = [part for pair in self.optimizer.moments for part in (pair.first, pair.second)]
-        low = [] if self.optimizer.low is None else [self.optimizer.low]
-        return sum(t.numel() * t.element_size() for t in (*self.dictionary.parameters(), *moments, *low))
+        copy = [] if self.optimizer.encoder_bf16 is None else [self.optimizer.encoder_bf16]
+        return sum(t.numel() * t.element_size() for t in (*self.dictionary.parameters(), *moments, *copy))
 
     def _begin(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"]) -> None:
         """Set the weights that training begins with, from its first batch."""
@@ -297,7 +297,7 @@ class Trainer:
             density=self.firing.density,
             encoder_sink=self.optimizer.encoder_sink,
             decoder_sink=self.optimizer.decoder_sink,
-            low=self.optimizer.low,
+            encoder_bf16=self.optimizer.encoder_bf16,
             target_l0=target_l0,
             bandwidth=settings.bandwidth,
         )
@@ -341,11 +341,12 @@ def _in_bfloat16(shape: DictionaryConfig, settings: TrainConfig, device: torch.d
     """
     if shape.architecture in PENALISED:
         return False
-    if settings.products == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+    if settings.encoder_dtype == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
         warnings.warn(
-            "train.products=bfloat16: this processor has no bfloat16 instructions, so float32 is faster", stacklevel=2
+            "train.encoder_dtype=bfloat16: this processor has no bfloat16 instructions, so float32 is faster",
+            stacklevel=2,
         )
-    return settings.products == "bfloat16" or (settings.products == "auto" and device.type == "cuda")
+    return settings.encoder_dtype == "bfloat16" or (settings.encoder_dtype == "auto" and device.type == "cuda")
 
 
 def _identity(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:

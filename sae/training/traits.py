@@ -18,7 +18,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "train.bandwidth": ("jumprelu",),
     "train.sparsity_warmup_fraction": PENALISED,
     "train.k_aux": (*SELECTED, "gated", "jumprelu"),
-    "train.products": SELECTED,
+    "train.encoder_dtype": SELECTED,
 }
 """Every other setting is read by all."""
 
@@ -30,7 +30,10 @@ def unread(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, object]:
     for key, readers in READERS.items():
         section, _, name = key.partition(".")
         value = getattr(parts[section], name)
-        no_choice = (type(parts[section]).model_fields[name].default, "float32")  # products are float32 without one
+        no_choice = (
+            type(parts[section]).model_fields[name].default,
+            "float32",
+        )  # what encoder_dtype is without a choice
         if shape.architecture not in readers and value not in no_choice:
             found[key] = value
     return found

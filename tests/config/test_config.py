@@ -15,6 +15,7 @@ from sae.config.file import describe_keys, load_config, parse_config
 from sae.config.settings import RunConfig
 from sae.errors import ConfigError
 from sae.files.writing import write_bytes
+from sae.training.recipe import setting_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,3 +214,18 @@ def test_every_key_is_described() -> None:
     keys = list(describe_keys())
     assert len(keys) > 40
     assert all(len(text) >= 10 for _, _, text in keys), [key for key, _, text in keys if len(text) < 10]
+
+
+def test_an_old_key_is_refused_with_the_new_one_and_read_where_the_toolkit_wrote_it(tmp_path: Path) -> None:
+    old = "train:\n  products: bfloat16\n"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(old)
+    for read in (lambda: load_config(mine), lambda: load_config(None, ["train.products=float32"])):
+        with pytest.raises(ConfigError, match=r"'train\.products' is called 'train\.encoder_dtype' now"):
+            read()
+    record = tmp_path / "run" / "config.yaml"
+    (record.parent / "dictionary").mkdir(parents=True)
+    record.write_text(old)
+    assert load_config(record).train.encoder_dtype == "bfloat16"
+    assert setting_of({"products": "bfloat16"}, "encoder_dtype") == "bfloat16"
+    assert setting_of({}, "encoder_dtype") == "auto"

@@ -26,7 +26,7 @@ def batches(count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_the_gpu_s_loss_curve_is_the_cpu_s(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
-    settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, products="float32")
+    settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, encoder_dtype="float32")
     curves: dict[str, list[float]] = {"cpu": [], "cuda": []}
     for device, curve in curves.items():
 
@@ -42,7 +42,7 @@ def test_bfloat16_products_follow_the_float32_curve(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     curves: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for products, curve in curves.items():
-        settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, products=products)  # type: ignore[arg-type]
+        settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, encoder_dtype=products)  # type: ignore[arg-type]
 
         def note(done: int, of: int, metrics: dict[str, float | int], curve: list[float] = curve) -> None:
             curve.append(float(metrics["mse"]))

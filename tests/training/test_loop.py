@@ -118,7 +118,7 @@ def test_bfloat16_products_leave_float32_weights_and_the_same_quality(monkeypatc
     monkeypatch.setattr("sae.training.trainer.cpu_has_bfloat16", lambda: True)
     data = planted(100)
     exact, rounded = (
-        train(IterableSource(data), SHAPE, settings(250, lr=3e-3, products=products))
+        train(IterableSource(data), SHAPE, settings(250, lr=3e-3, encoder_dtype=products))
         for products in ("float32", "bfloat16")
     )
     assert rounded.W_enc.dtype is torch.float32
@@ -129,7 +129,7 @@ def test_bfloat16_products_leave_float32_weights_and_the_same_quality(monkeypatc
 def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sae.training.trainer.cpu_has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match="no bfloat16 instructions, so float32 is faster"):
-        train(IterableSource(planted(2)), SHAPE, settings(2, products="bfloat16"))
+        train(IterableSource(planted(2)), SHAPE, settings(2, encoder_dtype="bfloat16"))
 
 
 def test_every_checkpoint_holds_a_usable_dictionary(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_optimizer_s_state_survives_a_checkpoint() -> None:
         for _ in range(count):
             context = StepInputs(
                 torch.zeros(D_SAE, dtype=torch.bool), torch.zeros(0, dtype=torch.int64), 0.0, 0.0, 1,
-                encoder_sink=optimizer.encoder_sink, decoder_sink=optimizer.decoder_sink, low=optimizer.low,
+                encoder_sink=optimizer.encoder_sink, decoder_sink=optimizer.decoder_sink, encoder_bf16=optimizer.encoder_bf16,
             )  # fmt: skip
             OBJECTIVES["topk"](optimizer.dictionary, x, x, context).total.backward()
             optimizer.step(1e-2)
@@ -139,4 +139,4 @@ def test_the_optimizer_s_state_survives_a_checkpoint() -> None:
         some_steps(optimizer, 2)
     for ours, theirs in zip(first.dictionary.parameters(), second.dictionary.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(first.low, first.dictionary.W_enc.T.bfloat16())
+    assert torch.equal(first.encoder_bf16, first.dictionary.W_enc.T.bfloat16())

@@ -39,7 +39,7 @@ def test_jumprelu_takes_the_weight_and_the_bandwidth_that_are_set() -> None:
 
 READ_BY_SOME = {
     "train.l1_coefficient": 5.0, "train.l0_coefficient": 5.0, "train.bandwidth": 0.3,
-    "train.sparsity_warmup_fraction": 0.9, "train.k_aux": 1, "train.products": "bfloat16",
+    "train.sparsity_warmup_fraction": 0.9, "train.k_aux": 1, "train.encoder_dtype": "bfloat16",
     "dictionary.prefixes": (0.25, 1.0),
 }  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_made(tiny_config: 
         ({"train__k_aux": 5, "dictionary__architecture": "relu"}, "train.k_aux=5 has no effect on relu"),
         (
             {"train__products": "bfloat16", "dictionary__architecture": "gated"},
-            "train.products='bfloat16' has no effect on gated, only on topk, batch_topk, matryoshka",
+            "train.encoder_dtype='bfloat16' has no effect on gated, only on topk, batch_topk, matryoshka",
         ),
         ({"train__freeze": ["W_gate"]}, "train.freeze: topk trains no 'W_gate'; it trains "),
         ({"train__start_from": "nowhere"}, "train.start_from: dictionary 'nowhere': no config.json there"),

@@ -26,7 +26,7 @@ class StepInputs:
         aux_coefficient, k_aux: weight and size of what revives dead features.
         density: share of features that fired per token a few steps ago, which decides how codes are computed.
         encoder_sink, decoder_sink: where the gradients of the matrices go; None: into `.grad`, dense.
-        low: the encoder in bfloat16 for the large product; None: as it is.
+        encoder_bf16: the encoder in bfloat16 for the large product; None: as it is.
         target_l0: features per token that JumpReLU's penalty aims at; None: it is the number of features itself.
         bandwidth: width of the window around a JumpReLU's threshold in which the threshold has a gradient.
     """
@@ -39,7 +39,7 @@ class StepInputs:
     density: float = 1.0
     encoder_sink: GradientSink | None = None
     decoder_sink: GradientSink | None = None
-    low: Tensor | None = None
+    encoder_bf16: Tensor | None = None
     target_l0: int | None = None
     bandwidth: float = 1.0
 

@@ -31,7 +31,7 @@ def topk_loss(
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k strongest features.   Gao et al. 2024, §2.3 and appendix A.2."""
     k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
-    selection = select_topk(x, *encoder(dictionary), k, subset, context.low)
+    selection = select_topk(x, *encoder(dictionary), k, subset, context.encoder_bf16)
     values = pre_activations_at(dictionary, x, context, selection).relu()
     reconstruction = reconstruct(dictionary, selection.pattern, values, context)
     mse = mean_squared_error(target, reconstruction)
@@ -82,7 +82,7 @@ def _select_over_batch(
     dictionary: Dictionary, x: Tensor, context: StepInputs
 ) -> tuple[Selection, Float[Tensor, " pairs"]]:
     k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
-    selection = select_batch_topk(x, *encoder(dictionary), k, subset, context.low)
+    selection = select_batch_topk(x, *encoder(dictionary), k, subset, context.encoder_bf16)
     return selection, pre_activations_at(dictionary, x, context, selection).relu()
 
 
