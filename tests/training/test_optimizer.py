@@ -126,7 +126,8 @@ def test_the_optimizer_s_state_survives_a_checkpoint() -> None:
         for _ in range(count):
             context = StepInputs(
                 torch.zeros(D_SAE, dtype=torch.bool), torch.zeros(0, dtype=torch.int64), 0.0, 0.0, 1,
-                encoder_sink=optimizer.encoder_sink, decoder_sink=optimizer.decoder_sink, encoder_bf16=optimizer.encoder_bf16,
+                encoder_sink=optimizer.encoder_sink, decoder_sink=optimizer.decoder_sink,
+                encoder_bf16=optimizer.encoder_bf16,
             )  # fmt: skip
             OBJECTIVES["topk"](optimizer.dictionary, x, x, context).total.backward()
             optimizer.step(1e-2)
