@@ -15,7 +15,7 @@ from sae.architectures.topk import TopK
 from sae.config.progress import Progress, silent
 from sae.dictionary.base import Codes
 from sae.evaluation.budget import pca_tokens
-from sae.evaluation.held_out import training_blocks
+from sae.evaluation.held_out import HeldOut, training_blocks
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.numerics.seeding import torch_generator
 from sae.results.estimate import double
@@ -45,18 +45,16 @@ class Baseline:
 IDENTITY = Baseline("identity")
 
 
-def fit_baselines(
-    wanted: Iterable[Baseline], cache: ActivationCache, hook: str, device: str | torch.device, progress: Progress
-) -> dict[Baseline, Reconstructor]:
+def fit_baselines(wanted: Iterable[Baseline], held_out: HeldOut) -> dict[Baseline, Reconstructor]:
     """Fit each of them on training activations, those that differ in k alone together; frozen decoders are left out.
 
     Raises:
         CacheError: a training activation is not finite.
     """
-    wanted = list(wanted)
+    wanted, cache, hook, device = list(wanted), held_out.cache, held_out.hook, held_out.device
     made: dict[Baseline, Reconstructor] = {}
     if any(baseline.kind == "pca" for baseline in wanted):
-        components = fit_pca(cache, hook, device, progress=progress)
+        components = fit_pca(cache, hook, device, progress=held_out.progress)
         made |= {baseline: components.reconstructor(baseline.k) for baseline in wanted if baseline.kind == "pca"}
     widths = {baseline.d_sae for baseline in wanted if baseline.kind == "random"}
     for d_sae in widths:

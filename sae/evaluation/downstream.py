@@ -10,17 +10,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache, ContextBatch
-from sae.config.progress import Progress
-from sae.config.settings import EvaluationConfig
+from sae.activations.cache import ContextBatch
 from sae.config.splits import HELD_OUT
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline
-from sae.evaluation.budget import losses_read, settled, spread_contexts
+from sae.evaluation.budget import losses_read, spread_contexts
+from sae.evaluation.held_out import HeldOut
 from sae.evaluation.metrics import estimate
-from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import Reconstructor
-from sae.model.language_model import LanguageModel
 from sae.model.tail import Replacement
 from sae.results.estimate import TOKENS, DocumentSums, Estimate, double, row_sums, to_json
 
@@ -68,14 +65,13 @@ class DownstreamScores:
 
 
 def measure_downstream(
-    language_model: LanguageModel, cache: ActivationCache, hook: str, dictionaries: Mapping[str, Reconstructor],
-    baselines: Mapping[Baseline, Reconstructor], *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig,
-    device: str | torch.device, progress: Progress, unfinished: Unfinished | None = None,
+    held_out: HeldOut, dictionaries: Mapping[str, Reconstructor], baselines: Mapping[Baseline, Reconstructor],
+    mean: Float[Tensor, " d_in"],
 ) -> dict[Hashable, DownstreamScores]:  # fmt: skip
     """Losses with the hook point replaced in turn by 0, x̄ and every reconstruction, in one pass over held-out contexts.
 
     Baselines go into `settings.baseline_tokens` of them only: they lose so much more than dictionaries do that few
-    tokens tell how much, and each of them is another pass of the model. What `unfinished` holds is not measured again.
+    tokens tell how much, and each of them is another pass of the model.
 
     Returns:
         Scores by the keys of both. Those of `IDENTITY` are the clean ones by construction.
@@ -85,10 +81,10 @@ def measure_downstream(
         ModelError: the hook point cannot be replaced.
     """
     at_first = {key: reconstructor for key, reconstructor in baselines.items() if key != IDENTITY}
-    settings = settled(settings, cache)
+    cache, settings, progress = held_out.cache, held_out.settings, held_out.progress
     documents = len(cache.documents(HELD_OUT))
     everywhere, first = (DocumentSums(documents, _columns(keys)) for keys in (dictionaries, at_first))
-    stage = (unfinished or Unfinished()).stage("language model", {"everywhere": everywhere, "first": first})
+    stage = held_out.unfinished.stage("language model", {"everywhere": everywhere, "first": first})
     batches = list(spread_contexts(cache, settings))
     rows, of = sum(batch.tokens.numel() for batch, _ in batches[: stage.done]), losses_read(settings, cache)
     progress("language model", rows, of)
@@ -99,15 +95,7 @@ def measure_downstream(
             spliced: dict[Hashable, Reconstructor] = dict(dictionaries.items())
             if is_first:
                 spliced |= at_first
-            values = _measure_batch(
-                language_model,
-                batch,
-                hook,
-                spliced,
-                mean=mean,
-                device=torch.device(device),
-                check=not everywhere.tokens,
-            )
+            values = _measure_batch(held_out, batch, spliced, mean=mean, check=not everywhere.tokens)
             for sums in (everywhere, first) if is_first else (everywhere,):
                 sums.add_(batch.documents[:, :-1][counted], {name: values[name] for name in sums.names[1:]})
         stage.step(step)
@@ -135,10 +123,12 @@ def _columns(keys: Iterable[Hashable]) -> list[str]:
 
 
 def _measure_batch(
-    language_model: LanguageModel, batch: ContextBatch, hook: str, reconstructors: Mapping[Hashable, Reconstructor], *,
-    mean: Float[Tensor, " d_in"], device: torch.device, check: bool,
+    held_out: HeldOut, batch: ContextBatch, reconstructors: Mapping[Hashable, Reconstructor], *,
+    mean: Float[Tensor, " d_in"], check: bool,
 ) -> dict[str, Float[Tensor, " rows"]]:  # fmt: skip
     """Numbers of each counted position, by column name; `check` compares the clean pass with the model's own logits."""
+    language_model, hook, device = held_out.language_model, held_out.hook, torch.device(held_out.device)
+    assert language_model is not None
     tokens = batch.tokens.to(language_model.device)
     eligible = batch.eligible.to(language_model.device)
 

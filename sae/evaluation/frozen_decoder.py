@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import load
-from sae.config.progress import Progress
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
 from sae.errors import FormatError, TrainingError, TrainingInterrupted
 from sae.evaluation.baselines import Baseline
+from sae.evaluation.held_out import HeldOut
 from sae.evaluation.reconstruction import Reconstructor, from_dictionary
 from sae.training import Recipe, train_all
 
@@ -24,10 +22,7 @@ _POOL_TOKENS = 65_536
 _PURPOSE = "frozen decoder"
 
 
-def train_frozen_decoders(
-    wanted: Sequence[Baseline], cache: ActivationCache, hook: str, tokens: int, device: str | torch.device,
-    progress: Progress, folder: Path | None = None,
-) -> dict[Baseline, Reconstructor]:  # fmt: skip
+def train_frozen_decoders(wanted: Sequence[Baseline], held_out: HeldOut, tokens: int) -> dict[Baseline, Reconstructor]:
     """Train encoders under fixed random decoders, all in one pass over the cache's training activations.
 
     Each is a dictionary of the architecture, d_sae and k of the one it stands beside, trained as that is by default
@@ -38,12 +33,9 @@ def train_frozen_decoders(
 
     Args:
         wanted: their architectures, d_sae and k.
-        cache: whose training split they are trained on.
-        hook: hook point.
+        held_out: of the evaluation; they are trained on the training tokens of its cache, and kept beside its
+            unfinished sums.
         tokens: how many; at most one pass over the split.
-        device: where.
-        progress: called with (stage, tokens done, tokens in all).
-        folder: where they are kept, and taken from if they are there; None: nowhere. It is that of one evaluation.
 
     Raises:
         TrainingError: one of them diverged.
@@ -51,7 +43,10 @@ def train_frozen_decoders(
     """
     if not wanted:
         return {}
-    loader = ActivationLoader(cache, hook, batch_size=1, purpose=_PURPOSE, pool_tokens=_POOL_TOKENS, device=device)
+    device, progress, folder = held_out.device, held_out.progress, held_out.unfinished.folder
+    loader = ActivationLoader(
+        held_out.cache, held_out.hook, batch_size=1, purpose=_PURPOSE, pool_tokens=_POOL_TOKENS, device=device
+    )
     tokens = min(tokens, loader.tokens_per_epoch)
     loader.batch_size = min(BATCH, max(1, tokens // LEAST_STEPS))
     settings = TrainConfig(tokens=tokens, freeze=("W_dec",))

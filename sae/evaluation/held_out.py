@@ -11,10 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, dequantise
-from sae.config.progress import Progress
+from sae.config.progress import Progress, silent
 from sae.config.settings import EvaluationConfig
 from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import CacheError, ConfigError
+from sae.evaluation.partial import Unfinished
+from sae.model.language_model import LanguageModel
 
 BLOCK_TOKENS = 2048
 NORM_DECADES, BINS_PER_DECADE = (-4, 8), 50
@@ -73,13 +75,37 @@ class ActivationSummary:
     norms: NormHistogram
 
 
-def summarise(cache: ActivationCache, hook: str, settings: EvaluationConfig, progress: Progress) -> ActivationSummary:
+@dataclass(frozen=True)
+class HeldOut:
+    """A cache's held-out tokens at a hook point, and how they are measured: what all parts of an evaluation share.
+
+    Attributes:
+        cache: where they are; baselines are fitted on its training tokens.
+        hook: hook point.
+        settings: how many tokens, with a number in place of each `auto`.
+        language_model: the model that the cache is of; None: no losses.
+        device: where reconstructions are computed; the language model stays where it is.
+        progress: told how far each stage is.
+        unfinished: sums that an interrupted evaluation left, and those of this one.
+    """
+
+    cache: ActivationCache
+    hook: str
+    settings: EvaluationConfig = field(default_factory=EvaluationConfig)
+    language_model: LanguageModel | None = None
+    device: str | torch.device = "cpu"
+    progress: Progress = silent
+    unfinished: Unfinished = field(default_factory=Unfinished)
+
+
+def summarise(held_out: HeldOut) -> ActivationSummary:
     """Count the held-out tokens that are evaluated, average their activations, and collect norms.
 
     Raises:
         CacheError: an eligible activation is not finite.
         ConfigError: no token is left to evaluate.
     """
+    cache, hook, settings = held_out.cache, held_out.hook, held_out.settings
     edges = torch.linspace(*NORM_DECADES, (NORM_DECADES[1] - NORM_DECADES[0]) * BINS_PER_DECADE + 1)
     histograms = torch.zeros(2, len(edges) - 1, dtype=torch.long)
     names = cache.documents(HELD_OUT)
@@ -87,7 +113,7 @@ def summarise(cache: ActivationCache, hook: str, settings: EvaluationConfig, pro
     total = torch.zeros(cache.d_in(hook), dtype=torch.float64)
     tokens = rows = 0
     of = min(cache.rows(HELD_OUT), settings.tokens or cache.rows(HELD_OUT))
-    progress("activations", 0, of)
+    held_out.progress("activations", 0, of)
     for batch in cache.contexts(HELD_OUT, hook, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens):
         assert batch.activations is not None
         x = batch.activations[batch.eligible]
@@ -99,16 +125,14 @@ def summarise(cache: ActivationCache, hook: str, settings: EvaluationConfig, pro
         total += x.double().sum(0)
         seen[batch.documents[batch.eligible]] = True
         tokens, rows = tokens + len(x), rows + batch.tokens.numel()
-        progress("activations", rows, of)
+        held_out.progress("activations", rows, of)
     if tokens == 0:
         raise ConfigError(_nothing_left(cache, settings, rows))
     norms = NormHistogram(edges, histograms[0], histograms[1])
     return ActivationSummary(tokens, rows - tokens, int(seen.sum()), len(names), total / tokens, norms)
 
 
-def held_out_blocks(
-    cache: ActivationCache, hook: str, settings: EvaluationConfig, others: Collection[str] = ()
-) -> Iterator[Block]:
+def held_out_blocks(held_out: HeldOut, others: Collection[str] = ()) -> Iterator[Block]:
     """Eligible held-out tokens in text order, in blocks of one size whatever `batch_contexts`; the last is shorter.
 
     Raises:
@@ -116,7 +140,7 @@ def held_out_blocks(
     """
     waiting: list[tuple[Tensor, ...]] = []
     count = 0
-    for x, documents, *rest in _eligible_rows(cache, hook, settings, others):
+    for x, documents, *rest in _eligible_rows(held_out, others):
         waiting.append((x, documents, *rest))
         count += len(documents)
         if count >= BLOCK_TOKENS:
@@ -129,10 +153,9 @@ def held_out_blocks(
         yield _block([torch.cat(parts) for parts in zip(*waiting, strict=True)], others)
 
 
-def _eligible_rows(
-    cache: ActivationCache, hook: str, settings: EvaluationConfig, others: Collection[str]
-) -> Iterator[tuple[Tensor, ...]]:
+def _eligible_rows(held_out: HeldOut, others: Collection[str]) -> Iterator[tuple[Tensor, ...]]:
     """Activations, documents, and activations at the other hook points, of each batch's eligible tokens."""
+    cache, hook, settings = held_out.cache, held_out.hook, held_out.settings
     streams = [
         cache.contexts(HELD_OUT, name, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens)
         for name in (hook, *others)

@@ -11,11 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, ContextBatch
-from sae.config.progress import Progress
-from sae.config.settings import EvaluationConfig
 from sae.config.splits import HELD_OUT
-from sae.evaluation.budget import settled, settled_tokens
-from sae.evaluation.partial import Unfinished
+from sae.evaluation.budget import settled_tokens
+from sae.evaluation.held_out import HeldOut
 from sae.evaluation.published_formulas import (
     CONTEXTS_PER_BATCH,
     SAEBENCH,
@@ -62,10 +60,8 @@ class PublishedScores:
 
 
 def measure_published(
-    language_model: LanguageModel | None, cache: ActivationCache, hook: str, dictionaries: Mapping[str, Reconstructor],
-    *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig, device: str | torch.device, progress: Progress,
-    unfinished: Unfinished | None = None,
-) -> dict[str, PublishedScores]:  # fmt: skip
+    held_out: HeldOut, dictionaries: Mapping[str, Reconstructor], mean: Float[Tensor, " d_in"]
+) -> dict[str, PublishedScores]:
     """Every legacy formula of each dictionary, on the first `settings.legacy_tokens` held-out tokens.
 
     Kept are the tokens whose id is none that the cache masks; first positions count where their token does, as in the
@@ -78,18 +74,19 @@ def measure_published(
     """
     if not dictionaries:
         return {}
+    cache, device, progress = held_out.cache, held_out.device, held_out.progress
     special = torch.tensor(cache.policy.masked_ids, dtype=torch.long)
     everything = {**dictionaries, _MEAN: _mean_predictor(mean.float().to(device))}
-    sums = {name: BatchSums(cache.d_in(hook)) for name in everything}
-    losses = _LossLists(dictionaries if language_model is not None else ())
-    limit = settled_tokens(settled(settings, cache).legacy_tokens) or 0
+    sums = {name: BatchSums(cache.d_in(held_out.hook)) for name in everything}
+    losses = _LossLists(dictionaries if held_out.language_model is not None else ())
+    limit = settled_tokens(held_out.settings.legacy_tokens) or 0
     contexts, rows, of = 0, 0, min(cache.rows(HELD_OUT), limit)
-    stage = (unfinished or Unfinished()).stage(
+    stage = held_out.unfinished.stage(
         "legacy formulas", {**{str(place): one for place, one in enumerate(sums.values())}, "losses": losses}
     )
     if limit:
         progress("legacy formulas", min(of, stage.done * CONTEXTS_PER_BATCH * cache.context_length), of)
-    for step, batch in enumerate(_whole_contexts(cache, hook, limit), 1):
+    for step, batch in enumerate(_whole_contexts(cache, held_out.hook, limit), 1):
         kept = ~torch.isin(batch.tokens, special)
         rows += batch.tokens.numel()
         if step <= stage.done:
@@ -103,8 +100,8 @@ def measure_published(
         for name, reconstructor in everything.items():
             made = reconstructor(x)
             sums[name].add_(x, made.x_hat, made.codes)
-        if language_model is not None:
-            for key, value in _losses(language_model, batch, kept, hook, dictionaries, device):
+        if held_out.language_model is not None:
+            for key, value in _losses(held_out, held_out.language_model, batch, kept, dictionaries):
                 losses.of[key].append(value)
         stage.step(step)
         progress("legacy formulas", rows, of)
@@ -200,20 +197,20 @@ def _mean_predictor(mean: Float[Tensor, " d_in"]) -> Reconstructor:
 
 
 def _losses(
-    language_model: LanguageModel, batch: ContextBatch, kept: Bool[Tensor, "context seq"], hook: str,
-    dictionaries: Mapping[str, Reconstructor], device: str | torch.device,
+    held_out: HeldOut, language_model: LanguageModel, batch: ContextBatch, kept: Bool[Tensor, "context seq"],
+    dictionaries: Mapping[str, Reconstructor],
 ) -> Iterator[tuple[tuple[str, str], float]]:  # fmt: skip
     """Sums over a batch by (kind, what is put there), and what they count."""
     tokens, kept = batch.tokens.to(language_model.device), kept.to(language_model.device)
     put: dict[str, Callable[[Tensor], Tensor]] = {_CLEAN: lambda x: x, _ZERO: torch.zeros_like}
     for name, reconstructor in dictionaries.items():
-        twice = _Twice(reconstructor, device)
+        twice = _Twice(reconstructor, held_out.device)
         put[f"{SAEBENCH} {name}"] = twice
         put[f"{SAELENS} {name}"] = lambda x, twice=twice: torch.where(kept[..., None], twice(x), x)
     yield ("ce count", _CLEAN), float(kept[:, :-1].sum())
     yield ("kl count", _CLEAN), float(kept.sum())
     clean: list[Tensor] = []
-    passes = language_model.replaced_logits(tokens, hook, list(put.values()))
+    passes = language_model.replaced_logits(tokens, held_out.hook, list(put.values()))
     for what, logits in zip(put, passes, strict=True):
         ce, kl = 0.0, 0.0
         for number, (of_context, counted, ids) in enumerate(zip(logits, kept, tokens, strict=True)):

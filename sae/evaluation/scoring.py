@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.same_model import check_same_model
 from sae.architectures import ARCHITECTURES
-from sae.config.progress import Progress, StageProgress, silent, within
+from sae.config.progress import Progress, silent, within
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError
@@ -21,7 +22,7 @@ from sae.evaluation.budget import settled, settled_tokens
 from sae.evaluation.candidate import Candidate, Evaluated, candidate, common_hook
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.frozen_decoder import train_frozen_decoders
-from sae.evaluation.held_out import BLOCK_TOKENS, ActivationSummary, held_out_blocks, summarise
+from sae.evaluation.held_out import BLOCK_TOKENS, ActivationSummary, HeldOut, held_out_blocks, summarise
 from sae.evaluation.partial import Unfinished
 from sae.evaluation.published import PublishedScores, measure_published
 from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, Truth
@@ -107,91 +108,72 @@ def evaluate_all(
     Raises:
         ConfigError: there is no dictionary.
     """
-    started = time.perf_counter()
-    asked, report_progress = settings or EvaluationConfig(), progress or silent
-    settings = settled(asked, cache)
+    started, asked = time.perf_counter(), settings or EvaluationConfig()
     if not dictionaries:
         raise ConfigError("there is no dictionary to evaluate; give at least one")
     hook = hook or common_hook(dictionaries, cache)
-    subjects = {name: candidate(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
+    candidates = {name: candidate(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
     road = None
     if language_model is not None:
         check_same_model(cache, language_model, hook)
         road = language_model.road(hook)  # proved before anything is read
         language_model = None if road.name == NO_ROAD else language_model
-    kept = _kept(unfinished, subjects, cache, hook, settings, language_model, road, device)
-    summary = summarise(cache, hook, settings, report_progress)
-
-    def score(stage: str, reconstructors: Mapping[Any, Reconstructor], every: int = 1) -> dict[Hashable, Scores]:
-        return _score(
-            reconstructors, cache, hook, settings, stage=stage, every=every, unfinished=kept,
-            summary=summary, progress=within(report_progress, stage), device=device,
-        )  # fmt: skip
-
-    own = {name: made.reconstructor for name, made in subjects.items()}
-    scores = score("reconstruction", own)
-    columns = {name: _baselines_of(made, scores[name], settings) for name, made in subjects.items()}
+    held_out = HeldOut(cache, hook, settled(asked, cache), language_model, device, progress or silent)
+    held_out = replace(held_out, unfinished=_kept(unfinished, candidates, held_out, road))
+    settings, summary = held_out.settings, summarise(held_out)
+    own = {name: made.reconstructor for name, made in candidates.items()}
+    scores = _score(held_out, summary, "reconstruction", own)
+    columns = {name: _baselines_of(made, scores[name], settings) for name, made in candidates.items()}
     wanted = dict.fromkeys(baseline for chosen in columns.values() for baseline in chosen.values())
-    baselines = fit_baselines(wanted, cache, hook, device, report_progress)
+    baselines = fit_baselines(wanted, held_out)
     frozen = [baseline for baseline in wanted if baseline.kind == "frozen_decoder"]
-    baselines |= train_frozen_decoders(
-        frozen, cache, hook, settled_tokens(settings.frozen_decoder_tokens) or 0, device, report_progress, kept.folder
-    )
+    baselines |= train_frozen_decoders(frozen, held_out, settled_tokens(settings.frozen_decoder_tokens) or 0)
     enough = settled_tokens(settings.baseline_reconstruction_tokens) or summary.tokens
-    scores |= score("baselines", baselines, every=-(-summary.tokens // enough))
+    scores |= _score(held_out, summary, "baselines", baselines, every=-(-summary.tokens // enough))
     if language_model is not None:
-        downstream = measure_downstream(
-            language_model, cache, hook, own, baselines,
-            mean=summary.mean, settings=settings, device=device, progress=report_progress, unfinished=kept,
-        )  # fmt: skip
+        downstream = measure_downstream(held_out, own, baselines, summary.mean)
         scores = {key: part.with_downstream(downstream[key]) for key, part in scores.items()}
-    legacy = measure_published(
-        language_model, cache, hook, {name: made for name, made in own.items() if not made.reads},
-        mean=summary.mean, settings=settings, device=device, progress=report_progress, unfinished=kept,
-    )  # fmt: skip
+    legacy = measure_published(held_out, {name: made for name, made in own.items() if not made.reads}, summary.mean)
     seconds = time.perf_counter() - started
-
     return {
         name: _report(
-            made, cache, hook, asked, summary,
+            made, held_out, asked, summary,
             scores=scores[name], baselines={column: scores[key] for column, key in columns[name].items()},
             legacy=legacy.get(name), seconds=seconds, road=road,
         )
-        for name, made in subjects.items()
+        for name, made in candidates.items()
     }  # fmt: skip
 
 
-def _kept(
-    folder: Path | None, subjects: Mapping[str, Candidate], cache: ActivationCache, hook: str,
-    settings: EvaluationConfig, language_model: LanguageModel | None, road: Road | None, device: str | torch.device,
-) -> Unfinished:  # fmt: skip
+def _kept(folder: Path | None, candidates: Mapping[str, Candidate], held_out: HeldOut, road: Road | None) -> Unfinished:
     """What was kept of this evaluation, if everything that decides it is the same."""
-    known = all(made.identity["weights_sha256"] for made in subjects.values())
+    cache, language_model = held_out.cache, held_out.language_model
+    known = all(made.identity["weights_sha256"] for made in candidates.values())
     decides = {
-        "dictionaries": [[name, made.identity] for name, made in subjects.items()],
-        "activations": cache.manifest.identity(hook),
+        "dictionaries": [[name, made.identity] for name, made in candidates.items()],
+        "activations": cache.manifest.identity(held_out.hook),
         "rows": cache.manifest.rows,
-        "hook": hook,
-        "settings": settings.model_dump(mode="json"),
+        "hook": held_out.hook,
+        "settings": held_out.settings.model_dump(mode="json"),
         "language_model": None if language_model is None else language_model.info.to_json(),
         "road": None if road is None else str(road),
-        "devices": [str(device), None if language_model is None else str(language_model.device)],
+        "devices": [str(held_out.device), None if language_model is None else str(language_model.device)],
     }
     return Unfinished(folder if known else None, decides)
 
 
 def _report(
-    made: Candidate, cache: ActivationCache, hook: str, settings: EvaluationConfig, summary: ActivationSummary, *,
-    scores: Scores, baselines: dict[str, Scores], legacy: PublishedScores | None, seconds: float,
-    road: Road | None,
+    made: Candidate, held_out: HeldOut, settings: EvaluationConfig, summary: ActivationSummary, *, scores: Scores,
+    baselines: dict[str, Scores], legacy: PublishedScores | None, seconds: float, road: Road | None,
 ) -> Report:  # fmt: skip
+    cache = held_out.cache
     trained_with = made.metadata.get("tokens")
     return Report(
         dictionary=made.identity,
-        hook=hook,
+        hook=held_out.hook,
         model=cache.manifest.model,
         data=cache.manifest.data,
-        activations=cache.manifest.identity(hook),
+        activations=cache.manifest.identity(held_out.hook),
         settings=settings,
         policy=cache.policy,
         training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,
@@ -227,11 +209,11 @@ def baseline_size(made: Candidate, scores: Scores) -> int:
 
 
 def _score(
-    reconstructors: Mapping[Any, Reconstructor], cache: ActivationCache, hook: str, settings: EvaluationConfig, *,
-    stage: str, every: int, unfinished: Unfinished, summary: ActivationSummary, progress: StageProgress,
-    device: str | torch.device,
+    held_out: HeldOut, summary: ActivationSummary, stage: str, reconstructors: Mapping[Any, Reconstructor],
+    every: int = 1,
 ) -> dict[Hashable, Scores]:  # fmt: skip
     """One pass over the held-out tokens, or over every n-th of them."""
+    device, progress = held_out.device, within(held_out.progress, stage)
     sums = {key: ReconstructionSums(summary.all_documents) for key in reconstructors}
     sparsity = {
         key: SparsityCounts(summary.all_documents, reconstructor.features)
@@ -239,7 +221,7 @@ def _score(
         if reconstructor.features
     }
     places = {key: str(place) for place, key in enumerate(reconstructors)}
-    stages = unfinished.stage(
+    stages = held_out.unfinished.stage(
         stage,
         {
             **{f"reconstruction {places[key]}": one.sums for key, one in sums.items()},
@@ -249,7 +231,7 @@ def _score(
     done = min(stages.done * BLOCK_TOKENS, summary.tokens)
     progress(done, summary.tokens)
     others = sorted({reconstructor.reads for reconstructor in reconstructors.values() if reconstructor.reads})
-    for step, block in enumerate(held_out_blocks(cache, hook, settings, others), 1):
+    for step, block in enumerate(held_out_blocks(held_out, others), 1):
         if step <= stages.done:
             continue
         rows = slice(-done % every, None, every)

@@ -14,7 +14,7 @@ from sae.config.settings import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.evaluation import Report, evaluate
 from sae.evaluation.baselines import Baseline, RandomDictionary, fit_pca
 from sae.evaluation.frozen_decoder import train_frozen_decoders
-from sae.evaluation.held_out import training_blocks
+from sae.evaluation.held_out import HeldOut, training_blocks
 from sae.evaluation.report_view import markdown
 from sae.training import Outcome, train, train_all
 
@@ -78,7 +78,7 @@ def test_no_dictionary_begins_with_the_random_directions_of_a_baseline(
         return outcome
 
     monkeypatch.setattr("sae.evaluation.frozen_decoder.train_all", watched)
-    train_frozen_decoders([Baseline("frozen_decoder", 2, 40, "topk")], cache, HOOK, 600, "cpu", lambda *_: None)
+    train_frozen_decoders([Baseline("frozen_decoder", 2, 40, "topk")], HeldOut(cache, HOOK), 600)
     rows = torch.cat(list(drawn.values()))
     assert float((rows @ rows.T).fill_diagonal_(0).max()) < 0.9999, "each other's"
     for seed in range(6):

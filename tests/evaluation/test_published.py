@@ -17,7 +17,9 @@ from sae.architectures import TopK
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation import evaluate
+from sae.evaluation.budget import settled
 from sae.evaluation.candidate import from_object
+from sae.evaluation.held_out import HeldOut
 from sae.evaluation.published import PublishedScores, measure_published
 from sae.evaluation.published_formulas import SAEBENCH, SAELENS
 from sae.evaluation.report_view import markdown
@@ -120,11 +122,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 
 def _measure(cache: ActivationCache, language_model: LanguageModel | None = None, **settings: Any) -> PublishedScores:
     made = from_object(Toys(), case.D_SAE, "toy")
-    scores = measure_published(
-        language_model, cache, case.HOOK, {"toy": made}, mean=case.mean(), settings=EvaluationConfig(**settings),
-        device="cpu", progress=lambda *_: None,
-    )  # fmt: skip
-    return scores["toy"]
+    asked = settled(EvaluationConfig(**settings), cache)
+    return measure_published(HeldOut(cache, case.HOOK, asked, language_model), {"toy": made}, case.mean())["toy"]
 
 
 @pytest.mark.parametrize("package", [SAELENS, SAEBENCH])
@@ -154,8 +153,8 @@ def test_saebench_s_formulas_depend_on_units_and_batches(tmp_path: Path) -> None
     half = {1: x, 3: 3 * x}
     scores = {
         c: measure_published(
-            None, cache, case.HOOK, {"half": from_object(Scaled(), 6, "half")}, mean=half[c].mean(0),
-            settings=EvaluationConfig(), device="cpu", progress=lambda *_: None,
+            HeldOut(cache, case.HOOK, settled(EvaluationConfig(), cache)),
+            {"half": from_object(Scaled(), 6, "half")}, half[c].mean(0),
         )["half"].of
         for c, cache in made.items()
     }  # fmt: skip
@@ -195,10 +194,8 @@ def test_a_negative_feature_counts_in_saelens_s_l1_and_cancels_in_saebench_s(cac
             return case.decode(-features)
 
     made = from_object(Signed(), case.D_SAE, "signed")
-    found = measure_published(
-        None, cache, case.HOOK, {"signed": made}, mean=case.mean(), settings=EvaluationConfig(), device="cpu",
-        progress=lambda *_: None,
-    )["signed"].of  # fmt: skip
+    held_out = HeldOut(cache, case.HOOK, settled(EvaluationConfig(), cache))
+    found = measure_published(held_out, {"signed": made}, case.mean())["signed"].of
     assert found[SAELENS]["l0"] == found[SAEBENCH]["l0"] == pytest.approx(REFERENCE[SAELENS]["dictionary"]["l0"])
     assert found[SAELENS]["l1"] == pytest.approx(REFERENCE[SAELENS]["dictionary"]["l1"], rel=1e-5)
     assert found[SAEBENCH]["l1"] == pytest.approx(-REFERENCE[SAEBENCH]["dictionary"]["l1"], rel=1e-5)

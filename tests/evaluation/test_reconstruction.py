@@ -15,7 +15,7 @@ from sae.architectures import TopK
 from sae.config.settings import EvaluationConfig
 from sae.errors import CacheError, ConfigError, FormatError
 from sae.evaluation import evaluate, held_out
-from sae.evaluation.held_out import held_out_blocks
+from sae.evaluation.held_out import HeldOut, held_out_blocks
 
 D_IN = 6
 ROWS = random_rows(150, D_IN, 9)  # 18 contexts of 8, and one of 6
@@ -167,7 +167,7 @@ def test_blocks_are_the_same_however_the_cache_is_read(tmp_path: Path, small_blo
     cache = make_cache(tmp_path, rows)
     x, documents = _eligible(rows)
     for batch_contexts in (1, 3, 16, 10_000):
-        blocks = list(held_out_blocks(cache, HOOK, EvaluationConfig(batch_contexts=batch_contexts)))
+        blocks = list(held_out_blocks(HeldOut(cache, HOOK, EvaluationConfig(batch_contexts=batch_contexts))))
         assert [len(block.x) for block in blocks[:-1]] == [small_blocks] * (len(blocks) - 1)
         assert torch.equal(torch.cat([block.x for block in blocks]), x)
         assert torch.equal(torch.cat([block.documents for block in blocks]), documents)

@@ -19,7 +19,7 @@ from sae.config.settings import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.config.splits import HELD_OUT
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, evaluate_all
-from sae.evaluation.held_out import held_out_blocks
+from sae.evaluation.held_out import HeldOut, held_out_blocks
 from sae.evaluation.report_view import markdown
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
@@ -150,7 +150,7 @@ def test_the_hook_point_is_the_one_that_dictionaries_give(many_documents: Activa
 def test_rows_of_other_hook_points_belong_to_the_same_tokens(many_documents: ActivationCache) -> None:
     for batch_contexts in (1, 5):
         settings = EvaluationConfig(batch_contexts=batch_contexts)
-        blocks = list(held_out_blocks(many_documents, GIVES, settings, [READS]))
+        blocks = list(held_out_blocks(HeldOut(many_documents, GIVES, settings), [READS]))
         assert torch.equal(
             torch.cat([block.others[READS] for block in blocks]), eligible_rows(many_documents, READS)[0]
         )
