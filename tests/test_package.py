@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,30 @@ def test_the_tree_in_the_documents_is_that_of_the_files() -> None:
 
 def test_no_files_import_each_other() -> None:
     assert STRUCTURE.circles() == []
+
+
+@pytest.mark.parametrize(
+    ("what", "places"),
+    [
+        ("import matplotlib|from matplotlib", {"results/figure.py"}),
+        (r"[\"']:--[\"'| ]", {"results/markdown.py"}),
+        (r"rich\.table import Table\b(?! as Grid)", {"results/table.py"}),
+        ('"format_version"|format_version =', {"files/formats.py"}),
+        (r"ConfigDict\([^)]*frozen=True", {"config/base.py"}),
+        (r"Callable\[\[(str, )?int, int\], None\]", {"config/progress.py"}),
+        (r'blocks\\\.|f"blocks\.', {"dictionary/hook_points.py"}),
+        (r"get_close_matches\(parts", {"config/base.py"}),
+        (r"sha256\(json\.dumps\([^)]*sort_keys=True", {"files/formats.py"}),
+    ],
+)  # fmt: skip
+def test_each_is_written_once(what: str, places: set[str]) -> None:
+    """A second figure, table, format, base of settings, progress or grammar of hook points would be found here."""
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if re.search(what, path.read_text(encoding="utf-8"))
+    }
+    assert found == places
 
 
 def test_the_house_stays_small() -> None:

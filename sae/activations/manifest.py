@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +13,7 @@ from sae.dictionary.model_identity import NOT_OF_ACTIVATIONS
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError, DamagedError
 from sae.files.damage import damaged
-from sae.files.formats import Format
+from sae.files.formats import Format, fingerprint_of
 from sae.files.hashes import check
 from sae.files.paths import expanded
 from sae.files.reading import read_object, validated
@@ -84,7 +82,7 @@ class Manifest(BaseModel):
             self.text_sha256,
             hook,
         ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(facts)
 
     def _deciding_data(self) -> dict[str, Any]:
         """Without what follows from the text, whose hash is a fact of its own; all of it in older manifests."""

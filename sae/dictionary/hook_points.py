@@ -58,6 +58,11 @@ def split(hook: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match and match[2] in KINDS else None
 
 
+def name_of(block: int, kind: str) -> str:
+    """The inverse of `split`."""
+    return f"blocks.{block}.{kind}"
+
+
 def block_of(hook: str) -> int | None:
     """The block of any name that begins as hook points do, also of one that only other tools know."""
     match = _BLOCK.match(hook)
@@ -75,7 +80,7 @@ def no_hook_point(hook: str) -> str:
 def nearest(kind: str, kinds: dict[str, str] | list[str], block: int) -> str:
     """`; did you mean …?`, if one of the kinds is like it."""
     near = difflib.get_close_matches(kind, list(kinds), 1, 0.5)
-    return f"; did you mean blocks.{block}.{near[0]}?" if near else ""
+    return f"; did you mean {name_of(block, near[0])}?" if near else ""
 
 
 def place_in_model(hook: str) -> tuple[int, int] | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from sae.errors import DamagedError
 from sae.files import version
+from sae.files.formats import fingerprint_of
 from sae.files.reading import load_tensors
 from sae.files.sums import recorded
 from sae.files.writing import stands, write_tensors
@@ -52,7 +51,7 @@ class Unfinished:
         self.every = EVERY if every is None else every
         software = {"sae": version.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
         facts = {**decides, **software}
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        key = fingerprint_of(facts)[:32]
         self.folder = None if folder is None else folder / key
         if folder is not None and folder.is_dir():
             for other in folder.iterdir():

@@ -43,6 +43,10 @@ class Format:
         """The same, and made by this version of the package; a result that is not is made anew."""
         return self.holds(record, **{_PACKAGE: version.__version__}, **asked)
 
+    def version_of(self, record: Mapping[str, Any]) -> Any:
+        """The version of this format that a record says it is of."""
+        return record.get(_VERSION) if record.get(_NAME) == self.name else None
+
     def check(self, record: object, place: str, file: str = "", error: type[SaeError] = FormatError) -> None:
         """Raise an error unless a record is of this format and of a version that is read.
 
@@ -64,7 +68,7 @@ class Format:
 
 def fingerprint_of(facts: object) -> str:
     """SHA-256 of facts that JSON can hold: what tells a result from one of other data, settings or versions."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def as_read_back(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor
 
-from sae.dictionary.hook_points import KINDS, READ_ONLY
+from sae.dictionary.hook_points import KINDS, READ_ONLY, name_of
 
 _CONTEXTS, _LENGTH = 3, 7
 _SAME_IN_MIXTURES = {"mlp.hook_pre": "mlp.hook_in", "mlp.hook_post": "mlp.hook_out"}
@@ -88,10 +88,10 @@ def read_hooks(bridge: Any, vocabulary: int, device: torch.device | str) -> dict
         return hook_function
 
     names = [
-        f"blocks.{block}.{kind}"
+        name_of(block, kind)
         for block in range(bridge.cfg.n_layers)
         for kind in KINDS
-        if f"blocks.{block}.{kind}" in points and not _is_another(points, block, kind)
+        if name_of(block, kind) in points and not _is_another(points, block, kind)
     ]
     fireable = [name for name in names if bridge._gated_hook_reason(name) is None]
     with torch.no_grad(), bridge.hooks(fwd_hooks=[(name, look(name)) for name in fireable]):
@@ -102,8 +102,8 @@ def read_hooks(bridge: Any, vocabulary: int, device: torch.device | str) -> dict
 
 def _is_another(points: Mapping[str, Any], block: int, kind: str) -> bool:
     """Whether the name is a second one of another hook point: a mixture of experts has no `hook_pre` of its own."""
-    other = points.get(f"blocks.{block}.{_SAME_IN_MIXTURES.get(kind, '')}")
-    return other is not None and points[f"blocks.{block}.{kind}"] is other
+    other = points.get(name_of(block, _SAME_IN_MIXTURES.get(kind, "")))
+    return other is not None and points[name_of(block, kind)] is other
 
 
 def _hook(name: str, shape: tuple[int, ...]) -> Hook | None:

@@ -141,7 +141,7 @@ class ProbeRecord:
         if not stands(path):
             return empty
         record = read_object(path)
-        if record.get("format_version") == _WITHOUT_KEYS:
+        if FORMAT.version_of(record) == _WITHOUT_KEYS:
             warnings.warn(
                 f"{str(path)!r}: of an earlier version, which could mistake data sets with dots in their names for one "
                 "another and split copies; everything is probed anew",
