@@ -10,49 +10,6 @@ import importlib
 import importlib.util
 from typing import Any
 
-__all__ = [
-    "ActivationCache",
-    "ActivationLoader",
-    "BatchTopK",
-    "Codes",
-    "Dictionary",
-    "DictionaryConfig",
-    "EffectSettings",
-    "Effects",
-    "EvaluationConfig",
-    "Features",
-    "Gated",
-    "IterableSource",
-    "JumpReLU",
-    "LanguageModel",
-    "Matryoshka",
-    "ModelConfig",
-    "ReLU",
-    "Recipe",
-    "RunConfig",
-    "SaeError",
-    "SparseAutoencoder",
-    "TopK",
-    "TrainConfig",
-    "collect_features",
-    "compare",
-    "dictionary_metadata",
-    "evaluate",
-    "evaluate_all",
-    "harvest",
-    "load",
-    "load_config",
-    "measure_effects",
-    "probe",
-    "probe_run",
-    "run",
-    "splice",
-    "sweep",
-    "train",
-    "train_all",
-    "verify",
-]
-
 _HOME = {
     "__version__": "sae.files.version",
     "ActivationCache": "sae.activations",
@@ -70,7 +27,7 @@ _HOME = {
     "JumpReLU": "sae.architectures",
     "LanguageModel": "sae.model.language_model",
     "Matryoshka": "sae.architectures",
-    "ModelConfig": "sae.config.settings",
+    "ModelConfig": "sae.config.sources",
     "ReLU": "sae.architectures",
     "Recipe": "sae.training",
     "RunConfig": "sae.config.settings",
@@ -96,6 +53,8 @@ _HOME = {
     "train_all": "sae.training",
     "verify": "sae.runs.verification",
 }
+
+__all__ = [name for name in _HOME if not name.startswith("_")]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
