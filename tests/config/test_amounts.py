@@ -52,7 +52,7 @@ def test_what_is_worth_knowing_is_said_once(tiny_config: Any) -> None:
     check_amounts(config)
     assert amount_notes(config) == [
         "train.tokens=40,000 is 800 epochs of data.tokens=50; train.tokens=null is one",
-        "evaluation.tokens=5,000 is more than the 200 that are cached: all of these are read",
+        "evaluation.tokens=5,000 is more than the 200 cached tokens: all of them are read",
     ]
     assert amount_notes(tiny_config()) == []
 

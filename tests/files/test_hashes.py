@@ -409,7 +409,7 @@ BOMB = b"a: &a [x,x,x,x,x,x,x,x,x,x]\n" + b"".join(
         (b"seed: 2024-99-99", "not YAML"),
         (b"out: \xff", "cannot be read"),
         (b"#" * 2_000_000, "at most 1,048,576 are read"),
-        (b"features: {quantiles: 1000000000}", "examples of each feature; at most 10,000"),
+        (b"features: {quantiles: 1000000000}", "examples per feature; at most 10,000"),
     ],
 )
 def test_settings_that_would_take_all_memory_or_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
