@@ -178,7 +178,7 @@ def test_a_file_of_the_users_is_never_to_be_deleted(tmp_path: Path, monkeypatch:
     expected = {
         "folder": f"name the YAML file, such as {str(path / 'config.yaml')!r}",
         "unreadable": "cannot be read (Permission denied); check permissions and free memory, and run the same command",
-        "of a run": "to write it anew after deleting it",
+        "of a run": "to write it again after deleting it",
     }.get(kind, "give a YAML file that can be read")
     if kind == "folder":
         path.mkdir()

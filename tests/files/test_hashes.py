@@ -305,7 +305,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     [
         (b"[" * 100_000, "too deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "a number of 5000 digits"),
-        (b'{"a": 1, "a": 2}', "key 'a' is there twice"),
+        (b'{"a": 1, "a": 2}', "key 'a' is repeated"),
         (b'{"a": "\xff"}', "can't decode byte 0xff"),
         (b'{"a": "\\ud800"}', "surrogates not allowed"),
     ],
