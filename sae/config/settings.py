@@ -194,10 +194,10 @@ class EvaluationConfig(Settings):
     @classmethod
     def _tokens(cls, value: Any, info: Any) -> Any:
         can_be_zero = info.field_name in ("frozen_decoder_tokens", "legacy_tokens")
-        whole = (isinstance(value, int) and not isinstance(value, bool)) or (
+        integral = (isinstance(value, int) and not isinstance(value, bool)) or (
             isinstance(value, float) and value.is_integer()
         )
-        if value == AUTO or (whole and value >= (0 if can_be_zero else 1)) or (value is None and not can_be_zero):
+        if value == AUTO or (integral and value >= (0 if can_be_zero else 1)) or (value is None and not can_be_zero):
             return value
         other = "0 or more" if can_be_zero else "above 0, null"
         raise ConfigError(f"setting evaluation.{info.field_name}={value!r}: expected a number {other}, or auto")
