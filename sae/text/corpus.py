@@ -88,7 +88,7 @@ def check_apart(sources: Sequence[str]) -> None:
             if other != source and place.is_relative_to(outer):
                 raise DataError(
                     f"data source {source!r}: it is {other!r} or lies inside it, so its text would be read twice; name "
-                    "separate folders, and give more of data.weights to those that should count more"
+                    "sources that do not overlap, and give more of data.weights to those that should count more"
                 )
 
 

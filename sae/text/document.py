@@ -35,7 +35,7 @@ class LongText:
     """A text too long to hold in memory.
 
     Attributes:
-        pieces: reads the text from its beginning, with every call again.
+        pieces: each call reads the text from its beginning.
         place: identifies the file: device and inode; None if unknown.
         beginning: its first characters.
     """

@@ -48,12 +48,12 @@ def last_tokens(tokenizer: Any, texts: Sequence[str], count: int) -> list[Places
         encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [_placed(ids[-count:], [(0, 0)] * len(ids[-count:])) for ids in encoded["input_ids"]]
     short = (text for text in texts if len(text) < LONG)
-    short_places = _of_short(tokenizer, short, count)
+    short_places = _last_of_short(tokenizer, short, count)
     widest = max(map(len, tokenizer.get_vocab())) if any(len(text) >= LONG for text in texts) else 0
-    return [next(short_places) if len(text) < LONG else _of_long(tokenizer, text, count, widest) for text in texts]
+    return [next(short_places) if len(text) < LONG else _last_of_long(tokenizer, text, count, widest) for text in texts]
 
 
-def _of_short(tokenizer: Any, texts: Iterator[str], count: int) -> Iterator[Places]:
+def _last_of_short(tokenizer: Any, texts: Iterator[str], count: int) -> Iterator[Places]:
     """The last tokens of short texts, many at once, which a fast tokenizer spreads over all cores."""
     batch: list[str] = []
     characters = 0
@@ -67,12 +67,12 @@ def _of_short(tokenizer: Any, texts: Iterator[str], count: int) -> Iterator[Plac
         yield from _whole(tokenizer, batch, count)
 
 
-def _of_long(tokenizer: Any, text: str, count: int, widest: int) -> Places:
+def _last_of_long(tokenizer: Any, text: str, count: int, widest: int) -> Places:
     for factor in _ENDS:
         characters = factor * (_PER_TOKEN * count + 8 * _PART)
         if characters > len(text) // 2:
             break
-        places = _of_end(tokenizer, text, len(text) - characters, count, widest)
+        places = _last_from(tokenizer, text, len(text) - characters, count, widest)
         if places is not None:
             return places
     slices = (text[start : start + _SLICE] for start in range(0, len(text), _SLICE))
@@ -85,7 +85,7 @@ def _of_long(tokenizer: Any, text: str, count: int, widest: int) -> Places:
     return np.array(last, dtype=np.int64).reshape(-1, 3)
 
 
-def _of_end(tokenizer: Any, text: str, start: int, count: int, widest: int) -> Places | None:
+def _last_from(tokenizer: Any, text: str, start: int, count: int, widest: int) -> Places | None:
     """The last tokens, from the text after `start`; None if the text before it may affect them.
 
     Args:

@@ -177,7 +177,7 @@ def field_of(record: Any, column: str, where: str, row: int) -> Any:
     """The content of a record's column.
 
     Raises:
-        DataError: the record lacks the column, has it twice, or does not hold text in it.
+        DataError: the record lacks the column, has it twice, or holds something other than text, token ids or a chat.
     """
     if not isinstance(record, dict) or column not in record:
         raise MissingColumnError(where, column, list(map(str, record)) if isinstance(record, dict) else [], row)
