@@ -90,7 +90,7 @@ def _check_weights(sources: Sequence[str], weights: Sequence[float]) -> None:
         )
     if len(weights) != len(sources):
         raise ConfigError(
-            f"data.weights={listed} has {len(weights)} weights for the {len(sources)} sources of "
+            f"data.weights={listed} has {len(weights)} for the {len(sources)} sources of "
             f"data.source={list(sources)}: give each source one, or leave data.weights out for equal shares"
         )
     if not all(0 < weight < math.inf for weight in weights) or min(token_shares(weights)) < _SMALLEST_SHARE:

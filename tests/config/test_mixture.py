@@ -310,7 +310,7 @@ def test_a_source_inside_another_is_refused(text_folder: Path, notes: Path, tmp_
         ({"source": "a", "weights": [1]}, "data.weights=[1.0] with one source, 'a': weights divide the tokens among"),
         ({"source": ["a"], "weights": [1]}, "data.weights=[1.0] with one source, 'a'"),
         ({"weights": []}, "data.weights=[] with one source, 'stdlib'"),
-        ({"source": ["a", "b"], "weights": [1]}, "has 1 for the 2 of data.source=['a', 'b']: give each source one, or"),
+        ({"source": ["a", "b"], "weights": [1]}, "has 1 for the 2 sources of data.source=['a', 'b']: give each"),
         ({"source": ["a", "b"], "weights": []}, "data.weights=[] has 0 for the 2"),
         ({"source": ["a", "b"], "weights": [1, 0]}, "data.weights=[1.0, 0.0]: expected positive numbers"),
         ({"source": ["a", "b"], "weights": [1, -1]}, "to leave a source out, remove it from data.source"),
@@ -318,7 +318,7 @@ def test_a_source_inside_another_is_refused(text_folder: Path, notes: Path, tmp_
         ({"source": ["a", "b"], "weights": [1, float("inf")]}, "expected positive numbers"),
         ({"source": ["a", "b"], "weights": [1e300, 1]}, "the least no less than a billionth of their sum"),
         ({"source": ["a", "b"], "weights": [1, "x"]}, "setting data.weights.1='x': input should be a valid number"),
-        ({"source": ["a", "b"], "weights": 1}, "data.weights=[1.0] has 1 for the 2 of data.source=['a', 'b']: give"),
+        ({"source": ["a", "b"], "weights": 1}, "data.weights=[1.0] has 1 for the 2 sources of data.source=['a', 'b']"),
     ],
 )  # fmt: skip
 def test_wrong_mixes_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -372,7 +372,7 @@ def test_whatever_bit_of_the_list_is_flipped_nothing_damaged_is_read(tmp_path: P
         if size == content.index(b"\n") + 1:
             assert sums.read_sums(tmp_path) == {}
         else:
-            with pytest.raises(DamagedError, match="not whole"):
+            with pytest.raises(DamagedError, match="is incomplete"):
                 sums.read_sums(tmp_path)
 
 
