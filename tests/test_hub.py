@@ -125,7 +125,7 @@ def test_a_stream_that_breaks_off_goes_on_with_the_next_run(hub: LoopbackHub, tm
     done = process(hub, tmp_path, "-c", BROKEN_STREAM, str(CONFIG), *small)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"data source {DATA!r}: row 30 could not be read ("), done.stdout
-    assert "run the same command again to go on" in done.stdout
+    assert "run the same command again to continue" in done.stdout
     assert done.stdout.count("\n") == 1
     folders = [tmp_path / name / "activations" for name in ("broken", "whole")]
     contents = [{p.name: p.read_bytes() for p in folder.rglob("*.safetensors")} for folder in folders]

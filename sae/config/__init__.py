@@ -1,1 +1,1 @@
-"""Settings: read, described, checked."""
+"""Settings: definitions, reading and checks."""

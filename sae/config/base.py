@@ -1,4 +1,4 @@
-"""What every group of settings is made of: frozen, typed, described, read from `key=value`, and explained if wrong."""
+"""The base class of all settings: frozen, typed, described, read from `key=value`, with errors that explain."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from sae.errors import ConfigError
 from sae.files.printable import one_line
 
 LARGEST = (1 << 63) - 1
-"""Of whole numbers in settings: larger ones would be written, and not be read again."""
+"""Largest whole number in settings: a larger one could be written but not read back."""
 RENAMED: Mapping[str, str] = MappingProxyType({"train.products": "train.encoder_dtype"})
-"""Settings by the keys that they once had. Users are told the new one; what the toolkit wrote is read as that."""
+"""New keys of settings by their old ones. Users are told the new key; files that the toolkit wrote are read with it."""
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 class Settings(BaseModel):
-    """A group of settings. A subclass declares each as a pydantic `Field` with its default and description."""
+    """A group of settings. Subclasses declare each setting as a pydantic `Field` with a default and a description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
 
     @field_validator("*", mode="after")
     @classmethod
     def _within_64_bits(cls, value: Any) -> Any:
-        """The value, if files of this toolkit may hold all whole numbers in it.
+        """Return the value if its whole numbers fit into 64 bits, as files of this toolkit require.
 
         Raises:
-            PydanticCustomError: one is too large.
+            PydanticCustomError: a number is too large.
         """
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and not -LARGEST - 1 <= number <= LARGEST:
-                way = f"at most {LARGEST:,}" if number > 0 else f"at least {-LARGEST - 1:,}"
-                raise PydanticCustomError("whole_number", "Expected {way}", {"way": way})
+                bound = f"at most {LARGEST:,}" if number > 0 else f"at least {-LARGEST - 1:,}"
+                raise PydanticCustomError("whole_number", "Expected {bound}", {"bound": bound})
         return value
 
     @model_validator(mode="before")
     @classmethod
     def _as_expected(cls, settings: Any) -> Any:
-        """1e8 as a number, which YAML 1.1 takes for text, and a single value as a list if a list is expected."""
+        """Convert 1e8 to a number (YAML 1.1 reads it as text), and a single value to a list if a list is expected."""
         if not isinstance(settings, dict):
             return settings
         return {
@@ -67,14 +67,14 @@ def _expected(field: FieldInfo, value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Text that is a number, or a list of such, as numbers; everything else as it is."""
+    """Convert text in scientific notation, also in lists, to numbers; return everything else unchanged."""
     if isinstance(value, list):
         return [_number(entry) for entry in value]
     return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
 
 
 def _holds_list(field: FieldInfo) -> bool:
-    """Whether it is a list and nothing else; text is never taken letter by letter."""
+    """Whether a setting holds a list and nothing else; text is never split into letters."""
     kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
     return str not in kinds and any(get_origin(kind) is tuple for kind in kinds)
 
@@ -85,7 +85,7 @@ def _is_text(field: FieldInfo) -> bool:
 
 
 def fields_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting of a group and of the groups in it, by its whole key."""
+    """Yield every setting of a group and its subgroups with its full key."""
     for name, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from fields_of(field.annotation, f"{prefix}{name}.")
@@ -94,7 +94,7 @@ def fields_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fi
 
 
 def described(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key with its default and its meaning, in the order in which they are declared."""
+    """Yield every key with its default and description, in the order of declaration."""
     for key, field in fields_of(kind, prefix):
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         text = yaml.safe_dump(default, default_flow_style=True, width=1000).replace("\n...", "").strip()
@@ -102,7 +102,7 @@ def described(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def with_new_keys(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings of a file that the toolkit wrote, by the keys that they have now."""
+    """Rename old keys in nested settings from a file that the toolkit wrote."""
     for old, new in RENAMED.items():
         section, _, name = old.partition(".")
         inner = settings.get(section)
@@ -113,21 +113,22 @@ def with_new_keys(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_words(kind: type[Settings], words: Iterable[str], settings: dict[str, Any], example: str) -> dict[str, Any]:
-    """Put words such as `train.lr=1e-3` into nested settings of a kind.
+    """Apply words such as `train.lr=1e-3` to nested settings, and return these.
 
-    Values are YAML, except of settings that hold text: these are taken as they stand (`out=2024-11-23` is no date
-    there), and `null` or nothing is None. Where text or a list of texts may stand, what begins with `[` is the list.
+    Values are YAML, except for settings that hold text: their values are taken literally (`out=2024-11-23` is not a
+    date), and `null` or nothing means None. If a setting takes text or a list of texts, a value that begins with `[` is
+    a list.
 
     Raises:
-        ConfigError: a word is not `key=value`, as the example is, or its value is none; or a key names a value as if it
-            were a section.
+        ConfigError: a word is not of the form `key=value` (the message shows `example`), its value is not valid YAML,
+            or its key treats a value as a section.
     """
-    known = dict(fields_of(kind))
+    fields = dict(fields_of(kind))
     for word in words:
         key, equals, text = (part.strip() for part in word.partition("="))
         if not equals:
             raise ConfigError(f"override {word!r}: expected key=value, such as {example}")
-        value = _value(key, text, known.get(key))
+        value = _value(key, text, fields.get(key))
         *sections, name = key.split(".")
         inner = settings
         for section in sections:
@@ -143,7 +144,7 @@ def _value(key: str, text: str, field: FieldInfo | None) -> Any:
     if field is not None and _is_text(field):
         if not (text.startswith("[") and field.annotation == str | tuple[str, ...]):
             return None if not text or (text == "null" and field.annotation == str | None) else text
-        hint = f"; what itself begins with '[' goes in quotes into a list: {key}=['[…']"
+        hint = f"; text that itself begins with '[' goes in quotes into a list: {key}=['[…']"
     try:
         return parsed(text)
     except ComposerError as error:
@@ -153,15 +154,15 @@ def _value(key: str, text: str, field: FieldInfo | None) -> Any:
 
 
 def validated(kind: type[Kind], settings: Mapping[str, Any], all_keys: str) -> Kind:
-    """Settings of a kind, checked.
+    """Validate nested settings.
 
     Args:
-        kind: of settings.
+        kind: the class of the settings.
         settings: nested, by key.
-        all_keys: where a user finds all of them, for the error if no key is near.
+        all_keys: where users find all keys, for the error message if no key is similar.
 
     Raises:
-        ConfigError: a key does not exist (the nearest one is named), or a value does not fit.
+        ConfigError: a key does not exist (the most similar one is suggested), or a value is invalid.
     """
     try:
         return kind.model_validate(settings)
@@ -177,10 +178,10 @@ def _explained(kind: type[Settings], error: ErrorDetails, all_keys: str) -> str:
     if error["type"] == "extra_forbidden":
         if key in RENAMED:
             return f"setting {key!r} is called {RENAMED[key]!r} now"
-        known = [name for name, _ in fields_of(kind)]
+        keys = [name for name, _ in fields_of(kind)]
         section = ".".join(parts[:-1])
-        siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-        anywhere = {name.rpartition(".")[2]: name for name in known}
+        siblings = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == section}
+        anywhere = {name.rpartition(".")[2]: name for name in keys}
         near = difflib.get_close_matches(parts[-1], siblings, 1) or difflib.get_close_matches(parts[-1], anywhere, 1)
         hint = f"did you mean {({**anywhere, **siblings})[near[0]]}?" if near else f"{all_keys} lists every key"
         return f"unknown setting {key!r}: {hint}"

@@ -1,4 +1,4 @@
-"""Whether settings fit together: those of a dictionary and of its training, and amounts of tokens."""
+"""Checks that settings fit together: a dictionary's with its training's, and amounts of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_fit(shape: DictionaryConfig, settings: TrainConfig) -> None:
     """Refuse settings that contradict each other.
 
     Raises:
-        ConfigError: k exceeds d_sae, nested dictionaries do not nest, or the learning rate falls before it has risen.
+        ConfigError: k exceeds d_sae, the prefixes do not nest, or the learning rate would fall before it has risen.
     """
     if shape.k > shape.d_sae:
         raise ConfigError(f"dictionary.k={shape.k} exceeds dictionary.d_sae={shape.d_sae}: lower k or raise d_sae")
@@ -27,15 +27,15 @@ def check_fit(shape: DictionaryConfig, settings: TrainConfig) -> None:
 
 
 def check_memory(d_in: int, shape: DictionaryConfig, memory: int) -> None:
-    """Refuse a dictionary that a device could not hold while it is trained.
+    """Refuse a dictionary that does not fit on a device during training.
 
     Args:
-        d_in: width of the activations; 1 where it is not known yet.
-        shape: the dictionary.
-        memory: all that the device has, in bytes.
+        d_in: width of the activations; 1 if not known yet.
+        shape: settings of the dictionary.
+        memory: total memory of the device, in bytes.
 
     Raises:
-        ConfigError: encoder, decoder and Adam's two moments of each, in float32, need more.
+        ConfigError: encoder, decoder and Adam's two moments of each, in float32, need more memory.
     """
     needed = 2 * 3 * 4 * shape.d_sae * d_in
     if needed > memory:
@@ -46,11 +46,11 @@ def check_memory(d_in: int, shape: DictionaryConfig, memory: int) -> None:
 
 
 def check_amounts(config: RunConfig) -> None:
-    """Refuse numbers of tokens with which a step after the harvest could only fail.
+    """Refuse numbers of tokens that would make a step after the harvest fail.
 
     Raises:
-        ConfigError: no token of a context counts, or none that counts has a next one, training has less than a batch,
-            snapshots come after its end, or less than a context is to be evaluated or scanned.
+        ConfigError: no token of a context counts, no counted token has a next one, training has less than a batch,
+            snapshots come after its end, or less than one context is to be evaluated or scanned.
     """
     data, settings = config.data, config.train
     masked = max(config.harvest.masked_positions, int(data.prepend_bos and config.harvest.mask_special_tokens))
@@ -71,9 +71,9 @@ def check_amounts(config: RunConfig) -> None:
     if tokens < settings.batch_size:
         raise ConfigError(
             f"{_training_tokens(config, tokens)} are fewer than one batch of train.batch_size={settings.batch_size:,}: "
-            "raise the one or lower the other"
+            "raise the former or lower the latter"
         )
-    late = [at for at in settings.snapshots if at > tokens]
+    late = [snapshot for snapshot in settings.snapshots if snapshot > tokens]
     if late:
         raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")
     for key, amount, cached in _parts(config):
@@ -90,15 +90,15 @@ def _training_tokens(config: RunConfig, tokens: int) -> str:
 
 
 def amount_notes(config: RunConfig) -> list[str]:
-    """What somebody should know of amounts of tokens before anything runs, a line each."""
+    """Notes on amounts of tokens to show before anything runs, a line each."""
     notes, epochs = [], (config.train.tokens or 0) / config.data.tokens
     if epochs >= 2:
         notes.append(
             f"train.tokens={config.train.tokens:,} is {epochs:,.0f} epochs of data.tokens={config.data.tokens:,}; "
-            "train.tokens=null is one"
+            "train.tokens=null is one epoch"
         )
     notes += [
-        f"{key}={amount:,} is more than the {cached:,} that are cached: all of these are read"
+        f"{key}={amount:,} is more than the {cached:,} cached tokens: all of them are read"
         for key, amount, cached in _parts(config)
         if amount > cached
     ]
@@ -106,7 +106,7 @@ def amount_notes(config: RunConfig) -> list[str]:
 
 
 def _parts(config: RunConfig) -> list[tuple[str, int, int]]:
-    """Settings that take a part of a split, as a number of tokens: key, value, and tokens of that split."""
+    """Settings that select part of a split by a number of tokens: key, value, and tokens in that split."""
     held_out, evaluation = config.data.held_out_tokens, config.evaluation
     parts = [
         ("evaluation.tokens", evaluation.tokens, held_out),
@@ -117,7 +117,7 @@ def _parts(config: RunConfig) -> list[tuple[str, int, int]]:
 
 
 def nested_sizes(prefixes: Sequence[float], d_sae: int) -> tuple[int, ...]:
-    """Numbers of features of nested dictionaries, from ascending shares of d_sae.
+    """Sizes of nested dictionaries, from ascending shares of d_sae.
 
     Raises:
         ValueError: they do not nest.
@@ -125,7 +125,7 @@ def nested_sizes(prefixes: Sequence[float], d_sae: int) -> tuple[int, ...]:
     sizes = [round(share * d_sae) for share in prefixes]
     if not sizes or sizes[0] < 1 or sizes[-1] != d_sae or any(b <= a for a, b in itertools.pairwise(sizes)):
         raise ValueError(
-            f"prefixes={list(prefixes)}: expected ascending shares of d_sae={d_sae} that end in 1 and each add a "
-            f"feature at least, and these are {sizes} features"
+            f"prefixes={list(prefixes)}: expected ascending shares of d_sae={d_sae} that end in 1 and each add at "
+            f"least one feature, but these are {sizes} features"
         )
     return tuple(sizes)

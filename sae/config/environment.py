@@ -1,4 +1,4 @@
-"""What a run finds around it: the device that it computes on, the commit of this package."""
+"""The environment of a run: its device, and the commit of this package."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sae.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU where there is one.
+    """The device with a name; `auto` is a GPU if there is one.
 
     Raises:
-        ConfigError: torch does not know the device, it is not there, has no float64 for the sums (mps), or holds no
+        ConfigError: torch does not know the device, it is missing, lacks float64 for the sums (mps), or holds no
             numbers (meta).
     """
     if name == "auto":
@@ -30,14 +30,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def memory_of(device: torch.device) -> int:
-    """All memory that a device has, in bytes."""
+    """Total memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def git_commit() -> str | None:
-    """The commit of this package, where it runs from a git checkout."""
+    """The commit of this package; None if it does not run from a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)

@@ -1,4 +1,4 @@
-"""YAML and command-line overrides in, one `RunConfig` out; what does not fit is explained."""
+"""YAML and command-line overrides in, one `RunConfig` out, with errors that explain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sae.files.sums import recorded
 from sae.files.writing import stands
 
 CONFIG_YAML = "config.yaml"
-"""What a run folder records its settings in."""
+"""File in which a run folder records its settings."""
 MOST_YAML_BYTES = 1 << 20
 TRUST_SETTING = "model.trust_remote_code"
 
@@ -26,10 +26,10 @@ TRUST_SETTING = "model.trust_remote_code"
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key.subkey=value` overrides.
 
-    Values are YAML too, as `sae.config.base.read_words` reads them.
+    `sae.config.base.read_words` says how values of overrides are read.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key does not exist, or a value does not fit.
+        ConfigError: the file is missing or not YAML, a key does not exist, or a value is invalid.
     """
     settings = _read_yaml(Path(path)) if path is not None else {}
     read_words(RunConfig, overrides, settings, "dictionary.k=64")
@@ -37,10 +37,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def named_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a file that somebody named; what lies in a run folder is a record there too.
+    """The configuration in a file that a user named. A file in a run folder only records what was permitted.
 
     Raises:
-        ConfigError: as `load_config`; or it is a run folder's, and lets code run that `overrides` do not let.
+        ConfigError: as `load_config`; or the file is a run folder's and permits code that `overrides` do not permit.
     """
     config = load_config(path, overrides)
     if _is_record(path):
@@ -49,13 +49,13 @@ def named_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def check_permission(config: RunConfig, place: str, overrides: Sequence[str]) -> None:
-    """Refuse to run code of a model on the word of a run folder alone.
+    """Refuse to run a model's code if only a run folder permits it.
 
     Raises:
-        ConfigError: the configuration lets it run, and the command does not say so itself.
+        ConfigError: the configuration permits the code, and the overrides do not mention it.
     """
-    said = any(override.partition("=")[0].strip() in (TRUST_SETTING, "model") for override in overrides)
-    if config.model.trust_remote_code and not said:
+    explicit = any(override.partition("=")[0].strip() in (TRUST_SETTING, "model") for override in overrides)
+    if config.model.trust_remote_code and not explicit:
         raise ConfigError(
             f"{place}: its {CONFIG_YAML} has {TRUST_SETTING}=true, which is only a record there: code that comes with "
             f"model {config.model.name!r} would run; if you trust it, add {TRUST_SETTING}=true, else "
@@ -67,7 +67,8 @@ def parse_config(settings: dict[str, Any]) -> RunConfig:
     """Validate nested settings.
 
     Raises:
-        ConfigError: a key does not exist (the nearest one is named), a value does not fit, or two settings contradict.
+        ConfigError: a key does not exist (the most similar one is suggested), a value is invalid, or two settings
+            contradict each other.
     """
     config = validated(RunConfig, settings, "'sae train --help'")
     _check_together(config)
@@ -75,7 +76,7 @@ def parse_config(settings: dict[str, Any]) -> RunConfig:
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:
-    """Every key with its default and its meaning, in the order of the file."""
+    """Yield every key of a run's settings with its default and description, in order."""
     return described(RunConfig)
 
 
@@ -106,13 +107,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _is_record(path: Path) -> bool:
-    """Whether it is the configuration that a run folder records."""
+    """Whether the file is a run folder's record of its configuration."""
     place = expanded(path).resolve()
     return place.name == CONFIG_YAML and any(stands(place.parent / name) for name in (SUMS, *PARTS))
 
 
 def _remedy(path: Path) -> str | None:
-    """What to do if it cannot be read: no command makes anew what the user wrote."""
+    """What to do if the file cannot be read: no command can recreate a file that the user wrote."""
     own = path.name == CONFIG_YAML and bool(recorded(path))
     if path.is_dir() and not own:
         return f"name the YAML file, such as {str(path / CONFIG_YAML)!r}"

@@ -1,4 +1,4 @@
-"""How a caller is told how far a long computation is."""
+"""Callbacks that report the progress of long computations."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage, how much of it is done, and how much there is in all: tokens, unless something else is said."""
+"""Called with a stage, the amount done and the total: in tokens, unless documented otherwise."""
 StageProgress = Callable[[int, int], None]
-"""Called with how much is done, and how much there is in all."""
+"""Called with the amount done and the total."""
 
 
 def silent(*_: object) -> None:
-    """Progress that nobody is told of."""
+    """Progress that is not shown."""
 
 
 def within(progress: Progress, stage: str) -> StageProgress:
@@ -27,7 +27,7 @@ def under(progress: Progress, prefix: str) -> Progress:
 
 @runtime_checkable
 class Notes(Protocol):
-    """Progress that also takes a few words: beside a stage, or before one begins."""
+    """Progress that also shows short texts: next to a stage, or before one begins."""
 
     def __call__(self, stage: str, done: int, total: int) -> None: ...
 
@@ -37,7 +37,7 @@ class Notes(Protocol):
 
 
 def announce(progress: Progress, *lines: str) -> None:
-    """Say lines before what comes next, where progress is shown; with `--quiet` it is not."""
+    """Show lines before the next stage, if progress is shown; with `--quiet` it is not."""
     if isinstance(progress, Notes):
         for line in lines:
             progress.announce(line)

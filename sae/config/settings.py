@@ -1,4 +1,4 @@
-"""The settings of a run: frozen, typed, each with its default and what it means."""
+"""The settings of a run: frozen, typed, each with a default and a description."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sae.errors import ConfigError
 from sae.files.paths import expanded
 
 AUTO = "auto"
-"""In place of a number of tokens: chosen by the size of the cache."""
+"""Stands for a number of tokens that depends on the size of the cache."""
 
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
-"""Shares of d_sae that end nested dictionaries: each adds twice as many features as the one before."""
+"""Sizes of nested dictionaries as shares of d_sae: each adds twice as many features as the one before."""
 
 
 class DictionaryConfig(Settings):
-    """The shape of the dictionary."""
+    """The architecture and size of the dictionary."""
 
     architecture: Literal["relu", "gated", "topk", "batch_topk", "jumprelu", "matryoshka"] = Field(
         default="topk",
@@ -34,12 +34,12 @@ class DictionaryConfig(Settings):
     d_sae: PositiveInt = Field(default=4096, description="number of features")
     k: PositiveInt = Field(
         default=32,
-        description="features active per token; for relu, gated and jumprelu what their penalty aims at, unless "
-        "train.l1_coefficient or train.l0_coefficient fixes its weight",
+        description="features active per token; for relu, gated and jumprelu the target of the sparsity penalty, "
+        "unless train.l1_coefficient or train.l0_coefficient fixes its weight",
     )
     prefixes: tuple[float, ...] = Field(
         default=PREFIXES,
-        description="shares of d_sae at which the nested dictionaries end; matryoshka only",
+        description="sizes of the nested dictionaries, as ascending shares of d_sae; matryoshka only",
     )
 
 
@@ -47,83 +47,84 @@ class TrainConfig(Settings):
     """How the dictionary is trained."""
 
     tokens: PositiveInt | None = Field(
-        default=None, description="training tokens; more than cached: several epochs; null: one"
+        default=None, description="training tokens; more than are cached means several epochs; null: one epoch"
     )
     batch_size: PositiveInt = Field(default=2048, description="tokens per step")
     lr: float | None = Field(
         default=None,
         gt=0,
-        description="peak learning rate of Adam; null: 2.4e-3 · √(4096 / d_sae), times √(2000 / steps) from two "
-        "thousand steps on",
+        description="Adam's peak learning rate; null: 2.4e-3 · √(4096 / d_sae) · min(1, √(2000 / steps))",
     )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="Adam's decay of the first moment")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="Adam's decay of the second moment")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay rate of Adam's first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay rate of Adam's second moment")
     warmup_fraction: float = Field(
-        default=0.02, ge=0, le=1, description="share of the steps with a rising learning rate"
+        default=0.02, ge=0, le=1, description="share of the steps, at the start, over which the learning rate rises"
     )
     decay_fraction: float = Field(
-        default=0.2, ge=0, le=1, description="share of the steps, at the end, with a falling one"
+        default=0.2, ge=0, le=1, description="share of the steps, at the end, over which the learning rate falls"
     )
     l1_coefficient: float | None = Field(
         default=None,
         ge=0,
-        description="weight of Σ|f| against ‖x − x̂‖², inputs scaled so that E‖x − E x‖² = d_in, for relu and gated; "
-        "null: steered while training so that dictionary.k features fire per token",
+        description="weight of Σ|f| relative to ‖x − x̂‖², for relu and gated, with inputs scaled so that "
+        "E‖x − E x‖² = d_in; null: adjusted during training so that dictionary.k features fire per token",
     )
     l0_coefficient: float | None = Field(
         default=None,
         ge=0,
-        description="weight of L0 against ‖x − x̂‖², for jumprelu; null: the penalty is d_in · (L0 / dictionary.k − 1)²",
+        description="weight of L0 relative to ‖x − x̂‖², for jumprelu; null: the penalty is "
+        "d_in · (L0 / dictionary.k − 1)²",
     )
     sparsity_warmup_fraction: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="share of the steps in which that penalty comes into force: its weight rises; where relu's is "
-        "steered, from random directions and with biases that are trained, the L0 aimed at falls to k instead; null: "
-        "0.1 there, 0.05 otherwise",
+        description="share of the steps over which the sparsity penalty is phased in: its weight rises; if relu's "
+        "weight is adjusted during training, from random directions and with trained biases, the target L0 falls to k "
+        "instead; null: 0.1 in that case, 0.05 otherwise",
     )
     bandwidth: float = Field(
         default=1.0,
         gt=0,
-        description="width of the window around a threshold in which jumprelu's gradient of it is estimated, for "
+        description="width of the window around a threshold in which jumprelu estimates the threshold's gradient, with "
         "inputs scaled so that E‖x − E x‖² = d_in",
     )
     max_gradient_norm: float | None = Field(
         default=None,
         gt=0,
-        description="a gradient whose norm over all parameters is larger is scaled down to it; null: never",
+        description="scale down gradients whose norm over all parameters is larger; null: never",
     )
     initial_b_dec: Literal["geometric_median", "mean", "zeros"] = Field(
         default="geometric_median",
-        description="what b_dec is of the first batch to begin with; not where training starts from a dictionary",
+        description="initial b_dec: a statistic of the first batch, or zeros; not used with train.start_from",
     )
     start_from: str | None = Field(
         default=None,
-        description="folder of a dictionary (or of a run) whose weights training begins with; of the same d_in and "
-        "d_sae, its k and architecture may differ; null: random directions",
+        description="folder of a dictionary (or of a run) whose weights are the initial ones; d_in and d_sae must be "
+        "the same, k and architecture may differ; null: random directions",
     )
     freeze: tuple[str, ...] = Field(
-        default=(), description="parameters that are not trained, such as [W_dec, b_dec]: names as in the saved weights"
+        default=(), description="parameters not to train, such as [W_dec, b_dec], by their names in the saved weights"
     )
     snapshots: tuple[PositiveInt, ...] = Field(
         default=(),
-        description="numbers of training tokens after which the dictionary is saved for good, in `snapshots/`",
+        description="numbers of training tokens after which the dictionary is saved permanently, in `snapshots/`",
     )
     aux_coefficient: float = Field(
         default=1.0,
         ge=0,
-        description="weight of what revives dead features: of the AuxK loss, and for relu and gated of their biases",
+        description="weight of the losses that revive dead features: AuxK, and for relu and gated a term that raises "
+        "their biases",
     )
     k_aux: PositiveInt | None = Field(
         default=None,
-        description="dead features used by AuxK per token; null: k; not for relu",
+        description="dead features that AuxK uses per token; null: k; not for relu",
     )
     dead_after_tokens: PositiveInt | None = Field(
         default=None,
-        description="a feature that has not fired for so many tokens counts as dead, and is revived; null: "
-        "64 · d_sae / k, or a thousandth of the training if that is more; at most a thirtieth or 200,000, whichever is "
-        "more, and ten million",
+        description="tokens without firing after which a feature counts as dead, and is revived; null: 64 · d_sae / k "
+        "or a thousandth of the training tokens, whichever is more, but at most a thirtieth of them (or 200,000, if "
+        "that is more), and at most ten million",
     )
     center: bool = Field(
         default=False,
@@ -136,16 +137,16 @@ class TrainConfig(Settings):
         "float32; `auto`: bfloat16 on a GPU",
     )
     shuffle_seed: int | None = Field(
-        default=None, ge=0, description="seed of the order of the activations; null: `seed`"
+        default=None, ge=0, description="seed for the order of the activations; null: `seed`"
     )
     pool_tokens: PositiveInt = Field(default=262_144, description="tokens shuffled together in memory")
     log_every: PositiveInt = Field(default=50, description="steps between lines in metrics.jsonl")
     checkpoint_every: PositiveInt | None = Field(
         default=None,
-        description="steps between checkpoints, and one at the end; null: at least a minute apart, and so seldom that "
-        "writing them takes at most a twentieth of the time",
+        description="steps between checkpoints, with another at the end; null: at least a minute apart, and rarely "
+        "enough that writing them takes at most a twentieth of the time",
     )
-    keep_checkpoints: PositiveInt = Field(default=2, description="checkpoints kept, newest first")
+    keep_checkpoints: PositiveInt = Field(default=2, description="number of newest checkpoints to keep")
 
     @field_validator("freeze", "snapshots", mode="after")
     @classmethod
@@ -154,34 +155,34 @@ class TrainConfig(Settings):
 
 
 class EvaluationConfig(Settings):
-    """How much is evaluated."""
+    """How much text the evaluation uses."""
 
     tokens: PositiveInt | None = Field(
         default=None, description="held-out tokens for reconstruction and sparsity; null: all"
     )
     downstream_tokens: int | str | None = Field(
         default=AUTO,
-        description="held-out tokens for the language-model loss, in contexts spread over `tokens`; `auto`: one of 768 "
-        "cached tokens, 1,024 at least; null: as many as `tokens`",
+        description="held-out tokens for the language-model loss, in contexts spread over `tokens`; `auto`: one in 768 "
+        "cached tokens, at least 1,024; null: as many as `tokens`",
     )
     baseline_tokens: int | str | None = Field(
         default=AUTO,
-        description="of those, how many are enough for baselines, in whole contexts; `auto`: one of 1,152 cached "
-        "tokens, from 512 to 16,384; null: all",
+        description="number of those used for baselines, in whole contexts; `auto`: one in 1,152 cached tokens, from "
+        "512 to 16,384; null: all",
     )
     baseline_reconstruction_tokens: int | str | None = Field(
         default=AUTO,
-        description="held-out tokens on which baselines are reconstructed, every n-th of `tokens`; `auto`: one of 256 "
-        "cached tokens, 4,096 at least; null: all",
+        description="held-out tokens for the reconstruction of baselines, every n-th of `tokens`; `auto`: one in 256 "
+        "cached tokens, at least 4,096; null: all",
     )
     frozen_decoder_tokens: int | str = Field(
         default=AUTO,
-        description="training tokens of the baseline whose decoder stays random, at most one pass; `auto`: one of 96 "
-        "cached tokens, from 16,384 to 200,000; 0: leave it out",
+        description="training tokens for the baseline with a frozen random decoder, at most one epoch; `auto`: one in "
+        "96 cached tokens, from 16,384 to 200,000; 0: leave it out",
     )
     legacy_tokens: int | str = Field(
         default=AUTO,
-        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; `auto`: one of 1,536 "
+        description="held-out tokens for SAELens's and SAEBench's formulas, for comparison only; `auto`: one in 1,536 "
         "cached tokens, from 512 to 8,192; 0: leave them out",
     )
     batch_contexts: PositiveInt = Field(default=16, description="contexts per forward pass")
@@ -193,56 +194,54 @@ class EvaluationConfig(Settings):
     @classmethod
     def _tokens(cls, value: Any, info: Any) -> Any:
         can_be_zero = info.field_name in ("frozen_decoder_tokens", "legacy_tokens")
-        whole = (isinstance(value, int) and not isinstance(value, bool)) or (
+        integral = (isinstance(value, int) and not isinstance(value, bool)) or (
             isinstance(value, float) and value.is_integer()
         )
-        if value == AUTO or (whole and value >= (0 if can_be_zero else 1)) or (value is None and not can_be_zero):
+        if value == AUTO or (integral and value >= (0 if can_be_zero else 1)) or (value is None and not can_be_zero):
             return value
         other = "0 or more" if can_be_zero else "above 0, null"
         raise ConfigError(f"setting evaluation.{info.field_name}={value!r}: expected a number {other}, or auto")
 
 
 MOST_EXAMPLES = 10_000
-"""Kept of a feature; more would neither be looked at nor fit into memory."""
+"""Maximum number of examples per feature; more would fit neither into memory nor into anyone's time."""
 
 
 class FeaturesConfig(Settings):
-    """What is kept of every feature."""
+    """Contents of the feature store."""
 
     tokens: PositiveInt | None = Field(default=None, description="training tokens to scan; null: all that are cached")
     top: PositiveInt = Field(
         default=16,
-        description="strongest activations kept per feature: at most one a document, or one a section of about 2,000 "
-        "tokens (or data.section_characters) where there are fewer documents than twice that",
+        description="strongest activations kept per feature: at most one per document, or one per section of about "
+        "2,000 tokens (or data.section_characters) if there are fewer documents than twice this number",
     )
     quantiles: PositiveInt = Field(
-        default=4, description="equal shares into which a feature's non-zero activations are cut"
+        default=4, description="equal shares into which a feature's non-zero activations are divided"
     )
     per_quantile: PositiveInt = Field(default=4, description="random activations kept from each share")
     before: int = Field(default=16, ge=0, le=1000, description="tokens of context kept before the activating one")
     after: int = Field(default=8, ge=0, le=1000, description="tokens of context kept after it")
     logits: int = Field(
-        default=10, ge=1, le=1000, description="tokens kept that the feature raises most, and lowers most"
+        default=10, ge=1, le=1000, description="tokens kept whose logits the feature raises most, and lowers most"
     )
-    neighbours: int = Field(
-        default=8, ge=1, le=1000, description="features kept with the most similar decoder directions"
-    )
+    neighbours: int = Field(default=8, ge=1, le=1000, description="most similar features kept, by decoder direction")
 
     @model_validator(mode="after")
     def _fit_into_memory(self) -> FeaturesConfig:
         examples = self.top + self.quantiles * self.per_quantile
         if examples > MOST_EXAMPLES:
             raise ValueError(
-                f"top + quantiles · per_quantile = {examples:,} examples of each feature; at most {MOST_EXAMPLES:,}"
+                f"top + quantiles · per_quantile = {examples:,} examples per feature; at most {MOST_EXAMPLES:,}"
             )
         return self
 
 
 class WandbConfig(Settings):
-    """Logging to Weights & Biases, beside metrics.jsonl."""
+    """Logging to Weights & Biases, in addition to metrics.jsonl."""
 
     project: str | None = Field(default=None, description="project to log to; null: wandb is not used")
-    name: str | None = Field(default=None, description="name of the run; null: the run folder's")
+    name: str | None = Field(default=None, description="name of the run; null: the name of the run folder")
     mode: Literal["online", "offline"] = Field(
         default="online", description="`offline` writes locally, for `wandb sync`"
     )
@@ -251,9 +250,9 @@ class WandbConfig(Settings):
 class RunConfig(Settings):
     """Everything that determines a run."""
 
-    out: str = Field(default="runs/default", description="run folder: everything that is made goes there")
+    out: str = Field(default="runs/default", description="run folder, which receives all output")
     seed: int = Field(default=0, ge=0, description="seed of initialisation and shuffling")
-    device: str = Field(default="auto", description="`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`")
+    device: str = Field(default="auto", description="`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     harvest: HarvestConfig = HarvestConfig()
@@ -264,13 +263,13 @@ class RunConfig(Settings):
     wandb: WandbConfig = WandbConfig()
     sweep: dict[str, Any] = Field(
         default={},
-        description="for `sae sweep`: keys of dictionary and train, and seed, each with a list of values; one "
-        "dictionary is trained for every combination, such as sweep.dictionary.k=[16,32]",
+        description="for `sae sweep`: lists of values for seed and for keys of dictionary and train, such as "
+        "sweep.dictionary.k=[16,32]; one dictionary is trained for every combination",
     )
     sweep_at_once: PositiveInt | None = Field(
         default=None,
-        description="for `sae sweep`: dictionaries trained in one pass, and evaluated in one, where memory is short; "
-        "the others follow in further passes over the activations; null: all in one",
+        description="for `sae sweep`, if memory is short: number of dictionaries trained, and evaluated, in one pass "
+        "over the activations; the others follow in further passes; null: all in one",
     )
 
     @property
@@ -290,7 +289,7 @@ class RunConfig(Settings):
 
     @property
     def hook_note(self) -> str | None:
-        """Which of several hook points is trained on, where nothing says so."""
+        """A note on which of several hook points is trained on, if no setting says so."""
         others = len(self.harvest.hooks) - 1
         if self.dictionary.hook is not None or not others or "hook" in (self.sweep.get("dictionary") or {}):
             return None

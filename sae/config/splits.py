@@ -1,4 +1,4 @@
-"""The two parts of a text: what is trained on, and what is held out for evaluation."""
+"""The two splits of a text: one for training, and one held out for evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML as values, of which none is lost and none is larger than settings are."""
+"""YAML text parsed within limits: no repeated keys, and nothing larger or deeper than settings."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from sae.errors import ConfigError
 from sae.files.printable import one_line
 
 LONGEST = 300
-"""Characters of a value, or of the library's words, in an error."""
+"""Maximum characters of a value, or of the library's message, in an error."""
 _MOST_VALUES = 10_000
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """YAML of which no value is lost because its key stands a second time."""
+    """Loader that refuses repeated keys, which would lose a value."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise ComposerError(None, None, f"{key.value!r} is there a second time", key.start_mark)
+                raise ComposerError(None, None, f"{key.value!r} is repeated", key.start_mark)
             seen.add(key.value)
         return node
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Nodes count as often as aliases repeat them, so that ten lines cannot stand for a billion values."""
+        """Count nodes as often as aliases repeat them, so that ten lines cannot expand to a billion values."""
         node: Any = super().compose_node(parent, index)
         inner = node.value if isinstance(node.value, list) else []
         parts = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
@@ -40,24 +40,24 @@ class _EachKeyOnce(yaml.SafeLoader):
 
 
 def parsed(text: str) -> Any:
-    """The value of a text.
+    """Parse YAML text.
 
     Raises:
-        yaml.YAMLError: it has none; or is deeper, or a number in it longer, than settings are.
+        yaml.YAMLError: the text is not YAML, is too large or too deep, repeats a key, or has too long a number.
     """
     try:
         return yaml.load(text, _EachKeyOnce)
     except RecursionError as error:
         raise yaml.YAMLError("too deep") from error
     except (ValueError, TypeError, OverflowError, AttributeError, KeyError) as error:
-        raise yaml.YAMLError(f"no value: {one_line(str(error), LONGEST)}") from error
+        raise yaml.YAMLError(f"invalid value: {one_line(str(error), LONGEST)}") from error
 
 
 def parse_file(path: Path, content: bytes) -> Any:
-    """What a YAML file says.
+    """Parse the content of a YAML file.
 
     Raises:
-        ConfigError: it is no YAML, a key stands twice, or it is too large or too deep.
+        ConfigError: the content is not YAML, repeats a key, or is too large or too deep.
     """
     try:
         return parsed(content.decode("utf-8"))

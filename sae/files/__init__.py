@@ -1,1 +1,1 @@
-"""What is written to disk and read again: whole, hashed, within limits."""
+"""Files written to disk and read back: complete, hashed, within limits."""

@@ -1,4 +1,4 @@
-"""What is damaged and what the machine cannot read, as errors that say the way out."""
+"""Errors for damaged and unreadable files, each with a way out."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from sae.errors import DamagedError, UnreadableError
 SUMS = "SHA256SUMS"
 NUMBERED = {"checkpoints", "snapshots"}
 PARTS = {"activations", "dictionary", "features", "probing", *NUMBERED}
-"""Folders in a run folder; of those that are numbered, folders in them hold files."""
+"""Folders in a run folder; those in `NUMBERED` have subfolders that hold the files."""
 WAYS_OUT = {
-    SUMS: "restore it from a copy, or delete it: the files beside it are then read without a check",
-    "manifest.json": "delete the cache and harvest it anew",
-    "config.yaml": "run the same 'sae run CONFIG' to write it anew after deleting it; to change a setting, edit a copy "
-    "elsewhere or give KEY=VALUE",
+    SUMS: "restore it from a copy, or delete it: the files next to it are then read without a check",
+    "manifest.json": "delete the cache and harvest it again",
+    "config.yaml": "run the same 'sae run CONFIG' to write it again after deleting it; to change a setting, edit a "
+    "copy elsewhere or give KEY=VALUE",
     "config.json": "delete the dictionary's folder; in a run folder the same 'sae run' makes it again",
     "weights.safetensors": "delete the dictionary's folder; in a run folder the same 'sae run' makes it again",
-    "state.pt": "delete its checkpoint's folder, and training goes on from the one before",
+    "state.pt": "delete its checkpoint's folder, and training continues from the one before",
     "metrics.jsonl": "delete it: only the curves of the training are lost",
     "eval.json": "delete it and run the same 'sae run' or 'sae eval' again",
     "eval.md": "delete it and run the same 'sae run' or 'sae eval' again",
@@ -32,29 +32,29 @@ WAYS_OUT = {
         "delete features.json and run the same 'sae features' to make the store again",
     ),
 }
-_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EIO, errno.EFAULT}
-"""Errors that a file is to blame for; `EFAULT` is how a mapped one says that a piece of it cannot be read."""
+_FILE_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EIO, errno.EFAULT}
+"""Errors caused by the file itself; a mapped file raises `EFAULT` if a piece of it cannot be read."""
 _TRY_AGAIN = "check permissions and free memory, and run the same command again"
 MORE_FILES = "let more files be open ('ulimit -n 4096'), and run the same command again"
 
 
 def way_out(path: Path) -> str:
-    """What to do about a damaged file."""
+    """Advice on a damaged file."""
     if path.name.startswith("effects"):
         return "delete it and run the same 'sae effects' again"
     return WAYS_OUT.get(path.name, "delete it and run the command that made it again")
 
 
 def damaged(path: Path, reason: str, remedy: str | None = None) -> DamagedError:
-    """The error that names a damaged file and the way out."""
+    """The error for a damaged file, with the way out."""
     return DamagedError(f"{str(path)!r}: {' '.join(reason.split())}; {remedy or way_out(path)}")
 
 
 def unreadable(path: Path, error: Exception, remedy: str | None = None) -> DamagedError | UnreadableError:
-    """The error of a file that the system does not read; where the machine is to blame, nothing is to be deleted."""
-    if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
-        way = MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else _TRY_AGAIN
-        return UnreadableError(f"{str(path)!r}: cannot be read ({_reason(error)}); {way}")
+    """The error for a file that the system cannot read; if the machine is the cause, it does not advise deletion."""
+    if isinstance(error, OSError) and error.errno not in _FILE_ERRORS:
+        advice = MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else _TRY_AGAIN
+        return UnreadableError(f"{str(path)!r}: cannot be read ({_reason(error)}); {advice}")
     reason = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
     return damaged(path, reason, remedy)
 

@@ -1,4 +1,4 @@
-"""The SHA-256 of a file, taken once a process, without being led astray by what stands in the file's place."""
+"""The SHA-256 of a file, computed once per process, and safe against FIFOs and devices in the file's place."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sae.files.damage import damaged, unreadable
 _PIECE, _MAPPED = 1 << 17, 1 << 22
 _POPULATE_READ = 22
 Identity = tuple[int, ...]
-"""Device, inode, size, and the times of the last change of a file: equal as long as nobody writes it."""
+"""Device, inode, size, and the times of the last change of a file: the same until somebody writes it."""
 TIMES_READ = 3
 _YOUNG_NS = 100_000_000
-"""A file changed less than this ago may be changed again and keep its times."""
+"""A file that changed more recently than this may change again and keep its times."""
 _KNOWN: dict[Identity, str] = {}
 
 
 def open_regular(path: Path, remedy: str | None = None) -> int:
-    """A descriptor for reading; never waits, whatever stands in the file's place.
+    """Open a file for reading and return its descriptor; never waits, even for a FIFO.
 
     Raises:
-        DamagedError: there is no file, or something that is no regular file.
+        DamagedError: the file is missing or not a regular file.
         UnreadableError: the machine cannot open it.
     """
     try:
@@ -41,21 +41,21 @@ def open_regular(path: Path, remedy: str | None = None) -> int:
 
 
 def identity_of(state: os.stat_result) -> Identity:
-    """See `Identity`."""
+    """The `Identity` of a file."""
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file; read at most once a process, unless it changes.
+    """SHA-256 of a file, which is read at most once per process, unless it changes.
 
     Raises:
-        DamagedError: it is missing or no regular file.
+        DamagedError: the file is missing or not a regular file.
     """
     return digest_of(path)[0]
 
 
 def digest_of(path: Path, remedy: str | None = None) -> tuple[str, Identity]:
-    """SHA-256 of a file's content, and what the file was meanwhile."""
+    """SHA-256 of a file's content, and the file's identity while it was read."""
     for _ in range(TIMES_READ):
         with os.fdopen(open_regular(path, remedy), "rb", buffering=0) as file:
             identity = identity_of(os.fstat(file.fileno()))
@@ -82,9 +82,9 @@ def _hash_read(descriptor: int) -> str:
 
 
 def _hash_mapped(descriptor: int, size: int) -> str | None:
-    """The same without a copy, which would take a seventh of the time; None where the system cannot.
+    """As `_hash_read`, without the copy, which takes a seventh of the time; None if the system does not support it.
 
-    Each piece is brought into memory first: what cannot be read is an error then, not a signal that ends the process.
+    Each piece is loaded into memory first, so that an unreadable one is an error, not a signal that ends the process.
     """
     digest = hashlib.sha256()
     for start in range(0, size, _MAPPED):

@@ -1,4 +1,4 @@
-"""What stands at the head of a file that the toolkit wrote: its format and version, and the version of the package."""
+"""The head of a file that the toolkit wrote: its format, the format's version, and the package's version."""
 
 from __future__ import annotations
 
@@ -17,60 +17,61 @@ HEAD = (_NAME, _VERSION)
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file.
+    """A file format.
 
     Attributes:
-        name: at the head of every such file.
-        version: that is written, and the newest that is read.
+        name: stands at the head of every such file.
+        version: the version that is written, and the newest that can be read.
     """
 
     name: str
     version: int
 
     def head(self) -> dict[str, Any]:
-        """Format and version, for what is read again by any version of the package."""
+        """Format and version, for files that any version of the package may read."""
         return {_NAME: self.name, _VERSION: self.version}
 
     def result_head(self) -> dict[str, Any]:
-        """The same with the package's version, for results, which another version might compute differently."""
+        """As `head`, with the package's version: for results, which another version might compute differently."""
         return {**self.head(), _PACKAGE: version.__version__}
 
-    def holds(self, record: Mapping[str, Any], **asked: Any) -> bool:
-        """Whether a record is of this format, in this version, and has just these values."""
-        return all(record.get(key) == value for key, value in (self.head() | asked).items())
+    def holds(self, record: Mapping[str, Any], **expected: Any) -> bool:
+        """Whether a record has this format and version, and the expected values."""
+        return all(record.get(key) == value for key, value in (self.head() | expected).items())
 
-    def is_current(self, record: Mapping[str, Any], **asked: Any) -> bool:
-        """The same, and made by this version of the package; a result that is not is made anew."""
-        return self.holds(record, **{_PACKAGE: version.__version__}, **asked)
+    def is_current(self, record: Mapping[str, Any], **expected: Any) -> bool:
+        """As `holds`, and made by this version of the package; other results are computed again."""
+        return self.holds(record, **{_PACKAGE: version.__version__}, **expected)
 
     def version_of(self, record: Mapping[str, Any]) -> Any:
-        """The version of this format that a record says it is of."""
+        """The version of this format that a record states; None if it is of another format."""
         return record.get(_VERSION) if record.get(_NAME) == self.name else None
 
     def check(self, record: object, place: str, file: str = "", error: type[SaeError] = FormatError) -> None:
-        """Raise an error unless a record is of this format and of a version that is read.
+        """Raise an error unless a record has this format and a version that can be read.
 
         Args:
-            record: what the file holds.
-            place: what the message begins with, such as `dictionary 'folder'`.
-            file: name of the file in it, if the place is a folder.
-            error: the kind that is raised.
+            record: content of the file.
+            place: beginning of the message, such as `dictionary 'folder'`.
+            file: name of the file, if the place is a folder.
+            error: class of the error.
         """
         if not isinstance(record, Mapping) or record.get(_NAME) != self.name:
             which = f"{file} is not" if file else "not"
             raise error(f"{place}: {which} of this toolkit (no format {self.name!r})")
-        found = record.get(_VERSION, 0)
-        if type(found) is not int or found > self.version:
+        recorded = record.get(_VERSION, 0)
+        if type(recorded) is not int or recorded > self.version:
             raise error(
-                f"{place}: format version {found} is newer than this package reads ({self.version}); update the package"
+                f"{place}: format version {recorded} is newer than this package reads ({self.version}); update the "
+                "package"
             )
 
 
 def fingerprint_of(facts: object) -> str:
-    """SHA-256 of facts that JSON can hold: what tells a result from one of other data, settings or versions."""
+    """SHA-256 of facts that JSON can hold; it distinguishes results of different data, settings or versions."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def as_read_back(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts as JSON gives them back: lists for tuples, text for other keys."""
+    """The facts as they are read back from JSON: lists instead of tuples, text instead of other keys."""
     return json.loads(json.dumps(facts))

@@ -1,4 +1,4 @@
-"""A file that the toolkit wrote is compared with its SHA-256, beside it in `SHA256SUMS`, before it is used."""
+"""Comparison of a file that the toolkit wrote with its SHA-256 in the folder's `SHA256SUMS`, before it is used."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from sae.files.sums import is_users, recorded
 
 
 class UnhashedWarning(UserWarning):
-    """A file that the toolkit wrote has no hash beside it."""
+    """A file that the toolkit wrote has no recorded hash."""
 
 
 class MissingWarning(UserWarning):
-    """A file that the toolkit wrote is gone, and the result does without it."""
+    """A file that the toolkit wrote is missing, and the result is computed without it."""
 
 
 def check(
     path: Path, expected: str | None = None, *, remedy: str | None = None, announce: bool = True
 ) -> Identity:  # fmt: skip
-    """Compare a file with its hash; it is read at most once a process, unless it changes.
+    """Compare a file with its hash; the file is read at most once per process, unless it changes.
 
     Args:
         path: the file.
-        expected: its hash, where that is not in `SHA256SUMS`.
-        remedy: what to do if it is damaged; by default what its name says.
+        expected: its hash, if that is not in `SHA256SUMS`.
+        remedy: what to do if it is damaged; by default depends on its name.
         announce: warn if it has no hash.
 
     Returns:
-        What the file was when it was read: whoever opens it again can see whether it is still the same.
+        Identity of the file when it was read, with which later readers can check that it is still the same.
 
     Raises:
-        DamagedError: the file is missing, no regular file, or differs from its hash.
+        DamagedError: the file is missing, not a regular file, or differs from its hash.
         UnreadableError: the machine cannot read it.
     """
     digest, accepted, identity = "", (), ()
@@ -58,17 +58,17 @@ def check(
 def read_checked(
     path: Path, expected: str | None = None, *, most: int, remedy: str | None = None, announce: bool = True
 ) -> bytes:
-    """The content of a file that fits into memory, of which the hash is taken that is compared.
+    """Read a file that fits into memory, and compare the content with its hash.
 
     Args:
         path: the file.
-        expected: its hash, where that is not in `SHA256SUMS`.
-        most: bytes; a larger file is refused.
-        remedy: what to do if it is damaged; by default what its name says.
+        expected: its hash, if that is not in `SHA256SUMS`.
+        most: maximum size in bytes; a larger file is refused.
+        remedy: what to do if it is damaged; by default depends on its name.
         announce: warn if it has no hash.
 
     Raises:
-        DamagedError: as `check`; or the file is larger.
+        DamagedError: as `check`; or the file is too large.
     """
     digest, accepted = "", ()
     for _ in range(TIMES_READ):
@@ -85,29 +85,29 @@ def read_checked(
 
 
 def announce_unhashed(path: Path) -> None:
-    """Warn that a file has no hash: once for a run folder, or for another folder and those inside it."""
+    """Warn that a file has no hash: once per run folder, or per other folder including its subfolders."""
     path = path.absolute()
     folder = _run_of(path.parent) or path.parent
     if any(place in _ANNOUNCED for place in (folder, *folder.parents)):
         return
     _ANNOUNCED.add(folder)
-    why, way = "as in folders written before there was one", ""
+    reason, advice = "as in folders written before there was one", ""
     if is_users(path.parent):
-        why, way = "which sae did not write", f"rename that {SUMS}, and "
+        reason, advice = "which sae did not write", f"rename that {SUMS}, and "
     warnings.warn(
-        f"{str(folder)!r}: {path.relative_to(folder)} has no SHA-256 in {SUMS}, {why}: it is read, but damage would go "
-        f"unnoticed; {way}'sae verify --record' on the folder adds hashes",
+        f"{str(folder)!r}: {path.relative_to(folder)} has no SHA-256 in {SUMS}, {reason}: it is read, but damage "
+        f"would go unnoticed; {advice}'sae verify --record' on the folder adds hashes",
         UnhashedWarning,
         stacklevel=4,
     )
 
 
 def announce_missing(path: Path, without: str) -> None:
-    """Warn that a file which is not there stands in `SHA256SUMS`; one that was never written does not.
+    """Warn if a missing file is listed in `SHA256SUMS`; a file that was never written is not.
 
     Args:
         path: the file.
-        without: what comes of its absence.
+        without: consequence of its absence.
 
     Raises:
         DamagedError: `SHA256SUMS` cannot be read.

@@ -1,4 +1,4 @@
-"""Paths as a user writes them."""
+"""Paths that users write, and names made from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with a leading `~` as the home folder; as it stands, if there is no such user."""
+    """The path with a leading `~` expanded to the home folder; unchanged if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -16,12 +16,13 @@ def expanded(path: str | Path) -> Path:
 
 
 def name_of(path: PurePath | str) -> str:
-    r"""A path as text that can be written as UTF-8: bytes that are no text become escapes such as `\xe9`."""
+    r"""A path as text that can be written as UTF-8: undecodable bytes become escapes such as `\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def short_name(name: str) -> str:
-    """What the name of a file that is written may begin with, from a name that somebody chose: letters, digits, `_` and
-    `-`, at most 40 of them. Different names may become equal.
+    """A prefix for file names, made from a name that a user chose: at most 40 letters, digits, `_` and `-`.
+
+    Different names may become equal.
     """
     return re.sub(r"[^\w-]+", "_", name)[:40]

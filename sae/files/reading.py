@@ -1,4 +1,4 @@
-"""Files that the toolkit wrote, read again: compared with their hash first, and parsed within limits."""
+"""Reading of files that the toolkit wrote: compared with their hash first, then parsed within limits."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def read_json(path: Path, expected: str | None = None, *, remedy: str | None = N
 
     Args:
         path: the file.
-        expected: its SHA-256, where that is not in `SHA256SUMS` beside it.
-        remedy: what to do if it is damaged; by default what its name says.
+        expected: its SHA-256, if that is not in `SHA256SUMS` next to it.
+        remedy: what to do if it is damaged; by default depends on its name.
 
     Raises:
-        DamagedError: it is missing, differs from its hash, or is no JSON of this toolkit: not UTF-8, a key twice, a
-            number of more than 64 bits, too deep.
+        DamagedError: the file is missing, differs from its hash, or is not JSON as this toolkit writes it: not UTF-8, a
+            repeated key, a number of more than 64 bits, too deep.
     """
     return parse_json(path, read_checked(path, expected, most=MOST_JSON_BYTES, remedy=remedy), remedy)
 
 
 def parse_json(path: Path, content: bytes, remedy: str | None = None) -> Any:
-    """`read_json` of content that is there already.
+    """As `read_json`, for content that was read already.
 
     Raises:
-        DamagedError: it is no JSON of this toolkit.
+        DamagedError: the content is not JSON as this toolkit writes it.
     """
     try:
         parsed = json.loads(content.decode("utf-8"), parse_int=_integer, object_pairs_hook=_each_key_once)
@@ -62,19 +62,19 @@ def parse_json(path: Path, content: bytes, remedy: str | None = None) -> Any:
 
 
 def read_object(path: Path, expected: str | None = None, *, remedy: str | None = None) -> dict[str, Any]:
-    """`read_json` of a file that holds keys and values.
+    """As `read_json`, for a file that holds keys and values.
 
     Raises:
-        DamagedError: as `read_json`; or it holds something else.
+        DamagedError: as `read_json`; or the file holds something else.
     """
     return as_object(path, read_json(path, expected, remedy=remedy), remedy)
 
 
 def as_object(path: Path, parsed: Any, remedy: str | None = None) -> dict[str, Any]:
-    """Parsed JSON, if it has keys and values.
+    """Return parsed JSON if it has keys and values.
 
     Raises:
-        DamagedError: it is something else.
+        DamagedError: it has none.
     """
     if not isinstance(parsed, dict):
         raise damaged(path, "damaged (expected keys and values)", remedy)
@@ -82,16 +82,16 @@ def as_object(path: Path, parsed: Any, remedy: str | None = None) -> dict[str, A
 
 
 def validated(path: Path, kind: type[Parsed] | Any, record: Any, remedy: str | None = None) -> Any:
-    """A record as what it should be.
+    """Validate a record, and convert it to a type.
 
     Args:
-        path: where it was read.
+        path: the file that it was read from.
         kind: a pydantic model or any type that pydantic checks.
         record: parsed JSON.
-        remedy: what to do if it is damaged; by default what the file's name says.
+        remedy: what to do if the file is damaged; by default depends on its name.
 
     Raises:
-        DamagedError: a value is missing or of another type; the first is named.
+        DamagedError: a value is missing or of another type; the message names the first.
     """
     try:
         return TypeAdapter(kind).validate_python(record)
@@ -105,26 +105,26 @@ def validated(path: Path, kind: type[Parsed] | Any, record: Any, remedy: str | N
         raise damaged(path, "damaged (too deep)", remedy) from error
 
 
-def conforming(made: Parsed) -> Parsed:
-    """A dataclass made from a record, if all its fields are of their types.
+def conforming(parsed: Parsed) -> Parsed:
+    """Return a dataclass made from a record if all its fields have their declared types.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a field has another type.
     """
     try:
-        TypeAdapter(type(made)).validate_python(dataclasses.asdict(made))  # pyright: ignore[reportArgumentType]
+        TypeAdapter(type(parsed)).validate_python(dataclasses.asdict(parsed))  # pyright: ignore[reportArgumentType]
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return made
+    return parsed
 
 
 @contextlib.contextmanager
 def taken_apart(path: Path, remedy: str | None = None) -> Iterator[None]:
-    """In the body a record that was read from `path` is made into objects: what does not fit is the file's damage.
+    """Context in which a record read from `path` is converted to objects; errors mean that the file is damaged.
 
     Raises:
-        DamagedError: the body met a missing key, another type, or a value out of its range.
+        DamagedError: the body found a missing key, another type, or a value out of range.
     """
     try:
         yield
@@ -138,23 +138,23 @@ def taken_apart(path: Path, remedy: str | None = None) -> Iterator[None]:
 def load_tensors(
     path: Path, device: str | torch.device = "cpu", expected: str | None = None, *, remedy: str | None = None
 ) -> dict[str, Tensor]:
-    """All tensors of a safetensors file that the toolkit wrote.
+    """Load all tensors of a safetensors file that the toolkit wrote.
 
     Raises:
-        DamagedError: it is missing, differs from its hash, or is no safetensors file.
+        DamagedError: the file is missing, differs from its hash, or is not a safetensors file.
         UnreadableError: the machine cannot read it.
     """
     identity = _checked_tensors(path, expected, remedy)
     with _opened(path, identity, remedy):
         tensors = load_file(path)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}  # out of memory there is not the file's fault
+    return {name: tensor.to(device) for name, tensor in tensors.items()}  # out of memory here is not the file's fault
 
 
 def open_tensors(path: Path, expected: str | None = None, *, remedy: str | None = None) -> Any:
-    """A safetensors file that the toolkit wrote, mapped into memory, as `safetensors.safe_open` gives it.
+    """Open a safetensors file that the toolkit wrote with `safetensors.safe_open`, mapped into memory.
 
     Raises:
-        DamagedError: it is missing, differs from its hash, or is no safetensors file.
+        DamagedError: the file is missing, differs from its hash, or is not a safetensors file.
         UnreadableError: the machine cannot read it.
     """
     identity = _checked_tensors(path, expected, remedy)
@@ -163,10 +163,10 @@ def open_tensors(path: Path, expected: str | None = None, *, remedy: str | None 
 
 
 def tensor_of(file: Any, name: str, path: Path, remedy: str | None = None) -> Tensor:
-    """A tensor of what `open_tensors` gave.
+    """A tensor of a file that `open_tensors` opened.
 
     Raises:
-        DamagedError: there is none of this name.
+        DamagedError: there is no tensor with this name.
     """
     try:
         return file.get_tensor(name)
@@ -187,7 +187,7 @@ def _checked_tensors(path: Path, expected: str | None, remedy: str | None) -> Id
 
 @contextlib.contextmanager
 def _opened(path: Path, identity: Identity, remedy: str | None) -> Iterator[None]:
-    """What the body opens is the file that was checked."""
+    """Ensure that the body opens the file that was checked."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -198,7 +198,7 @@ def _opened(path: Path, identity: Identity, remedy: str | None) -> Iterator[None
         yield
         same = identity_of(path.stat()) == identity
     except OSError as error:
-        os.close(open_regular(path, remedy))  # says what the matter is, where safetensors does not
+        os.close(open_regular(path, remedy))  # its error is more precise than that of safetensors
         raise unreadable(path, error, remedy) from error
     except (SafetensorError, ValueError) as error:
         kind = _A_PICKLE if is_pickle(path) else f"damaged ({_short(error)})"
@@ -208,7 +208,7 @@ def _opened(path: Path, identity: Identity, remedy: str | None) -> Iterator[None
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file begins as pickles and PyTorch's archives of them do."""
+    """Whether a file begins like a pickle or a PyTorch archive of pickles."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             start = file.read(4)
@@ -218,12 +218,12 @@ def is_pickle(path: Path) -> bool:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    parsed = dict(pairs)
+    if len(parsed) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} is there twice")
-    return made
+        raise ValueError(f"key {twice!r} is repeated")
+    return parsed
 
 
 def _integer(text: str) -> int:

@@ -1,17 +1,18 @@
-"""`SHA256SUMS`: the hash of every file in a folder that the toolkit wrote, kept right while a file is replaced.
+"""`SHA256SUMS`: hashes of the files that the toolkit wrote in a folder, kept correct while a file is replaced.
 
-The list has the format of `sha256sum`, which can check it. While a file is replaced, both its contents are listed, so
-that a process killed at any instant leaves a file and a list that agree:
+The list has the format of `sha256sum`, which can check it. While a file is replaced, the hashes of both its contents
+are listed, so that a process killed at any instant leaves a file and a list that agree:
 
-    new content under a temporary name → both hashes listed → renamed → the new hash alone listed
+    new content under a temporary name → both hashes listed → renamed → only the new hash listed
 
-What a user wrote is in no list and is read as it is. Shards of an activation cache have their hashes in its manifest.
+Files that a user wrote are not listed and are read without a check. Shards of an activation cache have their hashes in
+its manifest.
 
-A `SHA256SUMS` may be the user's own: it is left alone, and files in that folder have no hash. Whose one is:
+A `SHA256SUMS` may be the user's own: it is left alone, and files in that folder have no hash. It is
 
-- the toolkit's, if it begins with the line that the toolkit begins it with, up to a few damaged bytes;
-- else the user's, if every line is one that `sha256sum` writes, or a comment;
-- else a damaged one of the toolkit's if files that only the toolkit writes stand beside it; the user's elsewhere.
+- the toolkit's, if it begins with the toolkit's first line, up to a few damaged bytes;
+- otherwise the user's, if every line is a comment or one that `sha256sum` writes;
+- otherwise the toolkit's, damaged, if files that only the toolkit writes are next to it; the user's elsewhere.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from sae.files.temporary import temporary_file
 _HEADER = "# Written by sae: 'sae verify' compares the files here with it, and so does 'sha256sum -c SHA256SUMS'.\n"
 _LINE = re.compile(r"(# before )?([0-9a-f]{64})  ([^/\0\n]+)")
 _OF_SHA256SUM = re.compile(rb"(\\?[0-9a-fA-F]{64} [ *].+|\\?SHA256 \(.+\) = [0-9a-fA-F]{64}|\s*|#.*)\r?")
-_BYTES_A_DAMAGED_ONE = 16
-"""The first line is the toolkit's if at most one in so many of its bytes is another."""
+_BYTES_PER_DAMAGED_ONE = 16
+"""The first line is the toolkit's if at most one in this many of its bytes differs."""
 _BEFORE = "# before "
 _MOST_BYTES = 1 << 28
 _PATIENCE_SECONDS = 10.0
 
 
 def recorded(path: Path) -> tuple[str, ...]:
-    """Hashes that the file may have by `SHA256SUMS` beside it: one, or two while it is replaced; none if it has none.
+    """Accepted hashes of a file in its folder's `SHA256SUMS`: one, two while it is being replaced, or none if unlisted.
 
     Raises:
         DamagedError: `SHA256SUMS` cannot be read.
@@ -49,16 +50,16 @@ def recorded(path: Path) -> tuple[str, ...]:
 
 
 def read_sums(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Hashes by file name; empty if there is no `SHA256SUMS`, or one of the user's.
+    """Hashes by file name; empty if there is no `SHA256SUMS`, or if it is the user's.
 
     Raises:
-        DamagedError: it cannot be read, or is one of the toolkit's and damaged.
+        DamagedError: the list cannot be read, or is the toolkit's and damaged.
     """
     return own_sums(folder) or {}
 
 
 def own_sums(folder: Path) -> dict[str, tuple[str, ...]] | None:
-    """As `read_sums`, but None if the list is the user's."""
+    """As `read_sums`, except that a list of the user's gives None."""
     path = folder / SUMS
     if not os.path.lexists(path):
         return {}
@@ -71,12 +72,12 @@ def own_sums(folder: Path) -> dict[str, tuple[str, ...]] | None:
     except UnicodeDecodeError as error:
         raise damaged(path, f"damaged ({error})") from error
     if content and (len(first) != len(_HEADER) - 1 or lines[-1:] != [""]):
-        raise damaged(path, "damaged (its first or last line is not whole)")
+        raise damaged(path, "damaged (its first or last line is incomplete)")
     for number, line in enumerate(lines, 2):
         match = _LINE.fullmatch(line)
         if match is None:
             if line and not line.startswith("#"):
-                raise damaged(path, f"damaged (line {number} is no SHA-256 and file name)")
+                raise damaged(path, f"damaged (line {number} is not a SHA-256 and a file name)")
             continue
         _, digest, name = match.groups()
         sums[name] = (*sums.get(name, ()), digest)
@@ -84,15 +85,15 @@ def own_sums(folder: Path) -> dict[str, tuple[str, ...]] | None:
 
 
 def is_users(folder: Path) -> bool:
-    """Whether there is a `SHA256SUMS` that the toolkit did not write: it records nothing there."""
+    """Whether the folder has a `SHA256SUMS` that the toolkit did not write; it then records nothing there."""
     path = folder / SUMS
     return os.path.lexists(path) and _is_users(read_whole(path, _MOST_BYTES), folder)
 
 
 def _is_users(content: bytes, folder: Path) -> bool:
     start = content[: len(_HEADER)]
-    wrong = sum(here != there for here, there in zip(start, _HEADER.encode(), strict=False))
-    if wrong <= len(start) // _BYTES_A_DAMAGED_ONE:
+    differing = sum(byte != expected for byte, expected in zip(start, _HEADER.encode(), strict=False))
+    if differing <= len(start) // _BYTES_PER_DAMAGED_ONE:
         return False
     if all(_OF_SHA256SUM.fullmatch(line) for line in content.split(b"\n")):
         return True
@@ -101,9 +102,9 @@ def _is_users(content: bytes, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path, digest: str) -> Iterator[None]:
-    """In the body a file is given new content: until that is done either content is right, then the new one alone.
+    """Context in which a file's content is replaced: both contents are accepted until it ends, then only the new one.
 
-    Beside a list of the user's nothing is recorded.
+    Nothing is recorded if the list is the user's.
 
     Args:
         path: the file.
@@ -111,8 +112,8 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
 
     Raises:
         DamagedError: `SHA256SUMS` cannot be read.
-        CacheError: the list cannot hold the file's name; nothing has changed then.
-        OSError: it cannot be written; nothing has changed then.
+        CacheError: the list cannot hold the file's name; nothing has changed.
+        OSError: the list cannot be written; nothing has changed.
     """
     folder, name = path.parent, path.name
     with _alone(folder):
@@ -120,7 +121,7 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
         if sums is None:
             yield
             return
-        before = _right_now(path, sums.get(name, ()))
+        before = _current_hash(path, sums.get(name, ()))
         write_sums(folder, {**sums, name: (digest, *before)})
         try:
             yield
@@ -129,12 +130,12 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
                 write_sums(folder, sums)
             raise
         if before:
-            with contextlib.suppress(OSError):  # both may stand until the next time
+            with contextlib.suppress(OSError):  # both may remain until the next change
                 write_sums(folder, {**sums, name: (digest,)})
 
 
 def record(path: Path) -> None:
-    """Take the hash of a file as it is into `SHA256SUMS`, unless that is the user's.
+    """Record the hash of a file's current content in `SHA256SUMS`, unless that is the user's.
 
     Raises:
         DamagedError: the file or the list cannot be read.
@@ -148,11 +149,11 @@ def record(path: Path) -> None:
 
 
 def forget(path: Path) -> None:
-    """Take a file out of `SHA256SUMS`, since it is deleted or will grow.
+    """Remove a file from `SHA256SUMS`, because it is deleted or will grow.
 
     Raises:
         DamagedError: the list cannot be read.
-        OSError: it cannot be written.
+        OSError: the list cannot be written.
     """
     if not recorded(path):
         return
@@ -164,20 +165,19 @@ def forget(path: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """After a kill: of two hashes of a file keep the one that it has. The caller is alone in the folder."""
+    """After a kill, keep the correct one of two hashes of a file. No other process may be using the folder."""
     pending = {name for name, digests in read_sums(folder).items() if len(digests) > 1}
     if not pending:
         return
     with _alone(folder):
         sums = read_sums(folder)
         for name in pending & sums.keys():
-            now = _right_now(folder / name, sums[name])
-            sums[name] = now or sums[name]
+            sums[name] = _current_hash(folder / name, sums[name]) or sums[name]
         write_sums(folder, sums)
 
 
-def _right_now(path: Path, listed: tuple[str, ...]) -> tuple[str, ...]:
-    """The hash of what is there, if that is a file which is right or has no hash; else nothing."""
+def _current_hash(path: Path, listed: tuple[str, ...]) -> tuple[str, ...]:
+    """The hash of a file's current content if it is listed, or if none is; otherwise nothing."""
     if not path.is_file():
         return ()
     with contextlib.suppress(DamagedError, UnreadableError):
@@ -204,7 +204,7 @@ def write_sums(folder: Path, sums: dict[str, tuple[str, ...]]) -> None:
 
 
 def _can_be_listed(name: str) -> bool:
-    """Whether the list with it can be read again."""
+    """Whether a list with this name can be read back."""
     try:
         return b"\n" not in name.encode()
     except UnicodeEncodeError:
@@ -213,20 +213,20 @@ def _can_be_listed(name: str) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time changes a folder's list; where folders cannot be locked, or one hangs, the others go on."""
+    """Let one process at a time change a folder's list. If it cannot be locked, or a process hangs, others continue."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         yield
         return
     try:
-        ends = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > ends:
+                if time.monotonic() > deadline:
                     break
                 time.sleep(0.005)
             except OSError:

@@ -1,4 +1,4 @@
-"""Files being written, under names of their own, until they are whole."""
+"""Temporary files, which hold content until it is complete."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sae.files.digest import open_regular
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file in a folder is the toolkit's book-keeping, or what a kill left of a file being written."""
+    """Whether a file is one of the toolkit's book-keeping files, or a temporary file left by a killed process."""
     return name in (".lock", SUMS) or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Delete what killed processes left half written; what a living one writes is locked and stays."""
+    """Delete temporary files of killed processes; those of running processes are locked and stay."""
     for path in folder.glob(".*-*.tmp"):
         with contextlib.suppress(OSError, DamagedError, UnreadableError), os.fdopen(open_regular(path), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -28,9 +28,9 @@ def clear_temporaries(folder: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[tuple[Path, int]]:
-    """A new file beside `path`, of a name that no other process uses, and its descriptor; deleted if still there.
+    """A new file next to `path`, with a unique name, and its descriptor; deleted at the end if it still exists.
 
-    It is locked as long as it is open, so that `clear_temporaries` knows it from what a killed process left.
+    It is locked while it is open, so that `clear_temporaries` can tell it from one that a killed process left.
     """
     while True:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")

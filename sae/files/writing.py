@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, synced, hashed, renamed."""
+"""Atomic writing of files: under a temporary name, then synced, hashed and renamed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> str:
-    """Write a file so that a crash at any instant leaves the old content or the new, never a part.
+    """Write a file atomically: a crash at any instant leaves either the old content or the new.
 
     Args:
-        path: its folder is made if it is missing.
-        content: all of it.
-        hashed: its hash goes into `SHA256SUMS` beside it; else it has none.
+        path: the file; its folder is created if it is missing.
+        content: the whole content.
+        hashed: record the hash in `SHA256SUMS` next to the file.
 
     Returns:
         SHA-256 of the content.
@@ -43,7 +43,7 @@ def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> str:
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) -> str:
-    """`write_bytes` for content that comes in pieces and need not fit into memory.
+    """As `write_bytes`, for content that comes in pieces and need not fit into memory.
 
     Raises:
         CacheError: the folder cannot be written, or the disk is full; the old file is untouched.
@@ -80,13 +80,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     Returns:
         Its SHA-256.
     """
-    from safetensors.torch import save  # not above: it takes seconds, and the command line writes no tensors to begin
+    from safetensors.torch import save  # imported here because it takes seconds, which would delay the command line
 
     return write_bytes(path, save(dict(tensors)))
 
 
 def delete(path: Path) -> None:
-    """Delete a file, if it is there, and its hash.
+    """Delete a file, if it exists, and its hash.
 
     Raises:
         CacheError: the folder cannot be written.
@@ -100,7 +100,7 @@ def delete(path: Path) -> None:
 
 
 def stands(path: Path) -> bool:
-    """Whether anything has this name, be it a file or not: what is no file is an error for whoever reads it."""
+    """Whether anything has this name, even if it is not a file, which is an error for its reader."""
     return os.path.lexists(path)
 
 
@@ -115,12 +115,12 @@ def _clear_once(folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written where a folder is, or will be."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(_existing(folder)).free
 
 
 def missing_space(needs: Mapping[Path, int]) -> str | None:
-    """In words, what folders need and their disk has not; None if all of it fits. Folders of one disk share its space.
+    """A sentence on the space that folders need and their disk lacks; None if all fits. Folders on one disk share it.
 
     Args:
         needs: bytes still to write, by folder.
@@ -137,7 +137,7 @@ def missing_space(needs: Mapping[Path, int]) -> str | None:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest parent that exists."""
     place = expanded(folder).resolve()
     return next(path for path in (place, *place.parents) if path.exists())
 
@@ -154,7 +154,7 @@ def _explain(path: Path, size: int, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"disk full: {str(path)!r} needs {size:,} bytes or more; nothing is damaged: "
-            "free some space and run the same command again to go on"
+            "free some space and run the same command again to continue"
         )
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"cannot write {str(path)!r}: {error.strerror}; {MORE_FILES}"
@@ -163,25 +163,25 @@ def _explain(path: Path, size: int, error: OSError) -> str:
     return f"cannot write {str(path)!r}: {error.strerror or error}; choose another folder or change its permissions"
 
 
-_HELD: set[tuple[int, int, Path]] = set()
+_LOCKED: set[tuple[int, int, Path]] = set()
 """Folders that are locked, by process and thread."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path, doing: str) -> Iterator[None]:
-    """One process at a time in a folder, and one of its threads; the lock goes when the process does, however it ends.
+    """Let only one process, and one thread of it, into a folder; the lock is released however the process ends.
 
-    A thread that holds the folder may lock it again. What a killed process left there is put in order first.
+    A thread that holds the lock may lock the folder again. Leftovers of killed processes are cleaned up first.
 
     Args:
-        folder: made where it is missing.
-        doing: what the process does there, for the message to a second one.
+        folder: created if it is missing.
+        doing: the process's task, for the error in a second process.
 
     Raises:
         CacheError: the folder cannot be written, or another process holds it.
     """
     path, holder = folder / ".lock", (os.getpid(), threading.get_ident(), expanded(folder).resolve())
-    if holder in _HELD:
+    if holder in _LOCKED:
         yield
         return
     try:
@@ -191,7 +191,7 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
         raise CacheError(_explain(folder, 0, error)) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CacheError(f"{str(path)!r} is no regular file; delete it")
+            raise CacheError(f"{str(path)!r} is not a regular file; delete it")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -203,8 +203,8 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
             settle(folder)
         except OSError as error:
             raise CacheError(_explain(folder / SUMS, 0, error)) from error
-        _HELD.add(holder)
+        _LOCKED.add(holder)
         yield
     finally:
-        _HELD.discard(holder)
+        _LOCKED.discard(holder)
         os.close(descriptor)

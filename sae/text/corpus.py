@@ -1,4 +1,4 @@
-"""Where text comes from: a source in, a stream of named documents out."""
+"""A source of text in; a stream of named documents out."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def read_documents(
     source: str, *, split: str = "train", subset: str | None = None, column: str = "text", streaming: bool = True,
     census: Census | None = None, revision: str | None = None, reading: int = READING,
 ) -> Iterator[Document]:  # fmt: skip
-    """Documents of `source`, in an order that depends on nothing but the source itself.
+    """Documents of `source`, in an order that depends only on the source itself.
 
     Args:
         source: `stdlib`, a file of a kind in `sae.text.files`, a folder of such files, or a dataset of the Hugging Face
             hub (or a folder written by `datasets.save_to_disk`).
         split, subset: the dataset's split and configuration name; hub datasets only.
-        column: the field that holds the text, token ids or chats, in all but .txt and .md files.
+        column: the field that holds text, token ids or chats, in all but .txt and .md files.
         streaming: read a hub dataset as it downloads, instead of downloading all of it first.
-        census: what is found and not read is counted there.
+        census: counts skipped entries.
         revision: git revision of a hub dataset.
         reading: version of how text is read.
 
     Raises:
-        DataError: the source does not exist, is of no kind that can be read, holds no text, lacks the column, or the
-            column holds lists written as text.
+        DataError: the source does not exist, is of an unsupported kind, holds no text, lacks the column, or the column
+            holds lists written as text.
     """
     path = _place(source)
     if source == STANDARD_LIBRARY:
@@ -64,7 +64,7 @@ def _texts(rows: Iterator[tuple[str, Document]], column: str, reading: int) -> I
 
 
 def check_revision(sources: Sequence[str], revision: str | None) -> None:
-    """Raise DataError where `revision` is given and there is not one hub data set that it could be of."""
+    """Raise DataError if `revision` is given and the sources are not a single hub data set."""
     if revision is None:
         return
     if len(sources) > 1:
@@ -74,13 +74,13 @@ def check_revision(sources: Sequence[str], revision: str | None) -> None:
         )
     if sources[0] == STANDARD_LIBRARY or _place(sources[0]).exists():
         raise DataError(
-            f"data.revision={revision!r}: data source {sources[0]!r} is no hub data set, and only these have "
+            f"data.revision={revision!r}: data source {sources[0]!r} is not a hub data set, and only these have "
             "revisions; leave it out"
         )
 
 
 def check_apart(sources: Sequence[str]) -> None:
-    """Raise DataError where a source lies in another: its text could fall on both sides of the held-out split."""
+    """Raise DataError if a source lies inside another: its text could fall on both sides of the held-out split."""
     paths = {source: _place(source) for source in sources if source != STANDARD_LIBRARY}
     places = {source: path.resolve() for source, path in paths.items() if path.exists()}
     for source, place in places.items():
@@ -88,29 +88,29 @@ def check_apart(sources: Sequence[str]) -> None:
             if other != source and place.is_relative_to(outer):
                 raise DataError(
                     f"data source {source!r}: it is {other!r} or lies inside it, so its text would be read twice; name "
-                    "what lies side by side, and give more of data.weights to what shall count more"
+                    "sources that do not overlap, and give more of data.weights to those that should count more"
                 )
 
 
 def holdout_share(name: str, seed: int) -> float:
-    """The least `fraction` with which the document of that name is set aside, but for rounding."""
+    """The smallest `fraction` for which the document with that name is held out, up to rounding."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
 
 
 def is_held_out(name: str, seed: int, fraction: float) -> bool:
-    """Whether the document of that name is set aside for evaluation.
+    """Whether the document with that name is held out for evaluation.
 
-    A hash of seed and name decides, so the answer survives new documents, other orders and other machines.
+    A hash of seed and name decides, so the answer does not depend on other documents, their order or the machine.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def _place(source: str) -> Path:
-    """Where a source lies, if it is a file or a folder.
+    """The path of a source, if it is a file or a folder.
 
     Raises:
-        DataError: the system cannot look there.
+        DataError: the system cannot access the path.
     """
     path = expanded(source)
     try:
@@ -124,10 +124,10 @@ def _place(source: str) -> Path:
 
 
 def standard_library() -> Iterator[Document]:
-    """The Python standard library: a document a source file, and one a topic of `help()`.
+    """The Python standard library: one document per source file, and one per topic of `help()`.
 
-    Shuffled by a hash of the names, without files of equal text. About 30 MB where the library's own tests are
-    installed, 13 MB where a distribution leaves them out.
+    Shuffled by a hash of the names, without files of equal text. About 30 MB if the library's own tests are installed,
+    13 MB if a distribution leaves them out.
     """
     root = Path(sysconfig.get_path("stdlib"))
     paths = {}
@@ -172,12 +172,12 @@ def _saved_dataset(path: Path, split: str, column: str) -> Iterator[tuple[str, D
     except MemoryError:
         raise
     except Exception as error:
-        raise DataError(f"data source {str(path)!r}: not a whole saved data set ({first_line(error)})") from error
+        raise DataError(f"data source {str(path)!r}: not a complete saved data set ({first_line(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"data source {str(path)!r}: no split {split!r}; it has {', '.join(map(str, loaded))}")
         loaded = loaded[split]
-    loaded = loaded.with_format(None)  # what it was saved with gives tensors, and other columns may be missing
+    loaded = loaded.with_format(None)  # the format it was saved with gives tensors, and other columns may be missing
     return _rows(loaded, str(path), column)
 
 
@@ -189,7 +189,7 @@ def _hub_dataset(
 
     if source in packaged_modules._PACKAGED_DATASETS_MODULES:  # there is no other list of them
         raise DataError(
-            f"data source {source!r}: no file or folder of that name, and for `datasets` it is a file format, not a "
+            f"data source {source!r}: no file or folder with that name, and for `datasets` it is a file format, not a "
             "data set on the hub; name the files' folder, or a data set as OWNER/NAME"
         )
     try:
@@ -213,7 +213,7 @@ def _rows(rows: Any, source: str, column: str) -> Iterator[tuple[str, Document]]
         except Exception as error:  # a streamed data set can fail at any row
             raise DataError(
                 f"data source {source!r}: row {number} could not be read ({first_line(error)}); check the network, "
-                "and run the same command again to go on"
+                "and run the same command again to continue"
             ) from error
         where = f"{source}, row {number}"
         yield where, Document(f"{number}", field_of(record, column, where, number + 1))

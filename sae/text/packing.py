@@ -1,4 +1,4 @@
-"""Documents in, packed contexts of tokens out; and the one rule for which tokens count."""
+"""Documents in; packed contexts of tokens out, with the tokens that count."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class PackedRows:
     """A run of consecutive rows of one split, in text order.
 
     Attributes:
-        tokens: their ids.
-        documents: the number of the document each belongs to.
-        sections: the number of the section, among all documents.
+        tokens: token ids.
+        documents: number of each token's document.
+        sections: number of each token's section, counted over all documents.
         counted: False for tokens of a chat's roles that do not count.
     """
 
@@ -44,7 +44,7 @@ class PackedRows:
 class Packer:
     """Packs one split's documents into contexts, and stops at an exact number of rows.
 
-    A context opens with BOS (if `bos` is given) and goes on with documents, each followed by the separator. Row i
+    A context begins with BOS (if `bos` is given), followed by documents, each of which ends with the separator. Row i
     belongs to context i // context_length; only the very last context may be shorter.
     """
 
@@ -57,12 +57,12 @@ class Packer:
 
     @property
     def names(self) -> list[str]:
-        """Documents so far, in the order of their numbers."""
+        """Names of the documents so far, in the order of their numbers."""
         return list(self._numbers)
 
     @property
     def full(self) -> bool:
-        """Whether all rows asked for are packed or waiting to be."""
+        """Whether all requested rows are packed or waiting to be."""
         return self._packed + self._rows_from(self._waiting) >= self.rows
 
     @property
@@ -77,13 +77,13 @@ class Packer:
         """Append the tokens of a document, or of a section of one.
 
         Args:
-            name: the document's.
+            name: the document's name.
             ids: its tokens.
-            counted: which of them count; None: all.
-            ends: whether the document (or section) ends with these, so that the separator follows.
+            counted: which of them count; None means all.
+            ends: whether the document (or section) ends with these tokens, so that the separator follows.
 
         Returns:
-            How many rows these are, with the separator and the BOS of every context that they begin.
+            Number of rows, including the separator and the BOS of every context that they begin.
         """
         separators = [self.separator] if ends and self.separator is not None else []
         tokens = np.concatenate([np.asarray(ids, dtype=np.int32), np.asarray(separators, dtype=np.int32)])
@@ -101,27 +101,27 @@ class Packer:
         return self._rows_from(self._waiting) - before
 
     def take(self, contexts: int) -> PackedRows | None:
-        """The next `contexts` contexts, or the last ones when full; None until there are enough tokens."""
+        """The next `contexts` contexts, or fewer at the end; None until there are enough tokens."""
         rows = min(contexts * self.context_length, self.rows - self._packed)
         if rows == 0 or self._rows_from(self._waiting) < rows:
             return None
-        begun = -(-rows // self.context_length) if self.bos is not None else 0
+        bos_rows = -(-rows // self.context_length) if self.bos is not None else 0
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
-        text_rows = rows - begun
+        text_rows = rows - bos_rows
         self._columns = {name: [column[text_rows:]] for name, column in columns.items()}
         self._waiting -= text_rows
         self._packed += rows
-        starts = np.arange(begun) * (self.context_length - 1)
-        # A BOS belongs to the document after it, be it that only the BOS is left of the last context.
-        of_starts = {name: column[starts] for name, column in columns.items()} | {
-            "tokens": np.full(begun, self.bos or 0)
+        starts = np.arange(bos_rows) * (self.context_length - 1)
+        # A BOS belongs to the document after it, even if the last context has only its BOS left.
+        inserted = {name: column[starts] for name, column in columns.items()} | {
+            "tokens": np.full(bos_rows, self.bos or 0)
         }
         return PackedRows(
-            **{name: np.insert(column[:text_rows], starts, of_starts[name]) for name, column in columns.items()}
+            **{name: np.insert(column[:text_rows], starts, inserted[name]) for name, column in columns.items()}
         )
 
     def _rows_from(self, text_tokens: int) -> int:
-        """Rows that so many text tokens make, with a BOS row for every context begun."""
+        """Number of rows for a number of text tokens, with a BOS row for every context begun."""
         if self.bos is None:
             return text_tokens
         return text_tokens + -(-text_tokens // (self.context_length - 1))
@@ -131,23 +131,23 @@ def packed_shards(
     config: DataConfig, tokenizer: Any, shard_contexts: int, packers: dict[str, Packer], streams: int = STREAMS,
     census: Sequence[Census] | None = None, reading: int = READING, model_rows: int | None = None,
 ) -> Iterator[tuple[str, PackedRows]]:  # fmt: skip
-    """Read, tokenise and pack the text of `config`; yields a split's name and a shard's rows, as soon as one is full.
+    """Read, tokenise and pack the text of `config`; yield the split's name and the rows of each shard once it is full.
 
-    Several sources take turns, in each split on its own: see `sae.config.mixture.Turns`.
+    Several sources take turns, separately in each split: see `sae.config.mixture.Turns`.
 
     Args:
-        config: which text.
+        config: settings of the text.
         tokenizer: the model's.
-        shard_contexts: contexts in a shard.
-        packers: one for each split, which know how many rows are wanted.
-        streams: version of the random streams that documents are shuffled with.
-        census: for each source, where to count what is found in it.
+        shard_contexts: contexts per shard.
+        packers: one for each split; each knows its number of rows.
+        streams: version of the random streams that shuffle documents.
+        census: one for each source, which counts its skipped and special entries.
         reading: version of how text is read.
-        model_rows: tokens that the model has embeddings of; None: of all that the tokenizer names.
+        model_rows: number of tokens with an embedding in the model; None means all that the tokenizer names.
 
     Raises:
-        DataError: the text cannot be read, a source lies inside another, one ends before every split has the tokens
-            asked for, or a token has no embedding.
+        DataError: the text cannot be read, a source lies inside another, a source ends before every split has its
+            tokens, or a token has no embedding.
     """
     check_apart(config.sources)
     check_revision(config.sources, config.revision)
@@ -171,14 +171,14 @@ def packed_shards(
         while not all(packer.full for packer in packers.values()):
             for split, packer in packers.items():
                 while not packer.full and (waiting := readers[turns[split].source].waiting[split]):
-                    given = 0
+                    added = 0
                     for name, part, ends in _marked_ends(*waiting.popleft()):
-                        given += packer.add(name, part.ids, part.counted, ends=ends)
+                        added += packer.add(name, part.ids, part.counted, ends=ends)
                         while (rows := packer.take(shard_contexts)) is not None:
                             yield split, rows
                         if packer.full:
                             break
-                    turns[split].give(given)
+                    turns[split].give(added)
             for split, packer in packers.items():
                 reader = readers[turns[split].source]
                 if not packer.full and not reader.waiting[split] and not reader.read():
@@ -193,13 +193,13 @@ class _Reader:
 
     Attributes:
         source: its name.
-        documents: what is read, as `prepared_documents` gives it.
-        contents: makes tokens of it.
-        packers: by split; what is full needs no more.
-        config: which text.
-        census: what was found and not read.
+        documents: its documents, from `prepared_documents`.
+        contents: converts them to tokens.
+        packers: by split; full ones need no more documents.
+        config: settings of the text.
+        census: counts of skipped and special entries.
         waiting: by split, name and tokens of the documents (or sections) whose turn has not come, in order.
-        shares: where its documents (or sections) lie between training and held-out text.
+        shares: positions of its documents (or sections) between held-out and training text.
         compared: whether the tokenizer that it records for token ids has been compared with the model's.
     """
 
@@ -218,32 +218,32 @@ class _Reader:
         self.shares = _Shares(self.config)
 
     def read(self) -> bool:
-        """Tokenise some more documents, for the splits that are not full; False where the source has ended."""
+        """Tokenise some more documents for the splits that are not full; False if the source has ended."""
         batch = list(take_characters(self.documents))
         for name, _, _ in batch:
             self.shares.add(name)
-        wanted = [(name, content, split) for name, content, split in batch if not self.packers[split].full]
-        if not self.compared and any(isinstance(content, TokenIds) for _, content, _ in wanted):
+        needed = [(name, content, split) for name, content, split in batch if not self.packers[split].full]
+        if not self.compared and any(isinstance(content, TokenIds) for _, content, _ in needed):
             check_recorded_tokenizer(self.source, self.contents.tokenizer, self.config.tokenizer)
             self.compared = True
-        for _, content, _ in wanted:
+        for _, content, _ in needed:
             if isinstance(content, Chat):
                 self.census.roles.update(message["role"] for message in content.messages)
-        tokens = self.contents([(name, content) for name, content, _ in wanted])
-        for (name, _, split), parts in zip(wanted, tokens, strict=True):
+        tokens = self.contents([(name, content) for name, content, _ in needed])
+        for (name, _, split), parts in zip(needed, tokens, strict=True):
             self.waiting[split].append((name, parts))
         return bool(batch)
 
 
 class _Shares:
-    """Where a source's documents lie between 0 and 1: those below `holdout_fraction` are held out."""
+    """Positions of a source's documents between 0 and 1: those below `holdout_fraction` are held out."""
 
     def __init__(self, config: DataConfig) -> None:
         self.documents, self.least, self.largest = 0, 1.0, 0.0
         self._mixed, self._seed, self._last = len(config.sources) > 1, config.holdout_seed, ""
 
     def add(self, name: str) -> None:
-        """Count a document; of sections that follow one another and share its name the first."""
+        """Count a document; consecutive sections with the same name count once."""
         if name == self._last:
             return
         self._last = name
@@ -253,7 +253,7 @@ class _Shares:
 
 
 def _marked_ends(name: str, parts: Iterator[TokenPart]) -> Iterator[tuple[str, TokenPart, bool]]:
-    """The parts of a document, each with whether it is the last."""
+    """The parts of a document, each with a flag that marks the last."""
     before: TokenPart | None = None
     for part in parts:
         if before is not None:
@@ -264,38 +264,39 @@ def _marked_ends(name: str, parts: Iterator[TokenPart]) -> Iterator[tuple[str, T
 
 
 def _too_little(config: DataConfig, split: str, packer: Packer, turns: Turns, reader: _Reader) -> str:
-    """Why a split is not full: the source whose turn it is has ended."""
+    """The message for a split that is not full because the source whose turn it is has ended."""
     number, mixed = turns.source, len(config.sources) > 1
     given, share = turns.given[number], f"{turns.shares[number]:.3g} of " if mixed else ""
     setting = "data.tokens" if split == TRAIN else "data.held_out_tokens"
-    found = (
+    problem = (
         f"data source {config.sources[number]!r}: the {split.replace('_', '-')} documents hold {given:,} tokens, "
         f"{share}{setting}={packer.rows:,} were asked for"
     )
     shares = reader.shares
     if not shares.documents and reader.census.duplicates:
         return (
-            f"{found}: its {reader.census.duplicates:,} documents equal those of another source, which are read once: "
-            "take it out of data.source, or give it other text"
+            f"{problem}: its {reader.census.duplicates:,} documents equal those of another source, and equal ones are "
+            "read once: take it out of data.source, or give it other text"
         )
     if not shares.documents:
-        return f"{found}: the text is empty"
+        return f"{problem}: the text is empty"
     if shares.documents == 1:
         cut = "" if config.holdout_by == "document" else "lower data.section_characters to cut it into more, or "
         return (
-            f"{found}: all of it is one document of one section, and a held-out split needs at least two: {cut}add text"
+            f"{problem}: all of it is one document of one section, and a held-out split needs at least two: {cut}add "
+            "text"
         )
     if given == 0:
         held_out = split == HELD_OUT
         bound = math.ceil(shares.least * 1e4 + 1) / 1e4 if held_out else math.floor(shares.largest * 1e4) / 1e4
         return (
-            f"{found}; holdout_fraction={config.holdout_fraction} put no document there: change it or "
+            f"{problem}; holdout_fraction={config.holdout_fraction} put no document there: change it or "
             f"data.holdout_seed ({bound:g} would put one there)"
         )
     if mixed:
-        possible = 0.995 * given / packer.rows  # never above what is there, once rounded to three digits
+        possible = 0.995 * given / packer.rows  # never above the available share, once rounded to three digits
         return (
-            f"{found}: lower its weight in data.weights (to a share of {possible:.3g}), or lower {setting} to "
+            f"{problem}: lower its weight in data.weights (to a share of {possible:.3g}), or lower {setting} to "
             f"{packer.available:,}, or add text to this source"
         )
-    return f"{found}: lower it, or add text"
+    return f"{problem}: lower it, or add text"

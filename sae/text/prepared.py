@@ -1,4 +1,4 @@
-"""Documents of one split, prepared: read once, cut, shuffled."""
+"""Documents of a source, prepared: without duplicates, cut, shuffled, each with its split."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ def prepared_documents(
     config: DataConfig, number: int = 0, streams: int = STREAMS, census: Census | None = None,
     read: ReadTexts | None = None, reading: int = READING,
 ) -> Iterator[tuple[str, Content, str]]:  # fmt: skip
-    """(document's name, content, split) of a source, cut into sections and shuffled as asked; nothing that is empty.
+    """Yield (document's name, content, split) for a source, cut into sections and shuffled as `config` says.
 
-    Sections keep the name of their document, so they fall on one side of the
-    held-out split and count as one document in standard errors, unless `holdout_by` is `section`: then every section is
-    a document of its own. It is so by itself for a source that is one document.
+    Empty contents are left out.
 
-    Among several sources, names begin with the source's label. The held-out split goes by what they are without it, so
-    that a document is on the same side alone and in every mix.
+    Sections keep the name of their document, so they fall on one side of the held-out split and count as one document
+    in standard errors, unless `holdout_by` is `section`: then every section is a document of its own. This is the
+    default for a source that is one document.
+
+    If there are several sources, names begin with the source's label. The held-out split ignores the label, so that a
+    document is on the same side alone and in every mix.
 
     Args:
-        config: which text.
-        number: of the source.
-        streams: version of the random streams that documents are shuffled with.
-        census: what is found and not read is counted there.
-        read: contents that have been read already, of this and other sources; None: there are none.
+        config: settings of the text.
+        number: number of the source.
+        streams: version of the random streams that shuffle documents.
+        census: counts skipped and special entries.
+        read: contents of this and other sources that have been read already; None means none.
         reading: version of how text is read.
 
     Raises:
-        DataError: as `read_documents`; or one document is all there is, and documents are to be held out whole.
+        DataError: as `read_documents`; or there is only one document, and documents are to be held out whole.
     """
     source, census = config.sources[number], census or Census()
     documents = read_documents(
@@ -87,7 +89,7 @@ def texts_read(reading: int, form: Callable[[TokenIds | Chat], str | TokenIds | 
 
 
 def _new_documents(documents: Iterator[Document], census: Census, read: ReadTexts | None) -> Iterator[Document]:
-    """Documents that are neither empty nor equal to one that was read before; both are counted."""
+    """Documents that are neither empty nor equal to one read before; skipped ones are counted."""
     for document in documents:
         if is_empty(document.text):
             census.empty += 1
@@ -125,7 +127,7 @@ def _shuffled(
 
 
 def take_characters(documents: Iterator[tuple[str, Content, str]]) -> Iterator[tuple[str, Content, str]]:
-    """Documents of about half a million characters together; a text that is read piece by piece ends them."""
+    """Take documents with about half a million characters in total; a text read in pieces is the last one."""
     count = 0
     for document in documents:
         yield document

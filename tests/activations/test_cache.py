@@ -168,7 +168,7 @@ def test_shard_that_is_no_safetensors_file(copy: Path) -> None:
             r"format 'sae-activations' version 2; this package reads .* up to version 1",
         ),
         ({"format": "other"}, r"manifest.json is not of this toolkit \(no format 'sae-activations'\)"),
-        ({"rows": None}, r"manifest.json': damaged \(rows: .*\); delete the cache and harvest it anew"),
+        ({"rows": None}, r"manifest.json': damaged \(rows: .*\); delete the cache and harvest it again"),
     ],
 )
 def test_manifests_of_another_kind(copy: Path, change: dict, message: str) -> None:

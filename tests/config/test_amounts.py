@@ -51,8 +51,8 @@ def test_what_is_worth_knowing_is_said_once(tiny_config: Any) -> None:
     config = tiny_config(data__tokens=50, train__tokens=40_000, evaluation__tokens=5000)
     check_amounts(config)
     assert amount_notes(config) == [
-        "train.tokens=40,000 is 800 epochs of data.tokens=50; train.tokens=null is one",
-        "evaluation.tokens=5,000 is more than the 200 that are cached: all of these are read",
+        "train.tokens=40,000 is 800 epochs of data.tokens=50; train.tokens=null is one epoch",
+        "evaluation.tokens=5,000 is more than the 200 cached tokens: all of them are read",
     ]
     assert amount_notes(tiny_config()) == []
 

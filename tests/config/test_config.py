@@ -116,7 +116,7 @@ def test_values_that_do_not_fit_are_refused() -> None:
     assert "train.tokens='many'" in refusal("train.tokens=many")
     assert "harvest.dtype='float8'" in refusal("harvest.dtype=float8")
     assert "'float32', 'float16', 'bfloat16' or 'int8'" in refusal("harvest.dtype=float8")
-    assert "override 'train={lr: 1, lr: 2}': 'lr' is there a second time" in refusal("train={lr: 1, lr: 2}")
+    assert "override 'train={lr: 1, lr: 2}': 'lr' is repeated" in refusal("train={lr: 1, lr: 2}")
     assert refusal("dictionary.k").startswith("override 'dictionary.k': expected key=value")
     assert "not a YAML value" in refusal("seed=[")
     assert refusal("out=") == "setting out=None: input should be a valid string"
@@ -164,9 +164,9 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
 
     assert "expected keys and values" in of_file(b"- a\n- b\n")
     assert "not YAML" in of_file(b"a: [1\n")
-    assert "'k' is there a second time" in of_file(b"dictionary:\n  k: 4\n  d_sae: 64\n  k: 8\n")
+    assert "'k' is repeated" in of_file(b"dictionary:\n  k: 4\n  d_sae: 64\n  k: 8\n")
     assert "unknown setting 'c.x'" not in of_file(b"a: &a {x: 1}\nd:\n  b: &b {<<: *a, x: 2}\nc: {<<: *b}\n")
-    assert "'train' is there a second time" in of_file(b"train: {lr: 1}\ntrain: {l1_coefficient: 1}\n")
+    assert "'train' is repeated" in of_file(b"train: {lr: 1}\ntrain: {l1_coefficient: 1}\n")
     assert "cannot be read" in of_file(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"config .*nothing\.yaml': no such file"):
         load_config(tmp_path / "nothing.yaml")
@@ -178,7 +178,7 @@ def test_a_file_of_the_users_is_never_to_be_deleted(tmp_path: Path, monkeypatch:
     expected = {
         "folder": f"name the YAML file, such as {str(path / 'config.yaml')!r}",
         "unreadable": "cannot be read (Permission denied); check permissions and free memory, and run the same command",
-        "of a run": "to write it anew after deleting it",
+        "of a run": "to write it again after deleting it",
     }.get(kind, "give a YAML file that can be read")
     if kind == "folder":
         path.mkdir()

@@ -302,23 +302,23 @@ def test_a_source_inside_another_is_refused(text_folder: Path, notes: Path, tmp_
     [
         ({"source": []}, "data.source=[]: name at least one source, such as stdlib"),
         ({"source": ["a", "b", "a/"]}, "data.source names 'a/' twice: name it once, and give it more of data.weights"),
-        ({"source": ["x/t", "b", "y/t"]}, "data.source: 'x/t' and 'y/t' both end in 't', which their documents' names"),
+        ({"source": ["x/t", "b", "y/t"]}, "data.source: 'x/t' and 'y/t' both end in 't', the prefix of their"),
         ({"source": ["stdlib", "x/stdlib"]}, "both end in 'stdlib'"),
         ({"source": ["a", 3]}, "setting data.source=['a', 3]: expected text, or a list of texts; put dates, "),
         ({"source": 3}, "setting data.source=3: expected text"),
         ({"source": None}, "setting data.source=None: expected text"),
-        ({"source": "a", "weights": [1]}, "data.weights=[1.0] with one source, 'a': weights share the tokens between"),
+        ({"source": "a", "weights": [1]}, "data.weights=[1.0] with one source, 'a': weights divide the tokens among"),
         ({"source": ["a"], "weights": [1]}, "data.weights=[1.0] with one source, 'a'"),
         ({"weights": []}, "data.weights=[] with one source, 'stdlib'"),
-        ({"source": ["a", "b"], "weights": [1]}, "has 1 for the 2 of data.source=['a', 'b']: give each source one, or"),
+        ({"source": ["a", "b"], "weights": [1]}, "has 1 for the 2 sources of data.source=['a', 'b']: give each"),
         ({"source": ["a", "b"], "weights": []}, "data.weights=[] has 0 for the 2"),
         ({"source": ["a", "b"], "weights": [1, 0]}, "data.weights=[1.0, 0.0]: expected positive numbers"),
-        ({"source": ["a", "b"], "weights": [1, -1]}, "to leave a source out, take it from data.source"),
+        ({"source": ["a", "b"], "weights": [1, -1]}, "to leave a source out, remove it from data.source"),
         ({"source": ["a", "b"], "weights": [1, float("nan")]}, "expected positive numbers"),
         ({"source": ["a", "b"], "weights": [1, float("inf")]}, "expected positive numbers"),
         ({"source": ["a", "b"], "weights": [1e300, 1]}, "the least no less than a billionth of their sum"),
         ({"source": ["a", "b"], "weights": [1, "x"]}, "setting data.weights.1='x': input should be a valid number"),
-        ({"source": ["a", "b"], "weights": 1}, "data.weights=[1.0] has 1 for the 2 of data.source=['a', 'b']: give"),
+        ({"source": ["a", "b"], "weights": 1}, "data.weights=[1.0] has 1 for the 2 sources of data.source=['a', 'b']"),
     ],
 )  # fmt: skip
 def test_wrong_mixes_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -354,7 +354,7 @@ def test_a_path_that_begins_with_a_bracket_needs_quotes(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("data: {source: '[old] texts'}\n")
     assert load_config(tmp_path / "c.yaml").data.source == "[old] texts"
     with pytest.raises(
-        ConfigError, match=r"is not a YAML value; what itself begins with '\[' goes in quotes into a list"
+        ConfigError, match=r"is not a YAML value; text that itself begins with '\[' goes in quotes into a list"
     ):
         load_config(None, ["data.source=[old] texts"])
     assert load_config(None, ["out=[a, b]"]).out == "[a, b]"

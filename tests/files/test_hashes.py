@@ -305,7 +305,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     [
         (b"[" * 100_000, "too deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "a number of 5000 digits"),
-        (b'{"a": 1, "a": 2}', "key 'a' is there twice"),
+        (b'{"a": 1, "a": 2}', "key 'a' is repeated"),
         (b'{"a": "\xff"}', "can't decode byte 0xff"),
         (b'{"a": "\\ud800"}', "surrogates not allowed"),
     ],
@@ -372,7 +372,7 @@ def test_whatever_bit_of_the_list_is_flipped_nothing_damaged_is_read(tmp_path: P
         if size == content.index(b"\n") + 1:
             assert sums.read_sums(tmp_path) == {}
         else:
-            with pytest.raises(DamagedError, match="not whole"):
+            with pytest.raises(DamagedError, match="is incomplete"):
                 sums.read_sums(tmp_path)
 
 
@@ -409,7 +409,7 @@ BOMB = b"a: &a [x,x,x,x,x,x,x,x,x,x]\n" + b"".join(
         (b"seed: 2024-99-99", "not YAML"),
         (b"out: \xff", "cannot be read"),
         (b"#" * 2_000_000, "at most 1,048,576 are read"),
-        (b"features: {quantiles: 1000000000}", "examples of each feature; at most 10,000"),
+        (b"features: {quantiles: 1000000000}", "examples per feature; at most 10,000"),
     ],
 )
 def test_settings_that_would_take_all_memory_or_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:

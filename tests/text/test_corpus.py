@@ -95,7 +95,7 @@ def test_saved_dataset_with_a_format(tmp_path: Path) -> None:
 
 def test_damaged_saved_dataset(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text("{", encoding="utf-8")
-    with pytest.raises(DataError, match="not a whole saved data set"):
+    with pytest.raises(DataError, match="not a complete saved data set"):
         list(read_documents(str(tmp_path)))
 
 
@@ -265,7 +265,7 @@ def test_documents_are_shuffled_as_they_were_before_streams_had_versions(text_fo
 @pytest.mark.parametrize("source", ["stdlib", "folder", "file"])
 def test_a_revision_is_of_one_hub_data_set(source: str, text_folder: Path) -> None:
     path = {"stdlib": "stdlib", "folder": str(text_folder), "file": str(next(text_folder.iterdir()))}[source]
-    with pytest.raises(DataError, match=r"data.revision='v1': data source '.*' is no hub data set, .*leave it out"):
+    with pytest.raises(DataError, match=r"data.revision='v1': data source '.*' is not a hub data set, .*leave it out"):
         check_revision([path], "v1")
     with pytest.raises(DataError, match="with 2 sources: a revision is of one hub data set"):
         check_revision([path, "org/data"], "v1")

@@ -78,13 +78,13 @@ def test_a_megabyte_joins_to_the_tokens_of_the_whole(kind: str) -> None:
 
 def test_what_cannot_be_joined_is_said() -> None:
     tokenizer = make("bert", source(SMALL))
-    with pytest.raises(DataError, match=r"document 'a': too long to be tokenised in one go.*data.section_ch"):
+    with pytest.raises(DataError, match=r"document 'a': too long to be tokenised at once.*data.section_ch"):
         list(token_parts(tokenizer, ("x" * 100_000 for _ in range(5)), "a"))
 
     class Slow:
         is_fast = False
 
-    with pytest.raises(DataError, match="the tokenizer does not say where its tokens stand"):
+    with pytest.raises(DataError, match="the tokenizer does not give the positions of its tokens"):
         list(token_parts(Slow(), ["text"], "a"))
 
 

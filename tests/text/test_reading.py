@@ -121,8 +121,8 @@ def test_what_a_folder_holds_besides_is_counted(tmp_path: Path) -> None:
         ([[1, 2], [3]], "a list of lists"), (["a", "b"], "a list of text"), ([1, None], "a list of int and null"),
         ([True, False], "a list of truth values"), ([1, "a"], "a list of int and str"),
         ([{"role": "user"}], "expected a message with a role and a content that is text"),
-        ([{"role": "user", "content": 3}], "expected a message"), ([3, -1], "a list with -1, which is no token id"),
-        ([2**40], "which is no token id"),
+        ([{"role": "user", "content": 3}], "expected a message"), ([3, -1], "a list with -1, which is not a token id"),
+        ([2**40], "which is not a token id"),
     ],
 )  # fmt: skip
 def test_what_is_neither_text_nor_ids_nor_a_chat_is_refused_by_row_and_column(
