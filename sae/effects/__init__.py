@@ -1,4 +1,4 @@
-"""What features do to the model: changed one firing at a time on held-out text, beside nulls and direct effects."""
+"""Effects of features on the model: one firing changed at a time in held-out text, with nulls and direct effects."""
 
 from __future__ import annotations
 

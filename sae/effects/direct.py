@@ -1,4 +1,4 @@
-"""What a change of the residual stream does to the next token by itself: final norm, unembedding, softmax; no block."""
+"""The direct effect of a residual-stream change on the next token: final norm, unembedding, softmax; no blocks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class DirectChange:
     """First-order changes of next-token log-probabilities, float64.
 
     Attributes:
-        log_probability: Δ log p of the token asked for.
-        mean_logit: Σ_u p_u Δℓ_u, which is subtracted in it and in that of every other token.
+        log_probability: Δ log p of the requested token.
+        mean_logit: Σ_u p_u Δℓ_u, which is subtracted for this and every other token.
     """
 
     log_probability: Float[Tensor, " rows"]
@@ -30,23 +30,24 @@ class DirectChange:
 
 @dataclass(frozen=True)
 class DirectPath:
-    """The final norm, linearised where the model is, and the unembedding.
+    """The final norm, linearised at the model's residual, and the unembedding.
 
-    With r the residual that enters the norm, ε the norm's, c(v) = v − mean(v) where the norm centres and v where it
-    does not, σ² = mean(c(r)²) + ε and n = c(r)/σ, a change δ of r changes the normed residual to first order by
+    Let r be the residual that enters the norm, ε the norm's epsilon, c(v) = v − mean(v) if the norm centres and v
+    otherwise, σ² = mean(c(r)²) + ε and n = c(r)/σ. A change δ of r changes the normed residual to first order by
 
         J δ = (c(δ) − n · mean(n ⊙ δ)) / σ,
 
-    the second part being that of the scale σ itself. Logits change by Jδ through the norm's gain and the unembedding,
-    and the log-probability of token v by that of its logit less the mean of all under the model's own probabilities p:
+    where the second term comes from the scale σ itself. Logits change by Jδ through the norm's gain and the
+    unembedding. The log-probability of token v changes by its logit's change minus the mean change under the model's
+    own probabilities p:
 
         Δ log p_v = Δℓ_v − Σ_u p_u Δℓ_u.
 
-    It is the gradient of log p along those paths from the hook point that no block touches, the "direct logit
+    This is the gradient of log p along the paths from the hook point that bypass all blocks: the "direct logit
     attribution" of Elhage et al. 2021 ("A Mathematical Framework for Transformer Circuits"), with softmax and scale.
 
     Attributes:
-        W_U: the unembedding with gain and centring in it, as `LanguageModel.unembedding` gives it.
+        W_U: the unembedding with gain and centring folded in, as returned by `LanguageModel.unembedding`.
         centres: whether the norm subtracts the mean.
         epsilon: the norm's ε.
     """
@@ -57,9 +58,9 @@ class DirectPath:
 
     @staticmethod
     def of(language_model: LanguageModel, hook: str) -> DirectPath | None:
-        """None where a change at the hook point is no change of the residual stream, or logits are capped or scaled.
+        """The direct path, or None if the hook point is not in the residual stream or logits are capped or scaled.
 
-        Whether norm and unembedding are all that makes the logits is tried on two tokens, whatever the family.
+        Two tokens are run to check that norm and unembedding alone produce the logits, whatever the model family.
         """
         cfg = language_model.bridge.cfg
         cap = getattr(cfg, "output_logits_soft_cap", None)
@@ -72,21 +73,21 @@ class DirectPath:
         return path if path.gives(tail.read_out(start, tail.activations(start), two)) else None
 
     def gives(self, readout: Readout) -> bool:
-        """Whether logits differ between the first two positions as the normed residual does through W_U.
+        """Whether the logits of the first two positions differ as their normed residuals do through W_U.
 
-        A bias is the same at both.
+        A bias cancels in the difference.
         """
         final, logits = readout.final[0, :2], readout.logits[0, :2]
         if final.shape[-1] != self.W_U.shape[0]:
             return False
         normed, _ = self._normed(final)
-        expected, actual = (both[0] - both[1] for both in (normed @ self.W_U, logits))
+        expected, actual = (pair[0] - pair[1] for pair in (normed @ self.W_U, logits))
         return bool((actual - expected).norm() <= _ROUNDING * actual.norm())
 
     def through_norm(
         self, final: Float[Tensor, "rows d_model"], change: Float[Tensor, "rows d_model"]
     ) -> Float[Tensor, "rows d_model"]:
-        """Jδ for every row of residuals and changes."""
+        """Jδ for each row of residuals and changes."""
         if self.centres:
             change = change - change.mean(-1, keepdim=True)
         normed, sigma = self._normed(final)
@@ -107,12 +108,12 @@ class DirectPath:
         log_p: Float[Tensor, "rows vocab"],
         token: Int[Tensor, " rows"],
     ) -> DirectChange:
-        """What a change of the normed residual makes of one token's log-probability.
+        """Change of one token's log-probability under a change of the normed residual.
 
         Args:
             normed_change: Jδ.
             log_p: the model's own next-token log-probabilities.
-            token: whose log-probability is asked for.
+            token: the token whose log-probability is returned.
         """
         logits = normed_change @ self.W_U
         mean = row_sums(log_p.exp() * logits)

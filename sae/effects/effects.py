@@ -1,4 +1,4 @@
-"""What features do to the model, as a result: effects of each, correlations, settings; JSON of all of it and back."""
+"""Effects of features as a result: the effects of each feature, correlations and settings, to JSON and back."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _LEAST = {"positions": 1, "null_positions": 0, "window": 0, "tokens": 1, "top": 
 
 @dataclass(frozen=True)
 class EffectSettings:
-    """How effects are measured. All of it decides the numbers.
+    """How effects are measured. Every setting affects the numbers.
 
     Attributes:
-        scale: α: a feature's activation f becomes α·f; 0 ablates it, 2 doubles it.
-        positions: most places at which a feature is changed.
-        null_positions: most places for each of its two nulls.
-        window: following positions that are summed.
-        tokens: held-out tokens read, in whole contexts; None: all.
-        top: tokens named that a change makes more likely, and less.
-        seed: of what is drawn.
+        scale: the factor α: a feature's activation f becomes α·f; 0 ablates it, 2 doubles it.
+        positions: maximum number of places at which a feature is changed.
+        null_positions: maximum number of places for each of its two nulls.
+        window: number of following positions to sum over.
+        tokens: held-out tokens to read, in whole contexts; None: all.
+        top: number of tokens to list that a change makes more likely, and less likely.
+        seed: seed of all random draws.
 
     Raises:
-        ConfigError: a number is out of its range.
+        ConfigError: a value is out of range.
     """
 
     scale: float = 0.0
@@ -54,7 +54,7 @@ class EffectSettings:
                 f"scale={self.scale}: expected at most {_LARGEST_SCALE:.4g}, float32's largest number; 0 ablates a "
                 "feature, 2 doubles it"
             )
-        object.__setattr__(self, "scale", float(self.scale))  # 0 and 0.0 are one setting
+        object.__setattr__(self, "scale", float(self.scale))  # 0 and 0.0 are the same setting
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -64,7 +64,7 @@ class EffectSettings:
 
 
 class TokenChange(NamedTuple):
-    """A next token, and how much its log-probability changes along the direct path, in nats."""
+    """A next token and the change of its log-probability along the direct path, in nats."""
 
     token: str
     change: float
@@ -72,26 +72,27 @@ class TokenChange(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureEffect:
-    """What changing one feature does, in nats. Means over the places changed, with standard errors over documents.
+    """The effect of changing one feature, in nats: means over the places changed, with standard errors over documents.
 
-    A feature that is not seen to fire changes nothing: its effects are 0, of no position, and it has no nulls.
+    A feature that never fires in the text has effects of 0 at 0 positions, and no nulls.
 
     Attributes:
         feature: its index.
-        density: share of the held-out tokens that it fires on.
-        positions: places that it was changed at, each by itself.
-        documents: documents that these are from.
+        density: share of the held-out tokens on which it fires.
+        positions: number of places at which it was changed, one at a time.
+        documents: number of documents these places are in.
         activation: mean activation at these places.
-        loss: change of the loss of the next token, there.
+        loss: change of the next-token loss at these places.
         loss_after: the same, summed over the following positions.
-        kl: KL(clean ‖ changed) of the next-token distributions, there.
+        kl: KL(clean ‖ changed) of the next-token distributions at these places.
         kl_after: the same, summed over the following positions.
-        direct: first-order change of the loss along the direct path (`DirectPath`); None where that is not known.
-        random_loss, random_kl: of changes as long in random directions, at the first of these places.
-        kl_above_random: KL less that of the random direction at the same place.
-        elsewhere_loss, elsewhere_kl: of adding |α − 1| times its mean activation where it does not fire.
-        raised: the tokens that the change makes more likely along the direct path, most at the front.
-        lowered: those that it makes less likely.
+        direct: first-order change of the loss along the direct path (`DirectPath`); None if that is unknown.
+        random_loss, random_kl: effects of changes of the same length in random directions, at the first of these
+            places.
+        kl_above_random: KL minus that of the random direction at the same place.
+        elsewhere_loss, elsewhere_kl: effects of adding |α − 1| times its mean activation where it does not fire.
+        raised: the tokens that the change makes more likely along the direct path, largest change first.
+        lowered: the tokens that it makes less likely.
     """
 
     feature: int
@@ -113,7 +114,7 @@ class FeatureEffect:
     lowered: tuple[TokenChange, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Estimates as value and standard error."""
+        """JSON values; estimates as value and standard error."""
         return {name: _plain(getattr(self, name)) for name in _names(FeatureEffect)}
 
     @staticmethod
@@ -130,13 +131,13 @@ class FeatureEffect:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's correlation of direct and measured change of the loss.
+    """Pearson's correlation between the direct and the measured change of the loss.
 
     Attributes:
-        value: None where there are fewer than two entries, or one side does not vary.
-        low, high: the middle 95 % of it with features shuffled: the direct effect of each beside the measured one of
-            another.
-        count: entries.
+        value: None if there are fewer than two entries, or one side is constant.
+        low, high: the middle 95 % of correlations with features shuffled: each feature's direct effect paired with
+            the measured effect of another.
+        count: number of entries.
     """
 
     value: float | None
@@ -150,17 +151,17 @@ class Effects:
     """Effects of many features.
 
     Attributes:
-        features: effects by index, in ascending order.
+        features: effects by feature index, in ascending order.
         settings: how they were measured.
         dictionary: its architecture, shape and a hash of its weights.
         hook: hook point.
         model: identity of the language model.
-        activations: hash of all that decides the cache's activations.
+        activations: hash of everything that determines the cache's activations.
         token_policy: which tokens count.
-        tokens: held-out tokens that firings were looked for in.
-        over_features: direct against measured, one entry a feature, its means; None where the direct path is not known.
-        over_positions: the same, one entry a place.
-        key: hash of weights, data, model and settings, by which a stale result is known.
+        tokens: number of held-out tokens searched for firings.
+        over_features: direct against measured means, one entry per feature; None if the direct path is unknown.
+        over_positions: the same, one entry per place.
+        key: hash of weights, data, model and settings; identifies stale results.
         road: how changes at the hook point became logits, in words; None in older results.
     """
 
@@ -184,21 +185,21 @@ class Effects:
         """Effect of a feature.
 
         Raises:
-            UnknownFeatureError: (an IndexError) it was not measured.
+            UnknownFeatureError: (an IndexError) the feature was not measured.
         """
         try:
             return self.features[feature]
         except KeyError:
             raise UnknownFeatureError(
-                f"feature {feature}: its effect was not measured; 'sae effects RUN {feature}' does"
+                f"feature {feature}: its effect was not measured; measure it with 'sae effects RUN {feature}'"
             ) from None
 
     def sorted_by(self, column: str = "kl", *, descending: bool | None = None) -> list[FeatureEffect]:
-        """Features in the order of a column; losses by their size, whatever the sign; ties by index.
+        """Features sorted by a column; losses by absolute value; ties by index.
 
         Args:
             column: one of `SORT_COLUMNS`.
-            descending: by default, everything but `feature` is.
+            descending: by default, True for every column except `feature`.
 
         Raises:
             ConfigError: there is no such column.
@@ -208,12 +209,12 @@ class Effects:
         return sorted(self.features.values(), key=lambda effect: (sign * _size(effect, column), effect.feature))
 
     def only(self, features: Iterable[int]) -> Effects:
-        """Those of some features; correlations stay those of all."""
+        """Effects of some features; correlations remain those of all."""
         chosen = sorted(set(features))
         return dataclasses.replace(self, features={feature: self[feature] for feature in chosen})
 
     def to_json(self) -> dict[str, Any]:
-        """What `effects.json` holds."""
+        """The content of `effects.json`."""
         record = {name: getattr(self, name) for name in _names(Effects) if name != "features"}
         for name in ("settings", "over_features", "over_positions"):
             record[name] = None if record[name] is None else dataclasses.asdict(record[name])
@@ -224,7 +225,7 @@ class Effects:
         """Inverse of `to_json`.
 
         Raises:
-            FormatError: the record is not one, or of a newer version.
+            FormatError: the record is not a record of effects, or has a newer version.
         """
         FORMAT.check(record, "effects")
         try:
@@ -240,7 +241,7 @@ class Effects:
 
 
 def check_column(column: str) -> None:
-    """Raise ConfigError unless effects can be sorted by it."""
+    """Raise ConfigError unless effects can be sorted by the column."""
     if column not in SORT_COLUMNS:
         raise ConfigError(f"column {column!r}: effects are sorted by {', '.join(SORT_COLUMNS)}")
 

@@ -1,4 +1,4 @@
-"""The figure of effects: measured against direct change of the loss, by feature and by place, beside the nulls."""
+"""The figure of effects: measured against direct change of the loss, per feature and per place, with the nulls."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _MOST_DOTS = 2000
 
 @drawing
 def draw_effects(effects: Effects, changes: Changes) -> bytes | None:
-    """A panel of features' means and one of single places, as PNG.
+    """A panel of feature means and a panel of single places, as PNG.
 
     None if matplotlib is not installed, or there is no direct effect to draw.
     """
-    known = changes.at(np.isfinite(changes.direct))
-    fires, random = known.at(known.kind == FIRING), known.at(known.kind == RANDOM)
+    finite = changes.at(np.isfinite(changes.direct))
+    fires, random = finite.at(finite.kind == FIRING), finite.at(finite.kind == RANDOM)
     if not len(fires):
         return None
     canvas = Canvas(1, 2, (9.6, 4.6))
@@ -38,23 +38,23 @@ def draw_effects(effects: Effects, changes: Changes) -> bytes | None:
 
 @dataclass(frozen=True)
 class _Dots:
-    """Changes of the loss, direct and measured."""
+    """Direct and measured changes of the loss."""
 
     direct: Float[np.ndarray, " n"]
     loss: Float[np.ndarray, " n"]
 
 
 def _panel(axes: Axes, dots: _Dots, null: _Dots, correlation: Correlation | None, name: str) -> None:
-    """Both axes in one symmetric scale, linear in the middle and logarithmic outside."""
-    everything = np.abs(np.concatenate([dots.direct, dots.loss]))
-    most = float(everything.max()) or 1.0
-    linear = 10.0 ** round(math.log10(max(float(np.median(everything)), most * 1e-4)))  # ticks apart
+    """Draw both axes on the same symmetric scale, linear near zero and logarithmic outside."""
+    sizes = np.abs(np.concatenate([dots.direct, dots.loss]))
+    most = float(sizes.max()) or 1.0
+    linear = 10.0 ** round(math.log10(max(float(np.median(sizes)), most * 1e-4)))  # keeps ticks apart
     for axis in ("x", "y"):
         getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear, linscale=1.0)
         getattr(axes, f"set_{axis}lim")(-1.4 * most, 1.4 * most)
     axes.plot([-most, 0, most], [-most, 0, most], color=GREY, linewidth=0.8, linestyle="--")
-    for some, colour, label in ((null, ORANGE, "random direction"), (dots, BLUE, "feature")):
-        axes.scatter(some.direct, some.loss, s=9, linewidths=0, alpha=0.55, color=colour, label=label)
+    for points, colour, label in ((null, ORANGE, "random direction"), (dots, BLUE, "feature")):
+        axes.scatter(points.direct, points.loss, s=9, linewidths=0, alpha=0.55, color=colour, label=label)
     axes.set_xlabel("direct change of the loss, nats")
     axes.set_ylabel("measured change of the loss, nats")
     note = "" if correlation is None or correlation.value is None else f", r = {correlation.value:.2f}"
@@ -66,12 +66,12 @@ def _panel(axes: Axes, dots: _Dots, null: _Dots, correlation: Correlation | None
 
 
 def _means(changes: Changes) -> _Dots:
-    """Means of each feature."""
-    _, of, count = np.unique(changes.feature, return_inverse=True, return_counts=True)
-    return _Dots(*(np.bincount(of, weights=column) / count for column in (changes.direct, changes.loss)))
+    """The mean of each feature."""
+    _, feature, count = np.unique(changes.feature, return_inverse=True, return_counts=True)
+    return _Dots(*(np.bincount(feature, weights=column) / count for column in (changes.direct, changes.loss)))
 
 
 def _some(changes: Changes) -> _Dots:
-    """Evenly spaced ones, no more than can be told apart."""
+    """Evenly spaced places, at most `_MOST_DOTS`: more cannot be told apart."""
     step = -(-len(changes) // _MOST_DOTS) or 1
     return _Dots(changes.direct[::step], changes.loss[::step])

@@ -1,4 +1,4 @@
-"""Effects known so far: those that a run folder has already, and those added to them; saved now and then."""
+"""Effects known so far: those already in a run folder plus those added since; saved periodically."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _SECONDS_BETWEEN_SAVES, _SAVES_SHARE = 10.0, 0.05
 
 
 class Known:
-    """Effects of features, and the changes that they are made from.
+    """Effects of features and the changes they are computed from.
 
     Args:
-        blank: effects of no feature, with all that says what they are of.
-        folder: the run folder; what is there with the same key is taken over. None: nothing is kept.
+        blank: effects without features, with settings, identities and key filled in.
+        folder: the run folder; results in it with the same key are reused. None: nothing is saved.
     """
 
     def __init__(self, blank: Effects, folder: Path | None) -> None:
         self.folder, self._last = folder, time.perf_counter()
         self._took = 0.0
-        found = None if folder is None else resume(folder, blank.key, blank.settings.scale)
-        self._blank, self._parts = (blank, []) if found is None else (found[0], [found[1]])
+        previous = None if folder is None else resume(folder, blank.key, blank.settings.scale)
+        self._blank, self._parts = (blank, []) if previous is None else (previous[0], [previous[1]])
         self.features = dict(self._blank.features)
 
     def add_(self, effects: dict[int, FeatureEffect], changes: Changes, tokens: int) -> None:
-        """Take in features; saves them if it is time, which saving never takes more than a small share of.
+        """Add features, and save if enough time has passed that saving takes only a small share of it.
 
         Args:
-            effects: by feature.
-            changes: all that they are made from.
-            tokens: held-out tokens that firings were looked for in.
+            effects: effects by feature.
+            changes: all changes they are computed from.
+            tokens: number of held-out tokens searched for firings.
         """
         self.features |= effects
         self._parts.append(changes)
@@ -45,7 +45,7 @@ class Known:
             self.save()
 
     def save(self) -> None:
-        """Write what is needed to go on, where there is a folder."""
+        """Write what is needed to continue later, if there is a folder."""
         if self.folder is not None:
             started = time.perf_counter()
             save_effects(self.effects(), self._changes(), self.folder)
@@ -53,18 +53,18 @@ class Known:
             self._took = self._last - started
 
     def is_written(self) -> bool:
-        """Whether what is for people is there as well; a kill may have come before it."""
+        """Whether the Markdown is written as well; the process may have been killed before it was."""
         return self.folder is None or stands(self.folder / f"{stem(self._blank.settings.scale)}.md")
 
     def write(self) -> Effects:
-        """All of them, written with what is for people where there is a folder."""
+        """All effects; if there is a folder, they are written to it with Markdown and figure."""
         effects = self.effects()
         if self.folder is not None:
             write_effects(effects, self._changes(), self.folder)
         return effects
 
     def effects(self) -> Effects:
-        """All of them as a result, with their correlations."""
+        """All effects as a result, with their correlations."""
         effects = [self.features[feature] for feature in sorted(self.features)]
         seed = self._blank.settings.seed
         return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Dictionary, cache and model in, the effects of features out: some features at a time, each group kept once done."""
+"""Measure the effects of features from dictionary, cache and model: a group at a time, each saved when it is done."""
 
 from __future__ import annotations
 
@@ -54,37 +54,37 @@ def measure_effects(
     copies: int = 64,
     progress: Progress | None = None,
 ) -> Effects:
-    """Change features one firing at a time on held-out text, and see what the model then predicts.
+    """Change features one firing at a time on held-out text and measure how the model's predictions change.
 
-    Every place has a copy of its context to itself, in which f becomes α·f there and nothing else changes
-    (`ChangeMeter` has the definition): its effect on the next token, and on the tokens after that. Beside it stand two
-    nulls, and the first-order effect along the direct path (`DirectPath`).
+    Each place gets its own copy of its context, in which f becomes α·f there and nothing else changes (see
+    `ChangeMeter` for the definition). Effects on the next token and on the tokens after it are measured, along with
+    two nulls and the first-order effect along the direct path (`DirectPath`).
 
-    What is measured of a feature depends on no other feature and on neither `batch_contexts` nor `copies` (beyond the
-    rounding of matrix products).
+    The result for a feature does not depend on other features, on `batch_contexts` or on `copies` (beyond the rounding
+    of matrix products).
 
     Args:
-        dictionary: takes raw activations; it is not changed, and copied where it is not on `device`.
+        dictionary: takes raw activations; it is not modified, and copied if it is not on `device`.
         cache: its held-out text is read.
-        language_model: the model that the cache is of.
+        language_model: the model that the cache was harvested from.
         hook: hook point.
-        features: whose effects; None: of those that fire in the text.
-        sample: where `features` is None, so many drawn at random from them; None: all.
-        settings: how; None: the defaults, ablation.
-        folder: the run folder: effects are written there, and features that were measured before with the same weights,
-            data and settings are not measured again. None: nothing is written.
+        features: features to measure; None: those that fire in the text.
+        sample: if `features` is None, the number of features drawn at random from those that fire; None: all.
+        settings: how to measure; None: the defaults, ablation.
+        folder: the run folder: effects are written to it, and features measured before with the same weights, data and
+            settings are not measured again. None: nothing is written.
         device: where tokens are encoded.
-        batch_contexts: contexts held at once.
-        copies: most copies of contexts in one pass.
-        progress: called with (stage, done, in all).
+        batch_contexts: number of contexts held at once.
+        copies: maximum number of context copies in one pass.
+        progress: called with (stage, done, total).
 
     Returns:
-        Effects of the features asked for. Correlations are over all that are known, in `folder` too.
+        Effects of the requested features. Correlations are over all measured features, including those in `folder`.
 
     Raises:
-        CacheError: the hook point is not in the cache, or the cache is of another model than the dictionary
+        CacheError: the hook point is not in the cache, or the cache is from another model than the dictionary
             or the language model.
-        ConfigError: the dictionary has another width or hook point; too little text.
+        ConfigError: the dictionary has another width or hook point, or there is too little text.
         ModelError: the hook point cannot be replaced.
         UnknownFeatureError: the dictionary has no such feature.
     """
@@ -94,9 +94,9 @@ def measure_effects(
         dictionary = copy.deepcopy(dictionary).to(device)
     path = None if folder is None else expanded(folder)
     with contextlib.nullcontext() if path is None else locked(path, "measurement of effects"):
-        known = Known(_blank(dictionary, cache, language_model, hook, settings), path)
-        if features is not None and not set(features) - known.features.keys() and known.features:
-            return (known.effects() if known.is_written() else known.write()).only(features)
+        results = Known(_blank(dictionary, cache, language_model, hook, settings), path)
+        if features is not None and not set(features) - results.features.keys() and results.features:
+            return (results.effects() if results.is_written() else results.write()).only(features)
         firings = scan_firings(
             dictionary, cache, hook, positions=settings.positions, seed=settings.seed, tokens=settings.tokens,
             features=features, device=device, progress=within(report, "firings"),
@@ -107,22 +107,22 @@ def measure_effects(
             mean=firings.mean, scale=settings.scale, window=settings.window, seed=settings.seed,
             batch_contexts=batch_contexts, copies=copies,
         )  # fmt: skip
-        missing = [feature for feature in chosen if feature not in known.features]
+        missing = [feature for feature in chosen if feature not in results.features]
         vocabulary = Vocabulary.of(language_model.tokenizer)
         try:
             for group, changes in _measured(meter, missing, firings, settings, vocabulary, report):
-                known.add_(group, changes, firings.tokens)
+                results.add_(group, changes, firings.tokens)
         except (KeyboardInterrupt, SaeError):
-            known.save()
+            results.save()
             raise
-        return known.write().only(chosen)
+        return results.write().only(chosen)
 
 
 def draw_features(firings: Firings, sample: int | None, seed: int) -> list[int]:
-    """Features that fire at a place that can be measured: all, or so many of them drawn at random.
+    """Features that fire at a measurable place: all of them, or `sample` drawn at random.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there are none.
     """
     alive = np.unique(firings.places.feature)
     if not len(alive):
@@ -139,16 +139,16 @@ def _measured(
     meter: ChangeMeter, features: list[int], firings: Firings, settings: EffectSettings, vocabulary: Vocabulary,
     report: Progress,
 ) -> Iterator[tuple[dict[int, FeatureEffect], Changes]]:  # fmt: skip
-    """Effects of some features after others, and the changes they are made from."""
+    """Yield the effects of one group of features after another, with the changes they are computed from."""
     plan = plan_changes(features, firings, null_positions=settings.null_positions, seed=settings.seed)
     density, done = firings.density, 0
     W_U = meter.direct.W_U if meter.direct is not None else None
 
     report("effects", 0, len(plan))
 
-    def count(made: int) -> None:
+    def count(changed: int) -> None:
         nonlocal done
-        done += made
+        done += changed
         report("effects", done, len(plan))
 
     for start in range(0, len(features), _FEATURES_AT_ONCE):
@@ -168,12 +168,12 @@ def _checked(
     dictionary: Dictionary, cache: ActivationCache, language_model: LanguageModel, hook: str,
     features: Sequence[int] | None,
 ) -> Tail:  # fmt: skip
-    """The model at the hook point, where everything fits together."""
+    """The model from the hook point on, after checking that the arguments fit together."""
     trained_on = dictionary.metadata.get("hook")
     if Hooks.of(dictionary.metadata).of_transcoder:
         raise ConfigError(
             f"the dictionary is a transcoder, from {trained_on!r} to {dictionary.metadata['target_hook']!r}: effects "
-            "are measured of dictionaries that give what they read"
+            "are measured only for dictionaries that reconstruct their input"
         )
     check_belongs(dictionary, place_of(cache), reads=hook)
     for feature in features or ():
@@ -186,7 +186,7 @@ def _checked(
 def _blank(
     dictionary: Dictionary, cache: ActivationCache, language_model: LanguageModel, hook: str, settings: EffectSettings
 ) -> Effects:
-    """Effects of no feature, with all that says what they are of."""
+    """Effects without features, with settings, identities and key filled in."""
     identity, activations, model = identify(dictionary), cache.manifest.identity(hook), language_model.info.to_json()
     key = effects_key(identity, activations, hook, model, settings)
     policy = cache.policy.to_json()

@@ -1,4 +1,4 @@
-"""The engine under effects of features: copies of contexts with one activation changed, against the clean model."""
+"""The engine that measures effects: copies of contexts with one activation changed, compared with the clean model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHANGED_LOGITS = 1 << 24
 
 @dataclass
 class TokenSums:
-    """Of a feature's changes of kind FIRING: sums from which first-order log-probabilities of all tokens are made."""
+    """Sums over a feature's FIRING changes, from which first-order log-probabilities of all tokens are computed."""
 
     normed: Float[Tensor, " d_model"]
     mean_logit: float = 0.0
@@ -35,7 +35,7 @@ class TokenSums:
 
 @dataclass(frozen=True)
 class Measured:
-    """Changes in the order of their rows, and by feature the sums along the direct path, where there is one."""
+    """Changes in row order, and sums along the direct path by feature, if there is one."""
 
     changes: Changes
     token_sums: dict[int, TokenSums]
@@ -43,9 +43,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Clean:
-    """The model as it is, at every position of some contexts, on the model's device.
+    """The clean model at every position of some contexts, on the model's device.
 
-    `counts` says which losses count. Log-probabilities and residuals are there only where something is changed.
+    `counts` says which losses count. Log-probabilities and residuals are set only if there is something to change.
     """
 
     tokens: Int[Tensor, "context seq"]
@@ -59,7 +59,7 @@ class _Clean:
 
 @dataclass(frozen=True)
 class _Sites:
-    """Changes within some contexts: where they are, and what is added to the activation there."""
+    """Changes within some contexts: their places and the vectors added to the activations there."""
 
     plan: Plan
     context: Int[Tensor, " n"]
@@ -73,28 +73,28 @@ class _Sites:
 
 
 class ChangeMeter:
-    """Makes changes in batches of copies of contexts, and measures them against the clean model.
+    """Makes changes in batches of context copies and compares them with the clean model.
 
-    A change replaces the activation x at one position of a context, and there only, by x + a·W_dec,i; everything else
-    stays as the model has it. With f = f_i(x) and the scale α, a = (α − 1)·f for kind FIRING, so that what the
-    dictionary does not explain of x is left alone. RANDOM changes are as long, with a direction drawn from the sphere
-    in place of W_dec,i's. ELSEWHERE ones have a = |α − 1| times the feature's mean activation, at a position where it
-    does not fire; where it does after all, the change is left out. Every change has a copy of its context to itself.
+    A change replaces the activation x at a single position of a context by x + a·W_dec,i; the model computes
+    everything else as usual. With f = f_i(x) and scale α, FIRING changes have a = (α − 1)·f, so the part of x that the
+    dictionary does not explain is left alone. RANDOM changes have the same length, but a direction drawn from the
+    sphere instead of W_dec,i's. ELSEWHERE changes have a = |α − 1| times the feature's mean activation, at a position
+    where it does not fire; if it does fire there, the change is left out. Each change gets its own copy of its context.
 
-    Changes of length 0 are 0 without a pass of the model.
+    Changes of length 0 have effects of 0, without a pass of the model.
 
     Args:
         tail: the model from the hook point on.
-        direct: from there to the logits; None: not known.
-        dictionary: takes raw activations, on whatever device.
+        direct: the direct path to the logits; None: unknown.
+        dictionary: takes raw activations, on any device.
         cache: its held-out contexts are changed.
         mean: each feature's mean activation, for ELSEWHERE.
         scale: α.
-        window: so many following positions are summed, as far as they count (see `measurable`) and belong to the same
-            document.
-        seed: of the random directions; each depends on it, the feature and the row alone.
-        batch_contexts: most contexts whose clean log-probabilities are held at once.
-        copies: most copies of contexts in a pass.
+        window: number of following positions to sum over; those that do not count (see `measurable`) or belong to
+            another document are left out.
+        seed: seed of the random directions; each depends only on the seed, the feature and the row.
+        batch_contexts: maximum number of contexts whose clean log-probabilities are held at once.
+        copies: maximum number of context copies in a pass.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ChangeMeter:
 
     @torch.no_grad()
     def measure(self, plan: Plan, progress: Callable[[int], None] | None = None) -> Measured:
-        """Make all changes of a plan, which may be in any order.
+        """Make all changes of a plan, given in any order.
 
         Args:
             plan: the changes.
@@ -128,15 +128,15 @@ class ChangeMeter:
         return Measured(Changes.joined(parts), token_sums)
 
     def _batches(self, plan: Plan) -> Iterator[tuple[_Clean, _Sites]]:
-        """Contexts with something to change in them, a few at a time, and the plan's part that lies in them."""
+        """Yield contexts with changes in them, a few at a time, and the part of the plan that lies in them."""
         length, device = self.cache.context_length, self.tail.language_model.device
-        of_change = plan.row // length
-        wanted = np.unique(of_change)
+        change_contexts = plan.row // length
+        changed_contexts = np.unique(change_contexts)
         for batch in self.cache.contexts(HELD_OUT, batch_contexts=self.cache.manifest.shard_contexts):
             first = batch.first_row // length
-            here = wanted[(wanted >= first) & (wanted < first + len(batch.tokens))]
-            for start in range(0, len(here), self.contexts):
-                contexts = here[start : start + self.contexts]
+            in_batch = changed_contexts[(changed_contexts >= first) & (changed_contexts < first + len(batch.tokens))]
+            for start in range(0, len(in_batch), self.contexts):
+                contexts = in_batch[start : start + self.contexts]
                 chosen = torch.from_numpy(contexts - first)
                 tokens = batch.tokens[chosen].to(device)
                 beginning = self.tail.start(tokens)
@@ -147,12 +147,12 @@ class ChangeMeter:
                     beginning,
                     self.tail.activations(beginning),
                 )
-                part = plan.at(np.isin(of_change, contexts))
+                part = plan.at(np.isin(change_contexts, contexts))
                 context = np.searchsorted(contexts, part.row // length)
                 yield clean, self._sites(part, clean, torch.from_numpy(context), torch.from_numpy(part.row % length))
 
     def _sites(self, plan: Plan, clean: _Clean, context: Tensor, position: Tensor) -> _Sites:
-        """What is added at each place, on the CPU; places of kind ELSEWHERE where the feature fires are left out."""
+        """The vectors added at each place, on the CPU; ELSEWHERE places where the feature fires are left out."""
         device = self.dictionary.W_dec.device
         feature, kind = torch.from_numpy(plan.feature), torch.from_numpy(plan.kind)
         x = clean.x[context.to(clean.x.device), position.to(clean.x.device)].float().to(device)
@@ -165,25 +165,25 @@ class ChangeMeter:
         return sites.at(((kind != ELSEWHERE) | (activation == 0)).nonzero().flatten())
 
     def _directions(self, plan: Plan) -> Float[Tensor, "n d_in"]:
-        """Decoder rows; for kind RANDOM directions from the sphere, as long as those."""
+        """Decoder rows; for RANDOM changes, directions from the sphere of the same length."""
         directions = self.dictionary.W_dec[torch.from_numpy(plan.feature).to(self.dictionary.W_dec.device)]
         directions = directions.float().cpu()
         for number in np.flatnonzero(plan.kind == RANDOM):
             feature, row = int(plan.feature[number]), int(plan.row[number])
             draw = numpy_generator("effects: random directions", self.seed, feature, row)
-            drawn = torch.from_numpy(draw.standard_normal(directions.shape[1])).float()
-            directions[number] = drawn * (directions[number].norm() / drawn.norm())
+            random = torch.from_numpy(draw.standard_normal(directions.shape[1])).float()
+            directions[number] = random * (directions[number].norm() / random.norm())
         return directions
 
     def _measure(self, clean: _Clean, sites: _Sites, token_sums: dict[int, TokenSums]) -> Changes:
-        """The changes of some contexts; adds to `token_sums`."""
+        """Measure the changes of some contexts; adds to `token_sums`."""
         n = len(sites.plan)
         loss, kl = torch.zeros(2, n, 2, dtype=torch.float64)
         direct = torch.full((n,), np.nan if self.direct is None else 0.0, dtype=torch.float64)
         moved = sites.vector.any(-1).nonzero().flatten()
         if len(moved):
             clean = self._with_clean_pass(clean)
-            moved = moved[sites.position[moved].argsort(stable=True)]  # short copies together
+            moved = moved[sites.position[moved].argsort(stable=True)]  # batches short copies together
             for chosen in moved.split(self.copies):
                 part = sites.at(chosen)
                 loss[chosen], kl[chosen] = self._changed(clean, part)
@@ -209,7 +209,7 @@ class ChangeMeter:
         )
 
     def _changed(self, clean: _Clean, sites: _Sites) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 2"]]:
-        """Differences of losses, and divergences: at the position, and summed over those that follow."""
+        """Loss differences and divergences: at the position, and summed over the following ones."""
         assert clean.log_p is not None
         device = clean.tokens.device
         context, position = sites.context.to(device), sites.position.to(device)
@@ -221,30 +221,30 @@ class ChangeMeter:
         copies[place, position] = changed
         read = position[:, None] + torch.arange(self.window + 1, device=device)
         inside, read = read < length, read.clamp(max=length - 1)
-        which = context[:, None]
-        same_document = clean.documents[which, read] == clean.documents[context, position][:, None]
-        counts = (inside & clean.counts[which, read] & same_document).cpu()
+        rows = context[:, None]
+        same_document = clean.documents[rows, read] == clean.documents[context, position][:, None]
+        counts = (inside & clean.counts[rows, read] & same_document).cpu()
         log_q = self.tail.read_out(clean.start.at(context, length), copies, read).logits.log_softmax(-1)
-        log_p = clean.log_p[which, read]
+        log_p = clean.log_p[rows, read]
         self._check_finite(log_q.amax(-1)[log_p.amax(-1).isfinite()], copies.dtype)
-        next_token = clean.tokens[which, (read + 1).clamp(max=clean.tokens.shape[1] - 1)]
+        next_token = clean.tokens[rows, (read + 1).clamp(max=clean.tokens.shape[1] - 1)]
         difference = log_p - log_q
         loss = double(difference.gather(-1, next_token[..., None])[..., 0]).cpu()
         kl = row_sums(difference.mul_(log_p.exp()).flatten(0, 1)).view(read.shape).cpu()
-        return _here_and_after(loss * counts), _here_and_after(kl * counts)
+        return _at_and_after(loss * counts), _at_and_after(kl * counts)
 
     def _check_finite(self, numbers: Tensor, dtype: torch.dtype) -> None:
         """Raise ConfigError if the scale is too large for the model's number type."""
         if not numbers.isfinite().all():
             raise ConfigError(
-                f"scale={self.scale:g}: activations so changed overflow in the model, which computes in "
+                f"scale={self.scale:g}: the changed activations overflow in the model, which computes in "
                 f"{str(dtype).removeprefix('torch.')}; use a factor nearer to 1, such as 0 or 2"
             )
 
     def _direct(
         self, direct: DirectPath, clean: _Clean, sites: _Sites, token_sums: dict[int, TokenSums]
     ) -> Float[Tensor, " n"]:
-        """First-order changes of the loss; those of kind FIRING are added to their features' sums."""
+        """First-order changes of the loss; FIRING changes are added to their features' sums."""
         assert clean.log_p is not None and clean.final is not None
         device = clean.tokens.device
         context, position = sites.context.to(device), sites.position.to(device)
@@ -252,11 +252,11 @@ class ChangeMeter:
         change = direct.log_probability(normed, clean.log_p[context, position], clean.tokens[context, position + 1])
         normed, mean = double(normed).cpu(), change.mean_logit.cpu()
         for number in np.flatnonzero(sites.plan.kind == FIRING):
-            of_feature = token_sums.setdefault(int(sites.plan.feature[number]), TokenSums(torch.zeros_like(normed[0])))
-            of_feature.normed += normed[number]
-            of_feature.mean_logit += float(mean[number])
+            sums = token_sums.setdefault(int(sites.plan.feature[number]), TokenSums(torch.zeros_like(normed[0])))
+            sums.normed += normed[number]
+            sums.mean_logit += float(mean[number])
         return -change.log_probability.cpu()
 
 
-def _here_and_after(numbers: Float[Tensor, "n read"]) -> Float[Tensor, "n 2"]:
+def _at_and_after(numbers: Float[Tensor, "n read"]) -> Float[Tensor, "n 2"]:
     return torch.stack([numbers[:, 0], numbers[:, 1:].sum(-1)], 1)

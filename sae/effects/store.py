@@ -1,4 +1,4 @@
-"""Effects on disk: `effects.json`, beside it every single change, and the hash by which a stale result is known."""
+"""Effects on disk: `effects.json`, every single change next to it, and the hash that identifies stale results."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _KEY = "key"
 
 
 def stem(scale: float) -> str:
-    """Name of the files without their endings: `effects` of ablation, `effects-2` of doubling."""
+    """Name of the files without suffix: `effects` for ablation, `effects-2` for doubling."""
     return "effects" if scale == 0 else f"effects-{scale:g}"
 
 
 def effects_key(
     dictionary: Mapping[str, Any], activations: str, hook: str, model: Mapping[str, Any], settings: EffectSettings
 ) -> str:
-    """Hash of all that decides effects: weights, data, hook point, model, settings, and this package's version.
+    """Hash of everything that determines effects: weights, data, hook point, model, settings and package version.
 
     Args:
-        dictionary: with `weights_sha256`.
-        activations: the cache's identity at the hook point, which has model, text and token policy in it.
+        dictionary: its identity, with `weights_sha256`.
+        activations: the cache's identity at the hook point, which covers model, text and token policy.
         hook: hook point.
-        model: identity of the language model; its name and file fingerprint, which may differ for the same, are left
-            out.
-        settings: all of them.
+        model: identity of the language model; its name and file fingerprint are left out, since they may differ for
+            the same model.
+        settings: all settings.
     """
     model = {key: value for key, value in model.items() if key not in NOT_OF_ACTIVATIONS}
     facts = [FORMAT.version, version.__version__, dict(dictionary), activations, hook, model, vars(settings)]
@@ -49,7 +49,7 @@ def effects_key(
 
 
 def write_effects(effects: Effects, changes: Changes, folder: Path) -> list[Path]:
-    """Write everything: JSON and the changes, and the same for people as Markdown with a figure.
+    """Write everything: JSON and the changes, and Markdown with a figure for reading.
 
     Raises:
         CacheError: the folder cannot be written.
@@ -69,9 +69,9 @@ def write_effects(effects: Effects, changes: Changes, folder: Path) -> list[Path
 
 
 def save_effects(effects: Effects, changes: Changes, folder: Path) -> None:
-    """Write what is needed to go on: the changes first, so that the JSON never knows a feature that they lack.
+    """Write what is needed to continue: the changes first, so that the JSON never lists a feature without its changes.
 
-    The Markdown of fewer features goes: `write_effects` makes it anew.
+    An older Markdown file with fewer features is deleted; `write_effects` writes it again.
 
     Raises:
         CacheError: the folder cannot be written.
@@ -87,7 +87,7 @@ def read_effects(path: str | Path) -> Effects:
     """Effects from their JSON file, or from the run folder with `effects.json`.
 
     Raises:
-        FormatError: there are none, or they are damaged or of a newer version.
+        FormatError: there are none, or they are damaged or have a newer version.
     """
     path = expanded(path)
     file = path if stands(path) and not path.is_dir() else path / f"{stem(0.0)}.json"
@@ -101,35 +101,35 @@ def read_effects(path: str | Path) -> Effects:
 
 
 def resume(folder: Path, key: str, scale: float) -> tuple[Effects, Changes] | None:
-    """What is there of the same key: effects, and the changes that they were made from; None where nothing is.
+    """Effects saved under the same key and the changes they were computed from; None if there are none.
 
-    Files of other weights, data or settings count as not there.
+    Files of other weights, data or settings count as missing.
 
     Raises:
         FormatError: a file is damaged.
     """
     name = stem(scale)
-    index, singles = folder / f"{name}.json", folder / f"{name}.safetensors"
-    if not stands(index) or not stands(singles):
+    index, columns = folder / f"{name}.json", folder / f"{name}.safetensors"
+    if not stands(index) or not stands(columns):
         return None
     if not FORMAT.is_current(read_object(index)):
         return None
-    effects, tensors = read_effects(index), load_tensors(singles)
-    of_changes = tensors.pop(_KEY, None)
-    if effects.key != key or of_changes is None or of_changes.tolist() != _as_tensor(key).tolist():
+    effects, tensors = read_effects(index), load_tensors(columns)
+    changes_key = tensors.pop(_KEY, None)
+    if effects.key != key or changes_key is None or changes_key.tolist() != _as_tensor(key).tolist():
         return None
     if tensors.keys() != NO_CHANGES.columns().keys():
         return None
-    with taken_apart(singles):
+    with taken_apart(columns):
         changes = Changes(**{column: values.numpy() for column, values in tensors.items()})
         return effects, changes.at(np.isin(changes.feature, list(effects.features)))
 
 
 def effects_beside(features: Features) -> Effects | None:
-    """The effects of ablation beside a feature store, in its run folder, where they are of the store's dictionary.
+    """The effects of ablation in a feature store's run folder; None if there are none for the store's dictionary.
 
     Raises:
-        FormatError: they are damaged, or of a newer version.
+        FormatError: they are damaged, or have a newer version.
     """
     folder = features.path.parent
     file = folder / f"{stem(0.0)}.json"

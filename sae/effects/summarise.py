@@ -1,4 +1,4 @@
-"""Changes in, effects of features and their correlations out: means, standard errors over documents, shuffles."""
+"""Summarise changes into effects and correlations: means, standard errors over documents, shuffles."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _MIDDLE = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class TokenChanges:
-    """The next tokens that a change makes more likely along the direct path, and less likely, most at the front."""
+    """The next tokens that a change makes more and less likely along the direct path, largest change first."""
 
     raised: tuple[TokenChange, ...] = ()
     lowered: tuple[TokenChange, ...] = ()
 
 
 def summarise(feature: int, density: float, changes: Changes, tokens: TokenChanges) -> FeatureEffect:
-    """One feature's effect from its changes, of all kinds."""
+    """One feature's effect from its changes of all kinds."""
     if not density:
         return _no_effect(feature)
     fires, random, elsewhere = (changes.at(changes.kind == kind) for kind in (FIRING, RANDOM, ELSEWHERE))
@@ -56,7 +56,7 @@ def summarise(feature: int, density: float, changes: Changes, tokens: TokenChang
 
 
 def _no_effect(feature: int) -> FeatureEffect:
-    """Of a feature that never fires: there is nothing to change."""
+    """The effect of a feature that never fires: there is nothing to change."""
     names = ("loss", "loss_after", "kl", "kl_after", "direct")
     nulls = ("random_loss", "random_kl", "kl_above_random", "elsewhere_loss", "elsewhere_kl")
     estimates = dict.fromkeys(names, Estimate(0.0, None)) | dict.fromkeys(nulls, Estimate(None, None))
@@ -66,9 +66,9 @@ def _no_effect(feature: int) -> FeatureEffect:
 def token_changes(
     sums: TokenSums | None, places: int, W_U: Float[Tensor, "d_model vocab"] | None, vocabulary: Vocabulary, top: int
 ) -> TokenChanges:
-    """Of a feature; empty where the direct path is not known, or nothing was changed.
+    """Token changes of a feature; empty if the direct path is unknown or nothing was changed.
 
-    Changes of log-probabilities are averaged over the places: (Σ Jδ) W_U / n less the average of the mean logit.
+    Changes of log-probabilities are averaged over the places: (Σ Jδ) W_U / n minus the average mean logit.
     """
     if sums is None or W_U is None or not top:
         return TokenChanges()
@@ -78,13 +78,13 @@ def token_changes(
     return TokenChanges(_named(raised, vocabulary), _named(lowered, vocabulary))
 
 
-def _named(found: torch.return_types.topk, vocabulary: Vocabulary) -> tuple[TokenChange, ...]:
-    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+def _named(top: torch.return_types.topk, vocabulary: Vocabulary) -> tuple[TokenChange, ...]:
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return tuple(TokenChange(vocabulary.text(token), change) for token, change in pairs)
 
 
 def over_features(effects: list[FeatureEffect], seed: int) -> Correlation | None:
-    """Correlation of the features' mean direct and mean measured changes of the loss."""
+    """Correlation between the features' mean direct and mean measured changes of the loss."""
     pairs = [
         (effect.direct.value, effect.loss.value) for effect in effects if effect.positions and effect.direct is not None
     ]
@@ -97,23 +97,25 @@ def over_features(effects: list[FeatureEffect], seed: int) -> Correlation | None
 
 
 def over_positions(changes: Changes, seed: int) -> Correlation | None:
-    """The same over all places; shuffled, each has the measured change of some place of another feature."""
+    """The same over all places; shuffling pairs each place with the measured change of a place of another feature."""
     fires = changes.at(changes.kind == FIRING)
     if not len(fires) or np.isnan(fires.direct).any():
         return None
     fires = fires.at(np.argsort(fires.feature, kind="stable"))
-    _, start, of, count = np.unique(fires.feature, return_index=True, return_inverse=True, return_counts=True)
+    _, start, feature, count = np.unique(fires.feature, return_index=True, return_inverse=True, return_counts=True)
     draw = numpy_generator("effects: shuffled places", seed)
 
     def shuffled() -> float | None:
-        other = draw.permutation(len(start))[of]
-        return pearson(fires.direct, fires.loss[start[other] + (draw.random(len(of)) * count[other]).astype(np.int64)])
+        other = draw.permutation(len(start))[feature]
+        return pearson(
+            fires.direct, fires.loss[start[other] + (draw.random(len(feature)) * count[other]).astype(np.int64)]
+        )
 
     return _correlation(pearson(fires.direct, fires.loss), [shuffled() for _ in range(_SHUFFLES)], len(fires))
 
 
 def pearson(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float | None:
-    """Correlation; None for fewer than two entries, or where a side does not vary."""
+    """Correlation; None for fewer than two entries or if one side is constant."""
     if len(a) < 2:
         return None
     a, b = a - a.mean(), b - b.mean()
@@ -122,8 +124,8 @@ def pearson(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float | N
 
 
 def _correlation(value: float | None, shuffled: list[float | None], count: int) -> Correlation:
-    known = [other for other in shuffled if other is not None]
-    low, high = np.percentile(known, _MIDDLE).tolist() if value is not None and known else (None, None)
+    nulls = [null for null in shuffled if null is not None]
+    low, high = np.percentile(nulls, _MIDDLE).tolist() if value is not None and nulls else (None, None)
     return Correlation(value, low, high, count)
 
 
@@ -138,13 +140,13 @@ def _mean(changes: Changes, values: Float[np.ndarray, " n"]) -> Estimate:
 def document_sums(
     documents: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " documents"], Float[np.ndarray, " documents"]]:
-    """Sum of the values and number of them in each document that has one."""
-    _, of, counts = np.unique(documents, return_inverse=True, return_counts=True)
-    return np.bincount(of, weights=values, minlength=len(counts)), counts.astype(np.float64)
+    """Sum and number of the values in each document that has any."""
+    _, document, counts = np.unique(documents, return_inverse=True, return_counts=True)
+    return np.bincount(document, weights=values, minlength=len(counts)), counts.astype(np.float64)
 
 
 def _paired(fires: Changes, random: Changes) -> Float[np.ndarray, " n"]:
-    """KL of the feature's own change at the place of each random one; all of these are among the feature's places."""
+    """KL of the feature's own change at the place of each random change; all are among the feature's places."""
     if not len(random):
         return np.zeros(0)
     order = np.argsort(fires.row)

@@ -1,4 +1,4 @@
-"""Effects for people: a table for the terminal, one line beside a feature, Markdown."""
+"""Effects as text for readers: a terminal table, a few lines for one feature, Markdown."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _WIDE = 100
 
 
 def what_is_done(settings: EffectSettings) -> str:
-    """`ablated`, `doubled`, or the factor."""
+    """`ablated`, `doubled` or the factor."""
     return {0.0: "ablated", 2.0: "doubled"}.get(settings.scale, f"times {settings.scale:g}")
 
 
 def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None, width: int | None = None) -> Group:
-    """The first features in the order of a column, for the terminal; token text is never markup.
+    """A terminal table of the first features sorted by a column; token text is never markup.
 
     Args:
-        effects: of some features.
+        effects: effects of some features.
         sort: one of `SORT_COLUMNS`.
-        limit: rows; None: all.
-        width: characters of the terminal; below 100 density and following positions are left out. None: it is wide
+        limit: maximum number of rows; None: all.
+        width: width of the terminal in characters; below 100, density and following positions are left out. None: wide
             enough.
 
     Raises:
@@ -55,13 +55,13 @@ def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None, 
     if width is not None and width < _WIDE:
         del numbers["density"], numbers[f"next {settings.window}"]
     columns = [
-        Column(name, [str(estimate) for estimate in with_errors[name]], [_short(one) for one in with_errors[name]])
+        Column(name, [str(estimate) for estimate in with_errors[name]], [*map(_short, with_errors[name])])
         if name in with_errors else Column(name, cells)
         for name, cells in numbers.items()
     ]  # fmt: skip
-    between = Text(" ", no_wrap=True, overflow="ellipsis")
+    separator = Text(" ", no_wrap=True, overflow="ellipsis")
     tokens = [
-        between.join(Text(visible(change.token), style="on grey23") for change in effect.raised) for effect in chosen
+        separator.join(Text(visible(change.token), style="on grey23") for change in effect.raised) for effect in chosen
     ]
     feature = Column("feature", [str(effect.feature) for effect in chosen])
     columns = [feature, *columns, Column("more likely then", tokens, is_text=True, is_cut=True)]
@@ -69,23 +69,23 @@ def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None, 
 
 
 def table_note(effects: Effects, sort: str, limit: int | None) -> str:
-    """What stands under the table."""
+    """The note under the table."""
     shown = len(effects) if limit is None else min(limit, len(effects))
     return (
         f"{shown:,} of {len(effects):,} measured features by {sort}; "
         f"the dictionary has {effects.dictionary['d_sae']:,}. Means over places; {_errors(effects)}. "
-        "direct: Δ loss to first order, through no block; random: "
-        "KL of a random direction as long."
+        "direct: Δ loss to first order, bypassing all blocks; random: "
+        "KL of a random direction of the same length."
     )
 
 
 def _errors(effects: Effects) -> str:
-    """What stands after ±, or why nothing does."""
+    """What follows ±, or why nothing does."""
     return error_note({"documents": max((effect.documents for effect in effects.features.values()), default=2)})
 
 
 def effect_lines(effect: FeatureEffect, settings: EffectSettings) -> str:
-    """What stands beside a feature where a user looks at it: a few lines."""
+    """A few lines shown with a feature."""
     if not effect.positions:
         return f"{what_is_done(settings)}: it was changed nowhere in the held-out text read"
     direct = "" if effect.direct is None else f" (direct {signed(effect.direct)})"
@@ -98,19 +98,19 @@ def effect_lines(effect: FeatureEffect, settings: EffectSettings) -> str:
 
 
 def signed(estimate: Estimate) -> str:
-    """An estimate of a difference, with its sign."""
+    """An estimate of a difference with its sign."""
     plus = estimate.value is not None and estimate.value > 0
     return f"+{estimate}" if plus else str(estimate)
 
 
 def summary_lines(effects: Effects) -> list[str]:
-    """What came of all features together: how direct and measured effects agree, and how many exceed the null."""
+    """Summary of all features: how well direct and measured effects agree, and how many features exceed the nulls."""
     measured = [effect for effect in effects.features.values() if effect.positions]
     random = [effect.kl_above_random for effect in measured]
     elsewhere = [independent_difference(effect.kl, effect.elsewhere_kl) for effect in measured]
     lines = []
     for differences, null in (
-        (random, "a random direction as long does at the same places"),
+        (random, "a random direction of the same length does at the same places"),
         (elsewhere, "their own directions do where they do not fire"),
     ):
         above = [lower > 0 for lower, _ in filter(None, (difference.interval for difference in differences))]
@@ -126,11 +126,11 @@ def summary_lines(effects: Effects) -> list[str]:
 
 
 def markdown(effects: Effects, figure: str | None) -> str:
-    """`effects.md`.
+    """The content of `effects.md`.
 
     Args:
-        effects: of all features known.
-        figure: path of the figure, relative to the file; None: there is none.
+        effects: effects of all measured features.
+        figure: path of the figure relative to the file; None: no figure.
     """
     settings, measured = effects.settings, [effect for effect in effects.features.values() if effect.positions]
     parts = [
@@ -145,7 +145,7 @@ def markdown(effects: Effects, figure: str | None) -> str:
         Table.of_rows(
             ["mean of a feature", *(f"{share:.0%}" for share in _QUANTILES)], _distributions(measured)
         ).in_markdown(),
-        "Quantiles over features. Random direction: as long, at the same places. Elsewhere: the feature's mean "
+        "Quantiles over features. Random direction: same length, same places. Elsewhere: the feature's mean "
         "activation added where it does not fire.",
         *summary_lines(effects),
     ]
@@ -171,7 +171,7 @@ def _distributions(measured: Sequence[FeatureEffect]) -> list[list[str]]:
 
 
 def quantiles(estimates: Iterable[Estimate]) -> list[str]:
-    """Of the values that there are, with three digits."""
+    """Quantiles of the known values, with three digits."""
     values = [estimate.value for estimate in estimates if estimate.value is not None]
     if not values:
         return [NONE] * len(_QUANTILES)
@@ -187,23 +187,25 @@ def _by_feature(effects: Effects) -> str:
         rows.append([*numbers, *map(_cell, estimates), tokens])
     head = ["feature", "density", "places / documents", "Δ loss", "Δ following", "KL", "KL random", "Δ direct"]
     note = (
-        "" if len(effects) <= _ROWS_IN_MARKDOWN else f"\n\nThe {_ROWS_IN_MARKDOWN} of the largest KL; the JSON has all."
+        ""
+        if len(effects) <= _ROWS_IN_MARKDOWN
+        else f"\n\nThe {_ROWS_IN_MARKDOWN} features with the largest KL; the JSON has all."
     )
     return Table.of_rows([*head, "more / less likely, direct"], rows).in_markdown() + note
 
 
 def _tokens(changes: Sequence[TokenChange]) -> str:
-    """Token text as code that no character of it can end."""
+    """Token text as code spans, escaped so that no character can end them."""
     return " ".join(code(visible(change.token)) for change in changes) or NONE
 
 
 def independent_difference(a: Estimate, b: Estimate) -> Estimate:
-    """a − b of different places; its standard error where both have one, with the fewer degrees of freedom."""
+    """a − b of different places; with a standard error if both have one, with the smaller degrees of freedom."""
     if a.value is None or b.value is None:
         return Estimate(None, None)
     if a.standard_error is None or b.standard_error is None:
         return Estimate(a.value - b.value, None)
-    degrees = [known for known in (a.degrees_of_freedom, b.degrees_of_freedom) if known is not None]
+    degrees = [number for number in (a.degrees_of_freedom, b.degrees_of_freedom) if number is not None]
     return Estimate(a.value - b.value, math.hypot(a.standard_error, b.standard_error), min(degrees, default=None))
 
 
@@ -215,7 +217,7 @@ def _correlation(correlation: Correlation) -> str:
 
 
 def _short(estimate: Estimate | None) -> str:
-    """A value alone, with two digits."""
+    """The value alone, with two digits."""
     return NONE if estimate is None or estimate.value is None else f"{estimate.value:.2g}"
 
 

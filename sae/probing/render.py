@@ -1,4 +1,4 @@
-"""Probes for people: Markdown, and tables for the terminal."""
+"""Probe results for readers: Markdown, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _LETTER_HEAD = (
 )  # fmt: skip
 _SHOWN_LATENTS = 3
 _COUNTED = {
-    "equal": "Texts that equal one before them, but for line ends and space around them or in the tokens that are "
-    "read, and are on its side of every split",
-    "left_out": "Left out, without text, without label, or without a token that counts",
+    "equal": "Texts equal to an earlier one, except for line ends and surrounding whitespace or in the tokens that "
+    "are read, and on the same side of every split",
+    "left_out": "Left out: no text, no label, or no token that counts",
 }
 
 
 def markdown(record: ProbeRecord) -> str:
-    """`probe.md`: means over data sets, who wins, a row for each data set, and first letters."""
+    """The content of `probe.md`: means over data sets, wins, a row per data set, and first letters."""
     subject = record.subject
     parts = [
         f"# Probes at {code(subject['hook'])}",
@@ -48,7 +48,7 @@ def markdown(record: ProbeRecord) -> str:
             "## First letters",
             _letters_text(record.letters),
             Table.of_rows(_LETTER_HEAD, _letter_rows(record.letters)).in_markdown(),
-            "F1 on test words. Seen: test words of the letter in which the dense probe sees it; silent and absorbed "
+            "F1 on test words. Seen: test words of the letter that the dense probe detects; silent and absorbed "
             "are shares of these.",
         ]
     if record.failures:
@@ -60,8 +60,8 @@ def summary_table(record: ProbeRecord, width: int | None = None) -> Group:
     """Means over data sets, for the terminal.
 
     Args:
-        record: of probes.
-        width: characters of the terminal; None: it is wide enough.
+        record: the probes' record.
+        width: width of the terminal in characters; None: wide enough.
     """
     count = len(record.results)
     title = printable(next(iter(record.results))) if count == 1 else f"{count} data sets"
@@ -78,11 +78,11 @@ def letters_table(record: ProbeRecord, width: int | None = None) -> Group:
     """First letters, for the terminal: counts of words."""
     assert record.letters is not None
     rows = []
-    for one in record.letters["concepts"]:
-        dense = _estimate(one["dense_f1"], 2)
-        counts = [f"{one[name]} of {one['positives']}" for name in ("silent", "absorbed")]
-        measured = [_estimate(one["main_f1"], 2), _main_latents(one), *counts]
-        rows.append([one["name"], dense, *(measured if one["able"] else ["not able", NONE, NONE, NONE])])
+    for concept in record.letters["concepts"]:
+        dense = _estimate(concept["dense_f1"], 2)
+        counts = [f"{concept[name]} of {concept['positives']}" for name in ("silent", "absorbed")]
+        cells = [_estimate(concept["main_f1"], 2), _main_latents(concept), *counts]
+        rows.append([concept["name"], dense, *(cells if concept["able"] else ["not able", NONE, NONE, NONE])])
     return Table.of_rows(
         ("letter", "F1, dense", "F1, main", "main latents", "silent", "absorbed"), rows,
         title=f"{record.subject['hook']}: first letters",
@@ -91,7 +91,7 @@ def letters_table(record: ProbeRecord, width: int | None = None) -> Group:
 
 
 def _data_sets(record: ProbeRecord) -> list[str]:
-    """Sections on several data sets."""
+    """Sections for several data sets."""
     rows = list(_summary_rows(record))
     return [
         f"## Means over {len(record.results)} data sets",
@@ -99,23 +99,23 @@ def _data_sets(record: ProbeRecord) -> list[str]:
         f"± standard error over data sets{_without_error(rows)}. {_how(record)}",
         "## One against another, by AUC",
         Table.of_rows(_DUEL_HEAD, _duel_rows(record)).in_markdown(),
-        "Clearly: by more than two standard errors, taken as if the two erred independently.",
+        "Clearly: by more than two standard errors, as if the errors of the two were independent.",
         "## AUC by data set",
         Table.of_rows(_data_set_head(record), _data_set_rows(record)).in_markdown(),
-        "± standard error over test examples (DeLong), averaged over the random splits; 0 where every positive is "
-        "above every negative, which is not certainty. The last column is the largest class's share of all examples; "
-        "data sets of more than two classes are averaged over classes.",
+        "± standard error over test examples (DeLong), averaged over the random splits; 0 if every positive is above "
+        "every negative, which is not certainty. The last column is the largest class's share of all examples; "
+        "data sets with more than two classes are averaged over classes.",
         *_counted(record),
     ]
 
 
 def _data_set(record: ProbeRecord) -> list[str]:
-    """Sections on the only one."""
+    """Sections for a single data set."""
     [(name, result)] = record.results.items()
     rows = list(_summary_rows(record))
     best = result.methods["latents-1"].columns if "latents-1" in result.methods else {}
     latents = "; ".join(
-        f"{plain(repr(label))}: {', '.join(str(one[0]) for one in splits)}" for label, splits in best.items()
+        f"{plain(repr(label))}: {', '.join(str(columns[0]) for columns in splits)}" for label, splits in best.items()
     )
     return [
         f"## {code(name)}",
@@ -128,19 +128,19 @@ def _data_set(record: ProbeRecord) -> list[str]:
 
 
 def _counted(record: ProbeRecord) -> list[str]:
-    """How many texts are equal, and how many were left out, where there are any."""
-    found = []
+    """Sentences with the numbers of equal texts and of those left out, if there are any."""
+    sentences = []
     probed = {name: entry for name, entry in record.entries.items() if entry.result is not None}
     for kind, meaning in _COUNTED.items():
         counts = {name: getattr(entry, kind) for name, entry in probed.items() if getattr(entry, kind)}
         shown = [f"{code(name)} {count:,}" if len(probed) > 1 else f"{count:,}" for name, count in counts.items()]
-        found += [f"{meaning}: {', '.join(shown)}."] if shown else []
-    return found
+        sentences += [f"{meaning}: {', '.join(shown)}."] if shown else []
+    return sentences
 
 
 def _without_error(rows: Iterable[Sequence[str]]) -> str:
-    """What a dash after ± means, where there is one."""
-    return f" ({NONE} where they are too few)" if any(f"± {NONE}" in cell for row in rows for cell in row) else ""
+    """The meaning of a dash after ±, if there is one."""
+    return f" ({NONE} if there are too few)" if any(f"± {NONE}" in cell for row in rows for cell in row) else ""
 
 
 def _how(record: ProbeRecord) -> str:
@@ -168,10 +168,10 @@ def _summary_rows(record: ProbeRecord) -> Iterable[list[str]]:
 
 
 def _duel_rows(record: ProbeRecord) -> Iterable[list[str]]:
-    for one in duels(record.results):
+    for duel in duels(record.results):
         yield [
-            heading(one.first), heading(one.second), _pair(one.difference, sign=True), str(one.wins), str(one.losses),
-            str(one.clear_wins), str(one.clear_losses),
+            heading(duel.first), heading(duel.second), _pair(duel.difference, sign=True), str(duel.wins),
+            str(duel.losses), str(duel.clear_wins), str(duel.clear_losses),
         ]  # fmt: skip
 
 
@@ -192,14 +192,15 @@ def _data_set_rows(record: ProbeRecord) -> Iterable[list[str]]:
 
 
 def _letter_rows(letters: dict[str, Any]) -> Iterable[list[str]]:
-    for one in letters["concepts"]:
-        absorbing = ", ".join(f"{j['latent']} ({j['examples']}×)" for j in one["absorbing_latents"][:_SHOWN_LATENTS])
-        measured = [
-            _estimate(one["main_f1"]), _main_latents(one), str(one["positives"]), _estimate(one["silent_rate"]),
-            _estimate(one["absorption_rate"]), absorbing or NONE,
+    for concept in letters["concepts"]:
+        latents = concept["absorbing_latents"][:_SHOWN_LATENTS]
+        absorbing = ", ".join(f"{latent['latent']} ({latent['examples']}×)" for latent in latents)
+        cells = [
+            _estimate(concept["main_f1"]), _main_latents(concept), str(concept["positives"]),
+            _estimate(concept["silent_rate"]), _estimate(concept["absorption_rate"]), absorbing or NONE,
         ]  # fmt: skip
-        dense = _estimate(one["dense_f1"])
-        yield [one["name"], f"{one['examples']:,}", dense, *(measured if one["able"] else ["not able", *[NONE] * 5])]
+        head = [concept["name"], f"{concept['examples']:,}", _estimate(concept["dense_f1"])]
+        yield [*head, *(cells if concept["able"] else ["not able", *[NONE] * 5])]
 
 
 def _main_latents(letter: dict[str, Any]) -> str:
@@ -210,9 +211,9 @@ def _main_latents(letter: dict[str, Any]) -> str:
 def _letters_text(letters: dict[str, Any]) -> str:
     able, count, means = letters["able"], len(letters["concepts"]), letters["means"]
     if not able:
-        return f"None of {count} letters has a dense probe of sufficient F1 on validation words: not measured."
+        return f"None of {count} letters has a dense probe with sufficient F1 on validation words: not measured."
     return (
-        f"{able} of {count} letters have a dense probe of sufficient F1 on validation words. Over these, ± standard "
+        f"{able} of {count} letters have a dense probe with sufficient F1 on validation words. Over these, ± standard "
         f"error over letters: absorption rate {_pair(means['rate'])}, main latents silent "
         f"{_pair(means['silent_rate'])}, main latents {_pair(means['splits'])}."
     )
@@ -233,5 +234,5 @@ def _pair(pair: Sequence[float | None] | None, *, sign: bool = False) -> str:
 
 
 def _natural(name: str) -> list[Any]:
-    """Names with their numbers in order: 5_… before 10_…."""
+    """Sort key that orders numbers in names by value: 5_… before 10_…."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

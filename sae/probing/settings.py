@@ -1,4 +1,4 @@
-"""The settings of probes: frozen, typed, each with its default and what it means; KEY=VALUE in, settings out."""
+"""Settings of probes: frozen, typed, each with a default and a description, and read from KEY=VALUE words."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ READ_BY_RUN = ("model.", "harvest.cache", "device")
 
 
 class _Common(Settings):
-    """Of all probes."""
+    """Settings common to all probes."""
 
     PREFIX: ClassVar[str] = ""
-    """What the keys begin with in a command."""
+    """Prefix of the keys on the command line."""
 
     seed: int = Field(default=0, ge=0, description="seed of every random choice: examples, splits, shuffled labels")
-    test_fraction: float = Field(
-        default=0.25, gt=0, lt=1, description="share of the examples that probes are scored on"
-    )
+    test_fraction: float = Field(default=0.25, gt=0, lt=1, description="share of the examples used to score probes")
     validation_fraction: float = Field(
-        default=0.15, gt=0, lt=1, description="share of the examples that choose the regularisation"
+        default=0.15, gt=0, lt=1, description="share of the examples used to choose the regularisation"
     )
 
     @model_validator(mode="after")
@@ -39,33 +37,35 @@ class _Common(Settings):
 
 
 class ProbeConfig(_Common):
-    """Which probes are fitted, and to what."""
+    """Which probes are fitted, and the data they are fitted to."""
 
     k: tuple[PositiveInt, ...] = Field(
-        default=(1, 2, 5, 16), description="numbers of latents, of neurons and of principal components"
+        default=(1, 2, 5, 16), description="numbers of latents, neurons and principal components to probe"
     )
     ranking: Literal["difference", "standardised"] = Field(
         default="difference",
         description="how latents and neurons are chosen on the training examples: by |difference of the class means|, "
-        "or by the same in units of each one's standard deviation",
+        "or by that difference in units of each one's standard deviation",
     )
-    pca: bool = Field(default=True, description="probes on leading principal components beside the others")
-    splits: PositiveInt = Field(default=3, description="random splits into training, validation and test examples")
+    pca: bool = Field(default=True, description="also fit probes on leading principal components")
+    splits: PositiveInt = Field(
+        default=3, description="number of random splits into training, validation and test examples"
+    )
     examples: PositiveInt = Field(
-        default=400, description="examples of a data set, as many of each class as possible; drawn by seed"
+        default=400, description="examples per data set, balanced over classes if possible; drawn by seed"
     )
-    max_tokens: int = Field(default=128, ge=2, description="tokens of a text, BOS included; of longer ones the last")
+    max_tokens: int = Field(default=128, ge=2, description="tokens per text, including BOS; longer texts keep the last")
     pool: Literal["last", "mean"] = Field(
         default="last",
-        description="what stands for a text: its last token, or the mean over its tokens of activations and of latents",
+        description="how a text is represented: its last token, or the mean of activations and latents over its tokens",
     )
-    text: str | None = Field(default=None, description="column of the text; null: `text`, or `prompt`")
-    label: str | None = Field(default=None, description="column of the label; null: `label`, `target`, or `spans`")
+    text: str | None = Field(default=None, description="column of the text; null: `text` or `prompt`")
+    label: str | None = Field(default=None, description="column of the label; null: `label`, `target` or `spans`")
     outside: str | None = Field(
-        default=None, description="with `spans`: label of the tokens that no span covers; null: these are left out"
+        default=None, description="with `spans`: label of tokens outside all spans; null: they are left out"
     )
     sample: PositiveInt | None = Field(
-        default=None, description="of all the data sets so many, drawn by seed; null: all, in an order drawn by seed"
+        default=None, description="number of data sets, drawn by seed; null: all, in an order drawn by seed"
     )
 
     @field_validator("k", mode="after")
@@ -79,45 +79,47 @@ class LetterConfig(_Common):
 
     PREFIX = "letters."
 
-    words: PositiveInt = Field(default=300, description="words of the vocabulary for each first letter, at most")
+    words: PositiveInt = Field(default=300, description="maximum number of vocabulary words per first letter")
     prompt: str = Field(
         default="tartan has the first letter: T\nmirth has the first letter: M\n",
-        description="text in front of each word; the activation is that of the word's token",
+        description="text before each word; the activation is read at the word's token",
     )
     able_f1: float = Field(
-        default=0.6, ge=0, le=1, description="a letter whose dense probe has a lower F1 is not measured"
+        default=0.6, ge=0, le=1, description="letters whose dense probe has a lower F1 are not measured"
     )
     split_gain: float = Field(
-        default=0.03, ge=0, description="one more latent is a split of the feature where F1 rises by more than this"
+        default=0.03, ge=0, description="another latent counts as a split of the feature if F1 rises by more than this"
     )
-    max_splits: PositiveInt = Field(default=10, description="latents that a letter's feature is split into, at most")
+    max_splits: PositiveInt = Field(
+        default=10, description="maximum number of latents that a letter's feature is split into"
+    )
     cosine: float = Field(
-        default=0.025, description="least cosine of an absorbing latent's direction with the dense probe's"
+        default=0.025, description="minimum cosine of an absorbing latent's direction with the dense probe's"
     )
     share: float = Field(
-        default=0.4, gt=0, description="least share of the projection on the probe that an absorbing latent carries"
+        default=0.4, gt=0, description="minimum share of the projection on the probe that an absorbing latent carries"
     )
 
     @field_validator("prompt", mode="before")
     @classmethod
     def _none(cls, value: Any) -> Any:
-        return "" if value is None else value  # `letters.prompt=`, as YAML reads it
+        return "" if value is None else value  # YAML reads `letters.prompt=` as null
 
 
 class _Words(ProbeConfig):
-    """What a command line sets."""
+    """All settings of a command line."""
 
     letters: LetterConfig = LetterConfig()
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What the words KEY=VALUE of a command line amount to.
+    """Settings read from the KEY=VALUE words of a command line.
 
     Attributes:
         probes: settings of the probes.
-        letters: settings of the first letters.
-        of_run: overrides that the run itself reads.
+        letters: settings of first letters.
+        of_run: overrides that are read by the run itself.
     """
 
     probes: ProbeConfig
@@ -129,15 +131,15 @@ def read_overrides(overrides: Sequence[str]) -> ProbeSettings:
     """Settings from `key=value` words; those of first letters begin with `letters.`.
 
     Raises:
-        ConfigError: a key does not exist (the nearest one is named), or a value does not fit.
+        ConfigError: a key does not exist (the nearest key is named), or a value is invalid.
     """
-    of_run = tuple(override for override in overrides if override.startswith(READ_BY_RUN))
-    own = [override for override in overrides if override not in of_run]
+    run_overrides = tuple(override for override in overrides if override.startswith(READ_BY_RUN))
+    own = [override for override in overrides if override not in run_overrides]
     words = validated(_Words, read_words(_Words, own, {}, "examples=200"), "'sae probe --help'")
     probes = {name: getattr(words, name) for name in ProbeConfig.model_fields}
-    return ProbeSettings(ProbeConfig(**probes), words.letters, of_run)
+    return ProbeSettings(ProbeConfig(**probes), words.letters, run_overrides)
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:
-    """Every key with its default and its meaning."""
+    """Each key with its default and its description."""
     return described(_Words)

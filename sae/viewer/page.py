@@ -1,4 +1,4 @@
-"""Any set of features as one static page: no network, no server, nothing beside the file."""
+"""Write features as one self-contained static page: no network, no server, no other files."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _PEEK = 6
 def write_page(
     features: Features, indices: Iterable[int], path: str | Path, title: str, effects: Effects | None = None
 ) -> None:
-    """Write the features `indices` as one HTML file, with what they do to the model as far as `effects` has it.
+    """Write the features `indices` as one HTML file, including those of their effects that `effects` has.
 
-    Token text is data in the page: it stands in a JSON block that cannot end early, and the script shows it as
-    text only. The page's policy forbids it to load anything or to run any script but its own.
+    Token text is data in the page: it is in a JSON block that it cannot end early, and the script shows it only as
+    text. The page's policy forbids loading anything and running any script but its own.
 
     Raises:
         UnknownFeatureError: an index is not in the store.
@@ -46,11 +46,11 @@ def write_page(
         "data": embeddable_json(page_data(features, indices, title, effects)),
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
-    write_bytes(Path(path), page.encode(), hashed=False)  # it may go anywhere
+    write_bytes(Path(path), page.encode(), hashed=False)  # the path can be anywhere
 
 
 def page_data(features: Features, indices: Iterable[int], title: str, effects: Effects | None = None) -> dict[str, Any]:
-    """What the page's script reads; names are short, since there may be thousands of features."""
+    """The data read by the page's script; names are short, since there may be thousands of features."""
     documents: dict[str, int] = {}
     entries = [_feature(features[index], documents) for index in dict.fromkeys(indices)]
     if effects is not None:
@@ -72,7 +72,7 @@ def page_data(features: Features, indices: Iterable[int], title: str, effects: E
 
 
 def embeddable_json(content: Any) -> str:
-    """Compact JSON that is safe inside a script element: nothing in it can end the element or open another."""
+    """Compact JSON that is safe inside a script element: it cannot end the element or open another."""
     text = json_text(content, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -80,7 +80,7 @@ def embeddable_json(content: Any) -> str:
 
 
 def token_lengths(tokens: list[str]) -> str:
-    """Lengths of the tokens in UTF-16 units, a letter each; `-` adds another 61."""
+    """Lengths of the tokens in UTF-16 units, one letter each; each preceding `-` adds 61."""
     letters = []
     for token in tokens:
         longs, rest = divmod(len(token.encode("utf-16-le", "surrogatepass")) // 2, len(_LENGTHS) - 1)
@@ -110,7 +110,7 @@ def _feature(feature: Feature, documents: dict[str, int]) -> dict[str, Any]:
 
 
 def _effect(effect: FeatureEffect, window: int) -> list[list[str]]:
-    """Labels and texts of what a feature does, and the tokens that it makes more and less likely."""
+    """Labels and texts of a feature's effects."""
     rows = [
         ["Δ loss there", signed(effect.loss)],
         [f"Δ loss, next {window}", signed(effect.loss_after)],
@@ -123,7 +123,7 @@ def _effect(effect: FeatureEffect, window: int) -> list[list[str]]:
 
 
 def _example(example: Example, documents: dict[str, int]) -> list[Any]:
-    """Activation, document, row, position, text, lengths of its tokens, and (position, activation) where not zero."""
+    """Activation, document, row, position, text, token lengths, and alternating positions and non-zero activations."""
     firing = [(place, value) for place, value in enumerate(example.activations) if value > 0]
     return [
         _short(example.value, 4),

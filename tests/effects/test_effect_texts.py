@@ -77,8 +77,8 @@ def test_lines_beside_a_feature() -> None:
 def test_what_came_of_all() -> None:
     features, places = (f"Direct against measured change of the loss over {name}: " for name in ("features", "places"))
     assert summary_lines(make_effects()) == [
-        "1 of 2 features change the next-token distribution more than a random direction as long does at the same "
-        "places (KL, the difference's 95 % interval is above 0).",
+        "1 of 2 features change the next-token distribution more than a random direction of the same length does at "
+        "the same places (KL, the difference's 95 % interval is above 0).",
         "2 of 2 features change the next-token distribution more than their own directions do where they do not fire "
         "(KL, the difference's 95 % interval is above 0).",
         f"{features}r = 0.500 over 2; shuffled features -0.250 to +0.125 (middle 95 %).",

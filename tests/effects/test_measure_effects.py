@@ -331,7 +331,9 @@ def test_order(held_out: ActivationCache, language_model: LanguageModel) -> None
         assert len(effects.sorted_by(column)) == 5
     with pytest.raises(ConfigError, match="column 'size': effects are sorted by kl, loss, kl_after"):
         effects.sorted_by("size")
-    with pytest.raises(UnknownFeatureError, match=r"feature 7: its effect was not measured; 'sae effects RUN 7' does"):
+    with pytest.raises(
+        UnknownFeatureError, match=r"feature 7: its effect was not measured; measure it with 'sae effects RUN 7'"
+    ):
         effects[7]
 
 
@@ -356,7 +358,7 @@ def test_refusals(held_out: ActivationCache, language_model: LanguageModel, tiny
         measure_effects(make_dictionary(held_out, RESID), held_out, language_model, hook=MLP)
     transcoder = make_dictionary(held_out, RESID)
     transcoder.metadata["target_hook"] = MLP
-    with pytest.raises(ConfigError, match=f"a transcoder, from '{RESID}' to '{MLP}': effects are measured of dict"):
+    with pytest.raises(ConfigError, match=f"a transcoder, from '{RESID}' to '{MLP}': effects are measured only"):
         measure_effects(transcoder, held_out, language_model, hook=RESID)
     with pytest.raises(CacheError, match=r"hook 'blocks.9.hook_mlp_out' is not in it"):
         measure_effects(unnamed(held_out), held_out, language_model, hook="blocks.9.hook_mlp_out")
@@ -400,7 +402,7 @@ def test_a_window_longer_than_a_context_is_the_rest_of_it(held_out: ActivationCa
 @pytest.mark.parametrize("scale", [1e19, 1e25, -3e38])
 def test_a_scale_that_overflows_is_refused(held_out: ActivationCache, language_model, scale: float) -> None:
     """Squares in a norm exceed float32's 3.4e38 long before the activations do."""
-    message = f"scale={scale:g}: activations so changed overflow in the model, which computes in float32; use a factor"
+    message = f"scale={scale:g}: the changed activations overflow in the model, which computes in float32; use a factor"
     with pytest.raises(ConfigError, match=re.escape(message)):
         measure(held_out, language_model, settings=EffectSettings(scale=scale, positions=6, window=2))
 

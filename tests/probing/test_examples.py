@@ -204,7 +204,7 @@ def test_activations_are_known_by_their_whole_key(language_model: LanguageModel,
     sums.read_sums(tmp_path)
     for file in tmp_path.glob("*.json"):
         write_json(file, {part: value for part, value in json.loads(file.read_text()).items() if part != "key"})
-    with pytest.warns(UserWarning, match="activations that an earlier version kept do not say what they are of; they"):
+    with pytest.warns(UserWarning, match="activations saved by an earlier version do not say what they are from; they"):
         assert load_activations(tmp_path, "r.v1", "1" * 64) is None
 
 

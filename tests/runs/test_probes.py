@@ -232,7 +232,7 @@ def test_a_dash_in_place_of_an_error_is_explained(own_run: Path, sets: Path, mon
     assert "too few" not in markdown(record)
     original = SplitEstimate.__str__
     monkeypatch.setattr(SplitEstimate, "__str__", lambda self: original(replace(self, standard_error=None)))
-    assert "over the random splits (– where they are too few)." in markdown(record)
+    assert "over the random splits (– if there are too few)." in markdown(record)
 
 
 def test_one_bad_data_set_does_not_stop_the_others(own_run: Path, sets: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_one_bad_data_set_does_not_stop_the_others(own_run: Path, sets: Path, tm
     (folder / "bad.csv").write_text("text,label\n" + "a,1\n" * 30)
     record = sae.probe_run(own_run, [folder], QUICK)
     assert set(record.results) == {"set0", "set1", "set2"}
-    assert record.failures == {"bad": "data 'bad': all labels are '1'; two classes at least are needed"}
+    assert record.failures == {"bad": "data 'bad': all labels are '1'; at least two classes are needed"}
     assert "- bad: data 'bad': all labels are '1'" in (own_run / "probe.md").read_text()
     with pytest.raises(DataError, match="all labels are '1'"):
         sae.probe_run(own_run, [folder / "bad.csv"], QUICK)
@@ -317,7 +317,7 @@ def test_results_of_the_version_before_are_made_anew(own_run: Path, sets: Path, 
     record = json.loads((own_run / "probe.json").read_text())
     write_json(own_run / "probe.json", {**record, "format_version": 1})
     counted.clear()
-    with pytest.warns(UserWarning, match=r"probe.json': of an earlier version, .*; everything is probed anew"):
+    with pytest.warns(UserWarning, match=r"probe.json': written by an earlier version, .*; everything is probed again"):
         sae.probe_run(own_run, [sets / "set0.csv"], QUICK)
     assert counted == ["set0"]
 

@@ -129,5 +129,7 @@ def test_labelled_texts_are_regular_files(kind: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,b\n")
     path = tmp_path / "x.csv"
     {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "link": lambda: path.symlink_to("nowhere")}[kind]()
-    with pytest.raises(DataError, match=r"x.csv': no regular file \(a folder, a pipe or a link to nothing\); move it"):
+    with pytest.raises(
+        DataError, match=r"x.csv': not a regular file \(a folder, a pipe or a link to nothing\); move it"
+    ):
         find_data([str(tmp_path)])
