@@ -261,7 +261,7 @@ def test_where_b_dec_begins(centre: str) -> None:
     made = train(IterableSource(data), shape(), settings(1, lr=1e-12, initial_b_dec=centre))
     torch.testing.assert_close(made.b_dec, expected[centre], rtol=1e-3, atol=1e-2)
     if centre != "geometric_median":
-        with pytest.raises(ConfigError, match=rf"initial_b_dec='{centre}' has no effect where training starts"):
+        with pytest.raises(ConfigError, match=rf"initial_b_dec='{centre}' has no effect if training starts"):
             train(IterableSource(data), shape(), settings(1, initial_b_dec=centre), start=made)
 
 
