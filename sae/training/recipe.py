@@ -103,6 +103,6 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
     if start is not None and start.W_dec.shape != dictionary.W_dec.shape:
         raise ConfigError(
             f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, the new one "
-            f"d_sae={dictionary.d_sae} and d_in={dictionary.d_in}: choose another train.start_from, or change "
-            "dictionary.d_sae"
+            f"d_sae={dictionary.d_sae} and d_in={dictionary.d_in}: choose another train.start_from, or set "
+            f"dictionary.d_sae={start.d_sae}"
         )
