@@ -147,6 +147,6 @@ def _check_snapshots(recipe: Recipe, tokens: int) -> None:
     settings = recipe.settings
     late = [count for count in settings.snapshots if count > tokens]
     if late:
-        raise ConfigError(f"train.snapshots has {late[0]:,}, but training ends after {tokens:,} tokens: take it out")
+        raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")
     if settings.snapshots and recipe.folder is None:
         raise ConfigError("train.snapshots needs a folder to save them in: give one, or take it out")

@@ -161,7 +161,7 @@ def test_decoder_rows_of_a_start_get_norm_1() -> None:
 
 def test_a_start_of_another_shape_is_refused() -> None:
     first = train(IterableSource(planted(10)), shape(), settings(1))
-    with pytest.raises(ConfigError, match=rf"has d_sae={D_SAE} and d_in={D_IN}, and d_sae={2 * D_SAE}"):
+    with pytest.raises(ConfigError, match=rf"has d_sae={D_SAE} and d_in={D_IN}, the new one d_sae={2 * D_SAE}"):
         train(IterableSource(planted(10)), shape(d_sae=2 * D_SAE), settings(1), start=first)
 
 

@@ -286,7 +286,7 @@ def test_what_one_pass_cannot_have_is_refused() -> None:
     source = IterableSource(planted(10))
     with pytest.raises(ConfigError, match="there is no source 'mlp'; the sources are activations"):
         train_all({"activations": source}, {"a": Recipe(DictionaryConfig(d_sae=D_SAE, k=K), settings(5), source="mlp")})
-    with pytest.raises(ConfigError, match=r"train\.tokens is 320 for a and 640 for b: one pass has one"):
+    with pytest.raises(ConfigError, match=r"train\.tokens is 320 for a and 640 for b: one pass has a single value"):
         train_all(
             {"activations": source},
             {
