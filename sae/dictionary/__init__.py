@@ -1,1 +1,1 @@
-"""A dictionary: its forward pass, its files, and where it belongs."""
+"""Dictionaries: forward pass, files, and the model and hook point they belong to."""

@@ -1,4 +1,4 @@
-"""What a dictionary is: encode, decode, parameters, save, load."""
+"""The base class of all dictionaries: parameters, encode, decode, save."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMAT = Format("sae-dictionary", 1)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
 WEIGHTS_HASH = "weights_file_sha256"
 TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
-"""Settings of training that a saved dictionary has as its own."""
+"""Training settings that are also attributes of the saved dictionary."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Codes:
     """Sparse codes: the features that fire for each input, strongest first.
 
     Attributes:
-        values: activations ≥ 0; rows with fewer active features than the widest are padded with 0.
-        indices: the features they belong to; where the value is 0, the index has no meaning.
+        values: activations ≥ 0; rows with fewer active features than the longest row are padded with 0.
+        indices: their features; if the value is 0, the index has no meaning.
     """
 
     values: Float[Tensor, "*batch k"]
@@ -44,7 +44,7 @@ class Codes:
         return iter((self.values, self.indices))
 
     def __getitem__(self, inputs: Any) -> Codes:
-        """The codes of some of the inputs, chosen as `values[inputs]` chooses rows."""
+        """The codes of some inputs, indexed as in `values[inputs]`."""
         return Codes(self.values[inputs], self.indices[inputs])
 
     def dense(self, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
@@ -60,28 +60,28 @@ class Codes:
 class Dictionary(nn.Module, ABC):
     """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
 
-    Subclasses define `act`: by the features it lets through, `select` and `lets_through`, and by what it makes of their
-    pre-activations, `activate`. Shapes of inputs are `[..., d_in]`, of features `[..., d_sae]`.
+    Subclasses define `act`: `select` and `lets_through` decide which features fire, `activate` computes their
+    activations from the pre-activations. Inputs have shape `[..., d_in]`, features `[..., d_sae]`.
 
-    Everything is differentiable, in the input and in the parameters, also twice. Inside the transforms of `torch.func`,
-    in forward-mode differentiation, and where `torch.compile` or `torch.export` traces, codes are computed by PyTorch's
-    dense operators; elsewhere sparsely, if few features fire. Results are in the weights' number type, inside
-    `torch.autocast` too.
+    Everything is twice differentiable in the input and the parameters. Inside the transforms of `torch.func`, in
+    forward-mode differentiation, and while `torch.compile` or `torch.export` traces, codes are computed by PyTorch's
+    dense operators; otherwise sparsely, if few features fire. Results have the weights' dtype, even inside
+    `torch.autocast`.
 
     Attributes:
-        W_enc: `[d_in, d_sae]`; in memory it lies by feature, as the transpose of a contiguous `[d_sae, d_in]`.
+        W_enc: `[d_in, d_sae]`; stored by feature, as the transpose of a contiguous `[d_sae, d_in]`.
         b_enc: `[d_sae]`.
         W_dec: `[d_sae, d_in]`, rows of norm 1: row j is the direction of feature j.
         b_dec: `[d_in]`.
-        metadata: JSON-able facts saved beside the weights: model, hook point, token policy, training.
+        metadata: JSON-able facts saved with the weights: model, hook point, token policy, training.
     """
 
     architecture: ClassVar[str]
     setting_names: ClassVar[tuple[str, ...]]
     bias_names: ClassVar[tuple[str, ...]] = ("b_enc",)
-    """Parameters `[d_sae]` in units of the pre-activations, which start at 0."""
+    """Bias parameters `[d_sae]`, in units of the pre-activations; they start at 0."""
     unit_decoder: ClassVar[bool] = True
-    """Whether training keeps decoder rows at norm 1; otherwise they are given it when the dictionary is done."""
+    """Whether training keeps decoder rows at norm 1; otherwise they are normalised after training."""
 
     b_enc: nn.Parameter
 
@@ -102,29 +102,29 @@ class Dictionary(nn.Module, ABC):
 
     @abstractmethod
     def lets_through(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
-        """Where dense pre-activations are those of features that may fire: what `select` finds, in plain PyTorch."""
+        """Mask of features that may fire, from dense pre-activations: the result of `select`, in plain PyTorch."""
 
     def activate(
         self, pre: Float[Tensor, "*batch"], features: Int[Tensor, " pairs"] | slice
     ) -> Float[Tensor, "*batch"]:
-        """Activations of what was selected, from its pre-activations; those of negative ones are 0.
+        """Activations of selected features from their pre-activations; 0 if negative.
 
         Args:
-            pre: one for each pair, or `[..., d_sae]` with `features=slice(None)`.
+            pre: pre-activations, one per pair, or `[..., d_sae]` with `features=slice(None)`.
             features: the pairs' features.
         """
         return pre.relu()
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What the constructor needs beside d_in and d_sae."""
+        """Constructor arguments other than d_in, d_sae and metadata."""
 
     @without_autocast
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """(x − b_dec) W_enc + b_enc.
 
         Raises:
-            ShapeError: x has another width than d_in; so do all that encode.
+            ShapeError: the width of x is not d_in; every method that encodes raises it.
         """
         self._check_width(x)
         return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
@@ -133,8 +133,8 @@ class Dictionary(nn.Module, ABC):
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
         """The features that fire, as values and indices `[..., k]`, strongest first.
 
-        Here k is what the input with the most features has, and the others are padded with 0 (see `Codes`); of TopK
-        it is the dictionary's k.
+        Here k is the number of features of the input with the most, and other rows are padded with 0 (see `Codes`).
+        For TopK, k is the dictionary's k.
 
         Raises:
             ShapeError: inside `torch.func.vmap` or on a meta tensor, unless the dictionary is a TopK.
@@ -159,8 +159,8 @@ class Dictionary(nn.Module, ABC):
     def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction from dense features.
 
-        On a CPU only what fires is multiplied, where that is little and no gradient of the features is wanted: as in
-        `forward`, so that `decode(encode(x))` is the same to the last bit.
+        On a CPU, only features that fire are multiplied, if they are few and need no gradient: as in `forward`, so that
+        `decode(encode(x))` is the same to the last bit.
         """
         features = features.to(self.W_dec.dtype)
         if not self._is_worth_sparse(features):
@@ -185,12 +185,12 @@ class Dictionary(nn.Module, ABC):
         if self._is_dense(x):
             return self.decode(self._encode_densely(x))
         pattern, values = self._encode_rows(x)
-        if pattern.density > DENSE_ABOVE and values.device.type == "cpu":  # of many selected, few may fire
+        if pattern.density > DENSE_ABOVE and values.device.type == "cpu":  # many are selected, but few may fire
             return self.decode(pattern.dense(values).view(*x.shape[:-1], self.d_sae))
         return decode(*pattern.ascending(values), self.W_dec).reshape(x.shape) + self.b_dec
 
     def _is_dense(self, x: Tensor) -> bool:
-        """Whether codes of x are to be computed densely."""
+        """Whether to compute codes of x densely."""
         self._check_width(x)
         return needs_plain_operators(x)
 
@@ -199,11 +199,11 @@ class Dictionary(nn.Module, ABC):
         return self.activate(pre, slice(None)).masked_fill(~self.lets_through(pre), 0)
 
     def _widest(self, features: Float[Tensor, "*batch d_sae"]) -> int:
-        """How many features fire where most do, 1 at least."""
+        """Largest number of features that fire on one input, at least 1."""
         if not has_values(features):
             raise ShapeError(
                 f"encode_sparse of a {type(self).__name__}, inside vmap or on a meta tensor: its shape depends on how "
-                "many features fire, which is not known there; use encode, or call encode_sparse outside vmap"
+                "many features fire, which is unknown then; use encode, or call encode_sparse outside vmap"
             )
         return max(int((features != 0).sum(-1).max()), 1) if features.numel() else 1
 
@@ -216,7 +216,7 @@ class Dictionary(nn.Module, ABC):
         return pattern, self.activate(pre, pattern.features)
 
     def _is_worth_sparse(self, features: Tensor) -> bool:
-        """Whether dense features have so few non-zeros that to find them costs less than to multiply the zeros."""
+        """Whether dense features have so few non-zeros that finding them costs less than multiplying the zeros."""
         fits = features.shape[-1:] == (self.d_sae,) and not needs_plain_operators(features)
         if not fits or features.device.type != "cpu" or (features.requires_grad and torch.is_grad_enabled()):
             return False
@@ -227,7 +227,7 @@ class Dictionary(nn.Module, ABC):
             hook = self.metadata.get("hook")
             raise ShapeError(
                 f"activations of shape {list(x.shape)}: this dictionary takes [..., {self.d_in}]; give it those of the "
-                f"model and hook point that it was trained on{f' ({hook})' if hook else ''}"
+                f"model and hook point it was trained on{f' ({hook})' if hook else ''}"
             )
 
     @torch.no_grad()
@@ -238,13 +238,13 @@ class Dictionary(nn.Module, ABC):
         target_mean: Float[Tensor, " d_in"] | None = None,
         target_scale: float | None = None,
     ) -> None:
-        """Rewrite weights that were trained on (x − mean)·scale so that they take raw x, and give raw targets.
+        """Rewrite weights trained on (x − mean)·scale so that they take raw x and reconstruct raw targets.
 
-        Decoder rows keep their norm, so activations come out in the units of the target: divided by its scale.
+        Decoder rows keep their norm, so activations are in the units of the target: divided by its scale.
 
         Args:
-            mean, scale: of the input.
-            target_mean, target_scale: of the target, where it is not the input.
+            mean, scale: normalisation of the input.
+            target_mean, target_scale: normalisation of the target, if it is not the input.
         """
         target_scale = scale if target_scale is None else target_scale
         if target_mean is None:
@@ -260,10 +260,10 @@ class Dictionary(nn.Module, ABC):
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
-        """Give decoder rows norm 1: activations take the norms over.
+        """Scale decoder rows to norm 1; activations take over the norms.
 
-        Reconstructions stay as they are where each feature fires by itself; where features are measured against each
-        other or against one threshold (TopK, BatchTopK, Matryoshka), others may fire.
+        Reconstructions do not change if each feature fires independently. If features are compared with each other or
+        with a shared threshold (TopK, BatchTopK, Matryoshka), others may fire.
         """
         norms = self.W_dec.norm(dim=-1)
         norms = norms.where(norms > 0, 1.0)
@@ -273,23 +273,23 @@ class Dictionary(nn.Module, ABC):
 
     @torch.no_grad()
     def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:
-        """Add to (x − b_dec) W_enc, wherever it is used."""
+        """Add a shift to (x − b_dec) W_enc, wherever it is used."""
         self.b_enc.add_(shift)
 
     @torch.no_grad()
     def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
-        """Multiply everything in the units of pre-activations, so that they come out so many times as large.
+        """Multiply all parameters in the units of pre-activations by a factor.
 
-        Of the weights only these change: the encoder is left as it is.
+        The encoder is not changed.
         """
         for name in self.bias_names:
             self.get_parameter(name).mul_(factor)
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `weights.safetensors`, all that is needed to use the dictionary again.
+        """Write `config.json` and `weights.safetensors`, which are all that is needed to load the dictionary again.
 
-        `config.json` has the SHA-256 of the other file, so that a kill between the two, over a dictionary that was
-        there before, does not leave a pair that passes for one.
+        `config.json` contains the SHA-256 of the other file. If an older dictionary is overwritten and a kill comes
+        between the two writes, the files left behind therefore do not pass for one dictionary.
 
         Raises:
             CacheError: the folder cannot be written.
@@ -300,7 +300,7 @@ class Dictionary(nn.Module, ABC):
         write_json(folder / CONFIG_FILE, self.config() | {WEIGHTS_HASH: digest})
 
     def config(self) -> dict[str, Any]:
-        """What `config.json` holds."""
+        """The contents of `config.json`."""
         return {
             **FORMAT.head(),
             "architecture": self.architecture,
@@ -313,26 +313,26 @@ class Dictionary(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number type of the weights, in which everything is computed; inputs of another are converted."""
+        """Dtype of the weights and of all computations; inputs of another dtype are converted."""
         return self.W_dec.dtype
 
     @property
     def cfg(self) -> ToolConfig:
-        """What SAELens and SAEBench ask of a dictionary, in their names; made when it is first asked for.
+        """Attributes that SAELens and SAEBench read from a dictionary, under their names; created on first access.
 
-        Yours to change, as in `dictionary.cfg.model_name = "gpt2"`: nothing here reads it, and it is not saved.
+        You may change it, as in `dictionary.cfg.model_name = "gpt2"`: this package does not read or save it.
         """
         if self._cfg is None:
             self._cfg = tool_config(self.config(), str(self.device))
         return self._cfg
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dictionary:
-        """What `.to()`, `.cuda()`, `.bfloat16()` and the like are made of."""
+        """Called by `.to()`, `.cuda()`, `.bfloat16()` and the like."""
         moved = super()._apply(fn, recurse)
         if self._cfg is not None:
             self._cfg.dtype, self._cfg.device = dtype_name(self.dtype), str(self.device)
@@ -344,7 +344,7 @@ class Dictionary(nn.Module, ABC):
 
 
 SparseAutoencoder = Dictionary
-"""The same class by the name that most papers use."""
+"""The same class under the name that most papers use."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -352,10 +352,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def checked_k(k: int, d_sae: int) -> int:
-    """k, where it is a number of features that there are.
+    """Return k if 1 ≤ k ≤ d_sae.
 
     Raises:
-        ValueError: it is not.
+        ValueError: k is out of range.
     """
     if not 1 <= k <= d_sae:
         raise ValueError(f"k={k}: expected 1 ≤ k ≤ d_sae={d_sae}")

@@ -1,4 +1,4 @@
-"""Hook points: the one grammar of their names, the order in which a block computes them, and what each of them is."""
+"""Hook points: the grammar of their names, their order in a block, and their meaning."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ KINDS: dict[str, str] = {
     "conv.hook_out": "output of the convolution",
     "attn.hook_in": "input of attention, after the norm",
     "attn.hook_q": "queries, heads concatenated, before rotary positions",
-    "attn.hook_k": "keys, of as many heads as there are",
-    "attn.hook_v": "values, of as many heads as there are",
+    "attn.hook_k": "keys, key-value heads concatenated",
+    "attn.hook_v": "values, key-value heads concatenated",
     "attn.hook_z": "heads' outputs before the output projection",
     "hook_attn_out": "what attention adds to the residual stream",
     "hook_mlp_in": "input of the MLP's branch, before the norm",
@@ -33,7 +33,7 @@ KINDS: dict[str, str] = {
     "hook_mlp_out": "what the MLP adds to the residual stream",
     "hook_resid_post": "residual stream that leaves the block",
 }
-"""What a hook point is, by the part of its name after `blocks.N.`, in the order in which a block computes them."""
+"""Descriptions by kind (the part of the name after `blocks.N.`), in the order in which a block computes them."""
 
 RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 """Kinds whose activations are added to, or are, the residual stream, which the unembedding reads."""
@@ -53,7 +53,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def split(hook: str) -> tuple[int, str] | None:
-    """Block number and kind; None if it is no hook point."""
+    """Block number and kind; None if it is not a hook point."""
     match = _NAME.fullmatch(hook)
     return (int(match[1]), match[2]) if match and match[2] in KINDS else None
 
@@ -64,13 +64,13 @@ def name_of(block: int, kind: str) -> str:
 
 
 def block_of(hook: str) -> int | None:
-    """The block of any name that begins as hook points do, also of one that only other tools know."""
+    """The block in any name that begins like a hook point, even one that only other tools know."""
     match = _BLOCK.match(hook)
     return int(match[1]) if match else None
 
 
 def no_hook_point(hook: str) -> str:
-    """The message for what is no hook point, with the nearest name that is one."""
+    """The error message for a name that is not a hook point, with the nearest one that is."""
     match = _NAME.fullmatch(hook)
     return f"hook {hook!r}: expected blocks.N. and one of {', '.join(KINDS)}" + nearest(
         match[2] if match else hook, KINDS, int(match[1]) if match else 0
@@ -78,12 +78,12 @@ def no_hook_point(hook: str) -> str:
 
 
 def nearest(kind: str, kinds: dict[str, str] | list[str], block: int) -> str:
-    """`; did you mean …?`, if one of the kinds is like it."""
-    near = difflib.get_close_matches(kind, list(kinds), 1, 0.5)
-    return f"; did you mean {name_of(block, near[0])}?" if near else ""
+    """`; did you mean …?`, if one of the kinds is similar."""
+    matches = difflib.get_close_matches(kind, list(kinds), 1, 0.5)
+    return f"; did you mean {name_of(block, matches[0])}?" if matches else ""
 
 
 def place_in_model(hook: str) -> tuple[int, int] | None:
-    """Block, and the place in it, by which hook points are ordered as the model computes them; None: no hook point."""
+    """Block and position in it; they order hook points as the model computes them. None if not a hook point."""
     parts = split(hook)
     return None if parts is None else (parts[0], list(KINDS).index(parts[1]))

@@ -1,4 +1,4 @@
-"""Which model it is: a name that survives moving, quick fingerprints of files, hashes of weights and tokenizers."""
+"""Identity of a model: a name that survives moving, quick fingerprints of files, hashes of weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _INDEX = "model.safetensors.index.json"
 _WHOLE_BYTES = 256_000_000
 NOT_OF_ACTIVATIONS = ("name", "fingerprint", "library")
-"""What may differ between models that give equal activations."""
+"""Entries that may differ between models with equal activations."""
 _NOT_COMPUTED = {
     "_name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map", "model_type", "dtype",
     "torch_dtype", "quantization_config", "attn_implementation", "_attn_implementation", "use_cache", "return_dict",
@@ -46,81 +46,81 @@ Größe, naïve café, señor, Москва, 東京タワー, 한국어, الع�
 
 
 def model_label(name: str) -> str:
-    """What a model is known by: hub names as they are, of paths the last part, so that a folder can be moved."""
+    """A model's label: its hub name, or the last part of its path, so that a folder can be moved."""
     path = expanded(name)
     is_path = path.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf")
     return path.resolve().name if is_path and name != DEMO else name
 
 
 def fingerprint(name: str) -> str | None:
-    """A quick hash of a local model's weight files: a swap shows without loading anything.
+    """A quick hash of a local model's weight files, which detects a swap without loading anything.
 
-    Up to 256 MB it is over all of them; of more, over their sizes and samples from all over them. None for hub models.
+    Up to 256 MB, all bytes are hashed; above, the sizes and samples spread over the files. None for hub models.
     """
     files = _weight_files(name)
     if not files:
         return None
-    return _of_contents(files)
+    return _hash_contents(files)
 
 
 def has_fingerprint(name: str, recorded: str | None) -> bool | None:
-    """Whether a recorded fingerprint is that of a local model's weight files; None if one of the two is not known.
+    """Whether a recorded fingerprint matches a local model's weight files; None if one of the two is unknown.
 
-    Those of older versions are of samples, whatever the size, and of the folder's own files alone.
+    Fingerprints of older versions hash samples, whatever the size, and only files directly in the folder.
     """
     files = _weight_files(name)
     if not files or recorded is None:
         return None
     older = _weight_files(name, subfolders=False)
-    return recorded in (fingerprint(name), _of_samples(files)) or bool(
-        older and older != files and recorded in (_of_contents(older), _of_samples(older))
+    return recorded in (fingerprint(name), _hash_samples(files)) or bool(
+        older and older != files and recorded in (_hash_contents(older), _hash_samples(older))
     )
 
 
 def _weight_files(name: str, *, subfolders: bool = True) -> list[Path]:
-    """Regular files, or links to such: what else has a name of weights holds none.
+    """Weight files of a local model: regular files, or links to such.
 
     Args:
         name: the model.
-        subfolders: those in folders within its own count too, if its index names them.
+        subfolders: include files in subfolders if the model's index names them.
     """
     path = DEMO_FOLDER if name == DEMO else expanded(name)
     if path.is_file():
         return [path]
     own = [file for file in path.glob("*") if file.suffix in _WEIGHT_SUFFIXES and file.is_file()]
-    named = [path / shard for shard in _shards(path / _INDEX) if "/" in shard] if subfolders else []
-    return sorted({*own, *(file for file in named if file.suffix in _WEIGHT_SUFFIXES and file.is_file())})
+    shards = [path / shard for shard in _shards(path / _INDEX) if "/" in shard] if subfolders else []
+    return sorted({*own, *(file for file in shards if file.suffix in _WEIGHT_SUFFIXES and file.is_file())})
 
 
 def _shards(index: Path) -> set[str]:
-    """Files that an index of weights names; none if there is no index, or none that can be read."""
+    """Files that an index of weights names; empty if there is no readable index."""
     try:
-        named = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ()
+        shards = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ()
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return set()
-    return {shard for shard in named if isinstance(shard, str) and ".." not in Path(shard).parts}
+    return {shard for shard in shards if isinstance(shard, str) and ".." not in Path(shard).parts}
 
 
-def _of_contents(files: list[Path]) -> str:
+def _hash_contents(files: list[Path]) -> str:
     if sum(file.stat().st_size for file in files) > _WHOLE_BYTES:
-        return _of_samples(files)
+        return _hash_samples(files)
     return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
 
 
-def _of_samples(files: list[Path]) -> str:
+def _hash_samples(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
         digest.update(f"{size} ".encode())
         with file.open("rb") as content:
-            for place in range(0, size, max(size // 64, 1 << 16)):
-                content.seek(place)
+            for offset in range(0, size, max(size // 64, 1 << 16)):
+                content.seek(offset)
                 digest.update(content.read(1 << 12))
     return digest.hexdigest()
 
 
 def hash_weights(model: Any) -> str:
-    """One digest over all weights, name by name; tensors are hashed side by side."""
+    """One digest over all weights, in order of their names; tensors are hashed in parallel."""
     tensors = sorted(model.state_dict().items())
 
     def digest(item: tuple[str, Tensor]) -> bytes:
@@ -136,24 +136,24 @@ def hash_weights(model: Any) -> str:
 
 
 def hash_config(config: Any) -> str:
-    """A hash of what a model's configuration says of its computation.
+    """A hash of the entries in a model's configuration that affect its computation.
 
-    Entries at the library's defaults do not count, so it may be another one in another version of the library.
+    Entries at the library's defaults do not count, so the hash may differ between versions of the library.
     """
 
-    def computing(value: Any) -> Any:
+    def relevant(value: Any) -> Any:
         if isinstance(value, dict):
-            return {str(key): computing(part) for key, part in value.items() if key not in _NOT_COMPUTED}
-        return [computing(part) for part in value] if isinstance(value, list | tuple) else value
+            return {str(key): relevant(part) for key, part in value.items() if key not in _NOT_COMPUTED}
+        return [relevant(part) for part in value] if isinstance(value, list | tuple) else value
 
-    content = json.dumps(computing(config.to_diff_dict()), sort_keys=True, default=str)
+    content = json.dumps(relevant(config.to_diff_dict()), sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def differs(key: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Whether two records of models contradict each other in an entry that both have.
 
-    Hashes of configurations can be compared where one version of the library made both.
+    Hashes of configurations can be compared only if the same version of the library made both.
     """
     if None in (recorded.get(key), here.get(key)):
         return False
@@ -162,7 +162,7 @@ def differs(key: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> b
 
 
 def hash_ids(tokenizer: Any) -> str:
-    """A hash of the ids that a tokenizer gives for a text with something of everything: of its rules, not its words."""
+    """A hash of the ids that a tokenizer gives for a varied text; it identifies the rules, not the vocabulary."""
     ids = tokenizer(_PROBE_TEXT, add_special_tokens=False, verbose=False)["input_ids"]
     return hashlib.sha256(json.dumps(list(map(int, ids))).encode()).hexdigest()
 

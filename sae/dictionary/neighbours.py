@@ -1,4 +1,4 @@
-"""Features whose decoder directions are most alike."""
+"""Nearest neighbours of features by decoder direction."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _PRODUCTS_AT_ONCE = 1 << 26
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest other features of each, nearest first.
+    """The nearest other features of each feature, nearest first.
 
     Attributes:
-        index: which.
-        cosine: of the angle between the decoder directions, −1 to 1.
+        index: the neighbours.
+        cosine: cosine between the decoder directions, −1 to 1.
     """
 
     index: Int[Tensor, "some n"]
@@ -27,7 +27,7 @@ class Neighbours:
 def nearest_neighbours(
     W_dec: Float[Tensor, "d_sae d_in"], n: int, features: Int[Tensor, " some"] | None = None
 ) -> Neighbours:
-    """Largest cosines between the decoder rows of some features (None: of all) and all others, a block at a time."""
+    """Largest cosines between the decoder rows of some features (None: all) and all others, one block at a time."""
     d_sae = len(W_dec)
     if features is None:
         features = torch.arange(d_sae, device=W_dec.device)

@@ -1,4 +1,4 @@
-"""What other tools read of a dictionary, in their names: the `cfg` that SAELens and SAEBench ask for."""
+"""The `cfg` attribute that SAELens and SAEBench read from a dictionary, under their names."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _WEIGHT_PROCESSING: dict[str, dict[str, bool]] = {
 class ToolConfig:
     """A dictionary's facts under the names that SAEBench 0.6 and SAELens 6 use.
 
-    Not frozen, since those tools set fields of it and add others; nothing in this package reads it. What the metadata
-    does not say is None, and the tool that needs it says so.
+    Not frozen, because those tools set its fields and add others; nothing in this package reads it. Facts missing from
+    the metadata are None, and the tool that needs them says so.
 
     Attributes:
-        model_name: the language model, by the name it was trained under; set another where the tool knows it by one.
-        hook_name, hook_layer: hook point, and the block it is in.
+        model_name: name of the language model in training; set another if the tool uses a different name.
+        hook_name, hook_layer: hook point, and its block.
         d_in, d_sae: shape.
-        architecture: as SAEBench calls it.
-        dtype, device: of the weights, as text; they follow when the dictionary is moved.
+        architecture: SAEBench's name of it.
+        dtype, device: dtype and device of the weights, as text; updated when the dictionary is moved.
         context_size: tokens the language model saw at once.
-        prepend_bos: whether contexts began with BOS; True where nothing is recorded.
+        prepend_bos: whether contexts began with BOS; True if not recorded.
         training_tokens: tokens the dictionary was trained on.
-        dataset_path: where its text came from.
-        model_from_pretrained_kwargs: what was done to the language model's weights, as arguments of transformer-lens's
+        dataset_path: source of its text.
+        model_from_pretrained_kwargs: processing of the language model's weights, as arguments of transformer-lens's
             `from_pretrained_no_processing`.
         hook_head_index: None: all heads together.
-        apply_b_dec_to_input: b_dec is subtracted before encoding.
+        apply_b_dec_to_input: True: b_dec is subtracted before encoding.
         normalize_activations: `none`: it takes raw activations.
-        seqpos_slice: of every position.
-        dataset_trust_remote_code: no data set's code is run.
+        seqpos_slice: `(None,)`: all positions.
+        dataset_trust_remote_code: False: no data set's code is run.
     """
 
     model_name: str | None
@@ -61,19 +61,19 @@ class ToolConfig:
     dataset_trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        self.metadata: Any = self  # SAELens 6 looks for most of these there
+        self.metadata: Any = self  # SAELens 6 reads most of these from it
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields above as JSON-able values; what a tool added is left out."""
+        """The fields above as JSON-able values; fields that a tool added are left out."""
         return asdict(self)
 
 
 def tool_config(config: Mapping[str, Any], device: str) -> ToolConfig:
-    """Made of what `config.json` holds.
+    """Build the `cfg` from the contents of `config.json`.
 
     Args:
-        config: of `Dictionary.config()`.
-        device: where the weights are.
+        config: result of `Dictionary.config()`.
+        device: device of the weights.
     """
     metadata: Mapping[str, Any] = config["metadata"]
     model, tokens, data, trained = (_part(metadata, name) for name in ("model", "tokens", "data", "trained"))
@@ -97,6 +97,6 @@ def tool_config(config: Mapping[str, Any], device: str) -> ToolConfig:
 
 
 def _part(metadata: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section of the metadata; empty where there is none."""
+    """A section of the metadata; empty if missing."""
     part = metadata.get(name)
     return part if isinstance(part, Mapping) else {}

@@ -1,4 +1,4 @@
-"""A dictionary's folder: read and checked, without knowing its class."""
+"""Reads and checks a dictionary's folder, without knowing its class."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from sae.files.writing import stands
 
 
 def weights_sha256(dictionary: Dictionary) -> str:
-    """Identity of a dictionary's weights, whatever device they are on."""
+    """Hash of a dictionary's weights, independent of their device."""
     digest = hashlib.sha256(dictionary.architecture.encode())
     for name, parameter in sorted(dictionary.named_parameters()):
-        # `detach` refuses what was made in inference mode and moved outside it.
+        # `detach` refuses tensors created in inference mode and moved outside it.
         content = parameter.data.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         digest.update(name.encode())
         digest.update(content)
@@ -37,7 +37,7 @@ def weights_sha256(dictionary: Dictionary) -> str:
 
 @dataclass(frozen=True)
 class SavedDictionary:
-    """A dictionary's two files, read and checked, before an architecture makes an object of them."""
+    """A dictionary's two files, read and checked, before an object is built from them."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor] = field(repr=False)
@@ -47,7 +47,8 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
     """Read a dictionary folder (or a run folder that holds one).
 
     Raises:
-        FormatError: nothing there, not this format, a newer version, a pickle, damaged or ill-shaped weights.
+        FormatError: no dictionary there, another format, a newer version, a pickle, or weights that are damaged or of
+            the wrong shape.
     """
     folder = expanded(path)
     if folder.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
@@ -66,27 +67,27 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
     if WEIGHTS_HASH in config and config[WEIGHTS_HASH] != sha256_of(folder / WEIGHTS_FILE):
         raise damaged(
             folder / WEIGHTS_FILE,
-            f"its SHA-256 is not the one in {CONFIG_FILE}: they are of two dictionaries, or saving was cut short",
+            f"its SHA-256 is not the one in {CONFIG_FILE}: they belong to two dictionaries, or saving was interrupted",
         )
     return SavedDictionary(config, tensors)
 
 
 def _check_saved(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a configuration that contradicts the tensors or itself, and weights that are no numbers."""
+    """Refuse a configuration that contradicts the tensors or itself, and weights that are not finite."""
     for key in ("d_in", "d_sae", *(("k",) if "k" in config else ())):
         if type(config.get(key)) is not int:
             raise damaged(folder / CONFIG_FILE, f"{key}={config.get(key)!r}: expected a whole number")
     shape = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
     if shape != (config["d_sae"], config["d_in"]):
-        there = "no W_dec" if shape is None else f"W_dec {list(shape)}"
+        actual = "no W_dec" if shape is None else f"W_dec {list(shape)}"
         raise damaged(
             folder / WEIGHTS_FILE,
-            f"weights do not fit {CONFIG_FILE}: {there}, where that says [{config['d_sae']}, {config['d_in']}]",
+            f"weights do not fit {CONFIG_FILE}: {actual}, expected [{config['d_sae']}, {config['d_in']}]",
         )
     for name, tensor in tensors.items():
-        here = dtype_name(tensor.dtype)
-        if here != config.get("dtype", here):
-            raise damaged(folder / WEIGHTS_FILE, f"{name} is {here}, where {CONFIG_FILE} says {config['dtype']!r}")
+        dtype = dtype_name(tensor.dtype)
+        if dtype != config.get("dtype", dtype):
+            raise damaged(folder / WEIGHTS_FILE, f"{name} is {dtype}, but {CONFIG_FILE} says {config['dtype']!r}")
         if not bool(tensor.isfinite().all()):
             raise damaged(folder / WEIGHTS_FILE, f"{name} has values that are not finite (NaN or infinity)")
     _check_metadata(folder / CONFIG_FILE, config)
@@ -104,15 +105,15 @@ def _check_metadata(path: Path, config: Mapping[str, Any]) -> None:
     if not isinstance(settings, dict):
         raise damaged(path, "metadata.trained should be keys and values")
     if recorded(path):
-        return  # as it was saved, be it with another k than that of training
+        return  # saved like this, possibly with a k that differs from training
     for key in TRAINED_AS & config.keys() & settings.keys():
         if config[key] != settings[key]:
-            raise damaged(path, f"{key}={config[key]!r}, and {settings[key]!r} in its own metadata")
+            raise damaged(path, f"{key}={config[key]!r}, but {settings[key]!r} in its own metadata")
 
 
 def identify(dictionary: Dictionary) -> dict[str, Any]:
-    """What tells a dictionary from another: its configuration, what a transcoder reads, and a hash of its weights."""
-    left_out = (*HEAD, "metadata")
-    kept = {key: value for key, value in dictionary.config().items() if key not in left_out}
+    """Identity of a dictionary: its configuration, the hook point a transcoder reads, and a hash of its weights."""
+    excluded = (*HEAD, "metadata")
+    config = {key: value for key, value in dictionary.config().items() if key not in excluded}
     reads = Hooks.of(dictionary.metadata).read_elsewhere
-    return {**kept, **({"reads": reads} if reads else {}), "weights_sha256": weights_sha256(dictionary)}
+    return {**config, **({"reads": reads} if reads else {}), "weights_sha256": weights_sha256(dictionary)}

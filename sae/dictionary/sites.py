@@ -1,4 +1,4 @@
-"""A transcoder's two hook points: the one that it reads, and the one whose activations it gives."""
+"""A dictionary's two hook points: the one it reads, and the one it reconstructs; they differ for a transcoder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sae.errors import ConfigError
 
 @dataclass(frozen=True)
 class Hooks:
-    """Where a dictionary belongs; None is what its metadata does not say.
+    """The hook points of a dictionary; None if its metadata does not say.
 
     Attributes:
-        reads: the hook point that it encodes.
-        gives: the one that it reconstructs: the same, but for a transcoder.
+        reads: the hook point it encodes.
+        gives: the hook point it reconstructs; the same, except for a transcoder.
     """
 
     reads: str | None
@@ -23,20 +23,20 @@ class Hooks:
 
     @property
     def of_transcoder(self) -> bool:
-        """Whether they differ."""
+        """Whether the two differ."""
         return self.reads != self.gives
 
     @property
     def read_elsewhere(self) -> str | None:
-        """What a transcoder reads; None where a dictionary reads what it gives."""
+        """The hook point a transcoder reads; None if the dictionary reads the one it reconstructs."""
         return self.reads if self.of_transcoder else None
 
     @staticmethod
     def of(metadata: dict[str, Any], hook: str | None = None, target_hook: str | None = None) -> Hooks:
-        """From `hook` and `target_hook` of a dictionary's metadata, unless others are given.
+        """Hook points from `hook` and `target_hook` of a dictionary's metadata, unless given as arguments.
 
         Raises:
-            ConfigError: a target without a hook point that is read, or one that comes before it.
+            ConfigError: a target without a hook point to read, or a target that comes before it.
         """
         reads = hook or _text(metadata.get("hook"))
         gives = target_hook or _text(metadata.get("target_hook")) or reads
@@ -46,7 +46,7 @@ class Hooks:
         return hooks
 
     def check(self) -> None:
-        """Raise ConfigError unless the model computes what is read before what is given."""
+        """Raise ConfigError unless the model computes `reads` before `gives`."""
         if self.reads is None:
             raise ConfigError(
                 f"target hook {self.gives!r}: the transcoder does not say which hook point it reads: give "
@@ -55,18 +55,18 @@ class Hooks:
         assert self.gives is not None
         if place_in_model(self.gives) < place_in_model(self.reads):
             raise ConfigError(
-                f"target hook {self.gives!r} comes before {self.reads!r}, which the transcoder reads: what is computed "
-                "later cannot give what is earlier; exchange them"
+                f"target hook {self.gives!r} comes before {self.reads!r}, which the transcoder reads: a later "
+                "activation cannot give an earlier one; swap them"
             )
 
 
 def _text(entry: Any) -> str | None:
-    """What a record says, where it is a name at all."""
+    """An entry of the metadata if it is text, else None."""
     return entry if isinstance(entry, str) else None
 
 
 def place_in_model(hook: str) -> tuple[int, int]:
-    """Block, and the place in it, by which hook points are ordered as the model computes them.
+    """Block and position in it; they order hook points as the model computes them.
 
     Raises:
         ConfigError: not a hook point.

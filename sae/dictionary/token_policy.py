@@ -12,16 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenPolicy:
-    """Which tokens are part of training, statistics and evaluation: decided once, recorded, used everywhere.
+    """Which tokens count in training, statistics and evaluation: decided once, recorded, used everywhere.
 
-    The first position and BOS have norms far above the rest in many models and would dominate every mean.
+    In many models, the first position and BOS have norms far above the rest and would dominate every mean.
 
     Attributes:
         prepend_bos: every context begins with the BOS token.
-        masked_positions: so many positions at the start of every context are left out.
-        masked_ids: tokens of these ids are left out.
-        chat_roles: of chats, tokens outside the messages of these roles are left out; None: all text of chats counts.
-            Which tokens these are stands beside them in the cache.
+        masked_positions: this many positions at the start of every context are left out.
+        masked_ids: tokens with these ids are left out.
+        chat_roles: in chats, tokens outside the messages of these roles are left out; None: all text of chats counts.
+            The cache records which tokens these are.
     """
 
     prepend_bos: bool
@@ -32,12 +32,12 @@ class TokenPolicy:
     def eligible(
         self, tokens: Int[Tensor, "context seq"] | None, positions: Int[Tensor, "context seq"] | None = None
     ) -> Bool[Tensor, "context seq"]:
-        """True where a token counts, as far as ids and positions decide.
+        """Mask of the tokens that count, as far as ids and positions decide.
 
         Args:
-            tokens: ids; None if they are not known, as in a pass over embeddings: then only positions matter.
-            positions: of each token in its text, and −1 for padding, which does not count; None: every context is a
-                text from its beginning.
+            tokens: ids; None if unknown, as in a pass over embeddings: then only positions matter.
+            positions: position of each token in its text, −1 for padding, which does not count; None: every context
+                starts at the beginning of a text.
         """
         if positions is None:
             assert tokens is not None
@@ -62,12 +62,12 @@ class TokenPolicy:
         """Inverse of `to_json`.
 
         Raises:
-            KeyError, TypeError: the record is not one.
+            KeyError, TypeError: the record is not a token policy.
         """
         bos, positions, ids = record["prepend_bos"], record["masked_positions"], tuple(record["masked_ids"])
         if type(bos) is not bool or any(type(number) is not int or number < 0 for number in (positions, *ids)):
             raise TypeError("a token policy is true or false, a number of positions, and token ids")
         roles = record.get("chat_roles")
         if roles is not None and not (isinstance(roles, list | tuple) and all(type(role) is str for role in roles)):
-            raise TypeError("roles of chats are names")
+            raise TypeError("chat_roles must be names")
         return TokenPolicy(bos, positions, ids, None if roles is None else tuple(roles))

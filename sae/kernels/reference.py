@@ -1,4 +1,4 @@
-"""The back end that says what is meant: dense matrices and plain PyTorch, slow and obvious. Tests compare with it."""
+"""The reference back end: dense matrices in plain PyTorch, slow and obvious. Tests compare the others with it."""
 
 from __future__ import annotations
 

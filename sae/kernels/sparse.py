@@ -1,10 +1,10 @@
 """Sparse codes in autograd: encode only what is selected, decode only what fires, gradients in factors.
 
 A code has a `Pattern` (which features fire in which row) and values, one for each pair. The matrices are by feature:
-`encoder = W_enc.T` and `decoder = W_dec`, both `[d_sae, d_in]`. What computes is `sae.kernels`.
+`encoder = W_enc.T` and `decoder = W_dec`, both `[d_sae, d_in]`. The back ends in `sae.kernels` do the computing.
 
-Without a `GradientSink`, gradients of the matrices are dense tensors as from any PyTorch function. With one, they go
-there in factors, for an optimiser that uses them a few features at a time and never holds them whole.
+Without a `GradientSink`, gradients of the matrices are dense tensors as from any PyTorch function. With one, they are
+collected there in factors, for an optimiser that uses them a few features at a time and never stores the full gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GradientSink:
     blocks: list[RowGradient] = field(default_factory=list)
 
     def take(self, dense: Float[Tensor, "d_sae d_in"] | None = None) -> Gradient:
-        """What was collected, with what autograd left in `.grad`; the sink is empty again."""
+        """Return the collected gradient together with the one in `.grad`, and empty the sink."""
         gradient = Gradient(tuple(self.terms), tuple(self.blocks), dense)
         self.terms, self.blocks = [], []
         return gradient
@@ -58,10 +58,10 @@ def encode_at(
     selection: Selection,
     sink: GradientSink | None = None,
 ) -> Float[Tensor, " pairs"]:
-    """(x − b_dec) · encoder[feature] + b_enc[feature] at every pair, as it was computed when it was selected.
+    """(x − b_dec) · encoder[feature] + b_enc[feature] at every pair, as computed during selection.
 
-    Differentiable in `x`, `b_dec`, `encoder` and `b_enc`. That of b_dec is −(Σ of b_enc's gradient · encoder), which
-    needs no gradient of x.
+    Differentiable in `x`, `b_dec`, `encoder` and `b_enc`. The gradient of b_dec is −(Σ of b_enc's gradient · encoder),
+    which does not require the gradient of x.
     """
     return cast(Tensor, _EncodeAt.apply(x, b_dec, encoder, b_enc, selection.values, selection.pattern, sink))
 
@@ -69,14 +69,15 @@ def encode_at(
 def rows_of(
     matrix: Float[Tensor, "d_sae d_in"], features: Int[Tensor, " some"], sink: GradientSink | None = None
 ) -> Float[Tensor, "some d_in"]:
-    """matrix[features], none of them twice; their gradient stays as small as they are."""
+    """matrix[features], without duplicates; with a sink, their gradient is as small as they are."""
     return cast(Tensor, _RowsOf.apply(matrix, features, sink)) if sink is not None else matrix[features]
 
 
 def entries_of(vector: Float[Tensor, " d_sae"], features: Int[Tensor, " pairs"] | slice) -> Float[Tensor, " entries"]:
     """vector[features], whose gradient is summed in the same order each time.
 
-    Indexing sums with atomic additions on a CPU's threads and in order on a GPU; `index_select` the other way round.
+    On a CPU, indexing sums with atomic additions across threads; on a GPU, in order. For `index_select`, it is the
+    other way round.
     """
     if isinstance(features, slice) or vector.device.type != "cpu":
         return vector[features]
@@ -88,7 +89,7 @@ def padded(
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """Values and features of every row, strongest first, padded with 0 to the longest row (at least 1 long).
 
-    Waits for the device where rows are of unequal lengths.
+    Waits for the device if rows differ in length.
     """
     if pattern.k is None:
         longest = max(int(pattern.offsets.diff().max()), 1) if pattern.batch else 1
@@ -111,11 +112,11 @@ def select_topk(
     subset: Subset | None = None,
     low: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> Selection:
-    """The k largest pre-activations of each row, whatever their sign. Not differentiable: `encode_at` is.
+    """The k largest pre-activations of each row, whatever their sign. Not differentiable; `encode_at` is.
 
     Args:
-        subset: features among which a second selection is made.
-        low: the encoder in bfloat16, to make the large product with.
+        subset: features for a second selection.
+        low: the encoder in bfloat16, for the large product.
     """
     centred = x - b_dec
     selection = kernels_for(encoder).select_topk(*_operands(centred, encoder, low), b_enc, k, subset)
@@ -132,7 +133,7 @@ def select_batch_topk(
     subset: Subset | None = None,
     low: Float[Tensor, "d_sae d_in"] | None = None,
 ) -> Selection:
-    """The k · batch largest pre-activations of the whole batch, whatever their sign; arguments as of `select_topk`."""
+    """The k · batch largest pre-activations of the whole batch, whatever their sign; arguments as in `select_topk`."""
     centred = x - b_dec
     selection = kernels_for(encoder).select_batch_topk(*_operands(centred, encoder, low), b_enc, k * len(x), subset)
     return selection if low is None else _exact(selection, centred, encoder, b_enc, subset)
@@ -155,9 +156,9 @@ def _operands(x: Tensor, encoder: Tensor, low: Tensor | None) -> tuple[Tensor, T
 
 
 def _exact(selection: Selection, x: Tensor, encoder: Tensor, b_enc: Tensor, subset: Subset | None) -> Selection:
-    """Values that a product in bfloat16 rounded, computed again at the places it selected.
+    """Recompute, at the selected pairs, the values that a bfloat16 product rounded.
 
-    Triton's products are summed and kept in float32; there nothing is to be done.
+    Triton sums and stores products in float32, so its selections are returned unchanged.
     """
     kernels = kernels_for(encoder)
     if kernels is not back_end("cpu"):

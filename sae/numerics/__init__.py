@@ -1,1 +1,1 @@
-"""What a computation depends on besides its inputs: random streams, and PyTorch's modes."""
+"""Random streams, PyTorch's modes, and statistics of activations."""

@@ -1,4 +1,4 @@
-"""PyTorch's modes, which a caller may have set: what this toolkit computes does not depend on them."""
+"""Makes results independent of the PyTorch modes that a caller has set."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 Computation = TypeVar("Computation", bound=Callable[..., Any])
 _KINDS = ("cpu", "cuda")
-"""Devices whose autocast is looked at."""
+"""Device types whose autocast is checked."""
 _CPU = torch.device("cpu")
 _FUNCTORCH: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextlib.contextmanager
 def training_mode() -> Iterator[None]:
-    """Record gradients, in the number types of the tensors, whatever the caller's modes; afterwards these hold again.
+    """Record gradients in the tensors' dtypes, whatever the caller's modes; restore those modes afterwards.
 
     Undoes `torch.set_grad_enabled(False)`, `torch.no_grad`, `torch.inference_mode`, `torch.autocast`,
     `torch.set_default_dtype` and `torch.set_default_device`.
@@ -30,7 +30,7 @@ def training_mode() -> Iterator[None]:
 
 
 def present_mode() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """A maker of contexts in which the modes of this moment hold again, for the caller's own code inside ours."""
+    """Capture the current modes; the returned function opens a context that restores them, for the caller's code."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     casts = {kind: torch.get_autocast_dtype(kind) for kind in _KINDS if torch.is_autocast_enabled(kind)}
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
@@ -49,7 +49,7 @@ def present_mode() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 def without_autocast(computation: Computation) -> Computation:
-    """The same function, computing in the number types of the tensors inside `torch.autocast` too."""
+    """Decorator: compute in the tensors' dtypes even inside `torch.autocast`."""
 
     @functools.wraps(computation)
     def computed(*args: Any, **kwargs: Any) -> Any:
@@ -62,9 +62,9 @@ def without_autocast(computation: Computation) -> Computation:
 
 
 def in_own_modes(computation: Computation) -> Computation:
-    """The same function or generator, inside `torch.autocast`, `set_default_dtype` and `set_default_device` too.
+    """Decorator: ignore `torch.autocast`, `set_default_dtype` and `set_default_device` in a function or generator.
 
-    Where a generator yields, the caller's modes hold.
+    While a generator is suspended at a yield, the caller's modes apply.
     """
     if inspect.isgeneratorfunction(inspect.unwrap(computation)):
 
@@ -93,9 +93,9 @@ def in_own_modes(computation: Computation) -> Computation:
 
 
 def needs_plain_operators(x: Tensor) -> bool:
-    """Whether only PyTorch's own dense operators will do.
+    """Whether only PyTorch's own dense operators work.
 
-    That is so inside the transforms of `torch.func`, in forward-mode differentiation, where `torch.compile` or
+    This is the case inside the transforms of `torch.func`, in forward-mode differentiation, while `torch.compile` or
     `torch.export` traces, and for tensors without data.
     """
     return (
@@ -107,7 +107,7 @@ def needs_plain_operators(x: Tensor) -> bool:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether numbers can be read out of it: not inside `torch.func.vmap`, nor of tensors without data."""
+    """Whether a tensor's values can be read: not inside `torch.func.vmap`, nor if it has no data."""
     if x.device.type == "meta":
         return False
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
@@ -117,13 +117,13 @@ def has_values(x: Tensor) -> bool:
 
 
 def is_mapped(gradient: Tensor) -> bool:
-    """Whether a backward pass is one of many at once, as of `torch.autograd.grad(…, is_grads_batched=True)`."""
+    """Whether a backward pass is batched, as in `torch.autograd.grad(…, is_grads_batched=True)`."""
     return torch._C._are_functorch_transforms_active() or _FUNCTORCH.is_legacy_batchedtensor(gradient)
 
 
 @contextlib.contextmanager
 def defaults(dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> Iterator[None]:
-    """While open, new tensors have this number type and device."""
+    """Create new tensors with this dtype and on this device inside `with`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

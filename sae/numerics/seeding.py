@@ -1,9 +1,9 @@
-"""Random streams by purpose: the one place where the toolkit's generators are made.
+"""Random streams by purpose: the only place where the toolkit creates generators.
 
-A stream follows from a purpose and some numbers, such as a seed. Both are hashed into the generator's state, so streams
-of two purposes, or of other numbers, have nothing in common, and none is what a small number seeds elsewhere
-(`torch.manual_seed(n)`, `np.random.seed(n)`, `np.random.default_rng(n)`, `random.seed(n)`): whatever a user plants in
-data, training does not begin with it.
+A purpose and some numbers, such as a seed, determine a stream. Both are hashed into the generator's state, so streams
+that differ in purpose or numbers are unrelated. No stream equals one seeded elsewhere with a small number
+(`torch.manual_seed(n)`, `np.random.seed(n)`, `np.random.default_rng(n)`, `random.seed(n)`): directions that a user
+plants in data are never the initial weights.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import numpy as np
 import torch
 
 STREAMS = 2
-"""Version of the streams, recorded by what can be resumed; what records none was begun with version 1."""
+"""Version of the streams, recorded in resumable states; a state without a version began with version 1."""
 _WORDS = 624
 _WORDS_AT = 24
-"""Where the words of the Mersenne Twister begin in the state of a CPU generator of torch, each in eight bytes."""
+"""Offset of the Mersenne Twister's words in the state of a CPU generator of torch; each takes eight bytes."""
 
 
 def torch_generator(purpose: str, *numbers: int) -> torch.Generator:
-    """A CPU generator of torch: a Mersenne Twister all of whose 624 words are hashed.
+    """A CPU generator of torch: a Mersenne Twister whose 624 words all come from the hash.
 
-    `manual_seed` would use 32 bits of the hash, and one stream in 65,536 would be that of a number below 2¹⁶.
+    `manual_seed` would use 32 bits of the hash, and one stream in 65,536 would equal that of a number below 2¹⁶.
     """
     hashed = _hashed("torch", purpose, numbers, 4 * _WORDS)
-    generator = torch.Generator().manual_seed(int.from_bytes(hashed[:7], "little"))  # what `initial_seed` returns
+    generator = torch.Generator().manual_seed(int.from_bytes(hashed[:7], "little"))  # returned by `initial_seed`
     words = torch.from_numpy(np.frombuffer(hashed, dtype="<u4").astype(np.int64))
     state = generator.get_state()
     state[_WORDS_AT : _WORDS_AT + 8 * _WORDS].view(torch.int64).copy_(words)
@@ -48,12 +48,12 @@ def python_random(purpose: str, *numbers: int) -> random.Random:
 
 
 def number(purpose: str, *numbers: int) -> int:
-    """A hash in [0, 2⁶⁴), for what computes pseudorandom numbers by itself."""
+    """A hash in [0, 2⁶⁴), for code that computes pseudorandom numbers itself."""
     return int.from_bytes(_hashed("number", purpose, numbers, 8), "little")
 
 
 def loader_generator_1(*numbers: int) -> np.random.Generator:
-    """Version 1 of the loader's streams, for trainings that began with it."""
+    """Version 1 of the loader's streams, for trainings started with it."""
     return np.random.default_rng(numbers)
 
 
@@ -63,6 +63,6 @@ def document_random_1() -> random.Random:
 
 
 def _hashed(kind: str, purpose: str, numbers: tuple[int, ...], length: int) -> bytes:
-    """So many bytes of SHAKE-256 over a text that no other kind, purpose or numbers have."""
+    """`length` bytes of SHAKE-256 over a text that is unique to the kind, purpose and numbers."""
     text = json.dumps([kind, purpose, *map(operator.index, numbers)])
     return hashlib.shake_256(text.encode()).digest(length)

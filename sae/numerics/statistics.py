@@ -1,4 +1,4 @@
-"""What is known of a stream of activations: mean, norm, count."""
+"""Statistics of a stream of activations: mean, norm, count."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 _ROUNDING = 1e-12
-"""Share of E‖x‖² up to which a variance can be the rounding of sums in float64."""
+"""Share of E‖x‖² up to which a variance can be a rounding error of sums in float64."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Over the eligible training tokens of one hook point.
+    """Statistics over the eligible training tokens of one hook point.
 
     Attributes:
-        tokens: how many they are.
-        mean: E[x], in float64: the variance is a difference of squares, and with a large mean the smaller part of them.
+        tokens: number of tokens.
+        mean: E[x], in float64: the variance is a difference of squares, and small compared with them if the mean is
+            large.
         mean_squared_norm: E‖x‖².
-        centred: E‖x − E x‖² as it was measured, where all rows were there at once; None: it follows from the others.
+        centred: E‖x − E x‖², measured directly if all rows were in memory; None: computed from the others.
     """
 
     tokens: int
@@ -30,14 +31,14 @@ class Statistics:
 
     @staticmethod
     def of(rows: Float[Tensor, "rows d_in"]) -> Statistics:
-        """Of rows in memory. Their variance is exact next to any mean, and 0 only if they are equal."""
+        """Statistics of rows in memory. The variance is exact for any mean, and 0 only if all rows are equal."""
         rows = rows.detach().double()
         variance = (rows - rows[0]).var(0, correction=0).sum()
         return Statistics(len(rows), rows.mean(0), float(rows.square().sum(1).mean()), float(variance))
 
     @property
     def variance(self) -> float:
-        """E‖x − E x‖², summed over d_in; 0 if it is no more than the rounding of the two squares."""
+        """E‖x − E x‖², summed over d_in; 0 if it is within the rounding error of the two squares."""
         if self.centred is not None:
             return self.centred
         variance = self.mean_squared_norm - float(self.mean.double().square().sum())

@@ -1,4 +1,4 @@
-"""What dictionaries that are trained in one pass must have in common."""
+"""Checks that dictionaries can be trained in one pass."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ from sae.training.traits import check_read
 def common_pass(
     sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe], device: torch.device
 ) -> tuple[int, int]:
-    """Batch size and number of tokens, which all share.
+    """Return the batch size and the number of tokens that all dictionaries share.
 
     Raises:
-        ConfigError: a source that is not there; settings that a common pass cannot have; a dictionary that the device's
-            memory cannot hold.
+        ConfigError: a source is missing; settings differ that must be equal in one pass; a dictionary does not fit into
+            the device's memory.
         TrainingError: fewer tokens than a batch.
     """
     for name, recipe in recipes.items():
         for part in (recipe.source, recipe.target):
             if part is not None and part not in sources:
-                raise ConfigError(f"{name}: there is no source {part!r}; there is {', '.join(sources)}")
+                raise ConfigError(f"{name}: there is no source {part!r}; the sources are {', '.join(sources)}")
             if part is not None and not hasattr(sources[part], "load_state_dict"):
                 raise ConfigError(
-                    f"{part}: a {type(sources[part]).__name__} is no source of batches: give an ActivationLoader, or "
-                    "sae.IterableSource(batches) of a list of tensors [batch, d_in]"
+                    f"{part}: a {type(sources[part]).__name__} is not a source of batches: give an ActivationLoader, "
+                    "or sae.IterableSource(batches) with a list of tensors [batch, d_in]"
                 )
         if recipe.target is not None:
             _check_transcoder(name, sources[recipe.source], sources[recipe.target])
-    used = {name: sources[name] for made in recipes.values() for name in (made.source, made.target) if name is not None}
+    names = [name for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None]
+    used = {name: sources[name] for name in names}
     _check_sources(used)
     folders = [recipe.folder for recipe in recipes.values() if recipe.folder is not None]
     if len(set(folders)) < len(folders):
-        raise ConfigError("two recipes have the same folder: give each one of its own")
+        raise ConfigError("two recipes have the same folder: give each its own")
     sizes = {source.batch_size for source in used.values()}
     if len(sizes) > 1:
-        raise ConfigError(f"the sources have batches of {sorted(sizes)} rows: make them of one size")
-    for one, other in itertools.pairwise(recipes):
+        raise ConfigError(f"the sources have batches of {sorted(sizes)} rows: make them equal")
+    for name, other_name in itertools.pairwise(recipes):
         for key in ("tokens", "log_every", "checkpoint_every"):
-            ours, theirs = getattr(recipes[one].settings, key), getattr(recipes[other].settings, key)
-            if ours != theirs:
+            value, other_value = getattr(recipes[name].settings, key), getattr(recipes[other_name].settings, key)
+            if value != other_value:
                 raise ConfigError(
-                    f"train.{key} is {ours} for {one} and {theirs} for {other}: one pass has one; train them apart"
+                    f"train.{key} is {value} for {name} and {other_value} for {other_name}: one pass has a single "
+                    "value; train them separately"
                 )
     settings = next(iter(recipes.values())).settings
     source = next(iter(used.values()))
@@ -67,22 +69,21 @@ def common_pass(
 
 
 def _check_transcoder(name: str, source: BatchSource, target: BatchSource) -> None:
-    """Whether a target can be computed from an input, as far as it is known where they come from.
+    """Check that a target can be computed from an input, as far as their origins are known.
 
     Raises:
-        ConfigError: they have different widths or are of different texts, or the model computes the target before the
-            input.
+        ConfigError: their widths or texts differ, or the model computes the target before the input.
     """
     if target.d_in != source.d_in:
         raise ConfigError(
-            f"{name}: the target has {target.d_in} numbers a row, the input {source.d_in}: they must have as many"
+            f"{name}: the target has {target.d_in} numbers a row, the input {source.d_in}: they must be equally wide"
         )
     if isinstance(source, OrderedSource) and isinstance(target, OrderedSource):
-        (text, place), (other_text, other_place) = source.text, target.text
-        if text != other_text:
+        (text, cache), (target_text, target_cache) = source.text, target.text
+        if text != target_text:
             raise ConfigError(
-                f"{name}: the target's cache, {other_place!r}, is of other text than the input's, {place!r}: harvest "
-                "both hook points with the same data settings, best in one cache"
+                f"{name}: the target's cache, {target_cache!r}, has other text than the input's, {cache!r}: harvest "
+                "both hook points with the same data settings, preferably in one cache"
             )
     metadata = origin(source, target)
     if metadata.get("target_model") is None:
@@ -93,21 +94,21 @@ def _check_transcoder(name: str, source: BatchSource, target: BatchSource) -> No
 
 
 def _check_sources(sources: Mapping[str, BatchSource]) -> None:
-    """Whether batches that are read together can be of the same tokens, as far as that is known beforehand.
+    """Check that batches read together can belong to the same tokens, as far as this is known beforehand.
 
     Raises:
-        ConfigError: two are one object, or loaders have different orders.
+        ConfigError: two sources are the same object, or loaders have different orders.
     """
-    for (one, ours), (other, theirs) in itertools.combinations(sources.items(), 2):
-        if ours is theirs:
+    for (name, source), (other_name, other) in itertools.combinations(sources.items(), 2):
+        if source is other:
             raise ConfigError(
-                f"{one} and {other} are one source, and each would get every second batch: "
-                + ("leave target out" if other == "target" else "name it once, for all that read it")
+                f"{name} and {other_name} are the same source, and each would get every second batch: "
+                + ("leave target out" if other_name == "target" else "name it once, for all recipes that read it")
             )
-        if isinstance(ours, OrderedSource) and isinstance(theirs, OrderedSource) and ours.order != theirs.order:
+        if isinstance(source, OrderedSource) and isinstance(other, OrderedSource) and source.order != other.order:
             raise ConfigError(
-                f"{one} and {other} give tokens in different orders: load them with the same split, seed, pool_tokens "
-                "and block_tokens, from caches of the same text"
+                f"{name} and {other_name} give tokens in different orders: load them with the same split, seed, "
+                "pool_tokens and block_tokens, from caches of the same text"
             )
 
 
@@ -121,30 +122,30 @@ def _check_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, BatchSou
 
 
 def check_recipe(recipe: Recipe, d_in: int, memory: int) -> None:
-    """Whether a dictionary can be trained as its recipe says; nothing of its size is made.
+    """Check that a dictionary can be trained as its recipe says, without allocating its weights.
 
     Args:
-        recipe: of the dictionary.
+        recipe: the dictionary's recipe.
         d_in: width of its input.
-        memory: bytes that the device has.
+        memory: the device's memory in bytes.
 
     Raises:
-        ConfigError: settings that contradict each other or have no effect; too little memory; frozen names or a start
-            that do not fit.
+        ConfigError: settings contradict each other or have no effect; there is too little memory; frozen names or the
+            start do not fit.
     """
-    shape, settings = recipe.dictionary, recipe.settings
-    check_memory(d_in, shape, memory)
-    check_fit(shape, settings)
-    check_read(shape, settings)
+    config, settings = recipe.dictionary, recipe.settings
+    check_memory(d_in, config, memory)
+    check_fit(config, settings)
+    check_read(config, settings)
     with torch.device("meta"):
-        dictionary = build(shape, d_in)
+        dictionary = build(config, d_in)
     freeze_(dictionary, settings.freeze)
     check_start(recipe, dictionary)
 
 
 def _check_snapshots(recipe: Recipe, tokens: int) -> None:
     settings = recipe.settings
-    late = [at for at in settings.snapshots if at > tokens]
+    late = [count for count in settings.snapshots if count > tokens]
     if late:
         raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")
     if settings.snapshots and recipe.folder is None:

@@ -45,12 +45,12 @@ _ONLY = "dictionary"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a common pass, by the recipes' names.
+    """Results of a common pass, by the recipes' names.
 
     Attributes:
-        dictionaries: the trained ones.
+        dictionaries: those that finished training.
         failures: why the others stopped.
-        costs: of all.
+        costs: costs of all of them.
     """
 
     dictionaries: dict[str, Dictionary]
@@ -75,32 +75,32 @@ def train(
     """Train a dictionary on a stream of activations.
 
     Args:
-        source: batches `[batch, d_in]`, read from the beginning, or where the checkpoint was that training resumes
-            from; its `statistics` set the normalisation.
+        source: batches `[batch, d_in]`, read from the beginning, or from the checkpoint that training resumes from; its
+            `statistics` set the normalisation.
         dictionary: architecture, d_sae, k.
-        settings: how to train; `batch_size`, `pool_tokens` and `shuffle_seed` are the source's affair and not read
+        settings: how to train; `batch_size`, `pool_tokens` and `shuffle_seed` belong to the source and are not read
             here.
-        target: what is reconstructed from the input where that is not the input itself (a transcoder): batches of the
-            same tokens in the same order, with as many numbers a row.
-        start: a dictionary for raw activations whose weights it begins with; `settings.start_from` is for run folders
-            and refused here.
-        seed: of the initialisation.
+        target: reconstruction target, if it is not the input itself (a transcoder): batches of the same tokens in the
+            same order and of the same width.
+        start: a dictionary for raw activations whose weights training starts from; `settings.start_from` is for run
+            folders and refused here.
+        seed: seed of the initialisation.
         device: where to train.
-        folder: of `metrics.jsonl`, `checkpoints/`, from whose newest it resumes, and `snapshots/`; None: keep nothing.
-            What is returned is not saved there: `save` it.
-        metadata: saved with the dictionary. An `ActivationLoader` gives it hook point, model, token policy and text;
-            entries here win. `activations` in it names the data: resuming on others is refused.
-        sinks: further places for the logged numbers.
-        progress: called after every logged step with (tokens done, tokens in all, metrics).
+        folder: folder for `metrics.jsonl`, `checkpoints/` and `snapshots/`; training resumes from its newest
+            checkpoint. None: keep nothing. The returned dictionary is not saved there: `save` it.
+        metadata: saved with the dictionary. An `ActivationLoader` adds hook point, model, token policy and text;
+            entries given here win. The entry `activations` names the data: resuming on other data is refused.
+        sinks: additional sinks for the logged numbers.
+        progress: called after every logged step with (tokens done, total tokens, metrics).
 
     Returns:
         The dictionary, normalisation folded in, in evaluation mode: it takes raw activations.
 
     Raises:
         TrainingInterrupted: Ctrl-C, after the state was saved.
-        ConfigError: settings that contradict each other, or that have no effect on this architecture.
-        TrainingError: fewer tokens than a batch; NaN; a checkpoint of other settings.
-        CacheError: another process, or another thread, trains in the folder; or it cannot be written.
+        ConfigError: settings contradict each other, or have no effect on this architecture.
+        TrainingError: fewer tokens than a batch; NaN; a checkpoint made with other settings.
+        CacheError: another process or thread trains in the folder, or the folder cannot be written.
     """
     sources = {"input": source} if target is None else {"input": source, "target": target}
     recipe = Recipe(
@@ -114,14 +114,14 @@ def train_one(
     sources: Mapping[str, BatchSource], recipe: Recipe, *, device: str | torch.device = "cpu",
     sinks: Sequence[Sink] = (), progress: Progress | None = None,
 ) -> Dictionary:  # fmt: skip
-    """`train` by a recipe, which names one or two of the sources.
+    """`train` with a recipe, which names one or two of the sources.
 
     Raises:
-        SaeError: as `train` does.
+        SaeError: for the same reasons as `train`.
     """
     outcome = train_all(
         sources, {_ONLY: recipe}, device=device, sinks={_ONLY: sinks},
-        progress=None if progress is None else lambda done, of, metrics: progress(done, of, metrics[_ONLY]),
+        progress=None if progress is None else lambda done, total, metrics: progress(done, total, metrics[_ONLY]),
     )  # fmt: skip
     if outcome.failures:
         raise TrainingError(outcome.failures[_ONLY])
@@ -138,25 +138,25 @@ def train_all(
 ) -> Outcome:
     """Train many dictionaries in one pass over the activations.
 
-    Every batch is read once and used by each dictionary in turn. Each is what `train` alone would make of the same
-    source, bit for bit on a CPU, and has a folder of its own. One that diverges drops out; the others go on.
+    Every batch is read once and used by each dictionary in turn. Each result equals what `train` alone makes from the
+    same source, bit for bit on a CPU. Each dictionary has its own folder. One that diverges drops out; the others
+    continue.
 
-    The caller's PyTorch modes (`no_grad`, `inference_mode`, `autocast`) hold for the sources alone: a step records
+    The caller's PyTorch modes (`no_grad`, `inference_mode`, `autocast`) apply to the sources alone: a step records
     gradients, in float32.
 
     Args:
-        sources: by name; with the same batch size, tokens in the same order.
-        recipes: by whatever names. They may differ in everything but batch size and number of tokens.
+        sources: sources by name, with the same batch size and tokens in the same order.
+        recipes: recipes by any names. They may differ in everything but batch size and number of tokens.
         device: where to train.
-        sinks: further places for the logged numbers of each.
-        progress: called after every logged step with (tokens done, tokens in all, metrics by name).
+        sinks: additional sinks for the logged numbers, by recipe name.
+        progress: called after every logged step with (tokens done, total tokens, metrics by name).
 
     Raises:
         TrainingInterrupted: Ctrl-C, after all states were saved.
-        ConfigError: recipes or sources that do not fit each other; settings that contradict each other or that have no
-            effect.
-        TrainingError: fewer tokens than a batch; a checkpoint of other settings.
-        CacheError: another process, or another thread, trains in one of the folders; or one cannot be written.
+        ConfigError: recipes or sources do not fit together; settings contradict each other or have no effect.
+        TrainingError: fewer tokens than a batch; a checkpoint made with other settings.
+        CacheError: another process or thread trains in one of the folders, or a folder cannot be written.
     """
     if not recipes:
         raise ConfigError("there is no recipe: give at least one dictionary to train")
@@ -187,8 +187,8 @@ class _Run:
 
     def _trainer(self, recipe: Recipe, sources: Mapping[str, BatchSource]) -> Trainer:
         target = None if recipe.target is None else sources[recipe.target]
-        known = origin(sources[recipe.source], target)
-        recipe = replace(recipe, metadata={**known, **recipe.metadata})
+        metadata = {**origin(sources[recipe.source], target), **recipe.metadata}
+        recipe = replace(recipe, metadata=metadata)
         return Trainer(recipe, sources[recipe.source], target, self.steps, self.device)
 
     def train(
@@ -196,14 +196,14 @@ class _Run:
         sinks: Mapping[str, Sequence[Sink]],
         progress: Callable[[int, int, dict[str, Metrics]], None] | None,
     ) -> Outcome:
-        everyone = dict(self.members)
+        all_members = dict(self.members)
         with stop_flag() as stop, contextlib.ExitStack() as stack:
-            for member in everyone.values():
+            for member in all_members.values():
                 if member.folder is not None:
                     stack.enter_context(locked(member.folder, "training"))
             self._resume()
             self._check_space()
-            for name, member in everyone.items():
+            for name, member in all_members.items():
                 member.sinks = list(sinks.get(name, ()))
                 if member.folder is not None:
                     lines = JsonLines(member.folder, self.step)
@@ -222,7 +222,7 @@ class _Run:
                 if self.step % self.log_every == 0 or last:
                     self._drop_failed()
                     self._log(progress)
-                self._snapshot()  # before the checkpoint, behind which a resumed training does not go back
+                self._snapshot()  # before the checkpoint, because a resumed training starts after it
                 if stop.is_set() or clock.is_due(self.step, last=last):
                     with clock.writing():
                         self._checkpoint()
@@ -231,7 +231,7 @@ class _Run:
         return Outcome(
             {name: member.trainer.folded() for name, member in self.members.items()},
             self.failures,
-            {name: member.cost() for name, member in everyone.items()},
+            {name: member.cost() for name, member in all_members.items()},
         )
 
     def _step(self, member: Member, batch: dict[str, Tensor]) -> None:
@@ -243,11 +243,11 @@ class _Run:
         member.tokens += len(raw)
 
     def _set_thresholds(self) -> None:
-        """Of those that have one, for the weights as they are, from the batches that come next; once a step."""
-        wanted = max((member.trainer.batches_ahead for member in self.members.values()), default=0)
-        if self.threshold_step == self.step or wanted == 0:
+        """Set thresholds for the current weights from the next batches, if an architecture has one; once a step."""
+        count = max((member.trainer.batches_ahead for member in self.members.values()), default=0)
+        if self.threshold_step == self.step or count == 0:
             return
-        ahead = self.reader.look_ahead(wanted)
+        ahead = self.reader.look_ahead(count)
         for member in self.members.values():
             member.trainer.set_threshold_([batch[member.trainer.recipe.source] for batch in ahead])
         self.threshold_step = self.step
@@ -265,26 +265,26 @@ class _Run:
             }
             for sink in member.sinks:
                 sink.log(metrics[name])
-            takers = [sink for sink in member.sinks if isinstance(sink, FeatureSink)]
-            of_features = trainer.of_features() if takers else {}
-            for sink in takers:
-                sink.log_features(self.step, of_features)
+            feature_sinks = [sink for sink in member.sinks if isinstance(sink, FeatureSink)]
+            feature_metrics = trainer.feature_metrics() if feature_sinks else {}
+            for sink in feature_sinks:
+                sink.log_features(self.step, feature_metrics)
         if progress and metrics:
             progress(self.step * self.batch_size, self.total_tokens, metrics)
 
     def _drop_failed(self) -> None:
-        """Take those out whose loss was not finite. Waits for the device."""
+        """Remove members whose loss was not finite. Waits for the device."""
         for name, member in list(self.members.items()):
             reason = member.trainer.failure()
             if reason is None:
                 continue
-            kept = member.checkpoints
-            last = f"the last good checkpoint is {str(kept[-1])!r}" if kept else "there is no checkpoint yet"
+            paths = member.checkpoints
+            last = f"the last good checkpoint is {str(paths[-1])!r}" if paths else "there is no checkpoint yet"
             self.failures[name] = f"{reason}; {last}"
             del self.members[name]
 
     def _checkpoint(self) -> None:
-        """Write all before any older one goes, so that a kill in between leaves a step that all have."""
+        """Write all states before deleting older ones: a kill in between leaves a step that all members have."""
         self._drop_failed()
         self._set_thresholds()
         for member in self.members.values():
@@ -298,10 +298,10 @@ class _Run:
                 prune_checkpoints(member.folder / CHECKPOINTS, member.keep)
 
     def _check_space(self) -> None:
-        """Refuse to begin what cannot be kept.
+        """Check that the disk has room for the checkpoints and dictionaries.
 
         Raises:
-            TrainingError: fewer bytes are free than the checkpoints and dictionaries need.
+            TrainingError: it has too little.
         """
         needs = {
             member.folder: training_bytes(weights_bytes(member), member.trainer.bytes(), member.keep)
@@ -316,11 +316,11 @@ class _Run:
             )
 
     def _snapshot(self) -> None:
-        """Save those dictionaries that were to be saved after a number of tokens that this step has reached."""
+        """Save the dictionaries that have a snapshot due at this step."""
         before, now = (self.step - 1) * self.batch_size, self.step * self.batch_size
         due = {
             name for name, member in self.members.items()
-            if any(before < at <= now for at in member.trainer.settings.snapshots)
+            if any(before < tokens <= now for tokens in member.trainer.settings.snapshots)
         }  # fmt: skip
         if due:
             self._drop_failed()
@@ -331,52 +331,52 @@ class _Run:
             member.trainer.folded().save(snapshot_folder(member.folder, now))
 
     def _resume(self) -> None:
-        """Go on from the newest step that all have.
+        """Continue from the newest step that all members have.
 
         Raises:
-            TrainingError: some have checkpoints, and no step is common to all; one was made with other settings; or two
-                had their tokens in different orders.
+            TrainingError: some members have checkpoints, but no step is common to all; a checkpoint was made with other
+                settings; or two members read their tokens in different orders.
         """
-        kept = [{int(path.name.removeprefix("step-")): path for path in m.checkpoints} for m in self.members.values()]
-        common = set.intersection(*map(set, kept)) if kept else set()
+        saved = [{int(path.name.removeprefix("step-")): path for path in m.checkpoints} for m in self.members.values()]
+        common = set.intersection(*map(set, saved)) if saved else set()
         self.step = max(common, default=0)
-        read: dict[str, tuple[str, Any]] = {}
-        for (name, member), paths in zip(self.members.items(), kept, strict=True):
+        first_places: dict[str, tuple[str, Any]] = {}
+        for (name, member), paths in zip(self.members.items(), saved, strict=True):
             if paths:
                 newest = paths[max(common or paths)]
                 state = load_checkpoint(newest)
                 with taken_apart(newest / STATE_FILE):
                     member.trainer.check_identity(state["identity"], f"checkpoint {str(newest)!r}")
                     if common:
-                        self._check_same_places(name, member.trainer.recipe, state["sources"], read)
-                        self._go_on(member, state)
+                        self._check_same_places(name, member.trainer.recipe, state["sources"], first_places)
+                        self._restore(member, state)
         if common:
             return
         for source in self.sources.values():
             source.restart()
-        if any(kept):
-            names = [name for name, paths in zip(self.members, kept, strict=True) if paths]
+        if any(saved):
+            names = [name for name, paths in zip(self.members, saved, strict=True) if paths]
             raise TrainingError(
-                f"{', '.join(names)}: there are checkpoints, but of no step that all {len(kept)} have; train these "
-                "apart from the others, or delete their checkpoints"
+                f"{', '.join(names)}: there are checkpoints, but of no step that all {len(saved)} have; train these "
+                "separately from the others, or delete their checkpoints"
             )
 
     def _check_same_places(
-        self, name: str, recipe: Recipe, places: dict[str, Any], read: dict[str, tuple[str, Any]]
+        self, name: str, recipe: Recipe, places: dict[str, Any], first_places: dict[str, tuple[str, Any]]
     ) -> None:
-        """Raise TrainingError where a member's sources were not where, or of the order that, they are for others."""
+        """Raise TrainingError if a member's sources had another place or order than the same sources of others."""
         for role, source in (("input", recipe.source), ("target", recipe.target)):
             if source is None:
                 continue
-            other, place = read.setdefault(source, (name, places[role]))
+            other, place = first_places.setdefault(source, (name, places[role]))
             if place != places[role]:
                 raise TrainingError(
-                    f"{other} and {name}: their checkpoints of step {self.step} are of different orders of the tokens "
-                    f"({place} and {places[role]}); train them apart"
+                    f"{other} and {name}: their checkpoints of step {self.step} have different orders of the tokens "
+                    f"({place} and {places[role]}); train them separately"
                 )
 
-    def _go_on(self, member: Member, state: dict[str, Any]) -> None:
-        """Take a member and its sources to where they were."""
+    def _restore(self, member: Member, state: dict[str, Any]) -> None:
+        """Restore a member and the places of its sources from a state."""
         warn_of_missed_snapshots(member.folder, member.trainer.settings, self.batch_size, self.step)
         member.trainer.load_state_dict(state)
         if "meter" in state:
@@ -390,8 +390,8 @@ class _Run:
         folders = [member.folder for member in self.members.values() if member.folder is not None]
         if not folders:
             return f"stopped at step {self.step} of {self.steps}; without a run folder nothing is kept"
-        where = f"{str(folders[0] / CHECKPOINTS)!r}" + (f" and {len(folders) - 1} more" if len(folders) > 1 else "")
+        places = f"{str(folders[0] / CHECKPOINTS)!r}" + (f" and {len(folders) - 1} more" if len(folders) > 1 else "")
         return (
-            f"stopped at step {self.step} of {self.steps}; the state is saved in {where}: run the same command again "
+            f"stopped at step {self.step} of {self.steps}; the state is saved in {places}: run the same command again "
             "to go on"
         )

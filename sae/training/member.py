@@ -1,4 +1,4 @@
-"""A dictionary in a common pass: its trainer, its sinks, what it cost."""
+"""A dictionary in a common pass: its trainer, its sinks, its cost."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sae.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Cost:
-    """What one dictionary of a common pass took.
+    """Cost of one dictionary in a common pass.
 
     Attributes:
-        seconds: in its own steps, without reading.
-        tokens: trained on in this process.
-        bytes: weights and optimiser.
+        seconds: time in its own steps, without reading.
+        tokens: tokens it was trained on in this process.
+        bytes: memory of weights and optimiser.
     """
 
     seconds: float
@@ -28,7 +28,7 @@ class Cost:
 
 @dataclass
 class Member:
-    """One trainer and what surrounds it."""
+    """One trainer with its sinks, meter and stopwatch."""
 
     trainer: Trainer
     sinks: list[Sink] = field(default_factory=list)
@@ -58,5 +58,5 @@ def weights_bytes(member: Member) -> int:
 
 
 def checkpoint_bytes(member: Member) -> int:
-    """Of a state and of the dictionary beside it; 0 where none is written."""
+    """Size of a state and of the dictionary next to it; 0 if none is written."""
     return 0 if member.folder is None else weights_bytes(member) + member.trainer.bytes()

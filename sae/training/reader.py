@@ -1,4 +1,4 @@
-"""What a common pass reads: a batch of every source, some of them before their step is due."""
+"""Reads a common pass: a batch of every source per step, and batches of coming steps ahead of time."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from sae.training.source import BatchSource, IterableSource
 
 @dataclass(frozen=True)
 class _Read:
-    """A batch of every source, and the places where they are after it."""
+    """A batch of every source, and the sources' places after it."""
 
     batch: dict[str, Float[Tensor, "batch d_in"]]
     places: dict[str, dict[str, Any]]
 
 
 class Reader:
-    """Batches of several sources, row by row of the same tokens.
+    """Reads batches of several sources, in which equal rows belong to the same tokens.
 
     Args:
-        sources: by name.
+        sources: sources by name.
         device: where batches go.
-        callers_mode: the caller's PyTorch modes, which hold for the sources: one may run a language model.
+        callers_mode: the caller's PyTorch modes, which apply to the sources, because one may run a language model.
     """
 
     def __init__(
@@ -41,19 +41,19 @@ class Reader:
         self.sources, self.device, self.callers_mode = sources, device, callers_mode
         self._count = 0
         self._ahead: deque[_Read] = deque()
-        self._places: dict[str, dict[str, Any]] | None = None  # of the newest step; None: where the sources are
+        self._places: dict[str, dict[str, Any]] | None = None  # at the newest step; None: the sources' own
         self._unreadable: Exception | None = None
         self._batches: Iterator[tuple[Tensor, ...]] = iter(())
 
     def begin(self, steps_done: int) -> None:
-        """Read from where the sources are."""
+        """Start reading at the sources' places."""
         self._count, self._batches = steps_done, zip(*self.sources.values(), strict=False)
 
     def next(self) -> dict[str, Float[Tensor, "batch d_in"]] | None:
         """The next batch by source, float32 on the device; None if there is no more.
 
         Raises:
-            TrainingError: batches that do not fit each other.
+            TrainingError: the batches do not fit together.
         """
         if self._ahead:
             read = self._ahead.popleft()
@@ -65,18 +65,18 @@ class Reader:
         return self._read()
 
     def look_ahead(self, count: int) -> list[dict[str, Float[Tensor, "batch d_in"]]]:
-        """The batches that come next, that many or as many as there are; `next` still gives them."""
+        """The next `count` batches, or fewer at the end; `next` still returns them."""
         self._places = self._places or self._now()
         try:
             while self._unreadable is None and len(self._ahead) < count and (batch := self._read()) is not None:
-                copied = {name: x.clone() for name, x in batch.items()}  # an iterable may fill one buffer again
-                self._ahead.append(_Read(copied, self._now()))
-        except Exception as error:  # of a step that is not due yet, or never will be
+                copies = {name: x.clone() for name, x in batch.items()}  # an iterable may reuse its buffer
+                self._ahead.append(_Read(copies, self._now()))
+        except Exception as error:  # raised when its step is due, if ever
             self._unreadable = error
         return [read.batch for read in self._ahead]
 
     def places_of(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
-        """Where the sources of a recipe are, by what they are to it: their names differ from pass to pass."""
+        """Places of a recipe's sources, by role: their names differ from pass to pass."""
         names = {"input": recipe.source, "target": recipe.target}
         places = self._places or self._now()
         return {role: places[name] for role, name in names.items() if name is not None}
@@ -94,8 +94,8 @@ class Reader:
         epochs = {source.epoch for source in self.sources.values() if isinstance(source, IterableSource)}
         if len(epochs) > 1:
             raise TrainingError(
-                f"at step {self._count} {' and '.join(self.sources)} are not of one length: one has begun anew and the "
-                "other has not; give them as many batches each, row by row of the same tokens"
+                f"at step {self._count} {' and '.join(self.sources)} differ in length: one has started again and the "
+                "other has not; give them the same number of batches, with rows of the same tokens"
             )
         return {name: x.detach().to(self.device, torch.float32) for name, x in batch.items()}
 

@@ -1,4 +1,4 @@
-"""What a dictionary in training is made of: settings, sources, a start, a place to go."""
+"""The recipe of a dictionary: settings, sources, start, folder."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sae.training.traits import READERS
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one dictionary is made of.
+    """How one dictionary is trained, and on which sources.
 
     Attributes:
         dictionary: architecture, d_sae, k.
         settings: how to train.
-        seed: of the initialisation.
+        seed: seed of the initialisation.
         source: name of the source of its input.
-        target: name of the source of what it reconstructs; None: the input.
+        target: name of the source of its reconstruction target; None: the input.
         folder: run folder, for `metrics.jsonl`, `checkpoints/` and `snapshots/`; None: nothing is kept.
-        metadata: saved with the dictionary, and wins over what its sources say of themselves; `activations` in it names
-            the data: resuming on others is refused.
-        start: a dictionary, for raw activations, whose weights training begins with; None: random directions.
-        purpose: what it is trained for; dictionaries for two purposes begin apart, whatever their seeds.
+        metadata: saved with the dictionary; wins over the metadata of its sources. The entry `activations` names the
+            data: resuming on other data is refused.
+        start: a dictionary for raw activations whose weights training starts from; None: random directions.
+        purpose: what it is trained for; dictionaries for different purposes start differently, whatever their seeds.
     """
 
     dictionary: DictionaryConfig
@@ -43,36 +43,36 @@ class Recipe:
     purpose: str = "training"
 
 
-def build(shape: DictionaryConfig, d_in: int) -> Dictionary:
+def build(config: DictionaryConfig, d_in: int) -> Dictionary:
     """An untrained dictionary."""
-    cls = ARCHITECTURES[shape.architecture]
-    return cls(d_in, shape.d_sae, **{name: getattr(shape, name) for name in cls.setting_names})
+    cls = ARCHITECTURES[config.architecture]
+    return cls(d_in, config.d_sae, **{name: getattr(config, name) for name in cls.setting_names})
 
 
-def chosen_settings(shape: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
-    """The settings that decide the weights, but for those that training begins with, which go by their hash."""
+def chosen_settings(config: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the weights. The initial weights are not among them; their hash identifies them."""
     others = {"hook", "log_every", "checkpoint_every", "keep_checkpoints", "snapshots", "start_from"}
-    unread = {key.partition(".")[2] for key, readers in READERS.items() if shape.architecture not in readers}
-    chosen = {**shape.model_dump(mode="json"), **settings.model_dump(mode="json")}
+    unread = {key.partition(".")[2] for key, readers in READERS.items() if config.architecture not in readers}
+    chosen = {**config.model_dump(mode="json"), **settings.model_dump(mode="json")}
     return {key: value for key, value in chosen.items() if key not in others | unread}
 
 
-def setting_of(held: Mapping[str, Any], key: str) -> Any:
-    """A setting that weights were made with; one that did not exist then had no other effect than its default."""
+def setting_of(settings: Mapping[str, Any], key: str) -> Any:
+    """A recorded setting of a training. One that did not exist then behaved like its default."""
     defaults = {**DictionaryConfig.model_fields, **TrainConfig.model_fields}
-    once = {new.rpartition(".")[2]: old.rpartition(".")[2] for old, new in RENAMED.items()}
-    for name in (key, once.get(key, key)):
-        if name in held:
-            return held[name]
+    old_names = {new.rpartition(".")[2]: old.rpartition(".")[2] for old, new in RENAMED.items()}
+    for name in (key, old_names.get(key, key)):
+        if name in settings:
+            return settings[name]
     default = defaults[key].default if key in defaults else None
     return list(default) if isinstance(default, tuple) else default
 
 
 def freeze_(dictionary: Dictionary, names: Sequence[str]) -> None:
-    """Take the gradient from the parameters of these names.
+    """Exclude the named parameters from training.
 
     Raises:
-        ConfigError: there is none of such a name, or none is left.
+        ConfigError: a name is not that of a trained parameter, or no parameter is left.
     """
     trained = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
     for name in names:
@@ -86,15 +86,15 @@ def freeze_(dictionary: Dictionary, names: Sequence[str]) -> None:
 
 
 def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
-    """Whether training can begin with the weights that the recipe names.
+    """Check that training can start from the weights that the recipe names.
 
     Raises:
-        ConfigError: they are of another shape, nobody has loaded them, or a setting says how to begin without them.
+        ConfigError: they have another shape or are not loaded, or a setting for a random start is given too.
     """
     start, chosen = recipe.start, recipe.settings.initial_b_dec
     if start is not None and chosen != TrainConfig.model_fields["initial_b_dec"].default:
         raise ConfigError(
-            f"train.initial_b_dec={chosen!r} has no effect where training starts from a dictionary: take it out"
+            f"train.initial_b_dec={chosen!r} has no effect if training starts from a dictionary: take it out"
         )
     if start is None and recipe.settings.start_from is not None:
         raise ConfigError("train.start_from is read by run folders only: give start=sae.load(folder) instead")
@@ -102,6 +102,7 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
         raise ConfigError(f"start is a {type(start).__name__}: give a dictionary, such as sae.load(folder)")
     if start is not None and start.W_dec.shape != dictionary.W_dec.shape:
         raise ConfigError(
-            f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, and d_sae={dictionary.d_sae} "
-            f"and d_in={dictionary.d_in} are asked for: choose another train.start_from, or set dictionary.d_sae to its"
+            f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, the new one "
+            f"d_sae={dictionary.d_sae} and d_in={dictionary.d_in}: choose another train.start_from, or set "
+            f"dictionary.d_sae={start.d_sae}"
         )

@@ -1,4 +1,4 @@
-"""Ctrl-C and termination signals, as a flag that a loop looks at."""
+"""Ctrl-C and termination signals, as a flag that a loop checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def stop_flag() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a termination signal sets, instead of breaking into the middle of a step."""
+    """An event that Ctrl-C or a termination signal sets, instead of interrupting a step."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag

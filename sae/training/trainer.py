@@ -1,4 +1,4 @@
-"""One dictionary in training: its weights, optimiser, dead features, sparsity weight, threshold. It knows no files."""
+"""One dictionary in training: weights, optimiser, dead features, sparsity weight, threshold. It writes no files."""
 
 from __future__ import annotations
 
@@ -42,60 +42,60 @@ from sae.training.threshold import rows_for_threshold, set_threshold_
 from sae.training.traits import PENALISED, READERS
 
 COSINES = 512
-"""Features whose nearest one is looked for when features are logged; of all it would take as long as steps."""
+"""Number of features whose nearest one is computed for the log; for all, it would take as long as steps."""
 STATE_VERSION = 2
-"""Of what no setting says. A checkpoint of version 1, which does not say it, goes on by its own rules: with its scale,
-which was that of E‖x‖², a threshold that is a running mean, and the steering of then."""
+"""Version of the rules that no setting describes. A checkpoint of version 1, which has no version, continues by its own
+rules: a scale from E‖x‖², a threshold that is a running mean, and the steering of that version."""
 _OLD_THRESHOLD_RATE = 0.03
-"""Weight of the newest batch in that mean."""
+"""Weight of the newest batch in the running mean of version 1."""
 
 
 class Trainer:
     """State of one dictionary in training.
 
     Args:
-        recipe: what it is made of.
-        input_source: what it reads.
-        target_source: what it reconstructs, where that is not what it reads.
-        steps: how many it will take.
-        device: where.
+        recipe: the dictionary's recipe.
+        input_source: source of its inputs.
+        target_source: source of its targets; None: the inputs.
+        steps: total number of steps.
+        device: where to train.
 
     Attributes:
-        falls: whether the L0 aimed at falls to k from more: in ReLU's training from random directions, where its
-            penalty is steered and its biases are trained.
-        variance: of the last batch's targets, summed over d_in; what its FVU is relative to.
+        falls: whether the target L0 falls to k from a larger value. This holds for a ReLU trained from random
+            directions with a steered penalty and trained biases.
+        variance: variance of the last batch's targets, summed over d_in; its FVU is relative to it.
     """
 
     def __init__(
         self, recipe: Recipe, input_source: BatchSource, target_source: BatchSource | None, steps: int,
         device: torch.device,
     ) -> None:  # fmt: skip
-        shape, settings = recipe.dictionary, recipe.settings
+        config, settings = recipe.dictionary, recipe.settings
         self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
         self.batch_size, self.version = input_source.batch_size, STATE_VERSION
         self.identity = _identity(recipe, input_source, target_source)
         self.generator = torch_generator(f"initial weights: {recipe.purpose}", recipe.seed)
-        self.dictionary = build(shape, input_source.d_in).to(device)
+        self.dictionary = build(config, input_source.d_in).to(device)
         freeze_(self.dictionary, settings.freeze)
-        self.rate = settings.lr or default_learning_rate(shape.d_sae, steps)
-        dead_after = settings.dead_after_tokens or default_dead_after(shape.d_sae, shape.k, steps * self.batch_size)
+        self.rate = settings.lr or default_learning_rate(config.d_sae, steps)
+        dead_after = settings.dead_after_tokens or default_dead_after(config.d_sae, config.k, steps * self.batch_size)
         self.normalisation, self.target_normalisation = normalisations_of(
             input_source, target_source, settings.center, device
         )
         self.optimizer = FeatureAdam(
-            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(shape, settings, device),
+            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(config, settings, device),
             max_norm=settings.max_gradient_norm,
         )  # fmt: skip
-        self.firing = FiringRecord(shape.d_sae, dead_after, device)
-        self.steered = _steered(shape, settings, default_gains(self.rate), device)
+        self.firing = FiringRecord(config.d_sae, dead_after, device)
+        self.steered = _steered(config, settings, default_gains(self.rate), device)
         self.falls = (
-            self.steered is not None and shape.architecture == "relu"
+            self.steered is not None and config.architecture == "relu"
             and recipe.start is None and "b_enc" not in settings.freeze
         )  # fmt: skip
         fraction = settings.sparsity_warmup_fraction
         self.sparsity_warmup = (0.1 if self.falls else 0.05) if fraction is None else fraction
         has_threshold = isinstance(self.dictionary, OneThreshold)
-        self.batches_ahead = -(-rows_for_threshold(shape.k) // self.batch_size) if has_threshold else 0
+        self.batches_ahead = -(-rows_for_threshold(config.k) // self.batch_size) if has_threshold else 0
         self.newest: Float[Tensor, "batch d_in"] | None = None
         self.variance = torch.ones((), device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -118,7 +118,7 @@ class Trainer:
         if self.batches_ahead:
             self.newest = x
         elif losses.threshold is not None:
-            self._learn_as_before(losses.threshold)
+            self._update_old_threshold(losses.threshold)
         self.variance = target.var(0, correction=0).sum()
         bad = ~losses.total.detach().isfinite()
         self.bad_input |= bad & (self.first_bad_step < 0) & ~(x.isfinite().all() & target.isfinite().all())
@@ -126,32 +126,31 @@ class Trainer:
         return replace(losses, terms={**losses.terms, **self._also_logged(context)})
 
     def folded(self) -> Dictionary:
-        """A copy that takes raw activations, decoder rows of norm 1; its threshold is the one last set."""
-        copied = copy.deepcopy(self.dictionary).cpu().eval().requires_grad_(False)
-        if not copied.unit_decoder:
-            copied.normalise_decoder_()
-        ours, theirs = self.normalisation, self.target_normalisation
-        fold_(copied, ours, theirs)
-        copied.metadata = {
+        """A copy that takes raw activations and has decoder rows of norm 1; its threshold is the one set last."""
+        dictionary = copy.deepcopy(self.dictionary).cpu().eval().requires_grad_(False)
+        if not dictionary.unit_decoder:
+            dictionary.normalise_decoder_()
+        fold_(dictionary, self.normalisation, self.target_normalisation)
+        dictionary.metadata = {
             **self.recipe.metadata,
             "sae_version": version.__version__,
             "trained": {
                 "tokens": self.step_number * self.batch_size,
                 "steps": self.step_number,
-                "normalisation_scale": ours.scale,
+                "normalisation_scale": self.normalisation.scale,
                 "dead": int(self.firing.dead.sum()),
                 "dead_after_tokens": self.firing.dead_after,
                 "settings": self.identity,
             },
         }
-        return copied
+        return dictionary
 
     def set_threshold_(self, ahead: Sequence[Float[Tensor, "batch d_in"]]) -> None:
-        """Make the threshold, of BatchTopK and Matryoshka, that of the weights as they are.
+        """Set the threshold of BatchTopK and Matryoshka for the current weights.
 
         Args:
-            ahead: the next `batches_ahead` batches, raw, which are not trained on yet; if the source has no more, the
-                newest one serves.
+            ahead: the next `batches_ahead` batches, raw and not trained on yet; if the source has no more, the newest
+                batch is used.
         """
         if not self.batches_ahead or self.newest is None:
             return
@@ -160,7 +159,7 @@ class Trainer:
         set_threshold_(self.dictionary, rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed training needs beside its source's place."""
+        """Everything a resumed training needs in addition to its source's place."""
         return {
             "version": self.version,
             "identity": self.identity,
@@ -179,7 +178,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the same recipe, with the defaults that it was begun with."""
+        """Continue from a state of the same recipe, with the defaults that it started with."""
         self.step_number = state["step"]
         self.dictionary.load_state_dict(state["dictionary"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -190,37 +189,37 @@ class Trainer:
         if self.steered is not None:
             self.steered.load_state_dict(state["steered"])
         if self.version < 2:
-            self._go_on_as_version_1()
-        of_input, of_target = state["normalisations"]
+            self._use_version_1()
+        saved, saved_target = state["normalisations"]
         like = self.normalisation.mean
-        self.normalisation = Normalisation(of_input["mean"].to(like), of_input["scale"])
-        if of_target is not None:
-            self.target_normalisation = Normalisation(of_target["mean"].to(like), of_target["scale"])
+        self.normalisation = Normalisation(saved["mean"].to(like), saved["scale"])
+        if saved_target is not None:
+            self.target_normalisation = Normalisation(saved_target["mean"].to(like), saved_target["scale"])
         self.generator.set_state(state["generator"])
 
-    def _go_on_as_version_1(self) -> None:
-        """By the rules that the checkpoint was begun with; its scale is in it."""
+    def _use_version_1(self) -> None:
+        """Switch to the rules of version 1; the checkpoint contains its scale."""
         self.batches_ahead = 0
         if self.steered is not None:
             self.steered.gains = VERSION_1_GAINS
 
-    def check_identity(self, held: dict[str, Any], where: str) -> None:
+    def check_identity(self, identity: dict[str, Any], label: str) -> None:
         """Refuse a state that was made with other settings.
 
         Raises:
             TrainingError: naming the first setting that differs.
         """
         for key, value in self.identity.items():
-            if key == "activations" and held.get(key) is None:  # older checkpoints were not told by their sources
+            if key == "activations" and identity.get(key) is None:  # sources did not report it to older checkpoints
                 continue
-            if setting_of(held, key) != value:
+            if setting_of(identity, key) != value:
                 raise TrainingError(
-                    f"{where}: made with {key}={setting_of(held, key)!r}, now {value!r}; choose another run folder "
-                    "(out=...), or delete its checkpoints to start anew"
+                    f"{label}: made with {key}={setting_of(identity, key)!r}, now {value!r}; choose another run folder "
+                    "(out=...), or delete its checkpoints to start again"
                 )
 
     def failure(self) -> str | None:
-        """What went wrong, where a loss was not finite. Waits for the device."""
+        """The reason if a loss was not finite, else None. Waits for the device."""
         step = int(self.first_bad_step)
         if step < 0:
             return None
@@ -228,53 +227,55 @@ class Trainer:
         rows = f"batch {step - 1} (tokens {(step - 1) * size:,} to {step * size:,})"
         if bool(self.bad_input):
             return (
-                f"NaN at step {step}, {rows}: the activations themselves are not finite; check them: of a cache with "
+                f"NaN at step {step}, {rows}: the activations themselves are not finite; check a cache with "
                 "'sae verify'"
             )
         return f"NaN at step {step}, {rows}: training diverged; lower train.lr (now {self.rate:.2g})"
 
-    def of_features(self) -> dict[str, Float[Tensor, " some"]]:
-        """What the log shows of features: how often they fire, and how alike they are. Waits for the device.
+    def feature_metrics(self) -> dict[str, Float[Tensor, " some"]]:
+        """Metrics per feature for the log: how often features fire, and how similar they are. Waits for the device.
 
         Returns:
-            `log10_density`: of the share of the tokens since the last call on which a feature fired, of those that did;
-            `decoder_cosine`: of a decoder row and the one that is most like it, of up to `COSINES` features.
+            `log10_density`: log10 of the share of the tokens since the last call on which a feature fired, for features
+            that did; `decoder_cosine`: cosine of a decoder row with its nearest other row, for up to `COSINES`
+            features.
         """
         densities = self.firing.take_densities()
         W_dec = self.dictionary.W_dec.detach()
-        some = torch.arange(0, len(W_dec), -(-len(W_dec) // COSINES), device=W_dec.device)
-        cosines = nearest_neighbours(W_dec, 1, some).cosine.flatten()
+        sample = torch.arange(0, len(W_dec), -(-len(W_dec) // COSINES), device=W_dec.device)
+        cosines = nearest_neighbours(W_dec, 1, sample).cosine.flatten()
         return {
             "log10_density": densities[densities > 0].log10().cpu(),
             "decoder_cosine": cosines[cosines.isfinite()],
         }
 
     def metrics_now(self) -> dict[str, float | int]:
-        """What is logged as it is at this step, in units of training. Waits for the device."""
+        """Metrics of the current step, not averaged, in units of training. Waits for the device."""
         metrics: dict[str, float | int] = {"dead": int(self.firing.dead.sum()), "lr": self.optimizer.lr}
         if isinstance(self.dictionary, OneThreshold):
             metrics["threshold"] = float(self.dictionary.threshold)
         return metrics
 
     def bytes(self) -> int:
-        """Memory of the weights and of what the optimiser keeps."""
+        """Memory of the weights and of the optimiser's state."""
         moments = [part for pair in self.optimizer.moments for part in (pair.first, pair.second)]
-        copy = [] if self.optimizer.encoder_bf16 is None else [self.optimizer.encoder_bf16]
-        return sum(t.numel() * t.element_size() for t in (*self.dictionary.parameters(), *moments, *copy))
+        copies = [] if self.optimizer.encoder_bf16 is None else [self.optimizer.encoder_bf16]
+        return sum(t.numel() * t.element_size() for t in (*self.dictionary.parameters(), *moments, *copies))
 
     def _begin(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"]) -> None:
-        """Set the weights that training begins with, from its first batch."""
-        l0, start = round(self._wanted_l0()), self.recipe.start
+        """Set the initial weights, from the first batch."""
+        l0, start = round(self._target_l0()), self.recipe.start
         if start is None:
             initialise_(self.dictionary, x, self.generator, target, l0, self.settings.initial_b_dec)
         else:
             start = copy.deepcopy(start).to(x.device, x.dtype)
-            theirs = self.target_normalisation
-            fold_(start, self.normalisation.inverse(), None if theirs is None else theirs.inverse())
+            target_normalisation = self.target_normalisation
+            inverse_target = None if target_normalisation is None else target_normalisation.inverse()
+            fold_(start, self.normalisation.inverse(), inverse_target)
             take_over_(self.dictionary, start, x, l0)
         if self.steered is not None:
             self.steered.begin(self.dictionary.b_enc)
-        self.firing.density = l0 / self.dictionary.d_sae  # what it begins with
+        self.firing.density = l0 / self.dictionary.d_sae  # an estimate, until features are counted
         self.optimizer.refresh()
 
     def _context(self) -> StepInputs:
@@ -282,7 +283,7 @@ class Trainer:
         warm = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
         target_l0 = None
         if self.steered is not None:
-            self.steered.target = self._wanted_l0()
+            self.steered.target = self._target_l0()
         if architecture == "jumprelu":
             target_l0 = self.recipe.dictionary.k if settings.l0_coefficient is None else None
             weight = float(self.dictionary.d_in) if settings.l0_coefficient is None else settings.l0_coefficient
@@ -302,13 +303,13 @@ class Trainer:
             bandwidth=settings.bandwidth,
         )
 
-    def _wanted_l0(self) -> float:
-        """Features per token that training aims at, at this step."""
+    def _target_l0(self) -> float:
+        """Target L0 at this step."""
         k, d_sae = self.recipe.dictionary.k, self.dictionary.d_sae
         return falling_l0(self.step_number, self.steps, k, d_sae, self.sparsity_warmup) if self.falls else float(k)
 
     def _also_logged(self, context: StepInputs) -> dict[str, Float[Tensor, ""]]:
-        """What the log shows beside the terms of the loss."""
+        """Metrics to log along with the terms of the loss."""
         shown = {"gradient_norm": self.optimizer.norm}
         if self.dictionary.architecture in PENALISED:
             shown["sparsity_weight"] = torch.as_tensor(context.sparsity)
@@ -318,28 +319,28 @@ class Trainer:
         settings = self.settings
         return learning_rate(self.step_number, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
 
-    def _learn_as_before(self, smallest: Float[Tensor, ""]) -> None:
-        """The rule of version 1: the mean over the first steps, a running one afterwards."""
+    def _update_old_threshold(self, smallest: Float[Tensor, ""]) -> None:
+        """Threshold of version 1: a mean over the first steps, then a running mean."""
         assert isinstance(self.dictionary, OneThreshold)
         threshold = self.dictionary.threshold
         threshold += (smallest - threshold) * max(1 / self.step_number, _OLD_THRESHOLD_RATE)
 
 
 def _steered(
-    shape: DictionaryConfig, settings: TrainConfig, gains: Gains, device: torch.device
+    config: DictionaryConfig, settings: TrainConfig, gains: Gains, device: torch.device
 ) -> SteeredWeight | None:
-    """The weight of an L1 penalty that nobody has fixed."""
-    if shape.architecture not in READERS["train.l1_coefficient"] or settings.l1_coefficient is not None:
+    """The controller of an L1 penalty whose weight is not set."""
+    if config.architecture not in READERS["train.l1_coefficient"] or settings.l1_coefficient is not None:
         return None
-    return SteeredWeight(shape.k, 2.0, device, gains)
+    return SteeredWeight(config.k, 2.0, device, gains)
 
 
-def _in_bfloat16(shape: DictionaryConfig, settings: TrainConfig, device: torch.device) -> bool:
-    """Whether the large product is made in bfloat16: where asked for, and on a GPU unless asked otherwise.
+def _in_bfloat16(config: DictionaryConfig, settings: TrainConfig, device: torch.device) -> bool:
+    """Whether the large product is computed in bfloat16: if requested, and by default on a GPU.
 
-    Not where what exceeds a threshold fires: rounding would decide it.
+    Never if features fire above a threshold, because rounding would then decide which do.
     """
-    if shape.architecture in PENALISED:
+    if config.architecture in PENALISED:
         return False
     if settings.encoder_dtype == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
         warnings.warn(
@@ -350,14 +351,14 @@ def _in_bfloat16(shape: DictionaryConfig, settings: TrainConfig, device: torch.d
 
 
 def _identity(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resumption."""
-    of_target = None if target is None else {"d_in": target.d_in, "square": target.statistics.mean_squared_norm}
+    """Settings and data that must not change between a checkpoint and its resumption."""
+    target_identity = None if target is None else {"d_in": target.d_in, "square": target.statistics.mean_squared_norm}
     return {
         "d_in": source.d_in,
         **chosen_settings(recipe.dictionary, recipe.settings),
         "batch_size": source.batch_size,
         "seed": recipe.seed,
-        "target": of_target,
+        "target": target_identity,
         "start": None if recipe.start is None else weights_sha256(recipe.start),
         "activations": recipe.metadata.get("activations"),
     }

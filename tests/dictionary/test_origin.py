@@ -90,7 +90,7 @@ def test_an_input_of_one_text_has_no_target_of_another(
     assert loader(one, READS).order == loader(other, GIVES).order
     assert sae.train(loader(one, READS), SHAPE, SETTINGS, target=loader(one, GIVES)).metadata["target_hook"] == GIVES
     with pytest.raises(
-        ConfigError, match=r"the target's cache, '.*cache3', is of other text than the input's, '.*cache0'"
+        ConfigError, match=r"the target's cache, '.*cache3', has other text than the input's, '.*cache0'"
     ):
         sae.train(loader(one, READS), SHAPE, SETTINGS, target=loader(other, GIVES))
 
@@ -132,7 +132,7 @@ def test_a_wrong_hook_point_or_model_is_refused(
         USES[use](dictionary, cache, language_model, GIVES, tmp_path)
     model = {**dictionary.metadata["model"], "name": "other", "weights_sha256": "0" * 64}
     stranger = sae.train(loader(cache, READS), SHAPE, SETTINGS, metadata={"model": model})
-    with pytest.raises(CacheError, match=r"of another model than the dictionary's: weights_sha256 .* on 'other'; use"):
+    with pytest.raises(CacheError, match=r"not the dictionary's model: weights_sha256 .* on 'other'; use"):
         USES[use](stranger, cache, language_model, READS, tmp_path)
     assert not (tmp_path / "store").exists()
 
@@ -164,7 +164,9 @@ def test_the_same_weights_in_another_configuration_are_another_model(
 ) -> None:
     other = with_config(tiny_model, tmp_path / "other", **change)
     assert other.info.weights_sha256 == dictionary.metadata["model"]["weights_sha256"]
-    told = r"model 'other': of another model .*: config_sha256 is .* with the same weights; .*, or delete config_sha256"
+    told = (
+        r"model 'other': not the dictionary's model: config_sha256 is .* with the same weights; .*, or delete config_s"
+    )
     with pytest.raises(ModelError, match=told), sae.splice(other, dictionary):
         pass
     dictionary.metadata["model"] = {**dictionary.metadata["model"], "config_sha256": None}
@@ -211,7 +213,9 @@ def test_code_of_the_model_s_own_is_compared_where_both_have_some(dictionary: sa
     place = Place("there", {**dictionary.metadata["model"], "code_sha256": "1" * 64}, ModelError)
     check_belongs(dictionary, place)
     dictionary.metadata["model"] = {**dictionary.metadata["model"], "code_sha256": "2" * 64}
-    with pytest.raises(ModelError, match=r"there: of another model .*: code_sha256 is '1+' there and '2+' in training"):
+    with pytest.raises(
+        ModelError, match=r"there: not the dictionary's model: code_sha256 is '1+' there and '2+' in training"
+    ):
         check_belongs(dictionary, place)
 
 

@@ -268,12 +268,12 @@ def test_a_run_folder_without_hashes_says_so_in_one_line(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": 3}, "k=3, and 2 in its own metadata"),
-        ({"architecture": "batch_topk"}, "architecture='batch_topk', and 'topk' in its own metadata"),
-        ({"d_in": 5}, r"W_dec \[8, 4\], where that says \[8, 5\]"),
-        ({"d_sae": 10**12}, r"W_dec \[8, 4\], where that says \[1000000000000, 4\]"),
+        ({"k": 3}, "k=3, but 2 in its own metadata"),
+        ({"architecture": "batch_topk"}, "architecture='batch_topk', but 'topk' in its own metadata"),
+        ({"d_in": 5}, r"W_dec \[8, 4\], expected \[8, 5\]"),
+        ({"d_sae": 10**12}, r"W_dec \[8, 4\], expected \[1000000000000, 4\]"),
         ({"d_sae": "8"}, "d_sae='8': expected a whole number"),
-        ({"dtype": "bfloat16"}, "is float32, where config.json says 'bfloat16'"),
+        ({"dtype": "bfloat16"}, "is float32, but config.json says 'bfloat16'"),
         ({"metadata": []}, "metadata should be keys and values"),
         ({"metadata": {"tokens": {"prepend_bos": 1}}}, r"config.json': damaged \(no 'masked_positions'\)"),
     ],

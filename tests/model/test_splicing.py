@@ -180,8 +180,8 @@ def refusal(language_model: LanguageModel, dictionary: Dictionary, tokens: Tenso
 def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
     other = {**language_model.info.to_json(), "name": "other", "weights_sha256": "0" * 64}
     message = refusal(language_model, make_dictionary(language_model, model=other), tokens)
-    assert message.startswith("model 'tiny': of another model than the dictionary's: weights_sha256 is '")
-    assert message.endswith("'000" + "0" * 61 + "' in training, on 'other'; use the model that it was trained on")
+    assert message.startswith("model 'tiny': not the dictionary's model: weights_sha256 is '")
+    assert message.endswith("'000" + "0" * 61 + "' in training, on 'other'; use the model it was trained on")
     folded = {**language_model.info.to_json(), "weight_processing": "fold_ln"}
     message = refusal(language_model, make_dictionary(language_model, model=folded), tokens)
     assert "weight_processing is 'none' there and 'fold_ln' in training" in message

@@ -112,8 +112,8 @@ def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
 
     message = refusal(language_model, make_transcoder(language_model, GIVES, READS), run, ConfigError)
     assert message == (
-        f"target hook {READS!r} comes before {GIVES!r}, which the transcoder reads: what is computed later cannot give "
-        "what is earlier; exchange them"
+        f"target hook {READS!r} comes before {GIVES!r}, which the transcoder reads: a later activation cannot give an "
+        "earlier one; swap them"
     )
     message = refusal(language_model, make_transcoder(language_model, None), run, ConfigError)
     assert message.startswith(

@@ -161,7 +161,7 @@ def test_decoder_rows_of_a_start_get_norm_1() -> None:
 
 def test_a_start_of_another_shape_is_refused() -> None:
     first = train(IterableSource(planted(10)), shape(), settings(1))
-    with pytest.raises(ConfigError, match=rf"has d_sae={D_SAE} and d_in={D_IN}, and d_sae={2 * D_SAE}"):
+    with pytest.raises(ConfigError, match=rf"has d_sae={D_SAE} and d_in={D_IN}, the new one d_sae={2 * D_SAE}"):
         train(IterableSource(planted(10)), shape(d_sae=2 * D_SAE), settings(1), start=first)
 
 
@@ -261,7 +261,7 @@ def test_where_b_dec_begins(centre: str) -> None:
     made = train(IterableSource(data), shape(), settings(1, lr=1e-12, initial_b_dec=centre))
     torch.testing.assert_close(made.b_dec, expected[centre], rtol=1e-3, atol=1e-2)
     if centre != "geometric_median":
-        with pytest.raises(ConfigError, match=rf"initial_b_dec='{centre}' has no effect where training starts"):
+        with pytest.raises(ConfigError, match=rf"initial_b_dec='{centre}' has no effect if training starts"):
             train(IterableSource(data), shape(), settings(1, initial_b_dec=centre), start=made)
 
 

@@ -320,7 +320,7 @@ def test_activations_that_are_all_zero_are_refused() -> None:
 
 
 def test_activations_that_are_not_finite_are_refused_at_once() -> None:
-    with pytest.raises(TrainingError, match=r"some are not finite; check them: of a cache with 'sae verify'"):
+    with pytest.raises(TrainingError, match=r"some are not finite; check a cache with 'sae verify'"):
         train(IterableSource([torch.full((BATCH, D_IN), torch.nan), *planted(9)]), SHAPE, settings(9))
 
 

@@ -284,9 +284,9 @@ def test_relu_whose_biases_are_frozen_begins_with_k() -> None:
 
 def test_what_one_pass_cannot_have_is_refused() -> None:
     source = IterableSource(planted(10))
-    with pytest.raises(ConfigError, match="there is no source 'mlp'; there is activations"):
+    with pytest.raises(ConfigError, match="there is no source 'mlp'; the sources are activations"):
         train_all({"activations": source}, {"a": Recipe(DictionaryConfig(d_sae=D_SAE, k=K), settings(5), source="mlp")})
-    with pytest.raises(ConfigError, match=r"train\.tokens is 320 for a and 640 for b: one pass has one"):
+    with pytest.raises(ConfigError, match=r"train\.tokens is 320 for a and 640 for b: one pass has a single value"):
         train_all(
             {"activations": source},
             {
@@ -295,7 +295,7 @@ def test_what_one_pass_cannot_have_is_refused() -> None:
             },
         )
     narrow = IterableSource([torch.randn(BATCH, 5) for _ in range(9)])
-    with pytest.raises(ConfigError, match="the target has 5 numbers a row, the input 16: they must have as many"):
+    with pytest.raises(ConfigError, match="the target has 5 numbers a row, the input 16: they must be equally wide"):
         train(source, DictionaryConfig(d_sae=D_SAE, k=K), settings(5), target=narrow)
     with pytest.raises(ConfigError, match="two recipes have the same folder"):
         train_all({"activations": source}, {"a": recipe("topk", Path("x")), "b": recipe("relu", Path("x"))})

@@ -1,4 +1,4 @@
-"""Products with sparse codes: a program for each row, or for each feature. No atomics, so always the same."""
+"""Products with sparse codes: one program per row or per feature. No atomics, so results repeat bit for bit."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -99,7 +99,7 @@ def feature_sums(term: FactoredGradient) -> Tensor:
 
 
 def column_sums(pattern: Pattern, values: Tensor) -> Tensor:
-    """`torch.index_add` would do it with atomics, in another order each time."""
+    """`torch.index_add` would use atomics, in a different order each time."""
     return _sums_by_feature(pattern, values, values.new_ones(pattern.batch, 1)).view(-1)
 
 

@@ -1,4 +1,4 @@
-"""What training minimises: pure functions of a dictionary, an input and a target, one per architecture."""
+"""Training objectives: pure functions of a dictionary, an input and a target, one per architecture."""
 
 from __future__ import annotations
 

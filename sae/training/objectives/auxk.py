@@ -1,4 +1,4 @@
-"""AuxK: dead features learn to reconstruct what the living leave over, until they live."""
+"""AuxK: dead features learn to reconstruct the residual, until they fire again."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def auxk_loss(
     values: Float[Tensor, "batch k_aux"],
     places: Int[Tensor, "batch k_aux"],
 ) -> Float[Tensor, ""]:
-    """AuxK: ‖e − ê‖², where ê is what the k_aux strongest dead features make of the residual e (no b_dec in either).
+    """AuxK: ‖e − ê‖², with ê the reconstruction of the residual e by the k_aux strongest dead features (without b_dec).
 
-    Scaled by min(dead / k_aux, 1), so that it fades as features revive; 0 where none is dead. The residual is a fixed
+    Scaled by min(dead / k_aux, 1), so that it fades as features revive; 0 if none is dead. The residual is a fixed
     target; gradients reach the dead features' encoder and decoder.   Gao et al. 2024, appendix A.2.
 
     Args:
-        x: what the dead features were selected on.
+        x: inputs on which the dead features were selected.
         residual: e, detached.
-        values: what `dead_encoder` makes of each row for the dead features that were selected in it.
-        places: where they stand among `context.dead_candidates`.
+        values: pre-activations by `dead_encoder` of the dead features selected in each row.
+        places: their positions in `context.dead_candidates`.
     """
     candidates = context.dead_candidates
     pattern = Pattern.from_indices(places, len(candidates))
@@ -44,9 +44,9 @@ def auxk_loss(
 def dead_encoder(
     dictionary: Dictionary, context: StepInputs
 ) -> tuple[Float[Tensor, "candidates d_in"], Float[Tensor, " candidates"]]:
-    """The encoder rows and biases whose ReLU is what the dead features would be worth if they fired.
+    """Encoder rows and biases of the dead features; the ReLU of their output is the activation without a gate.
 
-    Gated's are those of the magnitude. Its gate is shut on every row, or the feature were not dead, and has no say.
+    Gated's are those of the magnitude. The gate of a dead feature is closed on every row, so it is ignored.
     """
     candidates = context.dead_candidates
     rows = rows_of(dictionary.W_enc.T, candidates, context.encoder_sink)
@@ -56,7 +56,7 @@ def dead_encoder(
 
 
 def dead_subset(context: StepInputs, dtype: torch.dtype) -> Subset | None:
-    """The features that AuxK may use, those that have come to life since they were listed taken out."""
+    """The features that AuxK may use: the candidates, except those that fired since they were listed."""
     candidates = context.dead_candidates
     if context.aux_coefficient == 0 or len(candidates) == 0:
         return None
@@ -68,11 +68,12 @@ def dead_subset(context: StepInputs, dtype: torch.dtype) -> Subset | None:
 def auxk_after(
     dictionary: Dictionary, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Float[Tensor, ""] | None:
-    """`auxk_loss` where the objective's own selection did not look at the dead features; None where none is dead."""
+    """`auxk_loss` if the objective's own selection did not cover the dead features; None if none is dead."""
     subset = dead_subset(context, x.dtype)
     if subset is None:
         return None
     rows, biases = dead_encoder(dictionary, context)
-    chosen = select_topk(x, dictionary.b_dec, rows, biases + subset.penalty, subset.k)
+    selection = select_topk(x, dictionary.b_dec, rows, biases + subset.penalty, subset.k)
     shape = (len(x), subset.k)
-    return auxk_loss(dictionary, x, residual, context, chosen.values.view(shape), chosen.pattern.features.view(shape))
+    values, places = selection.values.view(shape), selection.pattern.features.view(shape)
+    return auxk_loss(dictionary, x, residual, context, values, places)
