@@ -108,7 +108,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_made(tiny_config: 
         ({"dictionary__prefixes": [0.5, 1.0]}, "dictionary.prefixes=.* has no effect on topk, only on matryoshka"),
         ({"train__k_aux": 5, "dictionary__architecture": "relu"}, "train.k_aux=5 has no effect on relu"),
         (
-            {"train__products": "bfloat16", "dictionary__architecture": "gated"},
+            {"train__encoder_dtype": "bfloat16", "dictionary__architecture": "gated"},
             "train.encoder_dtype='bfloat16' has no effect on gated, only on topk, batch_topk, matryoshka",
         ),
         ({"train__freeze": ["W_gate"]}, "train.freeze: topk trains no 'W_gate'; it trains "),
