@@ -57,7 +57,7 @@ class Estimate:
         """
         numbers = [record[name] for name in ("value", "standard_error", "degrees_of_freedom")]
         if any(type(number) not in (int, float, type(None)) for number in numbers):
-            raise TypeError(f"an estimate is made of numbers, not {numbers}")
+            raise TypeError(f"an estimate consists of numbers, not {numbers}")
         return Estimate(*numbers)
 
     def __str__(self) -> str:
