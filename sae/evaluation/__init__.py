@@ -1,4 +1,4 @@
-"""How good a dictionary is on held-out tokens: reconstruction, sparsity, language-model loss, beside baselines."""
+"""How good a dictionary is on held-out tokens: reconstruction, sparsity, language-model loss, next to baselines."""
 
 from __future__ import annotations
 

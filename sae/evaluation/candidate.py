@@ -1,4 +1,4 @@
-"""What is evaluated: a dictionary of this package, or anything else that encodes and decodes."""
+"""Candidates for evaluation: dictionaries of this package, and other objects that encode and decode."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_di
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """What evaluation asks of an object that is no `Dictionary`: raw activations in, raw reconstructions out."""
+    """The interface of a candidate that is not a `Dictionary`: raw activations in, raw reconstructions out."""
 
     def encode(self, x: Tensor, /) -> Tensor:
-        """Features `[rows, d_sae]`, dense, of activations `[rows, d_in]`."""
+        """Dense features `[rows, d_sae]` of activations `[rows, d_in]`."""
         ...
 
     def decode(self, features: Tensor, /) -> Tensor:
@@ -40,15 +40,15 @@ Evaluated = Dictionary | Autoencoder
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of those that are evaluated, checked and on its device.
+    """A dictionary or other object to evaluate, checked and on its device.
 
     Attributes:
-        reconstructor: what it makes of activations.
-        identity: architecture, shape, settings and a hash of the weights; the hash is None where there is none to take.
-        architecture: its name; None of what is no `Dictionary`.
+        reconstructor: computes its reconstructions.
+        identity: architecture, shape, settings and a hash of the weights; the hash is None if it is not a module.
+        architecture: its name; None if it is not a `Dictionary`.
         d_sae: number of features.
-        settings: what its architecture is made with, such as k.
-        metadata: what it knows of its training.
+        settings: of its architecture, such as k.
+        metadata: of its training.
     """
 
     reconstructor: Reconstructor
@@ -59,7 +59,7 @@ class Candidate:
     metadata: Mapping[str, Any]
 
     def dead_in_training(self) -> dict[str, Any] | None:
-        """What training counted, where it was long enough for a feature to count as dead."""
+        """Dead features when training ended; None if it was too short for a feature to count as dead."""
         trained = self.metadata.get("trained", {})
         if (
             not {"dead", "dead_after_tokens", "tokens"} <= trained.keys()
@@ -70,19 +70,19 @@ class Candidate:
 
 
 def common_hook(dictionaries: Mapping[str, Evaluated], cache: ActivationCache) -> str:
-    """The hook point that all of them give by their metadata; if none says it, the cache's only one.
+    """The hook point that all dictionaries give by their metadata; if none states it, the cache's only one.
 
     Raises:
-        ConfigError: they give different ones, or none says it and the cache has several.
+        ConfigError: they give different ones, or none states it and the cache has several.
     """
-    given = {Hooks.of(one.metadata).gives for one in dictionaries.values() if isinstance(one, Dictionary)} - {None}
-    hooks = given or set(cache.hooks)
+    own = {Hooks.of(entry.metadata).gives for entry in dictionaries.values() if isinstance(entry, Dictionary)} - {None}
+    hooks = own or set(cache.hooks)
     if len(hooks) > 1:
         names = ", ".join(sorted(map(repr, hooks)))
-        whose = (
-            "the dictionaries are of the hook points" if given else "nothing says which hook point it is: the cache has"
+        start = (
+            "the dictionaries are of the hook points" if own else "nothing says which hook point it is: the cache has"
         )
-        raise ConfigError(f"{whose} {names}; give hook=, and only dictionaries of that one")
+        raise ConfigError(f"{start} {names}; give hook=, and only dictionaries of that one")
     [hook] = hooks
     assert hook is not None
     return hook
@@ -93,55 +93,55 @@ def candidate(
 ) -> Candidate:  # fmt: skip
     """Check a dictionary, or an object with `encode` and `decode`, against the activations.
 
-    A dictionary that is elsewhere is copied to the device; other objects are used where they are.
+    A dictionary on another device is copied to this one; other objects are used where they are.
 
     Raises:
-        CacheError: it was trained on another model than the activations are of.
+        CacheError: it was trained on another model than that of the activations.
         ConfigError: it was trained on another hook point, or has another width.
         FormatError: its weights are not finite.
     """
     if isinstance(thing, nn.Module):
         _check_finite(name, thing)
     if not isinstance(thing, Dictionary):
-        return _of_object(name, thing, cache, hook, device)
+        return _object_candidate(name, thing, cache, hook, device)
     check_belongs(thing, place_of(cache), gives=hook)
-    here = thing.W_dec.device == torch.empty(0, device=device).device
-    placed = thing if here else copy.deepcopy(thing).to(device)
+    is_on_device = thing.W_dec.device == torch.empty(0, device=device).device
+    placed = thing if is_on_device else copy.deepcopy(thing).to(device)
     settings = thing.settings()
-    made_with = "".join(f", {key} = {value}" for key, value in settings.items())
+    settings_text = "".join(f", {key} = {value}" for key, value in settings.items())
     reads = Hooks.of(thing.metadata).read_elsewhere
-    description = f"dictionary: {thing.architecture}, {thing.d_in:,} → {thing.d_sae:,}{made_with}"
+    description = f"dictionary: {thing.architecture}, {thing.d_in:,} → {thing.d_sae:,}{settings_text}"
     reconstructor = from_dictionary(placed, description + (f", from {reads}" if reads else ""), reads)
     return Candidate(reconstructor, identify(thing), thing.architecture, thing.d_sae, settings, thing.metadata)
 
 
-def _of_object(
-    name: str, thing: Autoencoder, cache: ActivationCache, hook: str, device: str | torch.device
+def _object_candidate(
+    name: str, autoencoder: Autoencoder, cache: ActivationCache, hook: str, device: str | torch.device
 ) -> Candidate:  # fmt: skip
-    d_in, kind = cache.d_in(hook), type(thing).__name__
+    d_in, kind = cache.d_in(hook), type(autoencoder).__name__
     try:
-        features = thing.encode(torch.zeros(2, d_in, device=device))
-        back = thing.decode(features)
+        features = autoencoder.encode(torch.zeros(2, d_in, device=device))
+        reconstructions = autoencoder.decode(features)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{name}: {kind} does not encode and decode activations [2, {d_in}] of {hook!r} ({reason}); give it those "
             "of the model and hook point that it was trained on"
         ) from error
-    if features.ndim != 2 or back.shape != (2, d_in):
+    if features.ndim != 2 or reconstructions.shape != (2, d_in):
         raise ConfigError(
-            f"{name}: {kind} made features {list(features.shape)} and reconstructions {list(back.shape)} of "
+            f"{name}: {kind} made features {list(features.shape)} and reconstructions {list(reconstructions.shape)} of "
             f"activations [2, {d_in}]; expected [2, d_sae] and [2, {d_in}]"
         )
     d_sae = features.shape[1]
-    reconstructor = from_object(thing, d_sae, f"dictionary: {kind}, {d_in:,} → {d_sae:,}")
-    weights = hash_weights(thing) if isinstance(thing, nn.Module) else None
+    reconstructor = from_object(autoencoder, d_sae, f"dictionary: {kind}, {d_in:,} → {d_sae:,}")
+    weights = hash_weights(autoencoder) if isinstance(autoencoder, nn.Module) else None
     identity = {"architecture": kind, "d_in": d_in, "d_sae": d_sae, "weights_sha256": weights}
     return Candidate(reconstructor, identity, None, d_sae, {}, {})
 
 
 def from_object(thing: Autoencoder, d_sae: int, description: str) -> Reconstructor:
-    """An object with `encode` and `decode` as a reconstructor; features that are not 0 count as firing."""
+    """An object with `encode` and `decode` as a reconstructor; nonzero features count as firing."""
 
     def reconstruct(x: Float[Tensor, "rows d_in"]) -> Reconstruction:
         features = thing.encode(x)

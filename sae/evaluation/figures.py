@@ -39,7 +39,7 @@ _COUNTS = ("l0", "dead", "tokens_per_second")
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure: file name, what it is called, a sentence on how to read it, and the PNG's bytes."""
+    """A drawn figure: file name, title, a sentence on how to read it, and the PNG's bytes."""
 
     file: str
     title: str
@@ -49,7 +49,7 @@ class Figure:
 
 @drawing
 def draw_figures(report: Report, metrics_path: Path | None = None) -> list[Figure]:
-    """All figures there are data for; None if matplotlib is not installed."""
+    """All figures for which there are data; None if matplotlib is not installed."""
     assert report.scores.sparsity is not None
     figures = [
         _density(report.scores.sparsity),
@@ -62,7 +62,7 @@ def draw_figures(report: Report, metrics_path: Path | None = None) -> list[Figur
 
 
 def draw_training_curves(lines: list[dict[str, Any]]) -> Figure | None:
-    """One panel for each logged number, against tokens; None where there are fewer than two lines to draw."""
+    """One panel for each logged number, against tokens; None if there are fewer than two lines to draw."""
     series = {}
     for key in _CURVES:
         points = [(line.get("tokens", line.get("step")), line.get(key)) for line in lines]

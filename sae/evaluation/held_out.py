@@ -24,7 +24,7 @@ NORM_DECADES, BINS_PER_DECADE = (-4, 8), 50
 
 @dataclass(frozen=True)
 class Block:
-    """Eligible tokens: their activations, the index of the document each belongs to, activations at other hooks."""
+    """Eligible tokens: their activations, document indices, and activations at other hook points."""
 
     x: Float[Tensor, "rows d_in"]
     documents: Int[Tensor, " rows"]
@@ -33,10 +33,10 @@ class Block:
 
 @dataclass(frozen=True)
 class NormHistogram:
-    """How many tokens have which ‖x‖, eligible and masked ones apart.
+    """Numbers of tokens by ‖x‖, eligible and masked ones separately.
 
     Attributes:
-        edges: of the bins, log10 ‖x‖, ascending; norms beyond the ends are in the end bins.
+        edges: of the bins, log10 ‖x‖, ascending; norms beyond the ends count in the end bins.
     """
 
     edges: Float[Tensor, " edges"]
@@ -44,7 +44,7 @@ class NormHistogram:
     masked: Int[Tensor, " bins"]
 
     def to_json(self) -> dict[str, Any]:
-        """Without the empty bins at both ends."""
+        """The histogram without empty bins at the ends."""
         filled = (self.eligible + self.masked).nonzero().flatten()
         first, last = int(filled[0]), int(filled[-1]) + 1
         return {
@@ -56,13 +56,13 @@ class NormHistogram:
 
 @dataclass(frozen=True)
 class ActivationSummary:
-    """What one pass over the held-out activations finds before anything is reconstructed.
+    """Results of one pass over the held-out activations, before anything is reconstructed.
 
     Attributes:
-        tokens: eligible tokens: the ones evaluated.
-        masked: tokens beside them that the policy leaves out.
-        documents: documents with an eligible token.
-        all_documents: documents of the split.
+        tokens: number of eligible tokens, which are those evaluated.
+        masked: number of other tokens read, which the policy leaves out.
+        documents: number of documents with an eligible token.
+        all_documents: number of documents in the split.
         mean: x̄, over the eligible tokens, float64.
         norms: ‖x‖ of both kinds of token.
     """
@@ -77,15 +77,15 @@ class ActivationSummary:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A cache's held-out tokens at a hook point, and how they are measured: what all parts of an evaluation share.
+    """A cache's held-out tokens at a hook point, and everything else that all parts of an evaluation share.
 
     Attributes:
-        cache: where they are; baselines are fitted on its training tokens.
+        cache: holds them; baselines are fitted on its training tokens.
         hook: hook point.
         settings: how many tokens, with a number in place of each `auto`.
-        language_model: the model that the cache is of; None: no losses.
+        language_model: the model that the cache was made with; None: no losses.
         device: where reconstructions are computed; the language model stays where it is.
-        progress: told how far each stage is.
+        progress: called with the progress of each stage.
         unfinished: sums that an interrupted evaluation left, and those of this one.
     """
 
@@ -112,8 +112,8 @@ def summarise(held_out: HeldOut) -> ActivationSummary:
     seen = torch.zeros(len(names), dtype=torch.bool)
     total = torch.zeros(cache.d_in(hook), dtype=torch.float64)
     tokens = rows = 0
-    of = min(cache.rows(HELD_OUT), settings.tokens or cache.rows(HELD_OUT))
-    held_out.progress("activations", 0, of)
+    all_rows = min(cache.rows(HELD_OUT), settings.tokens or cache.rows(HELD_OUT))
+    held_out.progress("activations", 0, all_rows)
     for batch in cache.contexts(HELD_OUT, hook, batch_contexts=settings.batch_contexts, max_tokens=settings.tokens):
         assert batch.activations is not None
         x = batch.activations[batch.eligible]
@@ -125,7 +125,7 @@ def summarise(held_out: HeldOut) -> ActivationSummary:
         total += x.double().sum(0)
         seen[batch.documents[batch.eligible]] = True
         tokens, rows = tokens + len(x), rows + batch.tokens.numel()
-        held_out.progress("activations", rows, of)
+        held_out.progress("activations", rows, all_rows)
     if tokens == 0:
         raise ConfigError(_nothing_left(cache, settings, rows))
     norms = NormHistogram(edges, histograms[0], histograms[1])
@@ -138,19 +138,19 @@ def held_out_blocks(held_out: HeldOut, others: Collection[str] = ()) -> Iterator
     Raises:
         CacheError: an eligible activation at one of the other hook points is not finite.
     """
-    waiting: list[tuple[Tensor, ...]] = []
+    pending: list[tuple[Tensor, ...]] = []
     count = 0
     for x, documents, *rest in _eligible_rows(held_out, others):
-        waiting.append((x, documents, *rest))
+        pending.append((x, documents, *rest))
         count += len(documents)
         if count >= BLOCK_TOKENS:
-            columns = [torch.cat(parts).split(BLOCK_TOKENS) for parts in zip(*waiting, strict=True)]
+            columns = [torch.cat(parts).split(BLOCK_TOKENS) for parts in zip(*pending, strict=True)]
             blocks = list(zip(*columns, strict=True))
-            whole = count // BLOCK_TOKENS
-            yield from (_block(block, others) for block in blocks[:whole])
-            waiting, count = blocks[whole:], count % BLOCK_TOKENS
+            full_blocks = count // BLOCK_TOKENS
+            yield from (_block(block, others) for block in blocks[:full_blocks])
+            pending, count = blocks[full_blocks:], count % BLOCK_TOKENS
     if count:
-        yield _block([torch.cat(parts) for parts in zip(*waiting, strict=True)], others)
+        yield _block([torch.cat(parts) for parts in zip(*pending, strict=True)], others)
 
 
 def _eligible_rows(held_out: HeldOut, others: Collection[str]) -> Iterator[tuple[Tensor, ...]]:
@@ -161,13 +161,13 @@ def _eligible_rows(held_out: HeldOut, others: Collection[str]) -> Iterator[tuple
         for name in (hook, *others)
     ]
     for first, *rest in zip(*streams, strict=True):
-        found = []
+        activations = []
         for name, batch in zip((hook, *others), (first, *rest), strict=True):
             assert batch.activations is not None
-            found.append(batch.activations[batch.eligible])
+            activations.append(batch.activations[batch.eligible])
             if name != hook:
-                check_finite(found[-1], cache, name)
-        yield found[0], first.documents[first.eligible], *found[1:]
+                check_finite(activations[-1], cache, name)
+        yield activations[0], first.documents[first.eligible], *activations[1:]
 
 
 def _block(columns: Sequence[Tensor], others: Collection[str]) -> Block:
@@ -176,7 +176,7 @@ def _block(columns: Sequence[Tensor], others: Collection[str]) -> Block:
 
 
 def training_blocks(cache: ActivationCache, hook: str, max_tokens: int) -> Iterator[Float[Tensor, "rows d_in"]]:
-    """Eligible training tokens from whole contexts, evenly spaced over the cache so that at most `max_tokens` come.
+    """Eligible training tokens from whole contexts, evenly spaced over the cache, at most `max_tokens`.
 
     Raises:
         CacheError: one is not finite.
@@ -197,7 +197,7 @@ def training_blocks(cache: ActivationCache, hook: str, max_tokens: int) -> Itera
 
 
 def check_finite(x: Tensor, cache: ActivationCache, hook: str) -> None:
-    """Raise CacheError where an activation is infinite or not a number."""
+    """Raise CacheError if an activation is infinite or not a number."""
     bad = int((~torch.isfinite(x).all(-1)).sum())
     if bad:
         raise CacheError(
@@ -207,7 +207,7 @@ def check_finite(x: Tensor, cache: ActivationCache, hook: str) -> None:
 
 
 def _way_out(dtype: str) -> str:
-    """By how activations are stored."""
+    """What to do about it, by the stored number type."""
     if dtype in ("float32", "bfloat16"):
         return "check the model's weights, and harvest again"
     return "harvest again with harvest.dtype=bfloat16 or float32"

@@ -1,4 +1,4 @@
-"""Sums of an evaluation that was interrupted: kept beside the report, under a hash of all that decides them."""
+"""Sums of an interrupted evaluation, stored next to the report under a hash of everything that determines them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from sae.files.writing import stands, write_tensors
 
 FOLDER = "evaluation-unfinished"
 EVERY = 5.0
-"""Seconds between two writings of a stage's sums: what a kill costs at most."""
+"""Seconds between two writes of a stage's sums: the most that a kill costs."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 _DONE = "done"
 
 
 @runtime_checkable
 class Summed(Protocol):
-    """Running sums that can be written down and taken up again, to the last bit."""
+    """Running sums that can be stored and restored, to the last bit."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -37,12 +37,12 @@ class Summed(Protocol):
 
 
 class Unfinished:
-    """What is kept of an evaluation until its report is written; of another evaluation it is deleted.
+    """Stored sums of an evaluation until its report is written; those of another evaluation are deleted.
 
     Args:
-        folder: of the results that are kept; None: nothing is.
+        folder: for the sums; None: nothing is stored.
         decides: everything that the numbers depend on.
-        every: seconds between two writings of a stage; None: `EVERY`.
+        every: seconds between two writes of a stage; None: `EVERY`.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class Unfinished:
                     shutil.rmtree(other, ignore_errors=True)
 
     def stage(self, name: str, sums: Mapping[str, Summed]) -> Stage:
-        """A stage that adds to these sums, which go on from what was kept of it."""
+        """A stage that adds to these sums, which continue from those stored for it."""
         path = None if self.folder is None else self.folder / f"{name.replace(' ', '-')}.safetensors"
         return Stage(path, sums, self.every)
 
 
 class Stage:
-    """One pass that is made of steps in a fixed order.
+    """One pass, in steps of a fixed order.
 
     Attributes:
-        done: steps whose sums are there already.
+        done: number of steps that the sums include.
     """
 
     def __init__(self, path: Path | None, sums: Mapping[str, Summed], every: float) -> None:
@@ -81,7 +81,7 @@ class Stage:
             self.done = int(state[_DONE])
 
     def step(self, done: int) -> None:
-        """So many steps are done; now and then their sums are written."""
+        """Record that this many steps are done; from time to time, write their sums."""
         self.done = done
         if time.monotonic() - self._written >= self.every:
             self.keep()
@@ -98,12 +98,12 @@ class Stage:
 
 
 def discard(folder: Path) -> None:
-    """Delete what was kept: the report is written."""
+    """Delete the stored sums, when the report is written."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """What was written; if it is damaged or has no hash, all that is kept of the evaluation is deleted."""
+    """The stored sums; if they are damaged or have no hash, all sums of the evaluation are deleted."""
     if not stands(path):
         return None
     with contextlib.suppress(DamagedError):

@@ -1,12 +1,12 @@
-"""Formulas of other packages' tables, by name, to compare with numbers that were published with them. Not our metrics.
+"""Formulas of other packages, by name, for comparison with numbers published with them. They are not our metrics.
 
-Ours stand in `metrics.py`. What follows is what SAELens 6.54.12 (`sae_lens/evals.py`) and SAEBench 0.6.0
-(`sae_bench/evals/core/main.py`) compute, term by term, wherever they lead: on the tokens that those packages keep, in
-batches of whole contexts, since averages over batches depend on their size. `scripts/legacy_reference.py` runs the
-packages' own functions for the values that the tests compare these with.
+Ours are in `metrics.py`. These follow SAELens 6.54.12 (`sae_lens/evals.py`) and SAEBench 0.6.0
+(`sae_bench/evals/core/main.py`) term by term, flaws included: on the tokens that those packages keep, in batches of
+whole contexts, since averages over batches depend on their size. `scripts/legacy_reference.py` runs the packages' own
+functions to get the values that the tests compare with.
 
 x_t is an activation, x̂_t its reconstruction, f_t its features; batch b has n_b tokens, all batches together N.
-Everything is summed in float64, where the packages take float32.
+Everything is summed in float64, while the packages use float32.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ SAELENS, SAEBENCH = "sae-lens 6.54.12", "sae-bench 0.6.0"
 
 @dataclass(frozen=True)
 class Batches:
-    """What the formulas need: sums over the tokens of each batch.
+    """Sums over the tokens of each batch, which the formulas are computed from.
 
     Attributes:
         tokens: n_b.
         error: Σ‖x − x̂‖².
         power: Σ‖x‖²; power_hat: Σ‖x̂‖²; product: Σ x·x̂.
         norm: Σ‖x‖; norm_hat: Σ‖x̂‖; norm_ratio: Σ ‖x̂‖/‖x‖, with 1 for a ‖x‖ below 10⁻⁴.
-        cosine: Σ cos(x, x̂); not a number where one of them is 0.
+        cosine: Σ cos(x, x̂); not a number if one of them is 0.
         explained: Σ (1 − ‖x − x̂‖² / ‖x − x̄_b‖²), with x̄_b the mean of the batch.
-        l0: Σ features that are not 0; l1: Σ|f|; signed_l1: Σ f.
-        total: Σ x over everything.
+        l0: Σ nonzero features; l1: Σ|f|; signed_l1: Σ f.
+        total: Σ x over all batches.
     """
 
     tokens: Float[Tensor, " batches"]
@@ -59,7 +59,7 @@ class Batches:
 
 
 class BatchSums:
-    """Streams batches and ends in `Batches`.
+    """Accumulates sums into `Batches`.
 
     Args:
         d_in: width of the activations.
@@ -85,11 +85,11 @@ class BatchSums:
         self._total += x.sum(0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums, to be taken up again."""
+        """The sums, for `load_state_dict`."""
         return {"total": self._total, **({"rows": torch.stack(self._rows)} if self._rows else {})}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from sums of the same width."""
+        """Continue from sums of the same width."""
         self._total = state["total"].clone()
         self._rows = list(state["rows"].unbind(0)) if "rows" in state else []
 
@@ -102,8 +102,8 @@ class BatchSums:
 class PublishedLosses:
     """Means over the tokens that a package keeps, in nats: next-token cross-entropy, and KL from the clean model.
 
-    The loss of token t + 1 counts where token t is kept; the divergence counts at every kept position, the last of a
-    context included. Ours counts both where token t is kept and has a next one, and keeps fewer tokens.
+    The loss of token t + 1 counts if token t is kept; the divergence counts at every kept position, including the last
+    of a context. Ours counts both if token t is kept and has a next one, and keeps fewer tokens.
     """
 
     ce_with_sae: float
@@ -116,7 +116,7 @@ class PublishedLosses:
 def explained_variance(b: Batches) -> float:
     """1 − (Σ‖x − x̂‖²/N) / (Σ‖x‖²/N − ‖Σx/N‖²): SAELens 6.54.12, `ExplainedVarianceCalculator`.
 
-    Ours, 1 − fvu, on other tokens. Earlier releases of SAELens had SAEBench's.
+    The same as ours, 1 − fvu, on other tokens. Earlier releases of SAELens used SAEBench's.
     """
     tokens = b.tokens.sum()
     variance = float(b.power.sum() / tokens - (b.total / tokens).square().sum())
@@ -130,38 +130,38 @@ def explained_variance_saebench(b: Batches) -> float:
     """1 − R / (S − m²): SAEBench 0.6.0. R and S are means over batches of the batches' means of ‖x − x̂‖² and ‖x‖²,
     and m, which should be the mean activation, is the mean over batches and dimensions of E[x_j²].
 
-    m² stands where ‖E x‖² should, has other units, and changes with the scale of x: a mean predictor scores whatever
-    ‖E x‖² and m² make of it, and not 0 (0.35 on the activations of the tests). Batches count alike, however many tokens
-    they keep.
+    m² takes the place of ‖E x‖², has other units, and changes with the scale of x: the score of a mean predictor
+    depends on ‖E x‖² and m², and is not 0 (0.35 on the activations of the tests). Batches count equally, however many
+    tokens they keep.
     """
     residual, power = (b.error / b.tokens).mean(), (b.power / b.tokens).mean()
     return float(1 - residual / (power - (power / len(b.total)).square()))
 
 
 def explained_variance_legacy(b: Batches) -> float:
-    """Σ_t (1 − ‖x_t − x̂_t‖² / ‖x_t − x̄_b‖²) / N: both packages, where it is called old and incorrect.
+    """Σ_t (1 − ‖x_t − x̂_t‖² / ‖x_t − x̄_b‖²) / N: both packages, which call it old and incorrect.
 
-    A mean of ratios where ours is a ratio of means: tokens near the mean of their batch dominate it, and it depends on
+    A mean of ratios, while ours is a ratio of means: tokens near the mean of their batch dominate it, and it depends on
     the batch.
     """
     return float(b.explained.sum() / b.tokens.sum())
 
 
 def mse(b: Batches) -> float:
-    """Σ‖x − x̂‖²/N: SAELens 6.54.12. Ours, on other tokens."""
+    """Σ‖x − x̂‖²/N: SAELens 6.54.12. The same as ours, on other tokens."""
     return float(b.error.sum() / b.tokens.sum())
 
 
 def mse_saebench(b: Batches) -> float:
     """Σ_b (Σ_{t in b} ‖x_t − x̂_t‖² / n_b) / N: SAEBench 0.6.0.
 
-    Divided by the number of tokens twice: with batches twice as large it is half as large.
+    It is divided by the number of tokens twice: doubling the batch size halves it.
     """
     return float((b.error / b.tokens).sum() / b.tokens.sum())
 
 
 def cossim(b: Batches) -> float:
-    """Σ cos(x, x̂)/N: both packages. Not a number where one x̂ is 0, which ours counts as a cosine of 0."""
+    """Σ cos(x, x̂)/N: both packages. Not a number if one x̂ is 0, which ours counts as a cosine of 0."""
     return float(b.cosine.sum() / b.tokens.sum())
 
 
@@ -186,25 +186,25 @@ def relative_reconstruction_bias(b: Batches) -> float:
 
 
 def l0(b: Batches) -> float:
-    """Σ (features that are not 0)/N: both packages. Ours, on other tokens."""
+    """Σ (nonzero features)/N: both packages. The same as ours, on other tokens."""
     return float(b.l0.sum() / b.tokens.sum())
 
 
 def l1(b: Batches) -> float:
-    """Σ|f|/N: SAELens 6.54.12. Ours, on other tokens."""
+    """Σ|f|/N: SAELens 6.54.12. The same as ours, on other tokens."""
     return float(b.l1.sum() / b.tokens.sum())
 
 
 def l1_saebench(b: Batches) -> float:
-    """Σ f/N, without the absolute value: SAEBench 0.6.0. The same where features are never negative."""
+    """Σ f/N, without the absolute value: SAEBench 0.6.0. The same if features are never negative."""
     return float(b.signed_l1.sum() / b.tokens.sum())
 
 
 def ce_loss_score(losses: PublishedLosses) -> float:
     """(CE ablated − CE with x̂) / (CE ablated − CE clean): both packages.
 
-    Zero ablation replaces every position, special tokens included, while SAELens puts x̂ at the others only: against so
-    destructive an ablation anything scores near 1. Ours, `ce_recovered_zero`, replaces the same positions in both.
+    Zero ablation replaces every position, special tokens included, while SAELens puts x̂ at the others only: against
+    such a destructive ablation, anything scores near 1. Ours, `ce_recovered_zero`, replaces the same positions in both.
     """
     ablated = losses.ce_with_ablation
     return _divided(ablated - losses.ce_with_sae, ablated - losses.ce_without_sae)
@@ -228,7 +228,7 @@ OF_ACTIVATIONS: Mapping[str, OfActivations] = {
     SAELENS: {"explained_variance": explained_variance, "mse": mse, **_COMMON, "l1": l1},
     SAEBENCH: {"explained_variance": explained_variance_saebench, "mse": mse_saebench, **_COMMON, "l1": l1_saebench},
 }
-"""By package and by the name that the metric has there."""
+"""Formulas by package and by the metric's name there."""
 OF_LOSSES: Mapping[str, Callable[[PublishedLosses], float]] = {
     "ce_loss_with_sae": lambda losses: losses.ce_with_sae,
     "ce_loss_without_sae": lambda losses: losses.ce_without_sae,
@@ -238,16 +238,16 @@ OF_LOSSES: Mapping[str, Callable[[PublishedLosses], float]] = {
     "kl_div_with_ablation": lambda losses: losses.kl_with_ablation,
     "kl_div_score": kl_div_score,
 }
-"""By the name that the metric has in both packages; they differ in the positions that x̂ is put at."""
+"""Formulas by the metric's name in both packages, which differ in the positions where they put x̂."""
 
 
 def of_activations(package: str, batches: Batches) -> dict[str, float | None]:
-    """Every formula of a package; None where it gives no number."""
+    """The metrics of activations by a package's formulas; None if a formula gives no number."""
     return {name: _finite(formula(batches)) for name, formula in OF_ACTIVATIONS[package].items()}
 
 
 def of_losses(losses: PublishedLosses) -> dict[str, float | None]:
-    """Every formula of the losses; None where it gives no number."""
+    """The metrics of losses; None if a formula gives no number."""
     return {name: _finite(formula(losses)) for name, formula in OF_LOSSES.items()}
 
 

@@ -1,4 +1,4 @@
-"""The result of an evaluation, for programs: `Report` and its JSON."""
+"""The result of an evaluation: `Report` and its JSON."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ HEADINGS = {
     "dictionary": "dictionary", "pca": "PCA", "random": "random", "frozen_decoder": "frozen decoder",
     "identity": "identity",
 }  # fmt: skip
-"""What columns are called in tables."""
+"""Headings of columns in tables."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Everything measured of one reconstructor.
+    """All scores of one reconstructor.
 
     Attributes:
         description: what it is, in a line.
-        tokens: that reconstruction and sparsity are of.
+        tokens: number of tokens for reconstruction and sparsity.
         reconstruction: against the activations.
         sparsity: of its codes; None for the identity.
-        downstream: in the language model; None where none was given.
+        downstream: in the language model; None if none was given.
     """
 
     description: str
@@ -51,16 +51,16 @@ class Scores:
 
     @property
     def totals(self) -> dict[str, Tensor]:
-        """Float64 sums over each document of the split, which every metric is a ratio of."""
+        """Float64 sums for each document of the split; every metric is a ratio of them."""
         parts = (self.reconstruction, self.sparsity, self.downstream)
         return {name: column for part in parts if part is not None for name, column in part.totals.items()}
 
     def with_downstream(self, downstream: DownstreamScores) -> Scores:
-        """The same with language-model losses."""
+        """These scores with language-model losses."""
         return dataclasses.replace(self, downstream=downstream)
 
     def to_json(self) -> dict[str, Any]:
-        """Metrics by the names of the definitions; null where one was not measured."""
+        """Metrics by the names of their definitions; null if not measured."""
         sparsity: dict[str, Any] = self.sparsity.to_json() if self.sparsity else dict.fromkeys(SPARSITY_NAMES)
         downstream: dict[str, Any] = self.downstream.to_json() if self.downstream else dict.fromkeys(DOWNSTREAM_NAMES)
         features = len(self.sparsity.firings) if self.sparsity else None
@@ -72,26 +72,26 @@ SPARSITY_NAMES = ("l0", "l0_quantiles", "l1", "density", "dead", "dense")
 
 @dataclass(frozen=True)
 class Report:
-    """An evaluation.
+    """The result of an evaluation.
 
     Attributes:
         dictionary: its architecture, shape, settings, number type and a hash of its weights.
         hook: hook point.
         model: identity of the language model the activations come from.
         data: identity of the text.
-        activations: hash of all that decides the cache's activations: model, text, token policy, number type.
-        settings: how much was asked for.
+        activations: hash of everything that determines the cache's activations: model, text, token policy, number type.
+        settings: as requested.
         policy: which tokens count.
-        training_policy: which tokens counted in training; None where unknown.
+        training_policy: which tokens counted in training; None if unknown.
         tokens: held-out tokens evaluated.
-        masked: held-out tokens among them that the policy leaves out.
+        masked: held-out tokens that were read and that the policy leaves out.
         documents: documents with an evaluated token: the sample size of every standard error.
         scores: the dictionary's; `scores.sparsity.density` is the density of every feature.
-        baselines: `pca`, `random`, `frozen_decoder` where one was trained, `identity`.
-        legacy: by other packages' formulas; None where these were left out.
-        dead_in_training: features that had not fired for `tokens` tokens when training ended; None where unknown.
+        baselines: `pca`, `random`, `frozen_decoder` if one was trained, `identity`.
+        legacy: scores by other packages' formulas; None if these were left out.
+        dead_in_training: features that had not fired for `tokens` tokens when training ended; None if unknown.
         norms: of the activations, eligible and masked.
-        seconds: it took.
+        seconds: how long it took.
         road: how replacements at the hook point became logits (`sae.model.tail.Road`); None without a language model.
     """
 
@@ -120,11 +120,11 @@ class Report:
         return {"dictionary": self.scores, **self.baselines}
 
     def documents_content(self) -> bytes:
-        """What `eval-documents.safetensors` holds."""
+        """The content of `eval-documents.safetensors`."""
         return save(dict(sorted(self.scores.totals.items())))
 
     def to_json(self) -> dict[str, Any]:
-        """What `eval.json` holds: the dictionary's metrics at the top, the baselines' under `baselines`."""
+        """The content of `eval.json`: the dictionary's metrics at the top, the baselines' under `baselines`."""
         downstream = self.scores.downstream
         metrics = self.scores.to_json()
         metrics["dead"] = {**metrics["dead"], "in_training": self.dead_in_training}
@@ -168,6 +168,6 @@ class Report:
 def fewest_of_baselines(
     records: Iterable[Mapping[str, Any]], key: Literal["tokens", "downstream_tokens"]
 ) -> int | None:
-    """The least that a baseline of them is measured on; None where none says it."""
-    numbers = [one.get(key) for record in records for one in record["baselines"].values()]
+    """The smallest number that any baseline is measured on; None if no record says it."""
+    numbers = [baseline.get(key) for record in records for baseline in record["baselines"].values()]
     return min((number for number in numbers if number is not None), default=None)

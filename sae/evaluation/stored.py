@@ -1,4 +1,4 @@
-"""Evaluations and comparisons as files: written whole, and read again if they are of just what is asked for."""
+"""Evaluations and comparisons as files: written completely, and read again if they match the request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Baseline(BaseModel):
 
 
 class _Stored(BaseModel):
-    """What is read of `eval.json`, estimates left out."""
+    """The part of `eval.json` that is read, without estimates."""
 
     description: str
     hook: str
@@ -57,16 +57,16 @@ class _Stored(BaseModel):
 
 
 def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:
-    """Write `eval.json`, `eval.md`, `eval-documents.safetensors` and, where matplotlib is installed, `figures/*.png`.
+    """Write `eval.json`, `eval.md`, `eval-documents.safetensors` and, if matplotlib is installed, `figures/*.png`.
 
     The third holds the sums over each document of the split that the dictionary's metrics are ratios of, so that two
     dictionaries can be compared document by document; `eval.json` names its checksum.
 
-    An older `eval.json` goes first and the new one comes last: a kill between leaves a folder that is not evaluated.
+    An older `eval.json` is deleted first and the new one written last: a kill in between leaves no evaluation.
 
     Args:
         report: what to write.
-        folder: where; the run folder, as a rule.
+        folder: where to write; usually the run folder.
         metrics_path: `metrics.jsonl` of the training, for its curves; None: no curves.
 
     Returns:
@@ -87,25 +87,25 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
     delete(index)
     for path, content in contents.items():
         write_bytes(path, content)
-    write_json(index, record)  # last: where it is, the rest is
+    write_json(index, record)  # last: if it exists, the rest does
     return [index, *contents]
 
 
 def read_stored(
     folder: str | Path, dictionary: dict[str, Any], activations: str, *, hook: str, settings: EvaluationConfig
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """A written report and its sums over documents, where they are of just this.
+    """A stored report and its sums over documents, if they match the request.
 
     Args:
         folder: where `write_report` wrote.
         dictionary: `identify` of what was evaluated.
         activations: hash of the activations.
         hook: hook point.
-        settings: how much was asked for.
+        settings: as requested.
 
     Returns:
-        None where anything differs, be it the version of this package, where a file is missing, and where the sums are
-        whole but of another evaluation, as a kill could leave them before `eval.json` was deleted first.
+        None if anything differs, including the version of this package, if a file is missing, or if the sums are intact
+        but of another evaluation, as a kill could leave them before `eval.json` was deleted first.
 
     Raises:
         DamagedError: a file is damaged.
@@ -114,8 +114,8 @@ def read_stored(
     if not all(stands(folder / name) for name in (JSON_FILE, MARKDOWN_FILE, DOCUMENTS_FILE)):
         return None
     record = read_object(folder / JSON_FILE)
-    asked = {"dictionary": as_read_back(dictionary), "settings": settings.model_dump(mode="json")}
-    if not FORMAT.is_current(record, activations=activations, hook=hook, **asked):
+    expected = {"dictionary": as_read_back(dictionary), "settings": settings.model_dump(mode="json")}
+    if not FORMAT.is_current(record, activations=activations, hook=hook, **expected):
         return None
     validated(folder / JSON_FILE, _Stored, record)
     with taken_apart(folder / JSON_FILE):
@@ -127,29 +127,29 @@ def read_stored(
     check(folder / MARKDOWN_FILE)
     path = folder / DOCUMENTS_FILE
     totals = load_tensors(path)
-    if not _are_of(path, record):
+    if not _belong_to(path, record):
         if recorded(path):
             return None
-        raise _of_another(path)
+        raise _mismatch(path)
     return record, totals
 
 
 def check_documents(folder: Path) -> None:
-    """Compare the sums over documents with the report beside them.
+    """Check that the sums over documents belong to the report next to them.
 
     Raises:
-        DamagedError: they are of another evaluation, or one of the files is damaged.
+        DamagedError: they belong to another evaluation, or one of the files is damaged.
     """
     path = folder / DOCUMENTS_FILE
-    if not _are_of(path, read_object(folder / JSON_FILE)):
-        raise _of_another(path)
+    if not _belong_to(path, read_object(folder / JSON_FILE)):
+        raise _mismatch(path)
 
 
-def _are_of(documents: Path, record: dict[str, Any]) -> bool:
+def _belong_to(documents: Path, record: dict[str, Any]) -> bool:
     return sha256_of(documents) == record.get("documents_sha256")
 
 
-def _of_another(documents: Path) -> DamagedError:
+def _mismatch(documents: Path) -> DamagedError:
     return damaged(documents, f"its SHA-256 is not the one in {JSON_FILE}")
 
 
@@ -163,12 +163,12 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     text, record = comparison_markdown(comparison).encode(), comparison.to_json()
     delete(folder / compared.JSON_FILE)
     write_bytes(folder / compared.MARKDOWN_FILE, text)
-    write_json(folder / compared.JSON_FILE, record)  # last: where it is, the rest is
+    write_json(folder / compared.JSON_FILE, record)  # last: if it exists, the rest does
     return [folder / compared.JSON_FILE, folder / compared.MARKDOWN_FILE]
 
 
 def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | None:
-    """A written comparison, where it is of just this key, and of dictionaries that have a hash.
+    """A stored comparison, if it has this key and all its dictionaries have a hash.
 
     Raises:
         DamagedError: the file is damaged.
@@ -178,8 +178,8 @@ def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | 
     if not stands(path) or not stands(folder / compared.MARKDOWN_FILE):
         return None
     record = read_object(path)
-    hashed = all(identity["weights_sha256"] for _, identity in key["dictionaries"])
-    if not hashed or not compared.FORMAT.holds(record, key=key):
+    all_hashed = all(identity["weights_sha256"] for _, identity in key["dictionaries"])
+    if not all_hashed or not compared.FORMAT.holds(record, key=key):
         return None
     with taken_apart(path):
         return conforming(Comparison.from_json(record))

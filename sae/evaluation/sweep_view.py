@@ -1,4 +1,4 @@
-"""The comparison of a sweep's dictionaries for people: as Markdown, and tables for the terminal."""
+"""Tables that compare a sweep's dictionaries, as Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _UNKNOWN = Estimate(None, None)
 
 @dataclass(frozen=True)
 class GapToBest:
-    """How far a dictionary is behind the best of its group, as `behind_best` makes them.
+    """How far a dictionary is behind the best of its group, from `behind_best`.
 
     Attributes:
-        best: name of the dictionary whose value is the lowest.
+        best: name of the dictionary with the lowest value.
         difference: to that, at least 0, with its paired standard error over documents.
     """
 
@@ -47,22 +47,22 @@ _NOTHING: Differences = MappingProxyType({})
 def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Differences:
     """How far FVU and ΔCE of each dictionary are above the lowest of the same k, with paired standard errors.
 
-    Dictionaries are beside each other where hook point and k, and the penalty with its weight where that is fixed, are
-    the same; width, seed and other settings may differ.
+    Dictionaries are compared if they have the same hook point, the same k, and the same penalty and weight if that is
+    fixed; width, seed and other settings may differ.
 
     Args:
-        points: what is compared.
+        points: the dictionaries to compare.
         totals: sums over documents of each.
 
     Returns:
-        By name and metric; nothing for the best, and for what was not measured, is not finite, or is of other tokens
-        than the best.
+        Gaps by name and metric; none for the best, nor for values that were not measured, are not finite, or come from
+        other tokens than the best.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, point in points.items():
         fixed = None if point.weight is None else (point.weight, point.architecture == "jumprelu")  # L0, or L1
         groups.setdefault((point.hook, point.k, fixed), []).append(name)
-    found: dict[str, dict[str, GapToBest]] = {}
+    gaps: dict[str, dict[str, GapToBest]] = {}
     for names in groups.values():
         for metric in _COMPARED:
             measured = {
@@ -70,10 +70,10 @@ def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Di
             }
             best = min(measured, key=lambda name: measured[name], default="")
             for name in measured:
-                made = None if name == best else difference(metric, totals[name], totals[best])
-                if made is not None:
-                    found.setdefault(name, {})[metric] = GapToBest(best, made)
-    return found
+                gap = None if name == best else difference(metric, totals[name], totals[best])
+                if gap is not None:
+                    gaps.setdefault(name, {})[metric] = GapToBest(best, gap)
+    return gaps
 
 
 def sweep_markdown(
@@ -83,13 +83,13 @@ def sweep_markdown(
     differences: Differences = _NOTHING,
     of: str | None = None,
 ) -> str:
-    """`sweep.md`: a line for each dictionary, means over seeds, and baselines.
+    """`sweep.md`: a row for each dictionary, means over seeds, and baselines.
 
     Args:
-        points: what is compared.
+        points: the dictionaries to compare.
         failures: why others are missing.
-        figure: file of the plot; None: there is none.
-        differences: of `behind_best`; the best are bold, and those that differ from them less than their noise are
+        figure: file of the plot; None: no plot.
+        differences: from `behind_best`; the best are bold, and those that differ from them only within noise are
             marked.
         of: what all were trained and evaluated on.
     """
@@ -108,13 +108,13 @@ def sweep_markdown(
 def sweep_tables(
     points: Mapping[str, Point], differences: Differences = _NOTHING, width: int | None = None
 ) -> list[Group]:
-    """The same for a terminal.
+    """The tables of `sweep_markdown` for a terminal.
 
     Args:
-        points: what is compared.
-        differences: as of `sweep_markdown`.
-        width: characters of the terminal; below 120 time and memory are left out, and where they do not fit, standard
-            errors other than those of FVU and ΔCE. None: it is wide enough.
+        points: the dictionaries to compare.
+        differences: as for `sweep_markdown`.
+        width: of the terminal, in characters; below 120, time and memory are left out, and, if they do not fit,
+            standard errors other than those of FVU and ΔCE. None: wide enough.
     """
     return [table.in_terminal(width) for table in _tables(points, differences)]
 
@@ -127,18 +127,22 @@ def _tables(points: Mapping[str, Point], differences: Differences) -> list[Table
         for metric, heading in _METRICS.items()
         if metric != "delta_ce" or any(point.delta_ce is not None for point in points.values())
     }
-    found = [_dictionaries(points, metrics, differences), _over_seeds(list(points.values()), metrics), _beside(points)]
-    return [table for table in found if table is not None]
+    tables = [
+        _dictionaries(points, metrics, differences),
+        _over_seeds(list(points.values()), metrics),
+        _baselines(points),
+    ]
+    return [table for table in tables if table is not None]
 
 
 def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], differences: Differences) -> Table:
-    """A line for each."""
+    """A row for each dictionary."""
     columns = [_names(list(points), "dictionary")]
     for metric, heading in metrics.items():
         estimates = [_estimate(point, metric) for point in points.values()]
-        behind = {name: found[metric] for name, found in differences.items() if metric in found}
-        best = {made.best for made in behind.values()}
-        same = {name for name, made in behind.items() if below_noise(made.difference)}
+        behind = {name: gaps[metric] for name, gaps in differences.items() if metric in gaps}
+        best = {gap.best for gap in behind.values()}
+        same = {name for name, gap in behind.items() if below_noise(gap.difference)}
         cells = [str(estimate) for estimate in estimates]
         short = [estimate.short() for estimate in estimates] if metric == "l0" else cells
         marks = [BEST if name in best else SAME if name in same else "" for name in points]
@@ -154,27 +158,27 @@ def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], diffe
         "± is the standard error over documents." if with_errors else f"{error_note({'documents': 1}).capitalize()}."
     )
     notes = (errors, *_on_marks(list(points.values()), differences))
-    of_rest = "Time is that of a dictionary's own training steps, memory that of its weights and optimiser."
-    return Table(columns, notes=notes, extra_notes=[of_rest])
+    cost_note = "Time is that of a dictionary's own training steps, memory that of its weights and optimiser."
+    return Table(columns, notes=notes, extra_notes=[cost_note])
 
 
 def _on_marks(points: Sequence[Point], differences: Differences) -> list[str]:
-    """What the marks mean."""
-    made = [behind.difference for found in differences.values() for behind in found.values()]
-    if not made:
+    """Notes that explain the marks."""
+    values = [gap.difference for gaps in differences.values() for gap in gaps.values()]
+    if not values:
         return []
-    of = ["hook point"] if len({point.hook for point in points}) > 1 else []
-    of += ["k", *(["fixed weight of the penalty"] if any(point.weight is not None for point in points) else [])]
-    best = f"{{best}}: the lowest of its {' and '.join(of)}."
-    if all(difference.interval is None for difference in made):
-        return [f"{best} One document does not tell what is noise."]
+    shared = ["hook point"] if len({point.hook for point in points}) > 1 else []
+    shared += ["k", *(["fixed weight of the penalty"] if any(point.weight is not None for point in points) else [])]
+    best = f"{{best}}: the lowest of its {' and '.join(shared)}."
+    if all(difference.interval is None for difference in values):
+        return [f"{best} One document cannot show what is noise."]
     return [
         f"{best} {SAME}: no different from it: the 95 % interval of the difference, paired over documents, holds 0."
     ]
 
 
 def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> Table | None:
-    """Means over seeds of metrics with their headings, where a dictionary was trained with several, and the spread."""
+    """Means and spreads over seeds, for dictionaries that were trained with several; None if there are none."""
     several = [(label, seeds) for label, series in lines(points).items() for seeds in series if len(seeds) > 1]
     if not several:
         return None
@@ -190,8 +194,8 @@ def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> Table | 
     return Table(columns, "Over seeds", ["± is the standard deviation over seeds."])
 
 
-def _beside(points: Mapping[str, Point]) -> Table | None:
-    """FVU of what each dictionary stands beside."""
+def _baselines(points: Mapping[str, Point]) -> Table | None:
+    """FVU of each dictionary and its baselines."""
     kinds = dict.fromkeys(kind for point in points.values() for kind in point.baselines if kind != "identity")
     if not kinds:
         return None
@@ -200,7 +204,7 @@ def _beside(points: Mapping[str, Point]) -> Table | None:
         _estimates("dictionary", [point.fvu for point in points.values()]),
         *(_estimates(HEADINGS[kind], [p.baselines.get(kind, _UNKNOWN) for p in points.values()]) for kind in kinds),
     ]
-    return Table(columns, "Baselines", ["Of the same size each; the identity has FVU 0 and ΔCE 0."])
+    return Table(columns, "Baselines", ["Each has the dictionary's size; the identity has FVU 0 and ΔCE 0."])
 
 
 def _names(names: list[str], heading: str) -> Column:
@@ -212,8 +216,8 @@ def _estimates(heading: str, estimates: Sequence[Estimate]) -> Column:
 
 
 def _estimate(point: Point, metric: str) -> Estimate:
-    found: Estimate | None = getattr(point, metric)
-    return _UNKNOWN if found is None else found
+    value: Estimate | None = getattr(point, metric)
+    return _UNKNOWN if value is None else value
 
 
 def _spread(values: Sequence[float]) -> Estimate:
@@ -221,7 +225,7 @@ def _spread(values: Sequence[float]) -> Estimate:
 
 
 def _time(point: Point) -> str:
-    """Milliseconds for a thousand tokens."""
+    """Milliseconds per thousand tokens."""
     return f"{1e6 * point.seconds / point.tokens:,.1f}" if point.seconds and point.tokens else NONE
 
 

@@ -1,4 +1,4 @@
-"""Sums per document in; means and ratios over tokens with standard errors over documents out."""
+"""Means and ratios over tokens, with standard errors over documents, from sums per document."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Estimate:
     """A mean or a ratio over tokens.
 
     Attributes:
-        value: None where it is undefined (0/0).
-        standard_error: over documents; None where there are fewer than two.
-        degrees_of_freedom: of the standard error; None where it is taken as known.
+        value: None if undefined (0/0).
+        standard_error: over documents; None if there are fewer than two.
+        degrees_of_freedom: of the standard error; None if the error is taken as known.
     """
 
     value: float | None
@@ -32,7 +32,7 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval, value ± t · standard_error with Student's t; None where either is unknown."""
+        """The 95 % interval, value ± t · standard_error with Student's t; None if either is unknown."""
         if self.value is None or self.standard_error is None:
             return None
         half = student_t(self.degrees_of_freedom) * self.standard_error
@@ -50,22 +50,22 @@ class Estimate:
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Estimate:
-        """What `to_json` made.
+        """Read an estimate that `to_json` wrote.
 
         Raises:
-            KeyError, TypeError: it is something else.
+            KeyError, TypeError: the record is not an estimate.
         """
         numbers = [record[name] for name in ("value", "standard_error", "degrees_of_freedom")]
         if any(type(number) not in (int, float, type(None)) for number in numbers):
-            raise TypeError(f"an estimate is made of numbers, not {numbers}")
+            raise TypeError(f"an estimate consists of numbers, not {numbers}")
         return Estimate(*numbers)
 
     def __str__(self) -> str:
-        """`0.1234 ± 0.0012`: two digits of the standard error, and the value to the same place."""
+        """`0.1234 ± 0.0012`: the standard error to two digits, and the value to the same decimal place."""
         return NONE if self.value is None else " ± ".join(self._texts(self.value))
 
     def short(self, width: int = 7) -> str:
-        """The value alone, in at most `width` characters if one digit of it fits: below its error it has no meaning."""
+        """The value alone, without digits below its error; at most `width` characters if one digit of it fits."""
         if self.value is None:
             return NONE
         value, _ = self._texts(self.value)
@@ -73,7 +73,7 @@ class Estimate:
         return next((text for text in (value, *shorter) if len(text) <= width), value)
 
     def _texts(self, value: float) -> tuple[str, str]:
-        """The value and its error."""
+        """The value and its error as text."""
         error = self.standard_error
         if error is None or error <= 1e-9 * abs(value):
             return _short(value), NONE if error is None else "0"
@@ -85,7 +85,7 @@ class Estimate:
 
 
 def error_note(evaluated: Mapping[str, Any]) -> str:
-    """What stands after ± in a table, or why nothing does.
+    """What ± means in a table, or why there is none.
 
     Args:
         evaluated: `documents`, and `downstream_documents` if losses of the language model were measured.
@@ -105,8 +105,8 @@ class DocumentSums:
     """Running float64 sums of per-token numbers, one row per document.
 
     Args:
-        documents: how many documents there are; token statistics name theirs by index.
-        names: the numbers that are summed. The count of tokens is always kept, as `tokens`.
+        documents: number of documents; tokens refer to theirs by index.
+        names: names of the summed numbers. The number of tokens is always kept, as `tokens`.
     """
 
     def __init__(self, documents: int, names: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ class DocumentSums:
         self._sums = torch.zeros(documents, len(self.names), dtype=torch.float64)
 
     def add_(self, documents: Int[Tensor, " rows"], values: dict[str, Float[Tensor, " rows"]]) -> None:
-        """Add tokens: the document of each, and its numbers by name."""
+        """Add tokens, given the document index of each and its numbers by name."""
         assert tuple(values) == self.names[1:], (tuple(values), self.names)
         columns = [
             torch.ones(len(documents), dtype=torch.float64),
@@ -123,11 +123,11 @@ class DocumentSums:
         self._sums.index_add_(0, documents.cpu(), torch.stack(columns, 1))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums, to be taken up again."""
+        """The sums, for `load_state_dict`."""
         return {"sums": self._sums}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from sums of the same documents and names."""
+        """Continue from sums of the same documents and names."""
         self._sums.copy_(state["sums"])
 
     @property
@@ -141,11 +141,11 @@ class DocumentSums:
         return int((self._sums[:, 0] > 0).sum())
 
     def __getitem__(self, name: str) -> Float[Tensor, " documents"]:
-        """Sums of one number, over each document that has a token."""
+        """Sums of one number, for each document that has a token."""
         return self._sums[self._sums[:, 0] > 0, self.names.index(name)]
 
     def totals(self, **renamed: str) -> dict[str, Float[Tensor, " documents"]]:
-        """All sums by name, over all documents; `new="old"` takes one under another name, and leaves the others out."""
+        """All sums by name, for all documents; with `new="old"`, only the sums named, under their new names."""
         columns = {name: self._sums[:, number].clone() for number, name in enumerate(self.names)}
         return {new: columns[old] for new, old in renamed.items()} if renamed else columns
 
@@ -159,12 +159,12 @@ def ratio(numerator: Float[Tensor, " documents"], denominator: Float[Tensor, " d
 
     Documents are the independent draws; tokens of one document are not. Without document i, R is lower by
     d_i = (a_i − R b_i) / (Σb − b_i), and with n documents SE = √((n−1)/n · Σd_i²) (Cochran 1977, "Sampling
-    Techniques", ch. 6). Where b_i counts tokens, R is the mean over tokens. a and b come from the same documents, and
-    their covariance is part of it.
+    Techniques", ch. 6). If b_i counts tokens, R is the mean over tokens. a and b come from the same documents, and the
+    error includes their covariance.
 
-    Its degrees of freedom are Satterthwaite's for a sum of squares whose terms have variances in proportion to b_i²,
-    as where the tokens of a document are wholly alike: (Σb²)²/Σb⁴, at most n − 1. A few long documents among short ones
-    are a small sample, however many there are.
+    The degrees of freedom are Satterthwaite's for a sum of squares whose terms have variances proportional to b_i², as
+    when all tokens of a document are alike: (Σb²)²/Σb⁴, at most n − 1. A few long documents among short ones are a
+    small sample, however many documents there are.
     """
     total = float(denominator.sum())
     if total == 0:
@@ -176,7 +176,7 @@ def ratio(numerator: Float[Tensor, " documents"], denominator: Float[Tensor, " d
 def left_out(
     numerator: Float[Tensor, " documents"], denominator: Float[Tensor, " documents"]
 ) -> Float[Tensor, " documents"]:
-    """By how much Σa/Σb is lower without each document; not finite where nothing is left."""
+    """The decrease of Σa/Σb when each document is left out; not finite if nothing remains."""
     total = denominator.sum()
     return (numerator - numerator.sum() / total * denominator) / (total - denominator)
 
@@ -184,14 +184,14 @@ def left_out(
 def jackknife(
     lower: Float[Tensor, " documents"], *denominators: Float[Tensor, " documents"]
 ) -> tuple[float | None, float | None]:
-    """Standard error and degrees of freedom of what is lower by so much without each document.
+    """Standard error and degrees of freedom of an estimate, from its decrease when each document is left out.
 
     Args:
-        lower: of each document.
-        denominators: of the ratios it is made of; the one with the fewest degrees of freedom counts.
+        lower: the decrease without each document.
+        denominators: those of the estimate's ratios; the one with the fewest degrees of freedom counts.
 
     Returns:
-        None and None where there are fewer than two documents, or one of them is all there is.
+        None and None if there are fewer than two documents, or if one of them holds everything.
     """
     n = len(lower)
     if n < 2 or not bool(lower.isfinite().all()):
@@ -202,10 +202,10 @@ def jackknife(
 
 
 def student_t(degrees_of_freedom: float | None) -> float:
-    """The 97.5 % quantile of Student's t, or without degrees of freedom of the normal distribution.
+    """The 97.5 % quantile of Student's t, or of the normal distribution if there are no degrees of freedom.
 
-    By its expansion in 1/ν (Abramowitz & Stegun 1964, 26.7.5): 1 % below the exact quantile at ν = 2, nothing that
-    could be seen from ν = 4 on, a tenth below at ν = 1.
+    Computed by its expansion in 1/ν (Abramowitz & Stegun 1964, 26.7.5): a tenth below the exact quantile at ν = 1, 1 %
+    below at ν = 2, and indistinguishable from it for ν ≥ 4.
     """
     z = 1.959963984540054
     if degrees_of_freedom is None:
@@ -220,17 +220,17 @@ def student_t(degrees_of_freedom: float | None) -> float:
 
 
 def double(tensor: Tensor) -> Tensor:
-    """As float64: where it is, or on the CPU where the device has no float64 (mps)."""
+    """The tensor in float64, on its own device, or on the CPU if the device has no float64 (mps)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def row_sums(tensor: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-    """Sums of rows in float64, where `double` has it, without a copy of everything in it."""
+    """Row sums in float64, on the device that `double` uses, without a float64 copy of the tensor."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).sum(-1, dtype=torch.float64)
 
 
 def to_json(scores: Any, names: Sequence[str]) -> dict[str, Any]:
-    """The named estimates of a result."""
+    """The named estimates of a result, for JSON."""
     return {name: getattr(scores, name).to_json() for name in names}
 
 

@@ -1,4 +1,4 @@
-"""Figures in the house's look, as PNG. The only file that imports matplotlib, which need not be installed."""
+"""Figures in one style, as PNG. Only this file imports matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ ARCHITECTURE_COLOURS = {
     "matryoshka": GREEN,
 }
 MISSING = "Figures are left out: they need matplotlib (`pip install 'sae[figures]'`)."
-"""What Markdown says in place of figures."""
+"""The text in Markdown in place of figures."""
 
 Arguments = ParamSpec("Arguments")
 Drawn = TypeVar("Drawn")
 
 
 def drawing(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn | None]:
-    """Make a function that draws return None if matplotlib is not installed."""
+    """Make a drawing function return None if matplotlib is not installed."""
 
     @functools.wraps(draw)
-    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Drawn | None:
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Drawn | None:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             return None
         return draw(*args, **kwargs)
 
-    return drawn
+    return wrapper
 
 
 class Canvas:
     """A grid of axes, drawn without pyplot and its global state.
 
     Args:
-        rows, columns: of axes.
-        size: of the whole, in inches.
+        rows, columns: numbers of axes.
+        size: of the figure, in inches.
     """
 
     def __init__(self, rows: int, columns: int, size: tuple[float, float]) -> None:
@@ -69,17 +69,17 @@ class Canvas:
         """A legend outside the axes.
 
         Args:
-            place: `upper` or `lower`, in the middle.
-            handles: made by `line` and `patch`; None: whatever has a label.
-            columns: of the legend.
-            size: of its font.
+            place: `upper` or `lower`, centred.
+            handles: from `line` and `patch`; None: everything with a label.
+            columns: number of columns.
+            size: of the font.
         """
-        chosen: dict[str, Any] = {} if handles is None else {"handles": list(handles)}
-        chosen["loc"] = f"outside {place} center"
-        self.figure.legend(frameon=False, fontsize=size, labelcolor=INK, ncols=columns, **chosen)
+        options: dict[str, Any] = {} if handles is None else {"handles": list(handles)}
+        options["loc"] = f"outside {place} center"
+        self.figure.legend(frameon=False, fontsize=size, labelcolor=INK, ncols=columns, **options)
 
     def png(self) -> bytes:
-        """Draw; the same figure gives the same bytes."""
+        """Draw the figure; the same figure gives the same bytes."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         content = io.BytesIO()
@@ -93,7 +93,7 @@ def title(axes: Axes, text: str) -> None:
 
 
 def bare(axes: Axes) -> None:
-    """Take away spines, ticks and grid."""
+    """Remove spines, ticks and grid."""
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -110,13 +110,13 @@ def circle(axes: Axes, radius: float) -> None:
 def cells(
     axes: Axes, x: Sequence[float], y: Sequence[float], kinds: Sequence[Sequence[int]], colours: Sequence[str]
 ) -> None:
-    """A grid of cells, each in the colour of its kind.
+    """Draw a grid of cells, each in the colour of its kind.
 
     Args:
         axes: to draw on.
         x, y: centres of the cells.
-        kinds: of the cells, `[y][x]`: places in `colours`.
-        colours: of the kinds.
+        kinds: of the cells, `[y][x]`, as indices into `colours`.
+        colours: one for each kind.
     """
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
@@ -142,7 +142,7 @@ def patch(label: str, colour: str) -> Artist:
 
 
 def logarithmic(axes: Axes, which: str, limits: tuple[float, float]) -> None:
-    """A log scale whose ticks are plain numbers, also between the powers of ten if the range is short."""
+    """Set a log scale with plain numbers as ticks, also between the powers of ten if the range is short."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis = axes.xaxis if which == "x" else axes.yaxis
@@ -169,7 +169,7 @@ def engineering() -> Any:
 
 
 def percent() -> Any:
-    """Ticks such as 20%, of shares."""
+    """Ticks such as 20%, for shares."""
     from matplotlib.ticker import PercentFormatter
 
     return PercentFormatter(1.0)

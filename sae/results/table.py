@@ -1,6 +1,6 @@
 """Tables, for terminals of any width and as Markdown.
 
-In a terminal numbers are never cut: text gives way first, then columns go below each other.
+In a terminal numbers are never cut: text is narrowed first, then columns are placed below each other.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 NONE = "–"
-"""What stands in a cell without a value."""
+"""The content of a cell without a value."""
 BEST, SAME = "*", "≈"
-"""Marks of the best cells of a column, and of those no different from the best beyond noise."""
+"""Marks for the best cells of a column, and for those that differ from the best only within noise."""
 WIDE = 120
-"""Characters of a terminal that shows every column."""
+"""Width in characters from which a terminal shows every column."""
 _READABLE, _LEAST = 20, 10
-"""Characters that text keeps as long as numbers can be shortened instead, and those that it always keeps."""
+"""Least width of text as long as numbers can be shortened instead, and in any case."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Column:
     """Cells below a heading.
 
     Attributes:
-        heading: as text.
-        cells: one a row; a cell may have several lines.
-        short: what stands there if the terminal is too narrow for `cells`; None: the same.
-        is_text: may be folded, and stands on the left; numbers stand on the right and stay whole.
-        is_cut: ends with an ellipsis rather than go on in another line.
-        marks: one a row, shown beside the cell; cells marked as `BEST` are bold. Empty: no cell has one.
-        is_extra: left out of terminals narrower than `WIDE`.
+        heading: plain text.
+        cells: one per row; a cell may have several lines.
+        short: used if the terminal is too narrow for `cells`; None: the same cells.
+        is_text: aligned left, and may be folded; numbers are aligned right and never folded.
+        is_cut: ends with an ellipsis instead of being folded.
+        marks: one per row, shown next to the cell; cells marked `BEST` are bold. Empty: no marks.
+        is_extra: left out on terminals narrower than `WIDE`.
     """
 
     heading: str
@@ -51,14 +51,14 @@ class Column:
     is_extra: bool = False
 
     def width(self, short: bool) -> int:
-        """Characters of its longest line."""
+        """The width of its longest line, in characters."""
         from rich.cells import cell_len
 
         texts = [self.heading, *map(str, self.shown(short))]
         return max(cell_len(line) for text in texts for line in printable(text, lines=True).split("\n"))
 
     def shown(self, short: bool) -> Sequence[str | Text]:
-        """Its cells in a terminal; values stand below each other whether they are marked or not."""
+        """Its cells in a terminal; values stay aligned whether they are marked or not."""
         cells = self.short if short and self.short is not None else self.cells
         if not any(self.marks):
             return cells
@@ -81,11 +81,11 @@ class Table:
 
     Attributes:
         columns: the first one names the rows.
-        title: above.
-        notes: below, a sentence or more each; `{best}` stands for how the best cells look.
+        title: shown above.
+        notes: shown below, a sentence or more each; `{best}` becomes the look of the best cells.
         extra_notes: notes on columns that are `is_extra`.
-        short_note: below, if cells were shortened.
-        sections: rows that a gap stands before in a terminal.
+        short_note: shown below if cells were shortened.
+        sections: rows with a gap above them in a terminal.
     """
 
     columns: Sequence[Column]
@@ -99,7 +99,7 @@ class Table:
     def of_rows(
         head: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", notes: Sequence[str] = ()
     ) -> Table:
-        """Of rows of cells, the first of which is text."""
+        """A table from rows of cells; the first column is text."""
         rows = list(rows)
         columns = [
             Column(heading, [row[number] for row in rows], is_text=not number) for number, heading in enumerate(head)
@@ -107,10 +107,10 @@ class Table:
         return Table(columns, title, notes)
 
     def in_terminal(self, width: int | None = None) -> Group:
-        """The columns beside each other, or as several tables below each other that repeat the first column.
+        """The columns side by side, or several tables below each other that repeat the first column.
 
         Args:
-            width: characters of the terminal; None: it is wide enough.
+            width: of the terminal, in characters; None: wide enough.
         """
         from rich.console import Group
         from rich.text import Text
@@ -130,7 +130,7 @@ class Table:
         return pipe_table([column.heading for column in self.columns], rows, text_columns=1)
 
     def markdown_notes(self) -> list[str]:
-        """The notes that stand below it in Markdown."""
+        """The notes below the table in Markdown."""
         return [_with_best(note, "**bold**") for note in (*self.notes, *self.extra_notes) if note]
 
 
@@ -140,7 +140,7 @@ def _with_best(note: str, looks: str) -> str:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Columns that fit beside each other, how wide they are, and how far apart."""
+    """Columns that fit side by side, their widths, and the gap between them."""
 
     columns: Sequence[Column]
     widths: Sequence[int]
@@ -149,7 +149,7 @@ class _Layout:
 
 
 def _layouts(columns: Sequence[Column], width: int | None) -> Iterator[_Layout]:
-    """One with everything, as it is or shortened, or several of as many columns as fit."""
+    """One layout with all columns, full or shortened, or several with as many columns as fit."""
     for gap, short, least in ((2, False, _READABLE), (1, False, _READABLE), (1, True, _READABLE), (1, True, _LEAST)):
         widths = _widths(columns, width, gap, short, least)
         if widths is not None:
@@ -165,7 +165,7 @@ def _layouts(columns: Sequence[Column], width: int | None) -> Iterator[_Layout]:
 
 
 def _widths(columns: Sequence[Column], width: int | None, gap: int, short: bool, least: int) -> list[int] | None:
-    """Numbers as wide as they are, text as wide as is left, and not below `least`; None if that is too wide."""
+    """Numbers at full width, text in what remains, but at least `least` wide; None if they do not fit."""
     natural = [column.width(short) for column in columns]
     if width is None:
         return natural
@@ -174,17 +174,17 @@ def _widths(columns: Sequence[Column], width: int | None, gap: int, short: bool,
     )  # fmt: skip
     texts = sorted((own, number) for number, (column, own) in enumerate(zip(columns, natural, strict=True))
                    if column.is_text)  # fmt: skip
-    given = dict(enumerate(natural))
-    for place, (own, number) in enumerate(texts):  # the shortest first: what it does not need is the others'
-        given[number] = min(own, left // (len(texts) - place))
-        if given[number] < min(own, least):
+    widths = dict(enumerate(natural))
+    for place, (own, number) in enumerate(texts):  # the shortest first: the others get what it does not need
+        widths[number] = min(own, left // (len(texts) - place))
+        if widths[number] < min(own, least):
             return None
-        left -= given[number]
-    return list(given.values()) if left >= 0 else None
+        left -= widths[number]
+    return list(widths.values()) if left >= 0 else None
 
 
 def _squeezed(columns: Sequence[Column], width: int | None) -> list[int]:
-    """One number beside its name, however narrow the terminal."""
+    """Widths of one column of numbers and its names, however narrow the terminal."""
     natural = [column.width(True) for column in columns]
     return [max(1, (width or sum(natural)) - sum(natural[1:]) - len(columns) + 1), *natural[1:]]
 
@@ -222,7 +222,7 @@ def _drawn(layout: _Layout, sections: Collection[int]) -> RichTable:
 
 
 def _broken(text: str, width: int | None) -> str:
-    """The text with line ends in words that are wider, behind underscores as far as there are some."""
+    """The text with line breaks in words that are too wide, after underscores if there are any."""
     if width is None:
         return text
 

@@ -1,4 +1,4 @@
-"""The experiments' figures as PNG: features in the plane, dimensionality, phases, recovery."""
+"""Figures of the experiments' results, as PNG: features in the plane, dimensionality, phases, recovery."""
 
 from __future__ import annotations
 
@@ -121,13 +121,13 @@ def _phases(result: PhaseResult) -> bytes:
 def _recovery(result: RecoveryResult) -> bytes:
     by_frequency = len({group.frequency for group in result.dictionaries[0].by_frequency}) > 1
     canvas = Canvas(1, 3 if by_frequency else 1, (10.2 if by_frequency else 4.6, 3.3))
-    for made in result.dictionaries:
-        color, thresholds = ARCHITECTURE_COLOURS.get(made.architecture, INK), list(made.scores.recall)
-        canvas.axes[0].plot(thresholds, list(made.scores.recall.values()), color=color, **_RECALL)
-        canvas.axes[0].plot(thresholds, list(made.scores.precision.values()), color=color, **_PRECISION)
-        canvas.axes[0].plot(thresholds, list(made.null.recall.values()), color=GREY, **_NULL)
+    for dictionary in result.dictionaries:
+        color, thresholds = ARCHITECTURE_COLOURS.get(dictionary.architecture, INK), list(dictionary.scores.recall)
+        canvas.axes[0].plot(thresholds, list(dictionary.scores.recall.values()), color=color, **_RECALL)
+        canvas.axes[0].plot(thresholds, list(dictionary.scores.precision.values()), color=color, **_PRECISION)
+        canvas.axes[0].plot(thresholds, list(dictionary.null.recall.values()), color=GREY, **_NULL)
         if by_frequency:
-            groups, fired = made.by_frequency, made.by_density
+            groups, fired = dictionary.by_frequency, dictionary.by_density
             tenths, firing_tenths = range(1, len(groups) + 1), range(1, len(fired) + 1)
             canvas.axes[1].plot(tenths, [group.recall for group in groups], color=color, **_RECALL)
             canvas.axes[1].plot(firing_tenths, [group.precision for group in fired], color=color, **_PRECISION)
@@ -137,11 +137,11 @@ def _recovery(result: RecoveryResult) -> bytes:
     for axes, name in zip(canvas.axes, titles, strict=False):
         title(axes, name)
         axes.set_ylim(-0.03, 1.05)
-    canvas.axes[0].set_xlabel("cosine from which on a direction counts as found")
+    canvas.axes[0].set_xlabel("least cosine of a recovered direction")
     for axes in canvas.axes[1:]:
         axes.set_xlabel("tenth of the features, most frequent first")
         axes.set_xticks(range(1, 11))
-    _recovery_legend(canvas, [made.architecture for made in result.dictionaries])
+    _recovery_legend(canvas, [dictionary.architecture for dictionary in result.dictionaries])
     return canvas.png()
 
 

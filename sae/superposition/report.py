@@ -1,4 +1,4 @@
-"""The experiments' results for people: tables, as Markdown with the figures, and for the terminal."""
+"""Tables of the experiments' results: as Markdown with figures, and for the terminal."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finished:
-    """An experiment that has been run.
+    """A finished experiment.
 
     Attributes:
-        name: of it, in `EXPERIMENTS`.
-        title: what it is called.
-        settings: it was run with.
+        name: its key in `EXPERIMENTS`.
+        title: its heading.
+        settings: those it was run with.
         seed: likewise.
-        seconds: it took.
-        result: what came of it.
-        figure: file name of its figure; None where matplotlib was missing.
+        seconds: how long it took.
+        result: its result.
+        figure: file name of its figure; None if matplotlib was missing.
     """
 
     name: str
@@ -57,7 +57,7 @@ def markdown(done: Sequence[Finished]) -> str:
 
 
 def show(done: Finished, console: Console) -> None:
-    """The same in the terminal, without the figure."""
+    """Print an experiment's tables."""
     console.print(f"{done.title} ({done.seconds:,.0f} s)", style="bold")
     for table in tables(done.result):
         console.print(table.in_terminal(console.width))
@@ -83,7 +83,7 @@ def _geometry(result: GeometryResult) -> list[Table]:
         for model in result.models
     ]
     note = (
-        "Of the run of lowest loss: the dimensionality of each feature, their sum, and the angles in degrees between "
+        "The run with the lowest loss: the dimensionality of each feature, their sum, the angles in degrees between "
         "neighbours. Pentagons: runs, each from one seed, whose angles are 72° ± 2° and dimensionalities 2/5 ± 0.02."
     )
     return [Table.of_rows(("density", "loss", "dimensionality", "sum", "angles", "pentagons"), rows, notes=[note])]
@@ -98,7 +98,7 @@ def _dimensionality(result: DimensionalityResult) -> list[Table]:
         middle = f"{learned[len(learned) // 2]:.3f}" if learned else NONE
         rows.append((f"{1 / p:.3g}", f"{per_feature:.3f}", f"{len(learned)}", middle, f"{sum(numbers):.2f}"))
     note = (
-        f"m / ‖W‖² is hidden dimensions for each learned feature. Learned: features of norm above {REPRESENTED:g}, and "
+        f"m / ‖W‖²: hidden dimensions per learned feature. Learned: features of norm above {REPRESENTED:g}, and "
         f"their median dimensionality. The sum is over all features, and never exceeds m = {result.hidden}."
     )
     return [Table.of_rows(("1 / density", "m / ‖W‖²", "learned", "median", "sum"), rows, notes=[note])]
@@ -116,8 +116,8 @@ def _phases(result: PhaseResult) -> list[Table]:
         ),
     ]
     note = (
-        "A cell agrees where the last feature's phase is the same in the trained model and in the configuration of "
-        "least loss. Margin: loss of the second-best phase divided by that of the best; dots mark cells of less, "
+        "A cell agrees if the last feature's phase is the same in the trained model and in the configuration of least "
+        "loss. Margin: loss of the second-best phase divided by that of the best; dots mark cells with less, "
         f"crosses cells that differ. Trained loss divided by the least analytic one: {ratios[0]:.3f} to "
         f"{ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}."
     )
@@ -125,22 +125,22 @@ def _phases(result: PhaseResult) -> list[Table]:
 
 
 def _recovery(result: RecoveryResult) -> list[Table]:
-    head = ("", *(column for made in result.dictionaries for column in (made.architecture, "null")))
+    head = ("", *(column for dictionary in result.dictionaries for column in (dictionary.architecture, "null")))
     note = (
         f"{result.features} features in {result.d_in} dimensions, {result.mean_l0:g} present on average "
         f"({result.measured_l0:.3f} in the scored sample). Null: as many random directions as there are live features; "
-        "of F1, another feature's latent. Precision and recall are by one-to-one matching."
+        "for F1, another feature's latent. Precision and recall are by one-to-one matching."
     )
-    made = [Table.of_rows(head, _direction_rows(result.dictionaries), notes=[note])]
+    parts = [Table.of_rows(head, _direction_rows(result.dictionaries), notes=[note])]
     if len({group.frequency for group in result.dictionaries[0].by_frequency}) > 1:
         note = (
-            f"Recall at cosine {COSINE:g} and detection F1 are of tenths of the true features, most frequent first; "
-            f"precision at cosine {COSINE:g} is of tenths of the live learned features, most often firing first. Null: "
+            f"Recall at cosine {COSINE:g} and detection F1 are by tenths of the true features, most frequent first; "
+            f"precision at cosine {COSINE:g} is by tenths of the live learned features, most often firing first. Null: "
             "F1 of another feature's latent."
         )
         *others, last = result.dictionaries
-        made += [*(_by_tenth(dictionary, "") for dictionary in others), _by_tenth(last, note)]
-    return made
+        parts += [*(_by_tenth(dictionary, "") for dictionary in others), _by_tenth(last, note)]
+    return parts
 
 
 def _direction_rows(dictionaries: Sequence[DictionaryScores]) -> Iterable[tuple[str, ...]]:

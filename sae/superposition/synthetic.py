@@ -1,4 +1,4 @@
-"""Activations whose features are known: random directions, present with known frequencies, streamed in batches."""
+"""Synthetic activations of known features: random directions, present with known frequencies, in batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALWAYS, _NO_PARENT = 0, -1
 _STATISTICS_BATCHES = 8
 _EVEN, _HARD, _TOY = "even world", "hard world", "toy world"
 TRAINING, STATISTICS, VALIDATION, TEST = "training", "statistics", "validation", "test"
-"""Streams of a world; they share no sample."""
+"""Random streams of samples; no two share a sample."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sample:
 
     Attributes:
         activations: values @ directions.
-        values: magnitude of each feature, 0 where it is absent.
+        values: magnitude of each feature, 0 if it is absent.
     """
 
     activations: Float[Tensor, "batch d_in"]
@@ -46,19 +46,19 @@ class Sample:
 class SyntheticFeatures:
     """x = Σ_i v_i d_i, where feature i is present with probability `frequency[i]`, and then v_i ~ U[0, 1].
 
-    A feature is present when three things come together: its gate is open, its parent (if it has one) is present, and
-    a coin of its own, `chance`, falls so. Features that share a gate occur together; a child occurs with its parent
-    only. Everything else is independent, so every frequency and every joint frequency is known in closed form.
+    A feature is present if its gate is open, its parent (if it has one) is present, and its own coin, with probability
+    `chance`, says so. Features that share a gate occur together; a child occurs only with its parent. Everything else
+    is independent, so every frequency and every joint frequency is known in closed form.
 
     Attributes:
-        directions: d_i; unit vectors but where they are a toy model's.
+        directions: d_i; unit vectors, except a toy model's.
         frequency: probability that a feature is present; their sum is the mean L0.
         chance: the same, given an open gate and a present parent.
-        gate: of each feature, an index into `gates`; 0 is always open.
-        gates: probabilities that gates are open.
-        parent: of each feature, the index of another; −1: none. Parents have no parents.
-        seed: all samples follow from it and from the number of a batch.
-        name: of the kind of world; worlds of two names share no stream, whatever their seeds.
+        gate: index into `gates` of each feature; gate 0 is always open.
+        gates: probability that each gate is open.
+        parent: index of each feature's parent; −1: none. Parents have no parents.
+        seed: determines all samples, along with the batch number.
+        name: kind of features; two kinds share no random stream, whatever their seeds.
     """
 
     directions: Float[Tensor, "features d_in"]
@@ -72,16 +72,16 @@ class SyntheticFeatures:
 
     @property
     def mean_l0(self) -> float:
-        """Mean number of features that are present."""
+        """Mean number of features present."""
         return float(self.frequency.double().sum())
 
     @in_own_modes
     def sample(self, rows: int, number: int = 0, stream: str = TRAINING) -> Sample:
-        """A batch: the same for the same seed, stream, number and rows, whatever was drawn before.
+        """A batch, determined by seed, stream, number and rows, whatever was drawn before.
 
         Args:
-            rows: of the batch.
-            number: of the batch in its stream.
+            rows: number of rows.
+            number: index of the batch in its stream.
             stream: `TRAINING`, `STATISTICS`, `VALIDATION` or `TEST`.
         """
         generator = torch_generator(f"{self.name}: {stream}", self.seed, number)
@@ -100,9 +100,9 @@ class SyntheticFeatures:
 
     @in_own_modes
     def joint_frequency(self) -> Float[Tensor, "features features"]:
-        """Probability that both of two features are present, in float64; on the diagonal a feature's own.
+        """Probability that both of two features are present, in float64; on the diagonal, a feature's own frequency.
 
-        Without a common cause it is p_i p_j. Features behind one gate of probability g share it: p_i p_j / g. A child
+        Without a common cause, it is p_i p_j. Features behind one gate of probability g share it: p_i p_j / g. A child
         with its parent has its own frequency, and with another child of probability p_j of the same parent,
         p_i p_j / p_parent.
         """
@@ -121,14 +121,14 @@ class SyntheticFeatures:
 
 
 class SyntheticSource:
-    """Training batches of a world, without end: what `sae.train` takes.
+    """An endless source of training batches for `sae.train`.
 
-    Batch number n is the same whenever it is asked for, so training resumes without drawing the batches before it.
-    The statistics are those of some batches of another stream.
+    Batch n does not depend on earlier batches, so training resumes without drawing them again. The statistics come from
+    a few batches of another stream.
 
     Args:
-        world: what is sampled.
-        batch_size: rows of a batch.
+        world: the features to sample.
+        batch_size: rows per batch.
     """
 
     tokens_per_epoch: int | None = None
@@ -145,33 +145,33 @@ class SyntheticSource:
             yield self.world.sample(self.batch_size, number).activations
 
     def state_dict(self) -> dict[str, int]:
-        """The number of the next batch, and the version of the streams that it is drawn from."""
+        """The number of the next batch, and the version of the random streams."""
         return {"next": self._next, "streams": STREAMS}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a batch.
+        """Continue from a batch.
 
         Raises:
-            TrainingError: the batches before it were of another version of the streams, with other directions.
+            TrainingError: earlier batches came from another version of the random streams, with other directions.
         """
         if (streams := state.get("streams", 1)) != STREAMS:
             raise TrainingError(
-                f"this training began on samples of version {streams} of the random streams, and a world has other "
-                f"directions in version {STREAMS}: finish it with the version of sae that began it, or start anew"
+                f"this training began on samples of version {streams} of the random streams, and the directions are "
+                f"different in version {STREAMS}: finish it with the version of sae that began it, or start again"
             )
         self._next = state["next"]
 
     def restart(self) -> None:
-        """Go to the first batch."""
+        """Return to the first batch."""
         self._next = 0
 
 
 @in_own_modes
 def even_features(features: int = 512, d_in: int = 256, mean_l0: float = 8.0, *, seed: int = 0) -> SyntheticFeatures:
-    """Independent features of one frequency, mean_l0 / features.
+    """Independent features of equal frequency, mean_l0 / features.
 
     Raises:
-        ConfigError: more features per sample than there are.
+        ConfigError: `mean_l0` is not above 0 and at most the number of features.
     """
     if not 0 < mean_l0 <= features:
         raise ConfigError(
@@ -209,7 +209,7 @@ def uneven_features(
     Frequencies fall with a feature's rank to the power of `exponent`, bounded by `most_frequent`, and sum to
     `mean_l0`; feature 0 is the most frequent. Which features belong to families and groups is drawn at random.
 
-    A family's parent is more frequent than any child: of all features in families the most frequent are the parents,
+    A family's parent is more frequent than its children: the most frequent of all features in families are the parents,
     and the next most frequent are the children of the most frequent parent. A group's members have neighbouring
     frequencies; its gate is open twice as often as its most frequent member is present.
 
@@ -218,29 +218,29 @@ def uneven_features(
         d_in: dimensions.
         mean_l0: mean number of features present, exactly.
         exponent: of Zipf's law; 0: all equally frequent.
-        most_frequent: no feature is present more often.
-        families, children: number of families, and of the children in each.
-        groups, group_size: number of groups, and of the members of each.
-        seed: of all of it.
+        most_frequent: upper bound on frequencies.
+        families, children: number of families, and of children in each.
+        groups, group_size: number of groups, and of members in each.
+        seed: of directions, layout and samples.
 
     Raises:
         ConfigError: families and groups need more features than there are, or frequencies cannot sum to mean_l0.
     """
-    of_families, of_groups = families * (1 + children), groups * group_size
-    if of_families + of_groups > features:
+    family_sum, group_sum = families * (1 + children), groups * group_size
+    if family_sum + group_sum > features:
         raise ConfigError(
-            f"{families} families of {1 + children} and {groups} groups of {group_size} need {of_families + of_groups} "
+            f"{families} families of {1 + children} and {groups} groups of {group_size} need {family_sum + group_sum} "
             f"features, and there are {features}: take fewer of them"
         )
     frequency = zipf_frequencies(features, mean_l0, exponent, most_frequent)
-    drawn = numpy_generator(f"{_HARD}: layout", seed).permutation(features)
+    order = numpy_generator(f"{_HARD}: layout", seed).permutation(features)
     chance, gate = frequency.clone(), torch.zeros(features, dtype=torch.int64)
     parent = torch.full((features,), _NO_PARENT)
-    in_families = torch.from_numpy(np.sort(drawn[:of_families]))
+    in_families = torch.from_numpy(np.sort(order[:family_sum]))
     parents, others = in_families[:families], in_families[families:]
     parent[others] = parents.repeat_interleave(children)
     chance[others] = frequency[others] / frequency[parent[others]]
-    in_groups = torch.from_numpy(np.sort(drawn[of_families : of_families + of_groups])).reshape(groups, group_size)
+    in_groups = torch.from_numpy(np.sort(order[family_sum : family_sum + group_sum])).reshape(groups, group_size)
     gates = torch.cat([torch.ones(1), (2 * frequency[in_groups[:, 0]]).clamp_max(1.0)])
     gate[in_groups] = torch.arange(1, groups + 1)[:, None]
     chance[in_groups] = frequency[in_groups] / gates[1:, None]
@@ -250,13 +250,13 @@ def uneven_features(
 
 @in_own_modes
 def toy_features(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, seed: int = 0) -> SyntheticFeatures:
-    """The hidden activations of a toy model that was trained for the purpose: features as it has laid them out.
+    """Features as a toy model, trained here, lays them out in its hidden activations.
 
     All features are equally important, each present with probability mean_l0 / features. Those that the model has not
-    learned (norm at most ½) are no features of its hidden space, and are left out.
+    learned (norm at most ½) are left out, as its hidden space lacks them.
 
     Raises:
-        ConfigError: more features per input than there are, or no hidden dimension.
+        ConfigError: `mean_l0` is not above 0 and at most the number of features, or there is no hidden dimension.
     """
     world = even_features(features, max(hidden, 1), mean_l0, seed=seed)
     models = train_toy_models(world.frequency[:1], torch.ones(1, features), hidden, seed=seed)
@@ -270,10 +270,10 @@ def toy_features(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, 
 def zipf_frequencies(
     features: int, mean_l0: float, exponent: float, most_frequent: float
 ) -> Float[Tensor, " features"]:
-    """min(C · rank^−exponent, most_frequent), with C such that they sum to mean_l0.
+    """min(C · rank^−exponent, most_frequent), with C such that the frequencies sum to mean_l0.
 
     Raises:
-        ConfigError: even if all were as frequent as allowed they would sum to less, or a bound is no probability.
+        ConfigError: the sum is out of reach even if all are as frequent as allowed, or the bound is no probability.
     """
     if not 0 < most_frequent <= 1:
         raise ConfigError(f"most_frequent={most_frequent:g}: expected a probability above 0 and up to 1")
@@ -282,18 +282,18 @@ def zipf_frequencies(
             f"mean_l0={mean_l0:g}: expected a number above 0 and below {features} features times most_frequent, "
             f"{features * most_frequent:g}"
         )
-    shape = np.arange(1, features + 1, dtype=np.float64) ** -exponent
-    low, high = 0.0, most_frequent / shape[-1]
+    weights = np.arange(1, features + 1, dtype=np.float64) ** -exponent
+    low, high = 0.0, most_frequent / weights[-1]
     for _ in range(200):
         middle = (low + high) / 2
-        if np.minimum(middle * shape, most_frequent).sum() < mean_l0:
+        if np.minimum(middle * weights, most_frequent).sum() < mean_l0:
             low = middle
         else:
             high = middle
-    return torch.from_numpy(np.minimum(high * shape, most_frequent)).float()
+    return torch.from_numpy(np.minimum(high * weights, most_frequent)).float()
 
 
 def random_directions(features: int, d_in: int, seed: int, world: str) -> Float[Tensor, "features d_in"]:
-    """Independent directions, uniform on the sphere, drawn for a world of this name."""
+    """Independent directions, uniform on the sphere, from the random stream of this kind of features."""
     directions = torch.randn(features, d_in, generator=torch_generator(f"{world}: directions", seed))
     return torch.nn.functional.normalize(directions, dim=1)

@@ -215,10 +215,10 @@ def test_tables_say_where_baselines_have_fewer_tokens(
     few, every = report(33), report(None)
     positions = few.baselines["pca"].downstream.tokens
     assert (
-        f"Baselines are measured on less: losses, and the clean loss that they are beside, on {positions} positions."
+        f"Baselines are measured on less: losses, and the clean loss next to them, on {positions} positions."
         in markdown(few, [])
     )
-    assert f"beside, on {positions} positions" in printed(few)
+    assert f"next to them, on {positions} positions" in printed(few)
     assert "on less" not in markdown(every, []) and "positions" not in printed(every)
 
 

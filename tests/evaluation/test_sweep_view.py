@@ -110,7 +110,7 @@ def test_one_document_does_not_tell_what_is_noise(compared: dict[str, Totals]) -
     first = {name: {key: sums[:1] for key, sums in made.items()} for name, made in compared.items()}
     points = {name: point("topk", 8, float(made["error"].sum())) for name, made in first.items()}
     text = sweep_markdown(points, {}, None, behind_best(points, first))
-    assert "**bold**: the lowest of its k. One document does not tell what is noise." in text
+    assert "**bold**: the lowest of its k. One document cannot show what is noise." in text
     assert "≈" not in text
     twins = dict.fromkeys(first, first["b"])
     points = dict.fromkeys(twins, points["b"])

@@ -150,9 +150,7 @@ def test_a_missing_figure_is_drawn_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(
-        ConfigError, match=r"holds 'notes.txt' and no superposition.json: it is not one of 'sae superpos"
-    ):
+    with pytest.raises(ConfigError, match=r"holds 'notes.txt' and no superposition.json: it is not from 'sae superpos"):
         run(tmp_path, ["geometry"], settings=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(ConfigError, match="is a file: choose a folder with --out"):
@@ -185,7 +183,7 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command) -> N
     assert "cells of margin" in printed
     status, _, error = command("superposition", "geometri", "--out", tmp_path / "other")
     assert status == 1
-    assert "experiment 'geometri': there are geometry, dimensionality, phases-2-1" in error
+    assert "experiment 'geometri': expected one of geometry, dimensionality, phases-2-1" in error
     status, _, error = command("superposition", "--seed", 2**63, "--out", tmp_path / "other")
     assert status == 2 and "9223372036854775808 is not in the range 0<=x<=9223372036854775807" in error
     assert not (tmp_path / "other").exists()

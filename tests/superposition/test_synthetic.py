@@ -98,7 +98,7 @@ def test_a_batch_is_the_same_whenever_it_is_asked_for(hard: SyntheticFeatures) -
 
 def test_samples_of_other_directions_are_not_gone_on_with(hard: SyntheticFeatures) -> None:
     """A state without a version is from before streams had one: directions and samples were others."""
-    with pytest.raises(TrainingError, match=r"began on samples of version 1 of the random streams, .* or start anew"):
+    with pytest.raises(TrainingError, match=r"began on samples of version 1 of the random streams, .* or start again"):
         SyntheticSource(hard, 64).load_state_dict({"next": 3})
 
 
