@@ -47,7 +47,9 @@ class Format:
         """The version of this format that a record states; None if it is of another format."""
         return record.get(_VERSION) if record.get(_NAME) == self.name else None
 
-    def check(self, record: object, place: str, file: str = "", error: type[SaeError] = FormatError) -> None:
+    def check(
+        self, record: object, place: str, file: str = "", error: type[SaeError] = FormatError, way_out: str = ""
+    ) -> None:
         """Raise an error unless a record has this format and a version that can be read.
 
         Args:
@@ -55,15 +57,16 @@ class Format:
             place: beginning of the message, such as `dictionary 'folder'`.
             file: name of the file, if the place is a folder.
             error: class of the error.
+            way_out: end of the message; empty: updating the package is the only one.
         """
         if not isinstance(record, Mapping) or record.get(_NAME) != self.name:
             which = f"{file} is not" if file else "not"
-            raise error(f"{place}: {which} of this toolkit (no format {self.name!r})")
+            raise error(f"{place}: {which} of this toolkit (no format {self.name!r}){way_out and f'; {way_out}'}")
         recorded = record.get(_VERSION, 0)
         if type(recorded) is not int or recorded > self.version:
             raise error(
-                f"{place}: format version {recorded} is newer than this package reads ({self.version}); update the "
-                "package"
+                f"{place}: format version {recorded} is newer than this package reads ({self.version}); "
+                f"{way_out or 'update the package'}"
             )
 
 

@@ -51,7 +51,7 @@ def _geometry(result: GeometryResult) -> bytes:
     canvas = Canvas(1, len(result.models), (1.75 * len(result.models), 2.5))
     for axes, model in zip(canvas.axes, result.models, strict=True):
         bare(axes)
-        circle(axes, 1)
+        circle(axes, 1.0)
         for number, (x, y) in enumerate(model.W):
             color = _FEATURES[number % len(_FEATURES)]
             axes.plot([0, x], [0, y], color=color, linewidth=1.6, solid_capstyle="round")

@@ -167,7 +167,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if not stands(path):
         return {}
     content = read_object(path)
-    FORMAT.check(content, f"{str(folder)!r}", JSON_FILE)
+    FORMAT.check(content, f"folder {str(folder)!r}", JSON_FILE, way_out="choose another with --out")
     experiments = validated(path, dict[str, dict[str, Any]], content.get("experiments"))
     return {name: entry for name, entry in experiments.items() if name in EXPERIMENTS}
 

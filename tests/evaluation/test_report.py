@@ -323,7 +323,7 @@ def test_a_report_that_cannot_be_rendered_leaves_the_one_before(
 ) -> None:
     write_report(report, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    monkeypatch.setattr("sae.evaluation.report_view.markdown", lambda *_: 1 / 0)
+    monkeypatch.setattr("sae.evaluation.stored.markdown", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(dataclasses.replace(report, hook="another"), tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

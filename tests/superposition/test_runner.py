@@ -158,7 +158,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     write_json(foreign / "superposition.json", {"format": "another"})
-    with pytest.raises(FormatError, match="is not of 'sae superposition'; choose another folder"):
+    with pytest.raises(FormatError, match=r"superposition\.json is not of this toolkit .*; choose another with --out"):
         run(foreign, ["geometry"], settings=SMALL)
     write_json(foreign / "superposition.json", {"format": "sae-superposition", "format_version": 99})
     with pytest.raises(FormatError, match="has format version 99, this package reads 1"):
