@@ -374,7 +374,7 @@ def test_the_command(own_run: Path, sets: Path, command) -> None:
     assert f"3 probed; tables in {own_run / 'probe.md'}" in out.replace("\n", "")
     status, out, err = command("probe", own_run, sets / "set0.csv", "k=1", "exampels=60")
     assert (status, out) == (1, "")
-    assert err.strip() == "Error: unknown setting 'exampels' of probes: did you mean examples?"
+    assert err.strip() == "Error: unknown setting 'exampels': did you mean examples?"
     status, out, err = command("probe", own_run / "none", sets)
     assert status == 1
     assert "no config.yaml there" in err
