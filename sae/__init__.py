@@ -1,4 +1,4 @@
-"""Sparse autoencoders on language-model activations: cache, train, evaluate, look at features, reuse.
+"""Sparse autoencoders on language-model activations: cache, train, evaluate, inspect features, reuse.
 
 Everything is imported when it is first used, so that `import sae` is quick and needs no language-model library.
 `__init__.pyi` says the same to editors and type checkers.

@@ -161,7 +161,7 @@ def test_overrides_of_features_are_those_of_the_run(own_features: Path, command:
     assert "it reads model., harvest.cache, device" in outcome.err
     outcome = command("features", own_features, "three")
     assert outcome.status == 2
-    assert "'three' is neither the number of a feature nor KEY=VALUE" in outcome.err
+    assert "'three' is neither a feature number nor KEY=VALUE" in outcome.err
 
 
 @pytest.fixture(scope="module")

@@ -210,4 +210,4 @@ def test_a_dictionary_beyond_all_memory_is_refused(d_sae: int, tiny_config: Tiny
 
 def test_a_number_that_no_feature_has(run: Path, command: Command) -> None:
     outcome = command("features", run, "9" * 5000)
-    assert outcome.status == 2 and "neither the number of a feature" in outcome.err and len(outcome.err) < 1000
+    assert outcome.status == 2 and "neither a feature number" in outcome.err and len(outcome.err) < 1000
