@@ -70,7 +70,7 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: StagePro
     Args:
         config: its `model`, `data` and `harvest` sections and the cache folder are used.
         language_model: the model named in `config.model`.
-        progress: called with (tokens done, tokens in all).
+        progress: called with (tokens done, tokens in total).
 
     Raises:
         CacheError: the folder holds another cache, cannot be written or is full; activations overflow the number type.

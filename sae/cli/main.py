@@ -45,10 +45,10 @@ def cli(context: click.Context, debug: bool, quiet: bool) -> None:
     context.obj = {"debug": debug, "quiet": quiet}
 
 
-for verb in (
+for command in (
     run, harvest, train, sweep, evaluate, features, verify, compare, effects, hooks, superposition, probe,
 ):  # fmt: skip
-    cli.add_command(verb)
+    cli.add_command(command)
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def _main() -> None:
             complain_at_length(traceback.format_exc())
             sys.exit(1)
         if unwritten:
-            _fail(f"Error: standard output cannot be written ({unwritten}); send it where there is space", 1)
+            _fail(f"Error: standard output cannot be written ({unwritten}); redirect it elsewhere", 1)
         _fail(f"Error: {error if isinstance(error, SaeError) else _unforeseen(error)}", 1)
 
 

@@ -391,7 +391,7 @@ def test_a_standard_output_that_takes_nothing(finished_run: Path, words: list[st
         )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "Error: standard output cannot be written (No space left on device); send it where there is space"
+        "Error: standard output cannot be written (No space left on device); redirect it elsewhere"
     ]
 
 
