@@ -79,7 +79,7 @@ def test_an_evaluation_of_another_dictionary_is_named(run: Path, runs: tuple[Pat
     for name in EVALUATION:
         write_bytes(run / name, (runs[1] / name).read_bytes())
     [problem] = verify(run)[1]
-    assert "eval.json" in problem and "of another dictionary" in problem and "'sae eval' again" in problem
+    assert "eval.json" in problem and "of a dictionary other than" in problem and "'sae eval' again" in problem
 
 
 @pytest.mark.filterwarnings("always::sae.files.hashes.UnhashedWarning")
