@@ -1,7 +1,7 @@
-"""Sparse autoencoders on language-model activations: cache, train, evaluate, look at features, reuse.
+"""Sparse autoencoders on language-model activations: cache, train, evaluate, inspect features, reuse.
 
-Everything is imported when it is first used, so that `import sae` is quick and needs no language-model library.
-`__init__.pyi` says the same to editors and type checkers.
+Names are imported when they are first used, so `import sae` is quick and needs no language-model library.
+`__init__.pyi` declares the same names for editors and type checkers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# What editors and type checkers see of `__init__.py`, which imports when a name is first used.
+# Declarations of `__init__.py` for editors and type checkers; names are imported when they are first used.
 
 from sae import evaluation as evaluation
 from sae import probing as probing

@@ -182,7 +182,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(hub: LoopbackHub, gpt
     assert lines[2].startswith("model 'org/nothing': neither a folder nor a file here, and the hub has no model 'org/n")
     assert "its weights are not there as safetensors on the hub" in lines[3]
     assert "t.AutoModelForCausalLM" in lines[3]
-    assert "needs Python code that comes with it, and none of it was run" in lines[4]
+    assert "needs Python code that comes with it, which was not run" in lines[4]
     assert lines[5] == f"data source {DATA!r}: the hub has {DATA!r}, but not that revision: check data.revision"
     assert lines[6].startswith("data source 'org/nothing': neither a folder nor a file here, and the hub has no data")
     assert "Dataset scripts are no longer supported" in lines[7]

@@ -206,7 +206,7 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
-    assert done.stderr == "interrupted before anything was begun\n"
+    assert done.stderr == "interrupted before any work started\n"
 
 
 def test_an_ignored_ctrl_c_stays_ignored() -> None:

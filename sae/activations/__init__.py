@@ -1,4 +1,4 @@
-"""The activation cache: harvest it, open it, draw shuffled batches from it."""
+"""The activation cache: harvest it, open it, and draw shuffled batches from it."""
 
 from __future__ import annotations
 

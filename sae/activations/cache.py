@@ -1,4 +1,4 @@
-"""The activation cache on disk: its manifest, opening it, reading it, verifying it."""
+"""The activation cache on disk, opened for reading."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class ContextBatch:
         tokens: ids.
         documents: index into `ActivationCache.documents(split)`.
         eligible: False for tokens masked out of training, statistics and evaluation.
-        activations: as stored, converted to float32; None where no hook point was asked for.
-        sections: the number of the section of its document, among all; None where documents were not cut.
+        activations: the stored activations as float32; None if no hook point was requested.
+        sections: index of each token's section, counted over all documents; None if documents were not cut.
     """
 
     first_row: int
@@ -67,7 +67,7 @@ class ContextBatch:
     sections: Int[Tensor, "context seq"] | None = None
 
     def contexts(self, first: int, end: int) -> ContextBatch:
-        """Those from `first` up to `end`, as a batch of their own."""
+        """Contexts `first` up to `end`, as a batch of their own."""
         part = slice(first, end)
         return ContextBatch(
             self.first_row + first * self.tokens.shape[1],
@@ -82,14 +82,14 @@ class ContextBatch:
 class ActivationCache:
     """A harvested cache, opened for reading; shards are mapped into memory, not read.
 
-    A file is compared with its hash before anything of it is used, once a process.
+    Every file is compared with its hash before its first use in a process.
 
     Args:
         path: the cache's folder, or the run folder that holds it.
 
     Raises:
-        CacheError: there is no complete cache, or a file's size is not the manifest's.
-        DamagedError: (a CacheError) the manifest is damaged; later, a shard is.
+        CacheError: there is no complete cache, or a file's size differs from the manifest.
+        DamagedError: (a CacheError) the manifest is damaged; when reading, a shard is.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -115,7 +115,7 @@ class ActivationCache:
 
     @property
     def policy(self) -> TokenPolicy:
-        """Which tokens count."""
+        """Rules for which tokens count."""
         return TokenPolicy.from_json(self.manifest.tokens)
 
     @property
@@ -124,11 +124,11 @@ class ActivationCache:
         return self.manifest.context_length
 
     def rows(self, split: str = TRAIN) -> int:
-        """Tokens in a split, masked ones included."""
+        """Tokens in a split, including masked ones."""
         return self.manifest.rows[split]
 
     def source_tokens(self, split: str = TRAIN) -> dict[str, int]:
-        """Tokens in a split by the label of the source they came from, where several were mixed; else empty."""
+        """Tokens in a split by the label of their source, if several sources were mixed; else empty."""
         return self.manifest.data.get("source_tokens", {}).get(split, {})
 
     def d_in(self, hook: str) -> int:
@@ -151,7 +151,7 @@ class ActivationCache:
         """Names of the split's documents, in order.
 
         Raises:
-            DamagedError: the list of them is damaged.
+            DamagedError: the list of names is damaged.
         """
         path = self.path / DOCUMENTS
         names = read_json(path, self.manifest.files[DOCUMENTS].sha256, remedy=RESTORE)
@@ -162,9 +162,9 @@ class ActivationCache:
         return self.manifest.shards(split)
 
     def token_columns(self, split: str, number: int) -> dict[str, Tensor]:
-        """What a shard says of each token, `[rows]` each: `tokens` and `documents`.
+        """The columns of a token shard, `[rows]` each: `tokens` and `documents`.
 
-        And `sections` if documents were cut, and `counted` if only some roles of chats count.
+        Also `sections` if documents were cut, and `counted` if only some roles of chats count.
         """
         name, rows = shard_name("tokens", split, number), (self.manifest.shard_rows(split, number),)
         return {column: self._tensor(name, column, COLUMN_TYPES[column], rows) for column in self._columns()}
@@ -180,21 +180,21 @@ class ActivationCache:
         return eligible_rows(columns["tokens"], self.policy, self.context_length, columns.get("counted"))
 
     def activation_shard(self, hook: str, split: str, number: int) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
-        """Activations `[rows, d_in]` of a shard as stored, mapped into memory; and the scale per row for int8."""
+        """Stored activations `[rows, d_in]` of a shard, mapped into memory, and the scale of each row for int8."""
         name, rows, d_in = shard_name(hook, split, number), self.manifest.shard_rows(split, number), self.d_in(hook)
         scale = self._tensor(name, "scale", torch.float32, (rows,)) if self.manifest.dtype == "int8" else None
         return self._tensor(name, "activations", NUMBER_TYPES[self.manifest.dtype], (rows, d_in)), scale
 
     @contextlib.contextmanager
     def checking(self, folder: str, split: str) -> Iterator[Callable[[int], Future[Identity]]]:
-        """Compare shards with their hashes in threads, ahead of their use; at the end, what has not begun is left.
+        """Compare shards with their hashes in threads, ahead of their use; pending checks are cancelled at the end.
 
         Args:
             folder: `tokens` or a hook point.
-            split: of the shards.
+            split: split of the shards.
 
         Yields:
-            A function that begins with the shard of a number.
+            A function that starts the check of a shard, given its number.
         """
         with background(THREADS) as pool:
             yield lambda number: pool.submit(self._check, shard_name(folder, split, number))
@@ -203,9 +203,9 @@ class ActivationCache:
     def contexts(
         self, split: str = TRAIN, hook: str | None = None, *, batch_contexts: int = 64, max_tokens: int | None = None
     ) -> Iterator[ContextBatch]:
-        """A split in text order, a few contexts at a time; `max_tokens` stops before the context that would exceed it.
+        """A split in text order, a few contexts at a time, without the contexts that would exceed `max_tokens`.
 
-        A last context that is shorter than the others comes alone.
+        If the last context is shorter than the others, it forms a batch of its own.
         """
         length, left = self.context_length, self.rows(split) if max_tokens is None else max_tokens
         if hook:
@@ -217,9 +217,9 @@ class ActivationCache:
             tokens, documents, sections = columns["tokens"], columns["documents"], columns.get("sections")
             eligible = eligible_rows(tokens, self.policy, length, columns.get("counted"))
             activations, scale = self.activation_shard(hook, split, number) if hook else (None, None)
-            for start, whole_stop in _batch_ranges(len(tokens), length, batch_contexts):
-                cut_short = left < whole_stop - start
-                stop = start + left // length * length if cut_short else whole_stop
+            for start, batch_stop in _batch_ranges(len(tokens), length, batch_contexts):
+                cut_short = left < batch_stop - start
+                stop = start + left // length * length if cut_short else batch_stop
                 if stop <= start:
                     return
                 seq = min(length, stop - start)
@@ -241,13 +241,13 @@ class ActivationCache:
             first_row += len(tokens)
 
     def _checked(self, numbers: Sequence[int], folder: str, split: str) -> Iterator[int]:
-        """Numbers of shards, each when it is checked; a few after it are being checked meanwhile."""
+        """Shard numbers, each once it is checked, while the next few are checked in the background."""
         with self.checking(folder, split) as begin:
-            waiting: deque[Future[Identity]] = deque()
-            for place, number in enumerate(numbers):
-                while len(waiting) <= _SHARDS_AHEAD and place + len(waiting) < len(numbers):
-                    waiting.append(begin(numbers[place + len(waiting)]))
-                waiting.popleft().result()
+            checks: deque[Future[Identity]] = deque()
+            for index, number in enumerate(numbers):
+                while len(checks) <= _SHARDS_AHEAD and index + len(checks) < len(numbers):
+                    checks.append(begin(numbers[index + len(checks)]))
+                checks.popleft().result()
                 yield number
 
     def _columns(self) -> Sequence[str]:
@@ -263,7 +263,7 @@ class ActivationCache:
         return check(path, self.manifest.files[name].sha256, remedy=RESTORE)
 
     def _open(self, name: str) -> Any:
-        """A mapped file; checked again if somebody has written to it since."""
+        """A mapped file, checked again if it has been written to since."""
         identity = self._check(name)
         with self._mapping:
             if name not in self._mapped or self._mapped[name][0] != identity:
@@ -274,12 +274,12 @@ class ActivationCache:
             return self._mapped[name][1]
 
     def _tensor(self, name: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of a file, if it is what the manifest says."""
+        """A tensor of a file, if it agrees with the manifest."""
         path = self.path / name
         tensor = tensor_of(self._open(name), key, path, RESTORE)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            there, here = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
-            raise damaged(path, f"{key} is {there}, where {MANIFEST} says {here}", RESTORE)
+            actual, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
+            raise damaged(path, f"{key} is {actual}, but {MANIFEST} says {expected}", RESTORE)
         return tensor
 
     def __repr__(self) -> str:
@@ -287,37 +287,37 @@ class ActivationCache:
         return f"ActivationCache({str(self.path)!r}: {rows} tokens, {', '.join(self.hooks)}, {self.manifest.dtype})"
 
     def _origin(self, split: str) -> str:
-        given = " + ".join(f"{count:,} of {label}" for label, count in self.source_tokens(split).items())
-        return f" ({given})" if given else ""
+        sources = " + ".join(f"{count:,} of {label}" for label, count in self.source_tokens(split).items())
+        return f" ({sources})" if sources else ""
 
 
 def eligible_rows(
     tokens: Int[Tensor, " rows"], policy: TokenPolicy, context_length: int, counted: Bool[Tensor, " rows"] | None = None
 ) -> Bool[Tensor, " rows"]:
-    """Which rows count, for rows that begin at a context's start and may end inside one.
+    """Which rows count. Rows begin at the start of a context and may end inside one.
 
     Args:
         tokens: ids.
-        policy: decides by ids and positions.
-        context_length: tokens of a context.
-        counted: False for tokens of a chat's roles that do not count; None: there are none.
+        policy: token policy, by ids and positions.
+        context_length: tokens per context.
+        counted: False for tokens of chat roles that do not count; None if there are none.
     """
-    whole = len(tokens) // context_length * context_length
-    parts = [tokens[:whole].view(-1, context_length)]
-    if whole < len(tokens):
-        parts.append(tokens[whole:].view(1, -1))
+    full = len(tokens) // context_length * context_length
+    parts = [tokens[:full].view(-1, context_length)]
+    if full < len(tokens):
+        parts.append(tokens[full:].view(1, -1))
     eligible = torch.cat([policy.eligible(part).flatten() for part in parts])
     return eligible if counted is None else eligible & counted
 
 
 def dequantise(activations: Tensor, scale: Tensor | None) -> Float[Tensor, "rows d_in"]:
-    """Stored activations as float32."""
+    """Convert stored activations to float32."""
     return activations.float() if scale is None else activations.float() * scale[:, None]
 
 
 def _batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple[int, int]]:
-    whole = rows // length * length
-    for start in range(0, whole, batch_contexts * length):
-        yield start, min(start + batch_contexts * length, whole)
-    if whole < rows:
-        yield whole, rows
+    full = rows // length * length
+    for start in range(0, full, batch_contexts * length):
+        yield start, min(start + batch_contexts * length, full)
+    if full < rows:
+        yield full, rows

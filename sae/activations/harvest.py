@@ -1,4 +1,4 @@
-"""Language model in, activation cache out: exactly the tokens asked for, resumable after a kill at any instant."""
+"""Harvests a language model's activations into a cache; resumable after being killed at any moment."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ _ROLES_SHOWN, _LONGEST = 8, 200
 
 @in_own_modes
 def harvest(config: RunConfig, language_model: LanguageModel, progress: StageProgress | None = None) -> ActivationCache:
-    """Cache the activations that `config` asks for, or go on with a harvest that was interrupted.
+    """Cache the activations that `config` asks for, or resume an interrupted harvest.
 
     Args:
-        config: `model`, `data` and `harvest` matter, and the cache's folder.
+        config: its `model`, `data` and `harvest` sections and the cache folder are used.
         language_model: the model named in `config.model`.
-        progress: called with (tokens done, tokens in all).
+        progress: called with (tokens done, tokens in total).
 
     Raises:
         CacheError: the folder holds another cache, cannot be written or is full; activations overflow the number type.
-        DataError: the text cannot be read, or there is too little of it.
-        ModelError: a hook point does not exist, or contexts are longer than the model reads.
+        DataError: the text cannot be read, or is too short.
+        ModelError: a hook point does not exist, or contexts are longer than the model can read.
     """
     folder = config.cache_folder
     for hook in config.harvest.hooks:
@@ -98,7 +98,7 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: StagePro
 
 @dataclass(frozen=True)
 class _Text:
-    """What was written of the text; `source_tokens` says by split how many rows each of several sources gave."""
+    """The text as written; `source_tokens` is the number of rows from each of several sources, by split."""
 
     files: dict[str, FileEntry]
     source_tokens: dict[str, dict[str, int]]
@@ -109,9 +109,9 @@ def _write_text(
     folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry],
     before: dict[str, Any] | None = None,
 ) -> _Text:  # fmt: skip
-    """Text to token shards and the documents' names. Repeated from the start when interrupted.
+    """Write the text as token shards and document names. Starts over if interrupted.
 
-    `before` is what the manifest says of the text that is to be restored.
+    `before` is the `data` of the manifest when lost text is restored.
     """
     data = config.data
     before = (
@@ -119,17 +119,17 @@ def _write_text(
     )
     bos = language_model.bos if data.prepend_bos else None
     rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
-    packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
+    packers = {split: Packer(rows[split], data.context_length, bos, language_model.separator) for split in SPLITS}
     files: dict[str, FileEntry] = {}
     counts = dict.fromkeys(SPLITS, 0)
-    rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
+    document_rows: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
     shard_contexts, columns = config.harvest.shard_contexts, before.get(TOKEN_COLUMNS, PLAIN_COLUMNS)
     census = [Census() for _ in data.sources]
     reading = reading_version(before)
     if reading not in range(READING + 1):
         raise CacheError(
-            f"cache {str(folder)!r}: its manifest has reading={reading!r}, and 0 to {READING} are known here: restore "
-            "it with the version that wrote it, or delete the cache and harvest it anew"
+            f"cache {str(folder)!r}: its manifest has reading={reading!r}, but this version knows 0 to {READING}: "
+            "restore it with the version that wrote it, or delete the cache and harvest it again"
         )
     for split, packed in packed_shards(
         data,
@@ -146,17 +146,17 @@ def _write_text(
         files[name] = _write(folder, name, save(tensors), len(packed.tokens), expected.get(name))
         counts[split] += 1
         numbers, rows_each = np.unique(packed.documents, return_counts=True)
-        rows_of[split].update(dict(zip(numbers.tolist(), rows_each.tolist(), strict=True)))
+        document_rows[split].update(dict(zip(numbers.tolist(), rows_each.tolist(), strict=True)))
     names = {split: packer.names for split, packer in packers.items()}
     content = (json.dumps(names, indent=1, ensure_ascii=False) + "\n").encode()
     files[DOCUMENTS] = _write(folder, DOCUMENTS, content, sum(map(len, names.values())), expected.get(DOCUMENTS))
     several = SPLITS if len(data.sources) > 1 else ()
-    source_tokens = {split: tokens_by_source(data.labels, names[split], rows_of[split]) for split in several}
+    source_tokens = {split: tokens_by_source(data.labels, names[split], document_rows[split]) for split in several}
     return _Text(dict(sorted(files.items())), source_tokens, tuple(census))
 
 
 def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Manifest:
-    """First stage: everything but activations, the manifest last."""
+    """First stage: write everything except activations, the manifest last."""
     data, harvest_config = config.data, config.harvest
     policy = language_model.token_policy(
         prepend_bos=data.prepend_bos,
@@ -196,31 +196,31 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
 
 
 def _check_roles(data: DataConfig, census: Sequence[Census]) -> None:
-    """Raise DataError if no chat that was read has a role of `data.chat_roles`: none of its tokens would count."""
+    """Raise DataError if no chat has a role in `data.chat_roles`, since no token would count."""
     roles = sum((part.roles for part in census), Counter[str]())
     if data.chat_roles is None or not roles or any(role in roles for role in data.chat_roles):
         return
     listed = ", ".join(role for role, _ in roles.most_common(_ROLES_SHOWN)) + (
         ", …" if len(roles) > _ROLES_SHOWN else ""
     )
-    asked = ", ".join(data.chat_roles)
+    chosen = ", ".join(data.chat_roles)
     raise DataError(
-        f"chats have the roles {printable(one_line(listed, _LONGEST))}; data.chat_roles=[{asked}] names none of them: "
-        "name one or more, or set data.chat_roles=null, so that all of them count"
+        f"chats have the roles {printable(one_line(listed, _LONGEST))}; data.chat_roles=[{chosen}] names none of them: "
+        "name at least one, or set data.chat_roles=null to count all"
     )
 
 
 @in_own_modes
 def hook_widths(config: RunConfig, language_model: LanguageModel) -> dict[str, int]:
-    """Numbers a token has at each hook point."""
+    """Width of the activations at each hook point."""
     example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
     return {hook: x.shape[-1] for hook, x in language_model.activations(example, config.harvest.hooks).items()}
 
 
 class _Harvester:
-    """Second stage: a shard after another through the model; files are written behind the model's back.
+    """Second stage: run the model on one shard after another, and write files in the background.
 
-    A shard enters the manifest only when its files are on the disk, in order, so that sums and files always agree.
+    A shard is recorded in the manifest, in order, only after its files are on disk, so sums and files always agree.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class _Harvester:
         self.done = 0
 
     def run(self) -> None:
-        self._advance(self._rows_there())
+        self._advance(self._rows_on_disk())
         writing: deque[tuple[list[tuple[str, Future[FileEntry]]], dict[str, tuple[Tensor, float, int]]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for split, number in self._shards():
@@ -259,7 +259,7 @@ class _Harvester:
             self.manifest.complete = True
             _write_manifest(self.folder, self.manifest)
 
-    def _rows_there(self) -> int:
+    def _rows_on_disk(self) -> int:
         """Rows of shards that an earlier process wrote."""
         size = self.manifest.shard_contexts * self.manifest.context_length
         return sum(
@@ -286,15 +286,15 @@ class _Harvester:
     def _forward(
         self, tokens: Tensor, counted: Tensor | None, split: str
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[Tensor, float, int]]]:
-        """A shard's activations as they will be stored, and each hook's sums over the eligible tokens of TRAIN."""
+        """A shard's activations in stored form, and each hook point's sums over eligible training tokens."""
         hooks, length = list(self.manifest.hooks), self.manifest.context_length
         eligible = eligible_rows(tokens, self.policy, length, counted)
         stored = {hook: _empty(len(tokens), self.manifest.hooks[hook].d_in, self.manifest.dtype) for hook in hooks}
         sums = {hook: (torch.zeros(self.manifest.hooks[hook].d_in, dtype=torch.float64), 0.0, 0) for hook in hooks}
         step = self.batch_contexts * length
-        whole = len(tokens) // length * length
-        ranges = [(start, min(start + step, whole)) for start in range(0, whole, step)]
-        ranges += [(whole, len(tokens))] if whole < len(tokens) else []
+        full = len(tokens) // length * length
+        ranges = [(start, min(start + step, full)) for start in range(0, full, step)]
+        ranges += [(full, len(tokens))] if full < len(tokens) else []
         for start, stop in ranges:
             batch = tokens[start:stop].view(-1, min(length, stop - start)).to(self.model.device)
             for hook, x in self.model.activations(batch, hooks).items():
@@ -320,10 +320,10 @@ class _Harvester:
         stored["activations"][start:stop] = rows
 
     def _record(self, futures: list[tuple[str, Future[FileEntry]]], sums: dict[str, tuple[Tensor, float, int]]) -> None:
-        """Take a written shard into the manifest, unless it is there and was only restored."""
-        known = all(name in self.manifest.files for name, _ in futures)
+        """Record a written shard in the manifest, unless it was already recorded and only its files were restored."""
+        recorded = all(name in self.manifest.files for name, _ in futures)
         written = {name: future.result() for name, future in futures}
-        if not known:
+        if not recorded:
             self.manifest.files |= written
             for hook, (total, squares, count) in sums.items():
                 entry = self.manifest.hooks[hook]
@@ -353,17 +353,17 @@ def _empty(rows: int, d_in: int, dtype: str) -> dict[str, Tensor]:
 
 
 def _write(folder: Path, name: str, content: bytes, rows: int, expected: FileEntry | None) -> FileEntry:
-    """Write a file of the cache; one that restores a lost file must come out the same."""
+    """Write a file of the cache. A restored file must equal the lost one."""
     entry = FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     if expected is not None and entry != expected:
         cause = (
-            "the text has changed, or this version reads it in another way"
+            "the text has changed, or this version reads it differently"
             if _is_text(name)
             else "other hardware, library versions or harvest.batch_contexts"
         )
         raise CacheError(
             f"cache {str(folder)!r}: {name} was made again and differs from its checksum ({cause}); "
-            "delete the cache and harvest it anew"
+            "delete the cache and harvest it again"
         )
     write_bytes(folder / name, content, hashed=False)  # its hash is in the manifest
     return entry
@@ -388,8 +388,8 @@ def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
 
 
 def model_not_finite(dtype: str | None) -> str:
-    """What to do about a model that gives NaN or infinity, by the number type that it computes in."""
-    told = "the model gives values that are not finite (NaN or infinity)"
+    """Advice about a model that gives NaN or infinity, for the number type that it computes in."""
+    problem = "the model gives values that are not finite (NaN or infinity)"
     if dtype == "float32":
-        return f"{told} although it computes in float32: check the model's weights"
-    return f"{told}: set model.dtype=float32 (it is {dtype}), and check the model's weights"
+        return f"{problem} although it computes in float32: check the model's weights"
+    return f"{problem}: set model.dtype=float32 (it is {dtype}), and check the model's weights"

@@ -1,4 +1,4 @@
-"""A cache's manifest: what is in it, of what it is, and which files hold it."""
+"""The manifest of a cache: its contents, their origin, and its files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAIN_COLUMNS = ("tokens", "documents")
 
 
 class FileEntry(BaseModel):
-    """A shard as the manifest knows it."""
+    """A file as recorded in the manifest."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     rows: NonNegativeInt
@@ -38,7 +38,7 @@ class FileEntry(BaseModel):
 
 
 class HookEntry(BaseModel):
-    """A hook point: its width, and sums over the eligible training tokens harvested so far, in float64."""
+    """A hook point: its width, and float64 sums over the eligible training tokens harvested so far."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     d_in: PositiveInt
@@ -48,10 +48,10 @@ class HookEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything that says what a cache holds. `model`, `data` and `tokens` decide whether it fits a request.
+    """Description of a cache. `model`, `data` and `tokens` decide whether it fits a request.
 
-    Of several sources, `data` also records `source_tokens`: by split and source, how many tokens came from it. What
-    else was found in the text (see `sae.text.census.combined`) and where it came from stands there too.
+    With several sources, `data` also records `source_tokens`: the number of tokens by split and source. It also holds
+    the counts of `sae.text.census.combined`, and the origin of the text.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
@@ -70,7 +70,7 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry]
 
     def identity(self, hook: str) -> str:
-        """A hash of all that decides the activations at `hook` and which of them count: equal only for equal caches."""
+        """Hash of everything that determines the activations at `hook` and which of them count."""
         model = {key: value for key, value in self.model.items() if key not in NOT_OF_ACTIVATIONS}
         facts = [
             model,
@@ -85,13 +85,13 @@ class Manifest(BaseModel):
         return fingerprint_of(facts)
 
     def _deciding_data(self) -> dict[str, Any]:
-        """Without what follows from the text, whose hash is a fact of its own; all of it in older manifests."""
+        """`data` without entries that follow from the text, which has its own hash; all of it in older manifests."""
         if "token_columns" not in self.data:
             return self.data
         return {key: value for key, value in self.data.items() if key in ("holdout_fraction", "holdout_seed")}
 
     def is_whole(self, folder: Path, name: str) -> bool:
-        """Whether a file is there and of the size it was written with."""
+        """Whether a file exists with the size it was written with."""
         entry, path = self.files.get(name), folder / name
         return entry is not None and path.is_file() and path.stat().st_size == entry.bytes
 
@@ -100,12 +100,12 @@ class Manifest(BaseModel):
         return -(-self.rows[split] // (self.shard_contexts * self.context_length))
 
     def shard_rows(self, split: str, number: int) -> int:
-        """Tokens in a shard: all have as many but the last."""
+        """Tokens in a shard: the same in all but the last."""
         most = self.shard_contexts * self.context_length
         return min(most, self.rows[split] - number * most)
 
     def contradiction(self) -> str | None:
-        """What contradicts the rest; None if everything fits together."""
+        """A part of the manifest that contradicts the rest; None if there is none."""
         return self._contradiction_of_parts() or (self._contradiction_of_files() if self.complete else None)
 
     def _contradiction_of_parts(self) -> str | None:
@@ -120,7 +120,7 @@ class Manifest(BaseModel):
             return f"data.token_columns: {columns!r}"
         for hook, entry in self.hooks.items():
             if entry.sum and len(entry.sum) != entry.d_in:
-                return f"hooks.{hook}.sum: {len(entry.sum):,} numbers, where d_in is {entry.d_in:,}"
+                return f"hooks.{hook}.sum: {len(entry.sum):,} numbers, but d_in is {entry.d_in:,}"
         for name in self.files:
             if name.startswith("/") or ".." in name.split("/"):
                 return f"files: {name!r} leads out of the cache"
@@ -129,18 +129,18 @@ class Manifest(BaseModel):
     def _contradiction_of_files(self) -> str | None:
         count = 1 + sum(map(self.shards, SPLITS)) * (1 + len(self.hooks))
         if len(self.files) != count:
-            return f"files: {len(self.files):,} of them, where {count:,} belong to so many rows and hook points"
-        wanted: dict[str, int | None] = {DOCUMENTS: None} | {
+            return f"files: {len(self.files):,} of them, but these rows and hook points need {count:,}"
+        expected_rows: dict[str, int | None] = {DOCUMENTS: None} | {
             shard_name(part, split, number): self.shard_rows(split, number)
             for part in ("tokens", *self.hooks)
             for split in SPLITS
             for number in range(self.shards(split))
         }
-        for name, rows in wanted.items():
+        for name, rows in expected_rows.items():
             if name not in self.files:
                 return f"files: {name!r} is missing"
             if rows is not None and self.files[name].rows != rows:
-                return f"files.{name}: {self.files[name].rows:,} rows, where {rows:,} belong into it"
+                return f"files.{name}: {self.files[name].rows:,} rows instead of {rows:,}"
         return None
 
 
@@ -150,10 +150,10 @@ def shard_name(folder: str, split: str, number: int) -> str:
 
 
 def find_cache(path: str | Path) -> Path:
-    """The cache's folder, given that or a run folder.
+    """The cache's folder, from its own path or that of a run folder.
 
     Raises:
-        CacheError: neither holds a manifest.
+        CacheError: there is no manifest in either.
     """
     folder = expanded(path)
     for candidate in (folder, folder / "activations"):
@@ -166,7 +166,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        CacheError: not a manifest of this format, or of a newer version.
+        CacheError: it is not a manifest of this format, or is of a newer version.
     """
     path = folder / MANIFEST
     record = read_object(path)
@@ -186,7 +186,7 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         leads_out = not path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # a symbolic link to itself
+    except (OSError, ValueError, RuntimeError):  # such as a symbolic link to itself
         leads_out = True
     if leads_out:
         raise DamagedError(f"{str(path)!r}: leads out of the cache; put the file itself there, or {RESTORE}")
@@ -194,7 +194,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def shard_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
-    """What is wrong with a file of a cache; None if nothing is."""
+    """The problem with a file of a cache; None if there is none."""
     try:
         check(inside(folder, name), entry.sha256, remedy=RESTORE)
     except CacheError as error:

@@ -1,4 +1,4 @@
-"""Is a cache what a configuration asks for? By its settings, its sources and their text."""
+"""Checks that a cache is the one a configuration asks for, by settings, sources and text."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from sae.text.fingerprint import source_fingerprint
 from sae.text.packing import READING
 
 TOKEN_COLUMNS = "token_columns"
-"""In a manifest's data: what token shards hold; missing where it is tokens and documents."""
+"""Key in a manifest's data: columns of token shards; missing if they are tokens and documents."""
 TEXT_READING = "reading"
-"""In a manifest's data: the version of how its text was read; where it is missing 1, or 0 without `TOKEN_COLUMNS`."""
+"""Key in a manifest's data: version of the text reader; if missing 1, or 0 without `TOKEN_COLUMNS`."""
 TEXT_STREAMS = "streams"
-"""In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
+"""Key in a manifest's data: version of the random streams that shuffled its documents; 1 if missing."""
 
 
 def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, text: bool = False) -> None:
-    """Raise CacheError if the cache was made with other settings than `config`'s; with `text`, from other text too."""
+    """Raise CacheError if the cache was made with settings other than `config`'s or, with `text`, from other text."""
     _check_sources(folder, manifest, config.data, text=text)
-    asked = {
+    requested = {
         "model.revision": config.model.revision,
         "model.weight_processing": config.model.weight_processing,
         "model.dtype": config.model.dtype,
@@ -45,7 +45,7 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, t
         "data.chat_roles": None if config.data.chat_roles is None else list(config.data.chat_roles),
     }
     model = manifest.model
-    held = {
+    recorded = {
         "model.revision": model.get("requested_revision"),
         **{f"model.{key}": model.get(key) for key in ("weight_processing", "dtype")},
         **{f"data.{key}": value for key, value in manifest.data.items()},
@@ -62,28 +62,28 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, t
     }
     same_files = has_fingerprint(config.model.name, model.get("fingerprint"))
     if same_files is None:
-        asked["model.name"], held["model.name"] = model_label(config.model.name), model.get("name")
+        requested["model.name"], recorded["model.name"] = model_label(config.model.name), model.get("name")
     elif not same_files:
         raise CacheError(
             f"cache {str(folder)!r}: of another model: the weights of {config.model.name!r} are not those it was made "
             f"with ({model.get('name')!r}); use that model, or set harvest.cache to another folder"
         )
     elif config.model.revision is None:
-        del asked["model.revision"]  # older versions recorded what was given with a folder, where it had no effect
-    for key, value in asked.items():
-        if held.get(key) != value:
+        del requested["model.revision"]  # older versions recorded it for a folder, where it had no effect
+    for key, value in requested.items():
+        if recorded.get(key) != value:
             raise CacheError(
-                f"cache {str(folder)!r}: made with {key}={held.get(key)!r}, now {value!r} is asked for; "
+                f"cache {str(folder)!r}: made with {key}={recorded.get(key)!r}, now {value!r} is asked for; "
                 "set harvest.cache to another folder, or delete this one"
             )
 
 
 def where_from(data: DataConfig) -> dict[str, Any]:
-    """Sources by what they hold, not by where they lie: a folder's or file's name, and a hash of its texts."""
+    """Sources by content, not by path: the name of a folder or file, and a hash of its texts."""
     prints = [_fingerprint(source, READING) for source in data.sources]
     names = [
-        source if known is None else label
-        for source, label, known in zip(data.sources, data.labels, prints, strict=True)
+        source if fingerprint is None else label
+        for source, label, fingerprint in zip(data.sources, data.labels, prints, strict=True)
     ]
     return {
         "source": names[0] if isinstance(data.source, str) else names,
@@ -92,7 +92,7 @@ def where_from(data: DataConfig) -> dict[str, Any]:
 
 
 def _fingerprint(source: str, reading: int) -> str | None:
-    """None for what is no folder or file of texts (any more)."""
+    """Fingerprint of a source; None if it is not (or no longer) a folder or file of texts."""
     if source == STANDARD_LIBRARY:
         return None
     try:
@@ -102,45 +102,45 @@ def _fingerprint(source: str, reading: int) -> str | None:
 
 
 def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: bool) -> None:
-    """Raise CacheError if the cache's text came from elsewhere; with `text`, if it has changed since, too."""
+    """Raise CacheError if the cache's text is from another source or, with `text`, has changed since."""
     source = manifest.data.get("source")
-    held = [source] if isinstance(source, str) else list(source or [])
-    prints = manifest.data.get("fingerprints", [None] * len(held))
+    sources = [source] if isinstance(source, str) else list(source or [])
+    prints = manifest.data.get("fingerprints", [None] * len(sources))
     other = CacheError(
         f"cache {str(folder)!r}: made with data.source={source!r}, now "
         f"{data.source if isinstance(data.source, str) else list(data.sources)!r} is asked for; set harvest.cache to "
         "another folder, or delete this one"
     )
-    if len(held) != len(data.sources):
+    if len(sources) != len(data.sources):
         raise other
-    for before, known, asked, label in zip(held, prints, data.sources, data.labels, strict=True):
-        if known is None:
-            if before != asked and (
-                Path(before).is_absolute() == Path(asked).is_absolute() or not _same_path(before, asked)
+    for before, fingerprint, requested, label in zip(sources, prints, data.sources, data.labels, strict=True):
+        if fingerprint is None:
+            if before != requested and (
+                Path(before).is_absolute() == Path(requested).is_absolute() or not _same_path(before, requested)
             ):
                 raise other
             continue
-        now = _fingerprint(asked, reading_version(manifest.data)) if text or before != label else known
-        named_alike = before == label or len(held) == 1
-        if now == known and named_alike:
+        now = _fingerprint(requested, reading_version(manifest.data)) if text or before != label else fingerprint
+        same_name = before == label or len(sources) == 1
+        if now == fingerprint and same_name:
             continue
         if before != label:
             raise other
         if now is not None:
             raise CacheError(
-                f"cache {str(folder)!r}: the text of data.source={asked!r} has changed since it was made; set "
-                "harvest.cache to another folder (or delete this one) to read it anew, or put the text back; sae eval "
-                "and sae features take the cache as it is"
+                f"cache {str(folder)!r}: the text of data.source={requested!r} has changed since it was made; set "
+                "harvest.cache to another folder (or delete this one) to read it again, or put the text back; sae eval "
+                "and sae features use the cache without this check"
             )
 
 
 def reading_version(data: dict[str, Any]) -> int:
-    """The version of how a manifest's text was read."""
+    """The version of the reader of a manifest's text."""
     return data.get(TEXT_READING, 1 if TOKEN_COLUMNS in data else 0)
 
 
-def _same_path(one: str, other: str) -> bool:
-    return expanded(one).resolve() == expanded(other).resolve()
+def _same_path(first: str, second: str) -> bool:
+    return expanded(first).resolve() == expanded(second).resolve()
 
 
 def token_columns(data: DataConfig) -> list[str]:
@@ -149,7 +149,7 @@ def token_columns(data: DataConfig) -> list[str]:
 
 
 def data_identity(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide the text; weights, as shares that sum to 1, only where there are several sources."""
+    """The settings that determine the text; with several sources also the weights, as shares that sum to 1."""
     keys = ("subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction", "holdout_seed")
     settings = {key: getattr(data, key) for key in keys}
     settings |= {

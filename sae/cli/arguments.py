@@ -1,4 +1,4 @@
-"""What verbs share: CONFIG and KEY=VALUE, folders and features, keys in the help, and what Ctrl-C says."""
+"""Shared by the commands: CONFIG and KEY=VALUE, feature numbers, settings in the help, Ctrl-C messages."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Keys = Callable[[], Iterable[tuple[str, str, str]]]
 
 
 def with_keys(title: str, keys: Keys) -> type[click.Command]:
-    """A kind of command whose help ends with keys, their defaults and what they mean.
+    """A command class whose help ends with a list of settings, their defaults and descriptions.
 
     Args:
-        title: of the list.
-        keys: gives key, default and description of each; called for the help alone.
+        title: heading of the list.
+        keys: returns key, default and description of each setting; called only to show the help.
     """
 
     class Command(click.Command):
@@ -44,31 +44,31 @@ def with_keys(title: str, keys: Keys) -> type[click.Command]:
     return Command
 
 
-OfConfiguration = with_keys("Keys, for the file and as KEY=VALUE", describe_keys)
-"""A command on a configuration, whose help lists every setting."""
+OfConfiguration = with_keys("Settings, in CONFIG or as KEY=VALUE", describe_keys)
+"""A command that takes a configuration; its help lists every setting."""
 
 
 def configured(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command its `settings`, from a YAML file, KEY=VALUE arguments, or both."""
+    """Pass `settings` to a command, read from a YAML file, KEY=VALUE arguments, or both."""
 
     @functools.wraps(command)
-    def with_settings(*given: Any, arguments: tuple[str, ...], **options: Any) -> Any:
+    def with_settings(*positional: Any, arguments: tuple[str, ...], **options: Any) -> Any:
         first, *overrides = arguments
         no_file = "=" in first and not stands(expanded(first))
         settings = load_config(None, arguments) if no_file else named_config(Path(first), overrides)
-        return command(*given, settings=settings, **options)
+        return command(*positional, settings=settings, **options)
 
     return click.argument("arguments", nargs=-1, required=True, metavar="[CONFIG] [KEY=VALUE]...")(with_settings)
 
 
 def say_hook(settings: RunConfig, *, quiet: bool) -> None:
-    """Which hook point is trained on, if several are harvested and none is named."""
+    """Say which hook point is trained on, if several are harvested and none is named."""
     if settings.hook_note and not quiet:
         complain(settings.hook_note)
 
 
 def show_report(report: Any) -> None:
-    """The table of an evaluation, or of what `eval.json` holds of it."""
+    """Print the table of an evaluation report, or of the contents of `eval.json`."""
     from sae.evaluation import report_table
 
     console = output()
@@ -76,28 +76,28 @@ def show_report(report: Any) -> None:
 
 
 def evaluation_overrides(arguments: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
-    """The overrides, and the rest, among arguments.
+    """Split arguments into overrides and the rest.
 
     Raises:
-        ConfigError: an override that evaluation does not read.
+        ConfigError: evaluation does not read an override.
     """
     overrides = _overrides(arguments, _READ_BY_EVALUATION, "evaluation does not read")
     return overrides, [argument for argument in arguments if argument not in overrides]
 
 
 def features_and_overrides(arguments: tuple[str, ...], path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The numbers of features, and the overrides, among arguments of a verb that opens the run folder `path`.
+    """Split arguments into feature numbers and overrides, for a command that opens the run folder `path`.
 
     Raises:
-        click.BadParameter: one is neither.
-        ConfigError: an override that a run that is there does not read.
+        click.BadParameter: an argument is neither.
+        ConfigError: an existing run does not read an override.
     """
-    overrides = _overrides(arguments, _READ_BY_RUN, f"{str(path)!r} is made, and nothing of it reads")
+    overrides = _overrides(arguments, _READ_BY_RUN, f"the existing run {str(path)!r} does not read")
     numbers = [argument for argument in arguments if argument not in overrides]
     for argument in numbers:
         if not argument.removeprefix("-").isdecimal() or len(argument) > _LONGEST_NUMBER:
             raise click.BadParameter(
-                f"{one_line(argument, 100)!r} is neither the number of a feature nor KEY=VALUE.",
+                f"{one_line(argument, 100)!r} is neither a feature number nor KEY=VALUE.",
                 param_hint="'[FEATURE]...'",
             )
     return tuple(map(int, numbers)), overrides
@@ -109,15 +109,15 @@ def _overrides(arguments: tuple[str, ...], read: tuple[str, ...], refusal: str) 
         if not override.startswith(read):
             key = override.partition("=")[0]
             raise ConfigError(
-                f"override {override!r}: {refusal} {key}; it reads {', '.join(read)}: "
-                "train another run to change what was trained"
+                f"override {override!r}: {refusal} {key}; it reads {', '.join(read)}; "
+                "train another run to change anything else"
             )
     return overrides
 
 
 @contextlib.contextmanager
 def beginning_again(work: str) -> Iterator[None]:
-    """While open, Ctrl-C says that this work begins again instead of going on where it was.
+    """While open, Ctrl-C says that running the command again restarts this work instead of resuming it.
 
     Raises:
         Abort: Ctrl-C.
@@ -125,4 +125,4 @@ def beginning_again(work: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, click.Abort) as stopped:
-        raise click.Abort(f"interrupted; the same command begins {work} again") from stopped
+        raise click.Abort(f"interrupted; run the same command again to restart {work}") from stopped

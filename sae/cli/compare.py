@@ -1,4 +1,4 @@
-"""`sae compare`: several dictionaries side by side, on one run's held-out tokens."""
+"""`sae compare`: compare dictionaries on one run's held-out tokens."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from sae.console.terminal import output, say
 
 @click.command()
 @click.argument("arguments", nargs=-1, required=True, metavar="DICTIONARY... [KEY=VALUE]...")
-@click.option("--on", type=click.Path(path_type=Path), help="Run whose held-out tokens and model are used.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write compare.md and compare.json into this folder.")
+@click.option("--on", type=click.Path(path_type=Path), help="Run that supplies the held-out tokens and the model.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write compare.md and compare.json to.")
 @click.pass_obj
 def compare(options: dict[str, bool], arguments: tuple[str, ...], on: Path | None, out: Path | None) -> None:
-    """Set dictionaries side by side.
+    """Compare dictionaries side by side.
 
-    DICTIONARY is a run folder or a dictionary's folder; the first is what the others are compared with. All are
-    measured on the same held-out tokens: those of the first run folder among them, or of --on. What a run has measured
-    on these already is taken from its eval.json. KEY=VALUE overrides settings of the run that the tokens are of:
-    evaluation.*, model.*, harvest.cache, device. A comparison that was interrupted goes on where it stopped.
+    DICTIONARY is a run folder or a dictionary's folder. The first one is the baseline for the others. All are measured
+    on the same held-out tokens: those of --on, or of the first run folder in the list. Results for these tokens that
+    are already in a run's eval.json are reused. KEY=VALUE overrides settings of the run that supplies the tokens:
+    evaluation.*, model.*, harvest.cache, device. An interrupted comparison resumes where it stopped.
     """
     from sae.cli.arguments import evaluation_overrides
     from sae.console.progress import progress_bars

@@ -1,4 +1,4 @@
-"""`sae eval`: dictionaries measured on held-out text."""
+"""`sae eval`: measure dictionaries on held-out text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def evaluate(options: dict[str, bool], arguments: tuple[str, ...]) -> None:
     """Measure dictionaries on held-out text.
 
     RUN is a run folder; eval.json, eval.md and figures are written into it. Runs on the same activations share the
-    language model's passes, so that together they cost less than one by one.
+    language model's passes, so evaluating them together costs less than one by one. KEY=VALUE overrides settings of the
+    runs: evaluation.*, model.*, harvest.cache, device.
     """
     from sae.console.progress import progress_bars
     from sae.runs import pipeline

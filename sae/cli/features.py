@@ -1,4 +1,4 @@
-"""`sae features`: what features fire on."""
+"""`sae features`: list features, show the contexts they fire in, or write a page of them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from sae.files.writing import stands
 @click.command()
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, metavar="[FEATURE]... [KEY=VALUE]...")
-@click.option("--sort", default="density", show_default=True, help="Order of the list.")
-@click.option("--limit", default=40, show_default=True, type=click.IntRange(1), help="Features in the list or page.")
+@click.option(
+    "--sort", default="density", show_default=True, help="Sort the list by density, max, count, index or mean."
+)
+@click.option(
+    "--limit",
+    default=40,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Maximum number of features in the list or page.",
+)
 @click.option(
     "--max-density",
     default=1.0,
     show_default=True,
     type=click.FloatRange(0, 1),
-    help="Leave out features that fire on a larger share of tokens.",
+    help="Omit features that fire on a larger share of tokens.",
 )
-@click.option("--page", type=click.Path(path_type=Path), help="Write a self-contained HTML page of the features here.")
+@click.option("--page", type=click.Path(path_type=Path), help="Write a self-contained HTML page to this file.")
 @click.pass_obj
 def features(
     options: dict[str, bool],
@@ -37,10 +45,11 @@ def features(
 ) -> None:
     """Show what features fire on.
 
-    Without numbers a list; with them, the contexts in which those features fire; with --page, a page.
+    Without FEATURE, list the features. With feature numbers, show the contexts in which those features fire. With
+    --page, write a page of them.
 
-    RUN is a run folder (its features are collected if they are not there yet) or a feature store. KEY=VALUE overrides
-    settings of the run: model.*, harvest.cache, device.
+    RUN is a run folder or a feature store. The features of a run are collected first if they are missing. KEY=VALUE
+    overrides settings of the run: model.*, harvest.cache, device.
     """
     from sae.console.progress import progress_bars
     from sae.effects import effects_beside
@@ -50,13 +59,17 @@ def features(
 
     indices, overrides = features_and_overrides(arguments, path)
     if page is not None and (not page.name or page.is_dir()):
-        raise click.BadParameter(f"{str(page)!r} is no file; name one, such as page.html.", param_hint="'--page'")
+        raise click.BadParameter(
+            f"{str(page)!r} is not a file name; give one, such as page.html.", param_hint="'--page'"
+        )
     if stands(path / CONFIG_YAML):
         with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
             store = pipeline.Run.open(path, overrides, progress).features()
     else:
         if overrides:
-            raise click.UsageError(f"{overrides[0]}: {str(path)!r} is no run folder, which alone has settings")
+            raise click.UsageError(
+                f"{overrides[0]}: {str(path)!r} is not a run folder, and only a run folder has settings"
+            )
         store = Features(path)
     console = output()
     if page is not None:
@@ -64,8 +77,8 @@ def features(
         write_page(store, chosen, page, f"Features of {path.name}", effects_beside(store))
         say(f"{len(chosen):,} features in {page}")
     elif indices:
-        known = effects_beside(store)
+        effects = effects_beside(store)
         for index in indices:
-            print_feature(store[index], console, known)
+            print_feature(store[index], console, effects)
     else:
         print_features(store, console, sort=sort, limit=limit, max_density=max_density)

@@ -1,4 +1,4 @@
-"""`sae harvest`: a language model's activations, cached."""
+"""`sae harvest`: cache a language model's activations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sae.console.terminal import say
 def harvest(options: dict[str, bool], settings: RunConfig) -> None:
     """Cache a language model's activations.
 
-    CONFIG is a YAML file; KEY=VALUE settings are enough without it. A harvest that was interrupted goes on where it
+    CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. An interrupted harvest resumes where it
     stopped.
     """
     from sae.console.progress import progress_bars

@@ -1,4 +1,4 @@
-"""`sae hooks`: what can be read of a model, and what can be replaced."""
+"""`sae hooks`: list a model's hook points, and which of them can be replaced."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ _READ = ("model.", "device")
 def hooks(options: dict[str, bool], model: str, overrides: tuple[str, ...]) -> None:
     """List the hook points of a model.
 
-    MODEL is a name on the hub, a folder, a .gguf file, or 'demo'. Keys are those of 'sae run' that begin with 'model.',
-    and 'device'. The model is loaded and run on a few tokens; no text is read.
+    MODEL is the name of a model on the hub, a folder, a .gguf file, or 'demo'. KEY=VALUE sets 'device' or a 'model.'
+    setting of 'sae run'. The model is loaded and run on a few tokens; no text is read.
     """
     from sae.console.progress import progress_bars
     from sae.runs.pipeline import Run
 
     for override in overrides:
         if not override.startswith(_READ):
-            known = (key for key, _, _ in describe_keys() if key.startswith(_READ) and key != "model.name")
-            raise ConfigError(f"override {override!r}: 'sae hooks' reads {', '.join(known)}")
+            keys = (key for key, _, _ in describe_keys() if key.startswith(_READ) and key != "model.name")
+            raise ConfigError(f"override {override!r}: 'sae hooks' reads {', '.join(keys)}")
     config = load_config(None, [f"model.name={model}", *overrides])
     with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
         language_model = Run(config, progress).language_model
         progress("read hook points", 0, 1)
-        found = language_model.hooks()
+        hook_points = language_model.hooks()
         progress("read hook points", 1, 1)
     info = language_model.info
-    say(f"{info.name}: {info.n_layers} blocks, residual stream of {info.d_model:,}, blocks.N. and")
-    for line in hook_lines(found):
+    say(f"{info.name}: {info.n_layers} blocks, residual stream of width {info.d_model:,}; names are blocks.N. plus")
+    for line in hook_lines(hook_points):
         say(line)
 
 
 def hook_lines(hooks: Iterable[Hook]) -> Iterator[str]:
-    """A line for each kind of hook point, width and answer; blocks are named where they are alike."""
+    """One line for each kind of hook point, width and answer, with the blocks that share it."""
 
     def key(hook: Hook) -> tuple[int, int, str]:
         return hook.rank, hook.width, hook.refusal or ""
 
-    rows = [("hook point", "width", "blocks", "replaced", "what it is")]
-    for _, alike in groupby(sorted(hooks, key=lambda hook: (*key(hook), hook.block)), key=key):
-        group = list(alike)
+    rows = [("hook point", "width", "blocks", "replaceable", "meaning")]
+    for _, hooks_alike in groupby(sorted(hooks, key=lambda hook: (*key(hook), hook.block)), key=key):
+        group = list(hooks_alike)
         kind, refusal, meaning = group[0].kind, group[0].refusal, group[0].meaning
         answer, meaning = ("yes", meaning) if refusal is None else ("no", f"{meaning}; {refusal}")
         rows.append((kind, f"{group[0].width:,}", block_ranges([hook.block for hook in group]), answer, meaning))
@@ -68,7 +68,7 @@ def hook_lines(hooks: Iterable[Hook]) -> Iterator[str]:
 
 
 def block_ranges(blocks: list[int]) -> str:
-    """`0-3, 5` of 0, 1, 2, 3 and 5; of every second one, `0, 2, …, 10`."""
+    """`0-3, 5` for 0, 1, 2, 3 and 5; `0, 2, …, 10` for every second block."""
     steps = {after - before for before, after in pairwise(blocks)}
     if len(blocks) > 3 and len(steps) == 1 and steps != {1}:
         return f"{blocks[0]}, {blocks[1]}, …, {blocks[-1]}"

@@ -1,4 +1,4 @@
-"""The command line: its verbs, and how errors and interruptions end it."""
+"""The command line: its commands, and how it exits after errors and interruptions."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from sae.console.terminal import close, complain, complain_at_length, prepare, s
 from sae.errors import SaeError, TrainingInterrupted
 from sae.files import version
 
-_INTERRUPTED = "interrupted; run the same command again to go on"
+_INTERRUPTED = "interrupted; run the same command again to continue"
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-"""Libraries' own messages and bars in this process, which shows its own."""
+"""Turns off the messages and progress bars of libraries; this process shows its own."""
 _NO_MEMORY = "can't allocate memory"
-"""What PyTorch says on a CPU, in a RuntimeError."""
+"""PyTorch's message on a CPU, in a RuntimeError."""
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 @click.group(context_settings=_CONTEXT)
 @click.version_option(version.__version__, prog_name="sae")
-@click.option("--debug", is_flag=True, help="Show the stack trace of an error.")
-@click.option("--quiet", is_flag=True, help="No progress bars, and no notes on hook point, amounts and cost.")
+@click.option("--debug", is_flag=True, help="Show the stack trace if an error occurs.")
+@click.option("--quiet", is_flag=True, help="Hide progress bars and notes on hook point, amounts and cost.")
 @click.pass_context
 def cli(context: click.Context, debug: bool, quiet: bool) -> None:
-    """Sparse autoencoders on language-model activations: cache, train, evaluate, look at features, reuse."""
+    """Sparse autoencoders on language-model activations: cache, train, evaluate, inspect features, reuse."""
     context.obj = {"debug": debug, "quiet": quiet}
 
 
-for verb in (
+for command in (
     run, harvest, train, sweep, evaluate, features, verify, compare, effects, hooks, superposition, probe,
 ):  # fmt: skip
-    cli.add_command(verb)
+    cli.add_command(command)
 
 
 def main() -> None:
-    """Run the command line: errors of this package become one line and exit status 1; Ctrl-C gives 130."""
+    """Run the command line. An error becomes one line and exit status 1; Ctrl-C gives status 130."""
     prepare()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -84,19 +84,19 @@ def _main() -> None:
             complain_at_length(traceback.format_exc())
             sys.exit(1)
         if unwritten:
-            _fail(f"Error: standard output cannot be written ({unwritten}); send it where there is space", 1)
+            _fail(f"Error: standard output cannot be written ({unwritten}); redirect it elsewhere", 1)
         _fail(f"Error: {error if isinstance(error, SaeError) else _unforeseen(error)}", 1)
 
 
 def _unforeseen(error: Exception) -> str:
-    """One line on an error that is none of the package's."""
+    """One line about an error that this package did not raise."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in text:
         reason = f" ({text[:200]})" if text else ""
         return (
-            f"not enough memory{reason}; end other programs, lift a limit on it (ulimit -v, a container's), or lower "
-            "what is held at once: harvest.batch_contexts, train.batch_size, evaluation.batch_contexts, or take a "
-            "smaller model; the same command goes on where it stopped ('sae --debug ...' shows more)"
+            f"not enough memory{reason}; close other programs, raise the memory limit (ulimit -v, a container's), "
+            "lower harvest.batch_contexts, train.batch_size or evaluation.batch_contexts, or use a smaller model; the "
+            "same command resumes where it stopped ('sae --debug ...' shows more)"
         )
     return f"unexpected {type(error).__name__}: {text} ('sae --debug ...' shows more)"
 

@@ -1,4 +1,4 @@
-"""`sae probe`: sparse probes on a run's latents, beside dense ones."""
+"""`sae probe`: sparse probes on a run's latents, compared with dense ones."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def _keys() -> Iterator[tuple[str, str, str]]:
     return describe_keys()
 
 
-@click.command(cls=with_keys("Keys, as KEY=VALUE", _keys))
+@click.command(cls=with_keys("Settings, as KEY=VALUE", _keys))
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, metavar="[DATA]... [KEY=VALUE]...")
 @click.pass_obj
 def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> None:
     """Probe a dictionary for labels.
 
-    Logistic regressions on 1, 2, 5, 16 and all latents, on as many neurons, on principal components, and on the whole
-    activation, beside the majority class and shuffled labels. probe.json and probe.md are written into RUN, a run
-    folder; what was measured already is not measured again.
+    Logistic regressions on 1, 2, 5, 16 and all latents are compared with regressions on the same number of neurons, on
+    principal components and on the whole activation, and with the majority class and shuffled labels. probe.json and
+    probe.md are written into RUN, a run folder; existing results are reused.
 
-    DATA is a .csv, .jsonl or .parquet file with a text and a label column, or a folder of them; 'sae-probes' for the
-    113 data sets of that package, or the folder that its wheel was unpacked to; or 'first-letters' for splitting and
-    absorption of the first letters of words. Left out: sae-probes.
+    DATA is a .csv, .jsonl or .parquet file with a text and a label column, or a folder of such files; 'sae-probes' (the
+    default) for the 113 data sets of that package, or the folder that its wheel was unpacked to; or 'first-letters' for
+    splitting and absorption of the first letters of words.
     """
     from sae.console.progress import progress_bars
     from sae.probing.data import SAE_PROBES, find_data

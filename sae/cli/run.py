@@ -1,4 +1,4 @@
-"""`sae run`: everything, from text to features."""
+"""`sae run`: the whole pipeline, from text to features."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sae.console.terminal import output
 def run(options: dict[str, bool], settings: RunConfig) -> None:
     """Harvest, train, evaluate, collect features.
 
-    CONFIG is a YAML file; KEY=VALUE settings are enough without it. What is done already is skipped. A run that was
-    interrupted goes on where it stopped.
+    CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. Completed steps are skipped. An interrupted
+    run resumes where it stopped.
     """
     from rich.text import Text
 
@@ -27,11 +27,11 @@ def run(options: dict[str, bool], settings: RunConfig) -> None:
 
     say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
-        whole = pipeline.run(settings, progress, features=False)
+        pipeline_run = pipeline.run(settings, progress, features=False)
         with beginning_again("the collection of features"):
-            features = whole.features()
-    show_report(read_object(whole.folder / JSON_FILE))
-    folder = str(whole.folder)
+            features = pipeline_run.features()
+    show_report(read_object(pipeline_run.folder / JSON_FILE))
+    folder = str(pipeline_run.folder)
     line = Text(f"\n{len(features):,} features in ").append(folder, "bold")
     line.append(f": 'sae features {folder}' lists them, 'sae features {folder} --page page.html' makes a page")
     output().print(line, soft_wrap=True)

@@ -20,17 +20,14 @@ from sae.console.terminal import output, say
     type=click.Path(path_type=Path),
     help="Folder for the results.",
 )
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST), help="Seed of everything random."
-)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST), help="Random seed.")
 @click.pass_obj
 def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: Path, seed: int) -> None:
     """Train toy models of superposition, and dictionaries whose true features are known.
 
-    EXPERIMENT is one or several of: geometry, dimensionality, phases-2-1, phases-3-2, recovery-toy, recovery-even,
-    recovery-hard; without any, all of them. superposition.json, superposition.md and a figure for each are written
-    into the folder. What it holds already is not run again, so that an interruption loses only the experiment that was
-    running.
+    EXPERIMENT is one or more of: geometry, dimensionality, phases-2-1, phases-3-2, recovery-toy, recovery-even,
+    recovery-hard; the default is all of them. superposition.json, superposition.md and a figure for each experiment are
+    written into the folder. Existing results are reused, so an interruption loses only the experiment that was running.
     """
     from sae.console.progress import progress_bars
     from sae.superposition import EXPERIMENTS, run
@@ -38,8 +35,8 @@ def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: P
 
     bars = progress_bars(quiet=options["quiet"], units=dict.fromkeys(EXPERIMENTS, "inputs"))
     with beginning_again("the experiment that was running"), bars as progress:
-        done = run(out, experiments, seed=seed, progress=progress)
+        results = run(out, experiments, seed=seed, progress=progress)
     console = output()
-    for experiment in done.values():
+    for experiment in results.values():
         show(experiment, console)
-    say(f"{len(done)} experiment{'s' if len(done) > 1 else ''} in {out}")
+    say(f"{len(results)} experiment{'s' if len(results) > 1 else ''} in {out}")

@@ -1,4 +1,4 @@
-"""`sae sweep`: many dictionaries in one pass, compared."""
+"""`sae sweep`: train many dictionaries in one pass, and compare them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sae.errors import SaeError
 def sweep(options: dict[str, bool], settings: RunConfig) -> None:
     """Train and compare many dictionaries in one pass.
 
-    CONFIG is a YAML file with lists of values under 'sweep': one dictionary is trained for every combination, all from
-    one pass over the activations. sweep.md, sweep.json and pareto.png compare them; each has a run folder of its own.
-    A sweep that was interrupted goes on where it stopped.
+    CONFIG is a YAML file with lists of values under 'sweep'. One dictionary is trained for every combination, all in
+    one pass over the activations. sweep.md, sweep.json and pareto.png compare them; each has its own run folder. An
+    interrupted sweep resumes where it stopped.
     """
     from sae.console.progress import progress_bars
     from sae.evaluation.sweep_view import sweep_tables
@@ -27,13 +27,13 @@ def sweep(options: dict[str, bool], settings: RunConfig) -> None:
 
     say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
-        made = run_sweep(settings, progress)
+        result = run_sweep(settings, progress)
     console = output()
-    say(made.of.replace("`", "") + "\n")
-    for table in sweep_tables(made.points, made.behind, console.width):
+    say(result.of.replace("`", "") + "\n")
+    for table in sweep_tables(result.points, result.behind, console.width):
         console.print(table, "")
-    say(f"{len(made.points)} dictionaries in {made.folder}, compared in {MARKDOWN_FILE} there")
-    for name, reason in made.failures.items():
+    say(f"{len(result.points)} dictionaries in {result.folder}, compared in {MARKDOWN_FILE} there")
+    for name, reason in result.failures.items():
         say(f"not trained: {name}: {reason}")
-    if made.failures:
-        raise SaeError(f"{len(made.failures)} of the sweep's dictionaries were not trained; {MARKDOWN_FILE} says why")
+    if result.failures:
+        raise SaeError(f"{len(result.failures)} of the sweep's dictionaries were not trained; {MARKDOWN_FILE} says why")

@@ -1,4 +1,4 @@
-"""`sae train`: a dictionary, from cached activations."""
+"""`sae train`: train a dictionary on cached activations."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sae.console.terminal import say
 def train(options: dict[str, bool], settings: RunConfig) -> None:
     """Train a dictionary on cached activations.
 
-    CONFIG is a YAML file; KEY=VALUE settings are enough without it. The cache is one that 'sae harvest' made. Resumes
-    from the newest checkpoint.
+    CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. The activations come from 'sae harvest'.
+    Interrupted training resumes from the newest checkpoint.
     """
     from sae.console.progress import progress_bars
     from sae.runs import pipeline

@@ -1,1 +1,1 @@
-"""The terminal: what is printed, and how far a command is."""
+"""The terminal: output, and the progress of a command."""

@@ -1,4 +1,4 @@
-"""How far a command is: bars on a terminal, plain lines where standard error is a file or a pipe."""
+"""Progress of a command: bars on a terminal, plain lines if standard error is a file or a pipe."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sae.files.printable import printable
 
 NO_UNITS: Mapping[str, str] = MappingProxyType({})
 EVERY = 30.0
-"""Seconds between lines of a stage in a log."""
+"""Seconds between two lines of a stage in a log."""
 
 
 @dataclass
 class _Stage:
-    """A stage under way; what was done before this process began it has no part in its rate."""
+    """The current stage. Work done before this process started it does not count towards its rate."""
 
     name: str
     unit: str
@@ -36,12 +36,12 @@ class _Stage:
     note: str = ""
 
     def rate(self, now: float) -> float | None:
-        """Units a second in this process."""
+        """Units per second in this process."""
         seconds = now - self.began
         return (self.done - self.first) / seconds if self.done > self.first and seconds > 0 else None
 
     def left(self, now: float) -> float | None:
-        """Seconds."""
+        """Estimated seconds until the end."""
         rate = self.rate(now)
         return (self.total - self.done) / rate if rate else None
 
@@ -50,33 +50,34 @@ class _Stage:
 def progress_bars(
     *, quiet: bool = False, units: Mapping[str, str] = NO_UNITS, every: float = EVERY
 ) -> Iterator[Reported]:
-    """A function (stage, done, in all) that says on standard error how far each stage is.
+    """A function (stage, done, total) that shows the progress of each stage on standard error.
 
-    The first call of a stage says where it begins: at 0, or at what an earlier process had done. Rates count what comes
-    after. A stage ends where the next begins. On a terminal a stage is a bar; elsewhere it is a line where it begins,
-    one every half minute, and one where it ends. A stage of 1 is one piece of work, such as loading a model.
+    The first call of a stage gives its starting point: 0, or the amount that an earlier process did. Rates count only
+    later work. A stage ends when the next one starts. On a terminal a stage is a bar. Elsewhere it is a line at its
+    start, one every half minute, and one at its end. A stage with a total of 1 is one piece of work, such as loading a
+    model.
 
     Args:
-        quiet: say nothing.
-        units: what stages count, where that is not tokens.
+        quiet: show nothing.
+        units: the unit of each stage that does not count tokens.
         every: seconds between lines.
     """
     if quiet:
         yield silent
         return
     terminal = errors()
-    shown: _Bars | _Lines = _Bars(terminal, units) if terminal.is_terminal else _Lines(units, every)
+    stages: _Bars | _Lines = _Bars(terminal, units) if terminal.is_terminal else _Lines(units, every)
     with showing(terminal):
         try:
-            yield shown
+            yield stages
         except BaseException:
-            shown.stop(finished=False)
+            stages.stop(finished=False)
             raise
-        shown.stop(finished=True)
+        stages.stop(finished=True)
 
 
 class _Stages(ABC):
-    """What bars and lines share: which stage it is, and how far."""
+    """Shared by bars and lines: the current stage and its progress."""
 
     def __init__(self, units: Mapping[str, str]) -> None:
         self.units = units
@@ -91,29 +92,29 @@ class _Stages(ABC):
             return
         self.stage.done, self.stage.total = done, total
         self.moved(self.stage)
-        if not self.stage.unit and done >= total:  # what comes after one piece of work may be silent for long
+        if not self.stage.unit and done >= total:  # the work after a single piece may be silent for long
             self.end()
 
     def beside(self, stage: str, text: str) -> None:
-        """A few words beside a stage, such as how small the error has become."""
+        """Show a short note next to a stage, such as the current error."""
         if self.stage is not None and self.stage.name == stage:
             self.stage.note = text
             self.moved(self.stage)
 
     def announce(self, text: str) -> None:
-        """A line before what comes next."""
+        """Print a line before the next stage."""
         self.end()
         complain(text)
 
     def end(self) -> None:
-        """The stage under way is over, though it may have stopped short of a last partial batch."""
+        """End the current stage, which may have stopped short of a last partial batch."""
         if self.stage is not None:
             self.stage.done = self.stage.total
             self.ended(self.stage)
         self.stage = None
 
     def stop(self, *, finished: bool) -> None:
-        """Nothing more comes."""
+        """Stop showing progress."""
         if finished:
             self.end()
 
@@ -128,7 +129,7 @@ class _Stages(ABC):
 
 
 class _Lines(_Stages):
-    """Plain lines."""
+    """Plain lines for a log."""
 
     def __init__(self, units: Mapping[str, str], every: float) -> None:
         super().__init__(units)
@@ -140,7 +141,7 @@ class _Lines(_Stages):
             super().__call__(stage, done, total)
 
     def begun(self, stage: _Stage) -> None:
-        before = f", {stage.first:,} of {stage.total:,} done before" if stage.first else ""
+        before = f", {stage.first:,} of {stage.total:,} already done" if stage.first else ""
         size = f": {stage.total:,} {stage.unit}" if stage.unit else ""
         complain(f"{stage.name}{size}{before}")
         if self._clock is None:
@@ -148,7 +149,7 @@ class _Lines(_Stages):
             self._clock.start()
 
     def moved(self, stage: _Stage) -> None:
-        """Nothing: the clock says it."""
+        """Does nothing: the clock prints the lines."""
 
     def ended(self, stage: _Stage) -> None:
         now = time.monotonic()
@@ -172,7 +173,7 @@ class _Lines(_Stages):
 
 
 def _line(stage: _Stage, now: float) -> str:
-    """How far a stage is, for a log."""
+    """The progress of a stage, as a line for a log."""
     if not stage.unit:
         return f"{stage.name}: {_clock(now - stage.began)}"
     rate, left = stage.rate(now), stage.left(now)
@@ -201,7 +202,7 @@ class _Bars(_Stages):
         self._task: TaskID | None = None
 
     def begun(self, stage: _Stage) -> None:
-        self._bars.start()  # with the first stage: bars that never were would leave an empty line
+        self._bars.start()  # with the first stage: an unused display would leave an empty line
         total = stage.total if stage.unit else None  # one piece of work: a bar that moves until it is done
         self._task = self._bars.add_task(printable(stage.name), total=total, completed=stage.done, stage=stage)
 
@@ -219,8 +220,8 @@ class _Bars(_Stages):
             self._bars.stop()
 
 
-class _OfStage(ProgressColumn):
-    """A column about the stage that a task is of."""
+class _StageColumn(ProgressColumn):
+    """A column about the stage of a task."""
 
     def render(self, task: Task) -> Text:
         return Text(printable(self.text(task, task.fields["stage"])), style="cyan", no_wrap=True, overflow="ellipsis")
@@ -229,20 +230,20 @@ class _OfStage(ProgressColumn):
     def text(self, task: Task, stage: _Stage) -> str: ...
 
 
-class _Done(_OfStage):
+class _Done(_StageColumn):
     def text(self, task: Task, stage: _Stage) -> str:
         return f"{stage.done:,}/{stage.total:,}" if stage.unit else ""
 
 
-class _Rate(_OfStage):
+class _Rate(_StageColumn):
     def text(self, task: Task, stage: _Stage) -> str:
         seconds = task.finished_time or task.elapsed
         rate = (stage.done - stage.first) / seconds if seconds and stage.unit else 0
         return f"{rate:,.0f} {stage.unit}/s" if rate else ""
 
 
-class _Left(_OfStage):
-    """Time left; when all is done, the time it took."""
+class _Left(_StageColumn):
+    """Time left, or the time taken once the stage is done."""
 
     def text(self, task: Task, stage: _Stage) -> str:
         seconds = task.finished_time if task.finished else stage.left(time.monotonic())
@@ -251,15 +252,15 @@ class _Left(_OfStage):
         return "" if seconds is None else _clock(seconds)
 
 
-class _Note(_OfStage):
+class _Note(_StageColumn):
     def text(self, task: Task, stage: _Stage) -> str:
         return stage.note
 
 
 def _clock(seconds: float) -> str:
     """`1:02:03`, or `25 s`."""
-    whole = round(seconds)
-    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s" if whole < 60 else _hours(whole)
+    rounded = round(seconds)
+    return f"{seconds:.1f} s" if seconds < 10 else f"{rounded} s" if rounded < 60 else _hours(rounded)
 
 
 def _hours(seconds: int) -> str:

@@ -1,4 +1,4 @@
-"""Standard output and standard error: the only place that prints. What comes out of files is shown, never obeyed."""
+"""Standard output and standard error: the only module that prints. Text from files is shown, never interpreted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _showing: list[Terminal] = []
 
 
 class Terminal(Console):
-    """A console whose text is neither markup nor control sequences, wherever it comes from."""
+    """A console that never interprets text as markup or control sequences, wherever it comes from."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
@@ -35,7 +35,7 @@ class Terminal(Console):
                 yield Segment(printable(text, lines=True), style.update_link(None) if style else style)
 
     def on_broken_pipe(self) -> None:
-        """Leave it to the caller of the command."""
+        """Leave the error to the caller of the command."""
         raise  # noqa: PLE0704  rich calls this while it handles the error
 
 
@@ -45,13 +45,13 @@ def output() -> Terminal:
 
 
 def errors() -> Terminal:
-    """Standard error; what shows progress there at the moment, so that a line does not break into it."""
+    """Standard error; the console that is showing progress there, so that a line does not break the display."""
     return _showing[-1] if _showing else Terminal(stderr=True)
 
 
 @contextlib.contextmanager
 def showing(terminal: Terminal) -> Iterator[None]:
-    """While open, `errors` is this one."""
+    """While open, `errors` returns this terminal."""
     _showing.append(terminal)
     try:
         yield
@@ -60,37 +60,37 @@ def showing(terminal: Terminal) -> Iterator[None]:
 
 
 def say(text: object = "") -> None:
-    """A line on standard output, however long."""
+    """Print a line on standard output, however long."""
     output().print(Text(printable(str(text), lines=True)), soft_wrap=True)
 
 
 def complain(text: str) -> None:
-    """One line on standard error, however long."""
+    """Print one line on standard error, however long."""
     line = " ".join(part.strip() for part in text.splitlines())
     errors().print(Text(printable(line)), soft_wrap=True)
 
 
 def complain_at_length(text: str) -> None:
-    """Several lines on standard error: how a command is used, or a stack trace."""
+    """Print several lines on standard error: the usage of a command, or a stack trace."""
     errors().print(Text(printable(text.rstrip(), lines=True)), soft_wrap=True)
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """`warnings.showwarning` for people: what is wrong, without the line of the source."""
+    """`warnings.showwarning` for users: the message, without the line of source code."""
     complain(f"Warning: {message}")
 
 
 def prepare() -> None:
-    """Let characters that the streams' encoding lacks become escapes instead of errors."""
+    """Write characters that the streams' encoding lacks as escapes instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def unwritable() -> str | None:
-    """After an error: why standard output takes no line end; None if it does."""
+    """After an error, the reason that standard output cannot be written; None if it can."""
     try:
-        sys.stdout.write("\n")  # unbuffered, it has nothing left that a flush would meet
+        sys.stdout.write("\n")  # if unbuffered, a flush alone would have nothing to write
         sys.stdout.flush()
     except OSError as error:
         return error.strerror or str(error)
@@ -98,5 +98,5 @@ def unwritable() -> str | None:
 
 
 def close() -> None:
-    """Take leave of a standard output that nobody reads any more, or that takes nothing."""
+    """Replace a standard output that nobody reads any more, or that cannot be written, with the null device."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

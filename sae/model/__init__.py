@@ -1,1 +1,1 @@
-"""Language models: loaded, identified, read and replaced at hook points."""
+"""Language models: loading, identity, and hook points to read or replace."""

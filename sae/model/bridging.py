@@ -1,4 +1,4 @@
-"""From a loaded model to transformer-lens's bridge of it, which is proved to be the same model."""
+"""Wraps a loaded model in transformer-lens's bridge, and checks that it is still the same model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _UNPROCESSED = "set model.weight_processing=none"
 
 
 def boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
-    """The model as transformer-lens sees it, with its weights processed as `config` asks.
+    """Bridge a model with transformer-lens, with its weights processed as `config` asks.
 
-    It is proved on some tokens that its logits are still the model's: transformer-lens computes attention in its own
-    way, and changes the model in place.
+    The bridge's logits are compared with the model's on some tokens, because transformer-lens computes attention in its
+    own way and changes the model in place.
 
     Raises:
-        ModelError: transformer-lens has no adapter for it, or makes another model of it.
+        ModelError: transformer-lens has no adapter for the model, or turns it into another model.
     """
-    with quiet():  # importing it changes what transformers says
+    with quiet():  # the import changes the messages of transformers
         from transformer_lens.model_bridge import TransformerBridge
         from transformer_lens.model_bridge.sources.transformers import source
 
@@ -34,7 +34,7 @@ def boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
     rows = int(model.get_input_embeddings().weight.shape[0])
     with _bridging(config, f"transformers cannot run {kind}", another), quiet(), guarded(config):
         proof = BridgeProof(model, min(rows, len(tokenizer)))
-    # The processor of images or sound is looked up on the hub by the label, and torchvision installed for it.
+    # The processor for images or sound is looked up on the hub by the label, and torchvision is installed for it.
     with (
         _bridging(config, f"transformer-lens cannot bridge {kind}", "use a model of another architecture"),
         quiet(),
@@ -66,7 +66,7 @@ def boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
 
 @contextlib.contextmanager
 def _bridging(config: ModelConfig, what: str, way_out: str) -> Iterator[None]:
-    """Whatever a library raises in the body becomes a ModelError; the machine's want of memory stays what it is."""
+    """Turn anything that a library raises in the body into a ModelError, except lack of memory."""
     try:
         yield
     except CodeRefusedError as error:
@@ -79,15 +79,15 @@ def _bridging(config: ModelConfig, what: str, way_out: str) -> Iterator[None]:
 
 
 def _another_model(config: ModelConfig, kind: str, difference: Difference) -> str:
-    off = f"log-probabilities are off by up to {difference.largest:.2g}"
+    difference_text = f"log-probabilities are off by up to {difference.largest:.2g}"
     if config.weight_processing != "none":
         return (
-            f"model {config.name!r}: with its weights processed by transformer-lens "
-            f"(model.weight_processing={config.weight_processing}), {kind} is another model: its {off}; {_UNPROCESSED}"
+            f"model {config.name!r}: transformer-lens makes another model of {kind} when it processes its weights "
+            f"(model.weight_processing={config.weight_processing}): its {difference_text}; {_UNPROCESSED}"
         )
     rounding = "" if config.dtype == "float32" else "try model.dtype=float32, or "
     return (
-        f"model {config.name!r}: transformer-lens makes another model of {kind}: its {off} from those of transformers, "
-        f"so its activations would not be the model's; {rounding}use another model, or a version of transformer-lens "
-        "that knows every setting of its config.json"
+        f"model {config.name!r}: transformer-lens makes another model of {kind}: its {difference_text} from those of "
+        f"transformers, so its activations would not be the model's; {rounding}use another model, or a version of "
+        "transformer-lens that supports every setting of its config.json"
     )

@@ -1,4 +1,4 @@
-"""The files of a local model: what stands where libraries would open one, and which is damaged."""
+"""Checks the files of a local model before a library opens them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _OPENED = (
     "config", "generation_config", "model", "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges",
     "chat_template",
 )  # fmt: skip
-"""How names of the files begin that transformers opens in a model's folder."""
+"""Prefixes of the names of files that transformers opens in a model's folder."""
 _JSON = {
     "config.json": ("model_type",),
     "tokenizer_config.json": (),
     "generation_config.json": (),
     "tokenizer.json": ("model", "added_tokens"),
 }
-"""Files that hold a JSON object, and entries that it needs."""
-_FETCH = "fetch it again from where the model is from"
+"""Files that hold a JSON object, and the entries that each needs."""
+_FETCH = "download it again from where the model came from"
 
 
 class PickleNamedError(Exception):
-    """An index names a file that is no safetensors."""
+    """An index names a file that is not safetensors."""
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Look at a model's folder before a library opens a file in it, and perhaps waits for ever.
+    """Check a model's folder before a library opens a file in it, which might block for ever.
 
     Args:
         name: the model, as the user gave it.
-        folder: where it is.
+        folder: the model's folder.
 
     Raises:
-        ModelError: the folder is an adapter's; something else stands where a file should be; the index of the weights
-            is damaged, or names a file that is not there, or outside the folder.
-        PickleNamedError: it names a file that is no safetensors.
+        ModelError: the folder is an adapter's; a pipe, a device or a broken link is in the place of a file; the index
+            of the weights is damaged, or names a file that is missing or outside the folder.
+        PickleNamedError: the index names a file that is not safetensors.
     """
     for path in sorted(folder.iterdir()):
         if path.name.startswith(_OPENED) and not path.is_file() and not path.is_dir():
@@ -51,7 +51,7 @@ def check_folder(name: str, folder: Path) -> None:
         raise ModelError(
             f"model {name!r}: an adapter without its model: the folder has adapter_config.json and no config.json; "
             "merge the adapter into its model, save that (in PEFT: model.merge_and_unload().save_pretrained(...), and "
-            "the tokenizer beside it), and give that folder"
+            "the tokenizer with it), and give that folder"
         )
     config = folder / "config.json"
     weights = _read_json(config if config.is_file() else None).get("transformers_weights")
@@ -65,7 +65,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 def damaged_file(folder: Path) -> str | None:
-    """What is wrong with the file that a model could not be loaded for, with its name; None: nothing is seen."""
+    """The damaged file that keeps a model from loading, and what is wrong with it; None if none is found."""
     if not (folder / "config.json").exists():
         ggufs = sorted(folder.glob("*.gguf"))
         if ggufs:
@@ -80,18 +80,18 @@ def _fault(path: Path, keys: tuple[str, ...]) -> str | None:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        return f"{path.name} is damaged or no JSON ({error})"
+        return f"{path.name} is damaged or not JSON ({error})"
     if not isinstance(content, dict):
         return f"{path.name} holds a {type(content).__name__} where an object should be"
-    lacking = next((key for key in keys if key not in content), None)
-    return None if lacking is None else f"{path.name} has no {lacking!r}"
+    missing_key = next((key for key in keys if key not in content), None)
+    return None if missing_key is None else f"{path.name} has no {missing_key!r}"
 
 
 def added_tokens(read: Callable[[str], Path | None]) -> set[str]:
-    """Tokens that a tokenizer's files add to its vocabulary, special ones among them.
+    """Tokens that a tokenizer's files add to its vocabulary, including special tokens.
 
     Args:
-        read: from a file's name to its path; None: there is no such file.
+        read: returns the path of a file by its name, or None if there is no such file.
     """
     listed = _read_json(read("tokenizer.json")).get("added_tokens") or []
     decoder = _read_json(read("tokenizer_config.json")).get("added_tokens_decoder") or {}
@@ -108,7 +108,7 @@ def _check_index(name: str, folder: Path, index: str) -> None:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {name!r}: {index} is damaged or no JSON ({error}); {_FETCH}") from error
+        raise ModelError(f"model {name!r}: {index} is damaged or not JSON ({error}); {_FETCH}") from error
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ModelError(f"model {name!r}: {index} has no 'weight_map' from tensors to files; {_FETCH}")
@@ -119,7 +119,7 @@ def _check_index(name: str, folder: Path, index: str) -> None:
 
 
 def _check_shard(name: str, folder: Path, shard: str, by: str) -> None:
-    """A link to a regular file is one: the hub's cache is made of such."""
+    """A link to a regular file counts as one: the hub's cache consists of links."""
     if Path(os.path.normpath(shard)).is_absolute() or os.path.normpath(shard).startswith(".."):
         raise ModelError(
             f"model {name!r}: {by} names weights outside the folder, {shard!r}; put the file into the folder and name "
@@ -129,20 +129,20 @@ def _check_shard(name: str, folder: Path, shard: str, by: str) -> None:
         raise PickleNamedError(f"{shard}, which {by} names")
     if not (folder / shard).is_file():
         raise ModelError(
-            f"model {name!r}: {by} names {shard}, which is not there or no regular file (a folder, a pipe, a device or "
-            f"a link to nothing); {_FETCH}"
+            f"model {name!r}: {by} names {shard}, which is missing or not a regular file (a folder, a pipe, a device "
+            f"or a broken link); {_FETCH}"
         )
 
 
 def _no_file(name: str, file: str) -> str:
     return (
-        f"model {name!r}: {file} is a pipe, a device or a link to nothing where a file should be; put the file there, "
-        "or take it away"
+        f"model {name!r}: {file} is a pipe, a device or a broken link where a file should be; put the file there, "
+        "or remove it"
     )
 
 
 def _read_json(path: Path | None) -> dict[str, Any]:
-    """What a JSON file holds; nothing if there is none, it is damaged or no object."""
+    """The object in a JSON file; empty if the file is missing, damaged or holds no object."""
     try:
         content = {} if path is None else json.loads(path.read_bytes())
     except (OSError, ValueError):

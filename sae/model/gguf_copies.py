@@ -1,8 +1,8 @@
 """Dequantised copies of GGUF models, so that only the first command on a .gguf file waits for the conversion.
 
-Reading the vocabulary and dequantising the weights of a GGUF take half a minute for a model of 135M parameters; the
-same model as safetensors is there in a second. Copies lie in Hugging Face's cache (`HF_HOME`), one folder for each
-content of a file and number type, and may be deleted at any time.
+Reading the vocabulary and dequantising the weights of a GGUF takes half a minute for a model of 135M parameters; the
+same model as safetensors loads in a second. Copies are kept in Hugging Face's cache (`HF_HOME`), one folder for each
+file content and number type, and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sae.files.writing import free_bytes
 
 _SHARE_OF_FREE_SPACE = 0.1
 _LONGEST_STEM = 200
-"""Bytes of the GGUF's name in its copy's; with what follows they are fewer than a file system allows."""
+"""Bytes of the GGUF's name in the name of its copy; with the suffix they stay below a file system's limit."""
 _REMEDY = "this copy is made again from the GGUF"
 
 
 def folder_of(path: Path, dtype: str) -> Path | None:
-    """Where the copy of a GGUF file in a number type belongs; another version of transformers makes its own.
+    """The folder for a copy of a GGUF file in a number type; each version of transformers has its own.
 
-    None: the file cannot be read, or what reads it is not installed.
+    None if the file cannot be read, or the libraries that read it are not installed.
     """
     from huggingface_hub import constants
 
@@ -46,9 +46,9 @@ def folder_of(path: Path, dtype: str) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether there is a copy, and every file of it is as it was written; a damaged one is deleted.
+    """Whether there is a copy and all of its files are intact; a damaged copy is deleted.
 
-    One that the machine cannot read now counts as missing, and stays.
+    A copy that cannot be read at the moment counts as missing, and is kept.
     """
     if not folder.is_dir():
         return False
@@ -68,7 +68,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def write(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Keep a model that came from a GGUF file, where a tenth of the free disk space holds it; else do nothing."""
+    """Save a model that came from a GGUF file if it takes at most a tenth of the free disk space."""
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     try:
         if size > _SHARE_OF_FREE_SPACE * free_bytes(folder):

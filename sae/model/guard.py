@@ -1,4 +1,4 @@
-"""What libraries may not do while they read a model: run its code, read pickles, write to the user's terminal."""
+"""Keeps libraries that load a model from running its code, reading pickles or writing to the terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from sae.config.sources import ModelConfig
 
-# Where libraries fetch or run the code of a model, whether or not they are told to trust it: transformer-lens imports
-# some architectures' modules by the name that config.json gives.
+# Functions that fetch or run a model's code even if it is not trusted: transformer-lens imports the modules of some
+# architectures by the name in config.json.
 _RUNS_CODE = {
     "transformers.dynamic_module_utils": ("get_cached_module_file", "get_class_in_module"),
     "transformers.integrations.hub_kernels": ("get_kernel",),
@@ -20,7 +20,7 @@ _READS_PICKLES = {"torch": ("load",)}
 
 
 class RefusedError(Exception):
-    """A library was about to do what is not allowed."""
+    """A library was about to do something forbidden."""
 
 
 class CodeRefusedError(RefusedError):
@@ -33,14 +33,14 @@ class PickleRefusedError(RefusedError):
 
 def needs_code() -> str:
     return (
-        "it needs Python code that comes with it, and none of it was run; if you have read and trust that code, add "
+        "it needs Python code that comes with it, which was not run; if you have read and trust that code, add "
         "model.trust_remote_code=true (in Python ModelConfig(trust_remote_code=True))"
     )
 
 
 @contextlib.contextmanager
 def guarded(config: ModelConfig) -> Iterator[None]:
-    """While open, no pickle is read, and no code of a model is fetched or run unless `config` allows it."""
+    """While open, no pickle is read, and no code of a model is fetched or run unless `config` allows that."""
 
     def refuse(kind: type[RefusedError]) -> Callable[..., NoReturn]:
         def refused(*_: Any, **__: Any) -> NoReturn:
@@ -48,17 +48,17 @@ def guarded(config: ModelConfig) -> Iterator[None]:
 
         return refused
 
-    refused = dict.fromkeys(_places(_READS_PICKLES), PickleRefusedError)
+    errors = dict.fromkeys(_places(_READS_PICKLES), PickleRefusedError)
     if not config.trust_remote_code:
-        refused |= dict.fromkeys(_places(_RUNS_CODE), CodeRefusedError)
+        errors |= dict.fromkeys(_places(_RUNS_CODE), CodeRefusedError)
     with contextlib.ExitStack() as stack:
-        for (module, name), kind in refused.items():
+        for (module, name), kind in errors.items():
             stack.enter_context(replaced(import_module(module), name, refuse(kind)))
         yield
 
 
 def _places(names: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, str]]:
-    return ((module, name) for module, several in names.items() for name in several)
+    return ((module, name) for module, functions in names.items() for name in functions)
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """While open, keep the libraries' warnings and progress bars off the user's terminal; they are then as before."""
+    """While open, keep the libraries' warnings and progress bars off the terminal; restore them at the end."""
     import logging
     import warnings
 
@@ -94,7 +94,7 @@ def quiet() -> Iterator[None]:
         logging.disable(previous)
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()  # and those of the hub
+            transformers_logging.enable_progress_bar()  # also enables those of the hub
         if bars and not hub_bars:
             disable_progress_bars()
         elif hub_bars and not bars:

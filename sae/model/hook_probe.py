@@ -1,4 +1,4 @@
-"""Which hook points a model has, read from one pass of it over a few tokens, before any text is read."""
+"""Finds a model's hook points with one pass over a few tokens, before any text is read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Hook:
     """A hook point that a model has.
 
     Attributes:
-        name: `blocks.N.` and its kind.
+        name: `blocks.N.` followed by the kind.
         block: N.
         kind: one of `hook_points.KINDS`.
-        width: numbers for each token, with heads concatenated.
-        refusal: why it cannot be replaced; None if it can.
+        width: numbers per token, with heads concatenated.
+        refusal: why it cannot be replaced; None if it can be.
         heads_first: whether the model holds it as `[context, head, seq, d_head]`.
     """
 
@@ -39,12 +39,12 @@ class Hook:
 
     @property
     def meaning(self) -> str:
-        """What its kind is, in a few words."""
+        """A short description of its kind."""
         return KINDS[self.kind]
 
     @property
     def rank(self) -> int:
-        """Where its kind comes in a block."""
+        """Position of its kind within a block."""
         return list(KINDS).index(self.kind)
 
     def flat(self, activation: Tensor) -> Tensor:
@@ -62,28 +62,28 @@ class Hook:
 
 
 def probe_tokens(vocabulary: int, contexts: int, length: int, device: torch.device | str) -> Int[Tensor, "context seq"]:
-    """Token ids that look random and are the same every time (multiples of the golden ratio)."""
+    """Token ids that look random but are always the same (multiples of the golden ratio)."""
     numbers = torch.arange(1, contexts * length + 1, dtype=torch.float64, device="cpu")
     share = (numbers * 0.6180339887498949) % 1
     return (share * vocabulary).long().clamp(max=vocabulary - 1).view(contexts, length).to(device)
 
 
 def read_hooks(bridge: Any, vocabulary: int, device: torch.device | str) -> dict[str, Hook]:
-    """Every hook point that fires with one vector for each token, by name, in the order of `KINDS` and blocks.
+    """Every hook point that gives one vector per token, by name, in the order of blocks and `KINDS`.
 
     Args:
         bridge: transformer-lens's `TransformerBridge`.
-        vocabulary: tokens to choose from.
-        device: where the bridge is.
+        vocabulary: number of token ids to choose from.
+        device: the bridge's device.
     """
     bridge.set_use_hook_mlp_in(True)
     points: Mapping[str, Any] = bridge.hook_dict
-    seen: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
-    def look(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         def hook_function(activation: Any, hook: Any) -> None:
             if isinstance(activation, Tensor):
-                seen[name] = tuple(activation.shape)
+                shapes[name] = tuple(activation.shape)
 
         return hook_function
 
@@ -91,17 +91,17 @@ def read_hooks(bridge: Any, vocabulary: int, device: torch.device | str) -> dict
         name_of(block, kind)
         for block in range(bridge.cfg.n_layers)
         for kind in KINDS
-        if name_of(block, kind) in points and not _is_another(points, block, kind)
+        if name_of(block, kind) in points and not _is_alias(points, block, kind)
     ]
     fireable = [name for name in names if bridge._gated_hook_reason(name) is None]
-    with torch.no_grad(), bridge.hooks(fwd_hooks=[(name, look(name)) for name in fireable]):
+    with torch.no_grad(), bridge.hooks(fwd_hooks=[(name, record(name)) for name in fireable]):
         bridge(probe_tokens(vocabulary, _CONTEXTS, _LENGTH, device))
-    hooks = (_hook(name, seen[name]) for name in names if name in seen)
+    hooks = (_hook(name, shapes[name]) for name in names if name in shapes)
     return {hook.name: hook for hook in hooks if hook is not None}
 
 
-def _is_another(points: Mapping[str, Any], block: int, kind: str) -> bool:
-    """Whether the name is a second one of another hook point: a mixture of experts has no `hook_pre` of its own."""
+def _is_alias(points: Mapping[str, Any], block: int, kind: str) -> bool:
+    """Whether the name is an alias of another hook point: a mixture of experts has no `hook_pre` of its own."""
     other = points.get(name_of(block, _SAME_IN_MIXTURES.get(kind, "")))
     return other is not None and points[name_of(block, kind)] is other
 

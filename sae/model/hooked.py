@@ -1,4 +1,4 @@
-"""A model whose hook points can be read and replaced. Only this room knows transformer-lens."""
+"""A model whose hook points can be read and replaced. Only `sae.model` uses transformer-lens."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class HookedModel:
         bridge: transformer-lens's `TransformerBridge`.
         tokenizer: the Hugging Face tokenizer.
         info: the model's identity.
-        device: where the bridge is.
+        device: the bridge's device.
 
-    Attributes are what was given.
+    The arguments are kept as attributes.
     """
 
     def __init__(self, bridge: Any, tokenizer: Any, info: ModelInfo, device: torch.device) -> None:
@@ -50,16 +50,16 @@ class HookedModel:
 
     @property
     def _vocabulary(self) -> int:
-        """Ids that the model has rows for and the tokenizer names."""
+        """Number of ids that both the model's embedding and the tokenizer have."""
         return max(1, min(self.rows, len(self.tokenizer)))
 
     @property
     def rows(self) -> int:
-        """Tokens that the model has embeddings of."""
+        """Number of tokens that the model has embeddings for."""
         return int(self.bridge.original_model.get_input_embeddings().weight.shape[0])
 
     def check_id(self, token: int) -> None:
-        """Raise ModelError if the model has no embedding of a token."""
+        """Raise ModelError if the model has no embedding for a token."""
         if token >= self.rows:
             raise ModelError(
                 f"model {self.info.name!r}: its tokenizer gives the token "
@@ -68,14 +68,14 @@ class HookedModel:
             )
 
     def probe_tokens(self, contexts: int, length: int) -> Int[Tensor, "context seq"]:
-        """Valid token ids without a meaning, to try the model on."""
+        """Valid but meaningless token ids, to try the model on."""
         return probe_tokens(self._vocabulary, contexts, min(length, self.info.max_context), self.device)
 
     def check_hook(self, hook: str) -> tuple[int, str]:
         """Block number and kind of a hook point.
 
         Raises:
-            ModelError: not a hook point of this model; the message has the valid ones.
+            ModelError: it is not a hook point of this model; the message lists the valid ones.
         """
         parts = hook_points.split(hook)
         if parts is None:
@@ -84,55 +84,55 @@ class HookedModel:
         if block >= self.info.n_layers:
             raise ModelError(f"hook {hook!r}: {self.info.name} has blocks 0 to {self.info.n_layers - 1}")
         if hook not in self._hooks:
-            there = [other.kind for other in self._hooks.values() if other.block == block]
+            kinds = [other.kind for other in self._hooks.values() if other.block == block]
             raise ModelError(
-                f"hook {hook!r}: block {block} of {self.info.name} has no {kind}; it has {', '.join(there)}"
-                + hook_points.nearest(kind, there, block)
+                f"hook {hook!r}: block {block} of {self.info.name} has no {kind}; it has {', '.join(kinds)}"
+                + hook_points.nearest(kind, kinds, block)
             )
         return block, kind
 
     def is_residual(self, hook: str) -> bool:
-        """Whether activations at `hook` live in the residual stream's space, which the unembedding reads."""
+        """Whether activations at `hook` are in the space of the residual stream, which the unembedding reads."""
         return self.check_hook(hook)[1] in hook_points.RESIDUAL
 
     @torch.no_grad()
     def activations(
         self, tokens: Int[Tensor, "context seq"], hooks: Sequence[str]
     ) -> dict[str, Float[Tensor, "context seq d_in"]]:
-        """Activations at several hook points from one pass that stops at the last of them. Heads are concatenated."""
+        """Activations at several hook points, from one pass that stops at the last one. Heads are concatenated."""
         hooks = (hooks,) if isinstance(hooks, str) else hooks
-        found: dict[str, Tensor] = {}
+        activations: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
             def hook_function(activation: Tensor, hook: Any) -> None:
-                found[name] = self._hooks[name].flat(activation.detach())
-                if len(found) == len(hooks):
-                    raise _AllFoundError
+                activations[name] = self._hooks[name].flat(activation.detach())
+                if len(activations) == len(hooks):
+                    raise _AllReadError
 
             return hook_function
 
         for hook in hooks:
             self.check_hook(hook)
-        with contextlib.suppress(_AllFoundError), self.bridge.hooks(fwd_hooks=[(hook, keep(hook)) for hook in hooks]):
+        with contextlib.suppress(_AllReadError), self.bridge.hooks(fwd_hooks=[(hook, keep(hook)) for hook in hooks]):
             self.bridge(tokens)
-        return found
+        return activations
 
     def logits(self, tokens: Int[Tensor, "context seq"]) -> Float[Tensor, "context seq vocab"]:
-        """Next-token logits, float32, with gradients unless the caller has turned them off."""
+        """Next-token logits in float32, with gradients unless the caller disabled them."""
         return self.bridge(tokens).float()
 
     def check_causal(self) -> None:
         """Raise ModelError if logits depend on later tokens, as those of masked language models do."""
         if self._looks_ahead > _CAUSAL_TOLERANCE:
             raise ModelError(
-                f"{self.info.name} is no causal language model: its logits change by {self._looks_ahead:.2g} of the "
-                "largest if a later token is another one, so that it has no next-token loss"
+                f"{self.info.name} is not a causal language model: its logits change by {self._looks_ahead:.2g} of the "
+                "largest if a later token changes, so it has no next-token loss"
             )
 
     @functools.cached_property
     @torch.no_grad()
     def _looks_ahead(self) -> float:
-        """How far logits change if the last token does, as a share of the largest."""
+        """Largest change of earlier logits when the last token changes, as a share of the largest logit."""
         tokens = self.probe_tokens(2, 16)
         changed = tokens.clone()
         changed[:, -1] = (tokens[:, -1] + 1) % self._vocabulary
@@ -148,29 +148,30 @@ class HookedModel:
 
         Args:
             hook: hook point.
-            replacement: from activations `[context, seq, d_in]` to the same shape; with `with_pass` it also gets the
-                tokens of the pass and their positions, or None if a block is called by itself.
+            replacement: maps activations `[context, seq, d_in]` to the same shape.
+            with_pass: also give `replacement` the tokens of the pass and their positions, or None if a block is called
+                by itself.
         """
         self.check_replaceable(hook)
-        place, passes = self._hooks[hook], Passes(self.bridge.original_model)
+        hook_point, passes = self._hooks[hook], Passes(self.bridge.original_model)
 
         def replace(activation: Tensor, hook: Any) -> Tensor:
-            flat = place.flat(activation)
+            flat = hook_point.flat(activation)
             new = replacement(flat, passes.now) if with_pass else replacement(flat)  # type: ignore[call-arg]
-            return place.unflat(new, activation)
+            return hook_point.unflat(new, activation)
 
         with passes.watched(), self.bridge.hooks(fwd_hooks=[(hook, replace)]):
             yield
 
     @contextlib.contextmanager
     def reading(self, hook: str) -> Iterator[list[Tensor]]:
-        """While open, the list holds the activations `[context, seq, d_in]` of the pass that came by last."""
+        """While open, the list holds the activations `[context, seq, d_in]` of the latest pass."""
         self.check_hook(hook)
         latest: list[Tensor] = []
-        place = self._hooks[hook]
+        hook_point = self._hooks[hook]
 
         def keep(activation: Tensor, hook: Any) -> None:
-            latest[:] = [place.flat(activation)]
+            latest[:] = [hook_point.flat(activation)]
 
         with self.bridge.hooks(fwd_hooks=[(hook, keep)]):
             yield latest
@@ -178,12 +179,14 @@ class HookedModel:
     def unembedding(self) -> Float[Tensor, "d_model vocab"]:
         """Logit effect of a residual direction: the final norm's gain (and centring) times the unembedding.
 
-        The final norm's division by the token's own norm is left out, so effects are right up to a positive factor. A
-        model without a final norm has the unembedding alone.
+        The final norm's division by the token's own norm is left out, so effects are right up to a positive factor.
+        Without a final norm, this is the unembedding alone.
         """
         norm = getattr(self.bridge, "ln_final", None)
         W_U = self.bridge.W_U.detach().float()
-        if W_U.shape[0] != self.info.d_model:  # embeddings of another width than the residual stream, as OPT-350M has
+        if (
+            W_U.shape[0] != self.info.d_model
+        ):  # the embedding's width differs from the residual stream's, as in OPT-350M
             W_U = self.bridge.original_model.get_decoder().project_out.weight.detach().float().T @ W_U
         if norm is None:
             return W_U
@@ -197,12 +200,12 @@ class HookedModel:
         return W_U
 
     def check_replaceable(self, hook: str) -> None:
-        """Raise ModelError where the hook point cannot be replaced."""
+        """Raise ModelError if the hook point cannot be replaced."""
         self.check_hook(hook)
         refusal = self._hooks[hook].refusal
         if refusal is not None:
             raise ModelError(f"hook {hook!r}: {refusal}")
 
 
-class _AllFoundError(Exception):
-    """Ends a forward pass in which every hook point has been read."""
+class _AllReadError(Exception):
+    """Ends a forward pass once every hook point has been read."""

@@ -1,4 +1,4 @@
-"""Identity of a language model, as caches and dictionaries record it."""
+"""Identity of a language model, as recorded in caches and dictionaries."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Identity of a language model: two whose entries are equal, but for the names, give equal activations.
+    """Identity of a language model. Models whose entries other than the name are equal give equal activations.
 
     Attributes:
-        name: as the user gave it, or the file's or folder's name where that was a path.
+        name: as given by the user; for a path, the name of the file or folder.
         revision: git commit of a hub model.
-        requested_revision: the revision asked for, which may be a branch or a tag.
+        requested_revision: the requested revision, which may be a branch or a tag.
         fingerprint: quick hash of a local model's files.
-        weights_sha256: over all weights, as loaded and before any processing.
-        weight_processing: what was done to them then.
+        weights_sha256: hash of all weights, as loaded and before any processing.
+        weight_processing: how the weights were processed after loading.
         dtype: number type of the computation.
-        tokenizer_sha256: over vocabulary and special tokens.
+        tokenizer_sha256: hash of vocabulary and special tokens.
         trust_remote_code: whether code that comes with the model was allowed to run.
-        code_sha256: over the code of its own that it was made of; None: the libraries' classes alone.
-        config_sha256: over what its configuration says of the computation.
-        tokenizer_ids_sha256: over the ids that the tokenizer gives for a text.
-        library: what made the model of configuration and weights, and its version.
+        code_sha256: hash of the model's own code that was used; None if only the libraries' classes were.
+        config_sha256: hash of the parts of its configuration that affect the computation.
+        tokenizer_ids_sha256: hash of the ids that the tokenizer gives for a text.
+        library: the library that built the model, and its version.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A language model by its name: loaded, identified, with its tokens, and from any hook point on to logits."""
+"""A language model by name: loading, identity, tokens, hook points, and logits with replaced activations."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class LanguageModel(HookedModel):
     """A causal language model whose hook points can be read and replaced.
 
     Args:
-        config: which model, and how; or just its name: a hub model, a folder, a .gguf file, or `demo`.
-        device: where it runs.
+        config: the model's configuration, or only its name: a hub model, a folder, a .gguf file, or `demo`.
+        device: device it runs on.
 
     Raises:
-        ConfigError: `config` is neither.
-        ModelError: the model cannot be found, downloaded or understood.
+        ConfigError: `config` is neither a configuration nor a name.
+        ModelError: the model cannot be found, downloaded or read.
 
     Attributes:
         bridge: transformer-lens's `TransformerBridge`.
@@ -76,35 +76,35 @@ class LanguageModel(HookedModel):
 
     @property
     def bos(self) -> int | None:
-        """The id that opens a context: BOS, or end-of-text for tokenizers that have no BOS."""
-        return self._first_known(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        """The id that begins a context: BOS, or end-of-text if the tokenizer has no BOS."""
+        return self._first_in_files(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
 
     @property
     def separator(self) -> int | None:
-        """The id that ends a document: EOS, or BOS for tokenizers that have no EOS.
+        """The id that ends a document: EOS, or BOS if the tokenizer has no EOS.
 
-        Without either nothing stands between documents. A context may then hold the end of one and the beginning of
-        the next without a sign of it, the token policy masks first positions of contexts and no ids, and the first
-        token of a document counts like any other.
+        Without either, documents are not separated. A context may then hold the end of one document and the beginning
+        of the next with nothing in between, the token policy masks first positions of contexts and no ids, and the
+        first token of a document counts like any other.
         """
-        return self._first_known(self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+        return self._first_in_files(self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
 
-    def _first_known(self, *ids: int | None) -> int | None:
-        """The first id that a file of the tokenizer holds; what its class makes up, the model has never seen."""
+    def _first_in_files(self, *ids: int | None) -> int | None:
+        """The first id that is in a file of the tokenizer: the model has never seen ids that its class made up."""
         return next((token for token in ids if token is not None and token not in self._made_up), None)
 
     def token_policy(self, *, prepend_bos: bool, masked_positions: int, mask_special_tokens: bool) -> TokenPolicy:
         """Which tokens count, with this tokenizer's special tokens.
 
         Raises:
-            ModelError: BOS is asked for and the tokenizer's files have neither BOS nor EOS, or the model has no row
-                for one.
+            ModelError: BOS is requested and the tokenizer's files have neither BOS nor EOS, or the model has no
+                embedding for one of them.
         """
         if prepend_bos and self.bos is None:
             made_up = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self._made_up))
-            but = f" in its files ({made_up} made up by its class or settings)" if made_up else ""
+            reason = f" in its files ({made_up} made up by its class or settings)" if made_up else ""
             raise ModelError(
-                f"model {self.info.name!r}: its tokenizer has no BOS or EOS token{but}; set data.prepend_bos=false"
+                f"model {self.info.name!r}: its tokenizer has no BOS or EOS token{reason}; set data.prepend_bos=false"
             )
         for token in (self.bos if prepend_bos else None, self.separator):
             if token is not None and token >= self.rows:
@@ -116,16 +116,16 @@ class LanguageModel(HookedModel):
         return TokenPolicy(prepend_bos, masked_positions, tuple(sorted(ids)) if mask_special_tokens else ())
 
     def check_context_length(self, context_length: int) -> None:
-        """Raise ModelError where the model's positions end before the context does."""
+        """Raise ModelError if contexts are longer than the model can read."""
         if context_length > self.info.max_context:
             raise ModelError(
                 f"data.context_length={context_length}: {self.info.name} reads at most {self.info.max_context} tokens"
             )
 
     def hooks(self) -> list[Hook]:
-        """Every hook point that the model has, with its width and whether it can be replaced, block by block.
+        """Every hook point of the model, block by block, with its width and whether it can be replaced.
 
-        None of those that can be replaced changes the logits when its own activations take their own place.
+        Hook points count as replaceable only if putting back their own activations leaves the logits unchanged.
         """
         return list(self._checked_hooks.values())
 
@@ -134,28 +134,28 @@ class LanguageModel(HookedModel):
         return without_inexact(self, self._hooks)
 
     def to_tokens(self, text: str | Sequence[str], *, prepend_bos: bool = True) -> Int[Tensor, "context seq"]:
-        """Token ids of one text, or of several that have as many tokens, on the model's device.
+        """Token ids of one text, or of several texts with the same number of tokens, on the model's device.
 
         Args:
             text: a text or texts.
-            prepend_bos: begin with `bos`, where the tokenizer has one.
+            prepend_bos: begin with `bos`, if the tokenizer has one.
 
         Raises:
-            ModelError: no text, one without a token, or texts of different lengths: padding would change what the
-                model sees.
+            ModelError: there is no text, a text has no tokens, or lengths differ (padding would change the model's
+                input).
         """
         texts = [text] if isinstance(text, str) else list(text)
         start = [self.bos] if prepend_bos and self.bos is not None else []
-        rows = [[*start, *self.tokenizer(one, add_special_tokens=False)["input_ids"]] for one in texts]
+        rows = [[*start, *self.tokenizer(string, add_special_tokens=False)["input_ids"]] for string in texts]
         least, most = min(map(len, rows), default=0), max(map(len, rows), default=0)
         if not least:
-            raise ModelError("there is no text, or one has no token: leave empty texts out")
+            raise ModelError("there is no text, or a text has no tokens: leave out empty texts")
         if least < most:
-            raise ModelError(f"the texts have {least} to {most} tokens: give those of one length together")
+            raise ModelError(f"the texts have {least} to {most} tokens: pass texts of equal length together")
         return torch.tensor(rows, device=self.device)
 
     def tail(self, hook: str) -> Tail:
-        """The model from a hook point on, proved on this model when it is first asked for.
+        """The model from a hook point on; checked on this model when first used.
 
         Raises:
             ModelError: the hook point cannot be replaced, or not exactly.
@@ -165,7 +165,7 @@ class LanguageModel(HookedModel):
         return self._tails[hook]
 
     def road(self, hook: str) -> Road:
-        """How replacements at a hook point become logits; `none`, with the reason, where it can be read only.
+        """How replacements at a hook point become logits; `none`, with the reason, if it can only be read.
 
         Raises:
             ModelError: the model has no such hook point.
@@ -180,9 +180,9 @@ class LanguageModel(HookedModel):
     def replaced_logits(
         self, tokens: Int[Tensor, "context seq"], hook: str, replacements: Sequence[Replacement]
     ) -> Iterator[Float[Tensor, "context seq vocab"]]:
-        """Logits with the hook point's activations `[context, seq, d_in]` replaced, for one function after another.
+        """Logits with the hook point's activations `[context, seq, d_in]` replaced, for each function in turn.
 
-        The blocks before the hook point are computed once for all replacements, if that is exact: see `tail`.
+        The blocks before the hook point run once for all replacements if that is exact; see `tail`.
         """
         tail = self.tail(hook)
         start = tail.start(tokens)
@@ -191,10 +191,10 @@ class LanguageModel(HookedModel):
 
 
 def _configured(model: Any) -> ModelConfig:
-    """The configuration of a model that is given by its name.
+    """Turn a model's name into a configuration.
 
     Raises:
-        ConfigError: it is neither a name nor a configuration.
+        ConfigError: `model` is neither a name nor a configuration.
     """
     if isinstance(model, str | Path):
         return ModelConfig(name=str(model))

@@ -1,4 +1,4 @@
-"""A language model's weights and tokenizer, from the hub, a folder or a file.
+"""Loads a language model's weights and tokenizer from the hub, a folder or a file.
 
 Code that comes with a model runs only with `ModelConfig.trust_remote_code`. Weights are safetensors or GGUF.
 """
@@ -34,12 +34,12 @@ class _MissingWeightsError(Exception):
 
 
 class Pretrained(NamedTuple):
-    """A language model, loaded and not bridged.
+    """A language model that is loaded but not yet bridged.
 
     Attributes:
         model: the Hugging Face model.
         tokenizer: its tokenizer.
-        label: what it is known by.
+        label: its name in results.
         revision: git commit of a hub model.
         made_up: ids of BOS and EOS tokens that no file of the tokenizer holds; see `sae.model.special_tokens`.
     """
@@ -55,11 +55,11 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
     """Load a model and its tokenizer from the hub, a folder or a file.
 
     Raises:
-        ModelError: it cannot be found, downloaded or read; it needs code of its own and `config` does not allow it; its
-            weights are a pickle; its tokenizer cannot be used.
+        ModelError: the model cannot be found, downloaded or read; it needs its own code and `config` does not allow
+            that; its weights are a pickle; or its tokenizer cannot be used.
     """
-    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # code from the hub, chosen by what is installed
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # by a service of the hub
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # they are code from the hub, chosen by the installed libraries
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # it is a service of the hub
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -75,11 +75,11 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
     weights = {} if "gguf_file" in arguments else {"use_safetensors": True}
     try:
         with quiet(), guarded(config):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            pretrained: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=getattr(torch, config.dtype), output_loading_info=True, **weights, **arguments
             )
-            model, found = loaded
-            _check_whole(model, found)
+            model, loading_info = pretrained
+            _check_complete(model, loading_info)
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
             if copy:
                 gguf_copies.write(copy, model, tokenizer)
@@ -87,26 +87,26 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
         raise ModelError(f"model {config.name!r}: {_explain(config, source, error)}") from error
     _check_tokenizer(config, tokenizer)
     revision = arguments.get("revision")
-    of_own_code = type(tokenizer).__module__.startswith(_REMOTE_MODULES)
+    has_own_code = type(tokenizer).__module__.startswith(_REMOTE_MODULES)
     made_up = made_up_tokens(tokenizer, model.config, lambda name: _file(source, revision, name))
     label, commit = model_label(config.name), _commit(source, revision)
-    return Pretrained(model, tokenizer, label, commit, frozenset() if of_own_code else made_up)
+    return Pretrained(model, tokenizer, label, commit, frozenset() if has_own_code else made_up)
 
 
-def _check_whole(model: Any, found: dict[str, Any]) -> None:
-    """Refuse a model of whose weights the files lack some: transformers would make them random numbers.
+def _check_complete(model: Any, loading_info: dict[str, Any]) -> None:
+    """Refuse a model if its files lack some of the weights: transformers would initialise them randomly.
 
     Raises:
-        _MissingWeightsError: naming some.
+        _MissingWeightsError: weights are missing; the message names some.
     """
-    lacking = sorted({*found["missing_keys"], *(str(name) for name, *_ in found["mismatched_keys"])})
-    if not lacking:
+    missing = sorted({*loading_info["missing_keys"], *(str(name) for name, *_ in loading_info["mismatched_keys"])})
+    if not missing:
         return
-    others = sorted(found["unexpected_keys"])
+    others = sorted(loading_info["unexpected_keys"])
     raise _MissingWeightsError(
-        f"its files lack {len(lacking):,} of the tensors of {type(model).__name__} ({_some(lacking)})"
+        f"its files lack {len(missing):,} of the tensors of {type(model).__name__} ({_some(missing)})"
         + (f" and hold {len(others):,} that it does not have ({_some(others)})" if others else "")
-        + ": they would be random numbers; check that the files are whole and of the model that config.json describes"
+        + ": they would be random numbers; check that the files are complete and belong to the model in config.json"
     )
 
 
@@ -115,13 +115,13 @@ def _some(names: list[str]) -> str:
 
 
 def _commit(source: Path | str, revision: str | None) -> str | None:
-    """The git commit of a hub model that was just loaded, by the folder of the hub's cache it lies in."""
+    """The git commit of a hub model that was just loaded, from its folder in the hub's cache."""
     cached = None if isinstance(source, Path) else _file(source, revision, "config.json")
     return None if cached is None else cached.parent.name
 
 
 def _file(source: Path | str, revision: str | None, name: str) -> Path | None:
-    """Where a file of a model lies that was just loaded; None if there is none."""
+    """The path of a file of a model that was just loaded; None if there is none."""
     if isinstance(source, Path):
         return source / name if (source / name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
@@ -131,9 +131,9 @@ def _file(source: Path | str, revision: str | None, name: str) -> Path | None:
 
 
 def code_sha256(*objects: Any) -> str | None:
-    """A hash of the code that came with a model and that these objects' classes are made of; None: there is none."""
+    """Hash of the code that came with a model and defines these objects' classes; None if there is none."""
     packages = {
-        name.rpartition(".")[0] for one in objects if (name := type(one).__module__).startswith(_REMOTE_MODULES)
+        name.rpartition(".")[0] for item in objects if (name := type(item).__module__).startswith(_REMOTE_MODULES)
     }
     modules = {name: module for name, module in sys.modules.items() if name.rpartition(".")[0] in packages}
     if not modules:
@@ -143,18 +143,18 @@ def code_sha256(*objects: Any) -> str | None:
 
 
 def _find(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
-    """Where the model is, and how transformers is told so."""
+    """The model's name or path, and the arguments that make transformers load it."""
     path = DEMO_FOLDER if config.name == DEMO else expanded(config.name)
     is_path = path.exists() or config.name.startswith((".", "/", "~")) or config.name.endswith(".gguf")
     if is_path and config.revision is not None:
         raise ModelError(
-            f"model.revision={config.revision!r}: model {config.name!r} is a local folder or file, and only models of "
-            "the hub have revisions; leave it out"
+            f"model.revision={config.revision!r}: model {config.name!r} is a local folder or file, and only hub models "
+            "have revisions; leave it out"
         )
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, {"gguf_file": path.name, "local_files_only": True}
     if path.is_file() and path.suffix in (".safetensors", *PICKLES):
-        raise ModelError(f"model {config.name!r}: a file of weights alone; name the folder that its config.json is in")
+        raise ModelError(f"model {config.name!r}: a file with weights only; give the folder that its config.json is in")
     if path.is_dir():
         try:
             check_folder(config.name, path)
@@ -165,8 +165,8 @@ def _find(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
         return path, {"local_files_only": True}
     if path.exists():
         raise ModelError(
-            f"model {config.name!r}: no folder and no .gguf file; give the folder of the model's config.json, weights "
-            f"and tokenizer, perhaps {str(path.parent)!r}"
+            f"model {config.name!r}: neither a folder nor a .gguf file; give the folder of the model's config.json, "
+            f"weights and tokenizer, perhaps {str(path.parent)!r}"
         )
     if is_path:
         raise ModelError(f"model {config.name!r}: no such folder or file")
@@ -178,20 +178,20 @@ def _pickles(folder: Path) -> list[str]:
 
 
 def _check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
-    """Raise ModelError if a tokenizer fails, or knows no text: transformers makes such a one where its files lack."""
+    """Raise ModelError if a tokenizer fails or encodes no text, as when transformers builds one without its files."""
     try:
         ids = tokenizer(_PROBE_TEXT, add_special_tokens=False, verbose=False)["input_ids"]
         hash_ids(tokenizer)
     except Exception as error:
         raise ModelError(
-            f"model {config.name!r}: its tokenizer, a {type(tokenizer).__name__}, makes no tokens of a text "
-            f"({first_line(error)}); put the files of the model's own tokenizer beside its weights, with the class "
+            f"model {config.name!r}: its tokenizer, a {type(tokenizer).__name__}, cannot encode a text "
+            f"({first_line(error)}); put the files of the model's own tokenizer next to its weights, with the class "
             "that made them in tokenizer_config.json"
         ) from error
     if set(ids) <= set(tokenizer.all_special_ids):
         raise ModelError(
-            f"model {config.name!r}: its tokenizer makes no tokens of {_PROBE_TEXT!r}; are its files missing, such as "
-            "tokenizer.json? Put those of the model's tokenizer beside its weights"
+            f"model {config.name!r}: its tokenizer gives no tokens for {_PROBE_TEXT!r}; are its files missing, such as "
+            "tokenizer.json? Put those of the model's tokenizer next to its weights"
         )
 
 
@@ -208,7 +208,7 @@ def _explain(config: ModelConfig, source: str | Path, error: Exception) -> str:
 def _explain_local(source: Path, error: Exception) -> str:
     if _NO_SUCH_MODEL in str(error):
         return _no_causal_model(error)
-    advice = damaged_file(source) or "check that its files are whole and of one model"
+    advice = damaged_file(source) or "check that its files are complete and belong to one model"
     return f"cannot be loaded ({first_line(error)}); {advice}"
 
 
@@ -222,13 +222,13 @@ def _explain_hub(config: ModelConfig, error: Exception) -> str:
 
 def _no_causal_model(error: Exception) -> str:
     return (
-        f"it is no causal language model ({first_line(error).partition(' for this')[0]}): encoder-decoders, and models "
-        "of images or sound, are not read; use a decoder, such as 'gpt2'"
+        f"it is not a causal language model ({first_line(error).partition(' for this')[0]}): encoder-decoders, and "
+        "models of images or sound, are not supported; use a decoder, such as 'gpt2'"
     )
 
 
 def _is_pickle(config: ModelConfig, what: str) -> str:
-    """What to do about weights that are no safetensors."""
+    """What to do about weights that are not safetensors."""
     name = str(expanded(config.name)) if expanded(config.name).exists() else config.name
     target = f"{Path(name).name}-safetensors"
     return (

@@ -1,7 +1,7 @@
-"""Special tokens that a tokenizer's class or settings make up, and that no file of the tokenizer holds.
+"""Finds special tokens that a tokenizer's class or settings make up and that are in none of its files.
 
-Some classes of tokenizers have a default BOS or EOS token and add it behind the vocabulary if it is not in it. Where
-the embedding is padded, the model has a row of that number, which no training has touched.
+Some tokenizer classes have a default BOS or EOS token and append it to the vocabulary if it is missing there. If the
+embedding is padded, the model has a row with that id, which was never trained.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from sae.model.files import added_tokens
 
 
 def made_up_tokens(tokenizer: Any, config: Any, read: Callable[[str], Path | None]) -> frozenset[int]:
-    """Ids of BOS and EOS tokens that are in no file of the tokenizer and that the model's configuration does not name.
+    """Ids of BOS and EOS tokens that are neither in a file of the tokenizer nor in the model's configuration.
 
     Args:
         tokenizer: the Hugging Face tokenizer.
         config: the model's configuration.
-        read: from the name of a file of the tokenizer to its path; None: there is no such file.
+        read: returns the path of a tokenizer file by its name, or None if there is no such file.
     """
-    named = {token for key in ("bos_token_id", "eos_token_id") for token in _ids(getattr(config, key, None))}
-    ids = {token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None} - named
+    configured = {token for key in ("bos_token_id", "eos_token_id") for token in _ids(getattr(config, key, None))}
+    ids = {token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None} - configured
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         ids -= set(backend.get_vocab(with_added_tokens=False).values())

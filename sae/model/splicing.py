@@ -1,4 +1,4 @@
-"""Putting a dictionary into its language model: the activation replaced by the reconstruction while a block is open."""
+"""Splices a dictionary into its language model: replaces activations with reconstructions while a block is open."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ def splice(
     error_term: bool = False,
     edit: Edit | None = None,
 ) -> Iterator[LanguageModel]:
-    """While open, the activation x at `hook` is replaced by the dictionary's reconstruction x̂ in every forward pass.
+    """While open, replace the activation x at `hook` with the dictionary's reconstruction x̂ in every forward pass.
 
-    Of a transcoder, the activation y at its target's hook point is replaced by ŷ, made from x at the hook point that it
-    reads, in the same pass; what is said of x below then holds for y.
+    A transcoder replaces the activation y at its target hook point with ŷ, computed from x at the hook point that it
+    reads, in the same pass. Everything below about x then applies to y.
 
     Tokens that were masked out of training (BOS, first positions) keep their activation. First positions are those of
-    the text, however many passes read it: tokens in a key-value cache count, and padding does not.
+    the text, however many passes read it: tokens in a key-value cache count, padding does not.
 
     Args:
-        language_model: where to splice.
-        dictionary: what to splice; it takes raw activations. Or several, each at the hook point that it was trained
-            on, and reading what those before it in the model have changed. `hook`, `target_hook` and `edit` are for a
-            single one.
-        hook: hook point that it reads; None: the one the dictionary was trained on.
-        target_hook: hook point that it gives; None: the target that it was trained on, or without one `hook`.
-        error_term: give x̂ + (x − x̂) instead, the second part without gradient: the model computes as before, and its
-            gradients reach the features.
-        edit: changes the features `[context, seq, d_sae]` before they are decoded (ablate, scale, steer); with
-            `error_term` the reconstruction's error is that of the unedited features.
+        language_model: the model to splice into.
+        dictionary: a dictionary that takes raw activations. Or several: each is spliced at the hook point it was
+            trained on, and reads activations that earlier ones have changed. `hook`, `target_hook` and `edit` work
+            only with a single one.
+        hook: hook point that it reads; None for the one it was trained on.
+        target_hook: hook point that it writes; None for the target it was trained on, or `hook` if it has none.
+        error_term: use x̂ + (x − x̂) instead, the second part without gradient: the model's output is unchanged, and
+            its gradients reach the features.
+        edit: changes the features `[context, seq, d_sae]` before they are decoded (ablate, scale, steer). With
+            `error_term`, the error is that of the unedited features.
 
     Raises:
-        ConfigError: a transcoder's target comes before what it reads; two dictionaries give the same hook point; or
-            several are given with what is for one.
-        ModelError: another model than the dictionary's, no hook point known, or one of another width; the dictionary's
-            record of masked tokens cannot be read; a transcoder is in a pass that begins in the middle of the model; or
-            a pass goes on from a cache of a kind that is not known here, and has no `position_ids`.
+        ConfigError: a transcoder's target comes before its input; two dictionaries write the same hook point; or an
+            argument for a single dictionary is given with several.
+        ModelError: the dictionary belongs to another model; its hook point is unknown or has another width; its record
+            of masked tokens cannot be read; a transcoder is in a pass that begins in the middle of the model; or a pass
+            without `position_ids` continues from an unknown kind of cache.
     """
     if not isinstance(dictionary, Dictionary):
         if not (hook is target_hook is edit is None):
@@ -66,18 +66,18 @@ def splice(
         return
     hooks = Hooks.of(dictionary.metadata, hook, target_hook)
     if hooks.reads is None or hooks.gives is None:
-        raise ModelError("the dictionary does not say which hook point it belongs to: give hook='blocks.N.…'")
+        raise ModelError("the dictionary does not record its hook point: give hook='blocks.N.…'")
     info = language_model.info
     check_belongs(dictionary, Place(f"model {info.name!r}", info.to_json(), ModelError))
     policy = _token_policy(dictionary)
 
     def replacement(y: Tensor, now: Pass | None) -> Tensor:
         x = _input(hooks, read, now) if hooks.of_transcoder else y
-        for name, activation, does in ((hooks.reads, x, "takes"), (hooks.gives, y, "gives")):
+        for name, activation, verb in ((hooks.reads, x, "takes"), (hooks.gives, y, "gives")):
             if activation.shape[-1] != dictionary.d_in:
                 width = activation.shape[-1]
                 raise ModelError(
-                    f"hook {name!r}: activations are {width} wide, the dictionary {does} {dictionary.d_in}"
+                    f"hook {name!r}: activations are {width} wide, the dictionary {verb} {dictionary.d_in}"
                 )
         new = _reconstruct(dictionary, x, y, error_term, edit)
         if policy is None or now is None:
@@ -91,10 +91,10 @@ def splice(
 
 @contextlib.contextmanager
 def _several(language_model: LanguageModel, dictionaries: Sequence[Dictionary], error_term: bool) -> Iterator[None]:
-    given = [Hooks.of(dictionary.metadata).gives for dictionary in dictionaries]
-    for hook in given:
-        if hook is not None and given.count(hook) > 1:
-            raise ConfigError(f"{given.count(hook)} dictionaries give {hook!r}: splice one of them")
+    targets = [Hooks.of(dictionary.metadata).gives for dictionary in dictionaries]
+    for hook in targets:
+        if hook is not None and targets.count(hook) > 1:
+            raise ConfigError(f"{targets.count(hook)} dictionaries give {hook!r}: splice one of them")
     with contextlib.ExitStack() as stack:
         for dictionary in dictionaries:
             stack.enter_context(splice(language_model, dictionary, error_term=error_term))
@@ -102,17 +102,17 @@ def _several(language_model: LanguageModel, dictionaries: Sequence[Dictionary], 
 
 
 def _input(hooks: Hooks, read: list[Tensor], now: Pass | None) -> Tensor:
-    """What the transcoder reads in this pass."""
+    """The transcoder's input in this pass."""
     if now is None or now.tokens is None or not read:
         raise ModelError(
-            f"hook {hooks.gives!r}: the transcoder there reads {hooks.reads!r}, which is not known in a pass that "
-            "begins in the middle of the model; run it from the tokens"
+            f"hook {hooks.gives!r}: the transcoder there reads {hooks.reads!r}, which is unknown in a pass that "
+            "begins in the middle of the model; run the model from the tokens"
         )
     return read.pop()
 
 
 def _reconstruct(dictionary: Dictionary, x: Tensor, y: Tensor, error_term: bool, edit: Edit | None) -> Tensor:
-    """ŷ from x, with its error as an edit leaves it where that is asked for; y is x, but for transcoders."""
+    """ŷ from x, plus the error of the unedited ŷ if `error_term`; y is x except for transcoders."""
     if edit is None:
         reconstruction = dictionary(x)
         return reconstruction + (y - reconstruction).detach() if error_term else reconstruction

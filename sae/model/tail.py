@@ -1,4 +1,4 @@
-"""The model from a hook point on: activations in, next-token logits out, by a road that is proved on the model."""
+"""From activations at a hook point to next-token logits, along a road that is checked on the model."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Road:
 
     Attributes:
         name: `short`: the blocks before the hook point run once for all replacements, the others once for each;
-            `whole`: the whole model runs for each; `none`: the hook point can be read only, so there are no losses.
-        reason: why it is not the short one; None if it is.
+            `whole`: the whole model runs for each; `none`: the hook point can only be read, so there are no losses.
+        reason: why the road is not short; None if it is.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Road:
 
 @dataclass(frozen=True)
 class Start:
-    """Contexts, and what the blocks before a hook point make of them.
+    """Contexts, and the output of the blocks before a hook point for them.
 
     Attributes:
         tokens: the contexts.
-        output: of the last block that does not run again; None if all of them do.
+        output: output of the last block that does not run again; None if all blocks do.
     """
 
     tokens: Int[Tensor, "context seq"]
@@ -62,11 +62,11 @@ class Start:
         return self.output[0] if isinstance(self.output, tuple | list) else self.output
 
     def with_hidden(self, hidden: Tensor) -> Any:
-        """The output with another residual stream in it."""
+        """The output with another residual stream."""
         return (hidden, *self.output[1:]) if isinstance(self.output, tuple | list) else hidden
 
     def at(self, context: Int[Tensor, " n"], length: int) -> Start:
-        """Some of the contexts, each as often as it is named, cut to a length."""
+        """Contexts selected by index (an index may repeat), cut to a length."""
         tokens = self.tokens[context, :length]
         if not isinstance(self.output, tuple | list):
             return Start(tokens, None if self.output is None else self.output[context, :length])
@@ -76,11 +76,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Readout:
-    """What the model ends with at some positions.
+    """The end of the model at some positions.
 
     Attributes:
         final: the residual stream that enters the final norm, float32.
-        logits: of the next token, float32.
+        logits: next-token logits, float32.
     """
 
     final: Float[Tensor, "context n d_model"]
@@ -88,23 +88,23 @@ class Readout:
 
 
 class Tail:
-    """A language model from a hook point on.
+    """The part of a language model after a hook point.
 
-    What the earlier blocks give is recorded once; in every later pass they are taken out of the model and hand on that
-    record. Before a tail is used, it is proved on the model with a few tokens. The hook point's own activations, put
-    in their own place, give the model's own logits: to the last bit in float32 on a CPU, elsewhere to 1e-3 of the
-    largest logit. Other activations change the logits, and change them equally on the short road and on the whole one.
+    The output of the earlier blocks is recorded once; in every later pass, stand-ins return that record instead. Before
+    a tail is used, it is checked on the model with a few tokens. Putting back the hook point's own activations gives
+    the model's own logits: to the last bit in float32 on a CPU, elsewhere to 1e-3 of the largest logit. Other
+    activations change the logits, and change them equally on the short road and on the whole one.
 
     Args:
-        language_model: its weights and hooks are left as they are.
+        language_model: the model; its weights and hooks are left unchanged.
         hook: hook point.
 
     Raises:
-        ModelError: the model has no such hook point, it cannot be replaced, or its own activations in its place do not
-            give the model's own logits.
+        ModelError: the model has no such hook point, it cannot be replaced, or putting back its own activations does
+            not give the model's own logits.
 
     Attributes:
-        road: the one that is used.
+        road: the road that is used.
     """
 
     def __init__(self, language_model: HookedModel, hook: str) -> None:
@@ -113,11 +113,11 @@ class Tail:
         block, kind = language_model.check_hook(hook)
         self._leaves_block = kind == "hook_resid_post"
         self._before = block + self._leaves_block
-        self.road = self._prove()
+        self.road = self._choose_road()
 
     @torch.no_grad()
     def start(self, tokens: Int[Tensor, "context seq"]) -> Start:
-        """Run the blocks before the hook point, if the short road is used."""
+        """Run the blocks before the hook point if the road is short."""
         return self._record(tokens) if self.road.name == SHORT and self._before else Start(tokens)
 
     @torch.no_grad()
@@ -136,34 +136,34 @@ class Tail:
 
     @torch.no_grad()
     def check_clean(self, tokens: Int[Tensor, "context seq"], logits: Float[Tensor, "context seq vocab"]) -> None:
-        """Raise ModelError unless these, of a replacement that changes nothing, are the model's own logits."""
+        """Raise ModelError unless these logits, from a replacement that changes nothing, are the model's own."""
         own = self.language_model.logits(tokens)
         if not same_logits(self.language_model, logits, own):
-            raise ModelError(self._not_its_own(logits, own))
+            raise ModelError(self._inexact(logits, own))
 
     @torch.no_grad()
     def read_out(
         self, start: Start, x: Float[Tensor, "context seq d_in"], positions: Int[Tensor, "context n"]
     ) -> Readout:
-        """Run on with `x` in place of the hook point's activations; only the positions asked for are unembedded.
+        """Run the rest of the model on activations `x`; only the requested positions are unembedded.
 
         Args:
             start: the contexts.
-            x: activations, one for each token.
-            positions: of each context, where the model is read out.
+            x: activations of every token at the hook point.
+            positions: positions in each context at which the model is read out.
         """
         bridge, final = self.language_model.bridge, []
 
         def keep(residual: Tensor, hook: Any) -> None:
             final.append(_at(residual, positions))
 
-        def only(residual: Tensor, hook: Any) -> Tensor:
+        def select(residual: Tensor, hook: Any) -> Tensor:
             if not final:  # a model without a final norm
                 final.append(_at(residual, positions))
             return _at(residual, positions)
 
         norm = [("ln_final.hook_in", keep)] if "ln_final.hook_in" in bridge.hook_dict else []
-        with bridge.hooks(fwd_hooks=[*norm, ("unembed.hook_in", only)]), self._replacing(start, lambda _: x):
+        with bridge.hooks(fwd_hooks=[*norm, ("unembed.hook_in", select)]), self._replacing(start, lambda _: x):
             logits = bridge(start.tokens)
         return Readout(final[0].float(), logits.float())
 
@@ -171,7 +171,7 @@ class Tail:
         """Run the model up to its last block before the hook point.
 
         Raises:
-            _NoShortRoadError: blocks hand on more than a residual stream.
+            _NoShortRoadError: blocks pass on more than one residual stream.
         """
         outputs: list[Any] = []
 
@@ -187,12 +187,12 @@ class Tail:
             handle.remove()
         start = Start(tokens, outputs[0])
         if not isinstance(start.hidden, Tensor) or start.hidden.shape[:2] != tokens.shape:
-            raise _NoShortRoadError("its blocks hand on more than one residual stream")
+            raise _NoShortRoadError("its blocks pass on more than one residual stream")
         return start
 
     @contextlib.contextmanager
     def _replacing(self, start: Start, replacement: Replacement) -> Iterator[None]:
-        """While open, a pass over the start's tokens has the hook point's activations replaced."""
+        """While open, passes over the start's tokens have the hook point's activations replaced."""
         if start.output is not None and self._leaves_block:
             new = replacement(start.hidden).to(start.hidden.dtype)
             with self._without_earlier_blocks(start, start.with_hidden(new)):
@@ -203,7 +203,7 @@ class Tail:
 
     @contextlib.contextmanager
     def _without_earlier_blocks(self, start: Start, output: Any) -> Iterator[None]:
-        """While open, the blocks before the hook point are out of the model and `output` is what they give."""
+        """While open, the blocks before the hook point are removed from the model, and `output` replaces theirs."""
         if start.output is None:
             yield
             return
@@ -216,25 +216,25 @@ class Tail:
             modules.update(blocks)
 
     @torch.no_grad()
-    def _prove(self) -> Road:
-        """Which road is exact; see the class."""
+    def _choose_road(self) -> Road:
+        """The shortest exact road; see the class."""
         model, name = self.language_model, self.language_model.info.name
         tokens = model.probe_tokens(_CONTEXTS, _LENGTH)
         own, start = model.logits(tokens), Start(tokens)
         model.check_causal()
         same, other = (self.logits(start, replacement) for replacement in (torch.clone, _perturbed))
         if not same_logits(model, same, own):
-            raise ModelError(self._not_its_own(same, own))
+            raise ModelError(self._inexact(same, own))
         if own.isfinite().all() and torch.equal(other, own):
             raise ModelError(
-                f"hook {self.hook!r}: replacing its activations leaves the logits of {name} as they are; use another "
+                f"hook {self.hook!r}: replacing its activations leaves the logits of {name} unchanged; use another "
                 f"hook point ('sae hooks {name}' lists them)"
             )
         if not self._before:
             return Road(SHORT)
         try:
             start = self._record(tokens)
-            model.logits(tokens.flip(1))  # what blocks leave elsewhere than in their outputs is then of other tokens
+            model.logits(tokens.flip(1))  # state that blocks keep outside their outputs is then of other tokens
             pairs = ((self.logits(start, torch.clone), own), (self.logits(start, _perturbed), other))
         except Exception as error:
             reason = str(error) if isinstance(error, _NoShortRoadError) else f"{type(error).__name__} on the short one"
@@ -244,17 +244,17 @@ class Tail:
                 return Road(WHOLE, f"the short one is off by {_difference(short, whole):.2g} of the largest logit")
         return Road(SHORT)
 
-    def _not_its_own(self, logits: Tensor, own: Tensor) -> str:
+    def _inexact(self, logits: Tensor, own: Tensor) -> str:
         name = self.language_model.info.name
         return (
-            f"hook {self.hook!r}: its own activations, put back in their place, change the logits of {name} by up to "
-            f"{_difference(logits, own):.2g} of the largest: what is measured there would be of another model; use "
+            f"hook {self.hook!r}: putting back its own activations changes the logits of {name} by up to "
+            f"{_difference(logits, own):.2g} of the largest, so measurements there would be of another model; use "
             f"another hook point ('sae hooks {name}' lists them)"
         )
 
 
 def same_logits(language_model: HookedModel, logits: Tensor, expected: Tensor) -> bool:
-    """To the last bit in float32 on a CPU; elsewhere to 1e-3 of the largest."""
+    """Whether logits are equal: to the last bit in float32 on a CPU, elsewhere to 1e-3 of the largest."""
     if language_model.device.type == "cpu" and language_model.info.dtype == "float32":
         return torch.equal(logits.nan_to_num(), expected.nan_to_num())
     return _difference(logits, expected) <= _TOLERANCE
@@ -262,9 +262,9 @@ def same_logits(language_model: HookedModel, logits: Tensor, expected: Tensor) -
 
 @torch.no_grad()
 def without_inexact(language_model: HookedModel, hooks: dict[str, Hook]) -> dict[str, Hook]:
-    """The same hook points; those whose own activations, put back in their place, change the logits say so.
+    """The same hook points, with a refusal for those where putting back the own activations changes the logits.
 
-    All are tried in one pass, and one by one only if that changes something.
+    All are tried in one pass; one by one only if that pass changes the logits.
     """
     tokens = language_model.probe_tokens(_CONTEXTS, _LENGTH)
     own = language_model.logits(tokens)
@@ -277,8 +277,10 @@ def without_inexact(language_model: HookedModel, hooks: dict[str, Hook]) -> dict
 
     if not difference(replaceable):
         return hooks
-    off = {name: share for name in replaceable if (share := difference([name]))}
-    refusals = {name: f"its own activations in their place change the logits by {off[name]:.2g}" for name in off}
+    shares = {name: share for name in replaceable if (share := difference([name]))}
+    refusals = {
+        name: f"putting back its own activations changes the logits by {share:.2g}" for name, share in shares.items()
+    }
     return {name: dataclasses.replace(hook, refusal=refusals.get(name, hook.refusal)) for name, hook in hooks.items()}
 
 
@@ -287,15 +289,15 @@ def _copied(activation: Tensor, hook: Any) -> Tensor:
 
 
 class _StandIn(nn.Module):
-    """In a block's place: gives what the blocks so far gave, and has the block's attributes."""
+    """Replaces a block: returns the recorded output, and has the block's attributes."""
 
     def __init__(self, block: nn.Module, output: Any) -> None:
         super().__init__()
-        self.__dict__["_block"] = block  # past nn.Module, which would take it for a part of this one
+        self.__dict__["_block"] = block  # bypasses nn.Module, which would register it as a submodule
         self._output = output
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """A copy, as models may write into what blocks give."""
+        """A copy of the output, since models may write into it."""
         if isinstance(self._output, tuple | list):
             return (self._output[0].clone(), *self._output[1:])
         return self._output.clone()
@@ -308,11 +310,11 @@ class _StandIn(nn.Module):
 
 
 class _RecordedError(Exception):
-    """Ends a forward pass whose first blocks have been recorded."""
+    """Ends a forward pass once its first blocks have been recorded."""
 
 
 class _NoShortRoadError(Exception):
-    """The blocks before a hook point cannot be left out."""
+    """The blocks before a hook point cannot be skipped."""
 
 
 def _perturbed(x: Tensor) -> Tensor:
@@ -320,7 +322,7 @@ def _perturbed(x: Tensor) -> Tensor:
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:
-    """The largest, as a share of the largest logit."""
+    """The largest difference, as a share of the largest logit."""
     logits, expected = logits.nan_to_num(), expected.nan_to_num()
     return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 

@@ -1,4 +1,4 @@
-"""What every token id looks like: its bytes, read once from the tokenizer, so that viewing needs none."""
+"""The bytes of every token id, read once from the tokenizer, so that viewing features needs no tokenizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _LONGEST_CHARACTER = 4
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Bytes of every token, by id; ids without a token have none.
+    """Bytes of every token, by id; empty for ids without a token.
 
     Attributes:
-        tokens: the bytes a token stands for; parts of a character are possible.
-        special: ids of tokens that stand for no text (BOS, end of text, …); their bytes are their names.
+        tokens: the bytes of each token, which may be part of a character.
+        special: ids of tokens that are not text (BOS, end of text, …); their bytes are their names.
     """
 
     tokens: tuple[bytes, ...]
@@ -37,24 +37,24 @@ class Vocabulary:
         names: dict[str, int] = tokenizer.get_vocab()
         special = frozenset(int(token) for token in tokenizer.all_special_ids)
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        literal = {int(token): str(entry) for token, entry in added.items()}
+        added_names = {int(token): str(entry) for token, entry in added.items()}
         to_bytes = _reader(tokenizer, names)
-        tokens = [b""] * (max([*names.values(), *literal], default=-1) + 1)
+        tokens = [b""] * (max([*names.values(), *added_names], default=-1) + 1)
         for name, token in names.items():
             tokens[token] = name.encode() if token in special else to_bytes(name)
-        for token, name in literal.items():
+        for token, name in added_names.items():
             tokens[token] = name.encode()
         return Vocabulary(tuple(tokens), special)
 
     def text(self, token: int) -> str:
-        """A token by itself; bytes that are no character alone are written as \\xe2\\x82."""
+        """Text of a single token; bytes that are not a full character are written as \\xe2\\x82."""
         return self._bytes(token).decode(errors="backslashreplace")
 
     def pieces(self, tokens: Sequence[int], skip: int = 0) -> list[str]:
-        """Text of each token in a row of them, without the first `skip`, which only complete characters.
+        """Text of each token in a sequence. The first `skip` tokens are left out: they only complete characters.
 
-        A character spread over several tokens stands with the one that completes it and the others are empty; parts of
-        a character that is never completed are left out.
+        A character that spans several tokens is given to the token that completes it, and the others are empty. Parts
+        of a character that is never completed are left out.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         pieces = []
@@ -67,7 +67,7 @@ class Vocabulary:
         return pieces[skip:]
 
     def to_json(self) -> dict[str, Any]:
-        """Text where the bytes are text by themselves, hexadecimal where not."""
+        """Bytes as text if they are valid text by themselves, else in hexadecimal."""
         texts: list[str | None] = []
         parts: dict[str, str] = {}
         for token, content in enumerate(self.tokens):
@@ -83,7 +83,7 @@ class Vocabulary:
         """Inverse of `to_json`.
 
         Raises:
-            FormatError: the record is not one.
+            FormatError: the record is not a vocabulary.
         """
         try:
             tokens = [
@@ -104,7 +104,7 @@ CONTEXT_BEFORE = _LONGEST_CHARACTER - 1
 
 
 def _reader(tokenizer: Any, names: dict[str, int]) -> Callable[[str], bytes]:
-    """How this tokenizer's token names spell bytes."""
+    """The function that turns this tokenizer's token names into bytes."""
     kinds = set(_component_types(tokenizer))
     if not kinds & {"ByteLevel", "WordPiece", "Metaspace", "ByteFallback"}:
         marks = {"Ġ": "ByteLevel", _SENTENCEPIECE_SPACE: "Metaspace", "##": "WordPiece"}
@@ -115,21 +115,21 @@ def _reader(tokenizer: Any, names: dict[str, int]) -> Callable[[str], bytes]:
 
 
 def _component_types(tokenizer: Any) -> Iterator[str]:
-    """Types of the decoder's parts, and the pre-tokenizer's where there is no decoder."""
+    """Types of the decoder's parts, or of the pre-tokenizer's if there is no decoder."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return
     description = json.loads(backend.to_str())
-    waiting = [description.get("decoder") or description.get("pre_tokenizer")]
-    while waiting:
-        part = waiting.pop()
+    queue = [description.get("decoder") or description.get("pre_tokenizer")]
+    while queue:
+        part = queue.pop()
         if isinstance(part, dict):
             yield part.get("type", "")
-            waiting += [*part.get("decoders", []), *part.get("pretokenizers", [])]
+            queue += [*part.get("decoders", []), *part.get("pretokenizers", [])]
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte: itself where printable, else one above 255."""
+    """The byte of each character in byte-level BPE: printable bytes stand for themselves, others are above 255."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}

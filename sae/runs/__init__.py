@@ -1,1 +1,1 @@
-"""What a run folder goes through, one verb a file."""
+"""Operations on run folders, one per file."""

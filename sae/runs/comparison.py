@@ -1,4 +1,4 @@
-"""Dictionaries in folders, compared on one run's held-out tokens; what is measured already is not measured again."""
+"""Compares dictionaries in folders on one run's held-out tokens, and reuses existing results."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def compare_folders(
     places: Sequence[str | Path], *, on: str | Path | None = None, out: str | Path | None = None,
     overrides: tuple[str, ...] = (), progress: Progress | None = None,
 ) -> Comparison:  # fmt: skip
-    """Set the dictionaries of several folders side by side, on the held-out tokens of one run.
+    """Compare the dictionaries of several folders on the held-out tokens of one run.
 
     Args:
-        places: run folders or dictionaries' folders, the one to compare with first.
-        on: the run folder whose activations, model and evaluation settings are used; None: the first among `places`.
-        out: folder for `compare.md` and `compare.json`; if one of the same is there, it is read.
-        overrides: of that run's configuration.
-        progress: called with (stage, tokens done, tokens in all).
+        places: run folders or dictionaries' folders; the others are compared with the first.
+        on: run folder whose activations, model and evaluation settings are used; None for the first in `places`.
+        out: folder for `compare.md` and `compare.json`; if it already holds the same comparison, that is read.
+        overrides: overrides of that run's configuration.
+        progress: called with (stage, tokens done, tokens in total).
 
-    An evaluation that was interrupted goes on: its sums are kept in `comparison-unfinished/` of `out`, or without one
-    of the run folder that the tokens come from. If that cannot be written, they are not kept.
+    An interrupted evaluation resumes: its sums are kept in `comparison-unfinished/` in `out`, or if that is None in the
+    run folder that the tokens come from. If the folder cannot be written, they are not kept.
 
     Raises:
-        ConfigError: fewer than two, one of them twice, or no run folder.
-        CacheError: another process writes into `out`.
-        SaeError: as loading and evaluating do.
+        ConfigError: there are fewer than two dictionaries, one is named twice, or none is in a run folder.
+        CacheError: another process is writing to `out`.
+        SaeError: loading or evaluating fails.
     """
     named = _named(places)
     check_several(named)
@@ -61,24 +61,24 @@ def compare_folders(
     activations = cache.manifest.identity(hook)
     key = comparison_key(identities, activations, hook, settings)
 
-    def made() -> Comparison:
-        found: dict[str, Evaluation | None] = {
+    def compare() -> Comparison:
+        evaluations: dict[str, Evaluation | None] = {
             name: read_stored(place, identities[name], activations, hook=hook, settings=settings)
             for name, place in named.items()
         }
-        missing = {name: dictionaries[name] for name, stored in found.items() if stored is None}
+        missing = {name: dictionaries[name] for name, stored in evaluations.items() if stored is None}
         if missing:
-            with _kept_in(out or run.folder) as unfinished:
-                found |= _evaluate(run, cache, missing, report, unfinished)
-        return Comparison.of({name: stored for name, stored in found.items() if stored is not None})
+            with _unfinished_folder(out or run.folder) as unfinished:
+                evaluations |= _evaluate(run, cache, missing, report, unfinished)
+        return Comparison.of({name: stored for name, stored in evaluations.items() if stored is not None})
 
     if out is None:
-        return made()
-    written = read_comparison(out, key)
-    if written is not None:
-        return written
+        return compare()
+    stored_comparison = read_comparison(out, key)
+    if stored_comparison is not None:
+        return stored_comparison
     with locked(expanded(out), "comparison"):
-        comparison = made()
+        comparison = compare()
         write_comparison(comparison, out)
     return comparison
 
@@ -86,7 +86,7 @@ def compare_folders(
 def _loaded(
     named: Mapping[str, Path], progress: Progress
 ) -> tuple[dict[str, Dictionary], dict[str, dict[str, Any]]]:  # fmt: skip
-    """The dictionaries, and what tells each from others."""
+    """The dictionaries and their identities."""
     dictionaries, identities = {}, {}
     progress(READ, 0, len(named))
     for name, place in named.items():
@@ -97,8 +97,8 @@ def _loaded(
 
 
 @contextlib.contextmanager
-def _kept_in(folder: str | Path) -> Iterator[Path | None]:
-    """Where sums are kept until all is measured; None if nothing can be written there, or another process does."""
+def _unfinished_folder(folder: str | Path) -> Iterator[Path | None]:
+    """Folder for the sums of an unfinished evaluation; None if it is not writable, or another process uses it."""
     unfinished: Path | None = expanded(folder) / _UNFINISHED
     with contextlib.ExitStack() as stack:
         try:
@@ -139,14 +139,14 @@ def _run(
 
 
 def _named(places: Sequence[str | Path]) -> dict[str, Path]:
-    """By the shortest ends of their paths that differ."""
+    """Folders by name: the shortest ends of their paths that differ."""
     paths = [expanded(place) for place in places]
-    whole = [path.resolve() for path in paths]
-    for number, path in enumerate(whole):
-        if path in whole[:number]:
+    resolved = [path.resolve() for path in paths]
+    for number, path in enumerate(resolved):
+        if path in resolved[:number]:
             raise ConfigError(f"{str(places[number])!r} is named twice: give every dictionary once")
-    for length in range(1, max(len(path.parts) for path in whole) + 1 if whole else 1):
-        names = ["/".join(path.parts[-length:]) for path in whole]
+    for length in range(1, max(len(path.parts) for path in resolved) + 1 if resolved else 1):
+        names = ["/".join(path.parts[-length:]) for path in resolved]
         if len(set(names)) == len(names):
             return dict(zip(names, paths, strict=True))
     return {str(path): path for path in paths}

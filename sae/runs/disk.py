@@ -1,4 +1,4 @@
-"""Whether all that a run writes fits on the disk."""
+"""Checks that everything a run writes fits on the disk."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sae.training.recipe import build
 
 
 def check_disk(config: RunConfig, widths: Mapping[str, int], *, is_trained: bool) -> None:
-    """Say before the harvest that what the whole run writes does not fit.
+    """Check before the harvest that everything the run writes fits on the disk.
 
     Args:
-        config: of the run.
-        widths: of the hook points.
-        is_trained: the dictionary is there already.
+        config: the run's configuration.
+        widths: widths of the hook points.
+        is_trained: whether the dictionary already exists.
 
     Raises:
-        CacheError: fewer bytes are free than activations, checkpoints and dictionary need.
+        CacheError: activations, checkpoints and dictionary need more than the free space.
     """
     folder = config.cache_folder
     with torch.device("meta"):
         dictionary = build(config.dictionary, widths[config.hook])
     weights = 4 * sum(parameter.numel() for parameter in dictionary.parameters())
     training = 0 if is_trained else training_bytes(weights, 3 * weights, config.train.keep_checkpoints)
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if short := missing_space({folder: cache_bytes(config, widths) - there, config.folder: training}):
+    cached = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if short := missing_space({folder: cache_bytes(config, widths) - cached, config.folder: training}):
         raise CacheError(
             f"disk full: {short}, for the activations of {config.data.tokens + config.data.held_out_tokens:,} "
             f"tokens and {training / 1e9:,.2f} GB of checkpoints: free some space, or use harvest.dtype=int8, "

@@ -1,4 +1,4 @@
-"""A run folder as it is found: its configuration, and what its parts say of each other."""
+"""An existing run folder: its configuration, and whether its parts belong together."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from sae.files.writing import stands, write_bytes
 from sae.training.recipe import chosen_settings, setting_of
 
 DICTIONARY = "dictionary"
-_OF_DICTIONARY = {
+_RESULTS = {
     Path(REPORT_FILE): ("dictionary", "weights_sha256", "sae eval"),
     Path("effects.json"): ("dictionary", "weights_sha256", "sae effects"),
     Path("features", INDEX): (None, "dictionary_sha256", "sae features"),
 }
-"""Results of a run's dictionary, where they name its weights, and what makes them anew."""
+"""Results of a run's dictionary: the section and key with the hash of its weights, and the command that makes them."""
 
 
 def open_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of an existing run folder, which may have been moved.
 
     Raises:
-        ConfigError: it is no run folder; or its configuration lets code of the model run and `overrides` do not say so:
-            who wrote the folder does not decide that.
-        FormatError: the dictionary there was made with other settings.
+        ConfigError: it is not a run folder; or its configuration allows code of the model to run and `overrides` do
+            not: the author of the folder does not decide that.
+        FormatError: the dictionary in it was made with other settings.
     """
     path = expanded(folder)
     if not stands(path / CONFIG_YAML):
         raise ConfigError(f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}'")
     check(path / CONFIG_YAML)
     if (path / CONFIG_YAML).stat().st_size == 0:
-        raise ConfigError(f"run {str(folder)!r}: {CONFIG_YAML} is empty; run the same 'sae run' again to write it anew")
+        raise ConfigError(f"run {str(folder)!r}: {CONFIG_YAML} is empty; run the same 'sae run' again to rewrite it")
     config = load_config(path / CONFIG_YAML, overrides)
     check_permission(config, f"run {str(folder)!r}", overrides)
     if contradiction := _other_settings(path, config):
@@ -63,37 +63,37 @@ def open_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def other_setting(
     config: RunConfig, metadata: Mapping[str, Any], of_data: Mapping[str, Any] | None = None
 ) -> tuple[str, Any, Any] | None:
-    """The first setting that a dictionary was made with and the configuration has otherwise.
+    """The first setting in which a dictionary differs from a configuration.
 
     Args:
-        config: what is asked for.
-        metadata: the dictionary's.
-        of_data: further entries that its training recorded, as they should be.
+        config: the configuration.
+        metadata: the dictionary's metadata.
+        of_data: expected values of further entries that its training recorded.
 
     Returns:
-        The setting's name, what the dictionary has and what is asked for; None if all are equal.
+        The setting's name, the dictionary's value and the configuration's; None if all are equal.
     """
-    held = {**metadata.get("trained", {}).get("settings", {}), "hook": metadata.get("hook")}
+    recorded = {**metadata.get("trained", {}).get("settings", {}), "hook": metadata.get("hook")}
     chosen = chosen_settings(config.dictionary, config.train)
-    asked = {"hook": config.hook, **chosen, "seed": config.seed, **(of_data or {})}
-    found = ((key, setting_of(held, key), value) for key, value in asked.items())
-    return next(((key, there, value) for key, there, value in found if there != value), None)
+    expected = {"hook": config.hook, **chosen, "seed": config.seed, **(of_data or {})}
+    settings = ((key, setting_of(recorded, key), value) for key, value in expected.items())
+    return next(((key, actual, value) for key, actual, value in settings if actual != value), None)
 
 
 def check_run(folder: Path) -> None:
-    """Read a run folder's configuration, and compare with the dictionary what else is there.
+    """Read a run folder's configuration, and check that the other parts belong to its dictionary.
 
     Raises:
         ConfigError: the configuration cannot be used.
-        FormatError: a part is whole and belongs to another run.
-        SaeError: one cannot be read.
+        FormatError: a part is intact but belongs to another run.
+        SaeError: a part cannot be read.
     """
     config = load_config(folder / CONFIG_YAML)
     if not stands(folder / DICTIONARY / CONFIG_FILE):
         return
     if contradiction := _other_settings(folder, config):
         raise FormatError(contradiction)
-    results = {folder / name: of for name, of in _OF_DICTIONARY.items() if stands(folder / name)}
+    results = {folder / name: keys for name, keys in _RESULTS.items() if stands(folder / name)}
     if not results:
         return
     weights = weights_sha256(load(folder))
@@ -101,7 +101,7 @@ def check_run(folder: Path) -> None:
         record = read_object(path)
         subject = as_object(path, record.get(part, {})) if part else record
         if subject.get(key, weights) != weights:
-            raise damaged(path, f"of another dictionary than the one in {DICTIONARY}", f"run '{verb}' again")
+            raise damaged(path, f"of a dictionary other than the one in {DICTIONARY}", f"run '{verb}' again")
 
 
 def _other_settings(folder: Path, config: RunConfig) -> str | None:
@@ -110,20 +110,21 @@ def _other_settings(folder: Path, config: RunConfig) -> str | None:
         return None
     metadata = as_object(path, read_object(path).get("metadata", {}))
     if not isinstance(metadata.get("trained"), dict) or not isinstance(metadata["trained"].get("settings"), dict):
-        return None  # not from here
-    found = other_setting(config, metadata)
-    if found is None:
+        return None  # not made by this package
+    difference = other_setting(config, metadata)
+    if difference is None:
         return None
-    key, held, asked = found
+    key, recorded, configured_value = difference
     return (
-        f"run {str(folder)!r}: its dictionary was made with {key}={held!r}, and its {CONFIG_YAML} has {asked!r}: they "
-        "are of two runs; put back the one that belongs there, or give the dictionary's own folder to sae.load"
+        f"run {str(folder)!r}: its dictionary was made with {key}={recorded!r}, and its {CONFIG_YAML} has "
+        f"{configured_value!r}: they are from different runs; put back the one that belongs there, or give the "
+        "dictionary's own folder to sae.load"
     )
 
 
 @contextlib.contextmanager
 def configured(config: RunConfig) -> Iterator[None]:
-    """Write `config.yaml` before a step; a step that is refused leaves the one that was there."""
+    """Write `config.yaml` before a step. If the step is refused, the previous file is restored."""
     path = config.folder / CONFIG_YAML
     before = read_checked(path, most=MOST_YAML_BYTES) if stands(path) else None
     if before is None or parse_file(path, before) != config.model_dump(mode="json"):
@@ -139,10 +140,10 @@ def configured(config: RunConfig) -> Iterator[None]:
 
 
 def _write_config(path: Path, config: RunConfig) -> None:
-    """The resolved configuration, loadable again, under a line that says what made it."""
+    """Write the resolved configuration, after a line with the versions that made it."""
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     if printable(settings, lines=True) != settings:
-        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)  # escapes
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)  # with escapes
     commit = git_commit()
     made_by = f"sae {version.__version__}{f' ({commit})' if commit else ''}, torch {torch.__version__}"
     write_bytes(path, f"# {made_by}, Python {platform.python_version()}\n{settings}".encode())

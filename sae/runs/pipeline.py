@@ -1,4 +1,4 @@
-"""The five steps as functions of one configuration, and all of them in order: each skips what is already done."""
+"""The steps of a run, from harvest to features; each skips work that is already done."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
 
 
 class Run:
-    """A run folder and its configuration; the language model is loaded when a step needs it, once.
+    """A run folder and its configuration. The language model is loaded once, when a step needs it.
 
     Args:
         config: the configuration.
-        progress: called with (stage, tokens done, tokens in all).
+        progress: called with (stage, tokens done, tokens in total).
     """
 
     def __init__(self, config: RunConfig, progress: Progress = silent) -> None:
@@ -60,18 +60,18 @@ class Run:
 
     @staticmethod
     def open(folder: str | Path, overrides: tuple[str, ...] = (), progress: Progress = silent) -> Run:
-        """The run of an existing folder, by its `config.yaml`; the folder may have been moved.
+        """Open an existing run folder by its `config.yaml`; the folder may have been moved.
 
         Raises:
-            ConfigError: the folder is not a run folder, or its configuration lets code of the model run and
-                `overrides` do not say so: who wrote the folder does not decide that.
-            FormatError: the dictionary there was made with other settings.
+            ConfigError: the folder is not a run folder, or its configuration allows code of the model to run and
+                `overrides` do not: the author of the folder does not decide that.
+            FormatError: the dictionary in it was made with other settings.
         """
         return Run(open_config(folder, overrides), progress)
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the run computes."""
+        """The device that the run computes on."""
         return choose_device(self.config.device)
 
     @cached_property
@@ -79,16 +79,16 @@ class Run:
         """The model of `config.model`."""
         stage = f"load {model_label(self.config.model.name)}"
         self.progress(stage, 0, 1)
-        loaded = LanguageModel(self.config.model, self.device)
+        language_model = LanguageModel(self.config.model, self.device)
         self.progress(stage, 1, 1)
-        return loaded
+        return language_model
 
     @cached_property
     def start(self) -> Dictionary | None:
-        """What training begins with, of `train.start_from`.
+        """The dictionary of `train.start_from`, with which training begins.
 
         Raises:
-            FormatError: there is none; its weights are needed to resume as well, to see that they are the same.
+            FormatError: it does not exist. Resuming needs it too, to check that its weights are unchanged.
         """
         place = self.config.train.start_from
         if place is None:
@@ -96,12 +96,10 @@ class Run:
         try:
             return load(place)
         except FormatError as error:
-            raise FormatError(
-                f"train.start_from: {error} (training that has begun goes on with the same weights)"
-            ) from error
+            raise FormatError(f"train.start_from: {error} (resumed training needs the same weights)") from error
 
     def harvest(self) -> ActivationCache:
-        """The activation cache, harvested as far as it is missing."""
+        """The activation cache; missing parts are harvested."""
         folder = self.config.cache_folder
         if stands(folder / MANIFEST):
             manifest = read_manifest(folder)
@@ -114,7 +112,7 @@ class Run:
             return harvest_activations(self.config, language_model, within(self.progress, "harvest"))
 
     def cache(self, *, text: bool = False) -> ActivationCache:
-        """The activation cache, which must be there; with `text`, and be of the text as it is now.
+        """The existing activation cache; with `text`, its text must also be unchanged.
 
         Raises:
             CacheError: it is missing, unfinished, or made with other settings.
@@ -124,16 +122,16 @@ class Run:
         return cache
 
     def check(self) -> None:
-        """Say before hours of harvesting what cannot be trained or evaluated.
+        """Find settings that cannot be trained or evaluated, before hours of harvesting.
 
         Raises:
-            ConfigError: the settings name several dictionaries, one has no effect, amounts of tokens cannot work (see
-                `sae.config.check.check_amounts`), parameters to freeze are not there, or the dictionary to start
-                from has another d_sae (its d_in is compared when there are activations).
+            ConfigError: the settings name several dictionaries, a setting has no effect, amounts of tokens cannot work
+                (see `sae.config.check.check_amounts`), parameters to freeze do not exist, or the dictionary to start
+                from has another d_sae (its d_in is checked once there are activations).
             FormatError: there is no dictionary at `train.start_from`.
         """
         if self.config.sweep:
-            raise ConfigError("sweep names several dictionaries: train them with 'sae sweep', or take sweep out")
+            raise ConfigError("sweep names several dictionaries: train them with 'sae sweep', or remove sweep")
         check_amounts(self.config)
         if self.is_trained():
             return
@@ -143,25 +141,25 @@ class Run:
         check_recipe(recipe, 1 if start is None else start.d_in, memory_of(self.device))
 
     def check_space(self) -> None:
-        """Say before the harvest that what the whole run writes does not fit.
+        """Check before the harvest that everything the run writes fits on the disk.
 
         Raises:
-            CacheError: fewer bytes are free than activations, checkpoints and dictionary need.
+            CacheError: activations, checkpoints and dictionary need more than the free space.
         """
         config, folder = self.config, self.config.cache_folder
         if stands(folder / MANIFEST) and read_manifest(folder).complete:
-            return  # what is to be restored is checked by the harvest, and the rest when training begins
+            return  # the harvest checks files to restore, and training checks the rest
         check_disk(config, hook_widths(config, self.language_model), is_trained=self.is_trained())
 
     def train(self) -> Dictionary:
-        """The dictionary, trained (or trained to the end) where it is not there yet."""
+        """The dictionary; trained, or its training finished, if it does not exist yet."""
         self.check()
         cache = self.cache(text=True)
         if self.is_trained():
             return self.trained_already(cache)
         announce(self.progress, *amount_notes(self.config))
         with locked(self.folder, "training"):
-            if self.is_trained():  # by another process, since
+            if self.is_trained():  # by another process in the meantime
                 return self.trained_already(cache)
             with configured(self.config):
                 dictionary = self._train(cache)
@@ -169,7 +167,7 @@ class Run:
         return dictionary
 
     def is_trained(self) -> bool:
-        """Whether the dictionary is there, whatever its settings were."""
+        """Whether the dictionary exists, whatever its settings were."""
         return stands(self.folder / DICTIONARY / CONFIG_FILE)
 
     def evaluate(self) -> Report:
@@ -177,18 +175,18 @@ class Run:
         return evaluate_runs([self])[0]
 
     def is_evaluated(self) -> bool:
-        """Whether a whole evaluation is there, of this dictionary, cache, hook point, settings and package version."""
-        asked = identify(self.dictionary("cpu")), self.cache().manifest.identity(self.config.hook)
-        return read_stored(self.folder, *asked, hook=self.config.hook, settings=self.config.evaluation) is not None
+        """Whether a complete evaluation exists for this dictionary, cache, hook point, settings and package version."""
+        identities = identify(self.dictionary("cpu")), self.cache().manifest.identity(self.config.hook)
+        return read_stored(self.folder, *identities, hook=self.config.hook, settings=self.config.evaluation) is not None
 
     def features(self) -> Features:
-        """The feature store; collected anew if it is missing, or of another dictionary, cache or setting.
+        """The feature store; collected if it is missing or of another dictionary, cache or setting.
 
-        A store of this dictionary is enough where the activations have been deleted.
+        If the activations have been deleted, a store of this dictionary is enough.
 
         Raises:
             DamagedError: a file of the store is damaged.
-            CacheError: another process collects features there.
+            CacheError: another process is collecting features there.
         """
         folder = self.folder / "features"
         if self._is_collected(folder):
@@ -213,7 +211,7 @@ class Run:
         )
 
     def dictionary(self, device: str | torch.device | None = None) -> Dictionary:
-        """The trained dictionary, on the run's device or another."""
+        """The trained dictionary, on `device` or the run's device."""
         return load(self.folder, device=device or self.device)
 
     def loader(self, cache: ActivationCache) -> ActivationLoader:
@@ -229,7 +227,7 @@ class Run:
         )
 
     def recipe(self, cache: ActivationCache) -> Recipe:
-        """What the run's dictionary is made of.
+        """The recipe of the run's dictionary.
 
         Raises:
             FormatError: there is no dictionary at `train.start_from`.
@@ -241,7 +239,7 @@ class Run:
         )  # fmt: skip
 
     def sinks(self) -> list[Wandb]:
-        """Where the run's numbers go beside metrics.jsonl."""
+        """Destinations of the run's metrics other than metrics.jsonl."""
         if not self.config.wandb.project:
             return []
         resumes = bool(list_checkpoints(self.folder / CHECKPOINTS))
@@ -261,9 +259,9 @@ class Run:
         return dictionary
 
     def trained_tokens(self, loader: ActivationLoader) -> tuple[int, int]:
-        """Tokens that earlier processes trained on, and how many there will be."""
-        settings, kept = self.config.train, list_checkpoints(self.folder / CHECKPOINTS)
-        steps = int(kept[-1].name.removeprefix("step-")) if kept else 0
+        """Tokens that earlier processes trained on, and tokens in total."""
+        settings, checkpoints = self.config.train, list_checkpoints(self.folder / CHECKPOINTS)
+        steps = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
         tokens = settings.tokens or loader.tokens_per_epoch
         return steps * settings.batch_size, tokens // settings.batch_size * settings.batch_size
 
@@ -281,25 +279,25 @@ class Run:
         return is_store_of(folder, weights_sha256(self.dictionary("cpu")), activations, self.config.features)
 
     def trained_already(self, cache: ActivationCache) -> Dictionary:
-        """The dictionary that is there, if it is the one asked for.
+        """The existing dictionary, if its settings are the requested ones.
 
         Raises:
             FormatError: it was made with other settings.
         """
         dictionary = self.dictionary()
-        of_data = {"activations": cache.manifest.identity(self.config.hook), **self._start_identity()}
-        if other := other_setting(self.config, dictionary.metadata, of_data):
-            key, held, asked = other
+        data_identity = {"activations": cache.manifest.identity(self.config.hook), **self._start_identity()}
+        if other := other_setting(self.config, dictionary.metadata, data_identity):
+            key, recorded, requested = other
             raise FormatError(
-                f"dictionary {str(self.folder / DICTIONARY)!r}: made with {key}={held!r}, now {asked!r} is asked for; "
-                "choose another run folder (out=...), or delete the dictionary and checkpoints there"
+                f"dictionary {str(self.folder / DICTIONARY)!r}: made with {key}={recorded!r}, now {requested!r} is "
+                "asked for; choose another run folder (out=...), or delete the dictionary and checkpoints there"
             )
         steps = dictionary.metadata["trained"]["steps"]
         warn_of_missed_snapshots(self.folder, self.config.train, self.config.train.batch_size, steps)
         return dictionary
 
     def _start_identity(self) -> dict[str, Any]:
-        """Hash of what training begins with; nothing where that has been deleted since."""
+        """Hash of the dictionary that training began with; empty if that has been deleted since."""
         try:
             return {"start": None if self.start is None else weights_sha256(self.start)}
         except FormatError:
@@ -307,36 +305,36 @@ class Run:
 
 
 def run(config: RunConfig, progress: Progress = silent, *, features: bool = True) -> Run:
-    """Harvest, train, evaluate, collect features: everything that is not there yet.
+    """Harvest, train, evaluate, collect features; existing results are reused.
 
     Args:
-        config: what to do.
-        progress: called with (stage, tokens done, tokens in all).
+        config: the run's configuration.
+        progress: called with (stage, tokens done, tokens in total).
         features: collect features at the end.
 
     Returns:
-        The run, whose `dictionary()`, `evaluate()` and `features()` read what was made.
+        The run; `dictionary()`, `evaluate()` and `features()` give its results.
     """
-    whole = Run(config, progress)
-    whole.check()
-    whole.check_space()
-    whole.harvest()
-    whole.train()
-    if not whole.is_evaluated():
-        whole.evaluate()
+    pipeline_run = Run(config, progress)
+    pipeline_run.check()
+    pipeline_run.check_space()
+    pipeline_run.harvest()
+    pipeline_run.train()
+    if not pipeline_run.is_evaluated():
+        pipeline_run.evaluate()
     if features:
-        whole.features()
-    return whole
+        pipeline_run.features()
+    return pipeline_run
 
 
 def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Report]:
-    """The reports on several runs' dictionaries, each also written into its folder.
+    """Evaluate several runs' dictionaries, and write each report into the run's folder.
 
-    Runs with the same activations, model and evaluation settings are evaluated together, `at_once` at most; the reports
-    on these are written before the next are evaluated.
+    Runs with the same activations, model and evaluation settings are evaluated together, at most `at_once` at a time.
+    Their reports are written before the next runs are evaluated.
 
     Raises:
-        SaeError: as `Run.cache` and `sae.evaluation.evaluate` do.
+        SaeError: `Run.cache` or `sae.evaluation.evaluate` fails.
     """
     models: dict[Hashable, LanguageModel] = {}
     groups: dict[Hashable, list[int]] = {}
@@ -347,7 +345,7 @@ def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Repor
         groups.setdefault(shared, []).append(number)
     for run in runs:
         if stands(run.folder / METRICS_FILE):
-            check(run.folder / METRICS_FILE, announce=False)  # not only when its curves are drawn
+            check(run.folder / METRICS_FILE, announce=False)  # now, not only when its curves are drawn
     reports: dict[int, Report] = {}
     for numbers in groups.values():
         first = runs[numbers[0]]
@@ -392,5 +390,5 @@ def harvest(config: RunConfig, progress: Progress = silent) -> ActivationCache:
 
 
 def collect_features(folder: str | Path, progress: Progress = silent, overrides: tuple[str, ...] = ()) -> Features:
-    """The feature store of a run folder, collected where it is missing or stale; `overrides` as of `Run.open`."""
+    """The feature store of a run folder, collected if it is missing or stale; `overrides` as in `Run.open`."""
     return Run.open(folder, overrides, progress).features()

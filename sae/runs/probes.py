@@ -1,4 +1,4 @@
-"""A run folder and data sets in; probes of its dictionary out, kept in `probe.json`, resumed and never stale."""
+"""Probes a run's dictionary on data sets, resumes after interruptions, and keeps results in `probe.json`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from sae.probing.sparse_probes import probe_examples
 from sae.runs.pipeline import Run
 
 FOLDER = "probing"
-_OF_MODEL = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256")
-_OF_EXAMPLES = ("examples", "max_tokens", "pool", "text", "label", "outside", "seed")
-_NOT_OF_RESULT = ("sample",)
+_MODEL_KEYS = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256")
+_EXAMPLE_SETTINGS = ("examples", "max_tokens", "pool", "text", "label", "outside", "seed")
+_NOT_IN_RESULT = ("sample",)
 
 
 @in_own_modes
@@ -49,32 +49,31 @@ def probe_run(
     """Probe a run's dictionary on data sets, and measure first letters; write `probe.json` and `probe.md`.
 
     The language model reads each data set once: activations at the examples are kept in `probing/` in the run folder.
-    A result is used again if dictionary, model, hook point, token policy, the file's bytes and all settings that it
-    depends on are the same; else it is made anew. After every data set both files are written, so an interrupted call
-    goes on where it stopped. Data sets are taken in an order drawn by seed: what is there at any time is a random
-    sample of them.
+    A result is reused if dictionary, model, hook point, token policy, the file's bytes and all settings that it depends
+    on are the same. Both files are written after every data set, so an interrupted call resumes where it stopped. The
+    order of data sets is random, by seed, so partial results are a random sample of them.
 
     Args:
         run: a run, or its folder.
-        data: what to probe: files, or what `sae.probing.find_data` takes. Of files of the same bytes the first is
-            probed, with a warning.
-        settings: of the probes.
-        letters: measure first letters, with these settings; None: don't.
+        data: files, or arguments of `sae.probing.find_data`. If several files have the same bytes, the first is probed,
+            with a warning.
+        settings: settings of the probes.
+        letters: settings for first letters; None to skip them.
 
     Returns:
-        The data sets that were asked for. The files show what earlier calls made with the same settings as well;
-        `probe.json` keeps what they made with others, for calls that ask for it again.
+        The requested data sets. The files also show results of earlier calls with the same settings; `probe.json` keeps
+        those with other settings too, so that later calls can reuse them.
 
     Raises:
-        ConfigError: scikit-learn is not installed, or the dictionary does not say where it was trained.
-        DataError: a single data set cannot be probed; of several the others are, and the reason is recorded. Or two
-            files would be data sets of one name.
+        ConfigError: scikit-learn is not installed, or the dictionary does not record where it was trained.
+        DataError: the only data set cannot be probed (if there are several, the reason is recorded and the others are
+            probed), or two files would be data sets of the same name.
         ModelError: the language model is not the dictionary's.
     """
     require_sklearn()
-    whole = run if isinstance(run, Run) else Run.open(run)
-    files = [file for one in data for file in ([one] if isinstance(one, DataFile) else find_data([str(one)]))]
-    return _Probing(whole, settings or ProbeConfig()).run(each_name_once(files), letters)
+    opened_run = run if isinstance(run, Run) else Run.open(run)
+    files = [file for entry in data for file in ([entry] if isinstance(entry, DataFile) else find_data([str(entry)]))]
+    return _Probing(opened_run, settings or ProbeConfig()).run(each_name_once(files), letters)
 
 
 class _Probing:
@@ -85,7 +84,7 @@ class _Probing:
         self.hook, self.policy, self.model = _origin(self.dictionary, run)
         subject = {
             "dictionary": identify(self.dictionary),
-            "model": {key: self.model.get(key) for key in ("name", *_OF_MODEL)},
+            "model": {key: self.model.get(key) for key in ("name", *_MODEL_KEYS)},
             "hook": self.hook,
             "token_policy": self.policy.to_json(),
         }
@@ -94,116 +93,121 @@ class _Probing:
     def run(self, data: Sequence[DataFile], letters: LetterConfig | None) -> ProbeRecord:
         with locked(self.run_folder / FOLDER, "probing"):
             files = {file.name: file for file in _in_random_order(_without_copies(data), self.settings)}
-            asked = {name: self._identity(file) for name, file in files.items()}
+            identities = {name: self._identity(file) for name, file in files.items()}
             if letters is not None:
-                asked[FIRST_LETTERS] = fingerprint_of({"subject": self._subject_hash, "settings": letters.model_dump()})
-            record = self._arranged(ProbeRecord.read(self.run_folder, self.subject), asked)
+                facts = {"subject": self._subject_hash, "settings": letters.model_dump()}
+                identities[FIRST_LETTERS] = fingerprint_of(facts)
+            record = self._arranged(ProbeRecord.read(self.run_folder, self.subject), identities)
             self._run.progress("probes", 0, len(files))
             for number, (name, file) in enumerate(files.items()):
                 if name not in record.entries:
-                    entry = self._entry(asked[name], lambda file=file: self._probed(file), alone=len(files) == 1)
-                    record = self._written(record.with_entry(name, entry))
+                    entry = self._entry(identities[name], lambda file=file: self._probe(file), alone=len(files) == 1)
+                    record = self._write(record.with_entry(name, entry))
                 self._run.progress("probes", number + 1, len(files))
             if letters is not None and FIRST_LETTERS not in record.entries:
-                entry = self._entry(asked[FIRST_LETTERS], lambda: self._lettered(letters), alone=True)
+                entry = self._entry(identities[FIRST_LETTERS], lambda: self._measure_letters(letters), alone=True)
                 record = record.with_entry(FIRST_LETTERS, entry)
-            self._written(record)
-        return record.only(asked)
+            self._write(record)
+        return record.only(identities)
 
     @property
     def _subject_hash(self) -> str:
         return fingerprint_of(self.subject)
 
-    def _kept_settings(self) -> dict[str, Any]:
-        return self.settings.model_dump(mode="json", exclude=set(_NOT_OF_RESULT))
+    def _result_settings(self) -> dict[str, Any]:
+        return self.settings.model_dump(mode="json", exclude=set(_NOT_IN_RESULT))
 
     def _identity(self, file: DataFile) -> str:
-        facts = {"subject": self._subject_hash, "data": file.sha256(), "settings": self._kept_settings()}
+        facts = {"subject": self._subject_hash, "data": file.sha256(), "settings": self._result_settings()}
         return fingerprint_of(facts)
 
     def _entry(self, identity: str, make: Callable[[], Entry], *, alone: bool) -> Entry:
-        """What comes of a data set; its failure where there are others."""
+        """The result for a data set, or its failure unless it is the only one."""
         started = time.perf_counter()
         try:
-            made = make()
+            entry = make()
         except DataError as error:
             if alone:
                 raise
-            made = Entry("", self._kept_settings(), failure=str(error))
-        return replace(made, identity=identity, seconds=round(time.perf_counter() - started, 3))
+            entry = Entry("", self._result_settings(), failure=str(error))
+        return replace(entry, identity=identity, seconds=round(time.perf_counter() - started, 3))
 
-    def _arranged(self, record: ProbeRecord, asked: Mapping[str, str]) -> ProbeRecord:
-        """Entries: of what is asked for what is the same in everything and no failure; of the rest, which earlier calls
-        left, what was probed with the same settings, since one table has one kind of probe, and is of other data, since
-        data of two names are no two data sets. Where first letters alone are asked for, that is the table there is.
+    def _arranged(self, record: ProbeRecord, identities: Mapping[str, str]) -> ProbeRecord:
+        """The record with the entries to keep.
+
+        Requested entries are kept if their identity is unchanged and they did not fail. Other entries, from earlier
+        calls, are kept if they have the same settings, since a table has one kind of probe, and other data, since one
+        data set under two names is not two. If only first letters are requested, the existing table stays.
         """
-        settings = self._kept_settings()
-        if not asked.keys() - {FIRST_LETTERS}:
+        settings = self._result_settings()
+        if not identities.keys() - {FIRST_LETTERS}:
             labelled = (entry.settings for name, entry in record.entries.items() if name != FIRST_LETTERS)
             settings = next(labelled, settings)
 
         def belongs(name: str, entry: Entry) -> bool:
-            if name in asked:
-                return entry.identity == asked[name] and entry.failure is None
-            return name == FIRST_LETTERS or (entry.settings == settings and entry.identity not in asked.values())
+            if name in identities:
+                return entry.identity == identities[name] and entry.failure is None
+            return name == FIRST_LETTERS or (entry.settings == settings and entry.identity not in identities.values())
 
         return record.arranged(belongs)
 
-    def _written(self, record: ProbeRecord) -> ProbeRecord:
+    def _write(self, record: ProbeRecord) -> ProbeRecord:
         write_bytes(self.run_folder / MARKDOWN_FILE, markdown(record).encode())
         record.write(self.run_folder)
         return record
 
-    def _probed(self, file: DataFile) -> Entry:
+    def _probe(self, file: DataFile) -> Entry:
         def examples(language_model: LanguageModel) -> Examples:
             texts = file.read(self.settings)
             return choose_examples(texts, language_model.tokenizer, self.policy, language_model.bos, self.settings)
 
-        settings = {key: getattr(self.settings, key) for key in _OF_EXAMPLES}
+        settings = {key: getattr(self.settings, key) for key in _EXAMPLE_SETTINGS}
         activations = self._activations(file.name, {"data": file.sha256(), **settings}, examples)
         result = probe_examples(self.dictionary, activations, self.settings, file.name)
-        return Entry("", self._kept_settings(), result, left_out=activations.left_out, equal=activations.equal)
+        return Entry("", self._result_settings(), result, left_out=activations.left_out, equal=activations.equal)
 
-    def _lettered(self, letters: LetterConfig) -> Entry:
-        read = {key: getattr(letters, key) for key in ("words", "prompt", "seed")}
+    def _measure_letters(self, letters: LetterConfig) -> Entry:
+        settings = {key: getattr(letters, key) for key in ("words", "prompt", "seed")}
         activations = self._activations(
             FIRST_LETTERS,
-            read,
+            settings,
             lambda model: letter_examples(model.tokenizer, self.policy, model.bos, letters),
         )
-        found = measure_absorption(self.dictionary, activations, letters, "first letters")
+        absorption = measure_absorption(self.dictionary, activations, letters, "first letters")
         return Entry(
             "", letters.model_dump(),
             letters={
-                "able": len(found.able),
-                "means": {name: found.mean(name) for name in ("rate", "silent_rate", "splits")},
-                "concepts": [concept.to_json() for concept in found.concepts],
+                "able": len(absorption.able),
+                "means": {name: absorption.mean(name) for name in ("rate", "silent_rate", "splits")},
+                "concepts": [concept.to_json() for concept in absorption.concepts],
             },
         )  # fmt: skip
 
     def _activations(
-        self, name: str, of_examples: dict[str, Any], examples: Callable[[LanguageModel], Examples]
+        self, name: str, example_facts: dict[str, Any], examples: Callable[[LanguageModel], Examples]
     ) -> LabelledActivations:
-        """Read by the language model, or kept from an earlier time."""
-        of_model = {key: self.subject[key] for key in ("model", "hook", "token_policy")}
-        key = fingerprint_of({**of_model, "model": {**of_model["model"], "name": None}, "examples": of_examples})
+        """Activations read by the language model, or kept from an earlier call."""
+        model_facts = {key: self.subject[key] for key in ("model", "hook", "token_policy")}
+        key = fingerprint_of(
+            {**model_facts, "model": {**model_facts["model"], "name": None}, "examples": example_facts}
+        )
         folder = self.run_folder / FOLDER
-        held = load_activations(folder, name, key)
-        if held is not None:
-            return held
+        stored = load_activations(folder, name, key)
+        if stored is not None:
+            return stored
         language_model = self._run.language_model
         info = language_model.info
-        here = Place(f"model {info.name!r}", info.to_json(), ModelError, model_keys=_OF_MODEL)
-        check_belongs(self.dictionary, here, reads=self.hook)
+        place = Place(f"model {info.name!r}", info.to_json(), ModelError, model_keys=_MODEL_KEYS)
+        check_belongs(self.dictionary, place, reads=self.hook)
         before = self._tokens_read
 
         def progress(done: int, total: int) -> None:
             self._tokens_read = before + done
             self._run.progress("activations", before + done, before + total)
 
-        made = read_activations(language_model, self.hook, examples(language_model), progress)
-        save_activations(made, folder, name, key)
-        return made
+        activations = read_activations(language_model, self.hook, examples(language_model), progress)
+        save_activations(activations, folder, name, key)
+        return activations
 
 
 def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[str, Any]]:
@@ -213,8 +217,8 @@ def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[st
         hook, policy, model = origin["hook"], TokenPolicy.from_json(origin["tokens"]), dict(origin["model"])
     except (KeyError, TypeError) as error:
         raise ConfigError(
-            f"run {str(run.folder)!r}: its dictionary does not say on which model, hook point and tokens it was "
-            "trained; probe it in Python with activations of your own: sae.probe(dictionary, activations, labels)"
+            f"run {str(run.folder)!r}: its dictionary does not record which model, hook point and tokens it was "
+            "trained on; probe it in Python with your own activations: sae.probe(dictionary, activations, labels)"
         ) from error
     if has_fingerprint(run.config.model.name, model.get("fingerprint")) is False:
         raise ModelError(
@@ -225,10 +229,10 @@ def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[st
 
 
 def _without_copies(data: Sequence[DataFile]) -> list[DataFile]:
-    """Of files of the same bytes the first; of the others a warning says which that is.
+    """The data sets without copies: of files with the same bytes the first, and a warning about the others.
 
     Raises:
-        DataError: one cannot be read, or is called as first letters are.
+        DataError: a file cannot be read, or its name is reserved for first letters.
     """
     firsts: dict[tuple[str, str], DataFile] = {}
     for file in data:

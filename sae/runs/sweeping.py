@@ -1,4 +1,4 @@
-"""Many dictionaries from one configuration: trained in one pass, evaluated together, in a table and a Pareto plot."""
+"""Sweeps: many dictionaries from one configuration, trained in one pass, evaluated together and compared."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ COST_FILE = "cost.json"
 _SHARED = ("tokens", "batch_size", "pool_tokens", "log_every", "checkpoint_every", "shuffle_seed")
 _WEIGHTS = ("train.l1_coefficient", "train.l0_coefficient")
 MOST_VARIANTS = 1000
-"""Dictionaries of a sweep: all of them train in one pass."""
+"""Maximum number of dictionaries in a sweep, since all train in one pass."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What came of a sweep.
+    """The result of a sweep.
 
     Attributes:
-        folder: where `sweep.json`, `sweep.md` and `pareto.png` are, and a run folder for each dictionary.
-        points: one for each dictionary, by the name of its folder.
-        failures: why the others stopped.
-        behind: how far each is behind the best of its k, by name and metric.
-        of: what all were trained and evaluated on.
+        folder: folder of `sweep.json`, `sweep.md`, `pareto.png` and a run folder for each dictionary.
+        points: one for each trained dictionary, by the name of its folder.
+        failures: why the other dictionaries stopped.
+        behind: gap of each to the best of its k, by name and metric.
+        of: description of the activations that all were trained and evaluated on.
     """
 
     folder: Path
@@ -65,16 +65,16 @@ class Sweep:
     of: str
 
     def dictionary(self, name: str) -> Dictionary:
-        """A trained dictionary."""
+        """Load a trained dictionary by the name of its folder."""
         return Run.open(self.folder / name, (f"{TRUST_SETTING}=false",)).dictionary()
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """Every combination of the values in `config.sweep`, by a name made of what differs.
+    """Every combination of the values in `config.sweep`, named by the values.
 
     Raises:
-        ConfigError: nothing is swept, a key that cannot be, something that is no list, two of one name, or more than
-            `MOST_VARIANTS` combinations.
+        ConfigError: `config.sweep` is empty, has a key that cannot be swept, a value that is not a list, two
+            combinations of the same name, or more than `MOST_VARIANTS` combinations.
     """
     axes = dict(_axes(config.sweep))
     if not axes:
@@ -86,44 +86,45 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
     if count > MOST_VARIANTS:
         product = " × ".join(f"{len(values)} of {key}" for key, values in axes.items())
         raise ConfigError(
-            f"sweep has {count:,} combinations ({product}), and {MOST_VARIANTS:,} is the most: give fewer values, or "
-            "several sweeps with one harvest.cache"
+            f"sweep has {count:,} combinations ({product}), but at most {MOST_VARIANTS:,} are possible: give fewer "
+            "values, or run several sweeps with one harvest.cache"
         )
-    made: dict[str, RunConfig] = {}
-    plain = config.model_dump(mode="json", exclude={"sweep", "sweep_at_once"})
-    if plain["train"]["shuffle_seed"] is None:
-        plain["train"]["shuffle_seed"] = config.seed  # one order of activations for all
+    configs: dict[str, RunConfig] = {}
+    base_settings = config.model_dump(mode="json", exclude={"sweep", "sweep_at_once"})
+    if base_settings["train"]["shuffle_seed"] is None:
+        base_settings["train"]["shuffle_seed"] = config.seed  # one order of activations for all
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         name = "-".join(_label(key, value) for key, value in chosen.items())
-        if name in made:
+        if name in configs:
             raise ConfigError(f"sweep has {name!r} twice: give every value once")
-        settings = _copy(plain)
+        settings = _copy(base_settings)
         for key, value in chosen.items():
             _put(settings, key.split("."), value)
         settings["out"] = str(Path(config.out) / name)
         settings["harvest"]["cache"] = str(config.cache_folder)
-        made[name] = parse_config(settings)
-    return _without_unread(made, axes)
+        configs[name] = parse_config(settings)
+    return _without_unread(configs, axes)
 
 
-def _without_unread(made: dict[str, RunConfig], swept: Collection[str]) -> dict[str, RunConfig]:
-    """The variants, without what is set for all of them and only the others' architectures read.
+def _without_unread(configs: dict[str, RunConfig], swept: Collection[str]) -> dict[str, RunConfig]:
+    """The variants, each without common settings that only the architectures of other variants read.
 
     Raises:
-        ConfigError: a setting that none reads; or that is swept, and gives some the same dictionary twice.
+        ConfigError: no variant reads a setting; or a setting is swept that some do not read, which would give the same
+            dictionary twice.
     """
-    unread_by = {name: unread(variant.dictionary, variant.train) for name, variant in made.items()}
-    for key in dict.fromkeys(key for found in unread_by.values() for key in found):
-        names = [name for name, found in unread_by.items() if key in found]
-        if key in swept or len(names) == len(made):
-            idle = dict.fromkeys(made[name].dictionary.architecture for name in names)
-            raise no_reader(f"{'sweep.' if key in swept else ''}{key}", unread_by[names[0]][key], idle)
-    return {name: _without(variant, unread_by[name]) for name, variant in made.items()}
+    unread_by = {name: unread(variant.dictionary, variant.train) for name, variant in configs.items()}
+    for key in dict.fromkeys(key for keys in unread_by.values() for key in keys):
+        names = [name for name, keys in unread_by.items() if key in keys]
+        if key in swept or len(names) == len(configs):
+            architectures = dict.fromkeys(configs[name].dictionary.architecture for name in names)
+            raise no_reader(f"{'sweep.' if key in swept else ''}{key}", unread_by[names[0]][key], architectures)
+    return {name: _without(variant, unread_by[name]) for name, variant in configs.items()}
 
 
 def _without(variant: RunConfig, keys: Collection[str]) -> RunConfig:
-    """The variant with these settings as they are by default."""
+    """The variant with the default values of these settings."""
     settings = variant.model_dump(mode="json")
     for key in keys:
         section, _, setting = key.partition(".")
@@ -132,20 +133,21 @@ def _without(variant: RunConfig, keys: Collection[str]) -> RunConfig:
 
 
 def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
-    """Harvest what is missing, train every variant that is not there yet, evaluate, compare.
+    """Harvest missing activations, train every missing variant, evaluate, and compare.
 
-    They are trained in one pass over the activations and evaluated in another; `config.sweep_at_once` at most in each.
+    Variants are trained in one pass over the activations and evaluated in another, at most `config.sweep_at_once` at a
+    time.
 
     Raises:
-        ConfigError: as `variants` does.
-        TrainingInterrupted: Ctrl-C; every state was saved, and the same sweep goes on.
-        SaeError: as the steps of a run do.
+        ConfigError: the sweep is invalid; see `variants`.
+        TrainingInterrupted: Ctrl-C; every state was saved, and the same sweep resumes.
+        SaeError: a step of a run fails.
     """
-    made = variants(config)
+    configs = variants(config)
     check_amounts(config)
     announce(progress, *amount_notes(config))
     base = Run(config, progress)
-    runs = {name: Run(variant, progress) for name, variant in made.items()}
+    runs = {name: Run(variant, progress) for name, variant in configs.items()}
     _share_starts(runs.values())
     for name, run in runs.items():
         with _named(name):
@@ -154,21 +156,21 @@ def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
         cache = base.harvest()
         failures = _train(base, runs, cache, progress)
         trained = {name: run for name, run in runs.items() if name not in failures}
-        fresh = [run for run in trained.values() if not run.is_evaluated()]
-        for run in fresh:
+        unevaluated = [run for run in trained.values() if not run.is_evaluated()]
+        for run in unevaluated:
             run.language_model = base.language_model
-        if fresh:
-            evaluate_runs(fresh, config.sweep_at_once)
+        if unevaluated:
+            evaluate_runs(unevaluated, config.sweep_at_once)
         points = {name: _point(run, _variant(config, run.config)) for name, run in trained.items()}
         behind = behind_best(points, {name: load_tensors(run.folder / DOCUMENTS_FILE) for name, run in trained.items()})
-        done = Sweep(base.folder, points, failures, behind, _described(base, cache, made.values()))
-        _write(done)
-    return done
+        result = Sweep(base.folder, points, failures, behind, _description(base, cache, configs.values()))
+        _write(result)
+    return result
 
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Say which dictionary is to blame."""
+    """Put the dictionary's name in front of error messages."""
     try:
         yield
     except SaeError as error:
@@ -176,15 +178,15 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:
-    """Train those that are not there yet; those that stopped at a common step go on together, the others begin so."""
+    """Train missing dictionaries; those with a checkpoint of a common step resume together, new ones start together."""
     missing = {name: run for name, run in runs.items() if not _is_trained_already(run, cache)}
     if not missing:
         return {}
     recipes = {name: run.recipe(cache) for name, run in missing.items()}
     loaders = _loaders(base, missing, cache)
-    common_pass(loaders, recipes, base.device)  # what cannot be trained is known before anything is
+    common_pass(loaders, recipes, base.device)  # finds variants that cannot be trained before any training
     failures: dict[str, str] = {}
-    for group in _that_go_together(missing):
+    for group in _groups_by_step(missing):
         at_once = base.config.sweep_at_once or len(group)
         for start in range(0, len(group), at_once):
             part = dict(itertools.islice(group.items(), start, start + at_once))
@@ -198,7 +200,7 @@ def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress:
 
 
 def _is_trained_already(run: Run, cache: ActivationCache) -> bool:
-    """Whether the dictionary is there, as it is asked for.
+    """Whether the dictionary exists with the requested settings.
 
     Raises:
         FormatError: it was made with other settings.
@@ -209,21 +211,21 @@ def _is_trained_already(run: Run, cache: ActivationCache) -> bool:
     return False
 
 
-def _that_go_together(runs: dict[str, Run]) -> Iterator[dict[str, Run]]:
-    """Groups that have a checkpoint of a common step: first as many as there can be, last those that have none."""
+def _groups_by_step(runs: dict[str, Run]) -> Iterator[dict[str, Run]]:
+    """Groups of runs with a checkpoint of a common step, largest first; runs without checkpoints come last."""
     steps = {name: {path.name for path in list_checkpoints(run.folder / CHECKPOINTS)} for name, run in runs.items()}
     while any(steps.values()):
         counts = Counter(itertools.chain.from_iterable(steps.values()))
         best = max(counts, key=lambda step: (counts[step], step))
-        chosen = [name for name, held in steps.items() if best in held]
-        yield {name: runs[name] for name in chosen}
-        steps = {name: held for name, held in steps.items() if name not in chosen}
+        group = [name for name, names in steps.items() if best in names]
+        yield {name: runs[name] for name in group}
+        steps = {name: names for name, names in steps.items() if name not in group}
     if steps:
         yield {name: runs[name] for name in steps}
 
 
 def _share_starts(runs: Iterable[Run]) -> None:
-    """Load each dictionary that several start from once; what is not there is missed where it is needed."""
+    """Load each dictionary that several runs start from once; a missing one raises an error when it is needed."""
     first: dict[str, Run] = {}
     for run in runs:
         place = run.config.train.start_from
@@ -233,14 +235,14 @@ def _share_starts(runs: Iterable[Run]) -> None:
 
 
 def _loaders(base: Run, runs: Mapping[str, Run], cache: ActivationCache) -> dict[str, ActivationLoader]:
-    """The activations that they are trained on, by hook point."""
+    """Loaders of the activations that the runs are trained on, by hook point."""
     hooks = dict.fromkeys(run.config.hook for run in runs.values())
     loaders = {}
     for hook in hooks:
-        of_hook = base.config.model_copy(
+        hook_config = base.config.model_copy(
             update={"dictionary": base.config.dictionary.model_copy(update={"hook": hook})}
         )
-        loaders[hook] = Run(of_hook).loader(cache)
+        loaders[hook] = Run(hook_config).loader(cache)
     return loaders
 
 
@@ -259,7 +261,7 @@ def _train_together(
 
     def show(done: int, total: int, metrics: Mapping[str, Mapping[str, float | int]]) -> None:
         progress(stage, done, total)
-        fvus = [one["fvu"] for one in metrics.values()]
+        fvus = [values["fvu"] for values in metrics.values()]
         if isinstance(progress, Notes) and fvus:
             progress.beside(stage, f"FVU {min(fvus):.3f} to {max(fvus):.3f}")
 
@@ -276,27 +278,27 @@ def _train_together(
                 progress=show,
             )
         for name, dictionary in outcome.dictionaries.items():
-            _keep_cost(runs[name].folder, outcome.costs[name], base.device.type)
+            _write_cost(runs[name].folder, outcome.costs[name], base.device.type)
             dictionary.save(runs[name].folder / DICTIONARY)
             finished.add(name)
     finally:
-        for name, of_run in sinks.items():
-            for sink in of_run:
+        for name, run_sinks in sinks.items():
+            for sink in run_sinks:
                 sink.close(failed=name not in finished)
     return outcome.failures
 
 
-def _keep_cost(folder: Path, cost: Cost, device: str) -> None:
+def _write_cost(folder: Path, cost: Cost, device: str) -> None:
     write_json(
         folder / COST_FILE,
         {"seconds": cost.seconds, "tokens": cost.tokens, "bytes": cost.bytes, "device": device},
     )
 
 
-def _variant(config: RunConfig, made: RunConfig) -> str:
-    """What is swept beside that which a point names itself."""
+def _variant(config: RunConfig, variant: RunConfig) -> str:
+    """The swept settings that a point does not name itself."""
     named = ("seed", *(f"dictionary.{name}" for name in ("architecture", "hook", "d_sae", "k")), *_WEIGHTS)
-    settings = made.model_dump(mode="json")
+    settings = variant.model_dump(mode="json")
     parts = []
     for key, _ in _axes(config.sweep):
         section, _, name = key.partition(".")
@@ -306,7 +308,7 @@ def _variant(config: RunConfig, made: RunConfig) -> str:
 
 
 def _point(run: Run, variant: str) -> Point:
-    """What the comparison shows of one dictionary, from its files."""
+    """A dictionary's point in the comparison, from its files."""
     settings = run.config.train
     cost_path = run.folder / COST_FILE
     with taken_apart(run.folder / REPORT_FILE):
@@ -323,35 +325,35 @@ def _point(run: Run, variant: str) -> Point:
         )
 
 
-def _described(base: Run, cache: ActivationCache, made: Collection[RunConfig]) -> str:
-    """What all dictionaries of a sweep were trained on: where, and how much."""
-    hooks = dict.fromkeys(code(variant.hook) for variant in made)
-    shapes = dict.fromkeys(f"{cache.d_in(variant.hook)} → {variant.dictionary.d_sae:,}" for variant in made)
+def _description(base: Run, cache: ActivationCache, configs: Collection[RunConfig]) -> str:
+    """The activations that all dictionaries of a sweep were trained on: hook points, widths and amounts."""
+    hooks = dict.fromkeys(code(variant.hook) for variant in configs)
+    widths = dict.fromkeys(f"{cache.d_in(variant.hook)} → {variant.dictionary.d_sae:,}" for variant in configs)
     settings = base.config.train
     tokens = "one epoch" if settings.tokens is None else f"{settings.tokens:,} tokens"
     return (
-        f"{plain(cache.manifest.model.get('name'))}, {', '.join(hooks)}, {', '.join(shapes)}; {tokens} in batches of "
+        f"{plain(cache.manifest.model.get('name'))}, {', '.join(hooks)}, {', '.join(widths)}; {tokens} in batches of "
         f"{settings.batch_size:,}, of a cache of {cache.rows(TRAIN):,}; evaluated on held-out documents."
     )
 
 
-def _write(done: Sweep) -> None:
+def _write(result: Sweep) -> None:
     write_json(
-        done.folder / JSON_FILE,
+        result.folder / JSON_FILE,
         {
-            "points": {name: point.to_json() for name, point in done.points.items()},
+            "points": {name: point.to_json() for name, point in result.points.items()},
             "behind": {
-                name: {metric: made.to_json() for metric, made in found.items()} for name, found in done.behind.items()
+                name: {metric: gap.to_json() for metric, gap in gaps.items()} for name, gaps in result.behind.items()
             },
-            "failures": done.failures,
-            "of": done.of,
+            "failures": result.failures,
+            "of": result.of,
         },
     )
-    figure = draw_pareto(list(done.points.values()))
+    figure = draw_pareto(list(result.points.values()))
     if figure:
-        write_bytes(done.folder / FIGURE_FILE, figure)
-    text = sweep_markdown(done.points, done.failures, FIGURE_FILE if figure else None, done.behind, done.of)
-    write_bytes(done.folder / MARKDOWN_FILE, text.encode())
+        write_bytes(result.folder / FIGURE_FILE, figure)
+    text = sweep_markdown(result.points, result.failures, FIGURE_FILE if figure else None, result.behind, result.of)
+    write_bytes(result.folder / MARKDOWN_FILE, text.encode())
 
 
 def _axes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:

@@ -1,4 +1,4 @@
-"""Everything that a folder holds, compared with its hashes and read: a run, a cache, a dictionary, a feature store."""
+"""Verifies a run, cache, dictionary or feature store: compares every file with its hash, and reads it."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _OURS = {
     "effects.json", "effects.safetensors", "effects.md", "probe.json", "probe.md", "compare.json", "compare.md",
     "sweep.json", "sweep.md", "superposition.json", "superposition.md", "cost.json",
 }  # fmt: skip
-"""What the toolkit writes: a folder without a list of hashes is known by it to be older than these."""
+"""Names of files that sae writes; a folder that has them but no list of hashes is older than such lists."""
 _SHOWN = 5
 _Identity = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A folder, the names in it that are no folders, its files that have a hash, and what is wrong with the list."""
+    """A folder, the names in it that are not folders, its files with hashes, and problems with the list."""
 
     folder: Path
     names: list[str]
@@ -54,19 +54,19 @@ class _Part:
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> tuple[int, list[str]]:
-    """Compare every file of a folder with its hash, and read what must fit together.
+    """Compare every file of a folder with its hash, and read parts that must fit together.
 
-    Linked folders are followed, and the cache that a run's `harvest.cache` names is checked too; each once.
+    Linked folders are followed, and the cache named by a run's `harvest.cache` is checked too; each once.
 
     Args:
         path: a run folder, a cache, a dictionary's folder, a feature store, or a folder of these.
-        progress: called with (stage, files done, files in all).
+        progress: called with (stage, files done, files in total).
 
     Returns:
-        How many files have a hash, and a line for each that is missing, damaged, or contradicts another.
+        The number of files with a hash, and a line for each file that is missing, damaged or contradicts another.
 
     Raises:
-        CacheError: there is nothing there that this toolkit wrote.
+        CacheError: the folder holds nothing that sae wrote.
     """
     root, seen, report = expanded(path), set[_Identity](), progress or silent
     links: dict[str, None] = {}
@@ -83,27 +83,27 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[int, lis
         problem
         for part in parts
         if not any(checked[file] for file in (*part.checks, *part.problems))
-        for problem in _misfits(part.folder, part.names)
+        for problem in _contradictions(part.folder, part.names)
     )
-    found = [*links, *(problem for problem in checked.values() if problem)]
-    return len(checked), [*found, *(problem for problem in problems if problem not in found)]
+    lines = [*links, *(problem for problem in checked.values() if problem)]
+    return len(checked), [*lines, *(problem for problem in problems if problem not in lines)]
 
 
 def record_hashes(path: str | Path) -> list[Path]:
-    """Add the hashes of files that this toolkit wrote before it kept hashes; what has one keeps it.
+    """Add hashes for files that sae wrote before it recorded hashes; existing hashes are kept.
 
     Returns:
         The files whose hashes were added.
 
     Raises:
-        CacheError: the folder cannot be written, or has a `SHA256SUMS` of the user's.
+        CacheError: the folder cannot be written, or has a `SHA256SUMS` that belongs to the user.
     """
     added = []
     for folder, names in _folders(expanded(path), set(), {}):
         listed = read_sums(folder)
         for name in sorted((_OURS & set(names)) - listed.keys()):
             if is_users(folder):
-                raise CacheError(f"{str(folder / SUMS)!r}: sae did not write it, and adds nothing; rename it")
+                raise CacheError(f"{str(folder / SUMS)!r}: sae did not write it and does not change it; rename it")
             if (folder / MANIFEST).exists() and name == layout.DOCUMENTS:
                 continue  # the manifest has it
             try:
@@ -115,26 +115,26 @@ def record_hashes(path: str | Path) -> list[Path]:
 
 
 def _folders(root: Path, seen: set[_Identity], broken: dict[str, None]) -> Iterator[tuple[Path, list[str]]]:
-    """Folders and the names in them that are no folders; a link is followed to what this toolkit wrote, once.
+    """Folders, and the names in them that are not folders. Links to folders that sae wrote are followed, once.
 
     Args:
-        root: where to begin.
-        seen: folders that were there before; those that are given are added.
-        broken: lines on links that lead nowhere are added.
+        root: folder to start from.
+        seen: folders already visited; new ones are added.
+        broken: lines about broken links are added.
     """
     for folder, folders, names in os.walk(root, followlinks=True):
-        here = _identity(Path(folder))
-        if here is None or here in seen:
+        identity = _identity(Path(folder))
+        if identity is None or identity in seen:
             folders.clear()
             continue
-        seen.add(here)
+        seen.add(identity)
         place = Path(folder)
         folders[:] = sorted(name for name in folders if not (place / name).is_symlink() or _is_part(place / name))
-        lost = [name for name in names if name in PARTS and (place / name).is_symlink()]
+        broken_links = [name for name in names if name in PARTS and (place / name).is_symlink()]
         broken |= dict.fromkeys(
-            f"{str(place / name)!r}: leads to {str((place / name).readlink())!r}, which is no folder; attach that "
+            f"{str(place / name)!r}: leads to {str((place / name).readlink())!r}, which is not a folder; attach that "
             "disk or restore it, or delete the link"
-            for name in lost
+            for name in broken_links
         )
         yield place, [*names, *(name for name in folders if name in _OURS)]
 
@@ -148,7 +148,7 @@ def _identity(folder: Path) -> _Identity | None:
 
 
 def _is_part(folder: Path) -> bool:
-    """Whether a linked folder is a part of a run folder, or holds something that this toolkit wrote."""
+    """Whether a linked folder is a part of a run folder, or holds a file that sae wrote."""
     try:
         return folder.name in PARTS or any(file.name in {SUMS, *_OURS} for file in folder.iterdir())
     except OSError:
@@ -156,24 +156,24 @@ def _is_part(folder: Path) -> bool:
 
 
 def _caches_elsewhere(parts: Iterable[_Part], progress: Progress) -> Iterator[Path]:
-    """The folders that runs have recorded as `harvest.cache`."""
+    """The folders that runs name as `harvest.cache`."""
     for part in parts:
         if CONFIG_YAML not in part.names or not (part.folder / CONFIG_YAML).is_file():
             continue
-        with contextlib.suppress(SaeError):  # whatever is wrong with the configuration is found when it is checked
+        with contextlib.suppress(SaeError):  # problems with the configuration are found when it is checked
             config = load_config(part.folder / CONFIG_YAML)
             if config.harvest.cache and config.cache_folder.is_dir():
                 yield config.cache_folder
             elif config.harvest.cache:
                 announce(
                     progress,
-                    f"{str(part.folder)!r}: its cache {str(config.cache_folder)!r} is not there, and was not checked",
+                    f"{str(part.folder)!r}: its cache {str(config.cache_folder)!r} does not exist, and was not checked",
                 )
 
 
 def _warn_of_unhashed(parts: Iterable[_Part]) -> None:
-    """Say which files of the toolkit's stand in no list, be it that an older version wrote them or that it was cut."""
-    bare = [
+    """Warn of files from sae that are in no list, because an older version wrote them or the list was cut."""
+    unhashed = [
         part.folder / name
         for part in parts
         if not part.problems
@@ -181,19 +181,19 @@ def _warn_of_unhashed(parts: Iterable[_Part]) -> None:
         if part.folder / name not in part.checks
         and not (name == MANIFEST and part.checks)  # reading it compares the shards, and its own hash
     ]
-    if bare:
-        shown = ", ".join(repr(str(path)) for path in bare[:_SHOWN]) + (" …" if len(bare) > _SHOWN else "")
-        have = "file has" if len(bare) == 1 else "files have"
+    if unhashed:
+        shown = ", ".join(repr(str(path)) for path in unhashed[:_SHOWN]) + (" …" if len(unhashed) > _SHOWN else "")
+        have = "file has" if len(unhashed) == 1 else "files have"
         warnings.warn(
-            f"{len(bare)} {have} no hash in {SUMS} and cannot be compared: {shown}; 'sae verify --record' adds hashes "
-            "of what is there now",
+            f"{len(unhashed)} {have} no hash in {SUMS} and cannot be compared: {shown}; 'sae verify --record' adds "
+            "hashes of the current files",
             UnhashedWarning,
             stacklevel=3,
         )
 
 
 def _part(folder: Path, names: list[str]) -> _Part:
-    """A folder's files that have a hash, by a list or a manifest."""
+    """A folder with its files that have a hash in a list or a manifest."""
     try:
         listed = sorted(read_sums(folder))
         manifest = read_manifest(folder) if os.path.lexists(folder / MANIFEST) else None
@@ -207,7 +207,7 @@ def _part(folder: Path, names: list[str]) -> _Part:
 
 
 def _checked(parts: Iterable[_Part], progress: Progress) -> dict[Path, str | None]:
-    """What is wrong with each file that has a hash; None if nothing is."""
+    """The problem with each file that has a hash; None if it is intact."""
     checks = {file: check for part in parts for file, check in part.checks.items()}
     progress("verify", 0, len(checks))
     checked: dict[Path, str | None] = {}
@@ -228,8 +228,8 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def _misfits(folder: Path, names: list[str]) -> Iterator[str]:
-    """What is as it was written and yet cannot be read."""
+def _contradictions(folder: Path, names: list[str]) -> Iterator[str]:
+    """Problems with intact files: they cannot be read, or contradict each other."""
     if any((folder / name).is_symlink() for name in names):
         return
     readers = [

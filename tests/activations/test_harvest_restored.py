@@ -98,7 +98,9 @@ def test_text_is_restored_as_the_version_read_it_that_the_manifest_is_of(
     (folder / "documents.json").unlink()
     manifest["data"]["reading"] = 5
     write_json(folder / "manifest.json", manifest)
-    with pytest.raises(CacheError, match=r"its manifest has reading=5, and 0 to 4 are known here: restore it with the"):
+    with pytest.raises(
+        CacheError, match=r"its manifest has reading=5, but this version knows 0 to 4: restore it with the"
+    ):
         harvest(config, language_model)
 
 

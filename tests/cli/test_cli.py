@@ -356,7 +356,7 @@ def test_memory_that_does_not_suffice(
 ) -> None:
     monkeypatch.setattr("sae.runs.pipeline.Run.harvest", mock.Mock(side_effect=error))
     outcome = command("harvest", config_file, f"out={tmp_path / 'r'}")
-    assert_refused(outcome, "Error: not enough memory", str(error), "or lower what is held at once: harvest.batch_cont")
+    assert_refused(outcome, "Error: not enough memory", str(error), "lower harvest.batch_contexts, train.batch_size or")
     assert "unexpected" not in outcome.err
 
 
@@ -377,7 +377,7 @@ def test_unknown_feature_and_wrong_usage(own_run: Path, command) -> None:
 def test_a_page_needs_the_name_of_a_file(own_run: Path, command) -> None:
     for name in ("", own_run):
         outcome = command("features", own_run, "--page", name)
-        assert outcome.status == 2 and "is no file; name one, such as page.html" in outcome.err
+        assert outcome.status == 2 and "is not a file name; give one, such as page.html" in outcome.err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -391,7 +391,7 @@ def test_a_standard_output_that_takes_nothing(finished_run: Path, words: list[st
         )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "Error: standard output cannot be written (No space left on device); send it where there is space"
+        "Error: standard output cannot be written (No space left on device); redirect it elsewhere"
     ]
 
 

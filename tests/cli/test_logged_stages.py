@@ -62,15 +62,15 @@ def test_hooks_compare_and_verify_say_what_they_do(trained: Path, tiny_model: Pa
 @pytest.mark.parametrize(
     ("place", "words", "last"),
     [
-        ("sae.runs.verification._checked", ["verify", "RUN"], "interrupted; the same command begins it again"),
+        ("sae.runs.verification._checked", ["verify", "RUN"], "interrupted; run the same command again to restart it"),
         ("sae.model.language_model.LanguageModel.__init__", ["hooks", "demo"],
-         "interrupted; the same command begins it again"),
-        ("sae.runs.pipeline.collect", ["features", "RUN"], "interrupted; the same command begins it again"),
+         "interrupted; run the same command again to restart it"),
+        ("sae.runs.pipeline.collect", ["features", "RUN"], "interrupted; run the same command again to restart it"),
         ("sae.superposition.runner._run", ["superposition", "--out", "OUT", "geometry"],
-         "interrupted; the same command begins the experiment that was running again"),
-        ("sae.runs.pipeline.evaluate_all", ["eval", "RUN"], "interrupted; run the same command again to go on"),
+         "interrupted; run the same command again to restart the experiment that was running"),
+        ("sae.runs.pipeline.evaluate_all", ["eval", "RUN"], "interrupted; run the same command again to continue"),
         ("sae.runs.comparison.evaluate_all", ["compare", "RUN", "OTHER"],
-         "interrupted; run the same command again to go on"),
+         "interrupted; run the same command again to continue"),
     ],
 )  # fmt: skip
 def test_after_ctrl_c_a_command_says_whether_it_goes_on(

@@ -82,7 +82,7 @@ def test_what_an_earlier_process_did_counts_for_no_rate(capsys: Captured, clock:
         clock[0] += 10
         progress("harvest", 1_000_000, 1_000_000)
     assert capsys.readouterr().err.splitlines() == [
-        "harvest: 1,000,000 tokens, 900,000 of 1,000,000 done before",
+        "harvest: 1,000,000 tokens, 900,000 of 1,000,000 already done",
         "harvest: done in 20 s (5,000 tokens/s)",
     ]
 

@@ -350,7 +350,7 @@ def test_a_list_of_the_users_is_left_alone(tmp_path: Path, kind: str) -> None:
 def test_hashes_are_not_added_to_a_list_of_the_users(tmp_path: Path) -> None:
     (tmp_path / SUMS).write_text(USERS["binary"], encoding="utf-8")
     write_json(tmp_path / "eval.json", {})
-    with pytest.raises(CacheError, match=f"{SUMS}': sae did not write it, and adds nothing; rename it"):
+    with pytest.raises(CacheError, match=f"{SUMS}': sae did not write it and does not change it; rename it"):
         record_hashes(tmp_path)
 
 

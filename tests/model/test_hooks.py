@@ -144,7 +144,7 @@ def test_the_command_lists_them(llama_folder: Path) -> None:
     result = CliRunner().invoke(cli, ["hooks", str(llama_folder), "device=cpu"])
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0] == "llama: 4 blocks, residual stream of 32, blocks.N. and"
+    assert lines[0] == "llama: 4 blocks, residual stream of width 32; names are blocks.N. plus"
     rows = {line.split()[0]: line.split()[1:4] for line in lines[2:]}
     assert rows["attn.hook_k"] == ["16", "0-3", "yes"]
     assert rows["hook_resid_mid"] == ["32", "0-3", "no"]

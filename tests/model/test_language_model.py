@@ -374,7 +374,7 @@ def test_texts_become_tokens(language_model: LanguageModel) -> None:
     assert language_model.to_tokens("the river").tolist() == [[language_model.bos, *ids]]
     assert language_model.to_tokens(["the river"] * 2, prepend_bos=False).tolist() == [ids, ids]
     for nothing in ([], ["the", ""], ""):
-        with pytest.raises(ModelError, match="there is no text, or one has no token"):
+        with pytest.raises(ModelError, match="there is no text, or a text has no tokens"):
             language_model.to_tokens(nothing, prepend_bos=False)
-    with pytest.raises(ModelError, match=r"the texts have \d+ to \d+ tokens: give those of one length together"):
+    with pytest.raises(ModelError, match=r"the texts have \d+ to \d+ tokens: pass texts of equal length together"):
         language_model.to_tokens(["the", "the river keeps stone houses"])

@@ -91,7 +91,7 @@ def test_a_shard_that_is_no_file_is_not_waited_for(
             os.mkfifo(tmp_path / "target")
     elif kind == "folder":
         path.mkdir()
-    assert f"{INDEX} names {shard}, which is not there or no regular file" in error_of(folder)
+    assert f"{INDEX} names {shard}, which is missing or not a regular file" in error_of(folder)
 
 
 def test_a_link_to_a_file_is_a_shard(sharded: Callable[[str], Path], tmp_path: Path) -> None:
@@ -114,20 +114,20 @@ def test_what_config_json_names_is_looked_at_too(tiny_model: Path, tmp_path: Pat
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "own.safetensors"}))
     os.mkfifo(folder / "own.safetensors")
-    assert "config.json names own.safetensors, which is not there or no regular" in error_of(folder)
+    assert "config.json names own.safetensors, which is missing or not a regular" in error_of(folder)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (INDEX, "junk", f"{INDEX} is damaged or no JSON"),
+        (INDEX, "junk", f"{INDEX} is damaged or not JSON"),
         (INDEX, '{"weight_map": []}', f"{INDEX} has no 'weight_map'"),
         (INDEX, '{"weight_map": {"a": "b.safetensors"}}', f"{INDEX} has no 'metadata'"),
         ("tokenizer.json", "{}", "tokenizer.json has no 'model'"),
         ("tokenizer.json", '{"model": {}}', "tokenizer.json has no 'added_tokens'"),
-        ("config.json", "{", "config.json is damaged or no JSON"),
+        ("config.json", "{", "config.json is damaged or not JSON"),
         ("config.json", "[]", "config.json holds a list where an object should be"),
-        ("tokenizer_config.json", "junk", "tokenizer_config.json is damaged or no JSON"),
+        ("tokenizer_config.json", "junk", "tokenizer_config.json is damaged or not JSON"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, content: str, message: str, sharded: Callable[[str], Path]) -> None:
@@ -135,7 +135,7 @@ def test_a_damaged_file_is_named(name: str, content: str, message: str, sharded:
     (folder / name).write_text(content)
     error = error_of(folder)
     assert message in error
-    assert error.endswith("; fetch it again from where the model is from")
+    assert error.endswith("; download it again from where the model came from")
 
 
 def test_an_adapter_is_to_be_merged(tiny_model: Path, tmp_path: Path) -> None:
@@ -150,14 +150,14 @@ def test_an_encoder_decoder_is_not_read(tiny_model: Path, tmp_path: Path) -> Non
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "t5"}')
     assert "T5Config" in error_of(folder)
-    assert "encoder-decoders, and models of images or sound, are not read" in error_of(folder)
+    assert "encoder-decoders, and models of images or sound, are not supported" in error_of(folder)
 
 
 def test_a_file_of_the_folder_is_not_the_model(tiny_model: Path) -> None:
     error = error_of(tiny_model / "config.json")
     assert (
-        f"no folder and no .gguf file; give the folder of the model's config.json, weights and tokenizer, perhaps "
-        f"{str(tiny_model)!r}" in error
+        "neither a folder nor a .gguf file; give the folder of the model's config.json, weights and tokenizer, "
+        f"perhaps {str(tiny_model)!r}" in error
     )
 
 
@@ -166,7 +166,7 @@ def test_a_revision_is_of_the_hub(local: bool, tiny_model: Path) -> None:
     name = str(tiny_model) if local else "demo"
     error = error_of(name, revision="abc")
     assert error == (
-        f"model.revision='abc': model {name!r} is a local folder or file, and only models of the hub have revisions; "
+        f"model.revision='abc': model {name!r} is a local folder or file, and only hub models have revisions; "
         "leave it out"
     )
 

@@ -161,7 +161,7 @@ def test_overrides_of_features_are_those_of_the_run(own_features: Path, command:
     assert "it reads model., harvest.cache, device" in outcome.err
     outcome = command("features", own_features, "three")
     assert outcome.status == 2
-    assert "'three' is neither the number of a feature nor KEY=VALUE" in outcome.err
+    assert "'three' is neither a feature number nor KEY=VALUE" in outcome.err
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_an_index_cannot_name_a_pickle(by: str, tiny_model: Path, tmp_path: Path
         (
             lambda name, x: {} if ".h.1." in name else {name: x},
             r"its files lack 12 of the tensors of GPT2LMHeadModel \(transformer\.h\.1\.\S+, \S+, …\): they would be "
-            "random numbers; check that the files are whole",
+            "random numbers; check that the files are complete",
         ),
         (
             lambda name, x: {f"module.{name}": x},
@@ -240,7 +240,7 @@ def test_what_a_file_holds_beyond_the_model_does_no_harm(tiny_model: Path, tmp_p
 
 
 def test_a_file_of_weights_alone_is_no_model(tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match=r"a file of weights alone; name the folder that its config.json is in"):
+    with pytest.raises(ModelError, match=r"a file with weights only; give the folder that its config.json is in"):
         LanguageModel(ModelConfig(name=str(tiny_model / "model.safetensors")))
 
 

@@ -166,7 +166,9 @@ def test_a_cache_of_an_unknown_kind_is_said_to_be_unknown(name: str) -> None:
     model, place = Carrying(), torch.arange(5, 17).expand(2, 12)
     passes = Passes(model)
     with passes.watched():
-        with pytest.raises(ModelError, match=f"goes on from {name}=…, and how many tokens .* give position_ids, or"):
+        with pytest.raises(
+            ModelError, match=f"continues from {name}=…, and the number of tokens .* give position_ids, or"
+        ):
             model(TEXT, **{name: [torch.zeros(1)]})
         model(TEXT, position_ids=place, **{name: [torch.zeros(1)]})
         model(TEXT, use_cache=True, cache_position=place[0], encoder_hidden_states=torch.zeros(1), **{name: None})

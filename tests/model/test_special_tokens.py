@@ -102,5 +102,5 @@ def test_a_token_that_a_file_holds_is_kept(held_by: str, padded: Path, tmp_path:
 def test_a_tokenizer_that_fails_is_no_surprise(padded: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(padded, tmp_path / "model")
     changed(folder, "tokenizer_config.json", tokenizer_class="GemmaTokenizer")
-    with pytest.raises(ModelError, match=r"its tokenizer, a GemmaTokenizer, makes no tokens of a text \(Unk .*; put"):
+    with pytest.raises(ModelError, match=r"its tokenizer, a GemmaTokenizer, cannot encode a text \(Unk .*; put"):
         LanguageModel(str(folder))

@@ -188,9 +188,9 @@ def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
     message = refusal(language_model, make_dictionary(language_model, d_in=16), tokens)
     assert message == f"hook {HOOK!r}: activations are 32 wide, the dictionary takes 16"
     message = refusal(language_model, make_dictionary(language_model, hook=None), tokens)
-    assert "does not say which hook point" in message
+    assert "does not record its hook point" in message
     message = refusal(language_model, make_dictionary(language_model, hook=3), tokens)
-    assert "does not say which hook point" in message
+    assert "does not record its hook point" in message
     message = refusal(language_model, make_dictionary(language_model, model={"weights_sha256": "0" * 64}), tokens)
     assert "0' in training, on None; use the model" in message
     message = refusal(language_model, make_dictionary(language_model), tokens, hook="blocks.1.hook_resid_mid")

@@ -192,11 +192,11 @@ def test_what_is_not_exact_on_the_whole_model_is_refused(tiny_model: Path, token
     with pytest.raises(ModelError) as caught:
         list(model.replaced_logits(tokens, RESID, [torch.clone]))
     assert str(caught.value).startswith(
-        f"hook {RESID!r}: its own activations, put back in their place, change the logits of tiny by up to "
+        f"hook {RESID!r}: putting back its own activations changes the logits of tiny by up to "
     )
     assert str(caught.value).endswith("use another hook point ('sae hooks tiny' lists them)")
     refused = {hook.name: hook.refusal for hook in model.hooks() if hook.refusal}
-    assert refused[RESID].startswith("its own activations in their place change the logits by ")
+    assert refused[RESID].startswith("putting back its own activations changes the logits by ")
     assert [name for name in refused if not name.endswith(("resid_mid", "normalized"))] == [RESID]
 
 
@@ -242,8 +242,8 @@ def test_a_masked_language_model_has_activations_and_no_losses(kind: str, tiny_m
     model = LanguageModel(str(tmp_path / "masked"))
     hook = "blocks.1.hook_resid_pre"
     assert model.activations(torch.arange(6)[None], [hook])[hook].shape == (1, 6, 32)
-    with pytest.raises(ModelError, match=r"masked is no causal language model: its logits .* no next-token loss"):
+    with pytest.raises(ModelError, match=r"masked is not a causal language model: its logits .* no next-token loss"):
         model.tail(hook)
     road = model.road(hook)
-    assert (road.name, "no causal language model" in str(road.reason)) == (NO_ROAD, True)
-    assert "losses of the language model are left out (masked is no causal" in str(road)
+    assert (road.name, "not a causal language model" in str(road.reason)) == (NO_ROAD, True)
+    assert "losses of the language model are left out (masked is not a causal" in str(road)

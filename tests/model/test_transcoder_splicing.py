@@ -136,7 +136,7 @@ def test_refusals(language_model: LanguageModel, tokens: Tensor) -> None:
     assert message.startswith(
         "hook 'blocks.1.hook_mlp_out': the transcoder there reads 'blocks.0.hook_resid_mid', which"
     )
-    assert message.endswith("run it from the tokens")
+    assert message.endswith("run the model from the tokens")
 
 
 def test_places_are_in_the_order_of_computation(language_model: LanguageModel, tokens: Tensor) -> None:

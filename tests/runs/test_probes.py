@@ -358,7 +358,7 @@ def test_a_dictionary_of_unknown_origin_is_refused(own_run: Path, sets: Path) ->
     path = own_run / "dictionary" / "config.json"
     write_json(path, {**json.loads(path.read_text()), "metadata": {}})
     with pytest.raises(
-        ConfigError, match="does not say on which model, hook point and tokens it was trained; probe it"
+        ConfigError, match="does not record which model, hook point and tokens it was trained on; probe it"
     ):
         sae.probe_run(own_run, [sets], QUICK)
 

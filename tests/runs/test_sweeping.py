@@ -92,7 +92,7 @@ def test_a_setting_for_all_is_left_out_where_it_has_no_effect(tiny_config: TinyC
 def test_a_single_run_does_not_take_a_sweep(tiny_config: TinyConfig) -> None:
     config = swept(tiny_config, dictionary={"k": [2, 4]})
     Run(config).harvest()
-    with pytest.raises(ConfigError, match="train them with 'sae sweep', or take sweep out"):
+    with pytest.raises(ConfigError, match="train them with 'sae sweep', or remove sweep"):
         Run(config).train()
 
 
@@ -334,6 +334,6 @@ def test_a_sweep_of_too_many_is_refused_before_one_is_made(
     with pytest.raises(ConfigError) as refused:
         variants(config)
     assert str(refused.value) == (
-        "sweep has 3,200 combinations (40 of seed × 40 of dictionary.k × 2 of train.lr), and 1,000 is the most: give "
-        "fewer values, or several sweeps with one harvest.cache"
+        "sweep has 3,200 combinations (40 of seed × 40 of dictionary.k × 2 of train.lr), but at most 1,000 are "
+        "possible: give fewer values, or run several sweeps with one harvest.cache"
     )

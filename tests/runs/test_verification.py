@@ -78,8 +78,8 @@ def test_links_that_lead_in_circles_or_nowhere(run: Path) -> None:
     count, [problem] = verify(run)
     assert count == before[0]
     assert problem == (
-        f"{str(run / 'features')!r}: leads to '/no/such/disk', which is no folder; attach that disk or restore it, or "
-        "delete the link"
+        f"{str(run / 'features')!r}: leads to '/no/such/disk', which is not a folder; attach that disk or restore it, "
+        "or delete the link"
     )
 
 
@@ -106,7 +106,7 @@ def test_the_cache_that_a_run_names_is_checked(
             said.append(text)
 
     assert verify(run.folder, Told()) == (1, [])
-    assert said == [f"{str(run.folder)!r}: its cache {str(cache)!r} is not there, and was not checked"]
+    assert said == [f"{str(run.folder)!r}: its cache {str(cache)!r} does not exist, and was not checked"]
 
 
 def test_progress_counts_files(run: Path) -> None:
