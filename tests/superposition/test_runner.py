@@ -161,7 +161,9 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"superposition\.json is not of this toolkit .*; choose another with --out"):
         run(foreign, ["geometry"], settings=SMALL)
     write_json(foreign / "superposition.json", {"format": "sae-superposition", "format_version": 99})
-    with pytest.raises(FormatError, match=r"format version 99 is newer than this package reads \(1\); choose another with"):
+    with pytest.raises(
+        FormatError, match=r"format version 99 is newer than this package reads \(1\); choose another with"
+    ):
         run(foreign, ["geometry"], settings=SMALL)
 
 
