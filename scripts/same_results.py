@@ -62,15 +62,16 @@ class Checkout:
 
     def make(self, architectures: tuple[str, ...], seeds: tuple[int, ...]) -> None:
         """Everything that is compared."""
+        (self.work / "empty.yaml").write_text("{}\n")  # older commits need a file
         common = [*SETTINGS, "harvest.cache=activations"]
-        self.sae("harvest", "out=harvest", *common)
+        self.sae("harvest", "empty.yaml", "out=harvest", *common)
         for architecture in architectures:
             for seed in seeds:
                 own = [*common, f"dictionary.architecture={architecture}", f"seed={seed}"]
-                self.sae("run", f"out=run-{architecture}-{seed}", *own)
+                self.sae("run", "empty.yaml", f"out=run-{architecture}-{seed}", *own)
                 self.resumed(f"resumed-{architecture}-{seed}", own)
         self.sae(
-            "sweep", "out=sweep", *common, f"sweep.dictionary.architecture=[{','.join(architectures)}]",
+            "sweep", "empty.yaml", "out=sweep", *common, f"sweep.dictionary.architecture=[{','.join(architectures)}]",
             f"sweep.seed=[{','.join(map(str, seeds))}]",
         )  # fmt: skip
         first = f"run-{architectures[0]}-{seeds[0]}"
@@ -82,7 +83,7 @@ class Checkout:
 
     def resumed(self, out: str, settings: list[str]) -> None:
         """A training that is killed as soon as there is a checkpoint, and then goes on."""
-        words = ["train", f"out={out}", *settings, "train.checkpoint_every=20"]
+        words = ["train", "empty.yaml", f"out={out}", *settings, "train.checkpoint_every=20"]
         process, began = self.start(*words), time.monotonic()
         while not list((self.work / out / "checkpoints").glob("step-*")) and process.poll() is None:
             if time.monotonic() - began > PATIENCE_SECONDS:

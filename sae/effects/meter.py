@@ -171,8 +171,8 @@ class ChangeMeter:
         for number in np.flatnonzero(plan.kind == RANDOM):
             feature, row = int(plan.feature[number]), int(plan.row[number])
             draw = numpy_generator("effects: random directions", self.seed, feature, row)
-            random = torch.from_numpy(draw.standard_normal(directions.shape[1])).float()
-            directions[number] = random * (directions[number].norm() / random.norm())
+            drawn = torch.from_numpy(draw.standard_normal(directions.shape[1])).float()
+            directions[number] = drawn * (directions[number].norm() / drawn.norm())
         return directions
 
     def _measure(self, clean: _Clean, sites: _Sites, token_sums: dict[int, TokenSums]) -> Changes:

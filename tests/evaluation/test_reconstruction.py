@@ -254,7 +254,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         evaluate(elsewhere, cache, hook=HOOK)
     other_model = _random_topk()
     other_model.metadata["model"] = {"weights_sha256": "abc", "weight_processing": "none"}
-    with pytest.raises(CacheError, match="another model than the dictionary's: weights_sha256 is '0' there and 'abc'"):
+    with pytest.raises(CacheError, match="not the dictionary's model: weights_sha256 is '0' there and 'abc'"):
         evaluate(other_model, cache, hook=HOOK)
     broken = _random_topk()
     broken.b_enc[3] = float("nan")

@@ -4,11 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from fake_cache import FakeTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from sae.errors import FormatError
 from sae.model.vocabulary import _BYTE_OF, Vocabulary
+from tests.support.feature_cache import FakeTokenizer
 
 
 def hugging_face(backend: Tokenizer, special: tuple[int, ...] = ()) -> SimpleNamespace:

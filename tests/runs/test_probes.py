@@ -304,8 +304,8 @@ def test_copies_and_what_is_left_out_are_counted(own_run: Path, tmp_path: Path) 
     result = sae.probe_run(own_run, [path], QUICK.model_copy(update={"examples": 100})).results["copies"]
     assert (result.examples, result.groups) == ({"0": 40, "1": 40}, 40)
     text = (own_run / "probe.md").read_text()
-    assert "are on its side of every split: 40." in text
-    assert "without a token that counts: 3." in text
+    assert "on the same side of every split: 40." in text
+    assert "no text, no label, or no token that counts: 3." in text
     sae.probe_run(
         own_run, [write_set(tmp_path / "other.csv", ("self", "class"))], QUICK.model_copy(update={"examples": 100})
     )

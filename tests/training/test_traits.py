@@ -115,7 +115,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_made(tiny_config: 
         ({"train__start_from": "nowhere"}, "train.start_from: dictionary 'nowhere': no config.json there"),
         (
             {"train__start_from": str(tmp_path), "dictionary__d_sae": 32},
-            "has d_sae=64, and d_sae=32 is asked for",
+            "has d_sae=64 and d_in=8, the new one d_sae=32",
         ),
     ):
         config = tiny_config(**changes)
