@@ -31,12 +31,11 @@ from quality import KEPT, activations, digest, sources
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
-from sae.evaluation.figures import Canvas, logarithmic
-from sae.evaluation.pareto import COLOURS
-from sae.files import write_json
-from sae.tokens import HELD_OUT
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.config.splits import HELD_OUT
+from sae.dictionary.base import Dictionary
+from sae.files.writing import write_json
+from sae.results.figure import ARCHITECTURE_COLOURS, Canvas, logarithmic
 from sae.training import Recipe, train_all
 from sae.training.firing import default_dead_after
 from sae.training.schedules import default_learning_rate
@@ -224,7 +223,7 @@ def draw(shown: list[Panel], found: Mapping[Trial, Scores], k: int) -> bytes:
                 for place, trial in enumerate(trials)
                 if trial is not None and (ratio := ratio_of(trial, trials[one.default], found, k)) is not None
             ]
-            colour = COLOURS.get(label, palette[number % len(palette)])
+            colour = ARCHITECTURE_COLOURS.get(label, palette[number % len(palette)])
             axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, linewidth=1.2, label=label)
             for place, height, share in points:
                 fill = "white" if share > MANY else colour

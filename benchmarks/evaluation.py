@@ -36,11 +36,12 @@ from harvest import HOOK, harvest_config, write_random_gpt2, write_synthetic_cac
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.architectures import TopK
-from sae.config import EvaluationConfig, FeaturesConfig, ModelConfig
+from sae.config.settings import EvaluationConfig, FeaturesConfig
+from sae.config.sources import ModelConfig
+from sae.config.splits import HELD_OUT, TRAIN
 from sae.evaluation import evaluate_all, write_report
 from sae.features.collection import scan
-from sae.language_model import LanguageModel
-from sae.tokens import HELD_OUT, TRAIN
+from sae.model.language_model import LanguageModel
 from sae.training.initialise import initialise_
 
 FROZEN_DECODER = 200_000

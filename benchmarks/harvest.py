@@ -28,20 +28,14 @@ import torch
 from safetensors.torch import load_file, save
 
 from sae.activations import ActivationCache
-from sae.activations.cache import (
-    DOCUMENTS,
-    MANIFEST,
-    FileEntry,
-    HookEntry,
-    Manifest,
-    shard_name,
-)
 from sae.activations.harvest import harvest
 from sae.activations.loader import ActivationLoader
-from sae.config import ModelConfig, RunConfig
-from sae.config_file import parse_config
-from sae.language_model import LanguageModel
-from sae.model_identity import DEMO_FOLDER
+from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
+from sae.config.file import parse_config
+from sae.config.settings import RunConfig
+from sae.config.sources import ModelConfig
+from sae.dictionary.model_identity import DEMO_FOLDER
+from sae.model.language_model import LanguageModel
 
 HOOK = "blocks.0.hook_resid_pre"
 
@@ -185,7 +179,7 @@ def write_random_gpt2(folder: Path, tokenizer_folder: Path | None) -> Path:
     else:
         from tokenizers import ByteLevelBPETokenizer
 
-        from sae.corpus import standard_library
+        from sae.text.corpus import standard_library
 
         bpe = ByteLevelBPETokenizer()
         texts = (document.text for document, _ in zip(standard_library(), range(200), strict=False))

@@ -17,23 +17,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sae import hashes
+from sae.files import digest
 
 FILES = 4
 
 
 def plain(path: Path) -> str:
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(1 << 18):
-            digest.update(piece)
-    return digest.hexdigest()
+            whole.update(piece)
+    return whole.hexdigest()
 
 
 def ours(path: Path) -> str:
     """As for a file that this process has not read."""
-    hashes._KNOWN.clear()
-    return hashes.sha256_of(path)
+    digest._KNOWN.clear()
+    return digest.sha256_of(path)
 
 
 def seconds(compute: Callable[[Path], str], files: list[Path], threads: int) -> float:

@@ -22,8 +22,8 @@ import torch
 
 import sae
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
-from sae.seeding import torch_generator
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.numerics.seeding import torch_generator
 from sae.training.initialise import initialise_
 from sae.training.schedules import default_learning_rate, learning_rate
 

@@ -20,7 +20,7 @@ from harvest import HOOK, write_synthetic_cache
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import Outcome, Recipe, train_all
 
 

@@ -23,13 +23,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from sae import sparse
 from sae.architectures import ARCHITECTURES
-from sae.dictionary import Dictionary
-from sae.kernels import back_end
+from sae.dictionary.base import Dictionary
+from sae.kernels import back_end, sparse
 from sae.training import optimizer as optimizer_module
 from sae.training.firing import FiringRecord
-from sae.training.objectives import OBJECTIVES, Context
+from sae.training.objectives import OBJECTIVES, StepInputs
 from sae.training.optimizer import FeatureAdam
 
 _EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
@@ -80,9 +79,9 @@ def count(architecture: str, dead_share: float, arguments: argparse.Namespace) -
 
 def step(dictionary: Dictionary, optimizer: FeatureAdam, firing: FiringRecord, x: torch.Tensor, k: int) -> None:
     """As `sae.train` takes it."""
-    context = Context(
+    context = StepInputs(
         firing.dead, firing.candidates, 0.0, 1.0, k, firing.density,
-        optimizer.encoder_sink, optimizer.decoder_sink, optimizer.low,
+        optimizer.encoder_sink, optimizer.decoder_sink, optimizer.encoder_bf16,
     )  # fmt: skip
     losses = OBJECTIVES[dictionary.architecture](dictionary, x, x, context)
     losses.total.backward()

@@ -21,7 +21,7 @@ from ceilings import synchronise
 from torch import Tensor
 
 from sae.kernels import cpu, kernels_for, reference
-from sae.kernels.interface import AdamStep, Gradient, Moments, Subset, Term
+from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, Subset
 from sae.kernels.pattern import Pattern
 
 
@@ -114,7 +114,7 @@ def selections(operands: Operands, clock: Clock) -> list[Row]:
 def products_with_codes(operands: Operands, pattern: Pattern, values: Tensor, clock: Clock) -> list[Row]:
     """Decoding, the gradient of the codes, the gradient of a matrix: ours, dense, and other sparse ways."""
     x, decoder, kernels = operands.x, operands.decoder, kernels_for(operands.encoder)
-    term = Term(pattern, values, x)
+    term = FactoredGradient(pattern, values, x)
     features = pattern.features.view(len(x), -1)
 
     def gathered() -> Tensor:
@@ -128,12 +128,12 @@ def products_with_codes(operands: Operands, pattern: Pattern, values: Tensor, cl
 
     def sums() -> Tensor:  # a new pattern, so that sorting it by feature counts
         fresh = Pattern(pattern.features, pattern.offsets, pattern.d_sae, pattern.k)
-        return kernels.feature_sums(Term(fresh, values, x))
+        return kernels.feature_sums(FactoredGradient(fresh, values, x))
 
     ours_decode = lambda: kernels.decode(pattern, values, decoder)  # noqa: E731
-    ours_dots = lambda: kernels.value_gradients(pattern, x, decoder)  # noqa: E731
+    ours_dots = lambda: kernels.sampled_product(pattern, x, decoder)  # noqa: E731
     dense_decode = lambda: reference.decode(pattern, values, decoder)  # noqa: E731
-    dense_dots = lambda: reference.value_gradients(pattern, x, decoder)  # noqa: E731
+    dense_dots = lambda: reference.sampled_product(pattern, x, decoder)  # noqa: E731
     return [
         clock.row("decode", ours_decode, dense_decode, "dense product"),
         clock.row("gradient of the codes", ours_dots, dense_dots, "dense product"),
@@ -146,7 +146,7 @@ def products_with_codes(operands: Operands, pattern: Pattern, values: Tensor, cl
 def update(operands: Operands, pattern: Pattern, values: Tensor, clock: Clock) -> Row:
     """What is done to the decoder after the backward pass."""
     decoder, kernels = operands.decoder.clone(), kernels_for(operands.encoder)
-    term = Term(pattern, values, operands.x)
+    term = FactoredGradient(pattern, values, operands.x)
     moments = Moments(torch.zeros_like(decoder), torch.zeros_like(decoder))
     parameter = torch.nn.Parameter(decoder.clone())
     adam = torch.optim.Adam([parameter], fused=True)
@@ -181,8 +181,8 @@ def crossover(batch: int, d_in: int, columns: int, clock: Clock) -> list[Row]:
             cpu.DENSE_ABOVE = density
             pattern = Pattern.from_indices(indices, columns)
             cpu.decode(pattern, values, decoder)
-            cpu.value_gradients(pattern, x, decoder)
-            cpu.feature_sums(Term(pattern, values, x))
+            cpu.sampled_product(pattern, x, decoder)
+            cpu.feature_sums(FactoredGradient(pattern, values, x))
 
         what = f"all three products at density {share:.3f}"
         rows.append(clock.row(what, lambda both=both: both(2.0), lambda both=both: both(0.0), "dense products"))

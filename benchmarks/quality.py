@@ -39,8 +39,8 @@ from peers.environments import FOLDER, python
 import sae
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
-from sae.tokens import HELD_OUT, TRAIN
-from sae.training.applicability import PENALISED
+from sae.config.splits import HELD_OUT, TRAIN
+from sae.training.traits import PENALISED
 
 WORKER = Path(__file__).parent / "peers" / "quality_worker.py"
 KEPT = Path(__file__).parent / "results" / "trainings"

@@ -1,4 +1,4 @@
-"""Where the command `sae` begins and ends: Ctrl-C while modules are imported, or at exit, leaves no stack trace."""
+"""Entry point of the command `sae`. Ctrl-C during imports or at exit leaves no stack trace."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import signal
 from types import FrameType
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 
 def main() -> None:
-    """Import the command line, and run it."""
-    obeyed = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else ignored, as in `nohup sae … &`
-    if obeyed:
+    """Import the command line and run it."""
+    handles_interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in `nohup sae … &`
+    if handles_interrupts:
         signal.signal(signal.SIGINT, _leave)  # an exception could be lost in the code of modules being imported
-    from sae import cli
+    from sae.cli import main as cli
 
     try:
-        if obeyed:
+        if handles_interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         cli.main()
-    except KeyboardInterrupt:  # before or after what `cli.main` guards
+    except KeyboardInterrupt:  # before or after the part that `cli.main` guards
         os._exit(INTERRUPTED)
     finally:
-        if obeyed:
+        if handles_interrupts:
             signal.signal(signal.SIGINT, _end)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    """End the process: nothing has been opened yet."""
-    os.write(2, b"interrupted before anything was begun\n")
+    """Exit: nothing has been opened yet."""
+    os.write(2, b"interrupted before any work started\n")
     os._exit(INTERRUPTED)
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
-    """End the process: everything is done and said."""
+    """Exit: everything is done and printed."""
     os._exit(INTERRUPTED)
 
 

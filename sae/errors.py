@@ -3,24 +3,27 @@
     SaeError
     ├── ConfigError    a setting is unknown, of the wrong type, or contradicts another
     ├── DataError      the text cannot be read, or there is too little of it
-    ├── ModelError     the language model or the hook point cannot be had
-    ├── CacheError     the activation cache is missing, damaged, of another model, or cannot be written
+    ├── ModelError     the language model or the hook point is not available
+    ├── CacheError     the activation cache is missing, damaged, from another model, or cannot be written
     ├── FormatError    a saved dictionary or feature store cannot be read
-    │   ├── DamagedError  (a CacheError as well) a file is missing, damaged, changed, or no regular file
-    │   └── UnreadableError  (a CacheError as well) the machine cannot read a file, which may be good
-    ├── TrainingError  training cannot go on
-    ├── TrainingInterrupted  no error: Ctrl-C, and the state is saved
-    ├── ShapeError     activations have another width than the dictionary
-    └── UnknownFeatureError  the dictionary has no feature of that number
+    │   ├── DamagedError  (also a CacheError) a file is missing, damaged, changed, or not a regular file
+    │   └── UnreadableError  (also a CacheError) the machine cannot read a file, which may be intact
+    ├── TrainingError  training cannot continue
+    ├── TrainingInterrupted  not an error: Ctrl-C, and the state is saved
+    ├── ShapeError     activations and dictionary differ in width
+    └── UnknownFeatureError  the dictionary has no feature with that number
 
 Each message names the value, what was expected, and the way out; the command line prints it alone on one line.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
 
 class SaeError(Exception):
-    """Root of all errors of this package."""
+    """Base class of all errors of this package."""
 
 
 class ConfigError(SaeError):
@@ -32,11 +35,11 @@ class DataError(SaeError):
 
 
 class ModelError(SaeError):
-    """The language model or the hook point cannot be had."""
+    """The language model or the hook point is not available."""
 
 
 class CacheError(SaeError):
-    """The activation cache is missing, damaged, of another model, or cannot be written."""
+    """The activation cache is missing, damaged, from another model, or cannot be written."""
 
 
 class FormatError(SaeError):
@@ -44,24 +47,34 @@ class FormatError(SaeError):
 
 
 class DamagedError(FormatError, CacheError):
-    """A file that the toolkit wrote is missing, differs from its hash, cannot be parsed, or is no regular file."""
+    """A file that the toolkit wrote is missing, differs from its hash, cannot be parsed, or is not a regular file."""
 
 
 class UnreadableError(FormatError, CacheError):
-    """A file cannot be read, and not through a fault of its own: permissions, memory, open files, the path's name."""
+    """A file cannot be read for reasons outside it: permissions, memory, too many open files, the path's name."""
 
 
 class TrainingError(SaeError):
-    """Training cannot go on: not-a-number values, activations of the wrong width, no data."""
+    """Training cannot continue: not-a-number values, activations of the wrong width, no data."""
 
 
-class TrainingInterrupted(SaeError):  # noqa: N818  it is no error
-    """Ctrl-C: the state is saved, and the same command goes on."""
+class TrainingInterrupted(SaeError):  # noqa: N818  not an error
+    """Ctrl-C: the state is saved, and the same command continues from it."""
 
 
 class ShapeError(SaeError, ValueError):
-    """Activations have another width than the dictionary."""
+    """Activations and dictionary differ in width."""
 
 
 class UnknownFeatureError(SaeError, IndexError):
-    """The dictionary has no feature of that number."""
+    """The dictionary has no feature with that number."""
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], NoReturn]:
+    """Return a module's `__getattr__` that raises AttributeError and, for an old name, states the new one."""
+
+    def missing(name: str) -> NoReturn:
+        hint = f": it is called {names[name]!r} now" if name in names else ""
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{hint}")
+
+    return missing

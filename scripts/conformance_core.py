@@ -74,7 +74,7 @@ def run_core(dictionaries: dict[str, Any], setting: Setting) -> dict[str, Number
 
 
 def by_its_formulas(name: str, numbers: Numbers, report: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """SAEBench's numbers by its defaults, each beside that of its formula in `sae.evaluation.legacy`."""
+    """SAEBench's numbers by its defaults, each beside that of its formula in `sae.evaluation.published_formulas`."""
     legacy = report["legacy"]
     assert legacy["contexts"] == DEFAULTS.batches * DEFAULTS.contexts, f"{name}: {legacy['contexts']} contexts"
     assert legacy["contexts_per_batch"] == DEFAULTS.contexts

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import sae
 from sae.architectures import ARCHITECTURES
-from sae.files import write_json
-from sae.model_identity import DEMO_FOLDER
-from sae.tokens import HELD_OUT
+from sae.config.splits import HELD_OUT
+from sae.dictionary.model_identity import DEMO_FOLDER
+from sae.files.writing import write_json
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 CONTEXTS, LENGTH = 64, 128

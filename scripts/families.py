@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from family_configs import FAMILIES, SMALL
 
-from sae.config import ModelConfig
+from sae.config.sources import ModelConfig
+from sae.dictionary.hook_points import KINDS
+from sae.dictionary.model_identity import DEMO_FOLDER
 from sae.errors import ModelError
-from sae.hook_points import KINDS
-from sae.language_model import LanguageModel
-from sae.model_identity import DEMO_FOLDER
-from sae.tail import SHORT
+from sae.model.language_model import LanguageModel
+from sae.model.tail import SHORT
 
 SHORT_ROAD, WHOLE_ROAD, READ, REFUSED, LACKING = "short", "whole", "read", "refused", ""
 _WORST = (REFUSED, WHOLE_ROAD, READ, SHORT_ROAD)

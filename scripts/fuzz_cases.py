@@ -192,7 +192,7 @@ def run_verb(verb: str, config: Path) -> None:
         "effects": ["effects", "run", "3", *EFFECTS],
         "probe": ["probe", "run", str(config.with_name("labels.csv")), *PROBES],
     }[verb]
-    from sae import cli
+    from sae.cli import main as cli
 
     sys.argv = ["sae", "--quiet", *command]
     cli.main()
@@ -208,9 +208,9 @@ UNFINISHED = "leave an evaluation unfinished"
 
 def leave_evaluation_unfinished() -> None:
     """Beside the report, which is as before: what Ctrl-C keeps of an evaluation after it wrote sums twice."""
-    from sae import pipeline
     from sae.evaluation import partial
     from sae.evaluation.partial import FOLDER, Stage
+    from sae.runs import pipeline
 
     report, keep, kept = Path("run/eval.json"), Stage.keep, []
 
@@ -250,13 +250,20 @@ def load_in_python() -> None:
 
 def share_language_model(config: Path) -> None:
     """Import what takes long and load the model of `config` once, for all forks."""
-    for name in ("sae.cli", "sae.comparison", "sae.probing.of_run", "sae.verification", "sae.viewer", *SLOW_IMPORTS):
+    for name in (
+        "sae.cli.main",
+        "sae.runs.comparison",
+        "sae.runs.probes",
+        "sae.runs.verification",
+        "sae.viewer",
+        *SLOW_IMPORTS,
+    ):
         importlib.import_module(name)
     import torch
 
-    from sae import pipeline
-    from sae.config_file import load_config
-    from sae.language_model import LanguageModel
+    from sae.config.file import load_config
+    from sae.model.language_model import LanguageModel
+    from sae.runs import pipeline
 
     kept: dict[str, LanguageModel] = {}
 

@@ -1,4 +1,4 @@
-"""Runs the evaluations of SAELens and SAEBench on the tensors of tests/evaluation/legacy_case.py, prints their numbers.
+"""Runs the evaluations of SAELens and SAEBench on the tensors of published_case.py, and prints their numbers.
 
     python -m venv ENV
     ENV/bin/pip install sae-lens==6.54.12 tabulate
@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "evaluation"))
 
-import legacy_case as case  # pyright: ignore[reportMissingImports]
+import published_case as case  # pyright: ignore[reportMissingImports]
 from sae_bench.evals.core import main as sae_bench  # pyright: ignore[reportMissingImports]
 from sae_lens import evals as sae_lens  # pyright: ignore[reportMissingImports]
 from sae_lens.training.activation_scaler import ActivationScaler  # pyright: ignore[reportMissingImports]

@@ -27,7 +27,7 @@ SETTINGS = [
 
 def sae(verb: str, out: Path, *settings: str) -> list[str]:
     config = str(ROOT / "configs" / "quickstart.yaml")
-    return [sys.executable, "-m", "sae.cli", "--quiet", verb, config, f"out={out}", *SETTINGS, *settings]
+    return [sys.executable, "-m", "sae.cli.main", "--quiet", verb, config, f"out={out}", *SETTINGS, *settings]
 
 
 def seconds(command: list[str]) -> float:
@@ -81,7 +81,7 @@ def flipped_byte(work: Path) -> bool:
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    command = [sys.executable, "-m", "sae.cli", "verify", str(work / "whole")]
+    command = [sys.executable, "-m", "sae.cli.main", "verify", str(work / "whole")]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     named = "train-00003.safetensors" in outcome.stderr and outcome.returncode == 1
     return verdict("flipped byte", named, outcome.stderr.splitlines()[0])

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sae.corpus import Document, is_held_out, standard_library
+from sae.text.corpus import Document, is_held_out, standard_library
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, CONTEXT, WIDTH, LAYERS, HEADS = 4096, 256, 256, 4, 4

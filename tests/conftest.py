@@ -54,12 +54,13 @@ type(jaxtyping.config).jaxtyping_disable = property(CHECKED_CALLS.over)  # type:
 import pytest
 import torch
 
-from sae import cli
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
-from sae.config import ModelConfig, RunConfig
-from sae.config_file import parse_config
-from sae.language_model import LanguageModel
+from sae.cli import main as cli
+from sae.config.file import parse_config
+from sae.config.settings import RunConfig
+from sae.config.sources import ModelConfig
+from sae.model.language_model import LanguageModel
 
 torch.set_num_threads(1)  # with tensors this small, threads only wait for each other
 

@@ -86,7 +86,7 @@ def test_the_main_configuration_runs_from_its_names_over_a_bad_line(hub: Loopbac
         "evaluation.downstream_tokens=100", "evaluation.legacy_tokens=0", "evaluation.frozen_decoder_tokens=0",
         "features.tokens=500",
     ]  # fmt: skip
-    done = process(hub, tmp_path, "-m", "sae.cli", "--quiet", "run", str(CONFIG), *small, "out=run")
+    done = process(hub, tmp_path, "-m", "sae.cli.main", "--quiet", "run", str(CONFIG), *small, "out=run")
     assert done.returncode == 0, done.stderr
     assert [fault for fault in hub.faults if fault.times] == []
     manifest = json.loads((tmp_path / "run" / "activations" / "manifest.json").read_text(encoding="utf-8"))
@@ -102,8 +102,8 @@ def test_the_main_configuration_runs_from_its_names_over_a_bad_line(hub: Loopbac
 BROKEN_STREAM = """
 import os, sys, time, urllib.request
 time.sleep = lambda seconds: None  # between the libraries' own tries, which take minutes
-from sae import pipeline
-from sae.config_file import load_config
+from sae.runs import pipeline
+from sae.config.file import load_config
 from sae.errors import SaeError
 overrides = sys.argv[2:]
 try:
@@ -125,7 +125,7 @@ def test_a_stream_that_breaks_off_goes_on_with_the_next_run(hub: LoopbackHub, tm
     done = process(hub, tmp_path, "-c", BROKEN_STREAM, str(CONFIG), *small)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"data source {DATA!r}: row 30 could not be read ("), done.stdout
-    assert "run the same command again to go on" in done.stdout
+    assert "run the same command again to continue" in done.stdout
     assert done.stdout.count("\n") == 1
     folders = [tmp_path / name / "activations" for name in ("broken", "whole")]
     contents = [{p.name: p.read_bytes() for p in folder.rglob("*.safetensors")} for folder in folders]
@@ -136,10 +136,10 @@ def test_a_stream_that_breaks_off_goes_on_with_the_next_run(hub: LoopbackHub, tm
 ERRORS = """
 import sys, json, time
 time.sleep = lambda seconds: None  # between the libraries' own tries
-from sae.config import DataConfig, ModelConfig
-from sae.corpus import read_documents
+from sae.config.sources import DataConfig, ModelConfig
+from sae.text.corpus import read_documents
 from sae.errors import SaeError
-from sae.model_loading import load_pretrained
+from sae.model.loading import load_pretrained
 for case in json.loads(sys.argv[1]):
     try:
         if "name" in case:
@@ -182,7 +182,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_way_out(hub: LoopbackHub, gpt
     assert lines[2].startswith("model 'org/nothing': neither a folder nor a file here, and the hub has no model 'org/n")
     assert "its weights are not there as safetensors on the hub" in lines[3]
     assert "t.AutoModelForCausalLM" in lines[3]
-    assert "needs Python code that comes with it, and none of it was run" in lines[4]
+    assert "needs Python code that comes with it, which was not run" in lines[4]
     assert lines[5] == f"data source {DATA!r}: the hub has {DATA!r}, but not that revision: check data.revision"
     assert lines[6].startswith("data source 'org/nothing': neither a folder nor a file here, and the hub has no data")
     assert "Dataset scripts are no longer supported" in lines[7]

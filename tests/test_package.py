@@ -3,110 +3,47 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from structure import structure_of, tree
 
 import sae
 
 ROOT = Path(sae.__file__).parent
+STRUCTURE = structure_of(ROOT.parent)
 
-# Rooms in the order of the flow; a file may import its own room and those before it.
+# Rooms by their floors; a file may import its own room and those on lower floors.
 FLOW = [
-    ["errors", "environment", "modes", "paths", "seeding", "hub_errors", "printable"],
-    ["markdown"],
-    ["hashes", "files", "reading", "model_identity"],
-    ["terminal", "columns"],
-    ["hook_points"],
-    ["mixture", "transcoding"],
-    ["config", "fit", "config_file"],
-    ["neighbours"],
-    [
-        "text.binary",
-        "text.census",
-        "text.csv_records",
-        "text.document",
-        "text.json_records",
-        "text.limits",
-        "text.own_files",
-        "text.sections",
-    ],
-    ["text.written_lists"],
-    ["text.files", "text.digests", "text.chat", "text.chat_worker", "text.pieces", "text.fingerprint", "text.recorded"],
-    ["text"],
-    ["corpus"],
-    ["tokens"],
-    ["kernels"],
-    ["sparse"],
-    ["tool_config"],
-    ["dictionary"],
-    ["origin"],
-    ["architectures"],
-    ["activations.cache", "activations.loader", "activations"],
-    ["training"],
-    ["model_files", "special_tokens", "gguf_copies", "guard", "hook_probe", "bridge_proof"],
-    ["model_loading", "bridging"],
-    ["passes", "tail", "language_model"],
-    ["activations.same_model", "activations.harvest"],
-    ["splicing"],
-    ["evaluation"],
-    ["superposition"],
-    ["features"],
-    ["causal", "probing"],
+    ["errors", "numerics"],
+    ["files", "kernels"],
+    ["config", "dictionary", "results"],
+    ["architectures", "console", "model", "text"],
+    ["activations", "training"],
+    ["evaluation", "features", "probing"],
+    ["effects", "runs", "superposition"],
     ["viewer"],
-    ["run_folder"],
-    ["pipeline", "progress", "verification"],
-    ["probing.of_run"],
-    ["sweeping", "comparison"],
-    ["commands"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
 ]
 CORE = {
+    "activations",
+    "architectures",
+    "config",
+    "dictionary",
     "errors",
     "files",
-    "hashes",
-    "reading",
-    "environment",
-    "model_identity",
-    "modes",
-    "paths",
-    "seeding",
-    "hub_errors",
-    "hook_points",
-    "printable",
-    "markdown",
-    "mixture",
-    "transcoding",
-    "config",
-    "config_file",
-    "neighbours",
-    "text",
-    "corpus",
-    "tokens",
     "kernels",
-    "sparse",
-    "tool_config",
-    "dictionary",
-    "origin",
-    "architectures",
+    "numerics",
+    "text",
     "training",
 }
 CORE_LIBRARIES = {"torch", "einops", "safetensors", "numpy", "pydantic", "pydantic_core", "yaml", "jaxtyping", "sae"}
-
-
-def place(module: str) -> int:
-    """Position in FLOW of a module's longest matching room."""
-    matches = [
-        (len(room), number)
-        for number, rooms in enumerate(FLOW)
-        for room in rooms
-        if module == room or module.startswith(room + ".")
-    ]
-    assert matches, f"sae.{module} is in no room of the flow"
-    return max(matches)[1]
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -130,14 +67,61 @@ def modules() -> list[tuple[str, Path]]:
     return [(name, path) for name, path in names if name]
 
 
-def test_imports_go_one_way() -> None:
+def test_every_room_imports_lower_floors_only() -> None:
+    floors = {f"sae.{room}": number for number, rooms in enumerate(FLOW) for room in rooms}
+    rooms = {room: targets for room, targets in STRUCTURE.rooms.items() if room.startswith("sae.")}
+    assert set(rooms) == set(floors)
     wrong = [
-        f"sae.{name} imports {target}"
-        for name, path in modules()
-        for target, _ in imports(path)
-        if target.startswith("sae.") and place(target.removeprefix("sae.")) > place(name)
+        f"{room} imports {target}"
+        for room, targets in rooms.items()
+        for target in targets
+        if target == "sae" or floors[target] >= floors[room]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_contributors_read_the_same_floors() -> None:
+    shown = "\n".join(f"    {number:2}  {', '.join(rooms)}" for number, rooms in enumerate(FLOW, 1))
+    assert shown in (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_in_the_documents_is_that_of_the_files() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert tree(ROOT.parent) in page, "copy the output of scripts/structure.py --tree into docs/architecture.md"
+
+
+def test_no_files_import_each_other() -> None:
+    assert STRUCTURE.circles() == []
+
+
+@pytest.mark.parametrize(
+    ("what", "places"),
+    [
+        ("import matplotlib|from matplotlib", {"results/figure.py"}),
+        (r"[\"']:--[\"'| ]", {"results/markdown.py"}),
+        (r"rich\.table import Table\b(?! as Grid)", {"results/table.py"}),
+        ('"format_version"|format_version =', {"files/formats.py"}),
+        (r"ConfigDict\([^)]*frozen=True", {"config/base.py"}),
+        (r"Callable\[\[(str, )?int, int\], None\]", {"config/progress.py"}),
+        (r'blocks\\\.|f"blocks\.', {"dictionary/hook_points.py"}),
+        (r"get_close_matches\(parts", {"config/base.py"}),
+        (r"sha256\(json\.dumps\([^)]*sort_keys=True", {"files/formats.py"}),
+    ],
+)  # fmt: skip
+def test_each_is_written_once(what: str, places: set[str]) -> None:
+    """A second figure, table, format, base of settings, progress or grammar of hook points would be found here."""
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if re.search(what, path.read_text(encoding="utf-8"))
+    }
+    assert found == places
+
+
+def test_the_house_stays_small() -> None:
+    assert len(STRUCTURE.rooms) <= 26 and STRUCTURE.imports <= 140
+    entries = [path.name for path in ROOT.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 26, sorted(entries)
 
 
 def test_the_training_core_needs_few_libraries() -> None:
@@ -145,7 +129,7 @@ def test_the_training_core_needs_few_libraries() -> None:
     wrong = [
         f"sae.{name} imports {target}"
         for name, path in modules()
-        if name.split(".")[0] in CORE or name in ("activations.cache", "activations.loader", "activations")
+        if name.split(".")[0] in CORE
         for target, at_top in imports(path)
         if at_top and target.split(".")[0] not in (allowed | {"triton"} if "kernels.triton" in name else allowed)
     ]
@@ -158,7 +142,7 @@ import sys
 for name in ("transformer_lens", "transformers", "datasets", "wandb", "matplotlib", "pyarrow", "rich"):
     sys.modules[name] = None
 import torch, sae
-from sae.config import TrainConfig, DictionaryConfig
+from sae.config.settings import TrainConfig, DictionaryConfig
 source = sae.IterableSource([torch.randn(32, 8) for _ in range(4)])
 d = sae.train(source, DictionaryConfig(d_sae=16, k=2), TrainConfig(tokens=320))
 assert d(torch.randn(3, 8)).shape == (3, 8)
@@ -189,7 +173,8 @@ print(elapsed)
 def test_the_command_line_begins_without_torch() -> None:
     code = """
 import sys
-from sae import __main__, cli
+from sae import __main__
+from sae.cli import main
 heavy = {"torch", "numpy", "safetensors", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -206,7 +191,7 @@ def test_the_installed_command_is_the_guarded_one() -> None:
     assert 'sae = "sae.__main__:main"' in (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("module", ["click", "pydantic", "sae.cli"])
+@pytest.mark.parametrize("module", ["click", "pydantic", "sae.cli.main"])
 def test_ctrl_c_while_modules_are_imported_leaves_one_line(module: str) -> None:
     """The signal comes as a module is looked for, which would otherwise end in a stack trace."""
     code = f"""
@@ -221,7 +206,7 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
-    assert done.stderr == "interrupted before anything was begun\n"
+    assert done.stderr == "interrupted before any work started\n"
 
 
 def test_an_ignored_ctrl_c_stays_ignored() -> None:
@@ -245,11 +230,9 @@ def test_public_names_exist_and_are_documented() -> None:
 
 
 def public_names(file: Path) -> set[str]:
-    """What `__all__` of a module lists."""
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return set(ast.literal_eval(node.value))
-    return set()
+    """What `__all__` of a package lists."""
+    name = ".".join(file.parent.relative_to(ROOT.parent).parts)
+    return set() if name == "sae.kernels.triton" else set(getattr(importlib.import_module(name), "__all__", ()))
 
 
 def test_no_public_name_is_a_submodule_too() -> None:
@@ -280,7 +263,7 @@ print(sae.superposition.run.__module__, sae.probing.ProbeConfig.__name__, sae.er
 
 
 def test_what_editors_see_is_what_there_is() -> None:
-    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "__init__.pyi").read_text(encoding="utf-8"))
     shown = {
         alias.asname: node.module
         for node in ast.walk(tree)
@@ -289,7 +272,7 @@ def test_what_editors_see_is_what_there_is() -> None:
         if node.module not in ("sae", "typing", "__future__")
     }
     assert shown == sae._HOME
-    assert sorted(shown) == sae.__all__
+    assert sorted({*shown} - {"__version__"}) == sae.__all__
     assert (ROOT / "py.typed").is_file(), "without this file type checkers do not look into an installed package"
 
 

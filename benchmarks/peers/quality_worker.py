@@ -70,7 +70,7 @@ class Task:
 def ours(task: Task) -> dict[str, Reconstruct]:
     """`sae.train` with its defaults."""
     import sae
-    from sae.config import DictionaryConfig, TrainConfig
+    from sae.config.settings import DictionaryConfig, TrainConfig
 
     settings = TrainConfig(tokens=task.steps * task.batch, batch_size=task.batch, **task.penalty)  # type: ignore[arg-type]
     shape = DictionaryConfig(architecture=task.architecture, d_sae=task.d_sae, k=task.k)  # type: ignore[arg-type]

@@ -75,11 +75,11 @@ def ours(task: Task, data: list[torch.Tensor], products: str = "float32") -> lis
     batch to that for the next, and a fiftieth of what the last line took is added: BatchTopK finds its threshold then.
     """
     import sae
-    from sae.config import DictionaryConfig, TrainConfig
+    from sae.config.settings import DictionaryConfig, TrainConfig
 
     every = TrainConfig().log_every
     steps = task.steps + 2 if task.device == "cpu" else every * (task.steps + 1)
-    settings = TrainConfig(tokens=steps * task.batch, batch_size=task.batch, products=products)  # type: ignore[arg-type]
+    settings = TrainConfig(tokens=steps * task.batch, batch_size=task.batch, encoder_dtype=products)  # type: ignore[arg-type]
     shape = DictionaryConfig(architecture=task.architecture, d_sae=task.d_sae, k=task.k)  # type: ignore[arg-type]
     clocked, lines = Clocked(data), list[float]()
     source = sae.IterableSource(clocked)

@@ -1,7 +1,8 @@
-"""The activation cache: harvest it, open it, draw shuffled batches from it."""
+"""The activation cache: harvest it, open it, and draw shuffled batches from it."""
 
 from __future__ import annotations
 
-from sae.activations.cache import ActivationCache, ContextBatch, Statistics
+from sae.activations.cache import ActivationCache, ContextBatch
+from sae.numerics.statistics import Statistics
 
 __all__ = ["ActivationCache", "ContextBatch", "Statistics"]

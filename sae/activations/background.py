@@ -1,4 +1,4 @@
-"""Threads that work ahead of whoever reads."""
+"""Threads that work ahead of a reader."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 @contextlib.contextmanager
 def background(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for as long as the body runs; at the end what has not begun is left, and nobody waits for the rest.
+    """A thread pool for the body. At the end, pending work is cancelled and running work is not waited for.
 
-    A generator that reads ahead may be left in the middle, and then ends whenever the garbage collector finds it: also
-    while a thread is being started, where waiting for another one would never end (Python's `threading` holds a lock
-    there that the end of a thread needs).
+    A generator that reads ahead may be abandoned, and then ends when the garbage collector finds it. That can happen
+    while a thread is being started, when waiting for another thread would never end: Python's `threading` then holds a
+    lock that the end of a thread needs.
     """
     pool = ThreadPoolExecutor(threads)
     try:
@@ -21,5 +21,5 @@ def background(threads: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         try:
             pool.shutdown(wait=False, cancel_futures=True)
-        except AttributeError:  # Python is ending: threads have ended, and modules that cancelling needs are gone
+        except AttributeError:  # interpreter shutdown: threads have ended, and modules needed to cancel are gone
             pool.shutdown(wait=False)

@@ -1,10 +1,8 @@
-"""The activation cache on disk: its manifest, opening it, reading it, verifying it."""
+"""The activation cache on disk, opened for reading."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import threading
 from collections import deque
@@ -12,188 +10,41 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from sae.activations.background import background
-from sae.errors import CacheError, DamagedError
-from sae.files import stands
-from sae.hashes import Identity, check, damaged, identity_of
-from sae.model_identity import NOT_OF_ACTIVATIONS
-from sae.modes import in_own_modes
-from sae.paths import expanded
-from sae.reading import open_tensors, read_json, read_object, tensor_of, validated
-from sae.tokens import SPLITS, TRAIN, TokenPolicy
+from sae.activations.manifest import (
+    COLUMN_TYPES,
+    DOCUMENTS,
+    MANIFEST,
+    PLAIN_COLUMNS,
+    RESTORE,
+    HookEntry,
+    find_cache,
+    inside,
+    read_manifest,
+    shard_name,
+)
+from sae.config.splits import TRAIN
+from sae.dictionary.token_policy import TokenPolicy
+from sae.errors import CacheError
+from sae.files.damage import damaged
+from sae.files.digest import Identity, identity_of
+from sae.files.hashes import check
+from sae.files.reading import open_tensors, read_json, tensor_of, validated
+from sae.numerics.modes import in_own_modes
+from sae.numerics.statistics import Statistics
 
-FORMAT = "sae-activations"
-FORMAT_VERSION = 1
-MANIFEST, DOCUMENTS = "manifest.json", "documents.json"
-RESTORE = "delete it and run the same 'sae harvest' to restore it"
 NUMBER_TYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
 }  # fmt: skip
-_COLUMN_TYPES = {
-    "tokens": torch.int32, "documents": torch.int32, "sections": torch.int32, "counted": torch.bool,
-}  # fmt: skip
-_PLAIN_COLUMNS = ("tokens", "documents")
 _SHARDS_AHEAD = 4
 _MOST_MAPPED = 256
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-_ROUNDING = 1e-12
-"""Share of E‖x‖² up to which a variance can be the rounding of sums in float64."""
-
-
-class FileEntry(BaseModel):
-    """A shard as the manifest knows it."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    rows: NonNegativeInt
-    bytes: NonNegativeInt
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class HookEntry(BaseModel):
-    """A hook point: its width, and sums over the eligible training tokens harvested so far, in float64."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    d_in: PositiveInt
-    tokens: NonNegativeInt = 0
-    sum: list[FiniteFloat] = []
-    sum_of_squares: Annotated[FiniteFloat, Field(ge=0)] = 0.0
-
-
-class Manifest(BaseModel):
-    """Everything that says what a cache holds. `model`, `data` and `tokens` decide whether it fits a request.
-
-    Of several sources, `data` also records `source_tokens`: by split and source, how many tokens came from it. What
-    else was found in the text (see `sae.text.census.combined`) and where it came from stands there too.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    format: str = FORMAT
-    format_version: int = FORMAT_VERSION
-    complete: bool = False
-    model: dict[str, Any]
-    data: dict[str, Any]
-    tokens: dict[str, Any]
-    context_length: PositiveInt
-    shard_contexts: PositiveInt
-    dtype: Literal["float32", "float16", "bfloat16", "int8"]
-    rows: dict[str, NonNegativeInt]
-    text_sha256: str
-    hooks: dict[str, HookEntry]
-    files: dict[str, FileEntry]
-
-    def identity(self, hook: str) -> str:
-        """A hash of all that decides the activations at `hook` and which of them count: equal only for equal caches."""
-        model = {key: value for key, value in self.model.items() if key not in NOT_OF_ACTIVATIONS}
-        facts = [
-            model,
-            self._deciding_data(),
-            self.tokens,
-            self.context_length,
-            self.dtype,
-            self.rows,
-            self.text_sha256,
-            hook,
-        ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    def _deciding_data(self) -> dict[str, Any]:
-        """Without what follows from the text, whose hash is a fact of its own; all of it in older manifests."""
-        if "token_columns" not in self.data:
-            return self.data
-        return {key: value for key, value in self.data.items() if key in ("holdout_fraction", "holdout_seed")}
-
-    def is_whole(self, folder: Path, name: str) -> bool:
-        """Whether a file is there and of the size it was written with."""
-        entry, path = self.files.get(name), folder / name
-        return entry is not None and path.is_file() and path.stat().st_size == entry.bytes
-
-    def shards(self, split: str) -> int:
-        """Number of shards of a split."""
-        return -(-self.rows[split] // (self.shard_contexts * self.context_length))
-
-    def shard_rows(self, split: str, number: int) -> int:
-        """Tokens in a shard: all have as many but the last."""
-        most = self.shard_contexts * self.context_length
-        return min(most, self.rows[split] - number * most)
-
-    def contradiction(self) -> str | None:
-        """What contradicts the rest; None if everything fits together."""
-        return self._contradiction_of_parts() or (self._contradiction_of_files() if self.complete else None)
-
-    def _contradiction_of_parts(self) -> str | None:
-        if missing := [split for split in SPLITS if split not in self.rows]:
-            return f"rows: {missing[0]!r} is missing"
-        try:
-            TokenPolicy.from_json(self.tokens)
-        except (KeyError, TypeError, ValueError) as error:
-            return f"tokens: {error}"
-        columns = self.data.get("token_columns", _PLAIN_COLUMNS)
-        if not isinstance(columns, list | tuple) or not all(column in _COLUMN_TYPES for column in columns):
-            return f"data.token_columns: {columns!r}"
-        for hook, entry in self.hooks.items():
-            if entry.sum and len(entry.sum) != entry.d_in:
-                return f"hooks.{hook}.sum: {len(entry.sum):,} numbers, where d_in is {entry.d_in:,}"
-        for name in self.files:
-            if name.startswith("/") or ".." in name.split("/"):
-                return f"files: {name!r} leads out of the cache"
-        return None
-
-    def _contradiction_of_files(self) -> str | None:
-        count = 1 + sum(map(self.shards, SPLITS)) * (1 + len(self.hooks))
-        if len(self.files) != count:
-            return f"files: {len(self.files):,} of them, where {count:,} belong to so many rows and hook points"
-        wanted: dict[str, int | None] = {DOCUMENTS: None} | {
-            shard_name(part, split, number): self.shard_rows(split, number)
-            for part in ("tokens", *self.hooks)
-            for split in SPLITS
-            for number in range(self.shards(split))
-        }
-        for name, rows in wanted.items():
-            if name not in self.files:
-                return f"files: {name!r} is missing"
-            if rows is not None and self.files[name].rows != rows:
-                return f"files.{name}: {self.files[name].rows:,} rows, where {rows:,} belong into it"
-        return None
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Over the eligible training tokens of one hook point.
-
-    Attributes:
-        tokens: how many they are.
-        mean: E[x], in float64: the variance is a difference of squares, and with a large mean the smaller part of them.
-        mean_squared_norm: E‖x‖².
-        centred: E‖x − E x‖² as it was measured, where all rows were there at once; None: it follows from the others.
-    """
-
-    tokens: int
-    mean: Float[Tensor, " d_in"]
-    mean_squared_norm: float
-    centred: float | None = None
-
-    @staticmethod
-    def of(rows: Float[Tensor, "rows d_in"]) -> Statistics:
-        """Of rows in memory. Their variance is exact next to any mean, and 0 only if they are equal."""
-        rows = rows.detach().double()
-        variance = (rows - rows[0]).var(0, correction=0).sum()
-        return Statistics(len(rows), rows.mean(0), float(rows.square().sum(1).mean()), float(variance))
-
-    @property
-    def variance(self) -> float:
-        """E‖x − E x‖², summed over d_in; 0 if it is no more than the rounding of the two squares."""
-        if self.centred is not None:
-            return self.centred
-        variance = self.mean_squared_norm - float(self.mean.double().square().sum())
-        rounding = max(_ROUNDING, torch.finfo(self.mean.dtype).eps) * self.mean_squared_norm
-        return 0.0 if variance <= rounding else variance
 
 
 @dataclass(frozen=True)
@@ -204,8 +55,8 @@ class ContextBatch:
         tokens: ids.
         documents: index into `ActivationCache.documents(split)`.
         eligible: False for tokens masked out of training, statistics and evaluation.
-        activations: as stored, converted to float32; None where no hook point was asked for.
-        sections: the number of the section of its document, among all; None where documents were not cut.
+        activations: the stored activations as float32; None if no hook point was requested.
+        sections: index of each token's section, counted over all documents; None if documents were not cut.
     """
 
     first_row: int
@@ -216,7 +67,7 @@ class ContextBatch:
     sections: Int[Tensor, "context seq"] | None = None
 
     def contexts(self, first: int, end: int) -> ContextBatch:
-        """Those from `first` up to `end`, as a batch of their own."""
+        """Contexts `first` up to `end`, as a batch of their own."""
         part = slice(first, end)
         return ContextBatch(
             self.first_row + first * self.tokens.shape[1],
@@ -228,22 +79,17 @@ class ContextBatch:
         )
 
 
-def shard_name(folder: str, split: str, number: int) -> str:
-    """Path of a shard inside the cache; `folder` is `tokens` or a hook point."""
-    return f"{folder}/{split}-{number:05d}.safetensors"
-
-
 class ActivationCache:
     """A harvested cache, opened for reading; shards are mapped into memory, not read.
 
-    A file is compared with its hash before anything of it is used, once a process.
+    Every file is compared with its hash before its first use in a process.
 
     Args:
         path: the cache's folder, or the run folder that holds it.
 
     Raises:
-        CacheError: there is no complete cache, or a file's size is not the manifest's.
-        DamagedError: (a CacheError) the manifest is damaged; later, a shard is.
+        CacheError: there is no complete cache, or a file's size differs from the manifest.
+        DamagedError: (a CacheError) the manifest is damaged; when reading, a shard is.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -269,7 +115,7 @@ class ActivationCache:
 
     @property
     def policy(self) -> TokenPolicy:
-        """Which tokens count."""
+        """Rules for which tokens count."""
         return TokenPolicy.from_json(self.manifest.tokens)
 
     @property
@@ -278,11 +124,11 @@ class ActivationCache:
         return self.manifest.context_length
 
     def rows(self, split: str = TRAIN) -> int:
-        """Tokens in a split, masked ones included."""
+        """Tokens in a split, including masked ones."""
         return self.manifest.rows[split]
 
     def source_tokens(self, split: str = TRAIN) -> dict[str, int]:
-        """Tokens in a split by the label of the source they came from, where several were mixed; else empty."""
+        """Tokens in a split by the label of their source, if several sources were mixed; else empty."""
         return self.manifest.data.get("source_tokens", {}).get(split, {})
 
     def d_in(self, hook: str) -> int:
@@ -305,7 +151,7 @@ class ActivationCache:
         """Names of the split's documents, in order.
 
         Raises:
-            DamagedError: the list of them is damaged.
+            DamagedError: the list of names is damaged.
         """
         path = self.path / DOCUMENTS
         names = read_json(path, self.manifest.files[DOCUMENTS].sha256, remedy=RESTORE)
@@ -316,12 +162,12 @@ class ActivationCache:
         return self.manifest.shards(split)
 
     def token_columns(self, split: str, number: int) -> dict[str, Tensor]:
-        """What a shard says of each token, `[rows]` each: `tokens` and `documents`.
+        """The columns of a token shard, `[rows]` each: `tokens` and `documents`.
 
-        And `sections` if documents were cut, and `counted` if only some roles of chats count.
+        Also `sections` if documents were cut, and `counted` if only some roles of chats count.
         """
         name, rows = shard_name("tokens", split, number), (self.manifest.shard_rows(split, number),)
-        return {column: self._tensor(name, column, _COLUMN_TYPES[column], rows) for column in self._columns()}
+        return {column: self._tensor(name, column, COLUMN_TYPES[column], rows) for column in self._columns()}
 
     def token_shard(self, split: str, number: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """Tokens and document indices of a shard, int32."""
@@ -334,21 +180,21 @@ class ActivationCache:
         return eligible_rows(columns["tokens"], self.policy, self.context_length, columns.get("counted"))
 
     def activation_shard(self, hook: str, split: str, number: int) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
-        """Activations `[rows, d_in]` of a shard as stored, mapped into memory; and the scale per row for int8."""
+        """Stored activations `[rows, d_in]` of a shard, mapped into memory, and the scale of each row for int8."""
         name, rows, d_in = shard_name(hook, split, number), self.manifest.shard_rows(split, number), self.d_in(hook)
         scale = self._tensor(name, "scale", torch.float32, (rows,)) if self.manifest.dtype == "int8" else None
         return self._tensor(name, "activations", NUMBER_TYPES[self.manifest.dtype], (rows, d_in)), scale
 
     @contextlib.contextmanager
     def checking(self, folder: str, split: str) -> Iterator[Callable[[int], Future[Identity]]]:
-        """Compare shards with their hashes in threads, ahead of their use; at the end, what has not begun is left.
+        """Compare shards with their hashes in threads, ahead of their use; pending checks are cancelled at the end.
 
         Args:
             folder: `tokens` or a hook point.
-            split: of the shards.
+            split: split of the shards.
 
         Yields:
-            A function that begins with the shard of a number.
+            A function that starts the check of a shard, given its number.
         """
         with background(THREADS) as pool:
             yield lambda number: pool.submit(self._check, shard_name(folder, split, number))
@@ -357,9 +203,9 @@ class ActivationCache:
     def contexts(
         self, split: str = TRAIN, hook: str | None = None, *, batch_contexts: int = 64, max_tokens: int | None = None
     ) -> Iterator[ContextBatch]:
-        """A split in text order, a few contexts at a time; `max_tokens` stops before the context that would exceed it.
+        """A split in text order, a few contexts at a time, without the contexts that would exceed `max_tokens`.
 
-        A last context that is shorter than the others comes alone.
+        If the last context is shorter than the others, it forms a batch of its own.
         """
         length, left = self.context_length, self.rows(split) if max_tokens is None else max_tokens
         if hook:
@@ -371,9 +217,9 @@ class ActivationCache:
             tokens, documents, sections = columns["tokens"], columns["documents"], columns.get("sections")
             eligible = eligible_rows(tokens, self.policy, length, columns.get("counted"))
             activations, scale = self.activation_shard(hook, split, number) if hook else (None, None)
-            for start, whole_stop in _batch_ranges(len(tokens), length, batch_contexts):
-                cut_short = left < whole_stop - start
-                stop = start + left // length * length if cut_short else whole_stop
+            for start, batch_stop in _batch_ranges(len(tokens), length, batch_contexts):
+                cut_short = left < batch_stop - start
+                stop = start + left // length * length if cut_short else batch_stop
                 if stop <= start:
                     return
                 seq = min(length, stop - start)
@@ -395,17 +241,17 @@ class ActivationCache:
             first_row += len(tokens)
 
     def _checked(self, numbers: Sequence[int], folder: str, split: str) -> Iterator[int]:
-        """Numbers of shards, each when it is checked; a few after it are being checked meanwhile."""
+        """Shard numbers, each once it is checked, while the next few are checked in the background."""
         with self.checking(folder, split) as begin:
-            waiting: deque[Future[Identity]] = deque()
-            for place, number in enumerate(numbers):
-                while len(waiting) <= _SHARDS_AHEAD and place + len(waiting) < len(numbers):
-                    waiting.append(begin(numbers[place + len(waiting)]))
-                waiting.popleft().result()
+            checks: deque[Future[Identity]] = deque()
+            for index, number in enumerate(numbers):
+                while len(checks) <= _SHARDS_AHEAD and index + len(checks) < len(numbers):
+                    checks.append(begin(numbers[index + len(checks)]))
+                checks.popleft().result()
                 yield number
 
     def _columns(self) -> Sequence[str]:
-        return self.manifest.data.get("token_columns", _PLAIN_COLUMNS)
+        return self.manifest.data.get("token_columns", PLAIN_COLUMNS)
 
     def _hook(self, hook: str) -> HookEntry:
         if hook not in self.manifest.hooks:
@@ -413,11 +259,11 @@ class ActivationCache:
         return self.manifest.hooks[hook]
 
     def _check(self, name: str) -> Identity:
-        path = _inside(self.path, name)
+        path = inside(self.path, name)
         return check(path, self.manifest.files[name].sha256, remedy=RESTORE)
 
     def _open(self, name: str) -> Any:
-        """A mapped file; checked again if somebody has written to it since."""
+        """A mapped file, checked again if it has been written to since."""
         identity = self._check(name)
         with self._mapping:
             if name not in self._mapped or self._mapped[name][0] != identity:
@@ -428,12 +274,12 @@ class ActivationCache:
             return self._mapped[name][1]
 
     def _tensor(self, name: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of a file, if it is what the manifest says."""
+        """A tensor of a file, if it agrees with the manifest."""
         path = self.path / name
         tensor = tensor_of(self._open(name), key, path, RESTORE)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            there, here = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
-            raise damaged(path, f"{key} is {there}, where {MANIFEST} says {here}", RESTORE)
+            actual, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
+            raise damaged(path, f"{key} is {actual}, but {MANIFEST} says {expected}", RESTORE)
         return tensor
 
     def __repr__(self) -> str:
@@ -441,96 +287,37 @@ class ActivationCache:
         return f"ActivationCache({str(self.path)!r}: {rows} tokens, {', '.join(self.hooks)}, {self.manifest.dtype})"
 
     def _origin(self, split: str) -> str:
-        given = " + ".join(f"{count:,} of {label}" for label, count in self.source_tokens(split).items())
-        return f" ({given})" if given else ""
+        sources = " + ".join(f"{count:,} of {label}" for label, count in self.source_tokens(split).items())
+        return f" ({sources})" if sources else ""
 
 
 def eligible_rows(
     tokens: Int[Tensor, " rows"], policy: TokenPolicy, context_length: int, counted: Bool[Tensor, " rows"] | None = None
 ) -> Bool[Tensor, " rows"]:
-    """Which rows count, for rows that begin at a context's start and may end inside one.
+    """Which rows count. Rows begin at the start of a context and may end inside one.
 
     Args:
         tokens: ids.
-        policy: decides by ids and positions.
-        context_length: tokens of a context.
-        counted: False for tokens of a chat's roles that do not count; None: there are none.
+        policy: token policy, by ids and positions.
+        context_length: tokens per context.
+        counted: False for tokens of chat roles that do not count; None if there are none.
     """
-    whole = len(tokens) // context_length * context_length
-    parts = [tokens[:whole].view(-1, context_length)]
-    if whole < len(tokens):
-        parts.append(tokens[whole:].view(1, -1))
+    full = len(tokens) // context_length * context_length
+    parts = [tokens[:full].view(-1, context_length)]
+    if full < len(tokens):
+        parts.append(tokens[full:].view(1, -1))
     eligible = torch.cat([policy.eligible(part).flatten() for part in parts])
     return eligible if counted is None else eligible & counted
 
 
 def dequantise(activations: Tensor, scale: Tensor | None) -> Float[Tensor, "rows d_in"]:
-    """Stored activations as float32."""
+    """Convert stored activations to float32."""
     return activations.float() if scale is None else activations.float() * scale[:, None]
 
 
-def find_cache(path: str | Path) -> Path:
-    """The cache's folder, given that or a run folder.
-
-    Raises:
-        CacheError: neither holds a manifest.
-    """
-    folder = expanded(path)
-    for candidate in (folder, folder / "activations"):
-        if stands(candidate / MANIFEST):
-            return candidate
-    raise CacheError(f"cache {str(path)!r}: no {MANIFEST} there; make one with 'sae harvest'")
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest.
-
-    Raises:
-        CacheError: not a manifest of this format, or of a newer version.
-    """
-    path = folder / MANIFEST
-    record = read_object(path)
-    if record.get("format") != FORMAT or not isinstance(record.get("format_version"), int):
-        raise CacheError(f"cache {str(folder)!r}: {MANIFEST} is not of this toolkit (no format {FORMAT!r})")
-    if record["format_version"] > FORMAT_VERSION:
-        raise CacheError(
-            f"cache {str(folder)!r}: format {record['format']!r} version {record['format_version']}; this package "
-            f"reads {FORMAT!r} up to version {FORMAT_VERSION}"
-        )
-    manifest: Manifest = validated(path, Manifest, record)
-    if reason := manifest.contradiction():
-        raise damaged(path, f"damaged ({reason})")
-    return manifest
-
-
 def _batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple[int, int]]:
-    whole = rows // length * length
-    for start in range(0, whole, batch_contexts * length):
-        yield start, min(start + batch_contexts * length, whole)
-    if whole < rows:
-        yield whole, rows
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The path of a file of the cache.
-
-    Raises:
-        DamagedError: it leads out of the cache.
-    """
-    path = folder / name
-    try:
-        leads_out = not path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # a symbolic link to itself
-        leads_out = True
-    if leads_out:
-        raise DamagedError(f"{str(path)!r}: leads out of the cache; put the file itself there, or {RESTORE}")
-    return path
-
-
-def shard_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
-    """What is wrong with a file of a cache; None if nothing is."""
-    try:
-        check(_inside(folder, name), entry.sha256, remedy=RESTORE)
-    except CacheError as error:
-        return str(error)
-    return None
+    full = rows // length * length
+    for start in range(0, full, batch_contexts * length):
+        yield start, min(start + batch_contexts * length, full)
+    if full < rows:
+        yield full, rows

@@ -1,4 +1,4 @@
-"""Language model in, activation cache out: exactly the tokens asked for, resumable after a kill at any instant."""
+"""Harvests a language model's activations into a cache; resumable after being killed at any moment."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,64 +18,64 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.activations.cache import (
+from sae.activations.cache import ActivationCache, eligible_rows
+from sae.activations.manifest import (
     DOCUMENTS,
     MANIFEST,
+    PLAIN_COLUMNS,
     RESTORE,
-    ActivationCache,
     FileEntry,
     HookEntry,
     Manifest,
-    eligible_rows,
     read_manifest,
     shard_name,
 )
 from sae.activations.same_model import check_same_as_before
-from sae.config import DataConfig, RunConfig
-from sae.corpus import STANDARD_LIBRARY
+from sae.activations.same_request import (
+    TEXT_READING,
+    TEXT_STREAMS,
+    TOKEN_COLUMNS,
+    check_same_request,
+    data_identity,
+    reading_version,
+    token_columns,
+    where_from,
+)
+from sae.activations.space import check_space
+from sae.config.mixture import tokens_by_source
+from sae.config.progress import StageProgress
+from sae.config.settings import RunConfig
+from sae.config.sources import DataConfig
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
+from sae.console.terminal import complain
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError, DataError
-from sae.files import free_bytes, locked, stands, write_bytes
-from sae.language_model import LanguageModel
-from sae.mixture import tokens_by_source
-from sae.model_identity import has_fingerprint, model_label
-from sae.modes import in_own_modes
-from sae.paths import expanded
-from sae.printable import json_text, one_line, printable
-from sae.reading import load_tensors, taken_apart
-from sae.seeding import STREAMS
-from sae.terminal import complain
+from sae.files.printable import json_text, one_line, printable
+from sae.files.reading import load_tensors, taken_apart
+from sae.files.writing import locked, stands, write_bytes
+from sae.model.language_model import LanguageModel
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import STREAMS
 from sae.text.census import Census, combined
-from sae.text.fingerprint import source_fingerprint
-from sae.tokens import HELD_OUT, READING, SPLITS, TRAIN, Packer, TokenPolicy, packed_shards
+from sae.text.packing import READING, Packer, packed_shards
 
-Progress = Callable[[int, int], None]
-
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-_BYTES_OF_TEXT = 8  # a token's id and the number of its document
 _SHARDS_IN_FLIGHT = 2
 _ROLES_SHOWN, _LONGEST = 8, 200
-_PLAIN_COLUMNS = ["tokens", "documents"]
-_COLUMNS = "token_columns"
-"""In a manifest's data: what token shards hold; missing where it is tokens and documents."""
-_READING = "reading"
-"""In a manifest's data: the version of how its text was read; where it is missing 1, or 0 without `_COLUMNS`."""
-_STREAMS = "streams"
-"""In a manifest's data: the version of the streams that its documents were shuffled with; 1 where it is missing."""
 
 
 @in_own_modes
-def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress | None = None) -> ActivationCache:
-    """Cache the activations that `config` asks for, or go on with a harvest that was interrupted.
+def harvest(config: RunConfig, language_model: LanguageModel, progress: StageProgress | None = None) -> ActivationCache:
+    """Cache the activations that `config` asks for, or resume an interrupted harvest.
 
     Args:
-        config: `model`, `data` and `harvest` matter, and the cache's folder.
+        config: its `model`, `data` and `harvest` sections and the cache folder are used.
         language_model: the model named in `config.model`.
-        progress: called with (tokens done, tokens in all).
+        progress: called with (tokens done, tokens in total).
 
     Raises:
         CacheError: the folder holds another cache, cannot be written or is full; activations overflow the number type.
-        DataError: the text cannot be read, or there is too little of it.
-        ModelError: a hook point does not exist, or contexts are longer than the model reads.
+        DataError: the text cannot be read, or is too short.
+        ModelError: a hook point does not exist, or contexts are longer than the model can read.
     """
     folder = config.cache_folder
     for hook in config.harvest.hooks:
@@ -89,152 +89,16 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: Progress
             if not all(manifest.is_whole(folder, name) for name in manifest.files if _is_text(name)):
                 _write_text(folder, config, language_model, manifest.files, manifest.data)
         else:
-            _check_space(folder, config, hook_widths(config, language_model))
+            check_space(folder, config, hook_widths(config, language_model))
             manifest = _begin(folder, config, language_model)
-        _check_space(folder, config, {hook: entry.d_in for hook, entry in manifest.hooks.items()}, manifest)
+        check_space(folder, config, {hook: entry.d_in for hook, entry in manifest.hooks.items()}, manifest)
         _Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
     return ActivationCache(folder)
 
 
-def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, text: bool = False) -> None:
-    """Raise CacheError if the cache was made with other settings than `config`'s; with `text`, from other text too."""
-    _check_sources(folder, manifest, config.data, text=text)
-    asked = {
-        "model.revision": config.model.revision,
-        "model.weight_processing": config.model.weight_processing,
-        "model.dtype": config.model.dtype,
-        "data.revision": config.data.revision,
-        **{f"data.{key}": value for key, value in _data_identity(config.data).items() if key != "source"},
-        "data.tokens": config.data.tokens,
-        "data.held_out_tokens": config.data.held_out_tokens,
-        "data.context_length": config.data.context_length,
-        "data.prepend_bos": config.data.prepend_bos,
-        "harvest.hooks": list(config.harvest.hooks),
-        "harvest.dtype": config.harvest.dtype,
-        "harvest.shard_contexts": config.harvest.shard_contexts,
-        "harvest.masked_positions": config.harvest.masked_positions,
-        "harvest.mask_special_tokens": config.harvest.mask_special_tokens,
-        "data.chat_roles": None if config.data.chat_roles is None else list(config.data.chat_roles),
-    }
-    model = manifest.model
-    held = {
-        "model.revision": model.get("requested_revision"),
-        **{f"model.{key}": model.get(key) for key in ("weight_processing", "dtype")},
-        **{f"data.{key}": value for key, value in manifest.data.items()},
-        "data.tokens": manifest.rows.get(TRAIN),
-        "data.held_out_tokens": manifest.rows.get(HELD_OUT),
-        "data.context_length": manifest.context_length,
-        "data.prepend_bos": manifest.tokens.get("prepend_bos"),
-        "harvest.hooks": list(manifest.hooks),
-        "harvest.dtype": manifest.dtype,
-        "harvest.shard_contexts": manifest.shard_contexts,
-        "harvest.masked_positions": manifest.tokens.get("masked_positions"),
-        "harvest.mask_special_tokens": manifest.tokens.get("mask_special_tokens"),
-        "data.chat_roles": manifest.tokens.get("chat_roles"),
-    }
-    same_files = has_fingerprint(config.model.name, model.get("fingerprint"))
-    if same_files is None:
-        asked["model.name"], held["model.name"] = model_label(config.model.name), model.get("name")
-    elif not same_files:
-        raise CacheError(
-            f"cache {str(folder)!r}: of another model: the weights of {config.model.name!r} are not those it was made "
-            f"with ({model.get('name')!r}); use that model, or set harvest.cache to another folder"
-        )
-    elif config.model.revision is None:
-        del asked["model.revision"]  # older versions recorded what was given with a folder, where it had no effect
-    for key, value in asked.items():
-        if held.get(key) != value:
-            raise CacheError(
-                f"cache {str(folder)!r}: made with {key}={held.get(key)!r}, now {value!r} is asked for; "
-                "set harvest.cache to another folder, or delete this one"
-            )
-
-
-def _where_from(data: DataConfig) -> dict[str, Any]:
-    """Sources by what they hold, not by where they lie: a folder's or file's name, and a hash of its texts."""
-    prints = [_fingerprint(source, READING) for source in data.sources]
-    names = [
-        source if known is None else label
-        for source, label, known in zip(data.sources, data.labels, prints, strict=True)
-    ]
-    return {
-        "source": names[0] if isinstance(data.source, str) else names,
-        **({"fingerprints": prints} if any(prints) else {}),
-    }
-
-
-def _fingerprint(source: str, reading: int) -> str | None:
-    """None for what is no folder or file of texts (any more)."""
-    if source == STANDARD_LIBRARY:
-        return None
-    try:
-        return source_fingerprint(source, reading=reading)
-    except (DataError, OSError):
-        return None
-
-
-def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: bool) -> None:
-    """Raise CacheError if the cache's text came from elsewhere; with `text`, if it has changed since, too."""
-    source = manifest.data.get("source")
-    held = [source] if isinstance(source, str) else list(source or [])
-    prints = manifest.data.get("fingerprints", [None] * len(held))
-    other = CacheError(
-        f"cache {str(folder)!r}: made with data.source={source!r}, now "
-        f"{data.source if isinstance(data.source, str) else list(data.sources)!r} is asked for; set harvest.cache to "
-        "another folder, or delete this one"
-    )
-    if len(held) != len(data.sources):
-        raise other
-    for before, known, asked, label in zip(held, prints, data.sources, data.labels, strict=True):
-        if known is None:
-            if before != asked and (
-                Path(before).is_absolute() == Path(asked).is_absolute() or not _same_path(before, asked)
-            ):
-                raise other
-            continue
-        now = _fingerprint(asked, _reading(manifest.data)) if text or before != label else known
-        named_alike = before == label or len(held) == 1
-        if now == known and named_alike:
-            continue
-        if before != label:
-            raise other
-        if now is not None:
-            raise CacheError(
-                f"cache {str(folder)!r}: the text of data.source={asked!r} has changed since it was made; set "
-                "harvest.cache to another folder (or delete this one) to read it anew, or put the text back; sae eval "
-                "and sae features take the cache as it is"
-            )
-
-
-def _reading(data: dict[str, Any]) -> int:
-    """The version of how a manifest's text was read."""
-    return data.get(_READING, 1 if _COLUMNS in data else 0)
-
-
-def _same_path(one: str, other: str) -> bool:
-    return expanded(one).resolve() == expanded(other).resolve()
-
-
-def _columns(data: DataConfig) -> list[str]:
-    cut, by_role = data.section_characters is not None, data.chat_roles is not None
-    return [*_PLAIN_COLUMNS, *(["sections"] if cut else []), *(["counted"] if by_role else [])]
-
-
-def _data_identity(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide the text; weights, as shares that sum to 1, only where there are several sources."""
-    keys = ("subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction", "holdout_seed")
-    settings = {key: getattr(data, key) for key in keys}
-    settings |= {
-        key: value for key in ("holdout_by", "tokenizer", "revision") if (value := getattr(data, key)) is not None
-    }
-    if isinstance(data.source, str):
-        return {"source": data.source, **settings}
-    return {"source": list(data.sources), "weights": list(data.shares), **settings}
-
-
 @dataclass(frozen=True)
 class _Text:
-    """What was written of the text; `source_tokens` says by split how many rows each of several sources gave."""
+    """The text as written; `source_tokens` is the number of rows from each of several sources, by split."""
 
     files: dict[str, FileEntry]
     source_tokens: dict[str, dict[str, int]]
@@ -245,32 +109,34 @@ def _write_text(
     folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry],
     before: dict[str, Any] | None = None,
 ) -> _Text:  # fmt: skip
-    """Text to token shards and the documents' names. Repeated from the start when interrupted.
+    """Write the text as token shards and document names. Starts over if interrupted.
 
-    `before` is what the manifest says of the text that is to be restored.
+    `before` is the `data` of the manifest when lost text is restored.
     """
     data = config.data
-    before = {_STREAMS: STREAMS, _COLUMNS: _columns(data), _READING: READING} if before is None else before
+    before = (
+        {TEXT_STREAMS: STREAMS, TOKEN_COLUMNS: token_columns(data), TEXT_READING: READING} if before is None else before
+    )
     bos = language_model.bos if data.prepend_bos else None
     rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
-    packers = {s: Packer(rows[s], data.context_length, bos, language_model.separator) for s in SPLITS}
+    packers = {split: Packer(rows[split], data.context_length, bos, language_model.separator) for split in SPLITS}
     files: dict[str, FileEntry] = {}
     counts = dict.fromkeys(SPLITS, 0)
-    rows_of: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    shard_contexts, columns = config.harvest.shard_contexts, before.get(_COLUMNS, _PLAIN_COLUMNS)
+    document_rows: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
+    shard_contexts, columns = config.harvest.shard_contexts, before.get(TOKEN_COLUMNS, PLAIN_COLUMNS)
     census = [Census() for _ in data.sources]
-    reading = _reading(before)
+    reading = reading_version(before)
     if reading not in range(READING + 1):
         raise CacheError(
-            f"cache {str(folder)!r}: its manifest has reading={reading!r}, and 0 to {READING} are known here: restore "
-            "it with the version that wrote it, or delete the cache and harvest it anew"
+            f"cache {str(folder)!r}: its manifest has reading={reading!r}, but this version knows 0 to {READING}: "
+            "restore it with the version that wrote it, or delete the cache and harvest it again"
         )
     for split, packed in packed_shards(
         data,
         language_model.tokenizer,
         shard_contexts,
         packers,
-        before.get(_STREAMS, 1),
+        before.get(TEXT_STREAMS, 1),
         census,
         reading,
         language_model.rows,
@@ -280,17 +146,17 @@ def _write_text(
         files[name] = _write(folder, name, save(tensors), len(packed.tokens), expected.get(name))
         counts[split] += 1
         numbers, rows_each = np.unique(packed.documents, return_counts=True)
-        rows_of[split].update(dict(zip(numbers.tolist(), rows_each.tolist(), strict=True)))
+        document_rows[split].update(dict(zip(numbers.tolist(), rows_each.tolist(), strict=True)))
     names = {split: packer.names for split, packer in packers.items()}
     content = (json.dumps(names, indent=1, ensure_ascii=False) + "\n").encode()
     files[DOCUMENTS] = _write(folder, DOCUMENTS, content, sum(map(len, names.values())), expected.get(DOCUMENTS))
     several = SPLITS if len(data.sources) > 1 else ()
-    source_tokens = {split: tokens_by_source(data.labels, names[split], rows_of[split]) for split in several}
+    source_tokens = {split: tokens_by_source(data.labels, names[split], document_rows[split]) for split in several}
     return _Text(dict(sorted(files.items())), source_tokens, tuple(census))
 
 
 def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Manifest:
-    """First stage: everything but activations, the manifest last."""
+    """First stage: write everything except activations, the manifest last."""
     data, harvest_config = config.data, config.harvest
     policy = language_model.token_policy(
         prepend_bos=data.prepend_bos,
@@ -308,12 +174,12 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
     manifest = Manifest(
         model=language_model.info.to_json(),
         data={
-            **_data_identity(data),
-            **({_STREAMS: STREAMS} if data.shuffle_documents else {}),
-            _COLUMNS: _columns(data),
-            _READING: READING,
+            **data_identity(data),
+            **({TEXT_STREAMS: STREAMS} if data.shuffle_documents else {}),
+            TOKEN_COLUMNS: token_columns(data),
+            TEXT_READING: READING,
             **combined(text.census),
-            **_where_from(data),
+            **where_from(data),
             **({"source_tokens": text.source_tokens} if text.source_tokens else {}),
         },
         tokens={**policy.to_json(), "mask_special_tokens": harvest_config.mask_special_tokens},
@@ -330,35 +196,40 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
 
 
 def _check_roles(data: DataConfig, census: Sequence[Census]) -> None:
-    """Raise DataError if no chat that was read has a role of `data.chat_roles`: none of its tokens would count."""
+    """Raise DataError if no chat has a role in `data.chat_roles`, since no token would count."""
     roles = sum((part.roles for part in census), Counter[str]())
     if data.chat_roles is None or not roles or any(role in roles for role in data.chat_roles):
         return
     listed = ", ".join(role for role, _ in roles.most_common(_ROLES_SHOWN)) + (
         ", …" if len(roles) > _ROLES_SHOWN else ""
     )
-    asked = ", ".join(data.chat_roles)
+    chosen = ", ".join(data.chat_roles)
     raise DataError(
-        f"chats have the roles {printable(one_line(listed, _LONGEST))}; data.chat_roles=[{asked}] names none of them: "
-        "name one or more, or set data.chat_roles=null, so that all of them count"
+        f"chats have the roles {printable(one_line(listed, _LONGEST))}; data.chat_roles=[{chosen}] names none of them: "
+        "name at least one, or set data.chat_roles=null to count all"
     )
 
 
 @in_own_modes
 def hook_widths(config: RunConfig, language_model: LanguageModel) -> dict[str, int]:
-    """Numbers a token has at each hook point."""
+    """Width of the activations at each hook point."""
     example = torch.zeros(1, 2, dtype=torch.long, device=language_model.device)
     return {hook: x.shape[-1] for hook, x in language_model.activations(example, config.harvest.hooks).items()}
 
 
 class _Harvester:
-    """Second stage: a shard after another through the model; files are written behind the model's back.
+    """Second stage: run the model on one shard after another, and write files in the background.
 
-    A shard enters the manifest only when its files are on the disk, in order, so that sums and files always agree.
+    A shard is recorded in the manifest, in order, only after its files are on disk, so sums and files always agree.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, model: LanguageModel, batch_contexts: int, progress: Progress | None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        model: LanguageModel,
+        batch_contexts: int,
+        progress: StageProgress | None,
     ) -> None:
         self.folder, self.manifest, self.model = folder, manifest, model
         self.batch_contexts, self.progress = batch_contexts, progress
@@ -367,7 +238,7 @@ class _Harvester:
         self.done = 0
 
     def run(self) -> None:
-        self._advance(self._rows_there())
+        self._advance(self._rows_on_disk())
         writing: deque[tuple[list[tuple[str, Future[FileEntry]]], dict[str, tuple[Tensor, float, int]]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for split, number in self._shards():
@@ -388,7 +259,7 @@ class _Harvester:
             self.manifest.complete = True
             _write_manifest(self.folder, self.manifest)
 
-    def _rows_there(self) -> int:
+    def _rows_on_disk(self) -> int:
         """Rows of shards that an earlier process wrote."""
         size = self.manifest.shard_contexts * self.manifest.context_length
         return sum(
@@ -415,15 +286,15 @@ class _Harvester:
     def _forward(
         self, tokens: Tensor, counted: Tensor | None, split: str
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[Tensor, float, int]]]:
-        """A shard's activations as they will be stored, and each hook's sums over the eligible tokens of TRAIN."""
+        """A shard's activations in stored form, and each hook point's sums over eligible training tokens."""
         hooks, length = list(self.manifest.hooks), self.manifest.context_length
         eligible = eligible_rows(tokens, self.policy, length, counted)
         stored = {hook: _empty(len(tokens), self.manifest.hooks[hook].d_in, self.manifest.dtype) for hook in hooks}
         sums = {hook: (torch.zeros(self.manifest.hooks[hook].d_in, dtype=torch.float64), 0.0, 0) for hook in hooks}
         step = self.batch_contexts * length
-        whole = len(tokens) // length * length
-        ranges = [(start, min(start + step, whole)) for start in range(0, whole, step)]
-        ranges += [(whole, len(tokens))] if whole < len(tokens) else []
+        full = len(tokens) // length * length
+        ranges = [(start, min(start + step, full)) for start in range(0, full, step)]
+        ranges += [(full, len(tokens))] if full < len(tokens) else []
         for start, stop in ranges:
             batch = tokens[start:stop].view(-1, min(length, stop - start)).to(self.model.device)
             for hook, x in self.model.activations(batch, hooks).items():
@@ -449,10 +320,10 @@ class _Harvester:
         stored["activations"][start:stop] = rows
 
     def _record(self, futures: list[tuple[str, Future[FileEntry]]], sums: dict[str, tuple[Tensor, float, int]]) -> None:
-        """Take a written shard into the manifest, unless it is there and was only restored."""
-        known = all(name in self.manifest.files for name, _ in futures)
+        """Record a written shard in the manifest, unless it was already recorded and only its files were restored."""
+        recorded = all(name in self.manifest.files for name, _ in futures)
         written = {name: future.result() for name, future in futures}
-        if not known:
+        if not recorded:
             self.manifest.files |= written
             for hook, (total, squares, count) in sums.items():
                 entry = self.manifest.hooks[hook]
@@ -482,17 +353,17 @@ def _empty(rows: int, d_in: int, dtype: str) -> dict[str, Tensor]:
 
 
 def _write(folder: Path, name: str, content: bytes, rows: int, expected: FileEntry | None) -> FileEntry:
-    """Write a file of the cache; one that restores a lost file must come out the same."""
+    """Write a file of the cache. A restored file must equal the lost one."""
     entry = FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     if expected is not None and entry != expected:
         cause = (
-            "the text has changed, or this version reads it in another way"
+            "the text has changed, or this version reads it differently"
             if _is_text(name)
             else "other hardware, library versions or harvest.batch_contexts"
         )
         raise CacheError(
             f"cache {str(folder)!r}: {name} was made again and differs from its checksum ({cause}); "
-            "delete the cache and harvest it anew"
+            "delete the cache and harvest it again"
         )
     write_bytes(folder / name, content, hashed=False)  # its hash is in the manifest
     return entry
@@ -507,27 +378,6 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     write_bytes(folder / MANIFEST, (json_text(manifest.model_dump(), indent=1) + "\n").encode())
 
 
-def cache_bytes(config: RunConfig, widths: Mapping[str, int]) -> int:
-    """Size of the activations, tokens and documents' numbers that `config` asks for."""
-    data, dtype = config.data, config.harvest.dtype
-    per_row = sum(widths.values()) * _BYTES[dtype] + 4 * len(widths) * (dtype == "int8") + _BYTES_OF_TEXT
-    return (data.tokens + data.held_out_tokens) * per_row
-
-
-def _check_space(folder: Path, config: RunConfig, widths: Mapping[str, int], manifest: Manifest | None = None) -> None:
-    """Refuse to begin what cannot end: bytes still to write against bytes free."""
-    written = 0
-    if manifest is not None:
-        written = sum(manifest.files[name].bytes for name in manifest.files if manifest.is_whole(folder, name))
-    needed, free = cache_bytes(config, widths) - written, free_bytes(folder)
-    if needed > free:
-        raise CacheError(
-            f"disk full: cache {str(folder)!r} needs {needed / 1e9:,.2f} GB more, {free / 1e9:,.2f} GB are free: "
-            "what is there is kept: free some space and run the same command again, or use harvest.dtype=int8 or "
-            "fewer data.tokens in another folder"
-        )
-
-
 def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
     if not is_nan and manifest.dtype == "float16":
         return (
@@ -538,8 +388,8 @@ def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
 
 
 def model_not_finite(dtype: str | None) -> str:
-    """What to do about a model that gives NaN or infinity, by the number type that it computes in."""
-    told = "the model gives values that are not finite (NaN or infinity)"
+    """Advice about a model that gives NaN or infinity, for the number type that it computes in."""
+    problem = "the model gives values that are not finite (NaN or infinity)"
     if dtype == "float32":
-        return f"{told} although it computes in float32: check the model's weights"
-    return f"{told}: set model.dtype=float32 (it is {dtype}), and check the model's weights"
+        return f"{problem} although it computes in float32: check the model's weights"
+    return f"{problem}: set model.dtype=float32 (it is {dtype}), and check the model's weights"

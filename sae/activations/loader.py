@@ -1,4 +1,4 @@
-"""Shuffled batches from a cache: every eligible token once an epoch, in an order that (seed, position) determines."""
+"""Shuffled batches from a cache: every eligible token once per epoch, in an order set by seed and position."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.background import background
-from sae.activations.cache import ActivationCache, Statistics, dequantise
+from sae.activations.cache import ActivationCache, dequantise
 from sae.activations.metadata import dictionary_metadata
+from sae.config.splits import TRAIN
 from sae.errors import CacheError
-from sae.modes import in_own_modes
-from sae.seeding import STREAMS, loader_generator_1, numpy_generator
-from sae.tokens import TRAIN
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import STREAMS, loader_generator_1, numpy_generator
+from sae.numerics.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """Rows of many random blocks, already in random order."""
+    """Rows of many random blocks, in random order."""
 
     activations: Tensor
     scale: Tensor | None
 
 
 class ActivationLoader:
-    """Batches `[batch_size, d_in]` of float32 activations, shuffled over tokens, without end.
+    """Endless batches `[batch_size, d_in]` of float32 activations, shuffled over tokens.
 
     The cache is cut into blocks of consecutive rows. An epoch permutes the blocks, gathers them into pools of about
-    `pool_tokens` rows from all over the cache, and permutes the rows of each pool. The rows consumed so far and
-    the version of the streams are the whole state: a loader set to it goes on exactly there. The next pool fills while
-    the present one is used, so `pool_bytes` counts two. Beside them a loader keeps one byte a row of the cache: whether
-    it is eligible.
+    `pool_tokens` rows from all over the cache, and permutes the rows of each pool. The state consists of the rows
+    consumed so far and the version of the random streams; a loader with that state continues exactly there. The next
+    pool fills while the current one is used, so `pool_bytes` counts two. A loader also keeps one byte per row of the
+    cache: whether the row is eligible.
 
     Args:
-        cache: where the activations are.
+        cache: the cache that holds the activations.
         hook: hook point.
         batch_size: rows per batch.
-        seed: of the shuffle.
-        purpose: what the tokens are shuffled for; orders for two purposes are independent, whatever their seeds.
+        seed: seed of the shuffle.
+        purpose: purpose of the shuffle; orders for different purposes are independent, whatever their seeds.
         pool_tokens: rows shuffled together.
         block_tokens: consecutive rows read together; smaller mixes more finely, larger reads faster.
-        device: where batches go; they travel as stored and become float32 there.
+        device: device of the batches; rows are copied there as stored and then converted to float32.
 
     Raises:
         CacheError: the hook point is not in the cache, or no token is eligible.
@@ -84,46 +85,51 @@ class ActivationLoader:
 
     @property
     def statistics(self) -> Statistics:
-        """Mean and mean squared norm of what is loaded, from the cache's manifest."""
+        """Mean and mean squared norm of the activations, from the cache's manifest."""
         return self.cache.statistics(self.hook)
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Model, hook point, token policy and text of what is loaded: what a dictionary trained on it is told."""
+        """Metadata for a dictionary trained on these activations: model, hook point, token policy and text."""
         return dictionary_metadata(self.cache, self.hook)
 
     @property
     def pool_bytes(self) -> int:
-        """Memory of both pools."""
+        """Memory of both pools, in bytes."""
         shard, scale = self.cache.activation_shard(self.hook, self.split, 0)
         per_row = self.d_in * shard.element_size() + (4 if scale is not None else 0)
         return 2 * per_row * self.pool_tokens
 
     def state_dict(self) -> dict[str, int]:
-        """The cursor, and the version of the streams that decide the order."""
+        """The position, and the version of the random streams that determine the order."""
         return {"position": self.position, "streams": self.streams}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a cursor, in the order that it is of; takes effect on the next `iter`.
+        """Continue from a state, in the order it was saved with; takes effect on the next `iter`.
 
         Raises:
-            CacheError: the order is of a version that is not known here.
+            CacheError: the order is of an unknown version.
         """
         streams = state.get("streams", 1)
         if streams not in (1, STREAMS):
             raise CacheError(
-                f"a loader's state has streams={streams!r}, and 1 to {STREAMS} are known here: go on with the version "
-                "of sae that wrote it, or newer"
+                f"a loader's state has streams={streams!r}, but this version knows 1 to {STREAMS}: continue with the "
+                "version of sae that wrote it, or newer"
             )
         self.position, self.streams = state["position"], streams
 
     def restart(self) -> None:
-        """Go to the beginning of today's order; takes effect on the next `iter`."""
+        """Go to the start of the current version's order; takes effect on the next `iter`."""
         self.position, self.streams = 0, STREAMS
 
     @property
+    def text(self) -> tuple[str | None, str]:
+        """Hash of the cache's text, and the path of the cache."""
+        return self.cache.manifest.text_sha256, str(self.cache.path)
+
+    @property
     def order(self) -> tuple[object, ...]:
-        """What decides which token comes when; loaders that are read side by side must have the same."""
+        """Everything that determines the order of tokens; loaders read side by side must have the same."""
         return (
             self.split, self.seed, self.purpose, self.streams, self.tokens_per_epoch, self.pool_tokens,
             self.block_tokens,
@@ -152,7 +158,7 @@ class ActivationLoader:
         return converted.clone() if converted.data_ptr() == pool.activations[start:stop].data_ptr() else converted
 
     def _pools(self) -> Iterator[_Pool]:
-        """Pools from the present position on, epoch after epoch; the first is cut to begin at it."""
+        """Pools from the current position, epoch after epoch; the first is cut to start there."""
         with background(1) as executor:
             plans = self._plans()
             blocks, order, skip = next(plans)
@@ -160,15 +166,15 @@ class ActivationLoader:
             filling: Future[_Pool] = executor.submit(self._fill, memory, blocks, order)
             for blocks, order, _ in plans:
                 pool = filling.result()
-                if self.device.type == "cuda":  # copies from the pool before this one must end before it is refilled
+                if self.device.type == "cuda":  # copies from the previous pool must end before it is refilled
                     torch.cuda.current_stream(self.device).synchronize()
-                memory, other = other, memory  # the pool before this one is used up: its memory takes the next
+                memory, other = other, memory  # the previous pool is used up: its memory holds the next one
                 filling = executor.submit(self._fill, memory, blocks, order)
                 yield _Pool(pool.activations[skip:], None if pool.scale is None else pool.scale[skip:])
                 skip = 0
 
     def _plans(self) -> Iterator[tuple[np.ndarray, Tensor, int]]:
-        """(blocks, where each of their rows goes, rows to skip) of every pool from the present position on."""
+        """(blocks, place of each of their rows, rows to skip) of every pool from the current position."""
         epoch, offset = divmod(self.position, self.tokens_per_epoch)
         while True:
             blocks = self._generator(epoch, 0).permutation(len(self._eligible))
@@ -187,7 +193,7 @@ class ActivationLoader:
             epoch, offset = epoch + 1, 0
 
     def _generator(self, epoch: int, number: int) -> np.random.Generator:
-        """Of an epoch's blocks (number 0), or of the rows of one of its pools (numbers 1, 2, …)."""
+        """Generator for an epoch's blocks (number 0), or for the rows of one of its pools (numbers 1, 2, …)."""
         if self.streams == 1:
             return loader_generator_1(self.seed, epoch, number)
         return numpy_generator(f"order of tokens: {self.purpose}", self.seed, epoch, number)
@@ -195,12 +201,12 @@ class ActivationLoader:
     def _new_pool(self) -> _Pool:
         example, scale = self.cache.activation_shard(self.hook, self.split, 0)
         pinned = self.device.type == "cuda"
-        with torch.inference_mode(False):  # another thread, which is not in the caller's mode, fills it
+        with torch.inference_mode(False):  # it is filled by another thread, outside the caller's mode
             pool = torch.empty(self.pool_tokens, self.d_in, dtype=example.dtype, pin_memory=pinned)
             return _Pool(pool, None if scale is None else torch.empty(self.pool_tokens, pin_memory=pinned))
 
     def _fill(self, memory: _Pool, blocks: np.ndarray, order: Int[Tensor, " rows"]) -> _Pool:
-        """Read blocks in the cache's order, each row straight to its place in the shuffled pool."""
+        """Read blocks in the cache's order, and put each row directly in its place in the shuffled pool."""
         pool = memory.activations[: len(order)]
         scales = None if memory.scale is None else memory.scale[: len(order)]
         offset = 0
@@ -224,7 +230,7 @@ class ActivationLoader:
         return _Pool(pool, scales)
 
     def _find_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shard, first row in it, and eligible rows of every block."""
+        """Shard, first row within it, and number of eligible rows of every block."""
         shards, starts, counts = [], [], []
         for number, eligible in enumerate(self._eligible_rows):
             first = np.arange(0, len(eligible), self.block_tokens)

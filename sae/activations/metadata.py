@@ -1,13 +1,13 @@
-"""What a dictionary is told of the activations that it is trained on."""
+"""Metadata of a dictionary about the activations that it is trained on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sae.activations.cache import ActivationCache
+from sae.dictionary.origin import Place
+from sae.dictionary.sites import Hooks
 from sae.errors import CacheError, ConfigError
-from sae.origin import Place
-from sae.transcoding import Hooks
 
 
 def place_of(cache: ActivationCache) -> Place:
@@ -16,16 +16,16 @@ def place_of(cache: ActivationCache) -> Place:
 
 
 def dictionary_metadata(cache: ActivationCache, hook: str, target_hook: str | None = None) -> dict[str, Any]:
-    """What a dictionary must know of its origin to be reused: model, hook point, token policy, text.
+    """The origin that a dictionary records so that it can be reused: model, hook point, token policy and text.
 
     Args:
-        cache: what it is trained on.
-        hook: the hook point that it reads.
-        target_hook: of a transcoder, the one whose activations it gives.
+        cache: the cache it is trained on.
+        hook: the hook point it reads.
+        target_hook: for a transcoder, the hook point whose activations it gives.
 
     Raises:
         CacheError: a hook point is not in the cache.
-        ConfigError: the target comes before what is read, or has another width.
+        ConfigError: the target comes before `hook`, or has another width.
     """
     manifest = cache.manifest
     target = {}
@@ -33,8 +33,8 @@ def dictionary_metadata(cache: ActivationCache, hook: str, target_hook: str | No
         Hooks(hook, target_hook).check()
         if cache.d_in(target_hook) != cache.d_in(hook):
             raise ConfigError(
-                f"target hook {target_hook!r}: its activations have {cache.d_in(target_hook):,} numbers and those of "
-                f"{hook!r} {cache.d_in(hook):,}; transcoders give as many numbers as they read"
+                f"target hook {target_hook!r}: its activations have width {cache.d_in(target_hook):,} and those of "
+                f"{hook!r} have {cache.d_in(hook):,}; a transcoder's input and output have the same width"
             )
         target = {"target_hook": target_hook, "target_activations": manifest.identity(target_hook)}
     return {

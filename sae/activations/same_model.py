@@ -1,4 +1,4 @@
-"""Is it the model that a cache was made with? By hashes, and by what it gives for a context of the cache."""
+"""Checks that a model is the one a cache was made with, by hashes and by its activations on a cached context."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations.cache import RESTORE, ActivationCache, Manifest, dequantise, shard_name
+from sae.activations.cache import ActivationCache, dequantise
+from sae.activations.manifest import RESTORE, Manifest, shard_name
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
+from sae.dictionary.model_identity import differs
 from sae.errors import CacheError, DamagedError
-from sae.language_model import LanguageModel
-from sae.model_identity import differs
-from sae.reading import load_tensors, taken_apart
-from sae.tokens import HELD_OUT, SPLITS, TRAIN
+from sae.files.reading import load_tensors, taken_apart
+from sae.model.language_model import LanguageModel
 
 _ALWAYS = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256", "code_sha256")
-_WHERE_RECORDED = ("tokenizer_ids_sha256", "config_sha256")
-"""Older caches have none."""
+_IF_RECORDED = ("tokenizer_ids_sha256", "config_sha256")
+"""Older caches do not record these."""
 _TOLERANCES = {"float32": 0.01}
-_OF_OTHER_TYPES = 0.05
+_OTHER_TOLERANCE = 0.05
 
 
 def check_same_hashes(folder: Path, manifest: Manifest, language_model: LanguageModel) -> None:
-    """Raise CacheError if the cache is of other weights, weight processing, configuration or tokenizer.
+    """Raise CacheError if weights, weight processing, configuration or tokenizer differ from the cache's.
 
     Names may differ.
     """
-    info, held = language_model.info.to_json(), manifest.model
-    for key in (*_ALWAYS, *_WHERE_RECORDED):
-        if differs(key, held, info) if key in _WHERE_RECORDED else held.get(key) != info[key]:
+    info, recorded = language_model.info.to_json(), manifest.model
+    for key in (*_ALWAYS, *_IF_RECORDED):
+        if differs(key, recorded, info) if key in _IF_RECORDED else recorded.get(key) != info[key]:
             raise CacheError(
-                f"cache {str(folder)!r}: of another model: {key} is {held.get(key)!r} there and {info[key]!r} in "
+                f"cache {str(folder)!r}: of another model: {key} is {recorded.get(key)!r} there and {info[key]!r} in "
                 f"{language_model.info.name!r}; use that model, or set harvest.cache to another folder"
             )
 
@@ -40,9 +41,9 @@ def check_same_model(cache: ActivationCache, language_model: LanguageModel, hook
     """Refuse a model that the cache was not made with.
 
     Args:
-        cache: complete.
+        cache: a complete cache.
         language_model: the model.
-        hook: hook point whose activations are compared; by default the first.
+        hook: hook point whose activations are compared; the first by default.
 
     Raises:
         CacheError: hashes differ, or the model gives other activations for the first held-out context.
@@ -56,10 +57,10 @@ def check_same_model(cache: ActivationCache, language_model: LanguageModel, hook
 
 
 def check_same_as_before(folder: Path, manifest: Manifest, language_model: LanguageModel) -> None:
-    """Refuse a model that an unfinished cache was not begun with.
+    """Refuse a model that an unfinished cache was not started with.
 
     Raises:
-        CacheError: hashes differ, or the model gives other activations for the first context that is there.
+        CacheError: hashes differ, or the model gives other activations for the first context in the cache.
     """
     check_same_hashes(folder, manifest, language_model)
     hook = next(iter(manifest.hooks))
@@ -69,7 +70,7 @@ def check_same_as_before(folder: Path, manifest: Manifest, language_model: Langu
             try:
                 tokens, shard = (_load(folder, manifest, name) for name in names)
             except DamagedError:
-                continue  # a matter of 'sae verify'
+                continue  # left to 'sae verify'
             seq = min(manifest.context_length, len(tokens["tokens"]))
             scale = shard.get("scale")
             x = dequantise(shard["activations"][:seq], None if scale is None else scale[:seq])
@@ -88,15 +89,15 @@ def _check_activations(
     folder: Path, manifest: Manifest, language_model: LanguageModel, hook: str, tokens: Int[Tensor, "1 seq"],
     stored: Float[Tensor, "1 seq d_in"],
 ) -> None:  # fmt: skip
-    """Raise CacheError if the model's activations are others than the cache's, for half of the tokens or more.
+    """Raise CacheError if the model's activations differ from the cache's for at least half of the tokens.
 
-    The tolerance is 1 % of a token's norm in float32 and 5 % in other number types, and twice what storing takes away.
+    The tolerance is 1 % of a token's norm in float32 and 5 % in other number types, plus twice the storage error.
     """
     own = language_model.activations(tokens.to(language_model.device), [hook])[hook].float().cpu()
     norms = own.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     difference = float(((own - stored.float()).norm(dim=-1) / norms).median())
     rounding = float(((_rounded(own, manifest.dtype) - own).norm(dim=-1) / norms).median())
-    if not difference <= _TOLERANCES.get(language_model.info.dtype, _OF_OTHER_TYPES) + 2 * rounding:
+    if not difference <= _TOLERANCES.get(language_model.info.dtype, _OTHER_TOLERANCE) + 2 * rounding:
         raise CacheError(
             f"cache {str(folder)!r}: of another model: activations of {language_model.info.name!r} at {hook} differ "
             f"from those in it by {difference:.2g} of their norm, though its weights are the same; use the config.json "
@@ -105,7 +106,7 @@ def _check_activations(
 
 
 def _rounded(x: Float[Tensor, "1 seq d_in"], dtype: str) -> Float[Tensor, "1 seq d_in"]:
-    """As they come back from a cache of this number type."""
+    """The activations after storing them in a cache of this number type."""
     if dtype != "int8":
         return x.to(getattr(torch, dtype)).float()
     scale = x.abs().amax(-1, keepdim=True) / 127

@@ -1,4 +1,4 @@
-"""The dictionary family, and loading a saved member of it."""
+"""The dictionary architectures, and `load` for saved dictionaries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.matryoshka import Matryoshka
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
-from sae.dictionary import Dictionary, read_saved
+from sae.dictionary.base import Dictionary
+from sae.dictionary.saved import read_saved
 from sae.errors import FormatError
-from sae.modes import defaults
+from sae.numerics.modes import defaults
 
 ARCHITECTURES: dict[str, type[Dictionary]] = {
     "relu": ReLU,
@@ -32,19 +33,20 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
     """Load a saved dictionary, from its folder or from the run folder that holds it.
 
     Returns:
-        A dictionary in evaluation mode that takes raw activations `[..., d_in]`; inside `torch.inference_mode` too its
-        weights are ordinary tensors, which gradients can go through afterwards.
+        A dictionary in evaluation mode that takes raw activations `[..., d_in]`. Even inside `torch.inference_mode`,
+        its weights are ordinary tensors, through which gradients can flow afterwards.
 
     Raises:
-        FormatError: nothing there, not this format, a newer version, a pickle, damaged or ill-shaped weights.
+        FormatError: no dictionary there, another format, a newer version, a pickle, or weights that are damaged or of
+            the wrong shape.
     """
     saved = read_saved(path, device)
     config: dict[str, Any] = saved.config
     architecture = ARCHITECTURES.get(str(config.get("architecture", "")))
     if architecture is None:
-        known = ", ".join(ARCHITECTURES)
+        names = ", ".join(ARCHITECTURES)
         raise FormatError(
-            f"dictionary {str(path)!r}: architecture {config.get('architecture')!r} is not one of {known}"
+            f"dictionary {str(path)!r}: architecture {config.get('architecture')!r} is not one of {names}"
         )
     try:
         settings = {key: config[key] for key in architecture.setting_names}

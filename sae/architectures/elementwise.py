@@ -1,4 +1,4 @@
-"""What ReLU, Gated, JumpReLU and BatchTopK after training share: whether a feature fires is its own affair."""
+"""Base classes of ReLU, Gated, JumpReLU, BatchTopK and Matryoshka: each feature fires independently of the others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae.dictionary import Dictionary, checked_k
+from sae.dictionary.base import Dictionary, checked_k
 from sae.kernels.interface import DENSE_ABOVE, Selection
-from sae.sparse import select_above
+from sae.kernels.sparse import select_above
 
 _PROBE = 64
 
@@ -20,8 +20,8 @@ _PROBE = 64
 class Elementwise(Dictionary):
     """f_j = activate(z_j) · [z_j > bound_j] with z the pre-activations.
 
-    Any number of features may fire. An untrained ReLU lets half of them through; where a few rows show that codes are
-    not sparse, they are computed densely.
+    Any number of features may fire. In an untrained ReLU, half of them do; if the first rows show that codes are not
+    sparse, they are computed densely.
     """
 
     @abstractmethod
@@ -36,7 +36,7 @@ class Elementwise(Dictionary):
 
     @torch.no_grad()
     def _is_dense(self, x: Tensor) -> bool:
-        """Also if more features fire on the first rows than sparse products are good for. Waits for the device."""
+        """Also True if more features fire on the first rows than sparse products pay for. Waits for the device."""
         if super()._is_dense(x):
             return True
         rows = x.reshape(-1, self.d_in)[:_PROBE]
@@ -46,8 +46,8 @@ class Elementwise(Dictionary):
 class OneThreshold(Elementwise):
     """f = z · [z > θ] with z = ReLU of the pre-activations, and one θ for all features.
 
-    What is trained by BatchTopK's rule: θ is the smallest activation that the rule lets through on the rows that come
-    next in training.
+    Trained by BatchTopK's rule: θ is the smallest activation that the rule lets through on the rows that come next in
+    training.
 
     Attributes:
         k: features per token on average.
@@ -69,7 +69,7 @@ class OneThreshold(Elementwise):
 
     @torch.no_grad()
     def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
-        """As of every dictionary; but one threshold for all cannot follow a factor of each feature, and stays."""
+        """As in every dictionary, but the shared threshold is unchanged if the factor differs between features."""
         super().scale_activations_(factor)
         if not isinstance(factor, Tensor) or factor.ndim == 0:
             self.threshold.mul_(factor)

@@ -1,4 +1,4 @@
-"""Gated: whether a feature fires and how strongly are two questions with one direction."""
+"""Gated: a gate decides whether a feature fires, a magnitude how strongly; both use one encoder direction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.architectures.elementwise import Elementwise
-from sae.sparse import entries_of
+from sae.kernels.sparse import entries_of
 
 
 class Gated(Elementwise):
@@ -19,7 +19,7 @@ class Gated(Elementwise):
     Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Autoencoders", §3.2.
 
     Attributes:
-        b_gate: bias of the gate, `[d_sae]`; `b_enc` is another name of it.
+        b_gate: bias of the gate, `[d_sae]`; also available as `b_enc`.
         b_mag: bias of the magnitude, `[d_sae]`.
         r_mag: logarithm of the magnitude's gain over the gate, `[d_sae]`.
     """

@@ -1,4 +1,4 @@
-"""JumpReLU: a feature fires above a threshold of its own, which is learned."""
+"""JumpReLU: each feature fires above its own learned threshold."""
 
 from __future__ import annotations
 

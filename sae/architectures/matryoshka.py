@@ -1,4 +1,4 @@
-"""Matryoshka BatchTopK: nested dictionaries, of which each reconstructs by itself."""
+"""Matryoshka BatchTopK: nested dictionaries, each of which reconstructs by itself."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae.architectures.elementwise import OneThreshold
-from sae.config import PREFIXES
-from sae.fit import nested_sizes
+from sae.config.check import nested_sizes
+from sae.config.settings import PREFIXES
 
 
 class Matryoshka(OneThreshold):
@@ -22,7 +22,7 @@ class Matryoshka(OneThreshold):
     Bussmann et al. 2025, "Learning Multi-Level Features with Matryoshka Sparse Autoencoders".
 
     Args:
-        prefixes: ascending shares of d_sae, the last of them 1.
+        prefixes: ascending shares of d_sae; the last is 1.
     """
 
     architecture: ClassVar[str] = "matryoshka"

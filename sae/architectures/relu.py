@@ -1,4 +1,4 @@
-"""ReLU: every positive pre-activation fires; an L1 penalty in training keeps them few."""
+"""ReLU: every positive pre-activation fires; an L1 penalty in training keeps codes sparse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ReLU(Elementwise):
     """f = ReLU((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec.
 
     Bricken et al. 2023, "Towards Monosemanticity: Decomposing Language Models With Dictionary Learning"; in the form of
-    Anthropic's April 2024 update, in which decoder rows are free while training and the penalty counts their norms.
+    Anthropic's April 2024 update: decoder norms are free during training, and the penalty includes them.
     """
 
     architecture: ClassVar[str] = "relu"

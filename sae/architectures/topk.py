@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.dictionary import Dictionary, checked_k
+from sae.dictionary.base import Dictionary, checked_k
 from sae.kernels.interface import Selection
-from sae.sparse import select_topk
+from sae.kernels.sparse import select_topk
 
 
 class TopK(Dictionary):
     """f = topk_k(ReLU((x − b_dec) W_enc + b_enc)),  x̂ = f W_dec + b_dec.
 
-    Where fewer than k pre-activations are positive, fewer than k features fire.
+    If fewer than k pre-activations are positive, fewer than k features fire.
 
     Gao et al. 2024, "Scaling and evaluating sparse autoencoders", §2.3.
     """

@@ -1,14 +1,15 @@
-"""How good a dictionary is on held-out tokens: reconstruction, sparsity, language-model loss, beside baselines."""
+"""How good a dictionary is on held-out tokens: reconstruction, sparsity, language-model loss, next to baselines."""
 
 from __future__ import annotations
 
-from sae.evaluation.comparison import Comparison, compare, write_comparison
+from sae.evaluation.candidate import Autoencoder
+from sae.evaluation.comparison import Comparison, compare
 from sae.evaluation.comparison_view import comparison_tables
-from sae.evaluation.estimate import Estimate
-from sae.evaluation.report import Report, Scores, write_report
+from sae.evaluation.report import Report, Scores
 from sae.evaluation.report_view import report_table
 from sae.evaluation.scoring import evaluate, evaluate_all
-from sae.evaluation.subject import Autoencoder
+from sae.evaluation.stored import write_comparison, write_report
+from sae.results.estimate import Estimate
 
 __all__ = [
     "Autoencoder",

@@ -1,4 +1,4 @@
-"""What a dictionary is compared with: principal components, a random dictionary, the identity; which ones are made."""
+"""Baselines that a dictionary is compared with: principal components, a random dictionary, the identity."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.architectures.topk import TopK
-from sae.dictionary import Codes
+from sae.config.progress import Progress, silent
+from sae.dictionary.base import Codes
 from sae.evaluation.budget import pca_tokens
-from sae.evaluation.estimate import double
+from sae.evaluation.held_out import HeldOut, training_blocks
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
-from sae.evaluation.streams import Progress, training_blocks
-from sae.seeding import torch_generator
+from sae.numerics.seeding import torch_generator
+from sae.results.estimate import double
 
 GAIN_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Which baseline; equal ones are fitted once, however many dictionaries are compared with them.
+    """Description of a baseline; equal ones are fitted once, however many dictionaries are compared with them.
 
     Attributes:
         kind: principal components, a random dictionary, a frozen decoder (`frozen_decoder.py`), or x̂ = x.
         k: components, or features of the dictionary that fire.
         d_sae: features of the dictionary.
         architecture: of the frozen decoder's encoder.
-        prefixes: of it, where that is nested.
+        prefixes: of that architecture, if it is nested.
     """
 
     kind: Literal["pca", "random", "frozen_decoder", "identity"]
@@ -44,19 +45,19 @@ class Baseline:
 IDENTITY = Baseline("identity")
 
 
-def fit_baselines(
-    wanted: Iterable[Baseline], cache: ActivationCache, hook: str, device: str | torch.device, progress: Progress
-) -> dict[Baseline, Reconstructor]:
-    """Fit each of them on training activations, those that differ in k alone together; frozen decoders are left out.
+def fit_baselines(wanted: Iterable[Baseline], held_out: HeldOut) -> dict[Baseline, Reconstructor]:
+    """Fit baselines on training activations, those that differ only in k together; frozen decoders are left out.
 
     Raises:
         CacheError: a training activation is not finite.
     """
-    wanted = list(wanted)
-    made: dict[Baseline, Reconstructor] = {}
+    wanted, cache, hook, device = list(wanted), held_out.cache, held_out.hook, held_out.device
+    reconstructors: dict[Baseline, Reconstructor] = {}
     if any(baseline.kind == "pca" for baseline in wanted):
-        components = fit_pca(cache, hook, device, progress=progress)
-        made |= {baseline: components.reconstructor(baseline.k) for baseline in wanted if baseline.kind == "pca"}
+        components = fit_pca(cache, hook, device, progress=held_out.progress)
+        reconstructors |= {
+            baseline: components.reconstructor(baseline.k) for baseline in wanted if baseline.kind == "pca"
+        }
     widths = {baseline.d_sae for baseline in wanted if baseline.kind == "random"}
     for d_sae in widths:
         ks = {
@@ -64,26 +65,26 @@ def fit_baselines(
             for baseline in wanted
             if baseline.kind == "random" and baseline.d_sae == d_sae
         }
-        drawn = RandomDictionary(cache, hook, d_sae, set(ks.values()), device)
-        made |= {baseline: drawn.reconstructor(k) for baseline, k in ks.items()}
+        dictionary = RandomDictionary(cache, hook, d_sae, set(ks.values()), device)
+        reconstructors |= {baseline: dictionary.reconstructor(k) for baseline, k in ks.items()}
     if IDENTITY in wanted:
-        made[IDENTITY] = identity()
-    return made
+        reconstructors[IDENTITY] = identity()
+    return reconstructors
 
 
 def identity() -> Reconstructor:
-    """x̂ = x: what a perfect reconstruction scores."""
+    """x̂ = x, a perfect reconstruction."""
     return Reconstructor("identity: x̂ = x", 0, Reconstruction)
 
 
 @dataclass(frozen=True)
 class PrincipalComponents:
-    """μ and the eigenvectors V of a covariance.
+    """Mean μ and eigenvectors V of the covariance of activations.
 
     Attributes:
         mean: μ.
         vectors: V, the leading one first.
-        tokens: tokens they were fitted on.
+        tokens: number of tokens they were fitted on.
     """
 
     mean: Float[Tensor, " d_in"]
@@ -113,28 +114,28 @@ def fit_pca(
     """Mean and covariance of eligible training tokens, streamed in float64, and the covariance's eigenvectors.
 
     Args:
-        cache: whose training tokens are read, at equal distances.
+        cache: its training tokens are read, at equal distances.
         hook: hook point.
         device: where products are computed.
-        progress: called with (stage, tokens done, tokens in all).
-        max_tokens: how many at most; None: one of 32 cached tokens, 16,384 and 64 · d_in at least, 200,000 at most.
+        progress: called with (stage, tokens done, total).
+        max_tokens: upper limit; None: one in 32 cached tokens, at least 16,384 and 64 · d_in, at most 200,000.
 
     Raises:
         CacheError: a training activation is not finite.
     """
     shift = cache.statistics(hook).mean.double()
     tokens, total, products = 0, torch.zeros_like(shift), shift.new_zeros(len(shift), len(shift))
-    report = progress or (lambda stage, done, of: None)
+    report = progress or silent
     max_tokens = pca_tokens(cache, hook) if max_tokens is None else max_tokens
-    of = min(max_tokens, cache.statistics(hook).tokens)
-    report("principal components", 0, of)
+    limit = min(max_tokens, cache.statistics(hook).tokens)
+    report("principal components", 0, limit)
     for block in training_blocks(cache, hook, max_tokens):
         x = double(block.to(device))
         centred = x - shift.to(x.device)
         tokens += len(x)
         total += centred.sum(0).cpu()
         products += (centred.T @ centred).cpu()
-        report("principal components", tokens, of)
+        report("principal components", tokens, limit)
     offset = total / tokens
     vectors = torch.linalg.eigh(products / tokens - torch.outer(offset, offset)).eigenvectors
     return PrincipalComponents((shift + offset).float().to(device), vectors.flip(-1).float().to(device), tokens)
@@ -143,18 +144,18 @@ def fit_pca(
 class RandomDictionary:
     """x̂ = b + f W with f = topk_k(ReLU(g · W (x − b))): unit rows of W drawn from the sphere, b the training mean.
 
-    The k features with the largest inner products are kept as they are, without matching pursuit. Random rows overlap,
+    The k features with the largest inner products are kept unchanged, without matching pursuit. Random rows overlap,
     so their sum overshoots; one gain g = Σ(x − b)·y / Σ‖y‖², with y the reconstruction of x − b at g = 1, is fitted to
     training tokens by least squares. Without it the baseline could score worse than the mean.
 
-    Dictionaries that differ in k alone share their directions, and what is encoded once serves them all.
+    Dictionaries that differ only in k share their directions and encode only once.
 
     Args:
         cache: its training mean is b, and its training tokens fit the gains.
         hook: hook point.
         d_sae: number of directions.
         ks: the numbers of features that may fire.
-        device: where it computes.
+        device: where reconstructions are computed.
         seed: of the directions.
     """
 
@@ -181,7 +182,7 @@ class RandomDictionary:
         self.gains = {k: product[k] / power[k] if power[k] > 0 else 1.0 for k in ks}
 
     def reconstructor(self, k: int) -> Reconstructor:
-        """The one in which k features may fire, one of `ks`."""
+        """The reconstructor in which k features may fire; k is one of `ks`."""
         gain, d_sae = self.gains[k], self.dictionary.d_sae
 
         def reconstruct(x: Float[Tensor, "rows d_in"]) -> Reconstruction:
@@ -193,7 +194,7 @@ class RandomDictionary:
         return Reconstructor(description, d_sae, reconstruct)
 
     def _codes(self, x: Float[Tensor, "rows d_in"], k: int) -> Codes:
-        """The k strongest features without gain; of the same tensor as the last time, they are there already."""
+        """The k strongest features without gain; computed once for consecutive calls with the same tensor."""
         if self._last is None or self._last[0] is not x:
             self._last = x, self.dictionary.encode_sparse(x)
         values, indices = self._last[1]

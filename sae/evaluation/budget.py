@@ -1,4 +1,4 @@
-"""How much the language model reads in an evaluation: by default what takes a tenth of the harvest's time at most."""
+"""How many tokens the language model reads in an evaluation: by default, at most a tenth of the harvest's time."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sae.activations.cache import ActivationCache, ContextBatch
-from sae.config import AUTO, EvaluationConfig
-from sae.tokens import HELD_OUT, SPLITS
+from sae.config.settings import AUTO, EvaluationConfig
+from sae.config.splits import HELD_OUT, SPLITS
 
-_OF_CACHE = {
+_SHARES = {
     "downstream_tokens": (768, 1024),
     "baseline_tokens": (1152, 512),
     "baseline_reconstruction_tokens": (256, 4096),
     "legacy_tokens": (1536, 512),
     "frozen_decoder_tokens": (96, 16_384),
 }
-"""One token of so many of the cache, and the least, which is a context where the language model reads whole ones."""
+"""One in n of the cache's tokens: n and the minimum, raised to a context if the language model reads whole ones."""
 _WHOLE_CONTEXTS = ("downstream_tokens", "baseline_tokens", "legacy_tokens")
 _MOST = {"baseline_tokens": 16_384, "legacy_tokens": 8192, "frozen_decoder_tokens": 200_000}
 _PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH, _PCA_MOST = 32, 16_384, 64, 200_000
-"""Principal components: one token of so many of the cache; the least, also for each number of a token; the most."""
+"""Principal components: one in n of the cache's tokens; the minimum, also per dimension of d_in; the maximum."""
 
 
 def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationConfig:
@@ -31,36 +31,36 @@ def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationCon
     context = {name: min(cache.context_length, cache.rows(HELD_OUT)) for name in _WHOLE_CONTEXTS}
     numbers = {
         name: max(min(max(harvested // every, least), _MOST.get(name, math.inf)), context.get(name, 0))
-        for name, (every, least) in _OF_CACHE.items()
+        for name, (every, least) in _SHARES.items()
         if getattr(settings, name) == AUTO
     }
     return settings.model_copy(update=numbers)
 
 
 def _harvested(cache: ActivationCache) -> int:
-    """Tokens of the cache."""
+    """Number of tokens in the cache."""
     return sum(cache.rows(split) for split in SPLITS)
 
 
 def pca_tokens(cache: ActivationCache, hook: str) -> int:
-    """Training tokens that principal components are fitted on."""
+    """Number of training tokens that principal components are fitted on."""
     harvested = _harvested(cache)
     return min(max(harvested // _PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH * cache.d_in(hook)), _PCA_MOST)
 
 
 def settled_tokens(tokens: int | str | None) -> int | None:
-    """A setting of `settled`."""
+    """The number in a setting that `settled` returned."""
     assert not isinstance(tokens, str), "the settings are not settled"
     return tokens
 
 
 def announcement(settings: EvaluationConfig, cache: ActivationCache, dictionaries: int = 1) -> str:
-    """What an evaluation will cost, in tokens that go through the language model once.
+    """The cost of an evaluation, in tokens that pass through the language model once.
 
     Args:
         settings: of the evaluation.
-        cache: whose held-out tokens are evaluated.
-        dictionaries: how many are evaluated together, of one size.
+        cache: its held-out tokens are evaluated.
+        dictionaries: number of dictionaries, of one size, that are evaluated together.
     """
     chosen, held_out = settled(settings, cache), cache.rows(HELD_OUT)
     tokens = min(held_out, chosen.tokens or held_out)
@@ -79,45 +79,45 @@ def announcement(settings: EvaluationConfig, cache: ActivationCache, dictionarie
 def spread_contexts(cache: ActivationCache, settings: EvaluationConfig) -> Iterator[tuple[ContextBatch, bool]]:
     """Held-out contexts evenly spread over the split, for losses, and whether baselines are measured in them too.
 
-    Spread rather than the first ones, as neighbours are mostly of one document, and standard errors are over documents.
-    All contexts of a batch are of one kind.
+    They are spread because neighbours mostly belong to one document, and standard errors are over documents. All
+    contexts of a batch are of one kind.
 
     Args:
-        cache: whose held-out tokens are read, without activations.
+        cache: its held-out tokens are read, without activations.
         settings: `downstream_tokens` and `baseline_tokens` in numbers; None: all.
     """
     length, rows = cache.context_length, cache.rows(HELD_OUT)
     available = -(-rows // length) if settings.tokens is None or settings.tokens >= rows else settings.tokens // length
     chosen = _spread(range(available), settled_tokens(settings.downstream_tokens), length, round_up=False)
-    first = set(_spread(chosen, settled_tokens(settings.baseline_tokens), length, round_up=True))
-    wanted = set(chosen)
-    waiting: dict[bool, list[ContextBatch]] = {True: [], False: []}
+    with_baselines = set(_spread(chosen, settled_tokens(settings.baseline_tokens), length, round_up=True))
+    places = set(chosen)
+    pending: dict[bool, list[ContextBatch]] = {True: [], False: []}
     contexts = cache.contexts(HELD_OUT, batch_contexts=1, max_tokens=settings.tokens)
     for place, context in enumerate(contexts):
-        if place not in wanted:
+        if place not in places:
             continue
-        together = waiting[place in first]
-        if together and together[0].tokens.shape != context.tokens.shape:  # the last context may be shorter
-            yield _joined(together), place in first
-            together.clear()
-        together.append(context)
-        if len(together) == settings.batch_contexts:
-            yield _joined(together), place in first
-            together.clear()
-    for kind, together in waiting.items():
-        if together:
-            yield _joined(together), kind
+        group = pending[place in with_baselines]
+        if group and group[0].tokens.shape != context.tokens.shape:  # the last context may be shorter
+            yield _joined(group), place in with_baselines
+            group.clear()
+        group.append(context)
+        if len(group) == settings.batch_contexts:
+            yield _joined(group), place in with_baselines
+            group.clear()
+    for kind, group in pending.items():
+        if group:
+            yield _joined(group), kind
 
 
 def losses_read(settings: EvaluationConfig, cache: ActivationCache) -> int:
-    """Tokens that `spread_contexts` gives."""
+    """Number of tokens that `spread_contexts` yields."""
     rows, length = cache.rows(HELD_OUT), cache.context_length
     tokens = min(rows, settings.tokens or rows, settled_tokens(settings.downstream_tokens) or rows)
     return tokens if tokens == rows else tokens // length * length
 
 
 def _spread(contexts: Sequence[int], tokens: int | None, length: int, *, round_up: bool) -> list[int]:
-    """As many of the contexts as hold the tokens, at equal distances."""
+    """Equally spaced contexts that hold this number of tokens."""
     count = len(contexts)
     if tokens is not None:
         count = min(count, -(-tokens // length) if round_up else tokens // length)

@@ -1,32 +1,28 @@
-"""Several dictionaries on the same held-out tokens: every metric, and its difference to the first, paired."""
+"""Several dictionaries on the same held-out tokens: every metric, and its paired difference to the first."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import sae
 from sae.activations.cache import ActivationCache
-from sae.config import EvaluationConfig
+from sae.config.progress import Progress
+from sae.config.settings import EvaluationConfig
 from sae.errors import ConfigError
-from sae.evaluation.estimate import Estimate
+from sae.evaluation.candidate import Evaluated
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
 from sae.evaluation.report import HEADINGS, fewest_of_baselines
 from sae.evaluation.scoring import evaluate_all
-from sae.evaluation.streams import Progress
-from sae.evaluation.subject import Evaluated
-from sae.files import delete, stands, write_bytes, write_json
-from sae.language_model import LanguageModel
-from sae.modes import in_own_modes
-from sae.paths import expanded
-from sae.reading import conforming, read_object, taken_apart
+from sae.files import version
+from sae.files.formats import HEAD, Format, as_read_back
+from sae.model.language_model import LanguageModel
+from sae.numerics.modes import in_own_modes
+from sae.results.estimate import Estimate
 
-FORMAT, FORMAT_VERSION = "sae-comparison", 1
+FORMAT = Format("sae-comparison", 1)
 COMMON = ("ce_clean", "ce_zero", "ce_mean")
 """Metrics of the language model alone, the same for all dictionaries."""
 JSON_FILE, MARKDOWN_FILE = "compare.json", "compare.md"
@@ -38,10 +34,10 @@ class Compared:
 
     Attributes:
         description: what it is, in a line.
-        metrics: what was measured, by the names of the definitions.
-        features: how many it has; 0 of what has none.
+        metrics: those measured, by the names of their definitions.
+        features: number of features; 0 if it has none.
         dead: those that never fired; dense: those that fired on more than a tenth of the tokens. None without features.
-        differences: to the first dictionary, standard errors paired over documents; of dictionaries alone.
+        differences: to the first dictionary, with standard errors paired over documents; for dictionaries only.
     """
 
     description: str
@@ -53,15 +49,16 @@ class Compared:
 
     def to_json(self) -> dict[str, Any]:
         differences = {
-            name: {**made.to_json(), "below_noise": below_noise(made)} for name, made in self.differences.items()
+            name: {**estimate.to_json(), "below_noise": below_noise(estimate)}
+            for name, estimate in self.differences.items()
         }
-        metrics = {name: made.to_json() for name, made in self.metrics.items()}
+        metrics = {name: estimate.to_json() for name, estimate in self.metrics.items()}
         return {**asdict(self), "metrics": metrics, "differences": differences}
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Compared:
         estimates = {
-            part: {name: Estimate.from_json(made) for name, made in record[part].items()}
+            part: {name: Estimate.from_json(estimate) for name, estimate in record[part].items()}
             for part in ("metrics", "differences")
         }
         return Compared(**{**record, **estimates})
@@ -69,16 +66,16 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` gives.
+    """The result of `compare`.
 
     Attributes:
-        key: what it is of: hashes of weights and activations, hook point, settings, package version.
+        key: everything that determines it: hashes of weights and activations, hook point, settings, package version.
         hook, model, data: where the activations come from.
         token_policy: which tokens count.
-        evaluated: how many tokens and documents, by the names in `eval.json`; `baseline_tokens` and
-            `baseline_positions` are the least that a baseline, and its losses, are measured on.
-        dictionaries: by name; the first is what the others are measured against.
-        baselines: of all of them, each once, by what they are.
+        evaluated: numbers of tokens and documents, by the names in `eval.json`; `baseline_tokens` and
+            `baseline_positions` are the smallest numbers that a baseline, and its losses, are measured on.
+        dictionaries: by name; the others are compared with the first.
+        baselines: those of all dictionaries, each once, by name.
     """
 
     key: dict[str, Any]
@@ -92,37 +89,37 @@ class Comparison:
 
     @property
     def first(self) -> str:
-        """What the others are measured against."""
+        """Name of the dictionary that the others are compared with."""
         return next(iter(self.dictionaries))
 
     def to_json(self) -> dict[str, Any]:
         parts = {
-            part: {name: made.to_json() for name, made in getattr(self, part).items()}
+            part: {name: entry.to_json() for name, entry in getattr(self, part).items()}
             for part in ("dictionaries", "baselines")
         }
         plain = {name: getattr(self, name) for name in ("key", "hook", "model", "data", "token_policy", "evaluated")}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **plain, **parts}
+        return {**FORMAT.head(), **plain, **parts}
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Comparison:
         parts = {
-            part: {name: Compared.from_json(made) for name, made in record[part].items()}
+            part: {name: Compared.from_json(entry) for name, entry in record[part].items()}
             for part in ("dictionaries", "baselines")
         }
-        rest = {name: value for name, value in record.items() if name not in ("format", "format_version")}
+        rest = {name: value for name, value in record.items() if name not in HEAD}
         return Comparison(**{**rest, **parts})
 
     @staticmethod
     def of(evaluations: Mapping[str, tuple[Mapping[str, Any], Totals]]) -> Comparison:
-        """From what `eval.json` and `eval-documents.safetensors` hold of each, all on the same tokens."""
+        """From the content of each `eval.json` and `eval-documents.safetensors`, all on the same tokens."""
         records = {name: record for name, (record, _) in evaluations.items()}
         reference, first_totals = next(iter(evaluations.values()))
         dictionaries = {}
         for number, (name, (record, totals)) in enumerate(evaluations.items()):
             own = [metric for metric in METRICS if metric not in COMMON] if number else []
-            found = {metric: difference(metric, totals, first_totals) for metric in own}
-            kept = {metric: made for metric, made in found.items() if made is not None}
-            dictionaries[name] = _compared(record, record["description"], kept)
+            pairs = {metric: difference(metric, totals, first_totals) for metric in own}
+            differences = {metric: estimate for metric, estimate in pairs.items() if estimate is not None}
+            dictionaries[name] = _compared(record, record["description"], differences)
         identities = {name: record["dictionary"] for name, record in records.items()}
         settings = EvaluationConfig.model_validate(reference["settings"])
         return Comparison(
@@ -149,13 +146,13 @@ def compare(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Comparison:
-    """Set several dictionaries side by side, on a cache's held-out tokens.
+    """Compare several dictionaries on a cache's held-out tokens: every metric, and its difference to the first.
 
-    Every metric of each, and how it differs from that of the first. The same documents are hard for all of them, so
-    standard errors of differences are paired over documents, and much smaller than those of the metrics themselves.
+    The same documents are hard for all of them, so standard errors of differences are paired over documents, and much
+    smaller than those of the metrics themselves.
 
     Args:
-        dictionaries: by whatever names, the one to compare with first; the other arguments are those of `evaluate`.
+        dictionaries: by any names, the one to compare with first; the other arguments are those of `evaluate`.
 
     Raises:
         ConfigError: there are fewer than two.
@@ -170,7 +167,7 @@ def compare(
 
 
 def check_several(dictionaries: Mapping[str, Any]) -> None:
-    """Raise ConfigError where there are fewer than two."""
+    """Raise ConfigError if there are fewer than two."""
     if len(dictionaries) < 2:
         raise ConfigError(
             f"{len(dictionaries)} dictionaries to compare: give two at least, the one to compare with first"
@@ -180,57 +177,22 @@ def check_several(dictionaries: Mapping[str, Any]) -> None:
 def comparison_key(
     identities: Mapping[str, Mapping[str, Any]], activations: str, hook: str, settings: EvaluationConfig
 ) -> dict[str, Any]:
-    """All that decides a comparison's numbers: equal only for equal ones.
+    """Everything that determines a comparison's numbers; keys are equal only if the numbers are.
 
     Args:
         identities: of the dictionaries, by name, as `eval.json` has them.
         activations: hash of the activations.
         hook: hook point.
-        settings: how much is evaluated.
+        settings: of the evaluation.
     """
     facts = {
-        "sae_version": sae.__version__,
+        "sae_version": version.__version__,
         "dictionaries": [[name, identity] for name, identity in identities.items()],
         "activations": activations,
         "hook": hook,
         "settings": settings.model_dump(mode="json"),
     }
-    return json.loads(json.dumps(facts))
-
-
-def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
-    """Write `compare.md` and `compare.json`.
-
-    Raises:
-        CacheError: the folder cannot be written.
-    """
-    from sae.evaluation.comparison_view import comparison_markdown
-
-    folder = expanded(folder)
-    text, record = comparison_markdown(comparison).encode(), comparison.to_json()
-    delete(folder / JSON_FILE)
-    write_bytes(folder / MARKDOWN_FILE, text)
-    write_json(folder / JSON_FILE, record)  # last: where it is, the rest is
-    return [folder / JSON_FILE, folder / MARKDOWN_FILE]
-
-
-def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | None:
-    """A written comparison, where it is of just this key, and of dictionaries that have a hash.
-
-    Raises:
-        DamagedError: the file is damaged.
-    """
-    folder = expanded(folder)
-    path = folder / JSON_FILE
-    if not stands(path) or not stands(folder / MARKDOWN_FILE):
-        return None
-    record = read_object(path)
-    current = (record.get("key"), record.get("format"), record.get("format_version")) == (key, FORMAT, FORMAT_VERSION)
-    hashed = all(identity["weights_sha256"] for _, identity in key["dictionaries"])
-    if not current or not hashed:
-        return None
-    with taken_apart(path):
-        return conforming(Comparison.from_json(record))
+    return as_read_back(facts)
 
 
 def _compared(record: Mapping[str, Any], description: str, differences: dict[str, Estimate]) -> Compared:
@@ -238,7 +200,7 @@ def _compared(record: Mapping[str, Any], description: str, differences: dict[str
     dead, dense = record.get("dead"), record.get("dense")
     return Compared(
         description=description,
-        metrics={name: Estimate.from_json(made) for name, made in metrics.items()},
+        metrics={name: Estimate.from_json(estimate) for name, estimate in metrics.items()},
         features=record.get("features") or 0,
         dead=dead["features"] if dead else None,
         dense=dense["features"] if dense else None,
@@ -247,18 +209,18 @@ def _compared(record: Mapping[str, Any], description: str, differences: dict[str
 
 
 def _baselines(records: Iterable[Mapping[str, Any]]) -> dict[str, Compared]:
-    """Each once, by its kind; and by the features that fire where there are several of a kind."""
-    of_kind: dict[str, dict[str, Compared]] = {}
+    """Each baseline once, by its kind, and by its L0 if there are several of a kind."""
+    by_kind: dict[str, dict[str, Compared]] = {}
     for record in records:
         for kind, baseline in record["baselines"].items():
             description = baseline["description"]
-            of_kind.setdefault(kind, {})[description] = _compared(baseline, description, {})
+            by_kind.setdefault(kind, {})[description] = _compared(baseline, description, {})
     named: dict[str, Compared] = {}
-    for kind, found in of_kind.items():
-        for made in found.values():
-            l0 = made.metrics.get("l0")
-            size = f", L0 {l0.value:.3g}" if len(found) > 1 and l0 is not None and l0.value is not None else ""
+    for kind, variants in by_kind.items():
+        for entry in variants.values():
+            l0 = entry.metrics.get("l0")
+            size = f", L0 {l0.value:.3g}" if len(variants) > 1 and l0 is not None and l0.value is not None else ""
             name = f"{HEADINGS[kind]}{size}"
-            again = sum(other == name or other.startswith(f"{name} (") for other in named)
-            named[f"{name} ({again + 1})" if again else name] = made
+            duplicates = sum(other == name or other.startswith(f"{name} (") for other in named)
+            named[f"{name} ({duplicates + 1})" if duplicates else name] = entry
     return named

@@ -1,18 +1,16 @@
-"""A comparison for people: tables for the terminal, and the same as Markdown."""
+"""Tables of a comparison, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from sae.columns import Column, fitted
+from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.comparison import Compared, Comparison
-from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import below_noise
 from sae.evaluation.report_view import (
     COUNTS,
     DOWNSTREAM,
-    NONE,
     RECONSTRUCTION,
     SPARSITY,
     baselines_have_fewer,
@@ -20,26 +18,26 @@ from sae.evaluation.report_view import (
     describe_text,
     share_of,
 )
-from sae.markdown import code, document, pipe_table, plain
-from sae.tokens import TokenPolicy
+from sae.results.estimate import Estimate, error_note
+from sae.results.markdown import code, document, pipe_table, plain
+from sae.results.table import NONE, SAME, Column, Table
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-MARK = "≈"
 _LABEL = 20
 _LOSSES = {"ce_clean": "loss with nothing replaced", "ce_zero": "with 0 in place of x", "ce_mean": "with x̄"}
 _MEANINGS = {**RECONSTRUCTION, **SPARSITY, **COUNTS, **_LOSSES, **DOWNSTREAM}
 _SECTIONS = {"l0", "ce_clean"}
-_OF_BASELINES = ("l0", "fvu", "delta_ce", "kl")
+_BASELINE_METRICS = ("l0", "fvu", "delta_ce", "kl")
 
 
 def comparison_tables(comparison: Comparison, width: int | None = None) -> list[Group]:
-    """The dictionaries with every metric, and below them what tells their baselines apart.
+    """A table of the dictionaries with every metric, and one of their baselines with the main ones.
 
     Args:
         comparison: of several dictionaries.
-        width: characters of the terminal; None: it is wide enough.
+        width: of the terminal, in characters; None: wide enough.
     """
     counts = comparison.evaluated
     rows = list(_rows(comparison.dictionaries))
@@ -48,17 +46,18 @@ def comparison_tables(comparison: Comparison, width: int | None = None) -> list[
         Column(_broken(label), ["\n".join(cells[number]) for _, _, cells in rows])
         for number, label in enumerate(comparison.dictionaries)
     ]
-    table = fitted(
-        [Column("metric", names, is_text=True), *columns], width,
+    table = Table(
+        [Column("metric", names, is_text=True), *columns],
         title=f"{comparison.hook}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        note=f"{error_note(counts)}\n{_second_lines(comparison)}",
+        notes=[error_note(counts), _second_lines(comparison)],
         sections={number for number, name in enumerate(names) if name in _SECTIONS},
-    )  # fmt: skip
-    made = comparison.baselines.values()
-    shown = [metric for metric in _OF_BASELINES if any(metric in one.metrics for one in made)]
-    of_baselines = [Column(metric, [_cell(one, metric)[0] for one in made]) for metric in shown]
-    baselines = Column("baseline", list(comparison.baselines), is_text=True)
-    return [table, fitted([baselines, *of_baselines], width, note=_fewer_tokens(comparison))]
+    )
+    baselines = comparison.baselines.values()
+    shown = [metric for metric in _BASELINE_METRICS if any(metric in entry.metrics for entry in baselines)]
+    metric_columns = [Column(metric, [_cell(entry, metric)[0] for entry in baselines]) for metric in shown]
+    names_column = Column("baseline", list(comparison.baselines), is_text=True)
+    baseline_table = Table([names_column, *metric_columns], notes=[_fewer_tokens(comparison)])
+    return [table.in_terminal(width), baseline_table.in_terminal(width)]
 
 
 def _broken(label: str) -> str:
@@ -72,13 +71,13 @@ def comparison_markdown(comparison: Comparison) -> str:
     parts = [
         f"# Comparison at {code(comparison.hook)}",
         _subject(comparison),
-        "\n".join(f"- {plain(name)}: {plain(made.description)}" for name, made in dictionaries.items()),
+        "\n".join(f"- {plain(name)}: {plain(entry.description)}" for name, entry in dictionaries.items()),
         _table(dictionaries),
         f"Values are means over tokens, {error_note(comparison.evaluated)}. "
         f"{_sentence(plain(_second_lines(comparison)))}",
         "## Baselines",
         _table(baselines),
-        _sentence("; ".join(plain(made.description) for made in baselines.values())),
+        _sentence("; ".join(plain(entry.description) for entry in baselines.values())),
     ]
     note = _fewer_tokens(comparison)
     return document([*parts, *([_sentence(note)] if note else [])])
@@ -92,43 +91,43 @@ def _table(columns: Mapping[str, Compared]) -> str:
 
 
 def _rows(columns: Mapping[str, Compared]) -> Iterator[tuple[str, str, list[list[str]]]]:
-    """Name, meaning, and the lines of a cell for every column; metrics that nobody has are left out."""
-    measured = {name for made in columns.values() for name in made.metrics}
+    """Name, meaning, and the lines of a cell for every column; metrics that no column has are left out."""
+    measured = {name for entry in columns.values() for name in entry.metrics}
     for metric, meaning in _MEANINGS.items():
         if metric in COUNTS:
-            yield metric, meaning, [_counted(made, metric) for made in columns.values()]
+            yield metric, meaning, [_counted(entry, metric) for entry in columns.values()]
         elif metric in measured:
-            yield metric, meaning, [_cell(made, metric) for made in columns.values()]
+            yield metric, meaning, [_cell(entry, metric) for entry in columns.values()]
 
 
-def _cell(made: Compared, metric: str) -> list[str]:
-    value = str(made.metrics.get(metric, Estimate(None, None)))
-    return [value, signed(made.differences[metric])] if metric in made.differences else [value]
+def _cell(entry: Compared, metric: str) -> list[str]:
+    value = str(entry.metrics.get(metric, Estimate(None, None)))
+    return [value, signed(entry.differences[metric])] if metric in entry.differences else [value]
 
 
-def _counted(made: Compared, metric: str) -> list[str]:
-    count = made.dead if metric == "dead" else made.dense
-    return [NONE if count is None or not made.features else share_of(count, made.features)]
+def _counted(entry: Compared, metric: str) -> list[str]:
+    count = entry.dead if metric == "dead" else entry.dense
+    return [NONE if count is None or not entry.features else share_of(count, entry.features)]
 
 
 def signed(difference: Estimate) -> str:
-    """`+0.0123 ± 0.0012`, behind a mark where it is below noise."""
+    """`+0.0123 ± 0.0012`, after a mark if it is below noise."""
     if difference.value is None:
         return NONE
     text = str(difference)
     text = text if text.startswith("-") else f"+{text}"
-    return f"{MARK} {text}" if below_noise(difference) else text
+    return f"{SAME} {text}" if below_noise(difference) else text
 
 
 def _second_lines(comparison: Comparison) -> str:
     return (
-        f"second lines: difference to {comparison.first} ± its standard error, paired over documents; {MARK}: below "
+        f"second lines: difference to {comparison.first} ± its standard error, paired over documents; {SAME}: below "
         "noise, its 95 % interval holds 0"
     )
 
 
 def _fewer_tokens(comparison: Comparison) -> str:
-    """What the baselines are measured on, where that is less than what the dictionaries are."""
+    """A note if the baselines are measured on fewer tokens than the dictionaries; else empty."""
     evaluated = comparison.evaluated
     return baselines_have_fewer(evaluated, evaluated.get("baseline_tokens"), evaluated["baseline_positions"])
 

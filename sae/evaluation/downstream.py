@@ -1,4 +1,4 @@
-"""What the language model loses when it reads reconstructions: cross-entropy and KL divergence."""
+"""Losses of the language model when it reads reconstructions: cross-entropy and KL divergence."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache, ContextBatch
-from sae.config import EvaluationConfig
+from sae.activations.cache import ContextBatch
+from sae.config.splits import HELD_OUT
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline
-from sae.evaluation.budget import losses_read, settled, spread_contexts
-from sae.evaluation.estimate import TOKENS, DocumentSums, Estimate, double, row_sums, to_json
+from sae.evaluation.budget import losses_read, spread_contexts
+from sae.evaluation.held_out import HeldOut
 from sae.evaluation.metrics import estimate
-from sae.evaluation.partial import Unfinished
 from sae.evaluation.reconstruction import Reconstructor
-from sae.evaluation.streams import Progress
-from sae.language_model import LanguageModel
-from sae.tail import Replacement
-from sae.tokens import HELD_OUT
+from sae.model.tail import Replacement
+from sae.results.estimate import TOKENS, DocumentSums, Estimate, double, row_sums, to_json
 
 DOWNSTREAM_NAMES = (
     "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_ce", "ce_recovered_zero", "ce_recovered_mean", "kl"
@@ -34,12 +31,12 @@ class DownstreamScores:
     """Nats per token, over every eligible position that has a next token in its context.
 
     The loss at position t is that of predicting token t + 1. Whether t counts depends on token t alone, whose
-    activation is the one replaced; token t + 1 may be a masked one. Zero, x̄ and x̂ replace the same eligible positions,
+    activation is the one replaced; token t + 1 may be masked. Zero, x̄ and x̂ replace the same eligible positions,
     and the others keep the model's own activations. Differences are paired, per token.
 
     Attributes:
-        tokens: positions that count; fewer for baselines, where `EvaluationConfig.baseline_tokens` says so.
-        documents: documents they are from.
+        tokens: number of positions that count; `EvaluationConfig.baseline_tokens` may set fewer for baselines.
+        documents: number of documents they come from.
         ce_clean: next-token loss with the hook point untouched.
         ce_spliced: replaced by x̂.
         ce_zero: replaced by 0.
@@ -48,7 +45,7 @@ class DownstreamScores:
         ce_recovered_zero: (zero − spliced) / (zero − clean): 1 loses nothing, 0 is as bad as 0.
         ce_recovered_mean: (mean − spliced) / (mean − clean), the same against x̄.
         kl: KL(clean ‖ spliced) of the next-token distributions.
-        totals: the sums over documents that these are made of.
+        totals: the sums over documents that these are computed from.
     """
 
     tokens: int
@@ -68,55 +65,46 @@ class DownstreamScores:
 
 
 def measure_downstream(
-    language_model: LanguageModel, cache: ActivationCache, hook: str, dictionaries: Mapping[str, Reconstructor],
-    baselines: Mapping[Baseline, Reconstructor], *, mean: Float[Tensor, " d_in"], settings: EvaluationConfig,
-    device: str | torch.device, progress: Progress, unfinished: Unfinished | None = None,
+    held_out: HeldOut, dictionaries: Mapping[str, Reconstructor], baselines: Mapping[Baseline, Reconstructor],
+    mean: Float[Tensor, " d_in"],
 ) -> dict[Hashable, DownstreamScores]:  # fmt: skip
     """Losses with the hook point replaced in turn by 0, x̄ and every reconstruction, in one pass over held-out contexts.
 
-    Baselines go into `settings.baseline_tokens` of them only: they lose so much more than dictionaries do that few
-    tokens tell how much, and each of them is another pass of the model. What `unfinished` holds is not measured again.
+    Baselines are measured on `settings.baseline_tokens` of them only: they lose so much more than dictionaries that few
+    tokens are enough, and each of them takes another pass of the model.
 
     Returns:
-        Scores by the keys of both. Those of `IDENTITY` are the clean ones by construction.
+        Scores by the keys of both mappings. Those of `IDENTITY` are the clean ones by construction.
 
     Raises:
         ConfigError: too few tokens to hold one position that counts.
         ModelError: the hook point cannot be replaced.
     """
-    at_first = {key: reconstructor for key, reconstructor in baselines.items() if key != IDENTITY}
-    settings = settled(settings, cache)
+    other_baselines = {key: reconstructor for key, reconstructor in baselines.items() if key != IDENTITY}
+    cache, settings, progress = held_out.cache, held_out.settings, held_out.progress
     documents = len(cache.documents(HELD_OUT))
-    everywhere, first = (DocumentSums(documents, _columns(keys)) for keys in (dictionaries, at_first))
-    stage = (unfinished or Unfinished()).stage("language model", {"everywhere": everywhere, "first": first})
+    everywhere, first = (DocumentSums(documents, _columns(keys)) for keys in (dictionaries, other_baselines))
+    stage = held_out.unfinished.stage("language model", {"everywhere": everywhere, "first": first})
     batches = list(spread_contexts(cache, settings))
-    rows, of = sum(batch.tokens.numel() for batch, _ in batches[: stage.done]), losses_read(settings, cache)
-    progress("language model", rows, of)
+    rows, total = sum(batch.tokens.numel() for batch, _ in batches[: stage.done]), losses_read(settings, cache)
+    progress("language model", rows, total)
     for step, (batch, is_first) in enumerate(batches[stage.done :], stage.done + 1):
         rows += batch.tokens.numel()
         counted = batch.eligible[:, :-1]
         if counted.any():
             spliced: dict[Hashable, Reconstructor] = dict(dictionaries.items())
             if is_first:
-                spliced |= at_first
-            values = _measure_batch(
-                language_model,
-                batch,
-                hook,
-                spliced,
-                mean=mean,
-                device=torch.device(device),
-                check=not everywhere.tokens,
-            )
+                spliced |= other_baselines
+            values = _measure_batch(held_out, batch, spliced, mean=mean, check=not everywhere.tokens)
             for sums in (everywhere, first) if is_first else (everywhere,):
                 sums.add_(batch.documents[:, :-1][counted], {name: values[name] for name in sums.names[1:]})
         stage.step(step)
-        progress("language model", rows, of)
+        progress("language model", rows, total)
     stage.keep()
     if everywhere.tokens == 0:
         raise ConfigError(
-            f"evaluation.downstream_tokens={settings.downstream_tokens}: of the contexts chosen none has a token that "
-            "counts and has a next one; "
+            f"evaluation.downstream_tokens={settings.downstream_tokens}: none of the chosen contexts has a token "
+            "that counts and has a next one; "
             + (
                 ""
                 if settings.downstream_tokens is None
@@ -125,7 +113,7 @@ def measure_downstream(
             + "harvest more held-out text, longer contexts, or with fewer masked positions"
         )
     scores: dict[Hashable, DownstreamScores] = {}
-    for sums, keys in ((everywhere, dictionaries), (first, at_first)):
+    for sums, keys in ((everywhere, dictionaries), (first, other_baselines)):
         scores |= {key: _scores(sums, _ce(key), _kl(key)) for key in keys}
     return scores | {IDENTITY: _scores(everywhere, "clean", None)}
 
@@ -135,26 +123,28 @@ def _columns(keys: Iterable[Hashable]) -> list[str]:
 
 
 def _measure_batch(
-    language_model: LanguageModel, batch: ContextBatch, hook: str, reconstructors: Mapping[Hashable, Reconstructor], *,
-    mean: Float[Tensor, " d_in"], device: torch.device, check: bool,
+    held_out: HeldOut, batch: ContextBatch, reconstructors: Mapping[Hashable, Reconstructor], *,
+    mean: Float[Tensor, " d_in"], check: bool,
 ) -> dict[str, Float[Tensor, " rows"]]:  # fmt: skip
     """Numbers of each counted position, by column name; `check` compares the clean pass with the model's own logits."""
+    language_model, hook, device = held_out.language_model, held_out.hook, torch.device(held_out.device)
+    assert language_model is not None
     tokens = batch.tokens.to(language_model.device)
     eligible = batch.eligible.to(language_model.device)
 
     rows: list[Tensor] = []
 
     def clean_pass(x: Tensor) -> Tensor:
-        """Changes nothing, and keeps the eligible activations, which are the same in every pass."""
+        """Change nothing, and keep the eligible activations, which are the same in every pass."""
         rows.append(x[eligible].float().to(device))
         return x
 
     constants: dict[str, Replacement] = {"zero": torch.zeros_like, "mean": lambda x: mean.to(x).expand_as(x)}
-    elsewhere = sorted({reconstructor.reads for reconstructor in reconstructors.values() if reconstructor.reads})
-    found = language_model.activations(tokens, elsewhere) if elsewhere else {}
-    read = {name: x[eligible].float().to(device) for name, x in found.items()}
-    made = [_reconstruction(reconstructor, rows, read) for reconstructor in reconstructors.values()]
-    replacements = [_at(eligible, new) for new in (*constants.values(), *made)]
+    other_hooks = sorted({reconstructor.reads for reconstructor in reconstructors.values() if reconstructor.reads})
+    activations = language_model.activations(tokens, other_hooks) if other_hooks else {}
+    read = {name: x[eligible].float().to(device) for name, x in activations.items()}
+    reconstructions = [_reconstruction(reconstructor, rows, read) for reconstructor in reconstructors.values()]
+    replacements = [_at(eligible, new) for new in (*constants.values(), *reconstructions)]
     logits = language_model.replaced_logits(tokens, hook, [clean_pass, *replacements])
     clean_logits = next(logits)
     if check:
@@ -180,7 +170,7 @@ def _reconstruction(reconstructor: Reconstructor, rows: list[Tensor], read: Mapp
 
 
 def _at(eligible: Bool[Tensor, "context seq"], new: Replacement) -> Replacement:
-    """Replace the activations of eligible positions, all others stay."""
+    """Replace the activations of eligible positions; all others stay."""
 
     def replace(x: Float[Tensor, "context seq d_in"]) -> Float[Tensor, "context seq d_in"]:
         out = x.clone()
@@ -191,22 +181,22 @@ def _at(eligible: Bool[Tensor, "context seq"], new: Replacement) -> Replacement:
 
 
 def _log_probabilities(logits: Float[Tensor, "context seq vocab"]) -> Iterator[Float[Tensor, "_ vocab"]]:
-    """At every position that has a next token, one context at a time, as a copy of all logits would be large.
+    """Log-probabilities at positions with a next token, one context at a time, as a copy of all logits would be large.
 
-    Few of these positions do not count; to leave them out here would copy all the others.
+    Few of these positions do not count; leaving them out here would copy all the others.
     """
-    for of_context in logits:
-        yield of_context[:-1].log_softmax(-1)
+    for context_logits in logits:
+        yield context_logits[:-1].log_softmax(-1)
 
 
 def _losses(log_probabilities: Iterable[Tensor], tokens: Iterable[Tensor]) -> Float[Tensor, " rows"]:
-    """Next-token losses, of one context after another."""
+    """Next-token losses, one context after another."""
     pairs = zip(log_probabilities, tokens, strict=True)
     return double(torch.cat([-log_p.gather(-1, ids[1:, None])[:, 0] for log_p, ids in pairs]))
 
 
 def _scores(sums: DocumentSums, spliced: str, kl: str | None) -> DownstreamScores:
-    """Those of one reconstructor; without a column of divergences these are 0."""
+    """Scores of one reconstructor; without a column of divergences, these are 0."""
     totals = sums.totals(positions=TOKENS, clean="clean", zero="zero", mean="mean", spliced=spliced, kl=kl or "clean")
     if kl is None:
         totals["kl"] = torch.zeros_like(totals["clean"])

@@ -1,22 +1,20 @@
-"""The baseline that shows what an encoder alone can learn: it is trained under a random decoder that stays as it is."""
+"""The frozen-decoder baseline, which shows what an encoder alone can learn: its decoder stays random."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from sae.activations.cache import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import load
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary
 from sae.errors import FormatError, TrainingError, TrainingInterrupted
 from sae.evaluation.baselines import Baseline
+from sae.evaluation.held_out import HeldOut
 from sae.evaluation.reconstruction import Reconstructor, from_dictionary
-from sae.evaluation.streams import Progress
 from sae.training import Recipe, train_all
 
 BATCH, LEAST_STEPS = 1024, 16
@@ -24,26 +22,20 @@ _POOL_TOKENS = 65_536
 _PURPOSE = "frozen decoder"
 
 
-def train_frozen_decoders(
-    wanted: Sequence[Baseline], cache: ActivationCache, hook: str, tokens: int, device: str | torch.device,
-    progress: Progress, folder: Path | None = None,
-) -> dict[Baseline, Reconstructor]:  # fmt: skip
+def train_frozen_decoders(wanted: Sequence[Baseline], held_out: HeldOut, tokens: int) -> dict[Baseline, Reconstructor]:
     """Train encoders under fixed random decoders, all in one pass over the cache's training activations.
 
-    Each is a dictionary of the architecture, d_sae and k of the one it stands beside, trained as that is by default
-    (`sae.train`), but for W_dec, which keeps the random unit rows that this training begins with: the "frozen decoder"
-    of Korznikov et al. 2026, "Sanity Checks for Sparse Autoencoders: Do SAEs Beat Random Baselines?". No dictionary
-    begins with these rows. There it is trained as long as the dictionary; here on `tokens`, so what it lacks for that
-    counts for the dictionary.
+    Each has the architecture, d_sae and k of the dictionary it is compared with, and is trained with the defaults of
+    `sae.train`, except that W_dec keeps its random initial unit rows: the "frozen decoder" of Korznikov et al. 2026,
+    "Sanity Checks for Sparse Autoencoders: Do SAEs Beat Random Baselines?". No dictionary starts with these rows. In
+    the paper it is trained as long as the dictionary; here on `tokens`, which favours the dictionary if these are
+    fewer.
 
     Args:
-        wanted: their architectures, d_sae and k.
-        cache: whose training split they are trained on.
-        hook: hook point.
-        tokens: how many; at most one pass over the split.
-        device: where.
-        progress: called with (stage, tokens done, tokens in all).
-        folder: where they are kept, and taken from if they are there; None: nowhere. It is that of one evaluation.
+        wanted: the baselines, with architecture, d_sae and k.
+        held_out: of the evaluation; they are trained on the training tokens of its cache, and stored next to its
+            unfinished sums.
+        tokens: number of training tokens; at most one pass over the split.
 
     Raises:
         TrainingError: one of them diverged.
@@ -51,19 +43,23 @@ def train_frozen_decoders(
     """
     if not wanted:
         return {}
-    loader = ActivationLoader(cache, hook, batch_size=1, purpose=_PURPOSE, pool_tokens=_POOL_TOKENS, device=device)
+    device, progress, folder = held_out.device, held_out.progress, held_out.unfinished.folder
+    loader = ActivationLoader(
+        held_out.cache, held_out.hook, batch_size=1, purpose=_PURPOSE, pool_tokens=_POOL_TOKENS, device=device
+    )
     tokens = min(tokens, loader.tokens_per_epoch)
     loader.batch_size = min(BATCH, max(1, tokens // LEAST_STEPS))
     settings = TrainConfig(tokens=tokens, freeze=("W_dec",))
     recipes = {
-        str(number): Recipe(_shape(baseline), settings, purpose=_PURPOSE) for number, baseline in enumerate(wanted)
+        str(number): Recipe(_config(baseline), settings, purpose=_PURPOSE) for number, baseline in enumerate(wanted)
     }
     trained = tokens // loader.batch_size * loader.batch_size
-    kept = {} if folder is None else {name: folder / f"frozen-decoder-{name}" for name in recipes}
+    paths = {} if folder is None else {name: folder / f"frozen-decoder-{name}" for name in recipes}
     with contextlib.suppress(FormatError):
-        if kept:
-            found = [load(place) for place in kept.values()]
-            return {one: _described(one, made, trained, device) for one, made in zip(wanted, found, strict=True)}
+        if paths:
+            dictionaries = [load(path) for path in paths.values()]
+            pairs = zip(wanted, dictionaries, strict=True)
+            return {baseline: _reconstructor(baseline, dictionary, trained, device) for baseline, dictionary in pairs}
     progress("frozen decoder", 0, tokens)
     try:
         outcome = train_all(
@@ -72,18 +68,18 @@ def train_frozen_decoders(
         )  # fmt: skip
     except TrainingInterrupted as stopped:
         raise TrainingInterrupted(
-            "stopped while a baseline of the evaluation was trained; run the same command again to go on"
+            "stopped while a baseline of the evaluation was trained; run the same command again to continue"
         ) from stopped
     if outcome.failures:
         reason = next(iter(outcome.failures.values()))
         raise TrainingError(f"the frozen-decoder baseline: {reason}; evaluation.frozen_decoder_tokens=0 leaves it out")
-    for name, place in kept.items():
-        outcome.dictionaries[name].save(place)
-    made = zip(wanted, outcome.dictionaries.values(), strict=True)
-    return {baseline: _described(baseline, dictionary, trained, device) for baseline, dictionary in made}
+    for name, path in paths.items():
+        outcome.dictionaries[name].save(path)
+    pairs = zip(wanted, outcome.dictionaries.values(), strict=True)
+    return {baseline: _reconstructor(baseline, dictionary, trained, device) for baseline, dictionary in pairs}
 
 
-def _described(
+def _reconstructor(
     baseline: Baseline, dictionary: Dictionary, trained: int, device: str | torch.device
 ) -> Reconstructor:  # fmt: skip
     description = (
@@ -93,7 +89,7 @@ def _described(
     return from_dictionary(dictionary.to(device), description)
 
 
-def _shape(baseline: Baseline) -> DictionaryConfig:
+def _config(baseline: Baseline) -> DictionaryConfig:
     nested = {"prefixes": baseline.prefixes} if baseline.prefixes else {}
     return DictionaryConfig.model_validate(
         {"architecture": baseline.architecture, "d_sae": baseline.d_sae, "k": min(baseline.k, baseline.d_sae), **nested}

@@ -1,4 +1,4 @@
-"""Every metric as a ratio of sums over documents: its estimate, and how it differs between two dictionaries."""
+"""Metrics as ratios of sums over documents: their estimates, and differences between two dictionaries."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.evaluation.estimate import TOKENS, Estimate, jackknife, left_out, ratio
+from sae.results.estimate import TOKENS, Estimate, jackknife, left_out, ratio
 
 POSITIONS = "positions"
-"""Counts the tokens whose language-model losses were measured; `tokens` counts the others' sample."""
+"""Counts the tokens whose language-model losses were measured; `tokens` counts those of all other metrics."""
 
 Totals = Mapping[str, Tensor]
-"""Float64 sums `[documents]` by name, over all documents of the split; 0 in those without a token."""
+"""Float64 sums `[documents]` by name, for all documents of the split; 0 for those without a token."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Ratio:
     Attributes:
         numerator: a sum's name, or `a-b` for the difference of two.
         denominator: likewise.
-        complement: 1 minus the ratio is meant.
+        complement: the metric is 1 minus the ratio.
         count: the sum that tells which documents have a token.
     """
 
@@ -58,20 +58,20 @@ METRICS = {
 def estimate(metric: str, totals: Totals) -> Estimate:
     """A metric and its standard error over documents."""
     numerator, denominator = _terms(METRICS[metric], totals)
-    made = ratio(numerator, denominator)
-    if METRICS[metric].complement and made.value is not None:
-        return Estimate(1 - made.value, made.standard_error, made.degrees_of_freedom)
-    return made
+    quotient = ratio(numerator, denominator)
+    if METRICS[metric].complement and quotient.value is not None:
+        return Estimate(1 - quotient.value, quotient.standard_error, quotient.degrees_of_freedom)
+    return quotient
 
 
 def difference(metric: str, totals: Totals, reference: Totals) -> Estimate | None:
     """How much larger a metric is than in a reference that was evaluated on the same tokens.
 
-    With R = Σa/Σb here and R' = Σa'/Σb' there, the standard error is the jackknife's of R − R': a document is left out
-    of both at once, so that what makes it hard for both cancels (Miller 2024, "Adding Error Bars to Evals").
+    With R = Σa/Σb, and R' = Σa'/Σb' for the reference, the standard error is the jackknife's of R − R': a document is
+    left out of both at once, so that difficulty common to both cancels (Miller 2024, "Adding Error Bars to Evals").
 
     Returns:
-        None where one of them has not measured the metric, or not on the same tokens.
+        None if one of them has not measured the metric, or not on the same tokens.
     """
     kind = METRICS[metric]
     if not _has(kind, totals) or not _has(kind, reference):
@@ -82,8 +82,8 @@ def difference(metric: str, totals: Totals, reference: Totals) -> Estimate | Non
     if ours.value is None or theirs.value is None:
         return Estimate(None, None)
     (a, b), (other_a, other_b) = _terms(kind, totals), _terms(kind, reference)
-    found = jackknife(left_out(a, b) - left_out(other_a, other_b), b, other_b)
-    return Estimate(ours.value - theirs.value, *found)
+    uncertainty = jackknife(left_out(a, b) - left_out(other_a, other_b), b, other_b)
+    return Estimate(ours.value - theirs.value, *uncertainty)
 
 
 def below_noise(difference: Estimate) -> bool:

@@ -1,4 +1,4 @@
-"""Dictionaries against each other: error and loss of the language model against L0, as a figure."""
+"""The Pareto figure: error and language-model loss of dictionaries against L0."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sae.evaluation.estimate import Estimate
-from sae.evaluation.figures import Canvas, logarithmic
-
-COLOURS = {
-    "relu": "#6b7280",
-    "gated": "#b45309",
-    "jumprelu": "#9d3c8a",
-    "topk": "#2b6ca3",
-    "batch_topk": "#d97b29",
-    "matryoshka": "#3b8a4f",
-}
-_INK = "#374151"
+from sae.results.estimate import Estimate
+from sae.results.figure import ARCHITECTURE_COLOURS, INK, Canvas, drawing, logarithmic, title
 
 
 @dataclass(frozen=True)
@@ -27,13 +17,13 @@ class Point:
 
     Attributes:
         architecture, hook, d_sae, k, seed: what it is.
-        weight: the fixed weight of the penalty, where L0 is not steered to k.
+        weight: the fixed weight of the penalty, if L0 is not steered to k.
         variant: the other settings that differ in the sweep.
         l0, fvu, delta_ce: with standard errors over documents; `delta_ce` is None without a language model.
         dead: share of the features that never fired on the evaluated tokens.
-        seconds: in its own training steps; None where unknown.
-        bytes: of weights and optimiser while it was trained; None where unknown.
-        tokens: that these seconds are for.
+        seconds: spent in its own training steps; None if unknown.
+        bytes: of weights and optimiser during training; None if unknown.
+        tokens: number trained on in these seconds.
         baselines: FVU of each baseline, by its name in `eval.json`.
     """
 
@@ -58,7 +48,7 @@ class Point:
         architecture: str, report: Mapping[str, Any], *, hook: str, d_sae: int, k: int, seed: int,
         cost: Mapping[str, Any], weight: float | None = None, variant: str = "",
     ) -> Point:  # fmt: skip
-        """From the content of an `eval.json` and what training cost."""
+        """From the content of an `eval.json` and the cost of training."""
 
         def estimate(name: str, of: Mapping[str, Any] = report) -> Estimate:
             return Estimate.from_json(of[name])
@@ -67,24 +57,21 @@ class Point:
             architecture, hook, d_sae, k, seed, estimate("l0"), estimate("fvu"),
             estimate("delta_ce") if report.get("delta_ce") else None, report["dead"]["share"],
             cost.get("seconds"), cost.get("bytes"), cost.get("tokens"), weight, variant,
-            {name: estimate("fvu", made) for name, made in report["baselines"].items()},
+            {name: estimate("fvu", baseline) for name, baseline in report["baselines"].items()},
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
+@drawing
 def draw_pareto(points: Sequence[Point]) -> bytes | None:
-    """FVU, and ΔCE where it was measured, against L0, as PNG.
+    """FVU, and ΔCE if it was measured, against L0, as PNG.
 
-    A line for each architecture, and for whatever else differs but k, the penalty's fixed weight, and the seed; over
-    seeds it is the mean. Error bars are standard deviations over seeds where there are several, else standard errors
-    over documents. None where matplotlib is not installed or there is nothing to draw.
+    There is a line for each architecture and for each setting that differs, except k, the penalty's fixed weight and
+    the seed; it shows means over seeds. Error bars are standard deviations over seeds if there are several, else
+    standard errors over documents. None if matplotlib is not installed or there is nothing to draw.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return None
     if not points:
         return None
     metrics = ["fvu", *(["delta_ce"] if any(point.delta_ce is not None for point in points) else [])]
@@ -95,12 +82,13 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
         values: list[float] = []
         positions: list[float] = []
         for number, (label, series) in enumerate(groups.items()):
-            drawn = [drawn for seeds in series for drawn in [_average(seeds, metric)] if drawn is not None]
-            if not drawn:
+            averages = [average for seeds in series if (average := _average(seeds, metric)) is not None]
+            if not averages:
                 continue
-            x, y, error = zip(*sorted(drawn), strict=True)
+            x, y, error = zip(*sorted(averages), strict=True)
             axes.errorbar(
-                x, y, yerr=error, label=label, color=_colour(series[0][0].architecture), linewidth=1.4, markersize=4.5,
+                x, y, yerr=error, label=label, linewidth=1.4, markersize=4.5,
+                color=ARCHITECTURE_COLOURS.get(series[0][0].architecture, INK),
                 marker="osD^vP*X"[number % 8], capsize=2.5, elinewidth=0.9,
             )  # fmt: skip
             values += y
@@ -111,23 +99,23 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
         if min(values) > 0 and max(values) / min(values) > 3:
             logarithmic(axes, "y", (min(values), max(values)))
         axes.set_xlabel("features that fire per token (L0)")
-        axes.set_title(labels[metric], fontsize=9, loc="left", color=_INK)
+        title(axes, labels[metric])
     if canvas.axes[0].get_legend_handles_labels()[0]:
-        canvas.axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+        canvas.axes[0].legend(frameon=False, fontsize=8, labelcolor=INK)
     return canvas.png()
 
 
 def lines(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
-    """Lines by label: along each k, or the weight of the penalty; at each place what differs in the seed alone."""
+    """Lines by label, along k or the penalty's weight; each place holds the points that differ only in the seed."""
     hooks, widths = {point.hook for point in points}, {point.d_sae for point in points}
-    found: dict[str, dict[tuple[Any, ...], list[Point]]] = {}
+    groups: dict[str, dict[tuple[Any, ...], list[Point]]] = {}
     for point in points:
         label = point.architecture
         label += f", {point.d_sae:,}" if len(widths) > 1 else ""
         label += f", {point.hook}" if len(hooks) > 1 else ""
         label += f", {point.variant}" if point.variant else ""
-        found.setdefault(label, {}).setdefault((point.k, point.weight), []).append(point)
-    return {label: list(series.values()) for label, series in found.items()}
+        groups.setdefault(label, {}).setdefault((point.k, point.weight), []).append(point)
+    return {label: list(series.values()) for label, series in groups.items()}
 
 
 def _average(seeds: list[Point], metric: str) -> tuple[float, float, float] | None:
@@ -141,10 +129,6 @@ def _average(seeds: list[Point], metric: str) -> tuple[float, float, float] | No
 
 
 def values_of(points: Sequence[Point], metric: str) -> list[float]:
-    """Of those for which it was measured."""
+    """Values of the points for which the metric was measured."""
     estimates = [getattr(point, metric) for point in points]
     return [estimate.value for estimate in estimates if estimate is not None and estimate.value is not None]
-
-
-def _colour(architecture: str) -> str:
-    return COLOURS.get(architecture, _INK)

@@ -1,10 +1,8 @@
-"""Sums of an evaluation that was interrupted: kept beside the report, under a hash of all that decides them."""
+"""Sums of an interrupted evaluation, stored next to the report under a hash of everything that determines them."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,22 +13,23 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-import sae
 from sae.errors import DamagedError
-from sae.files import stands, write_tensors
-from sae.hashes import recorded
-from sae.reading import load_tensors
+from sae.files import version
+from sae.files.formats import fingerprint_of
+from sae.files.reading import load_tensors
+from sae.files.sums import recorded
+from sae.files.writing import stands, write_tensors
 
 FOLDER = "evaluation-unfinished"
 EVERY = 5.0
-"""Seconds between two writings of a stage's sums: what a kill costs at most."""
+"""Seconds between two writes of a stage's sums: the most that a kill costs."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 _DONE = "done"
 
 
 @runtime_checkable
 class Summed(Protocol):
-    """Running sums that can be written down and taken up again, to the last bit."""
+    """Running sums that can be stored and restored, to the last bit."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -38,21 +37,21 @@ class Summed(Protocol):
 
 
 class Unfinished:
-    """What is kept of an evaluation until its report is written; of another evaluation it is deleted.
+    """Stored sums of an evaluation until its report is written; those of another evaluation are deleted.
 
     Args:
-        folder: of the results that are kept; None: nothing is.
+        folder: for the sums; None: nothing is stored.
         decides: everything that the numbers depend on.
-        every: seconds between two writings of a stage; None: `EVERY`.
+        every: seconds between two writes of a stage; None: `EVERY`.
     """
 
     def __init__(
         self, folder: Path | None = None, decides: Mapping[str, Any] = NOTHING, every: float | None = None
     ) -> None:
         self.every = EVERY if every is None else every
-        software = {"sae": sae.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        software = {"sae": version.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
         facts = {**decides, **software}
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        key = fingerprint_of(facts)[:32]
         self.folder = None if folder is None else folder / key
         if folder is not None and folder.is_dir():
             for other in folder.iterdir():
@@ -60,16 +59,16 @@ class Unfinished:
                     shutil.rmtree(other, ignore_errors=True)
 
     def stage(self, name: str, sums: Mapping[str, Summed]) -> Stage:
-        """A stage that adds to these sums, which go on from what was kept of it."""
+        """A stage that adds to these sums, which continue from those stored for it."""
         path = None if self.folder is None else self.folder / f"{name.replace(' ', '-')}.safetensors"
         return Stage(path, sums, self.every)
 
 
 class Stage:
-    """One pass that is made of steps in a fixed order.
+    """One pass, in steps of a fixed order.
 
     Attributes:
-        done: steps whose sums are there already.
+        done: number of steps that the sums include.
     """
 
     def __init__(self, path: Path | None, sums: Mapping[str, Summed], every: float) -> None:
@@ -82,7 +81,7 @@ class Stage:
             self.done = int(state[_DONE])
 
     def step(self, done: int) -> None:
-        """So many steps are done; now and then their sums are written."""
+        """Record that this many steps are done; from time to time, write their sums."""
         self.done = done
         if time.monotonic() - self._written >= self.every:
             self.keep()
@@ -99,12 +98,12 @@ class Stage:
 
 
 def discard(folder: Path) -> None:
-    """Delete what was kept: the report is written."""
+    """Delete the stored sums, when the report is written."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """What was written; if it is damaged or has no hash, all that is kept of the evaluation is deleted."""
+    """The stored sums; if they are damaged or have no hash, all sums of the evaluation are deleted."""
     if not stands(path):
         return None
     with contextlib.suppress(DamagedError):

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary import Codes, Dictionary
-from sae.evaluation.estimate import DocumentSums, Estimate, double, to_json
+from sae.dictionary.base import Codes, Dictionary
 from sae.evaluation.metrics import estimate
+from sae.results.estimate import DocumentSums, Estimate, double, to_json
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """x̂, and the codes it was decoded from where there are any."""
+    """x̂, and the codes it was decoded from, if any."""
 
     x_hat: Float[Tensor, "rows d_in"]
     codes: Codes | None = None
@@ -25,13 +25,13 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Reconstructor:
-    """What is evaluated: a dictionary or a baseline.
+    """A dictionary or a baseline, as a function of activations.
 
     Attributes:
         description: one line for tables and captions.
-        features: number of features its codes index; 0 where it has no codes.
-        reconstruct: from activations `[rows, d_in]`, on the device it was made for.
-        reads: hook point of these activations, where that is not the one whose activations it gives (a transcoder).
+        features: number of features its codes index; 0 if it has no codes.
+        reconstruct: the function, of activations `[rows, d_in]` on its device.
+        reads: hook point of these activations, if it differs from that of the reconstructions (a transcoder).
     """
 
     description: str
@@ -58,18 +58,18 @@ _NAMES = ("mse", "fvu", "explained_variance", "cosine", "l2_ratio", "relative_re
 
 @dataclass(frozen=True)
 class ReconstructionScores:
-    """Over the evaluated tokens, with x̂ the reconstruction of x and x̄ the mean of x.
+    """Scores over the evaluated tokens, with x̂ the reconstruction of x and x̄ the mean of x.
 
     Attributes:
         mse: mean of ‖x − x̂‖², summed over d_in, in squared units of the activations.
         fvu: Σ‖x − x̂‖² / Σ‖x − x̄‖², the fraction of variance unexplained: 1 for x̂ = x̄, 0 for x̂ = x. Its standard error
             takes x̄ as known.
         explained_variance: 1 − fvu.
-        cosine: mean cos(x, x̂); 0 where x̂ = 0. Tokens with x = 0 are left out.
+        cosine: mean cos(x, x̂); 0 if x̂ = 0. Tokens with x = 0 are left out.
         l2_ratio: mean ‖x̂‖/‖x‖; below 1, reconstructions shrink. Tokens with x = 0 are left out.
-        relative_reconstruction_bias: E‖x̂‖² / E[x·x̂]; 1 where no rescaling of x̂ lowers the mse, below 1 for shrinkage.
+        relative_reconstruction_bias: E‖x̂‖² / E[x·x̂]; 1 if no rescaling of x̂ lowers the mse, below 1 for shrinkage.
             Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Autoencoders".
-        totals: the sums over documents that these are made of.
+        totals: the sums over documents that these are computed from.
     """
 
     mse: Estimate
@@ -86,7 +86,7 @@ class ReconstructionScores:
 
 @dataclass(frozen=True)
 class Truth:
-    """A block of activations in float64, and what of them alone every reconstruction is measured by."""
+    """A block of activations in float64, with quantities that all reconstructions of it share."""
 
     x: Float[Tensor, "rows d_in"]
     deviation: Float[Tensor, " rows"]
@@ -94,7 +94,7 @@ class Truth:
 
     @staticmethod
     def of(x: Float[Tensor, "rows d_in"], mean: Float[Tensor, " d_in"]) -> Truth:
-        """With ‖x − x̄‖² and ‖x‖ of each token.
+        """Compute ‖x − x̄‖² and ‖x‖ of each token.
 
         Args:
             x: the activations.
@@ -105,10 +105,10 @@ class Truth:
 
 
 class ReconstructionSums:
-    """Streams tokens and ends in `ReconstructionScores`.
+    """Accumulates blocks of tokens into `ReconstructionScores`.
 
     Args:
-        documents: how many documents the split has.
+        documents: number of documents in the split.
     """
 
     def __init__(self, documents: int) -> None:

@@ -1,4 +1,4 @@
-"""How well a dictionary recovers features that are known: directions, and detection, each beside its null."""
+"""How well a dictionary recovers known features: directions and detection, each with its null."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError, ShapeError
-from sae.modes import in_own_modes
-from sae.seeding import torch_generator
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import torch_generator
 
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
 """Cosines at which precision and recall are given."""
@@ -22,11 +22,11 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class Matching:
-    """One learned feature for each true one, and none twice, such that the sum of cosines is largest.
+    """A one-to-one assignment of learned features to true ones, with the largest sum of cosines.
 
     Attributes:
-        learned: index of the learned feature; `UNMATCHED` where there are fewer learned features than true ones.
-        cosine: between the two; 0 where unmatched.
+        learned: index of the learned feature; `UNMATCHED` for some if there are fewer than true ones.
+        cosine: between the two; 0 if unmatched.
     """
 
     learned: Int[Tensor, " true"]
@@ -38,9 +38,9 @@ class DirectionScores:
     """How near learned directions are to true ones. A direction and its negative are different.
 
     Attributes:
-        mean_max_cosine_true: over true features, of the cosine to the nearest learned one: is everything found?
-        mean_max_cosine_learned: over learned features, of the cosine to the nearest true one: is everything real?
-        matched_cosine: over true features, of the cosine to the one matched to it (see `Matching`).
+        mean_max_cosine_true: mean over true features of the cosine to the nearest learned one: is everything found?
+        mean_max_cosine_learned: mean over learned features of the cosine to the nearest true one: is everything real?
+        matched_cosine: mean over true features of the cosine to the one matched to it (see `Matching`).
         recall: by threshold t, share of the true features whose match has a cosine of at least t.
         precision: by threshold t, share of the learned features that are such a match: of several learned features
             that are near one true feature, one counts as right.
@@ -55,12 +55,12 @@ class DirectionScores:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Direction scores beside what chance gives.
+    """Direction scores, and those of random directions.
 
     Attributes:
         true, live: numbers of true features, and of learned ones that count.
         scores: of the learned directions.
-        null: of as many random directions, the mean over some draws.
+        null: of as many random directions, averaged over draws.
         matching: which learned feature is matched to each true one.
     """
 
@@ -89,11 +89,11 @@ def recovery(
         true: likewise.
         live: which learned features count, such as those that fire; None: all. Those of norm 0 never count.
         thresholds: cosines.
-        null_draws: sets of random directions, as many as are live, that the null is the mean of.
+        null_draws: number of sets of random directions, as many as are live, that the null is averaged over.
         seed: of the null.
 
     Raises:
-        ShapeError: directions of two widths, or no true ones.
+        ShapeError: the directions differ in width, or there are no true ones.
         ConfigError: scipy is missing.
     """
     if learned.shape[1] != true.shape[1] or not len(true):
@@ -103,15 +103,17 @@ def recovery(
     counts = learned.norm(dim=1) > 0
     if live is not None:
         counts &= live.to(counts.device)
-    kept = counts.nonzero().flatten().cpu()
-    matching, scores = _compare(learned.cpu()[kept], true, thresholds)
-    if len(kept):
-        matching = Matching(torch.where(matching.learned >= 0, kept[matching.learned], UNMATCHED), matching.cosine)
+    live_indices = counts.nonzero().flatten().cpu()
+    matching, scores = _compare(learned.cpu()[live_indices], true, thresholds)
+    if len(live_indices):
+        matching = Matching(
+            torch.where(matching.learned >= 0, live_indices[matching.learned], UNMATCHED), matching.cosine
+        )
     nulls = []
     for draw in range(null_draws):
-        noise = torch.randn(len(kept), true.shape[1], generator=torch_generator("recovery: null", seed, draw))
+        noise = torch.randn(len(live_indices), true.shape[1], generator=torch_generator("recovery: null", seed, draw))
         nulls.append(_compare(noise, true, thresholds)[1])
-    return Recovery(len(true), len(kept), scores, _mean(nulls, thresholds), matching)
+    return Recovery(len(true), len(live_indices), scores, _mean(nulls, thresholds), matching)
 
 
 def cosines(a: Float[Tensor, "a d_in"], b: Float[Tensor, "b d_in"]) -> Float[Tensor, "a b"]:
@@ -123,7 +125,7 @@ def cosines(a: Float[Tensor, "a d_in"], b: Float[Tensor, "b d_in"]) -> Float[Ten
 def match(cosine: Float[Tensor, "true learned"]) -> Matching:
     """The one-to-one assignment of largest total cosine.
 
-    Kuhn's Hungarian method, as scipy's `linear_sum_assignment` (Crouse 2016).
+    Kuhn's Hungarian method, by scipy's `linear_sum_assignment` (Crouse 2016).
 
     Raises:
         ConfigError: scipy is missing.
@@ -144,18 +146,18 @@ def _compare(
     learned: Float[Tensor, "live d_in"], true: Float[Tensor, "true d_in"], thresholds: tuple[float, ...]
 ) -> tuple[Matching, DirectionScores]:
     if not len(learned):
-        none = Matching(torch.full((len(true),), UNMATCHED), torch.zeros(len(true), dtype=torch.float64))
+        unmatched = Matching(torch.full((len(true),), UNMATCHED), torch.zeros(len(true), dtype=torch.float64))
         zeros = dict.fromkeys(thresholds, 0.0)
-        return none, DirectionScores(0.0, 0.0, 0.0, zeros, zeros)
+        return unmatched, DirectionScores(0.0, 0.0, 0.0, zeros, zeros)
     cosine = cosines(true, learned)
     matching = match(cosine)
-    found = {t: int((matching.cosine >= t).sum()) for t in thresholds}
+    hits = {t: int((matching.cosine >= t).sum()) for t in thresholds}
     return matching, DirectionScores(
         mean_max_cosine_true=float(cosine.max(1).values.mean()),
         mean_max_cosine_learned=float(cosine.max(0).values.mean()),
         matched_cosine=float(matching.cosine.mean()),
-        recall={t: count / len(true) for t, count in found.items()},
-        precision={t: count / len(learned) for t, count in found.items()},
+        recall={t: count / len(true) for t, count in hits.items()},
+        precision={t: count / len(learned) for t, count in hits.items()},
     )
 
 
@@ -174,11 +176,11 @@ def _mean(scores: list[DirectionScores], thresholds: tuple[float, ...]) -> Direc
 
 @dataclass(frozen=True)
 class Labelled:
-    """Activations of which it is known which features are present.
+    """Activations, and which features are present in them.
 
     Attributes:
-        activations: what a dictionary encodes.
-        present: which true features are in each.
+        activations: for a dictionary to encode.
+        present: whether each true feature is in each row.
     """
 
     activations: Float[Tensor, "rows d_in"]
@@ -187,16 +189,16 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Detection:
-    """How well the matched latent of each true feature tells, by firing, whether the feature is present.
+    """How well the firing of each true feature's matched latent predicts whether the feature is present.
 
-    A latent fires where its activation exceeds a threshold, and the threshold is the one of largest F1 on other data.
+    A latent fires if its activation exceeds a threshold, which is the one with the largest F1 on other data.
 
     Attributes:
-        precision: share of the firings at which the feature is present; 0 where there is no firing.
+        precision: share of the firings at which the feature is present; 0 without firings.
         recall: share of the feature's occurrences at which the latent fires.
         f1: 2 · precision · recall / (precision + recall).
-        null_f1: the same with each true feature given another's latent, thresholds chosen anew.
-        occurrences: of each true feature in the test data; scores of one without any mean nothing.
+        null_f1: the same with each true feature given another's latent, with thresholds of its own.
+        occurrences: of each true feature in the test data; the scores of one without any are meaningless.
     """
 
     precision: Float[Tensor, " true"]
@@ -222,8 +224,8 @@ def detection(
     Args:
         dictionary: takes the samples' activations.
         matching: of its features to the true ones.
-        validation: where thresholds are chosen.
-        test: where they are scored.
+        validation: sample on which thresholds are chosen.
+        test: sample on which they are scored.
         seed: of the shuffled assignment.
 
     Raises:
@@ -242,9 +244,9 @@ def detection(
     _, _, null_f1 = _scores(unseen[:, swapped], test_labels, best_thresholds(seen[:, swapped], labels))
 
     def everywhere(numbers: Tensor) -> Tensor:
-        whole = torch.zeros(len(matching.learned), dtype=torch.float64)
-        whole[matched] = numbers
-        return whole
+        values = torch.zeros(len(matching.learned), dtype=torch.float64)
+        values[matched] = numbers
+        return values
 
     return Detection(
         precision=everywhere(precision),
@@ -284,7 +286,7 @@ def firing_density(dictionary: Dictionary, activations: Float[Tensor, "rows d_in
 
 
 def by_group(order: Float[Tensor, " n"], *numbers: Float[Tensor, " n"], groups: int = 10) -> list[tuple[float, ...]]:
-    """Means over equal groups of features, those of largest `order` first: deciles by frequency, for one.
+    """Means over equal groups of features, those of largest `order` first, such as deciles by frequency.
 
     Each group's entry begins with the mean of `order`. With fewer features than groups there are as many groups as
     features.
@@ -301,5 +303,5 @@ def _activations(dictionary: Dictionary, x: Tensor, latents: Int[Tensor, " match
 def _scores(activations: Tensor, present: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Precision, recall and F1 of each column."""
     fires = activations.double() > thresholds
-    hits, fired, there = (fires & present).sum(0).double(), fires.sum(0), present.sum(0)
-    return hits / fired.clamp_min(1), hits / there.clamp_min(1), 2 * hits / (fired + there).clamp_min(1)
+    hits, fired, occurrences = (fires & present).sum(0).double(), fires.sum(0), present.sum(0)
+    return hits / fired.clamp_min(1), hits / occurrences.clamp_min(1), 2 * hits / (fired + occurrences).clamp_min(1)

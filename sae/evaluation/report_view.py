@@ -1,4 +1,4 @@
-"""A report for people: Markdown with figures, and a table for the terminal."""
+"""A report as Markdown with figures, and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae.columns import Column, fitted
-from sae.evaluation.estimate import Estimate, error_note
-from sae.evaluation.legacy import CONTEXTS_PER_BATCH
+from sae.dictionary.token_policy import TokenPolicy
+from sae.evaluation.published_formulas import CONTEXTS_PER_BATCH
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines
-from sae.markdown import code, document, pipe_table, plain
-from sae.tail import NO_ROAD, Road
-from sae.tokens import TokenPolicy
+from sae.model.tail import NO_ROAD, Road
+from sae.results.estimate import Estimate, error_note
+from sae.results.figure import MISSING
+from sae.results.markdown import code, document, pipe_table, plain
+from sae.results.table import NONE, Column, Table
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from sae.evaluation.figures import Figure
 
-NONE = "–"
 RECONSTRUCTION = {
     "fvu": "fraction of variance unexplained",
     "explained_variance": "1 − fvu",
@@ -44,7 +44,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
 
     Args:
         report: the evaluation.
-        figures: drawn for it; None where matplotlib is missing.
+        figures: drawn for it; None if matplotlib is missing.
     """
     parts = [
         f"# Evaluation at {code(report.hook)}",
@@ -59,7 +59,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         *_legacy(report),
     ]
     if figures is None:
-        parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
+        parts.append(MISSING)
     elif figures:
         parts.append("## Figures")
         parts += [f"![{figure.title}]({FIGURE_FOLDER}/{figure.file})\n\n{figure.caption}" for figure in figures]
@@ -70,8 +70,8 @@ def report_table(report: Report | Mapping[str, Any], width: int | None = None) -
     """The metrics, dictionary and baselines side by side; on a narrow terminal baselines without standard errors.
 
     Args:
-        report: the evaluation, or what `eval.json` holds of it.
-        width: characters of the terminal; None: it is wide enough.
+        report: the evaluation, or the content of its `eval.json`.
+        width: of the terminal, in characters; None: wide enough.
     """
     record = report.to_json() if isinstance(report, Report) else report
     counts = record["evaluated"]
@@ -86,26 +86,26 @@ def report_table(report: Report | Mapping[str, Any], width: int | None = None) -
         for number, name in enumerate(("dictionary", *record["baselines"]))
     ]
     section = len(RECONSTRUCTION)
-    return fitted(
-        [metrics, *columns], width,
+    return Table(
+        [metrics, *columns],
         title=f"{record['hook']}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        note="\n".join(filter(None, [error_note(counts), fewer_tokens(record), _without_losses(record)])),
+        notes=[error_note(counts), fewer_tokens(record), _without_losses(record)],
         short_note=f"standard errors of the baselines are in {MARKDOWN_FILE}",
         sections=(section, section + len(SPARSITY) + len(COUNTS)),
-    )  # fmt: skip
+    ).in_terminal(width)
 
 
 def _metric_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Estimate | _Count | str]]]:
-    """The name of a metric, and what the dictionary and every baseline have of it."""
-    measured = [record, *record["baselines"].values()]
+    """The name of each metric, and its values for the dictionary and every baseline."""
+    records = [record, *record["baselines"].values()]
     for metric in (*RECONSTRUCTION, *SPARSITY):
-        yield metric, [_recorded(one, metric) for one in measured]
+        yield metric, [_recorded(entry, metric) for entry in records]
     for metric in COUNTS:
-        yield metric, [NONE if not one["features"] else _Count(one[metric]["features"], one["features"])
-                       for one in measured]  # fmt: skip
+        yield metric, [NONE if not entry["features"] else _Count(entry[metric]["features"], entry["features"])
+                       for entry in records]  # fmt: skip
     if _has_losses(record):
         for metric in DOWNSTREAM:
-            yield metric, [_recorded(one, metric) for one in measured]
+            yield metric, [_recorded(entry, metric) for entry in records]
 
 
 def _has_losses(record: Mapping[str, Any]) -> bool:
@@ -115,7 +115,7 @@ def _has_losses(record: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class _Count:
-    """A number of features, of all."""
+    """A number of features out of all."""
 
     count: int
     features: int
@@ -147,7 +147,7 @@ def share_of(count: int, features: int) -> str:
 
 
 def describe_masks(policy: TokenPolicy) -> str:
-    """Which tokens a policy leaves out; empty where it leaves out none."""
+    """Which tokens a policy leaves out; empty if it leaves out none."""
     masks = []
     if policy.masked_positions:
         count = policy.masked_positions
@@ -156,7 +156,7 @@ def describe_masks(policy: TokenPolicy) -> str:
         ids = ", ".join(map(str, policy.masked_ids[:8])) + (", …" if len(policy.masked_ids) > 8 else "")
         masks.append(f"special tokens (ids {ids})")
     if policy.chat_roles is not None:
-        masks.append(f"in chats what is not said by {' or '.join(policy.chat_roles)}")
+        masks.append(f"in chats, everything not said by {' or '.join(policy.chat_roles)}")
     return " and ".join(masks)
 
 
@@ -177,7 +177,7 @@ def _subject(report: Report) -> str:
 
 
 def describe_text(data: dict[str, Any]) -> str:
-    """Which text it is, with the shares where there are several sources."""
+    """The name of the text, with shares if there are several sources."""
     source = data.get("source", "unknown")
     if isinstance(source, str):
         return code(source)
@@ -209,28 +209,28 @@ def _losses(report: Report) -> list[str]:
 
 
 def fewer_tokens(record: Mapping[str, Any]) -> str:
-    """What the baselines are measured on, if that is less than what the dictionary is; else empty.
+    """A note if the baselines are measured on fewer tokens than the dictionary; else empty.
 
     Args:
-        record: what `eval.json` holds.
+        record: the content of `eval.json`.
     """
     fewest = {key: fewest_of_baselines([record], key) for key in ("tokens", "downstream_tokens")}
     return baselines_have_fewer(record["evaluated"], fewest["tokens"], fewest["downstream_tokens"])
 
 
 def baselines_have_fewer(evaluated: Mapping[str, Any], tokens: int | None, positions: int | None) -> str:
-    """Of how many tokens baselines are, and of how many positions their losses; empty where it is as many.
+    """A note if the baselines have fewer tokens, or fewer positions for losses, than the dictionary; else empty.
 
     Args:
-        evaluated: of the dictionary, by the names of `eval.json`.
-        tokens: of the baselines' reconstruction; None: unknown.
-        positions: of their losses; None: not measured.
+        evaluated: numbers for the dictionary, by the names of `eval.json`.
+        tokens: number for the baselines' reconstruction; None: unknown.
+        positions: number for their losses; None: not measured.
     """
     parts = []
     if tokens is not None and tokens != evaluated["tokens"]:
         parts.append(f"reconstruction and sparsity on {tokens:,} tokens")
     if positions is not None and positions != evaluated["downstream_tokens"]:
-        parts.append(f"losses, and the clean loss that they are beside, on {positions:,} positions")
+        parts.append(f"losses, and the clean loss next to them, on {positions:,} positions")
     return f"baselines are measured on less: {'; '.join(parts)}" if parts else ""
 
 
@@ -281,10 +281,10 @@ def _legacy(report: Report) -> list[str]:
     head = ["", *legacy.of, *(f"x̂ = x̄, {package}" for package in legacy.mean_predictor)]
     return [
         title,
-        f"What the formulas of other packages give on the first {legacy.tokens:,} held-out tokens whose id is not a "
-        f"special one, in batches of {CONTEXTS_PER_BATCH} contexts. They are not the metrics above, even where they "
-        "are called the same: `sae/evaluation/legacy.py` has each equation, and how it differs. Beside the dictionary "
-        "stands what they give for x̂ = x̄, which explains nothing.",
+        f"Values by the formulas of other packages on the first {legacy.tokens:,} held-out tokens whose id is not a "
+        f"special one, in batches of {CONTEXTS_PER_BATCH} contexts. They are not the metrics above, even if they have "
+        "the same name: `sae/evaluation/published_formulas.py` has each equation, and how it differs. Next to the "
+        "dictionary are the values for x̂ = x̄, which explains nothing.",
         pipe_table(head, rows, text_columns=1),
     ]
 

@@ -1,9 +1,10 @@
-"""Dictionaries and cache in, a `Report` of each out: every metric of the dictionary and of its baselines."""
+"""Evaluation of dictionaries on a cache: a `Report` for each, with every metric of it and of its baselines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,24 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.same_model import check_same_model
 from sae.architectures import ARCHITECTURES
-from sae.config import EvaluationConfig
+from sae.config.progress import Progress, silent, within
+from sae.config.settings import EvaluationConfig
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
 from sae.evaluation.budget import settled, settled_tokens
+from sae.evaluation.candidate import Candidate, Evaluated, candidate, common_hook
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.frozen_decoder import train_frozen_decoders
-from sae.evaluation.legacy_pass import LegacyScores, measure_legacy
+from sae.evaluation.held_out import BLOCK_TOKENS, ActivationSummary, HeldOut, held_out_blocks, summarise
 from sae.evaluation.partial import Unfinished
+from sae.evaluation.published import PublishedScores, measure_published
 from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, Truth
 from sae.evaluation.report import Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
-from sae.evaluation.streams import BLOCK_TOKENS, ActivationSummary, Progress, held_out_blocks, summarise
-from sae.evaluation.subject import Evaluated, Subject, common_hook, subject
-from sae.language_model import LanguageModel
-from sae.modes import in_own_modes
-from sae.tail import NO_ROAD, Road
-from sae.tokens import TokenPolicy
+from sae.model.language_model import LanguageModel
+from sae.model.tail import NO_ROAD, Road
+from sae.numerics.modes import in_own_modes
 
 
 def evaluate(
@@ -41,29 +43,29 @@ def evaluate(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Report:
-    """Score a dictionary on a cache's held-out tokens, beside PCA, a random dictionary, a frozen decoder, the identity.
+    """Score a dictionary, PCA, a random dictionary, a frozen decoder and the identity on a cache's held-out tokens.
 
     A transcoder (`target_hook` in its metadata) is evaluated at the hook point that it gives, from the activations at
     the one that it reads, both of the cache.
 
-    Only tokens that the cache's token policy leaves are evaluated. Everything is streamed, summed per document in
+    Only tokens that the cache's token policy keeps are evaluated. Everything is streamed, summed per document in
     float64, and independent of `settings.batch_contexts`.
 
     Args:
-        dictionary: takes raw activations; it is not changed, and copied where it is not on `device`. Or any object
-            whose `encode` gives dense features `[rows, d_sae]` of them and whose `decode` gives them back; it is used
-            where it is, and baselines get as many features as it fires.
+        dictionary: takes raw activations; it is not changed, and copied if it is not on `device`. Or any object
+            whose `encode` gives dense features `[rows, d_sae]` of them and whose `decode` gives reconstructions; it is
+            used where it is, and baselines get as many features as it fires.
         cache: the activations; baselines are fitted on its training split.
-        hook: hook point, one of the cache's; of a transcoder the one whose activations it gives. None: the one the
+        hook: hook point, one of the cache's; for a transcoder, the one whose activations it gives. None: the one the
             dictionary was trained on, or the cache's only one.
-        language_model: the model that the cache is of; None: no language-model losses. Nor are there any where the hook
-            point can be read but not replaced, which the report then says.
+        language_model: the model that the cache was made with; None: no language-model losses. There are none either if
+            the hook point can be read but not replaced; the report then says so.
         settings: how many tokens, and how many contexts at a time.
         device: where reconstructions are computed; the language model stays where it is.
-        progress: called with (stage, tokens done, tokens in all).
+        progress: called with (stage, tokens done, total).
 
     Raises:
-        CacheError: the hook point is not in the cache, activations are not finite, or the language model is another.
+        CacheError: the hook point is not in the cache, activations are not finite, or the language model differs.
         ConfigError: the dictionary was trained on another hook point or has another width; too few tokens.
         FormatError: the dictionary's weights are not finite.
         ModelError: the model has no such hook point.
@@ -89,108 +91,92 @@ def evaluate_all(
     progress: Progress | None = None,
     unfinished: Path | None = None,
 ) -> dict[str, Report]:
-    """`evaluate` for several dictionaries at one hook point, at less than what they cost one by one.
+    """`evaluate` for several dictionaries at one hook point, at less cost than one by one.
 
-    Activations are read once for all, the model runs once up to the hook point and once on from it for each thing put
-    there: clean, zero and mean losses are common, and baselines too where dictionaries are of one size.
+    Activations are read once for all. The model runs once up to the hook point, and once from there for each
+    replacement: clean, zero and mean losses are shared, and so are baselines of dictionaries of one size.
 
     Args:
-        dictionaries: by whatever names; the other arguments are those of `evaluate`, and so are the errors.
-        unfinished: folder in which sums are kept while they are added to, so that the same evaluation goes on after an
-            interruption, and comes out the same to the last bit on a CPU. Delete it when the reports are written. None:
-            nothing is kept, nor is anything of dictionaries without a hash of their weights.
+        dictionaries: by any names; the other arguments and the errors are those of `evaluate`.
+        unfinished: folder for running sums, so that the same evaluation continues after an interruption, with the same
+            result to the last bit on a CPU. Delete it when the reports are written. None: nothing is stored,
+            nor is it if a dictionary has no hash of its weights.
 
     Returns:
-        By the same names, the reports that `evaluate` gives of each; `seconds` is the time that all of them took.
+        The reports of `evaluate`, by the same names; `seconds` is the time for all of them together.
 
     Raises:
         ConfigError: there is no dictionary.
     """
-    started = time.perf_counter()
-    asked, report_progress = settings or EvaluationConfig(), progress or _silent
-    settings = settled(asked, cache)
+    started, requested = time.perf_counter(), settings or EvaluationConfig()
     if not dictionaries:
         raise ConfigError("there is no dictionary to evaluate; give at least one")
     hook = hook or common_hook(dictionaries, cache)
-    subjects = {name: subject(name, thing, cache, hook, device) for name, thing in dictionaries.items()}
+    candidates = {name: candidate(name, entry, cache, hook, device) for name, entry in dictionaries.items()}
     road = None
     if language_model is not None:
         check_same_model(cache, language_model, hook)
         road = language_model.road(hook)  # proved before anything is read
         language_model = None if road.name == NO_ROAD else language_model
-    kept = _kept(unfinished, subjects, cache, hook, settings, language_model, road, device)
-    summary = summarise(cache, hook, settings, report_progress)
-
-    def score(stage: str, reconstructors: Mapping[Any, Reconstructor], every: int = 1) -> dict[Hashable, Scores]:
-        return _score(
-            reconstructors, cache, hook, settings, stage=stage, every=every, unfinished=kept,
-            summary=summary, progress=lambda *done: report_progress(stage, *done), device=device,
-        )  # fmt: skip
-
-    own = {name: made.reconstructor for name, made in subjects.items()}
-    scores = score("reconstruction", own)
-    columns = {name: _baselines_of(made, scores[name], settings) for name, made in subjects.items()}
-    wanted = dict.fromkeys(baseline for chosen in columns.values() for baseline in chosen.values())
-    baselines = fit_baselines(wanted, cache, hook, device, report_progress)
-    frozen = [baseline for baseline in wanted if baseline.kind == "frozen_decoder"]
-    baselines |= train_frozen_decoders(
-        frozen, cache, hook, settled_tokens(settings.frozen_decoder_tokens) or 0, device, report_progress, kept.folder
-    )
-    enough = settled_tokens(settings.baseline_reconstruction_tokens) or summary.tokens
-    scores |= score("baselines", baselines, every=-(-summary.tokens // enough))
+    held_out = HeldOut(cache, hook, settled(requested, cache), language_model, device, progress or silent)
+    held_out = replace(held_out, unfinished=_unfinished(unfinished, candidates, held_out, road))
+    settings, summary = held_out.settings, summarise(held_out)
+    reconstructors = {name: entry.reconstructor for name, entry in candidates.items()}
+    scores = _score(held_out, summary, "reconstruction", reconstructors)
+    columns = {name: _baselines_for(entry, scores[name], settings) for name, entry in candidates.items()}
+    distinct_baselines = dict.fromkeys(baseline for chosen in columns.values() for baseline in chosen.values())
+    baselines = fit_baselines(distinct_baselines, held_out)
+    frozen = [baseline for baseline in distinct_baselines if baseline.kind == "frozen_decoder"]
+    baselines |= train_frozen_decoders(frozen, held_out, settled_tokens(settings.frozen_decoder_tokens) or 0)
+    baseline_tokens = settled_tokens(settings.baseline_reconstruction_tokens) or summary.tokens
+    scores |= _score(held_out, summary, "baselines", baselines, every=-(-summary.tokens // baseline_tokens))
     if language_model is not None:
-        downstream = measure_downstream(
-            language_model, cache, hook, own, baselines,
-            mean=summary.mean, settings=settings, device=device, progress=report_progress, unfinished=kept,
-        )  # fmt: skip
+        downstream = measure_downstream(held_out, reconstructors, baselines, summary.mean)
         scores = {key: part.with_downstream(downstream[key]) for key, part in scores.items()}
-    legacy = measure_legacy(
-        language_model, cache, hook, {name: made for name, made in own.items() if not made.reads},
-        mean=summary.mean, settings=settings, device=device, progress=report_progress, unfinished=kept,
-    )  # fmt: skip
+    autoencoders = {name: entry for name, entry in reconstructors.items() if not entry.reads}
+    legacy = measure_published(held_out, autoencoders, summary.mean)
     seconds = time.perf_counter() - started
-
     return {
         name: _report(
-            made, cache, hook, asked, summary,
+            entry, held_out, requested, summary,
             scores=scores[name], baselines={column: scores[key] for column, key in columns[name].items()},
             legacy=legacy.get(name), seconds=seconds, road=road,
         )
-        for name, made in subjects.items()
+        for name, entry in candidates.items()
     }  # fmt: skip
 
 
-def _kept(
-    folder: Path | None, subjects: Mapping[str, Subject], cache: ActivationCache, hook: str,
-    settings: EvaluationConfig, language_model: LanguageModel | None, road: Road | None, device: str | torch.device,
-) -> Unfinished:  # fmt: skip
-    """What was kept of this evaluation, if everything that decides it is the same."""
-    known = all(made.identity["weights_sha256"] for made in subjects.values())
-    decides = {
-        "dictionaries": [[name, made.identity] for name, made in subjects.items()],
-        "activations": cache.manifest.identity(hook),
+def _unfinished(
+    folder: Path | None, candidates: Mapping[str, Candidate], held_out: HeldOut, road: Road | None
+) -> Unfinished:
+    """The sums stored for this evaluation, if everything that determines it is the same."""
+    cache, language_model = held_out.cache, held_out.language_model
+    all_hashed = all(entry.identity["weights_sha256"] for entry in candidates.values())
+    facts = {
+        "dictionaries": [[name, entry.identity] for name, entry in candidates.items()],
+        "activations": cache.manifest.identity(held_out.hook),
         "rows": cache.manifest.rows,
-        "hook": hook,
-        "settings": settings.model_dump(mode="json"),
+        "hook": held_out.hook,
+        "settings": held_out.settings.model_dump(mode="json"),
         "language_model": None if language_model is None else language_model.info.to_json(),
         "road": None if road is None else str(road),
-        "devices": [str(device), None if language_model is None else str(language_model.device)],
+        "devices": [str(held_out.device), None if language_model is None else str(language_model.device)],
     }
-    return Unfinished(folder if known else None, decides)
+    return Unfinished(folder if all_hashed else None, facts)
 
 
 def _report(
-    made: Subject, cache: ActivationCache, hook: str, settings: EvaluationConfig, summary: ActivationSummary, *,
-    scores: Scores, baselines: dict[str, Scores], legacy: LegacyScores | None, seconds: float,
-    road: Road | None,
+    subject: Candidate, held_out: HeldOut, settings: EvaluationConfig, summary: ActivationSummary, *, scores: Scores,
+    baselines: dict[str, Scores], legacy: PublishedScores | None, seconds: float, road: Road | None,
 ) -> Report:  # fmt: skip
-    trained_with = made.metadata.get("tokens")
+    cache = held_out.cache
+    trained_with = subject.metadata.get("tokens")
     return Report(
-        dictionary=made.identity,
-        hook=hook,
+        dictionary=subject.identity,
+        hook=held_out.hook,
         model=cache.manifest.model,
         data=cache.manifest.data,
-        activations=cache.manifest.identity(hook),
+        activations=cache.manifest.identity(held_out.hook),
         settings=settings,
         policy=cache.policy,
         training_policy=TokenPolicy.from_json(trained_with) if trained_with else None,
@@ -200,37 +186,37 @@ def _report(
         scores=scores,
         baselines=baselines,
         legacy=legacy,
-        dead_in_training=made.dead_in_training(),
+        dead_in_training=subject.dead_in_training(),
         norms=summary.norms,
         seconds=seconds,
         road=road,
     )
 
 
-def _baselines_of(made: Subject, scores: Scores, settings: EvaluationConfig) -> dict[str, Baseline]:
-    """What a dictionary is compared with, by column; dictionaries of one size have the same."""
-    k = baseline_size(made, scores)
-    chosen = {"pca": Baseline("pca", k), "random": Baseline("random", k, made.d_sae)}
+def _baselines_for(subject: Candidate, scores: Scores, settings: EvaluationConfig) -> dict[str, Baseline]:
+    """The baselines of a dictionary, by column; dictionaries of one size have the same."""
+    k = baseline_size(subject, scores)
+    chosen = {"pca": Baseline("pca", k), "random": Baseline("random", k, subject.d_sae)}
     if settings.frozen_decoder_tokens:
-        known = made.architecture in ARCHITECTURES
-        architecture = made.architecture if known and made.architecture else "topk"
-        prefixes = tuple(made.settings.get("prefixes", ())) if known else ()
-        chosen["frozen_decoder"] = Baseline("frozen_decoder", k, made.d_sae, architecture, prefixes)
+        is_known = subject.architecture in ARCHITECTURES
+        architecture = subject.architecture if is_known and subject.architecture else "topk"
+        prefixes = tuple(subject.settings.get("prefixes", ())) if is_known else ()
+        chosen["frozen_decoder"] = Baseline("frozen_decoder", k, subject.d_sae, architecture, prefixes)
     return chosen | {"identity": IDENTITY}
 
 
-def baseline_size(made: Subject, scores: Scores) -> int:
-    """Components and features given to the baselines: the dictionary's k, or its mean L0 rounded where it has no k."""
+def baseline_size(made: Candidate, scores: Scores) -> int:
+    """Components and features given to the baselines: the dictionary's k, or its rounded mean L0 if it has no k."""
     assert scores.sparsity is not None
     return max(1, int(made.settings.get("k", round(scores.sparsity.l0.value or 0))))
 
 
 def _score(
-    reconstructors: Mapping[Any, Reconstructor], cache: ActivationCache, hook: str, settings: EvaluationConfig, *,
-    stage: str, every: int, unfinished: Unfinished, summary: ActivationSummary, progress: Callable[[int, int], None],
-    device: str | torch.device,
+    held_out: HeldOut, summary: ActivationSummary, stage: str, reconstructors: Mapping[Any, Reconstructor],
+    every: int = 1,
 ) -> dict[Hashable, Scores]:  # fmt: skip
-    """One pass over the held-out tokens, or over every n-th of them."""
+    """Scores from one pass over the held-out tokens, or over every n-th of them."""
+    device, progress = held_out.device, within(held_out.progress, stage)
     sums = {key: ReconstructionSums(summary.all_documents) for key in reconstructors}
     sparsity = {
         key: SparsityCounts(summary.all_documents, reconstructor.features)
@@ -238,17 +224,17 @@ def _score(
         if reconstructor.features
     }
     places = {key: str(place) for place, key in enumerate(reconstructors)}
-    stages = unfinished.stage(
+    stages = held_out.unfinished.stage(
         stage,
         {
-            **{f"reconstruction {places[key]}": one.sums for key, one in sums.items()},
-            **{f"sparsity {places[key]}": one for key, one in sparsity.items()},
+            **{f"reconstruction {places[key]}": part.sums for key, part in sums.items()},
+            **{f"sparsity {places[key]}": part for key, part in sparsity.items()},
         },
     )
     done = min(stages.done * BLOCK_TOKENS, summary.tokens)
     progress(done, summary.tokens)
     others = sorted({reconstructor.reads for reconstructor in reconstructors.values() if reconstructor.reads})
-    for step, block in enumerate(held_out_blocks(cache, hook, settings, others), 1):
+    for step, block in enumerate(held_out_blocks(held_out, others), 1):
         if step <= stages.done:
             continue
         rows = slice(-done % every, None, every)
@@ -265,14 +251,10 @@ def _score(
     stages.keep()
     return {
         key: Scores(
-            made.description,
+            reconstructor.description,
             sums[key].sums.tokens,
             sums[key].scores(),
             sparsity[key].scores() if key in sparsity else None,
         )
-        for key, made in reconstructors.items()
+        for key, reconstructor in reconstructors.items()
     }
-
-
-def _silent(stage: str, done: int, of: int) -> None:
-    return None

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.dictionary import Codes
-from sae.evaluation.estimate import DocumentSums, Estimate, double
+from sae.dictionary.base import Codes
 from sae.evaluation.metrics import estimate
+from sae.results.estimate import DocumentSums, Estimate, double
 
 DENSE_ABOVE = 0.1
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -22,15 +22,15 @@ BINS_PER_DECADE = 4
 
 @dataclass(frozen=True)
 class SparsityScores:
-    """Over the evaluated tokens.
+    """Scores over the evaluated tokens.
 
     Attributes:
-        tokens: how many they are; whether a feature counts as dead depends on it.
+        tokens: their number; whether a feature counts as dead depends on it.
         l0: mean count of non-zero features per token.
         l0_counts: tokens by their L0: entry j is the number of tokens with j features.
         l1: mean Σ|f|.
-        firings: tokens each feature fires on.
-        totals: the sums over documents that l0 and l1 are made of.
+        firings: number of tokens each feature fires on.
+        totals: the sums over documents that l0 and l1 are computed from.
     """
 
     tokens: int
@@ -63,7 +63,7 @@ class SparsityScores:
         return {f"{q:g}": int((cumulative < rank).sum()) for q, rank in zip(QUANTILES, ranks, strict=True)}
 
     def density_histogram(self) -> tuple[list[float], list[int]]:
-        """Edges in log10 density, from the decade of one firing up to 0; features in each bin, dead ones in none."""
+        """Edges in log10 density, from the decade of one firing up to 0; features in each bin, without dead ones."""
         lowest = -math.ceil(math.log10(self.tokens)) if self.tokens > 1 else -1
         bins = -lowest * BINS_PER_DECADE
         edges = [lowest + number / BINS_PER_DECADE for number in range(bins + 1)]
@@ -90,11 +90,11 @@ class SparsityScores:
 
 
 class SparsityCounts:
-    """Streams codes and ends in `SparsityScores`.
+    """Accumulates codes into `SparsityScores`.
 
     Args:
-        documents: how many documents the split has.
-        features: how many features the codes index.
+        documents: number of documents in the split.
+        features: number of features that the codes index.
     """
 
     def __init__(self, documents: int, features: int) -> None:
@@ -113,11 +113,11 @@ class SparsityCounts:
         self.sums.add_(documents, {"l0": l0.double(), "l1": double(codes.values).abs().sum(-1)})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts, to be taken up again."""
+        """The counts, for `load_state_dict`."""
         return {**self.sums.state_dict(), "firings": self.firings, "l0_counts": self.l0_counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from counts of the same documents and features."""
+        """Continue from counts of the same documents and features."""
         self.sums.load_state_dict(state)
         self.firings, self.l0_counts = state["firings"], state["l0_counts"]
 

@@ -1,40 +1,35 @@
-"""The comparison of a sweep's dictionaries for people: as Markdown, and tables for the terminal."""
+"""Tables that compare a sweep's dictionaries, as Markdown and for the terminal."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sae.columns import Column, fitted
-from sae.evaluation.comparison_view import MARK
-from sae.evaluation.estimate import Estimate, error_note
 from sae.evaluation.metrics import Totals, below_noise, difference
 from sae.evaluation.pareto import Point, lines, values_of
 from sae.evaluation.report import HEADINGS
-from sae.evaluation.report_view import NONE
-from sae.markdown import document, pipe_table, plain
+from sae.results.estimate import Estimate, error_note
+from sae.results.markdown import document, plain
+from sae.results.table import BEST, NONE, SAME, Column, Table
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.text import Text
 
 _METRICS = {"l0": "L0", "fvu": "FVU", "delta_ce": "ΔCE"}
 _COMPARED = ("fvu", "delta_ce")
-_BEST = "*"
-WIDE = 120
 _UNKNOWN = Estimate(None, None)
 
 
 @dataclass(frozen=True)
-class Behind:
-    """How far a dictionary is behind the best of its group, as `behind_best` makes them.
+class GapToBest:
+    """How far a dictionary is behind the best of its group, from `behind_best`.
 
     Attributes:
-        best: name of the dictionary whose value is the lowest.
+        best: name of the dictionary with the lowest value.
         difference: to that, at least 0, with its paired standard error over documents.
     """
 
@@ -45,70 +40,29 @@ class Behind:
         return {"best": self.best, **self.difference.to_json(), "below_noise": below_noise(self.difference)}
 
 
-Differences = Mapping[str, Mapping[str, Behind]]
+Differences = Mapping[str, Mapping[str, GapToBest]]
 _NOTHING: Differences = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class _Column:
-    """Cells under a heading, and their marks, if any; `short` is what a narrow terminal shows in their place."""
-
-    heading: str
-    cells: list[str]
-    short: list[str] | None
-    marks: list[str] = field(default_factory=list)
-
-    def in_terminal(self, *, is_text: bool) -> Column:
-        """The cells; values stand below each other whether they are marked or not."""
-        return Column(self.heading, self._marked(self.cells), self.short and self._marked(self.short), is_text)
-
-    def _marked(self, cells: Sequence[str]) -> list[Text]:
-        from rich.text import Text
-
-        marks = self.marks or [""] * len(cells)
-        return [
-            Text(f"{cell} {mark:1}" if any(self.marks) else cell, "bold" if mark == _BEST else "")
-            for cell, mark in zip(cells, marks, strict=True)
-        ]
-
-    def in_markdown(self) -> Iterator[str]:
-        """The cells, the best in bold."""
-        for cell, mark in zip(self.cells, self.marks or [""] * len(self.cells), strict=True):
-            yield f"**{cell}**" if mark == _BEST else f"{cell} {mark}".strip()
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Columns under a title; `of_rest` is a note on those that a narrow terminal leaves out.
-
-    In `notes`, `{best}` is how the best is marked.
-    """
-
-    title: str
-    columns: list[_Column]
-    notes: tuple[str, ...]
-    of_rest: str = ""
 
 
 def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Differences:
     """How far FVU and ΔCE of each dictionary are above the lowest of the same k, with paired standard errors.
 
-    Dictionaries are beside each other where hook point and k, and the penalty with its weight where that is fixed, are
-    the same; width, seed and other settings may differ.
+    Dictionaries are compared if they have the same hook point, the same k, and the same penalty and weight if that is
+    fixed; width, seed and other settings may differ.
 
     Args:
-        points: what is compared.
+        points: the dictionaries to compare.
         totals: sums over documents of each.
 
     Returns:
-        By name and metric; nothing for the best, and for what was not measured, is not finite, or is of other tokens
-        than the best.
+        Gaps by name and metric; none for the best, nor for values that were not measured, are not finite, or come from
+        other tokens than the best.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, point in points.items():
         fixed = None if point.weight is None else (point.weight, point.architecture == "jumprelu")  # L0, or L1
         groups.setdefault((point.hook, point.k, fixed), []).append(name)
-    found: dict[str, dict[str, Behind]] = {}
+    gaps: dict[str, dict[str, GapToBest]] = {}
     for names in groups.values():
         for metric in _COMPARED:
             measured = {
@@ -116,10 +70,10 @@ def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Di
             }
             best = min(measured, key=lambda name: measured[name], default="")
             for name in measured:
-                made = None if name == best else difference(metric, totals[name], totals[best])
-                if made is not None:
-                    found.setdefault(name, {})[metric] = Behind(best, made)
-    return found
+                gap = None if name == best else difference(metric, totals[name], totals[best])
+                if gap is not None:
+                    gaps.setdefault(name, {})[metric] = GapToBest(best, gap)
+    return gaps
 
 
 def sweep_markdown(
@@ -129,13 +83,13 @@ def sweep_markdown(
     differences: Differences = _NOTHING,
     of: str | None = None,
 ) -> str:
-    """`sweep.md`: a line for each dictionary, means over seeds, and baselines.
+    """`sweep.md`: a row for each dictionary, means over seeds, and baselines.
 
     Args:
-        points: what is compared.
+        points: the dictionaries to compare.
         failures: why others are missing.
-        figure: file of the plot; None: there is none.
-        differences: of `behind_best`; the best are bold, and those that differ from them less than their noise are
+        figure: file of the plot; None: no plot.
+        differences: from `behind_best`; the best are bold, and those that differ from them only within noise are
             marked.
         of: what all were trained and evaluated on.
     """
@@ -144,9 +98,7 @@ def sweep_markdown(
         parts.append(f"![error against L0]({figure})\n")
     for table in _tables(points, differences):
         parts += [f"## {table.title}\n"] if table.title else []
-        rows = zip(*(column.in_markdown() for column in table.columns), strict=True)
-        parts.append(pipe_table([column.heading for column in table.columns], rows, text_columns=1) + "\n")
-        parts += [f"{note.format(best='**bold**')}\n" for note in (*table.notes, table.of_rest) if note]
+        parts += [f"{part}\n" for part in (table.in_markdown(), *table.markdown_notes())]
     if failures:
         reasons = (f"- {plain(name)}: {plain(reason)}" for name, reason in failures.items())
         parts.append("## Not trained\n\n" + "\n".join(reasons) + "\n")
@@ -156,26 +108,18 @@ def sweep_markdown(
 def sweep_tables(
     points: Mapping[str, Point], differences: Differences = _NOTHING, width: int | None = None
 ) -> list[Group]:
-    """The same for a terminal.
+    """The tables of `sweep_markdown` for a terminal.
 
     Args:
-        points: what is compared.
-        differences: as of `sweep_markdown`.
-        width: characters of the terminal; below 120 time and memory are left out, and where they do not fit, standard
-            errors other than those of FVU and ΔCE. None: it is wide enough.
+        points: the dictionaries to compare.
+        differences: as for `sweep_markdown`.
+        width: of the terminal, in characters; below 120, time and memory are left out, and, if they do not fit,
+            standard errors other than those of FVU and ΔCE. None: wide enough.
     """
-    narrow = width is not None and width < WIDE
-    made = []
-    for table in _tables(points, differences):
-        shown = [column for column in table.columns if column.short or not narrow]
-        notes = [*table.notes, *([table.of_rest] if table.of_rest and not narrow else [])]
-        columns = [column.in_terminal(is_text=not number) for number, column in enumerate(shown)]
-        note = "\n".join(note.format(best=_BEST) for note in notes)
-        made.append(fitted(columns, width, title=table.title, note=note))
-    return made
+    return [table.in_terminal(width) for table in _tables(points, differences)]
 
 
-def _tables(points: Mapping[str, Point], differences: Differences) -> list[_Table]:
+def _tables(points: Mapping[str, Point], differences: Differences) -> list[Table]:
     if not points:
         return []
     metrics = {
@@ -183,54 +127,58 @@ def _tables(points: Mapping[str, Point], differences: Differences) -> list[_Tabl
         for metric, heading in _METRICS.items()
         if metric != "delta_ce" or any(point.delta_ce is not None for point in points.values())
     }
-    found = [_dictionaries(points, metrics, differences), _over_seeds(list(points.values()), metrics), _beside(points)]
-    return [table for table in found if table is not None]
+    tables = [
+        _dictionaries(points, metrics, differences),
+        _over_seeds(list(points.values()), metrics),
+        _baselines(points),
+    ]
+    return [table for table in tables if table is not None]
 
 
-def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], differences: Differences) -> _Table:
-    """A line for each."""
+def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], differences: Differences) -> Table:
+    """A row for each dictionary."""
     columns = [_names(list(points), "dictionary")]
     for metric, heading in metrics.items():
         estimates = [_estimate(point, metric) for point in points.values()]
-        behind = {name: found[metric] for name, found in differences.items() if metric in found}
-        best = {made.best for made in behind.values()}
-        same = {name for name, made in behind.items() if below_noise(made.difference)}
+        behind = {name: gaps[metric] for name, gaps in differences.items() if metric in gaps}
+        best = {gap.best for gap in behind.values()}
+        same = {name for name, gap in behind.items() if below_noise(gap.difference)}
         cells = [str(estimate) for estimate in estimates]
         short = [estimate.short() for estimate in estimates] if metric == "l0" else cells
-        marks = [_BEST if name in best else MARK if name in same else "" for name in points]
-        columns.append(_Column(heading, cells, short, marks))
+        marks = [BEST if name in best else SAME if name in same else "" for name in points]
+        columns.append(Column(heading, cells, short, marks=marks))
     dead = [f"{point.dead:.1%}" for point in points.values()]
     columns += [
-        _Column("never fire", dead, dead),
-        _Column("ms per 1,000 tokens", [_time(point) for point in points.values()], None),
-        _Column("MB", [_memory(point) for point in points.values()], None),
+        Column("never fire", dead, dead),
+        Column("ms per 1,000 tokens", [_time(point) for point in points.values()], is_extra=True),
+        Column("MB", [_memory(point) for point in points.values()], is_extra=True),
     ]
     with_errors = any(point.fvu.standard_error is not None for point in points.values())
     errors = (
         "± is the standard error over documents." if with_errors else f"{error_note({'documents': 1}).capitalize()}."
     )
     notes = (errors, *_on_marks(list(points.values()), differences))
-    of_rest = "Time is that of a dictionary's own training steps, memory that of its weights and optimiser."
-    return _Table("", columns, notes, of_rest)
+    cost_note = "Time is that of a dictionary's own training steps, memory that of its weights and optimiser."
+    return Table(columns, notes=notes, extra_notes=[cost_note])
 
 
 def _on_marks(points: Sequence[Point], differences: Differences) -> list[str]:
-    """What the marks mean."""
-    made = [behind.difference for found in differences.values() for behind in found.values()]
-    if not made:
+    """Notes that explain the marks."""
+    values = [gap.difference for gaps in differences.values() for gap in gaps.values()]
+    if not values:
         return []
-    of = ["hook point"] if len({point.hook for point in points}) > 1 else []
-    of += ["k", *(["fixed weight of the penalty"] if any(point.weight is not None for point in points) else [])]
-    best = f"{{best}}: the lowest of its {' and '.join(of)}."
-    if all(difference.interval is None for difference in made):
-        return [f"{best} One document does not tell what is noise."]
+    shared = ["hook point"] if len({point.hook for point in points}) > 1 else []
+    shared += ["k", *(["fixed weight of the penalty"] if any(point.weight is not None for point in points) else [])]
+    best = f"{{best}}: the lowest of its {' and '.join(shared)}."
+    if all(difference.interval is None for difference in values):
+        return [f"{best} One document cannot show what is noise."]
     return [
-        f"{best} {MARK}: no different from it: the 95 % interval of the difference, paired over documents, holds 0."
+        f"{best} {SAME}: no different from it: the 95 % interval of the difference, paired over documents, holds 0."
     ]
 
 
-def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> _Table | None:
-    """Means over seeds of metrics with their headings, where a dictionary was trained with several, and the spread."""
+def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> Table | None:
+    """Means and spreads over seeds, for dictionaries that were trained with several; None if there are none."""
     several = [(label, seeds) for label, series in lines(points).items() for seeds in series if len(seeds) > 1]
     if not several:
         return None
@@ -239,15 +187,15 @@ def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> _Table |
         for label, seeds in several
     ]
     counts = [str(len(seeds)) for _, seeds in several]
-    columns = [_names(names, "dictionary"), _Column("seeds", counts, counts)]
+    columns = [_names(names, "dictionary"), Column("seeds", counts, counts)]
     for metric, heading in metrics.items():
         cells = [str(_spread(values_of(seeds, metric))) for _, seeds in several]
-        columns.append(_Column(heading, cells, cells))
-    return _Table("Over seeds", columns, ("± is the standard deviation over seeds.",))
+        columns.append(Column(heading, cells, cells))
+    return Table(columns, "Over seeds", ["± is the standard deviation over seeds."])
 
 
-def _beside(points: Mapping[str, Point]) -> _Table | None:
-    """FVU of what each dictionary stands beside."""
+def _baselines(points: Mapping[str, Point]) -> Table | None:
+    """FVU of each dictionary and its baselines."""
     kinds = dict.fromkeys(kind for point in points.values() for kind in point.baselines if kind != "identity")
     if not kinds:
         return None
@@ -256,20 +204,20 @@ def _beside(points: Mapping[str, Point]) -> _Table | None:
         _estimates("dictionary", [point.fvu for point in points.values()]),
         *(_estimates(HEADINGS[kind], [p.baselines.get(kind, _UNKNOWN) for p in points.values()]) for kind in kinds),
     ]
-    return _Table("Baselines", columns, ("Of the same size each; the identity has FVU 0 and ΔCE 0.",))
+    return Table(columns, "Baselines", ["Each has the dictionary's size; the identity has FVU 0 and ΔCE 0."])
 
 
-def _names(names: list[str], heading: str) -> _Column:
-    return _Column(heading, names, names)
+def _names(names: list[str], heading: str) -> Column:
+    return Column(heading, names, is_text=True)
 
 
-def _estimates(heading: str, estimates: Sequence[Estimate]) -> _Column:
-    return _Column(heading, [str(estimate) for estimate in estimates], [estimate.short() for estimate in estimates])
+def _estimates(heading: str, estimates: Sequence[Estimate]) -> Column:
+    return Column(heading, [str(estimate) for estimate in estimates], [estimate.short() for estimate in estimates])
 
 
 def _estimate(point: Point, metric: str) -> Estimate:
-    found: Estimate | None = getattr(point, metric)
-    return _UNKNOWN if found is None else found
+    value: Estimate | None = getattr(point, metric)
+    return _UNKNOWN if value is None else value
 
 
 def _spread(values: Sequence[float]) -> Estimate:
@@ -277,7 +225,7 @@ def _spread(values: Sequence[float]) -> Estimate:
 
 
 def _time(point: Point) -> str:
-    """Milliseconds for a thousand tokens."""
+    """Milliseconds per thousand tokens."""
     return f"{1e6 * point.seconds / point.tokens:,.1f}" if point.seconds and point.tokens else NONE
 
 

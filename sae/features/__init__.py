@@ -1,4 +1,4 @@
-"""What a dictionary's features are: collect examples in one pass, keep them in a store, look at them."""
+"""A dictionary's features: collect examples in one pass, save them in a store, look at them."""
 
 from __future__ import annotations
 

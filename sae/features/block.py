@@ -1,4 +1,4 @@
-"""Firings of some consecutive contexts, sorted by feature: counting, comparing and cutting windows become local."""
+"""Firings of consecutive contexts, sorted by feature, which makes counting, comparing and cutting windows local."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reach:
 
     @property
     def width(self) -> int:
-        """Tokens in a whole window."""
+        """Number of tokens in a full window."""
         return self.before + 1 + self.after
 
 
@@ -35,12 +35,12 @@ class Block:
     """Non-zero activations, ordered by feature and then by row.
 
     Attributes:
-        feature: which feature fired.
-        row: on which token.
-        value: how strongly, > 0.
-        group: the document the token belongs to, or the section of one.
-        place: feature and row in one number that rises along the block: tokens of one feature and one context differ in
-            it by their distance, all others by more than a window reaches.
+        feature: the feature that fired.
+        row: the token it fired on.
+        value: the activation, > 0.
+        group: the document (or section) that the token belongs to.
+        place: feature and row as one number that increases along the block. For firings of the same feature and
+            context, its difference is their distance; for all others, it exceeds a window's reach.
     """
 
     feature: Int[np.ndarray, " firings"]
@@ -53,20 +53,20 @@ class Block:
         return len(self.feature)
 
     def windows(self, chosen: Int[np.ndarray, " n"], reach: Reach) -> Float[np.ndarray, "n width"]:
-        """The feature's activation on each token around the chosen firings; column `reach.before` is their own.
+        """The feature's activation on each token around the chosen firings; column `reach.before` is the firing itself.
 
-        Neighbours of a firing stand beside it in the block, so only tokens that fire are visited.
+        Neighbours of a firing are adjacent in the block, so only tokens that fire are visited.
         """
         window = np.zeros((len(chosen), reach.width), dtype=np.float16)
         window[:, reach.before] = np.minimum(self.value[chosen], LARGEST_FLOAT16)
-        for step, furthest in ((-1, reach.before), (1, reach.after)):
+        for step, limit in ((-1, reach.before), (1, reach.after)):
             active, position = np.arange(len(chosen)), chosen
             while len(active):
                 position = position + step
                 within = (position >= 0) & (position < len(self))
                 active, position = active[within], position[within]
                 distance = self.place[position] - self.place[chosen[active]]
-                within = np.abs(distance) <= furthest
+                within = np.abs(distance) <= limit
                 active, position, distance = active[within], position[within], distance[within]
                 window[active, reach.before + distance] = np.minimum(self.value[position], LARGEST_FLOAT16)
         return window
@@ -80,14 +80,14 @@ def make_block(
     first_row: int,
     reach: Reach,
 ) -> Block:
-    """Sort firings, given in the order of their rows.
+    """Sort firings that are given in row order.
 
     Args:
-        feature: which feature fired.
-        row: on which token.
-        value: how strongly.
-        groups: the document (or section) of every row from `first_row` on, which begins a context.
-        first_row: the block's first row.
+        feature: the feature that fired.
+        row: the token it fired on.
+        value: the activation.
+        groups: the document (or section) of each row, starting at `first_row`.
+        first_row: the block's first row; a context begins there.
         reach: the windows that will be cut.
     """
     order = stable_order(feature)
@@ -100,7 +100,7 @@ def make_block(
 
 
 def stable_order(feature: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Argsort that keeps equal features in their order, by 16 bits at a time: numpy sorts those by radix."""
+    """Stable argsort by feature, 16 bits at a time: NumPy sorts 16-bit integers by radix."""
     order = np.argsort((feature & 0xFFFF).astype(np.uint16), kind="stable")
     high = feature >> 16
     if not high.any():

@@ -1,9 +1,8 @@
-"""One streaming pass over cached activations: dictionary and cache in, feature store out."""
+"""Build a feature store from a dictionary and a cache, in one streaming pass over the activations."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,15 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from sae import seeding
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.activations.metadata import place_of
-from sae.config import FeaturesConfig
-from sae.dictionary import Dictionary
+from sae.config.progress import StageProgress
+from sae.config.settings import FeaturesConfig
+from sae.config.splits import TRAIN
+from sae.dictionary.base import Dictionary
+from sae.dictionary.neighbours import nearest_neighbours
+from sae.dictionary.origin import check_belongs
+from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError
 from sae.features.best import Best
 from sae.features.block import Block, Reach, make_block
@@ -24,16 +27,13 @@ from sae.features.groups import ExampleGroups
 from sae.features.histogram import FINE_BINS, LARGEST_BITS, bin_edges, coarsen, fine_bins, float_bits
 from sae.features.logits import LogitEffects, logit_effects
 from sae.features.store import Features
-from sae.features.vocabulary import Vocabulary
 from sae.features.write import Collected, write_store
-from sae.modes import in_own_modes
-from sae.neighbours import nearest_neighbours
-from sae.origin import check_belongs
-from sae.tokens import TRAIN
-from sae.transcoding import Hooks
+from sae.model.vocabulary import Vocabulary
+from sae.numerics import seeding
+from sae.numerics.modes import in_own_modes
 
 if TYPE_CHECKING:
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
 BLOCK_FIRINGS = 1 << 21
 _ENCODED_AT_ONCE = 1 << 26
@@ -52,33 +52,33 @@ def collect(
     seed: int = 0,
     device: str | torch.device = "cpu",
     batch_contexts: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> Features:
     """Scan the cache's training tokens once and write a feature store.
 
-    Every token is encoded once; windows are cut from the codes while these are in memory. Memory does not grow with the
-    number of tokens. The result does not depend on `batch_contexts` (beyond the rounding of matrix products).
+    Each token is encoded once; windows are cut while its codes are in memory. Memory does not grow with the number of
+    tokens. The result does not depend on `batch_contexts` (beyond the rounding of matrix products).
 
     Args:
-        dictionary: takes raw activations at `hook`; of a transcoder, logits are those of what it gives.
+        dictionary: takes raw activations at `hook`; a transcoder's logits are those of its output.
         cache: its training split is read.
         folder: where the store is written; an older store there is replaced.
-        settings: what is kept.
+        settings: what to keep.
         hook: the hook point whose activations are encoded.
-        tokenizer: of the model that the cache was harvested from; its vocabulary goes into the store.
-        language_model: for the logits each feature raises and lowers; None: the store has none.
-        seed: of the random samples.
+        tokenizer: tokenizer of the model that the cache was harvested from; its vocabulary is saved in the store.
+        language_model: for the logits each feature raises and lowers; None: the store has no logits.
+        seed: seed of the random samples.
         device: where tokens are encoded.
-        batch_contexts: contexts encoded at once; None: about 2²⁶ / d_sae tokens.
-        progress: called with tokens done and tokens in all.
+        batch_contexts: number of contexts encoded at once; None: about 2²⁶ / d_sae tokens.
+        progress: called with the number of tokens done and the total.
 
     Raises:
-        CacheError: the hook point is not in the cache; the cache is of another model than the dictionary's; or the
+        CacheError: the hook point is not in the cache, the cache is from another model than the dictionary's, or the
             store cannot be written.
-        ConfigError: `settings.tokens` is less than one context; the dictionary reads another hook point or width.
+        ConfigError: `settings.tokens` is less than one context, or the dictionary reads another hook point or width.
     """
     check_belongs(dictionary, place_of(cache), reads=hook)
-    gives = Hooks.of(dictionary.metadata).gives or hook
+    output_hook = Hooks.of(dictionary.metadata).gives or hook
     if dictionary.W_dec.device != torch.device(device):
         dictionary = copy.deepcopy(dictionary).to(device)
     collected = scan(dictionary, cache, settings, hook, seed, batch_contexts, progress)
@@ -92,7 +92,7 @@ def collect(
         hook=hook,
         seed=seed,
         vocabulary=vocabulary,
-        logits=_logits(dictionary, language_model, gives, settings, len(vocabulary)),
+        logits=_logits(dictionary, language_model, output_hook, settings, len(vocabulary)),
         neighbours=nearest_neighbours(dictionary.W_dec.detach(), settings.neighbours),
     )
 
@@ -104,7 +104,7 @@ def scan(
     hook: str,
     seed: int = 0,
     batch_contexts: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> Collected:
     """The streaming pass alone, in memory.
 
@@ -131,7 +131,7 @@ def scan(
 
 @torch.no_grad()
 def _encode(dictionary: Dictionary, batch: ContextBatch) -> tuple[Int[np.ndarray, " t"], np.ndarray, np.ndarray]:
-    """Rows of the batch that are eligible, and their codes `[t, k]`."""
+    """The batch's eligible rows and their codes `[t, k]`."""
     assert batch.activations is not None
     eligible = batch.eligible.flatten()
     x = batch.activations.flatten(0, 1)[eligible].to(dictionary.W_enc.device)
@@ -140,16 +140,16 @@ def _encode(dictionary: Dictionary, batch: ContextBatch) -> tuple[Int[np.ndarray
 
 
 def _logits(
-    dictionary: Dictionary, language_model: LanguageModel | None, gives: str, settings: FeaturesConfig, tokens: int
+    dictionary: Dictionary, language_model: LanguageModel | None, output: str, settings: FeaturesConfig, tokens: int
 ) -> LogitEffects | None:
-    """None where there is no model, or `gives` is not in the space that the unembedding reads."""
-    if language_model is None or not language_model.is_residual(gives):
+    """Logit effects; None without a model, or if `output` is not in the space that the unembedding reads."""
+    if language_model is None or not language_model.is_residual(output):
         return None
     return logit_effects(dictionary.W_dec.detach(), language_model.unembedding()[:, :tokens], settings.logits)
 
 
 class _Collector:
-    """Running counts and the firings kept so far; firings wait until a block is full."""
+    """Running counts and the firings kept so far; firings are buffered until a block is full."""
 
     def __init__(
         self, d_sae: int, settings: FeaturesConfig, context_length: int, scale: float, seed: int, groups: ExampleGroups
@@ -169,7 +169,7 @@ class _Collector:
         self.last_document = -1
 
     def add(self, batch: ContextBatch, offsets: np.ndarray, values: np.ndarray, indices: np.ndarray) -> None:
-        """Take in a batch's codes `[t, k]` of its eligible rows `offsets`; padding and zeros are dropped."""
+        """Add the codes `[t, k]` of a batch's eligible rows `offsets`; padding and zeros are dropped."""
         fires = values > 0
         rows = np.repeat(batch.first_row + offsets, fires.sum(1))
         self.firings.append((indices[fires], rows, values[fires]))
@@ -183,7 +183,7 @@ class _Collector:
             self._flush()
 
     def finish(self) -> Collected:
-        """Everything after the last batch."""
+        """The collected result; call it after the last batch."""
         self._flush()
         starts, documents = (np.concatenate(parts) for parts in zip(*self.runs, strict=True))
         return Collected(
@@ -221,7 +221,7 @@ class _Collector:
 
 
 def random_keys(block: Block, purpose: str, seed: int) -> Int[np.ndarray, " firings"]:
-    """A number in [0, 2³²) for every firing that depends on purpose, seed, row and feature alone, and looks random."""
+    """A pseudorandom number in [0, 2³²) for each firing, determined by purpose, seed, row and feature alone."""
     key = seeding.number(purpose, seed)
     row = block.row.astype(np.uint64) + np.uint64(key)
     row = _mix((row ^ (row >> np.uint64(32))).astype(np.uint32)) ^ np.uint32(key >> 32)
@@ -229,7 +229,7 @@ def random_keys(block: Block, purpose: str, seed: int) -> Int[np.ndarray, " firi
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Spread every input bit over all 32 output bits (the finaliser of MurmurHash3)."""
+    """Spread each input bit over all 32 output bits (the finaliser of MurmurHash3)."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(16))

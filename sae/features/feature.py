@@ -1,4 +1,4 @@
-"""What a feature looks like to a reader: plain values, no tensors."""
+"""A feature as plain values without tensors, for reading."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 
 class TokenLogit(NamedTuple):
-    """A token, and how much a unit of activation adds to its logit, up to a positive factor."""
+    """A token and the change of its logit per unit of activation, up to a positive factor."""
 
     token: str
     logit: float
 
 
 class Neighbour(NamedTuple):
-    """Another feature, the cosine between the decoder directions, and whether it is dead."""
+    """Another feature, the cosine between the decoder directions, and whether that feature is dead."""
 
     feature: int
     cosine: float
@@ -23,7 +23,7 @@ class Neighbour(NamedTuple):
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of non-zero activations between each two edges, from the first bin that has any to the last."""
+    """Counts of non-zero activations between adjacent edges, from the first non-empty bin to the last."""
 
     edges: list[float]
     counts: list[int]
@@ -37,9 +37,9 @@ class Example:
         value: the activation there.
         document: name of the document.
         row: the token's row in the training split.
-        tokens: text of the tokens around it; a character of several tokens stands with the one that completes it.
-        activations: the feature's activation on each of them; 0 on tokens that were masked out.
-        position: which of them fired.
+        tokens: text of the tokens around it; a character made of several tokens is in the token that completes it.
+        activations: the feature's activation on each token; 0 on masked tokens.
+        position: index of the token that fired.
     """
 
     value: float
@@ -52,22 +52,22 @@ class Example:
 
 @dataclass(frozen=True)
 class Feature:
-    """Everything that is kept of a feature.
+    """Everything the store has on a feature.
 
     Attributes:
         index: its row of W_dec.
         density: share of the eligible tokens on which it fired.
-        count: how many these were.
-        dead: it never fired in the tokens scanned.
+        count: number of these tokens.
+        dead: whether it never fired in the tokens scanned.
         max: largest activation.
         mean: mean of the non-zero activations.
-        histogram: of the non-zero activations.
-        top: the strongest activations, at most one a document (or a section of one, where documents are few),
+        histogram: histogram of the non-zero activations.
+        top: the strongest activations, at most one per document (or per section if there are few documents),
             strongest first.
-        quantiles: random activations from equal-count shares of the non-zero ones; the strongest share first.
-        promoted: the next tokens it makes more likely, strongest first; None where logits are not known.
+        quantiles: random activations from equal-count shares of the non-zero ones, strongest share first.
+        promoted: the next tokens it makes more likely, strongest first; None if the store has no logits.
         suppressed: the next tokens it makes less likely.
-        neighbours: the features of the most similar decoder directions.
+        neighbours: the features with the most similar decoder directions.
     """
 
     index: int
@@ -85,9 +85,9 @@ class Feature:
 
     @property
     def peek(self) -> list[str]:
-        """The tokens it fires on in its strongest examples, the largest total activation first."""
+        """The tokens it fires on in its strongest examples, by total activation, largest first."""
         totals: dict[str, float] = {}
         for example in self.top:
-            token = example.tokens[example.position] or "◌"  # a part of a character
+            token = example.tokens[example.position] or "◌"  # part of a character
             totals[token] = totals.get(token, 0.0) + example.value
         return sorted(totals, key=lambda token: -totals[token])

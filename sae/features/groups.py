@@ -1,4 +1,4 @@
-"""What gives at most one of a feature's strongest examples: a document, or a section where documents are few."""
+"""The groups that give at most one top example per feature: documents, or sections if there are few documents."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 from jaxtyping import Int
 
 from sae.activations.cache import ActivationCache, ContextBatch
-from sae.config import FeaturesConfig
-from sae.tokens import TRAIN
+from sae.config.settings import FeaturesConfig
+from sae.config.splits import TRAIN
 
 SECTION_TOKENS = 2048
-"""Of a section where documents were not cut into any: about the 10,000 characters of `data.section_characters`."""
+"""Section length if the text was not cut into sections: about the 10,000 characters of `data.section_characters`."""
 
 
 @dataclass(frozen=True)
 class ExampleGroups:
-    """Numbers for documents or sections.
+    """Numbers documents or sections.
 
-    With fewer than twice as many documents as examples are kept, one a document would show every feature in the same
-    few texts, or leave places empty: sections take their part.
+    Sections are used if there are fewer than twice as many documents as examples to keep. One example per document
+    would then show every feature in the same few texts, or leave places empty.
 
     Attributes:
-        unit: what has a number.
-        documents: how many there are, if they are few.
-        stretch: rows of a section where the cache knows none.
+        unit: the unit that is numbered.
+        documents: number of documents, if they are few.
+        stretch: rows per section if the cache has no sections.
     """
 
     unit: Literal["document", "section"]
@@ -35,7 +35,7 @@ class ExampleGroups:
 
     @staticmethod
     def of(cache: ActivationCache, settings: FeaturesConfig) -> ExampleGroups:
-        """Those for the part of the cache that is scanned."""
+        """The groups for the scanned part of the cache."""
         left, documents, enough = settings.tokens or cache.rows(TRAIN), 0, 2 * settings.top
         for number in range(cache.shards(TRAIN)):
             part = cache.token_columns(TRAIN, number)["documents"][:left]
@@ -48,7 +48,7 @@ class ExampleGroups:
         )
 
     def number(self, batch: ContextBatch) -> Int[np.ndarray, " rows"]:
-        """The number of every row of a batch."""
+        """The group number of each row of a batch."""
         documents = batch.documents.flatten().numpy()
         if self.unit == "document":
             return documents

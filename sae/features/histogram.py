@@ -1,6 +1,6 @@
-"""Histograms of activations whose bins are known before the data: octaves of a fixed scale, cut into equal parts.
+"""Histograms of activations with bins fixed before the data is seen: octaves of a fixed scale, in equal parts.
 
-A bin is the exponent and the leading bits of value / scale, so that it costs a shift and is the same everywhere.
+A bin is the exponent and the leading bits of value / scale: it costs one shift and is the same everywhere.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _LOWEST = (127 + LOWEST_OCTAVE) * FINE_PER_OCTAVE
 
 
 def fine_bins(value: Float[np.ndarray, " n"], scale: float) -> Int[np.ndarray, " n"]:
-    """Fine bin of every positive value; what lies beyond the range falls into the first bin or the last."""
+    """The fine bin of each positive value; values outside the range fall into the first or the last bin."""
     bits = (value.astype(np.float32) * np.float32(1 / scale)).view(np.int32)
     return np.clip((bits >> _SHIFT) - _LOWEST, 0, FINE_BINS - 1).astype(np.int64)
 
 
 def float_bits(value: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """A number in [0, 2³²) that rises with the positive float32 `value`."""
+    """An integer in [0, 2³²) that increases with the positive float32 `value`."""
     return value.view(np.uint32).astype(np.int64)
 
 
 def coarsen(histogram: Int[np.ndarray, "d_sae fine"]) -> Int[np.ndarray, "d_sae bins"]:
-    """Counts in the bins that are stored."""
+    """Counts in the stored bins."""
     return histogram.reshape(len(histogram), BINS, FINE_PER_OCTAVE // PER_OCTAVE).sum(-1)
 
 

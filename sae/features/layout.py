@@ -1,9 +1,10 @@
-"""Names and meanings of a feature store's files and columns, shared by writing and reading."""
+"""Names and meanings of a feature store's files and columns, shared by writer and reader."""
 
 from __future__ import annotations
 
-FORMAT = "sae-features"
-FORMAT_VERSION = 1
+from sae.files.formats import Format
+
+FORMAT = Format("sae-features", 1)
 
 INDEX = "features.json"
 COLUMNS = "features.safetensors"
@@ -39,4 +40,4 @@ MEANINGS = {
 }
 
 OF_EXAMPLES = ("example_", "window_")
-"""Beginnings of the columns that have an entry for each example, or each token of its window, not each feature."""
+"""Prefixes of the columns with an entry per example, or per token of its window, instead of per feature."""

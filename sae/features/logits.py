@@ -1,4 +1,4 @@
-"""Which next tokens a feature makes more likely, and which less: its decoder direction through the unembedding."""
+"""The next tokens a feature makes more and less likely: its decoder direction through the unembedding."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _PRODUCTS_AT_ONCE = 1 << 26
 
 @dataclass(frozen=True)
 class LogitEffects:
-    """The tokens a feature raises most and lowers most, strongest effect first, per unit of activation.
+    """The tokens a feature raises and lowers most, strongest effect first, per unit of activation.
 
-    Effects are right up to a positive factor: the final norm's division by the token's norm is left out.
+    Effects are correct up to a positive factor, because the final norm's division by the token's norm is left out.
     """
 
     promoted: Int[Tensor, "d_sae n"]
@@ -25,7 +25,7 @@ class LogitEffects:
 
 
 def logit_effects(W_dec: Float[Tensor, "d_sae d_in"], W_U: Float[Tensor, "d_in vocab"], n: int) -> LogitEffects:
-    """Largest and smallest entries of every row of W_dec W_U, some features at a time."""
+    """The largest and smallest entries of each row of W_dec W_U, computed some features at a time."""
     n = min(n, W_U.shape[1])
     W_U = W_U.to(W_dec.device, torch.float32)
     rows = max(1, _PRODUCTS_AT_ONCE // W_U.shape[1])

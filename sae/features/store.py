@@ -1,4 +1,4 @@
-"""Open a feature store and look at features. Needs neither the language model nor the activations."""
+"""Open a feature store and read its features, without the language model or the activations."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from sae.config import MOST_EXAMPLES
+from sae.config.settings import MOST_EXAMPLES, FeaturesConfig
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
-from sae.features.vocabulary import CONTEXT_BEFORE, Vocabulary
-from sae.files import stands
-from sae.hashes import damaged
-from sae.paths import expanded
-from sae.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
+from sae.files.damage import damaged
+from sae.files.paths import expanded
+from sae.files.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
+from sae.files.writing import stands
+from sae.model.vocabulary import CONTEXT_BEFORE, Vocabulary
 
 SORT_COLUMNS = ("density", "max", "count", "index", "mean")
 
@@ -46,11 +46,11 @@ class Features:
         path: the store's folder, or the run folder that holds it as `features/`.
 
     Raises:
-        FormatError: there is no store, it is of a newer version, or damaged.
+        FormatError: there is no store, it has a newer version, or it is damaged.
 
     Attributes:
         path: the store's folder.
-        info: what `features.json` holds: hook point, model, dictionary, settings, tokens scanned.
+        info: the content of `features.json`: hook point, model, dictionary, settings, tokens scanned.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,7 +72,7 @@ class Features:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Feature:
-        """Feature `index`, from 0.
+        """Feature `index`, starting at 0.
 
         Raises:
             UnknownFeatureError: (an IndexError) there is no such feature.
@@ -100,22 +100,22 @@ class Features:
 
     @property
     def has_logits(self) -> bool:
-        """Whether the store knows the logits features raise and lower: only in the residual stream, with a model."""
+        """Whether the store has the logits features raise and lower: only for the residual stream, with a model."""
         return "promoted" in self._columns
 
     def summary(self) -> Summary:
-        """Columns over all features."""
+        """Summary columns over all features."""
         count = self._columns["count"]
         density = count.double() / max(1, self.info["tokens"])
         number, columns = torch.arange(len(count), device=count.device), self._columns
         return Summary(number, count, density, columns["max"], columns["mean"], count == 0)
 
     def sorted_by(self, column: str, *, descending: bool | None = None, max_density: float = 1.0) -> list[int]:
-        """Indices of features in the order of a column, dead ones last; ties by index.
+        """Indices of features sorted by a column, dead ones last; ties by index.
 
         Args:
             column: density, max, count, index or mean.
-            descending: by default, everything but `index` is.
+            descending: by default, True for every column except `index`.
             max_density: features that fire on a larger share of tokens are left out.
 
         Raises:
@@ -137,7 +137,7 @@ class Features:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """What the tokens look like."""
+        """The texts of the tokens."""
         return Vocabulary.from_json(read_object(self.path / layout.VOCABULARY))
 
     def __repr__(self) -> str:
@@ -148,7 +148,7 @@ class Features:
         )
 
     def _examples(self, index: int) -> list[list[Example]]:
-        """Strongest examples, then those of each quantile."""
+        """The strongest examples, then those of each quantile."""
         groups: list[list[Example]] = [[] for _ in range(1 + self.info["settings"]["quantiles"])]
         start, end = self._columns["example_start"][index : index + 2].tolist()
         for number, group in enumerate(self._columns["example_group"][start:end].tolist(), start):
@@ -206,14 +206,14 @@ class Features:
         return [Neighbour(*entry) for entry in zip(near.tolist(), cosines, dead, strict=True)]
 
     def _check(self) -> None:
-        """Columns must be those of `features.json`, or the files are from two collections."""
+        """Raise DamagedError if the columns do not match `features.json`, as with files from two collections."""
         d_sae, rows = self.info["d_sae"], self.info["rows"]
         for name in layout.MEANINGS[layout.COLUMNS]:
             if name not in self._columns and not name.startswith(("promoted", "suppressed")):
                 raise damaged(self.path / layout.COLUMNS, f"column {name!r} is missing")
         for name, column in self._columns.items():
-            each = name.startswith(layout.OF_EXAMPLES)
-            if column.ndim == 0 or (not each and len(column) != d_sae):
+            per_example = name.startswith(layout.OF_EXAMPLES)
+            if column.ndim == 0 or (not per_example and len(column) != d_sae):
                 raise damaged(
                     self.path / layout.COLUMNS, f"column {name!r} is {list(column.shape)} of {d_sae:,} features"
                 )
@@ -222,7 +222,7 @@ class Features:
 
 
 class _Settings(BaseModel):
-    """What is read of the settings of a collection."""
+    """The fields read from a collection's settings."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     quantiles: Annotated[int, Field(ge=1, le=MOST_EXAMPLES)]
@@ -231,7 +231,7 @@ class _Settings(BaseModel):
 
 
 class _Index(BaseModel):
-    """What is read of `features.json`."""
+    """The fields read from `features.json`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     d_sae: PositiveInt
@@ -241,6 +241,27 @@ class _Index(BaseModel):
     context_length: PositiveInt
     settings: _Settings
     histogram_edges: list[FiniteFloat]
+
+
+def is_store_of(folder: Path, dictionary: str, activations: str | None, settings: FeaturesConfig) -> bool:
+    """Whether the store in a folder was collected from this dictionary, these activations and settings.
+
+    Args:
+        folder: the store's folder, with `features.json`.
+        dictionary: hash of the weights.
+        activations: the cache's identity at the hook point; None: the activations have been deleted, and only the
+            dictionary has to match.
+        settings: settings of the collection.
+
+    Raises:
+        DamagedError: `features.json` cannot be read.
+    """
+    record = read_object(folder / layout.INDEX)
+    same_weights = record.get("dictionary_sha256") == dictionary
+    return same_weights and (
+        activations is None
+        or (record.get("activations") == activations and record.get("settings") == settings.model_dump())
+    )
 
 
 def _find_store(path: str | Path) -> Path:
@@ -254,15 +275,6 @@ def _find_store(path: str | Path) -> Path:
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / layout.INDEX
     info = read_object(path)
-    if info.get("format") != layout.FORMAT:
-        raise FormatError(
-            f"features {str(folder)!r}: {layout.INDEX} is not of this toolkit (no format {layout.FORMAT!r})"
-        )
-    version = info.get("format_version", 0)
-    if type(version) is not int or version > layout.FORMAT_VERSION:
-        raise FormatError(
-            f"features {str(folder)!r}: format version {version} is newer than this package reads "
-            f"({layout.FORMAT_VERSION}); update the package"
-        )
+    layout.FORMAT.check(info, f"features {str(folder)!r}", layout.INDEX)
     validated(path, _Index, info)
     return info

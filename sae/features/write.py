@@ -1,4 +1,4 @@
-"""Write a feature store: what a pass collected, logits, neighbours, and the scanned text as tokens."""
+"""Write a feature store: the collected statistics and examples, logits, neighbours, and the scanned tokens."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache
-from sae.config import FeaturesConfig
-from sae.dictionary import Dictionary, weights_sha256
+from sae.config.settings import FeaturesConfig
+from sae.config.splits import TRAIN
+from sae.dictionary.base import Dictionary
+from sae.dictionary.neighbours import Neighbours
+from sae.dictionary.saved import weights_sha256
 from sae.features import layout
 from sae.features.examples import Examples
 from sae.features.logits import LogitEffects
 from sae.features.store import Features
-from sae.features.vocabulary import Vocabulary
-from sae.files import delete, write_chunks, write_json, write_tensors
-from sae.neighbours import Neighbours
-from sae.tokens import TRAIN
+from sae.files.writing import delete, write_chunks, write_json, write_tensors
+from sae.model.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What one pass found out about every feature.
+    """Statistics and examples of every feature from one pass.
 
     Attributes:
-        rows: tokens scanned, masked ones included.
-        tokens: eligible tokens among them.
-        count: tokens on which the feature fired.
-        mean: of its non-zero activations; 0 where it never fired.
-        max: the largest of them.
-        histogram: how many of them lie between each two `edges`.
-        edges: the first and last bin also hold everything beyond.
+        rows: number of tokens scanned, including masked ones.
+        tokens: number of eligible tokens among them.
+        count: number of tokens on which the feature fired.
+        mean: mean of its non-zero activations; 0 if it never fired.
+        max: the largest activation.
+        histogram: number of non-zero activations between adjacent `edges`.
+        edges: bin edges; the first and last bin also hold everything beyond.
         examples: the firings kept.
-        document_start: first row of every run of rows of one document.
+        document_start: first row of each run of rows of one document.
         document: the document each run belongs to.
-        one_per: `document` or `section`: what gives at most one of a feature's strongest examples.
+        one_per: `document` or `section`: the unit that gives at most one of a feature's strongest examples.
     """
 
     rows: int
@@ -70,7 +71,7 @@ def write_store(
     logits: LogitEffects | None,
     neighbours: Neighbours,
 ) -> Features:
-    """Write all files, `features.json` last: a folder without it is no store.
+    """Write all files, `features.json` last: a folder without it is not a store.
 
     Raises:
         CacheError: the folder cannot be written.
@@ -82,8 +83,7 @@ def write_store(
     write_json(folder / layout.DOCUMENTS, cache.documents(TRAIN)[:used])
     write_json(folder / layout.VOCABULARY, vocabulary.to_json())
     record = {
-        "format": layout.FORMAT,
-        "format_version": layout.FORMAT_VERSION,
+        **layout.FORMAT.head(),
         "d_sae": dictionary.d_sae,
         "hook": hook,
         "model": cache.manifest.model.get("name"),
@@ -123,7 +123,7 @@ def _columns(collected: Collected, logits: LogitEffects | None, neighbours: Neig
 
 
 def _example_columns(examples: Examples, d_sae: int) -> dict[str, Tensor]:
-    """Examples as pointers; of their windows only what is not zero."""
+    """Columns of the examples; of their windows, only the non-zero activations."""
     example, offset = np.nonzero(examples.window)
     columns = {
         "example_start": np.searchsorted(examples.feature, np.arange(d_sae + 1)),
@@ -138,7 +138,7 @@ def _example_columns(examples: Examples, d_sae: int) -> dict[str, Tensor]:
 
 
 def _narrow(column: np.ndarray, *, small: bool = False) -> np.ndarray:
-    """Non-negative integers in 4 bytes where they fit, or in 1 where `small` and they fit."""
+    """Non-negative integers in 4 bytes if they fit, or in 1 byte if `small` and they fit."""
     largest = int(column.max(initial=0))
     if small and largest < 1 << 8:
         return column.astype(np.uint8)

@@ -22,7 +22,7 @@ def kernels_for(weights: Tensor) -> Kernels:
 
 
 def fastest(device: str, dtype: torch.dtype) -> str:
-    """Name of the fastest back end that computes exactly in a number type; Triton's kernels sum in float32."""
+    """Name of the fastest back end that is exact for a dtype; Triton's kernels sum in float32."""
     return "triton" if device == "cuda" and dtype in TRITON_TYPES and _has_triton() else "cpu"
 
 

@@ -1,7 +1,7 @@
-"""The back end for a CPU, out of PyTorch's own operators: it runs on any device, and is made for caches and cores.
+"""The back end for CPUs, from PyTorch's own operators: it runs on any device, but is designed for caches and cores.
 
-The encoder's product is made some rows at a time in one buffer, which the next rows overwrite, so that
-`[batch, d_sae]` never exists. Gradients are made, used and dropped a block of features at a time.
+The encoder's product is computed some rows at a time in one buffer, which the next rows overwrite, so that
+`[batch, d_sae]` never exists. Gradients are computed, used and dropped a block of features at a time.
 """
 
 from __future__ import annotations
@@ -16,19 +16,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim.adam import adam
 
-from sae.kernels.interface import DENSE_ABOVE, AdamStep, Block, Gradient, Moments, Selection, Subset, Term
+from sae.kernels.interface import (
+    DENSE_ABOVE,
+    AdamStep,
+    FactoredGradient,
+    Gradient,
+    Moments,
+    RowGradient,
+    Selection,
+    Subset,
+)
 from sae.kernels.pattern import Pattern
 from sae.kernels.products import product
 
 CHUNK_NUMBERS, CHUNK_ROWS = 1 << 25, 512
-"""A buffer has at most so many numbers, and no more than these rows where it is larger than `KEPT_NUMBERS`."""
+"""Largest size of a buffer: in numbers, and in rows if it has more than `KEPT_NUMBERS`."""
 KEPT_NUMBERS = (1 << 23) - 4096
-"""What malloc keeps for the next call, in float32; from 32 MiB on it gets new pages each time, which are cleared."""
+"""Largest float32 buffer that malloc keeps for the next call; from 32 MiB up, it gets new, cleared pages each time."""
 GROUP_SIZE = 8
 BATCH_GROUP_SIZES = (64, 32, 16, 8)
 BLOCK_FEATURES = 512
 SURPLUS = 1.25
-"""Entries that a chunk gives to the batch's selection, over its share."""
+"""Number of entries that a chunk contributes to the batch's selection, relative to its share."""
 
 Compare = Callable[[Tensor, Tensor], Bool[Tensor, "..."]]
 
@@ -57,10 +66,10 @@ def select_batch_topk(
     count: int,
     subset: Subset | None = None,
 ) -> Selection:
-    """Each chunk gives what reaches a bound that its share of `count`, and a quarter more, reach.
+    """Each chunk contributes all entries that reach a bound, at least `SURPLUS` times its share of `count`.
 
-    The count-th largest of what was given cannot exceed that of the batch. A chunk whose bound was above it may have
-    kept back an entry that belongs to the selection: such a chunk, a rare one, is made again with that bound.
+    The count-th largest contribution cannot exceed the count-th largest of the batch. A chunk with a higher bound may
+    have left out an entry that belongs to the selection. Such chunks are rare; they are computed again with that bound.
     """
     picked = _Subset(subset, bias, len(x))
     found: list[_Found] = []
@@ -97,7 +106,7 @@ def decode(
     return _bags(pattern.features, pattern.offsets, values, decoder)
 
 
-def value_gradients(
+def sampled_product(
     pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, " pairs"]:
     if pattern.density > DENSE_ABOVE:
@@ -112,7 +121,7 @@ def value_gradients(
     return torch.sparse.sampled_addmm(places, left, right.T, beta=0.0).values().to(gradient.dtype)
 
 
-def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
+def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
     if term.pattern.density > DENSE_ABOVE:
         return product(term.pattern.dense(term.coefficients).T, term.rows.T)
     _, rows, offsets = term.pattern.by_feature
@@ -151,14 +160,14 @@ def adam_(
 
 
 def largest(pre: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """The k largest of each row, in no order, and where they are.
+    """The k largest of each row, in no order, and their columns.
 
-    All of them are in the k groups of columns that have the largest maxima, so only those groups are searched; and the
-    largest maxima are found in the same way. Columns of a group stand n / `GROUP_SIZE` apart, as so the maxima of
-    neighbouring groups are made in one instruction.
+    All of them are in the k groups of columns with the largest maxima, so only those groups are searched. The largest
+    maxima are found in the same way. Columns of a group are n / `GROUP_SIZE` apart, so that one instruction computes
+    the maxima of neighbouring groups.
     """
     n = pre.shape[1]
-    if n % GROUP_SIZE or n < 2 * k * GROUP_SIZE:  # with fewer groups, looking for them costs more than it saves
+    if n % GROUP_SIZE or n < 2 * k * GROUP_SIZE:  # with fewer groups, the search costs more than it saves
         values, features = pre.topk(k, dim=-1, sorted=False)
         return values, features
     grouped = pre.unflatten(-1, (GROUP_SIZE, -1))
@@ -205,7 +214,7 @@ class _Found(NamedTuple):
 
 
 def _find(pre: Float[Tensor, "rows d_sae"], first_row: int, bound: float | Tensor, compare: Compare) -> _Found:
-    """Entries that compare with the bound, one for all or one a feature; groups without any are passed over."""
+    """Entries for which `compare` with the bound (shared, or one per feature) is true; skips groups without any."""
     n = pre.shape[1]
     size = next((size for size in BATCH_GROUP_SIZES if n % size == 0), 1)
     bounds = bound.view(-1, size) if isinstance(bound, Tensor) else pre.new_full((1, 1), bound)
@@ -223,14 +232,14 @@ def _exceeds(values: Tensor, bound: Tensor) -> Bool[Tensor, "*shape"]:
 
 
 def _reaches(values: Tensor, bound: Tensor) -> Bool[Tensor, "*shape"]:
-    """values ≥ bound, where a NaN exceeds everything, so that it comes out and is seen."""
+    """values ≥ bound; a NaN exceeds everything, so that it appears in the result."""
     return (values >= bound) | values.isnan()
 
 
 def _guess(pre: Float[Tensor, "rows d_sae"], count: int) -> float:
     """A number that at least `count` entries reach, and not many more: the count-th largest of the groups' maxima.
 
-    Where there are no groups, or not twice as many as `count`, it is the count-th largest entry itself.
+    Without groups, or with fewer than 2 · `count`, it is the count-th largest entry itself.
     """
     n, numbers = pre.shape[1], pre.numel()
     size = next((size for size in BATCH_GROUP_SIZES if n % size == 0 and 2 * count * size <= numbers), 1)
@@ -240,14 +249,14 @@ def _guess(pre: Float[Tensor, "rows d_sae"], count: int) -> float:
 
 
 def _least(values: Float[Tensor, " n"]) -> float:
-    """The smallest, where a NaN exceeds everything."""
+    """The smallest value; a NaN exceeds everything."""
     return float(values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).min())
 
 
 def _selection(
     found: list[_Found], batch: int, d_sae: int, picked: _Subset | None = None, count: int | None = None
 ) -> Selection:
-    """The `count` largest of what was found, or all of it."""
+    """The `count` largest entries of all chunks; None: all entries."""
     rows, features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
     if count is not None:
         kept = values.topk(count, sorted=False).indices.sort().values
@@ -258,7 +267,7 @@ def _selection(
 
 
 def _gradient_blocks(weight: Tensor, gradient: Gradient, unit_rows: bool) -> Iterator[tuple[slice, Tensor]]:
-    """The gradient, some features at a time, without its part along the weight's rows where `unit_rows`."""
+    """The gradient, some features at a time, without its part along the weight's rows if `unit_rows`."""
     parts = _GradientParts(gradient)
     for start in range(0, len(weight), BLOCK_FEATURES):
         block = slice(start, min(start + BLOCK_FEATURES, len(weight)))
@@ -270,7 +279,7 @@ def _gradient_blocks(weight: Tensor, gradient: Gradient, unit_rows: bool) -> Ite
 
 
 class _GradientParts:
-    """A gradient that can be asked for a block of features at a time, in ascending order of blocks."""
+    """A gradient that is computed one block of features at a time, in ascending order."""
 
     def __init__(self, gradient: Gradient) -> None:
         sparse = [term for term in gradient.terms if term.pattern.density <= DENSE_ABOVE]
@@ -296,15 +305,15 @@ class _GradientParts:
 
 
 def _summable(x: Tensor) -> Tensor:
-    """As float32 if it is of fewer bits: sums of many such numbers would be rounded at every step."""
+    """Convert dtypes of fewer bits to float32, because their sums would be rounded at every step."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def _sorted_coefficients(term: Term) -> Float[Tensor, " pairs"]:
+def _sorted_coefficients(term: FactoredGradient) -> Float[Tensor, " pairs"]:
     return term.coefficients[term.pattern.by_feature.order]
 
 
-def _sort(block: Block) -> tuple[Tensor, Tensor]:
+def _sort(block: RowGradient) -> tuple[Tensor, Tensor]:
     features, order = block.features.sort()
     return features, block.gradient[order]
 
@@ -332,7 +341,7 @@ def _adam_block(weight: Tensor, gradient: Tensor, moments: Moments, block: slice
 
 @cache
 def _expect_beta_warning() -> None:
-    """Take PyTorch's one warning that its CSR tensors are in beta."""
+    """Trigger and suppress PyTorch's single warning that its CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), torch.zeros(0), size=(1, 1))

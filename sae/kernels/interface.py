@@ -1,4 +1,4 @@
-"""What a back end of the sparse core does. All of them compute the same; they differ in where they are fast."""
+"""The interface of the sparse core's back ends, which compute the same results at different speeds."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DENSE_ABOVE = 1 / 12
 
 @dataclass(frozen=True)
 class Subset:
-    """Features among which a second selection is made in the same pass over the encoder: the dead ones, for AuxK.
+    """Features for a second selection in the same pass over the encoder: the dead ones, for AuxK.
 
     Attributes:
         features: the candidates, ascending.
-        penalty: added to their pre-activations; −inf takes a candidate out.
-        k: how many are selected in every row; not more than there are candidates.
+        penalty: added to their pre-activations; −inf excludes a candidate.
+        k: number selected in every row; at most the number of candidates.
     """
 
     features: Int[Tensor, " candidates"]
@@ -31,13 +31,13 @@ class Subset:
 
 
 class Selection(NamedTuple):
-    """What was selected.
+    """Selected pre-activations.
 
     Attributes:
-        pattern: where.
-        values: the pre-activations there, whatever their sign.
-        subset_values: those selected in the subset; None where none was asked for.
-        subset_places: their places among `Subset.features`.
+        pattern: the selected pairs.
+        values: their pre-activations, whatever their sign.
+        subset_values: pre-activations selected in the subset; None without a subset.
+        subset_places: their positions in `Subset.features`.
     """
 
     pattern: Pattern
@@ -47,7 +47,7 @@ class Selection(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Term:
+class FactoredGradient:
     """A gradient of a `[d_sae, d_in]` matrix in factors: G[j] = Σ over pairs (i, j) of coefficient · rows[i]."""
 
     pattern: Pattern
@@ -56,8 +56,8 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A gradient of some rows of a `[d_sae, d_in]` matrix: G[features] += gradient. No feature stands there twice."""
+class RowGradient:
+    """A gradient of some rows of a `[d_sae, d_in]` matrix: G[features] += gradient. No feature occurs twice."""
 
     features: Int[Tensor, " some"]
     gradient: Float[Tensor, "some d_in"]
@@ -67,20 +67,20 @@ class Block:
 class Gradient:
     """The gradient of a `[d_sae, d_in]` matrix as a sum of parts; only `dense` is as large as the matrix."""
 
-    terms: Sequence[Term] = ()
-    blocks: Sequence[Block] = ()
+    terms: Sequence[FactoredGradient] = ()
+    blocks: Sequence[RowGradient] = ()
     dense: Float[Tensor, "d_sae d_in"] | None = None
 
 
 @dataclass(frozen=True)
 class AdamStep:
-    """One step of Adam (Kingma & Ba 2015), as `torch.optim.Adam` takes it.
+    """One step of Adam (Kingma & Ba 2015), as in `torch.optim.Adam`.
 
     Attributes:
-        number: of the step, from 1 on.
-        unit_rows: the weights' rows are kept at norm 1: the gradient loses its part along each row before the moments
-            see it, and rows are renormalised after the step.
-        scale: what the gradient is multiplied by first; None: 1.
+        number: number of the step, starting at 1.
+        unit_rows: the weights' rows are kept at norm 1: the gradient loses its part along each row before it enters the
+            moments, and rows are renormalised after the step.
+        scale: factor applied to the gradient first; None: 1.
     """
 
     lr: float
@@ -94,7 +94,7 @@ class AdamStep:
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's running means of the gradient and of its square, shaped as the weight."""
+    """Adam's running means of the gradient and of its square, in the shape of the weight."""
 
     first: Float[Tensor, "d_sae d_in"] = field(repr=False)
     second: Float[Tensor, "d_sae d_in"] = field(repr=False)
@@ -104,8 +104,8 @@ class Moments:
 class Kernels(Protocol):
     """A back end. Matrices are by feature: `encoder[j]` reads feature j, `decoder[j]` writes it; both `[d_sae, d_in]`.
 
-    Nothing here takes part in autograd: `sae.sparse` does, with these. On a GPU with Triton nothing waits for the
-    device but `select_above`, whose result has a size that only the data decides, and `adam_` of rows above 8,192.
+    Nothing here takes part in autograd; `sae.kernels.sparse` adds it. On a GPU with Triton, only two functions wait for
+    the device: `select_above`, because the size of its result depends on the data, and `adam_` for rows above 8,192.
     """
 
     def select_topk(
@@ -127,7 +127,7 @@ class Kernels(Protocol):
         count: int,
         subset: Subset | None = None,
     ) -> Selection:
-        """The `count` largest of all entries of x · encoderᵀ + bias, by rows, and by features in each."""
+        """The `count` largest of all entries of x · encoderᵀ + bias, ordered by row, then by feature."""
         ...
 
     def select_above(
@@ -137,7 +137,7 @@ class Kernels(Protocol):
         bias: Float[Tensor, " d_sae"],
         threshold: Float[Tensor, " d_sae"],
     ) -> Selection:
-        """All entries of x · encoderᵀ + bias above their feature's threshold, and those that are not a number."""
+        """All entries of x · encoderᵀ + bias above their feature's threshold, and all NaNs."""
         ...
 
     def decode(
@@ -146,14 +146,14 @@ class Kernels(Protocol):
         """Row i: Σ over its pairs of value · decoder[feature]."""
         ...
 
-    def value_gradients(
+    def sampled_product(
         self, pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
     ) -> Float[Tensor, " pairs"]:
-        """Pair (i, j): gradient[i] · decoder[j], the gradient of `decode` by its values."""
+        """Pair (i, j): gradient[i] · decoder[j], the gradient of `decode` with respect to its values."""
         ...
 
-    def feature_sums(self, term: Term) -> Float[Tensor, "d_sae d_in"]:
-        """The matrix that a term stands for."""
+    def feature_sums(self, term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
+        """The dense matrix of a factored gradient."""
         ...
 
     def column_sums(self, pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
@@ -163,7 +163,7 @@ class Kernels(Protocol):
     def gradient_squares(
         self, weight: Float[Tensor, "d_sae d_in"], gradient: Gradient, unit_rows: bool
     ) -> Float[Tensor, " d_sae"]:
-        """Squared norm of every row of the gradient, without its part along the weight's row where `unit_rows`."""
+        """Squared norm of every row of the gradient, without its part along the weight's row if `unit_rows`."""
         ...
 
     def adam_(
@@ -174,5 +174,5 @@ class Kernels(Protocol):
         step: AdamStep,
         copy: Float[Tensor, "d_sae d_in"] | None = None,
     ) -> None:
-        """Change the weight and its moments by one step of Adam; `copy`, in bfloat16, is set to the new weight."""
+        """Update the weight and its moments by one step of Adam; `copy`, in bfloat16, is set to the new weight."""
         ...

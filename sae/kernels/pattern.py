@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class ByFeature(NamedTuple):
-    """The pairs of a pattern sorted by feature, the order of the rows kept.
+    """The pairs of a pattern, sorted stably by feature, so that rows stay in order.
 
     Attributes:
-        order: where each sorted pair stands in the pattern.
+        order: position of each sorted pair in the pattern.
         rows: the sorted pairs' rows.
         offsets: pairs of feature j are `order[offsets[j]:offsets[j + 1]]`.
     """
@@ -29,13 +29,13 @@ class ByFeature(NamedTuple):
 class Pattern:
     """Positions of the non-zeros of a `[batch, d_sae]` matrix by rows (the CSR form): any number of features a row.
 
-    A feature may stand in a row more than once; its values add up. Values belong to a pattern as a tensor `[pairs]`.
+    A feature may occur in a row more than once; its values are added. The values of a pattern are a tensor `[pairs]`.
 
     Attributes:
         features: the features of row 0, then of row 1, and so on; int64.
-        offsets: those of row i are `features[offsets[i]:offsets[i + 1]]`; int64.
-        d_sae: number of features there are.
-        k: how many every row has, where all have as many; else None.
+        offsets: the features of row i are `features[offsets[i]:offsets[i + 1]]`; int64.
+        d_sae: number of features in the dictionary.
+        k: number of features per row if it is the same for all rows, else None.
     """
 
     features: Int[Tensor, " pairs"]
@@ -52,7 +52,7 @@ class Pattern:
 
     @staticmethod
     def of_nonzeros(matrix: Float[Tensor, "batch d_sae"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
-        """Where a matrix is not zero, by ascending features, and what it is there. Waits for the device."""
+        """Pattern of a matrix's non-zeros, by ascending features, and their values. Waits for the device."""
         rows, features = matrix.nonzero(as_tuple=True)
         offsets = torch.searchsorted(rows, torch.arange(len(matrix) + 1, device=matrix.device))
         return Pattern(features, offsets, matrix.shape[1]), matrix[rows, features]
@@ -82,19 +82,19 @@ class Pattern:
 
     @cached_property
     def by_feature(self) -> ByFeature:
-        """The pairs sorted by feature; made once, without waiting for the device."""
+        """The pairs sorted by feature; computed once, without waiting for the device."""
         features, order = torch.sort(self.features, stable=True)
         bounds = torch.arange(self.d_sae + 1, device=features.device)
         return ByFeature(order, self.rows[order], torch.searchsorted(features, bounds))
 
     def ascending(self, values: Float[Tensor, " pairs"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
-        """The same codes, the features of every row in ascending order; as they are where rows differ in length."""
+        """The same codes with the features of every row in ascending order; unchanged if rows differ in length."""
         if self.k is None:
             return self, values
         features, order = self.features.view(-1, self.k).sort(dim=-1)
         return replace(self, features=features.flatten()), values.view(-1, self.k).gather(-1, order).flatten()
 
     def dense(self, values: Float[Tensor, " pairs"]) -> Float[Tensor, "batch d_sae"]:
-        """The matrix itself."""
+        """The dense matrix."""
         flat = values.new_zeros(self.batch * self.d_sae)
         return flat.index_add_(0, self.rows * self.d_sae + self.features, values).view(self.batch, self.d_sae)

@@ -24,7 +24,7 @@ def product(
     encoder: Float[Tensor, "d_sae d_in"],
     out: Float[Tensor, "batch d_sae"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """x · encoderᵀ, in `out` where it is given. Not to be differentiated."""
+    """x · encoderᵀ, in `out` if given. Not differentiable."""
     if out is None:
         out = x.new_empty(len(x), len(encoder))
     if _numpy_is_faster(x, encoder):
@@ -48,7 +48,7 @@ def cpu_has_bfloat16() -> bool:
 def _numpy_is_faster(x: Tensor, encoder: Tensor) -> bool:
     """Whether NumPy's OpenBLAS takes the product: on AMD processors it is up to half again as fast as torch's MKL.
 
-    Decided by what does not change between a run and its resumption, not by timing.
+    Timing does not decide this, only facts that do not change between a run and its resumption.
     """
     return (
         x.device.type == "cpu"
@@ -59,9 +59,9 @@ def _numpy_is_faster(x: Tensor, encoder: Tensor) -> bool:
 
 
 def _numpy_product(x: Tensor, encoder: Tensor, out: Tensor) -> None:
-    """A thread for each share of the features, OpenBLAS without threads of its own: those would wait in a busy loop.
+    """One thread per share of the features. OpenBLAS gets no threads of its own: those would wait in a busy loop.
 
-    In it they would take the cores from the operators that come next.
+    The busy loop would take cores from the operators that follow.
     """
     threads = torch.get_num_threads()
     bounds = [len(encoder) * number // threads for number in range(threads + 1)]
@@ -90,7 +90,7 @@ def _openblas_beats_mkl() -> bool:
 
 @cache
 def _openblas() -> Any:
-    """Control over the threads of the OpenBLAS that NumPy's wheel brings along, whatever else has been loaded."""
+    """Control over the threads of the OpenBLAS in NumPy's wheel, whatever other libraries are loaded."""
     from threadpoolctl import ThreadpoolController
 
     home = Path(np.__file__).parents[1] / "numpy.libs"

@@ -1,4 +1,4 @@
-"""The back end that says what is meant: dense matrices and plain PyTorch, slow and obvious. Tests compare with it."""
+"""The reference back end: dense matrices in plain PyTorch, slow and obvious. Tests compare the others with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.interface import AdamStep, Gradient, Moments, Selection, Subset, Term
+from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, Selection, Subset
 from sae.kernels.pattern import Pattern
 
 
@@ -69,13 +69,13 @@ def decode(
     return pattern.dense(values) @ decoder
 
 
-def value_gradients(
+def sampled_product(
     pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, " pairs"]:
     return (gradient @ decoder.T)[pattern.rows, pattern.features]
 
 
-def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
+def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
     return term.pattern.dense(term.coefficients).T @ term.rows
 
 

@@ -1,4 +1,4 @@
-"""Is a label readable from a dictionary's latents? Sparse probes beside dense ones, splitting and absorption."""
+"""Probe a dictionary's latents for labels: sparse probes compared with dense ones, splitting and absorption."""
 
 from __future__ import annotations
 

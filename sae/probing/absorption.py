@@ -1,4 +1,4 @@
-"""Feature splitting and absorption: does a concept's latent stay silent where another has taken it over?"""
+"""Feature splitting and absorption: does a concept's latent stay silent where another latent has absorbed it?"""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import ShapeError
-from sae.evaluation.estimate import Estimate, ratio
-from sae.modes import in_own_modes
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import numpy_generator
 from sae.probing.activations import LabelledActivations
 from sae.probing.linear import Design, LinearProbe, rank_columns, require_sklearn
 from sae.probing.scores import binary_scores, mean_and_error
 from sae.probing.settings import LetterConfig
 from sae.probing.splits import Split, check_split, split_examples
-from sae.seeding import numpy_generator
+from sae.results.estimate import Estimate, ratio
 
 SILENT = 1e-8
 
 
 @runtime_checkable
 class Decoding(Protocol):
-    """A dictionary whose latents have directions: `W_dec [d_sae, d_in]` and `b_dec [d_in]`."""
+    """A dictionary with decoder directions: `W_dec [d_sae, d_in]` and `b_dec [d_in]`."""
 
     @property
     def W_dec(self) -> Tensor: ...  # noqa: N802
@@ -41,20 +41,20 @@ class Decoding(Protocol):
 
 @dataclass(frozen=True)
 class ConceptResult:
-    """One class against the rest.
+    """Result for one class against the rest.
 
     Attributes:
-        name: of the class.
-        examples: of it, in all parts.
-        dense_f1: of the dense probe, on the validation examples; it decides whether the concept is measured.
-        able: whether it is.
-        main: the latents that the concept is split into, best ranked first; more than one: feature splitting.
-        f1_by_k: on the validation examples, of probes on the best 1, 2, … latents, up to the last that was tried.
-        test_f1: on the test examples, of the dense probe and of the probe on the main latents.
-        positives: test examples of the class in which the dense probe sees it, as rows of the activations.
-        silent: those of them on which no main latent fires.
+        name: name of the class.
+        examples: number of its examples, in all parts.
+        dense_f1: F1 of the dense probe on the validation examples; it decides whether the concept is measured.
+        able: whether the concept is measured.
+        main: the latents that the concept is split into, best ranked first; more than one means feature splitting.
+        f1_by_k: validation F1 of probes on the best 1, 2, … latents, up to the last k tried.
+        test_f1: test F1 of the dense probe and of the probe on the main latents.
+        positives: test examples of the class that the dense probe detects, as rows of the activations.
+        silent: the positives on which no main latent fires.
         absorbed: those of `silent` on which another latent carries the projection.
-        absorbing: the latents that do, with how often, most often first.
+        absorbing: pairs of absorbing latent and number of examples, most frequent first.
     """
 
     name: str
@@ -71,12 +71,12 @@ class ConceptResult:
 
     @property
     def rate(self) -> Estimate:
-        """Absorption rate: the absorbed share of the positives, with its standard error over them."""
+        """Absorption rate: the absorbed share of the positives, with its standard error over positives."""
         return _share(self.absorbed, self.positives)
 
     @property
     def silent_rate(self) -> Estimate:
-        """Share of the positives on which no main latent fires: an upper bound of the absorption rate."""
+        """Share of the positives on which no main latent fires: an upper bound on the absorption rate."""
         return _share(self.silent, self.positives)
 
     def to_json(self) -> dict[str, Any]:
@@ -100,57 +100,57 @@ class ConceptResult:
 
 @dataclass(frozen=True)
 class AbsorptionResult:
-    """All concepts.
+    """Results for all concepts.
 
     Attributes:
-        concepts: in order of their names.
+        concepts: results in order of their names.
     """
 
     concepts: tuple[ConceptResult, ...]
 
     @property
     def able(self) -> tuple[ConceptResult, ...]:
-        """Those whose dense probe is good enough."""
+        """The concepts whose dense probe is good enough."""
         return tuple(concept for concept in self.concepts if concept.able)
 
     def mean(self, name: str) -> tuple[float, float | None] | None:
-        """Mean of `rate`, `silent_rate` or `splits` over the able concepts and its standard error over them."""
+        """Mean of `rate`, `silent_rate` or `splits` over the able concepts, and its standard error over concepts."""
         values = [_value(concept, name) for concept in self.able]
-        known = [value for value in values if value is not None]
-        return mean_and_error(known) if known else None
+        numbers = [value for value in values if value is not None]
+        return mean_and_error(numbers) if numbers else None
 
 
 @in_own_modes
 def measure_absorption(
     dictionary: Decoding, data: LabelledActivations, settings: LetterConfig | None = None, name: str = "labels"
 ) -> AbsorptionResult:
-    """Splitting and absorption of every class against the rest, after Chanin et al. 2024, "A is for absorption".
+    """Measure splitting and absorption of each class against the rest (Chanin et al. 2024, "A is for absorption").
 
-    Examples are split into training, validation and test ones. For each class:
+    Examples are split into training, validation and test examples. For each class:
 
-    1. A dense probe is fitted to the activations, both classes weighted the same. Where its F1 on validation examples
-       is below `able_f1`, the model does not show the concept at this place, and it is not measured.
-    2. Probes on the k latents that tell most about the class (largest positive difference of the means on training
-       examples, in standard deviations: the correlation with the label) are fitted for k = 1, 2, …, as long as one more
-       raises F1 on validation examples by more than `split_gain`. Those of the last that did are the main ones: S.
-    3. On the test examples of the class in which the dense probe sees it, with its direction p of norm 1: absorbed are
-       those on which all of S are silent, and the latent j with the largest projection f_j (W_dec,j · p) has
+    1. A dense probe is fitted to the activations, with both classes weighted equally. If its validation F1 is below
+       `able_f1`, the model does not represent the concept at this place, and it is not measured.
+    2. Probes are fitted on the k latents that are most informative about the class (largest positive difference of
+       training means in standard deviations: the correlation with the label). k grows from 1 as long as another latent
+       raises validation F1 by more than `split_gain`. The latents of the last such probe are the main latents S.
+    3. Consider the test examples of the class that the dense probe, with unit direction p, detects. An example is
+       absorbed if all of S are silent and the latent j with the largest projection f_j (W_dec,j · p) has
        cos(W_dec,j, p) ≥ `cosine` and carries at least `share` of (x − b_dec) · p > 0.
 
-    The absorption rate is absorbed / seen by the dense probe. Thresholds are those of SAEBench's "full absorption"
-    (0.025 and 0.4; split gain 0.03; F1 0.6), which replaces the paper's ablation effects by projections. There S is
-    found by an L1 probe and the split by F1 on the test examples, and the share is of x · p.
+    The absorption rate is absorbed / detected by the dense probe. Thresholds are those of SAEBench's "full absorption"
+    (0.025 and 0.4; split gain 0.03; F1 0.6), which replaces the paper's ablation effects with projections. SAEBench
+    finds S by an L1 probe and the split by test F1, and takes the share of x · p.
 
     Args:
-        dictionary: with `encode`, `W_dec`, `b_dec`.
-        data: one row an example.
+        dictionary: has `encode`, `W_dec` and `b_dec`.
+        data: activations, one row per example.
         settings: thresholds, shares of the parts, seed.
-        name: what the labels are of, for messages.
+        name: name of the labels, for messages.
 
     Raises:
         ConfigError: scikit-learn is not installed.
         DataError: a class has too few examples.
-        ShapeError: decoder rows have another width than the activations.
+        ShapeError: decoder rows and activations differ in width.
     """
     require_sklearn()
     settings = settings or LetterConfig()
@@ -163,17 +163,17 @@ def measure_absorption(
         data.labels, data.groups.numpy(), rng=numpy_generator("first letters: split", settings.seed),
         test_fraction=settings.test_fraction, validation_fraction=settings.validation_fraction,
     )  # fmt: skip
-    measured = _Concepts(dictionary, data, split, settings)
+    concepts = _Concepts(dictionary, data, split, settings)
     labels = np.array(data.labels)
-    concepts = []
-    for one in sorted(set(data.labels)):
-        check_split(split, labels == one, f"{name} {one!r}")
-        concepts.append(measured.measure(one, labels == one))
-    return AbsorptionResult(tuple(concepts))
+    results = []
+    for label in sorted(set(data.labels)):
+        check_split(split, labels == label, f"{name} {label!r}")
+        results.append(concepts.measure(label, labels == label))
+    return AbsorptionResult(tuple(results))
 
 
 class _Concepts:
-    """Activations, latents and directions, and what is measured of one class after another."""
+    """Activations, latents and directions, from which one class after another is measured."""
 
     def __init__(self, dictionary: Decoding, data: LabelledActivations, split: Split, settings: LetterConfig) -> None:
         self.split, self.settings, self.groups = split, settings, data.groups.numpy()
@@ -183,7 +183,7 @@ class _Concepts:
         self.offset = dictionary.b_dec.detach().double().cpu().numpy()
 
     def measure(self, name: str, truth: Bool[np.ndarray, " rows"]) -> ConceptResult:
-        """Dense probe, main latents, and the test examples on which they are silent and another latent is not."""
+        """Measure a class: dense probe, main latents, and test examples where those are silent and another is not."""
         dense_probe = self.design.fit(truth, balanced=True, refit=False)
         decisions = dense_probe.decisions(self.dense)
         dense_f1 = _f1(truth, decisions, self.split.validation)
@@ -196,7 +196,10 @@ class _Concepts:
         numbers, counts = np.unique(carriers[carriers >= 0], return_counts=True)
         absorbing = sorted(zip(numbers.tolist(), counts.tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
         sparse_decisions = sparse_probe.decisions(self.latents[:, main])
-        f1s = [binary_scores(truth[test], one[test], self.groups[test]).f1 for one in (decisions, sparse_decisions)]
+        f1s = [
+            binary_scores(truth[test], log_odds[test], self.groups[test]).f1
+            for log_odds in (decisions, sparse_decisions)
+        ]
         return ConceptResult(
             name, int(truth.sum()), dense_f1, able, tuple(main), tuple(f1_by_k), (f1s[0], f1s[1]),
             tuple(positives.tolist()), tuple(silent.tolist()), tuple(silent[carriers >= 0].tolist()), tuple(absorbing),
@@ -205,7 +208,7 @@ class _Concepts:
     def _carriers(
         self, rows: Int[np.ndarray, " silent"], p: Float[np.ndarray, " d_in"], main: Sequence[int]
     ) -> Int[np.ndarray, " silent"]:
-        """For each row the latent that absorbs the concept there, −1 where none does."""
+        """The latent that absorbs the concept in each row, −1 if none does."""
         along = self.directions @ p
         norms = np.linalg.norm(self.directions, axis=1)
         cosines = np.divide(along, norms, out=np.zeros_like(along), where=norms > 0)
@@ -222,31 +225,31 @@ class _Concepts:
 def _main_latents(
     latents: Float[np.ndarray, "rows d_sae"], truth: Bool[np.ndarray, " rows"], split: Split, settings: LetterConfig
 ) -> tuple[list[int], list[float], LinearProbe]:
-    """The latents that a concept is split into, F1 for every k tried, and the probe on these latents."""
+    """The latents that a concept is split into, F1 for each k tried, and the probe on these latents."""
     ranked = rank_columns(latents[split.train], truth[split.train], "standardised", signed=True).tolist()
     probes: list[LinearProbe] = []
     scores: list[float] = []
     for k in range(1, min(settings.max_splits, len(ranked)) + 1):
-        fitted = Design(latents[:, ranked[:k]], split).fit(truth, balanced=True, refit=False)
-        score = _f1(truth, fitted.decisions(latents[:, ranked[:k]]), split.validation)
+        probe = Design(latents[:, ranked[:k]], split).fit(truth, balanced=True, refit=False)
+        score = _f1(truth, probe.decisions(latents[:, ranked[:k]]), split.validation)
         better = not scores or score > scores[-1] + settings.split_gain
         scores.append(score)
         if not better:
             break
-        probes.append(fitted)
+        probes.append(probe)
     return ranked[: len(probes)], scores, probes[-1]
 
 
 def _f1(truth: np.ndarray, decisions: np.ndarray, rows: np.ndarray) -> float:
-    says = decisions[rows] > 0
-    total = truth[rows].sum() + says.sum()
-    return float(2 * (truth[rows] & says).sum() / total) if total else 0.0
+    predicted = decisions[rows] > 0
+    total = truth[rows].sum() + predicted.sum()
+    return float(2 * (truth[rows] & predicted).sum() / total) if total else 0.0
 
 
-def _share(part: Sequence[int], whole: Sequence[int]) -> Estimate:
+def _share(part: Sequence[int], rows: Sequence[int]) -> Estimate:
     members = set(part)
-    inside = torch.tensor([number in members for number in whole], dtype=torch.float64)
-    return ratio(inside, torch.ones(len(whole), dtype=torch.float64))
+    inside = torch.tensor([row in members for row in rows], dtype=torch.float64)
+    return ratio(inside, torch.ones(len(rows), dtype=torch.float64))
 
 
 def _value(concept: ConceptResult, name: str) -> float | None:

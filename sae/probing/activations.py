@@ -1,9 +1,8 @@
-"""A language model's activations at the rows that examples are made of; read once, kept in a file."""
+"""A language model's activations at the rows of examples: read once and saved to a file."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,13 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.harvest import model_not_finite
+from sae.config.progress import StageProgress
 from sae.errors import DataError, ShapeError
-from sae.files import stands, write_json, write_tensors
-from sae.language_model import LanguageModel
-from sae.modes import in_own_modes
-from sae.paths import short_name
+from sae.files.paths import short_name
+from sae.files.reading import load_tensors, read_object, taken_apart
+from sae.files.writing import stands, write_json, write_tensors
+from sae.model.language_model import LanguageModel
+from sae.numerics.modes import in_own_modes
 from sae.probing.examples import Examples
-from sae.reading import load_tensors, read_object, taken_apart
 
 TOKENS_AT_ONCE = 2048
 ROWS_AT_ONCE = 2048
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 2048
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Anything that turns activations into latents."""
+    """Any object that encodes activations into latents."""
 
     def encode(self, x: Tensor, /) -> Tensor:
         """`[batch, d_in]` → `[batch, d_sae]`."""
@@ -40,11 +40,11 @@ class LabelledActivations:
 
     Attributes:
         rows: raw activations.
-        example: the example each row belongs to, ascending from 0; examples of several rows are averaged.
-        labels: of each example.
-        groups: of each example; those of one group depend on each other.
-        left_out: texts and spans that are no examples: without a label, or without a token that counts.
-        equal: texts that equal one before them, as `Examples` has it.
+        example: the example each row belongs to, ascending from 0; rows of the same example are averaged.
+        labels: label of each example.
+        groups: group of each example; examples of the same group are dependent.
+        left_out: number of texts and spans left out: without a label, or without a token that counts.
+        equal: number of texts equal to an earlier one, as in `Examples`.
     """
 
     rows: Float[Tensor, "rows d_in"]
@@ -55,15 +55,16 @@ class LabelledActivations:
     equal: int = 0
 
     def dense(self) -> Float[Tensor, "examples d_in"]:
-        """Activations by example."""
+        """Activations per example."""
         return self._by_example(self.rows)
 
     @torch.no_grad()
     def latents(self, dictionary: Encoder) -> Float[Tensor, "examples d_sae"]:
-        """Latents by example: of several rows the mean of their latents, not the latents of their mean.
+        """Latents per example; for several rows, the mean of their latents, not the latents of their mean.
 
         Raises:
-            ShapeError: they are of no `[rows, d_sae]`, not finite, or the dictionary takes another width.
+            ShapeError: latents do not have shape `[rows, d_sae]` or are not finite, or the dictionary takes another
+                width.
         """
         total: Tensor | None = None
         for rows, example in zip(self.rows.split(ROWS_AT_ONCE), self.example.split(ROWS_AT_ONCE), strict=True):
@@ -88,24 +89,24 @@ class LabelledActivations:
 
 @in_own_modes
 def read_activations(
-    language_model: LanguageModel, hook: str, examples: Examples, progress: Callable[[int, int], None] | None = None
+    language_model: LanguageModel, hook: str, examples: Examples, progress: StageProgress | None = None
 ) -> LabelledActivations:
-    """Run the model up to the hook point over all contexts, and keep the rows of the examples.
+    """Run the model up to the hook point over all contexts and keep the rows of the examples.
 
-    Contexts are read by length, several at once, filled up on the right with tokens that come after all that is read:
-    in a causal model they change nothing before them.
+    Contexts are sorted by length and run in batches, padded on the right. In a causal model, padding does not affect
+    the tokens before it.
 
     Raises:
         DataError: an activation is not finite.
-        ModelError: the model reads fewer tokens, or has no embedding of one.
+        ModelError: the model's context is too short, or it has no embedding for a token.
     """
     longest = max(map(len, examples.contexts))
     language_model.check_context_length(longest)
     language_model.check_id(max(map(max, examples.contexts)))
-    wanted: dict[int, list[int]] = {}
+    rows_by_context: dict[int, list[int]] = {}
     for row, context in enumerate(examples.context):
-        wanted.setdefault(context, []).append(row)
-    order = sorted(wanted, key=lambda number: len(examples.contexts[number]))
+        rows_by_context.setdefault(context, []).append(row)
+    order = sorted(rows_by_context, key=lambda number: len(examples.contexts[number]))
     rows: Tensor | None = None
     done, total = 0, sum(len(examples.contexts[number]) for number in order)
     if progress is not None:
@@ -113,14 +114,14 @@ def read_activations(
     while order:
         length = len(examples.contexts[order[-1]])
         batch = [order.pop() for _ in range(min(len(order), max(1, TOKENS_AT_ONCE // length)))]
-        padded = [_filled(examples.contexts[number], length) for number in batch]
+        padded = [_padded(examples.contexts[number], length) for number in batch]
         tokens = torch.tensor(padded, device=language_model.device)
         activations = language_model.activations(tokens, [hook])[hook].float().cpu()
         if rows is None:
             rows = activations.new_zeros(len(examples.example), activations.shape[-1])
         for place, number in enumerate(batch):
-            of_context = wanted[number]
-            rows[of_context] = activations[place, [examples.position[row] for row in of_context]]
+            context_rows = rows_by_context[number]
+            rows[context_rows] = activations[place, [examples.position[row] for row in context_rows]]
             done += len(examples.contexts[number])
         if progress is not None:
             progress(done, total)
@@ -134,13 +135,14 @@ def read_activations(
 
 
 def save_activations(activations: LabelledActivations, folder: Path, name: str, key: str) -> None:
-    """Write a .safetensors and a .json file, the latter last: where it is, the other is whole.
+    """Write a .safetensors file, then a .json file: if the latter exists, the former is complete.
 
     Args:
-        activations: of a data set.
-        folder: for the files.
-        name: of the data set; the files' names begin like it.
-        key: hash of all that the activations depend on; the files' names end with its beginning, the .json holds it.
+        activations: activations of a data set.
+        folder: where the files are written.
+        name: name of the data set; file names begin with it.
+        key: hash of everything that determines the activations; file names end with its prefix, the .json has all of
+            it.
     """
     index, rows = _files(folder, name, key)
     write_tensors(rows, {part: getattr(activations, part).contiguous() for part in ("rows", "example", "groups")})
@@ -149,9 +151,9 @@ def save_activations(activations: LabelledActivations, folder: Path, name: str, 
 
 
 def load_activations(folder: Path, name: str, key: str) -> LabelledActivations | None:
-    """What `save_activations` wrote with the same key; None if it is not there.
+    """Load what `save_activations` wrote with the same key; None if there is nothing.
 
-    Earlier versions wrote no key into the file. Theirs count as not there, with a warning.
+    Earlier versions did not write the key into the file. Their files count as missing, with a warning.
 
     Raises:
         DamagedError: a file is damaged.
@@ -162,8 +164,8 @@ def load_activations(folder: Path, name: str, key: str) -> LabelledActivations |
     record = read_object(index)
     if "key" not in record:
         warnings.warn(
-            f"{str(folder)!r}: activations that an earlier version kept do not say what they are of; they are read "
-            "anew",
+            f"{str(folder)!r}: activations saved by an earlier version do not say what they are from; they are read "
+            "again",
             stacklevel=2,
         )
     if record.get("key") != key:
@@ -171,13 +173,13 @@ def load_activations(folder: Path, name: str, key: str) -> LabelledActivations |
     tensors = load_tensors(rows)
     with taken_apart(index):
         labels = tuple(map(str, record["labels"]))
-        held = LabelledActivations(
+        data = LabelledActivations(
             **tensors, labels=labels, left_out=int(record["left_out"]), equal=int(record["equal"])
         )  # fmt: skip
-        examples = len(labels), int(held.example.max()) + 1
-        if held.rows.ndim != 2 or len(held.example) != len(held.rows) or (len(held.groups), *examples[1:]) != examples:
-            raise ValueError("it does not fit the activations beside it")
-        return held
+        examples = len(labels), int(data.example.max()) + 1
+        if data.rows.ndim != 2 or len(data.example) != len(data.rows) or (len(data.groups), *examples[1:]) != examples:
+            raise ValueError("it does not fit the activations next to it")
+        return data
 
 
 def _files(folder: Path, name: str, key: str) -> tuple[Path, Path]:
@@ -185,5 +187,5 @@ def _files(folder: Path, name: str, key: str) -> tuple[Path, Path]:
     return folder / f"{stem}.json", folder / f"{stem}.safetensors"
 
 
-def _filled(context: tuple[int, ...], length: int) -> list[int]:
+def _padded(context: tuple[int, ...], length: int) -> list[int]:
     return [*context, *[context[-1]] * (length - len(context))]

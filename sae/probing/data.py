@@ -1,4 +1,4 @@
-"""Files of labelled texts, and the data sets of sae-probes: where they lie, and what is in them."""
+"""Files of labelled texts and the data sets of sae-probes: find and read them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import ConfigError, DataError
-from sae.paths import expanded, name_of
+from sae.files.paths import expanded, name_of
 from sae.probing.labels import class_names, is_missing, other_kind
 from sae.probing.settings import ProbeConfig
 from sae.text.document import kind_of_value
@@ -29,15 +29,15 @@ Span = tuple[int, int, str | None]
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts with a label each, or with labelled spans of characters.
+    """Texts with one label each, or with labelled spans of characters.
 
     Attributes:
-        name: of the data set.
-        texts: none of them empty.
-        labels: one for each text; empty where there are spans.
-        spans: for each text its (first character, character after the last, label or None where that is missing);
-            empty where there are labels.
-        left_out: rows without text or label, and spans without label.
+        name: name of the data set.
+        texts: the texts; none is empty.
+        labels: one label per text; empty if there are spans.
+        spans: (first character, character after the last, label or None if missing) of each text's spans; empty if
+            there are labels.
+        left_out: number of rows without text or label, and of spans without label.
     """
 
     name: str
@@ -52,7 +52,7 @@ class DataFile:
     """A file of labelled texts that has not been read yet.
 
     Attributes:
-        name: what its data set is called: the file's name without suffixes, as text that can be written as UTF-8.
+        name: name of the data set: the file's name without suffixes, as text that UTF-8 can encode.
         path: .csv, .csv.zst, .jsonl or .parquet.
     """
 
@@ -60,51 +60,51 @@ class DataFile:
     path: Path
 
     def sha256(self) -> str:
-        """Of its bytes."""
+        """Hash of the file's bytes."""
         try:
             return hashlib.sha256(self.path.read_bytes()).hexdigest()
         except OSError as error:
             raise DataError(f"data {str(self.path)!r}: cannot be read ({error.strerror or error})") from error
 
     def read(self, settings: ProbeConfig) -> LabelledTexts:
-        """The texts and labels of its columns.
+        """Read the texts and labels from the file's columns.
 
         Raises:
-            DataError: it cannot be read, a column is missing, or nothing is labelled.
+            DataError: the file cannot be read, a column is missing, or nothing is labelled.
         """
         records = list(_records(self.path, settings))
         return _labelled(self.name, str(self.path), records, settings)
 
 
 def find_data(sources: Sequence[str]) -> list[DataFile]:
-    """The files that DATA arguments name, in order, none twice.
+    """The files that DATA arguments refer to, in order and without duplicates.
 
     Args:
-        sources: files; folders of them; `sae-probes` for the 113 binary data sets of that package (Kantamneni et al.
-            2025), where it is installed; or a folder that its wheel was unpacked to.
+        sources: files; folders of files; `sae-probes` for the 113 binary data sets of that package (Kantamneni et al.
+            2025), if it is installed; or a folder that its wheel was unpacked to.
 
     Raises:
-        DataError: there is nothing of that name, or no file in the folder.
+        DataError: a source does not exist, or a folder has no data file.
         ConfigError: the package is not installed.
     """
     return each_name_once(file for source in sources for file in _find(source))
 
 
 def each_name_once(files: Iterable[DataFile]) -> list[DataFile]:
-    """The files, none twice, in order.
+    """The files in order, without duplicates.
 
     Raises:
-        DataError: two of them would be data sets of one name.
+        DataError: two different files have the same data set name.
     """
-    found = list(files)
+    files = list(files)
     names: dict[str, Path] = {}
-    for file in found:
+    for file in files:
         other = names.setdefault(file.name, file.path)
         if other.resolve() != file.path.resolve():
             raise DataError(
                 f"data {str(file.path)!r}: {str(other)!r} is called {file.name!r} as well; rename one of the files"
             )
-    return list({file.name: file for file in found}.values())
+    return list({file.name: file for file in files}.values())
 
 
 def _find(source: str) -> Iterator[DataFile]:
@@ -124,13 +124,13 @@ def _find(source: str) -> Iterator[DataFile]:
     places = [folder / _MASTER for folder in (path, path / "data", path / "sae_probes" / "data")]
     master = next((place for place in places if place.is_file()), None)
     if master is not None:
-        yield from _of_sae_probes(master)
+        yield from _sae_probes_files(master)
         return
     files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
     for file in files:
         if not file.is_file():
             raise DataError(
-                f"data {str(file)!r}: no regular file (a folder, a pipe or a link to nothing); move it away"
+                f"data {str(file)!r}: not a regular file (a folder, a pipe or a link to nothing); move it away"
             )
     if not files:
         raise DataError(f"data {source!r}: the folder holds no file that ends in {', '.join(_SUFFIXES)}")
@@ -138,23 +138,25 @@ def _find(source: str) -> Iterator[DataFile]:
 
 
 def _installed() -> Path:
-    """The folder of the installed package, which is not imported: it would bring all of SAELens along."""
-    found = importlib.util.find_spec("sae_probes")
-    if found is None or not found.submodule_search_locations:
+    """The folder of the installed package. It is not imported, because that would import all of SAELens."""
+    spec = importlib.util.find_spec("sae_probes")
+    if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             "data 'sae-probes': the package is not installed; 'pip install --no-deps sae-probes==0.4.2' brings its "
             "data sets without its libraries, or unpack its wheel and give that folder"
         )
-    return Path(next(iter(found.submodule_search_locations)))
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _of_sae_probes(master: Path) -> Iterator[DataFile]:
-    """The binary ones; the list has others too, with numbers or many classes."""
+def _sae_probes_files(master: Path) -> Iterator[DataFile]:
+    """The binary data sets; the list has others too, with numbers or many classes."""
     for record in _csv(master, ["Data type", "Dataset save name"]):
         if record["Data type"] == "Binary Classification":
             path = master.parent / f"{record['Dataset save name']}.zst"
             if not path.is_file():
-                raise DataError(f"data {str(path)!r}: {_MASTER} lists it and it is not there; unpack the wheel again")
+                raise DataError(
+                    f"data {str(path)!r}: {_MASTER} lists it, but it does not exist; unpack the wheel again"
+                )
             yield DataFile(_stem(path), path)
 
 
@@ -164,25 +166,25 @@ def _stem(path: Path) -> str:
 
 
 def _records(path: Path, settings: ProbeConfig) -> Iterator[dict[str, Any]]:
-    wanted = [name for name in (settings.text, settings.label) if name is not None]
+    columns = [name for name in (settings.text, settings.label) if name is not None]
     if path.name.endswith((".csv", ".csv.zst")):
-        names = [*wanted, *TEXT_COLUMNS, *LABEL_COLUMNS]
+        names = [*columns, *TEXT_COLUMNS, *LABEL_COLUMNS]
         return _csv(path, names)
     return _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
 
 
 def _csv(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of those of the named columns that there are; all columns' names, without values, in an empty file."""
+    """Rows with the named columns that exist; if none does, one row with all column names and no values."""
     pyarrow = _pyarrow()
     from pyarrow import csv as arrow_csv
 
     try:
-        with path.open("rb") as file:  # pyarrow opens no name that is not UTF-8
+        with path.open("rb") as file:  # pyarrow cannot open names that are not UTF-8
             stream = pyarrow.input_stream(file, compression="zstd" if path.suffix == ".zst" else None)
             content = stream.read()
         header = next(csv.reader([content[: content.find(b"\n") + 1 or None].decode("utf-8-sig")]), [])
-        kept = [name for name in dict.fromkeys(names) if name in header]
-        if not kept:
+        present = [name for name in dict.fromkeys(names) if name in header]
+        if not present:
             yield dict.fromkeys(header)
             return
         table = arrow_csv.read_csv(
@@ -190,11 +192,15 @@ def _csv(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             read_options=arrow_csv.ReadOptions(block_size=len(content) + 1),
             parse_options=arrow_csv.ParseOptions(newlines_in_values=True),
             convert_options=arrow_csv.ConvertOptions(
-                include_columns=kept, column_types=dict.fromkeys(kept, pyarrow.string()), strings_can_be_null=False
+                include_columns=present,
+                column_types=dict.fromkeys(present, pyarrow.string()),
+                strings_can_be_null=False,
             ),
         )
     except (OSError, ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"data {str(path)!r}: not a whole CSV file ({' '.join(str(error).split())[:200]})") from error
+        raise DataError(
+            f"data {str(path)!r}: not a complete CSV file ({' '.join(str(error).split())[:200]})"
+        ) from error
     yield from table.to_pylist()
 
 
@@ -211,7 +217,7 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"data {str(path)!r}: line {number} is not JSON ({reason_of(error)})") from error
         if not isinstance(record, dict):
-            raise DataError(f"data {str(path)!r}: line {number} is no object with a text and a label")
+            raise DataError(f"data {str(path)!r}: line {number} is not an object with a text and a label")
         yield record
 
 
@@ -232,48 +238,50 @@ def _labelled(name: str, where: str, records: list[dict[str, Any]], settings: Pr
     label = _column(where, "label", settings.label, (*LABEL_COLUMNS, SPANS), columns)
     for number, record in enumerate(records, 1):
         _check_kinds(where, number, text, record.get(text), label, record.get(label))
-    kept = {
+    labelled = {
         number: record
         for number, record in enumerate(records, 1)
         if (record.get(text) or "").strip() and not is_missing(record.get(label))
     }
-    if not kept:
+    if not labelled:
         raise DataError(f"data {where!r}: no row has both a {text!r} and a {label!r}")
-    texts = tuple(record[text].encode("utf-8", "replace").decode() for record in kept.values())
+    texts = tuple(record[text].encode("utf-8", "replace").decode() for record in labelled.values())
     if 2 * sum(map(is_written_list, texts[:CELLS])) > len(texts[:CELLS]):
         raise DataError(
             f"data {where!r}: column {text!r} holds lists written as text; set text=COLUMN to another column, or "
             "convert it to text"
         )
-    left_out = len(records) - len(kept)
-    labels = {number: record[label] for number, record in kept.items()}
-    if not any(isinstance(one, list) for one in labels.values()):
+    left_out = len(records) - len(labelled)
+    labels = {number: record[label] for number, record in labelled.items()}
+    if not any(isinstance(value, list) for value in labels.values()):
         return LabelledTexts(name, texts, tuple(_names(where, label, labels.items())), left_out=left_out)
-    spans = {number: _spans(where, number, one) for number, one in labels.items()}
-    named = [(number, one) for number, of_text in spans.items() for *_, one in of_text if not is_missing(one)]
+    spans = {number: _spans(where, number, value) for number, value in labels.items()}
+    named = [
+        (number, value) for number, text_spans in spans.items() for *_, value in text_spans if not is_missing(value)
+    ]
     names = iter(_names(where, label, named))
     return LabelledTexts(
         name, texts,
         spans=tuple(
-            tuple((start, end, None if is_missing(one) else next(names)) for start, end, one in of_text)
-            for of_text in spans.values()
+            tuple((start, end, None if is_missing(value) else next(names)) for start, end, value in text_spans)
+            for text_spans in spans.values()
         ),
         left_out=left_out + sum(map(len, spans.values())) - len(named),
     )  # fmt: skip
 
 
 def _names(where: str, column: str, labels: Iterable[tuple[int, Any]]) -> list[str]:
-    """Names of the labels of (row, label); DataError where text stands beside numbers or truth values."""
-    held = list(labels)
-    found = [one for _, one in held]
-    other = other_kind(found)
+    """Class names for pairs of row and label; DataError if text is mixed with numbers or booleans."""
+    pairs = list(labels)
+    values = [value for _, value in pairs]
+    other = other_kind(values)
     if other is not None:
         raise DataError(
-            f"data {where!r}, row {held[other][0]}: column {column!r} has the label {_shown(found[other])}, and "
-            f"{_shown(found[0])} in row {held[0][0]}; expected text alone, or numbers, true and false: convert the "
+            f"data {where!r}, row {pairs[other][0]}: column {column!r} has the label {_shown(values[other])}, and "
+            f"{_shown(values[0])} in row {pairs[0][0]}; expected text alone, or numbers, true and false: convert the "
             "column to one of these"
         )
-    return class_names(found)
+    return class_names(values)
 
 
 def _shown(label: Any) -> str:
@@ -281,7 +289,7 @@ def _shown(label: Any) -> str:
 
 
 def _check_kinds(where: str, row: int, text_column: str, text: Any, label_column: str, label: Any) -> None:
-    """Raise DataError unless a row holds text, and one label or a list of spans; either may be missing."""
+    """Raise DataError unless a row has text, and a label or a list of spans; either may be missing."""
     if text is not None and not isinstance(text, str):
         raise DataError(
             f"data {where!r}, row {row}: column {text_column!r} holds {kind_of_value(text)}; expected text: set "
@@ -295,14 +303,15 @@ def _check_kinds(where: str, row: int, text_column: str, text: Any, label_column
         )
 
 
-def _column(where: str, role: str, asked: str | None, known: Sequence[str], columns: Sequence[str]) -> str:
-    found = next((column for column in ([asked] if asked is not None else known) if column in columns), None)
-    if found is None:
-        missing = repr(asked) if asked is not None else " or ".join(map(repr, known))
+def _column(where: str, role: str, requested: str | None, defaults: Sequence[str], columns: Sequence[str]) -> str:
+    candidates = [requested] if requested is not None else defaults
+    column = next((candidate for candidate in candidates if candidate in columns), None)
+    if column is None:
+        missing = " or ".join(map(repr, candidates))
         raise DataError(
             f"data {where!r}: no column {missing}; set {role}=COLUMN to one of: {', '.join(columns) or 'none'}"
         )
-    return found
+    return column
 
 
 def _spans(where: str, row: int, spans: Any) -> list[tuple[int, int, Any]]:
@@ -322,6 +331,6 @@ def _pyarrow() -> Any:
         import pyarrow
     except ImportError as error:
         raise ConfigError(
-            "labelled .csv, .zst and .parquet files need pyarrow, of the package's extra: pip install 'sae[lm]'"
+            "labelled .csv, .zst and .parquet files need pyarrow, from the package's extra: pip install 'sae[lm]'"
         ) from error
     return pyarrow

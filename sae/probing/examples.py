@@ -1,4 +1,4 @@
-"""Labelled texts → tokens, and which positions of them are examples: what a language model is asked to read."""
+"""Turn labelled texts into contexts of tokens, and choose the positions that are examples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DataError
+from sae.numerics.seeding import numpy_generator
 from sae.probing.data import LabelledTexts, Span
 from sae.probing.settings import ProbeConfig
-from sae.seeding import numpy_generator
 from sae.text.digests import normalised_digest
 from sae.text.endings import last_tokens
-from sae.tokens import TokenPolicy
 
 LEAST_OF_A_CLASS = 12
 MOST_CLASSES = 64
@@ -24,18 +24,18 @@ MOST_CLASSES = 64
 
 @dataclass(frozen=True)
 class Examples:
-    """Contexts of tokens, and the rows of them that are read.
+    """Contexts of tokens, and the rows to read from them.
 
     Attributes:
-        contexts: tokens of each text that is read, BOS included.
-        context: the context that each row lies in.
-        position: its place there.
-        example: the example that each row belongs to: one row each, or all of a text where these are averaged.
-        labels: of each example.
-        groups: of each example: equal for examples of one text, of texts that are equal but for line ends and space
-            around them, or of equal contexts, which depend on each other.
-        left_out: texts and spans without a label, and texts that were drawn and have no token that counts.
-        equal: texts of the examples that are in the group of one before them.
+        contexts: tokens of each text, BOS included.
+        context: the context of each row.
+        position: the position of each row in its context.
+        example: the example each row belongs to: one row each, or all rows of a text if they are averaged.
+        labels: label of each example.
+        groups: group of each example. Dependent examples share a group: those of the same text, of texts that are equal
+            except for line ends and surrounding whitespace, or of equal contexts.
+        left_out: number of texts and spans without a label, and of drawn texts without a token that counts.
+        equal: number of the examples' texts that are in the group of an earlier one.
     """
 
     contexts: tuple[tuple[int, ...], ...]
@@ -51,21 +51,21 @@ class Examples:
 def choose_examples(
     data: LabelledTexts, tokenizer: Any, policy: TokenPolicy, bos: int | None, settings: ProbeConfig
 ) -> Examples:
-    """Draw examples by seed, as many of each class as there are of the others where possible, and find their tokens.
+    """Draw examples by seed, balanced over classes if possible, and find their tokens.
 
-    Tokens that the policy masks (BOS, first positions, special tokens) are no examples: a text stands for itself by its
-    last token that counts, or by all of them.
+    Tokens that the policy masks (BOS, first positions, special tokens) are not examples. A text is represented by its
+    last token that counts, or by all tokens that count.
 
     Args:
-        data: texts with labels, or with labelled spans: there every token whose first character, spaces aside, lies in
+        data: texts with labels, or with labelled spans. With spans, each token whose first non-space character lies in
             a span is an example.
-        tokenizer: the language model's; with offsets where there are spans.
+        tokenizer: the language model's tokenizer; spans require one with offsets.
         policy: which tokens count.
-        bos: opens each context, where the policy says so.
-        settings: how many, and how long.
+        bos: opens each context if the policy says so.
+        settings: number of examples and their length.
 
     Raises:
-        DataError: too many classes, fewer than two, or too few examples of them.
+        DataError: there are too many classes, fewer than two, or too few examples of them.
     """
     if data.spans:
         return _tokens_of_spans(data, tokenizer, policy, bos, settings)
@@ -78,23 +78,23 @@ def choose_examples(
         for places in last_tokens(tokenizer, texts, settings.max_tokens - len(opening))
     ]
     rows: list[tuple[int, int, int]] = []
-    kept: list[int] = []
+    sources: list[int] = []
     for number, context in enumerate(contexts):
         positions = _eligible(context, policy)
         if not positions:
             continue
         rows += [
-            (number, position, len(kept)) for position in (positions[-1:] if settings.pool == "last" else positions)
+            (number, position, len(sources)) for position in (positions[-1:] if settings.pool == "last" else positions)
         ]
-        kept.append(number)
+        sources.append(number)
     return _examples(
-        data.name, contexts, texts, rows, [data.labels[chosen[number]] for number in kept], kept,
-        data.left_out + len(contexts) - len(kept),
+        data.name, contexts, texts, rows, [data.labels[chosen[number]] for number in sources], sources,
+        data.left_out + len(contexts) - len(sources),
     )  # fmt: skip
 
 
 def check_classes(name: str, labels: Sequence[str]) -> None:
-    """Raise DataError where labels are no classes to tell apart."""
+    """Raise DataError if the labels are not classes that probes can tell apart."""
     counts = Counter(labels)
     if len(counts) > MOST_CLASSES:
         raise DataError(
@@ -102,7 +102,7 @@ def check_classes(name: str, labels: Sequence[str]) -> None:
             f"{MOST_CLASSES} classes apart; choose another column with label=COLUMN, or put numbers into ranges"
         )
     if len(counts) < 2:
-        raise DataError(f"data {name!r}: all labels are {next(iter(counts), None)!r}; two classes at least are needed")
+        raise DataError(f"data {name!r}: all labels are {next(iter(counts), None)!r}; at least two classes are needed")
     enough = sum(count >= LEAST_OF_A_CLASS for count in counts.values())
     if enough < 1 or (enough < 2 and len(counts) == 2):
         label, count = min(counts.items(), key=lambda item: item[1])
@@ -115,9 +115,9 @@ def check_classes(name: str, labels: Sequence[str]) -> None:
 def _tokens_of_spans(
     data: LabelledTexts, tokenizer: Any, policy: TokenPolicy, bos: int | None, settings: ProbeConfig
 ) -> Examples:
-    """Every labelled token of the texts is a candidate; the model reads the texts of those that are drawn."""
+    """Draw from all labelled tokens; only the texts of the drawn tokens are read by the model."""
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"data {data.name!r}: spans need a tokenizer that tells where its tokens lie, a fast one")
+        raise DataError(f"data {data.name!r}: spans need a fast tokenizer, which gives the positions of its tokens")
     opening = _opening(policy, bos)
     contexts: list[tuple[int, ...]] = []
     candidates: list[tuple[int, int]] = []
@@ -146,24 +146,24 @@ def _tokens_of_spans(
 def _label_of(
     text: str, start: int, end: int, spans: Sequence[Span], outside: str | None
 ) -> str | None:  # fmt: skip
-    """Label of the span with the token's first character that is no space; None in a span whose label is missing."""
+    """Label of the span that has the token's first non-space character; None if that span's label is missing."""
     start += len(text[start:end]) - len(text[start:end].lstrip())
     covering = [label for first, after, label in spans if first <= start < min(after, end)]
     return next((label for label in covering if label is not None), None if covering else outside)
 
 
 def _balanced(labels: Sequence[str], settings: ProbeConfig) -> list[int]:
-    """Numbers of the examples drawn, in their own order."""
+    """Numbers of the drawn examples, in ascending order."""
     classes = sorted(set(labels))
-    of_each = max(1, settings.examples // len(classes))
+    class_size = max(1, settings.examples // len(classes))
     rng = numpy_generator("probes: examples", settings.seed)
     array = np.array(labels)
-    drawn = [rng.permutation(np.flatnonzero(array == name))[:of_each] for name in classes]
+    drawn = [rng.permutation(np.flatnonzero(array == name))[:class_size] for name in classes]
     return sorted(int(number) for numbers in drawn for number in numbers)
 
 
 def _opening(policy: TokenPolicy, bos: int | None) -> tuple[int, ...]:
-    """What stands before a text's last tokens: BOS where contexts have one."""
+    """The tokens before a text's last tokens: BOS if contexts have one."""
     return (bos,) if policy.prepend_bos and bos is not None else ()
 
 
@@ -180,9 +180,9 @@ def _examples(
     if not labels:
         raise DataError(f"data {name!r}: every token is masked by the token policy; give longer texts")
     check_classes(name, labels)
-    of_text = _dependent(contexts, texts)
+    text_groups = _dependent(contexts, texts)
     numbers: dict[int, int] = {}
-    groups = tuple(numbers.setdefault(of_text[number], len(numbers)) for number in context_of)
+    groups = tuple(numbers.setdefault(text_groups[number], len(numbers)) for number in context_of)
     return Examples(
         tuple(contexts), *(tuple(row[part] for row in rows) for part in range(3)),
         labels=tuple(labels), groups=groups, left_out=left_out, equal=len(set(context_of)) - len(numbers),
@@ -190,8 +190,8 @@ def _examples(
 
 
 def _dependent(contexts: Sequence[tuple[int, ...]], texts: Sequence[str]) -> list[int]:
-    """For each text the number of another, or its own: the same for texts that are equal, as documents are, for those
-    of equal contexts, and for those that are so by way of others.
+    """A representative for each text, itself or another. Texts share one if they are equal by the rule for documents,
+    have equal contexts, or are linked by a chain of such texts.
     """
     leader = list(range(len(texts)))
 
@@ -200,8 +200,8 @@ def _dependent(contexts: Sequence[tuple[int, ...]], texts: Sequence[str]) -> lis
             number = leader[number]
         return number
 
-    first: dict[tuple[int, ...] | bytes, int] = {}
+    first_texts: dict[tuple[int, ...] | bytes, int] = {}
     for number, (context, text) in enumerate(zip(contexts, texts, strict=True)):
         for fact in (context, normalised_digest([text])):
-            leader[leader_of(number)] = leader_of(first.setdefault(fact, number))
+            leader[leader_of(number)] = leader_of(first_texts.setdefault(fact, number))
     return list(map(leader_of, range(len(texts))))

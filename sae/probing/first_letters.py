@@ -1,21 +1,21 @@
-"""Words of a tokenizer's vocabulary, each of one token, and their first letters as labels."""
+"""Single-token words of a tokenizer's vocabulary, with their first letters as labels."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DataError
-from sae.features.vocabulary import Vocabulary
+from sae.model.vocabulary import Vocabulary
+from sae.numerics.seeding import numpy_generator
 from sae.probing.examples import Examples
 from sae.probing.settings import LetterConfig
-from sae.seeding import numpy_generator
-from sae.tokens import TokenPolicy
 
 LEAST_WORDS, LEAST_LENGTH, LEAST_LETTERS = 20, 3, 2
 
 
 def vocabulary_words(tokenizer: Any) -> dict[int, str]:
-    """Tokens that are a space and at least three ASCII letters, by id: the word in lower case."""
+    """Lower-case words by token id, for tokens that are a space followed by at least three ASCII letters."""
     vocabulary = Vocabulary.of(tokenizer)
     words = {}
     for token, content in enumerate(vocabulary.tokens):
@@ -28,7 +28,7 @@ def vocabulary_words(tokenizer: Any) -> dict[int, str]:
 
 
 def letter_examples(tokenizer: Any, policy: TokenPolicy, bos: int | None, settings: LetterConfig) -> Examples:
-    """Contexts of BOS, the prompt and a word, with the word's first letter as its label; words are drawn by seed.
+    """Contexts of BOS, the prompt and a word, labelled with the word's first letter; words are drawn by seed.
 
     Letters with fewer than 20 words are left out.
 
@@ -43,7 +43,7 @@ def letter_examples(tokenizer: Any, policy: TokenPolicy, bos: int | None, settin
     if len(enough) < LEAST_LETTERS:
         raise DataError(
             f"first letters: the vocabulary has {len(words):,} words of one token, and at least {LEAST_WORDS} for "
-            f"{len(enough)} letters; {LEAST_LETTERS} letters are needed: this model's tokens are too short for them"
+            f"{len(enough)} letters; {LEAST_LETTERS} letters are needed: this model's tokens are too short for this"
         )
     prompt = tokenizer(settings.prompt, add_special_tokens=False)["input_ids"] if settings.prompt else []
     opening = [*([bos] if policy.prepend_bos and bos is not None else []), *prompt]
@@ -67,6 +67,6 @@ def letter_examples(tokenizer: Any, policy: TokenPolicy, bos: int | None, settin
 
 
 def _by_word(words: list[str]) -> tuple[int, ...]:
-    """One group for a word however it is written: `The` and `the` are not on two sides of a split."""
+    """One group per word, whatever its case: `The` and `the` are never on different sides of a split."""
     numbers: dict[str, int] = {}
     return tuple(numbers.setdefault(word, len(numbers)) for word in words)

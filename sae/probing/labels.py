@@ -1,4 +1,4 @@
-"""Labels as files and programs have them in; names of classes out."""
+"""Turn labels from files and programs into class names."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 
 def is_missing(label: Any) -> bool:
-    """Whether it says nothing: null, empty text, or a number that is none (NaN), which is how tables mark it."""
+    """Whether a label is missing: null, empty text or NaN, which tables use for missing values."""
     return label is None or (isinstance(label, str) and not label) or (isinstance(label, float) and math.isnan(label))
 
 
 def other_kind(labels: Sequence[Any]) -> int | None:
-    """Place of the first label that is text where those before are numbers or truth values, or the other way round."""
+    """Index of the first label whose kind differs from the first: text after numbers or booleans, or vice versa."""
     kinds = [isinstance(label, int | float) for label in labels]
     return next((place for place, kind in enumerate(kinds) if kind != kinds[0]), None)
 
 
 def class_names(labels: Sequence[Any]) -> list[str]:
-    """A name for each label of a column, none of them missing: equal labels have equal names.
+    """A class name for each label of a column; no label may be missing, and equal labels get equal names.
 
-    Numbers are equal as numbers are: 1 and 1.0 are '1', and so is true in a column that has numbers too. A column of
-    truth values alone has 'True' and 'False'. All else is its text, as far as UTF-8 can have it.
+    Numbers are compared as numbers: 1 and 1.0 are both '1', and so is true in a column that also has numbers. A column
+    of booleans alone has 'True' and 'False'. Other labels keep their text, as far as UTF-8 can encode it.
     """
     if all(isinstance(label, bool) for label in labels):
         return [str(label) for label in labels]

@@ -1,4 +1,4 @@
-"""Logistic regression by scikit-learn: standardised, its regularisation chosen on validation examples."""
+"""Logistic regression by scikit-learn on standardised columns, with regularisation chosen on validation examples."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Ranking = Literal["difference", "standardised"]
 
 
 def require_sklearn() -> None:
-    """Raise ConfigError where scikit-learn is not installed."""
+    """Raise ConfigError if scikit-learn is not installed."""
     try:
         import sklearn.linear_model  # noqa: F401
     except ImportError as error:
-        raise ConfigError("probes need scikit-learn, of the package's extra: pip install 'sae[probing]'") from error
+        raise ConfigError("probes need scikit-learn, from the package's extra: pip install 'sae[probing]'") from error
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Log-odds = x·weights + bias, for columns as they are before standardising.
+    """Log-odds = x·weights + bias, for columns before standardisation.
 
     Attributes:
-        strength: the C that was chosen.
+        strength: the chosen C.
     """
 
     weights: Float[np.ndarray, " columns"]
@@ -44,15 +44,15 @@ class LinearProbe:
 
 
 class Design:
-    """Columns of all examples, made ready for fits to any labels under one split.
+    """Columns of all examples, prepared for fitting any labels under one split.
 
-    Columns are centred and divided by their standard deviations over the training rows; constant ones become 0. Where
-    there are more columns than rows to fit, the rows are written in an orthonormal basis of their span, which leaves
-    every ridge-penalised fit as it is: the penalty keeps the weights in that span.
+    Columns are centred and divided by their standard deviations over the training rows; constant columns become 0. If
+    there are more columns than rows to fit, the rows are expressed in an orthonormal basis of their span. This does not
+    change any ridge-penalised fit, because the penalty keeps the weights in that span.
 
     Args:
         x: all examples.
-        split: its training and validation rows are fitted; its test rows are not looked at.
+        split: its training and validation rows are fitted; its test rows are not used.
     """
 
     def __init__(self, x: Float[np.ndarray, "rows columns"], split: Split) -> None:
@@ -66,12 +66,12 @@ class Design:
         self.rows = rows if self.basis is None else rows @ self.basis
 
     def fit(self, labels: Bool[np.ndarray, " rows"], *, balanced: bool = False, refit: bool = True) -> LinearProbe:
-        """The probe of the C with the least validation log loss; of equal ones the strongest penalty.
+        """Fit the probe whose C has the lowest validation log loss; ties go to the strongest penalty.
 
         Args:
-            labels: of all examples; those of test rows are not looked at.
-            balanced: weight examples so that both classes count the same.
-            refit: fit that C once more to training and validation rows together.
+            labels: labels of all examples; those of test rows are not used.
+            balanced: weight examples so that both classes count equally.
+            refit: fit again with that C on training and validation rows together.
         """
         y = labels[self.split.fitted]
         cut = len(self.split.train)
@@ -90,14 +90,14 @@ class Design:
 def rank_columns(
     x: Float[np.ndarray, "rows columns"], labels: Bool[np.ndarray, " rows"], ranking: Ranking, *, signed: bool = False
 ) -> Int[np.ndarray, " columns"]:
-    """Columns by the difference of their means over the two classes, largest first; of equal ones the lower index.
+    """Columns ranked by the difference of their class means, largest first; ties go to the lower index.
 
-    That is how Gurnee et al. 2023 (§4), Kantamneni et al. 2025 and SAEBench choose neurons and latents.
+    Gurnee et al. 2023 (§4), Kantamneni et al. 2025 and SAEBench choose neurons and latents this way.
 
     Args:
-        ranking: `standardised` divides by each column's standard deviation, which makes it twice the correlation with
+        ranking: `standardised` divides by each column's standard deviation, which gives twice the correlation for
             balanced labels.
-        signed: only what is larger for the positive class comes first, instead of the largest difference either way.
+        signed: rank by the signed difference, larger for the positive class first, instead of the absolute difference.
     """
     x = x.astype(np.float64)
     difference = x[labels].mean(0) - x[~labels].mean(0)
@@ -122,9 +122,9 @@ def _fit(rows: Any, labels: Any, weights: Any, strength: float) -> tuple[np.ndar
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # what little is left to gain does not move a decision
-        fitted = LogisticRegression(C=strength, tol=1e-6, max_iter=1000).fit(rows, labels, sample_weight=weights)
-    return fitted.coef_[0], float(fitted.intercept_[0])
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the remaining gain is too small to change a decision
+        model = LogisticRegression(C=strength, tol=1e-6, max_iter=1000).fit(rows, labels, sample_weight=weights)
+    return model.coef_[0], float(model.intercept_[0])
 
 
 def _log_loss(labels: np.ndarray, decisions: np.ndarray, weights: np.ndarray) -> float:
@@ -142,5 +142,5 @@ def _span(rows: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "columns
     values, vectors = np.linalg.eigh(rows @ rows.T)
     if values[-1] <= 0:  # every column is constant
         return np.zeros((rows.shape[1], 1))
-    kept = values > values[-1] * len(rows) * np.finfo(np.float64).eps
-    return rows.T @ (vectors[:, kept] / np.sqrt(values[kept]))
+    nonzero = values > values[-1] * len(rows) * np.finfo(np.float64).eps
+    return rows.T @ (vectors[:, nonzero] / np.sqrt(values[nonzero]))

@@ -1,23 +1,21 @@
-"""What `probe.json` holds: results by data set, each with the identity of all that it depends on."""
+"""The content of `probe.json`: results by data set, each with the identity of everything it depends on."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import sae
-from sae.files import stands, write_json
+from sae.files.formats import Format
+from sae.files.reading import conforming, read_object, taken_apart
+from sae.files.writing import stands, write_json
 from sae.probing.sparse_probes import ProbeResult
-from sae.reading import conforming, read_object, taken_apart
 
-FORMAT, FORMAT_VERSION = "sae-probes", 2
+FORMAT = Format("sae-probes", 2)
 _WITHOUT_KEYS = 1
-"""The version whose results may be of another data set's activations, with copies on both sides of the split."""
+"""The version whose results may use another data set's activations, or have copies on both sides of a split."""
 JSON_FILE, MARKDOWN_FILE = "probe.json", "probe.md"
 FIRST_LETTERS = "first-letters"
 
@@ -28,14 +26,14 @@ class Entry:
 
     Attributes:
         identity: hash of dictionary, model, hook point, token policy, data set and settings.
-        settings: of its probes.
-        result: of a labelled data set; None for first letters, and where it failed.
+        settings: settings of its probes.
+        result: result for a labelled data set; None for first letters, and on failure.
         letters: the JSON of first letters; None for labelled data sets.
         failure: why there is no result.
-        left_out: rows without text or label, spans without label, and texts without a token that counts.
-        equal: texts that equal one before them, line ends and space around them aside, and are on its side of the
-            splits.
-        seconds: it took, the language model's passes included.
+        left_out: number of rows without text or label, spans without label, and texts without a token that counts.
+        equal: number of texts equal to an earlier one except for line ends and surrounding whitespace; both are on the
+            same side of each split.
+        seconds: time taken, including the language model's passes.
     """
 
     identity: str
@@ -74,8 +72,8 @@ class ProbeRecord:
 
     Attributes:
         subject: what was probed: dictionary, model, hook point, token policy.
-        entries: by data set, in the order in which they were made; failures among them.
-        others: made with other settings, or of other data of the same name; kept for calls that ask for them again.
+        entries: entries by data set in the order they were added, including failures.
+        others: entries with other settings, or for other data of the same name; kept in case they are requested again.
     """
 
     subject: dict[str, Any]
@@ -84,40 +82,40 @@ class ProbeRecord:
 
     @property
     def results(self) -> dict[str, ProbeResult]:
-        """Of labelled data sets that were probed."""
+        """Results for labelled data sets that were probed."""
         return {name: entry.result for name, entry in self.entries.items() if entry.result is not None}
 
     @property
     def failures(self) -> dict[str, str]:
-        """Why others were not."""
+        """Reasons why the other data sets were not probed."""
         return {name: entry.failure for name, entry in self.entries.items() if entry.failure is not None}
 
     @property
     def letters(self) -> dict[str, Any] | None:
-        """First letters, where they were measured."""
+        """First letters, if they were measured."""
         entry = self.entries.get(FIRST_LETTERS)
         return None if entry is None else entry.letters
 
     def with_entry(self, name: str, entry: Entry) -> ProbeRecord:
-        """The same with an entry more, or another in place of one."""
+        """A copy with an entry added or replaced."""
         return replace(self, entries={**self.entries, name: entry})
 
     def only(self, names: Mapping[str, Any]) -> ProbeRecord:
-        """Data sets of these names alone, in this order."""
+        """A copy with only the data sets of these names, in this order."""
         return ProbeRecord(self.subject, {name: self.entries[name] for name in names if name in self.entries})
 
     def arranged(self, belongs: Callable[[str, Entry], bool]) -> ProbeRecord:
-        """Of all there is, those that belong as entries and the rest as others; failures that do not are left out.
+        """A copy where entries that belong are `entries` and the rest are `others`; failures that do not are dropped.
 
-        Of those that belong and are the same probes of the same data, only the first is an entry.
+        If several that belong are the same probes of the same data, only the first becomes an entry.
         """
-        everything = [*self.entries.items(), *self.others]
+        candidates = [*self.entries.items(), *self.others]
         inside: dict[str, Entry] = {}
-        for name, entry in everything:
-            known = name in inside or any(entry.identity == other.identity for other in inside.values())
-            if not known and belongs(name, entry):
+        for name, entry in candidates:
+            is_duplicate = name in inside or any(entry.identity == other.identity for other in inside.values())
+            if not is_duplicate and belongs(name, entry):
                 inside[name] = entry
-        rest = [(name, entry) for name, entry in everything if entry.failure is None and inside.get(name) is not entry]
+        rest = [(name, entry) for name, entry in candidates if entry.failure is None and inside.get(name) is not entry]
         return ProbeRecord(self.subject, inside, tuple(rest))
 
     def write(self, folder: Path) -> None:
@@ -125,9 +123,7 @@ class ProbeRecord:
         write_json(
             folder / JSON_FILE,
             {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "sae_version": sae.__version__,
+                **FORMAT.result_head(),
                 "subject": self.subject,
                 "data_sets": {name: entry.to_json() for name, entry in self.entries.items()},
                 "others": [{"name": name, **entry.to_json()} for name, entry in self.others],
@@ -136,31 +132,24 @@ class ProbeRecord:
 
     @staticmethod
     def read(folder: Path, subject: dict[str, Any]) -> ProbeRecord:
-        """What `probe.json` has of the same subject and version; nothing if it is of another, or missing.
+        """Read `probe.json`; the record is empty if the file is missing or has another subject or version.
 
         Raises:
-            DamagedError: it is damaged.
+            DamagedError: the file is damaged.
         """
         empty, path = ProbeRecord(subject), folder / JSON_FILE
         if not stands(path):
             return empty
         record = read_object(path)
-        if record.get("format_version") == _WITHOUT_KEYS:
+        if FORMAT.version_of(record) == _WITHOUT_KEYS:
             warnings.warn(
-                f"{str(path)!r}: of an earlier version, which could mistake data sets with dots in their names for one "
-                "another and split copies; everything is probed anew",
+                f"{str(path)!r}: written by an earlier version, which could confuse data sets with dots in their names "
+                "and put copies on both sides of a split; everything is probed again",
                 stacklevel=2,
             )
-        if (record.get("format_version"), record.get("sae_version")) != (FORMAT_VERSION, sae.__version__):
-            return empty
-        if record.get("subject") != subject:
+        if not FORMAT.is_current(record, subject=subject):
             return empty
         with taken_apart(path):
-            entries = {name: conforming(Entry.from_json(one)) for name, one in record["data_sets"].items()}
-            others = tuple((one["name"], conforming(Entry.from_json(one))) for one in record["others"])
+            entries = {name: conforming(Entry.from_json(entry)) for name, entry in record["data_sets"].items()}
+            others = tuple((entry["name"], conforming(Entry.from_json(entry))) for entry in record["others"])
             return ProbeRecord(subject, entries, others)
-
-
-def identify(**parts: Any) -> str:
-    """One hash of JSON-able parts."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

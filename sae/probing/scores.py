@@ -1,4 +1,4 @@
-"""Labels and a probe's decisions in; accuracy, F1 and AUC with standard errors out."""
+"""Score a probe's decisions against labels: accuracy, F1 and AUC with standard errors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from sae.evaluation.estimate import Estimate, ratio
+from sae.results.estimate import Estimate, ratio
+from sae.results.table import NONE
 
 METRICS = ("accuracy", "f1", "auc")
 
 
 @dataclass(frozen=True)
 class BinaryScores:
-    """Of one probe on one set of examples; standard errors are over groups of examples (see `binary_scores`)."""
+    """Scores of a probe on a set of examples, with standard errors over groups of examples (see `binary_scores`)."""
 
     accuracy: Estimate
     f1: Estimate
@@ -31,8 +32,8 @@ class SplitEstimate:
 
     Attributes:
         value: mean over the splits.
-        standard_error: over test examples: the mean of the splits' own. It is not divided by √splits, since the splits
-            share their examples. None where a split had too few.
+        standard_error: standard error over test examples: the mean over splits, not divided by √splits because the
+            splits share their examples. None if a split had too few.
         deviation: standard deviation over the splits; None for one split.
     """
 
@@ -48,13 +49,13 @@ class SplitEstimate:
         return SplitEstimate(record["value"], record["standard_error"], record["split_deviation"])
 
     def __str__(self) -> str:
-        """`0.87 ± 0.03`, the second the standard error over test examples."""
-        return f"{self.value:.3f} ± " + ("–" if self.standard_error is None else f"{self.standard_error:.3f}")
+        """`0.87 ± 0.03`: the value and its standard error over test examples."""
+        return f"{self.value:.3f} ± " + (NONE if self.standard_error is None else f"{self.standard_error:.3f}")
 
 
 @dataclass(frozen=True)
 class SplitScores:
-    """`BinaryScores` averaged over splits, or over classes too."""
+    """`BinaryScores` averaged over splits, and possibly over classes."""
 
     accuracy: SplitEstimate
     f1: SplitEstimate
@@ -73,13 +74,13 @@ def binary_scores(
 ) -> BinaryScores:
     """Accuracy and F1 of `decisions > 0`, and the area under the ROC curve of `decisions`.
 
-    Groups are the independent draws: a text by itself, or all tokens of one text. With TP, FP, FN counted per group,
+    Groups are the independent draws: a single text, or all tokens of a text. With TP, FP, FN counted per group,
     accuracy is a mean and F1 = Σ 2TP / Σ (2TP + FP + FN) a ratio over groups, both with the standard error of a ratio
-    (`sae.evaluation.estimate.ratio`). AUC as in `auc`. F1 is 0 where nothing is positive, neither truly nor predicted.
+    (`sae.results.estimate.ratio`). For AUC, see `auc`. F1 is 0 if there are no true or predicted positives.
 
     Args:
         labels: True for the positive class.
-        decisions: log-odds of it.
+        decisions: log-odds of the positive class.
         groups: number of each example's group.
     """
     predicted = decisions > 0
@@ -102,10 +103,10 @@ def auc(
 ) -> Estimate:
     """P(decision of a positive > decision of a negative) + ½ P(equal).
 
-    The standard error is DeLong, DeLong and Clarke-Pearson's (1988): with V_i the share of negatives below positive i
-    (ties count half), W_j that of positives above negative j, m positives and n negatives,
-    SE² = Σ(V_i − A)²/(m(m−1)) + Σ(W_j − A)²/(n(n−1)). Where groups have several examples, their terms are summed before
-    they are squared (Obuchowski 1997).
+    The standard error is that of DeLong, DeLong and Clarke-Pearson (1988). V_i is the share of negatives below positive
+    i (ties count half), W_j the share of positives above negative j. With m positives and n negatives,
+    SE² = Σ(V_i − A)²/(m(m−1)) + Σ(W_j − A)²/(n(n−1)). If groups have several examples, their terms are summed before
+    squaring (Obuchowski 1997).
     """
     positive, negative = decisions[labels], decisions[~labels]
     m, n = len(positive), len(negative)
@@ -128,39 +129,40 @@ def majority_scores(
     labels: Bool[np.ndarray, " examples"],
     groups: Int[np.ndarray, " examples"],
 ) -> BinaryScores:
-    """What a probe that does not look at its input can score.
+    """Scores of a probe that ignores its input.
 
-    Accuracy is that of the training examples' majority class, F1 that of always saying yes, AUC is ½.
+    Accuracy is that of predicting the training examples' majority class, F1 that of always predicting the positive
+    class. AUC is ½.
     """
-    says_yes = 2 * training_labels.mean() > 1
+    predicts_positive = 2 * training_labels.mean() > 1
     constant = np.ones(len(labels))
-    accuracy = binary_scores(labels, constant if says_yes else -constant, groups).accuracy
-    always = binary_scores(labels, constant, groups)
-    return BinaryScores(accuracy, always.f1, Estimate(0.5, 0.0))
+    accuracy = binary_scores(labels, constant if predicts_positive else -constant, groups).accuracy
+    always_positive = binary_scores(labels, constant, groups)
+    return BinaryScores(accuracy, always_positive.f1, Estimate(0.5, 0.0))
 
 
 def over_splits(scores: Sequence[BinaryScores]) -> SplitScores:
-    """Mean over splits, with the mean standard error and the deviation between splits."""
-    return SplitScores(*(_over_splits([getattr(one, name) for one in scores]) for name in METRICS))
+    """Mean over splits, with the mean standard error and the deviation over splits."""
+    return SplitScores(*(_over_splits([getattr(split, name) for split in scores]) for name in METRICS))
 
 
 def over_classes(scores: Sequence[SplitScores]) -> SplitScores:
-    """Plain mean over classes. All are scored on the same examples, so the mean of their standard errors, which is
-    right if they err together, is an upper bound.
+    """Unweighted mean over classes. All classes are scored on the same examples, so the mean of their standard errors
+    is an upper bound, exact if their errors are perfectly correlated.
     """
-    return SplitScores(*(_over_classes([getattr(one, name) for one in scores]) for name in METRICS))
+    return SplitScores(*(_over_classes([getattr(label, name) for label in scores]) for name in METRICS))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of independent values and its standard error, None for fewer than two."""
+    """Mean of independent values and its standard error, which is None for fewer than two."""
     mean = float(np.mean(values))
     return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def _share_below(of: Float[np.ndarray, " m"], others: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
-    """For each value the share of the others that are smaller, ties as half."""
+def _share_below(values: Float[np.ndarray, " m"], others: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
+    """The share of `others` below each value; ties count half."""
     ordered = np.sort(others)
-    places = np.searchsorted(ordered, of, "left") + np.searchsorted(ordered, of, "right")
+    places = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
     return places / (2 * len(ordered))
 
 
@@ -179,5 +181,5 @@ def _over_classes(estimates: Sequence[SplitEstimate]) -> SplitEstimate:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if len(known) == len(values) else None
+    numbers = [value for value in values if value is not None]
+    return float(np.mean(numbers)) if len(numbers) == len(values) else None

@@ -1,73 +1,72 @@
-"""The settings of probes: frozen, typed, each with its default and what it means; KEY=VALUE in, settings out."""
+"""Settings of probes: frozen, typed, each with a default and a description, and read from KEY=VALUE words."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from sae.config import listed, within_64_bits
+from sae.config.base import Settings, described, read_words, validated
 from sae.errors import ConfigError
 
-LETTERS = "letters"
 READ_BY_RUN = ("model.", "harvest.cache", "device")
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+class _Common(Settings):
+    """Settings common to all probes."""
 
-    @field_validator("*", mode="after")
-    @classmethod
-    def _within_64_bits(cls, value: Any) -> Any:
-        return within_64_bits(value)
+    PREFIX: ClassVar[str] = ""
+    """Prefix of the keys on the command line."""
 
     seed: int = Field(default=0, ge=0, description="seed of every random choice: examples, splits, shuffled labels")
-    test_fraction: float = Field(
-        default=0.25, gt=0, lt=1, description="share of the examples that probes are scored on"
-    )
+    test_fraction: float = Field(default=0.25, gt=0, lt=1, description="share of the examples used to score probes")
     validation_fraction: float = Field(
-        default=0.15, gt=0, lt=1, description="share of the examples that choose the regularisation"
+        default=0.15, gt=0, lt=1, description="share of the examples used to choose the regularisation"
     )
 
+    @model_validator(mode="after")
+    def _leaves_training(self) -> _Common:
+        if self.test_fraction + self.validation_fraction >= 1:
+            raise ConfigError(
+                f"{self.PREFIX}test_fraction={self.test_fraction} and {self.PREFIX}validation_fraction="
+                f"{self.validation_fraction} leave nothing to train on: lower one of them"
+            )
+        return self
 
-class ProbeConfig(_Settings):
-    """Which probes are fitted, and to what."""
+
+class ProbeConfig(_Common):
+    """Which probes are fitted, and the data they are fitted to."""
 
     k: tuple[PositiveInt, ...] = Field(
-        default=(1, 2, 5, 16), description="numbers of latents, of neurons and of principal components"
+        default=(1, 2, 5, 16), description="numbers of latents, neurons and principal components to probe"
     )
     ranking: Literal["difference", "standardised"] = Field(
         default="difference",
         description="how latents and neurons are chosen on the training examples: by |difference of the class means|, "
-        "or by the same in units of each one's standard deviation",
+        "or by that difference in units of each one's standard deviation",
     )
-    pca: bool = Field(default=True, description="probes on leading principal components beside the others")
-    splits: PositiveInt = Field(default=3, description="random splits into training, validation and test examples")
+    pca: bool = Field(default=True, description="also fit probes on leading principal components")
+    splits: PositiveInt = Field(
+        default=3, description="number of random splits into training, validation and test examples"
+    )
     examples: PositiveInt = Field(
-        default=400, description="examples of a data set, as many of each class as possible; drawn by seed"
+        default=400, description="examples per data set, balanced over classes if possible; drawn by seed"
     )
-    max_tokens: int = Field(default=128, ge=2, description="tokens of a text, BOS included; of longer ones the last")
+    max_tokens: int = Field(default=128, ge=2, description="tokens per text, including BOS; longer texts keep the last")
     pool: Literal["last", "mean"] = Field(
         default="last",
-        description="what stands for a text: its last token, or the mean over its tokens of activations and of latents",
+        description="how a text is represented: its last token, or the mean of activations and latents over its tokens",
     )
-    text: str | None = Field(default=None, description="column of the text; null: `text`, or `prompt`")
-    label: str | None = Field(default=None, description="column of the label; null: `label`, `target`, or `spans`")
+    text: str | None = Field(default=None, description="column of the text; null: `text` or `prompt`")
+    label: str | None = Field(default=None, description="column of the label; null: `label`, `target` or `spans`")
     outside: str | None = Field(
-        default=None, description="with `spans`: label of the tokens that no span covers; null: these are left out"
+        default=None, description="with `spans`: label of tokens outside all spans; null: they are left out"
     )
     sample: PositiveInt | None = Field(
-        default=None, description="of all the data sets so many, drawn by seed; null: all, in an order drawn by seed"
+        default=None, description="number of data sets, drawn by seed; null: all, in an order drawn by seed"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _listed(cls, settings: Any) -> Any:
-        return listed(cls, settings) if isinstance(settings, dict) else settings
 
     @field_validator("k", mode="after")
     @classmethod
@@ -75,42 +74,52 @@ class ProbeConfig(_Settings):
         return tuple(sorted(set(value)))
 
 
-class LetterConfig(_Settings):
+class LetterConfig(_Common):
     """How splitting and absorption of first letters are measured."""
 
-    words: PositiveInt = Field(default=300, description="words of the vocabulary for each first letter, at most")
+    PREFIX = "letters."
+
+    words: PositiveInt = Field(default=300, description="maximum number of vocabulary words per first letter")
     prompt: str = Field(
         default="tartan has the first letter: T\nmirth has the first letter: M\n",
-        description="text in front of each word; the activation is that of the word's token",
+        description="text before each word; the activation is read at the word's token",
     )
     able_f1: float = Field(
-        default=0.6, ge=0, le=1, description="a letter whose dense probe has a lower F1 is not measured"
+        default=0.6, ge=0, le=1, description="letters whose dense probe has a lower F1 are not measured"
     )
     split_gain: float = Field(
-        default=0.03, ge=0, description="one more latent is a split of the feature where F1 rises by more than this"
+        default=0.03, ge=0, description="another latent counts as a split of the feature if F1 rises by more than this"
     )
-    max_splits: PositiveInt = Field(default=10, description="latents that a letter's feature is split into, at most")
+    max_splits: PositiveInt = Field(
+        default=10, description="maximum number of latents that a letter's feature is split into"
+    )
     cosine: float = Field(
-        default=0.025, description="least cosine of an absorbing latent's direction with the dense probe's"
+        default=0.025, description="minimum cosine of an absorbing latent's direction with the dense probe's"
     )
     share: float = Field(
-        default=0.4, gt=0, description="least share of the projection on the probe that an absorbing latent carries"
+        default=0.4, gt=0, description="minimum share of the projection on the probe that an absorbing latent carries"
     )
 
     @field_validator("prompt", mode="before")
     @classmethod
     def _none(cls, value: Any) -> Any:
-        return "" if value is None else value  # `letters.prompt=`, as YAML reads it
+        return "" if value is None else value  # YAML reads `letters.prompt=` as null
+
+
+class _Words(ProbeConfig):
+    """All settings of a command line."""
+
+    letters: LetterConfig = LetterConfig()
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What the words KEY=VALUE of a command line amount to.
+    """Settings read from the KEY=VALUE words of a command line.
 
     Attributes:
         probes: settings of the probes.
-        letters: settings of the first letters.
-        of_run: overrides that the run itself reads.
+        letters: settings of first letters.
+        of_run: overrides that are read by the run itself.
     """
 
     probes: ProbeConfig
@@ -119,56 +128,18 @@ class ProbeSettings:
 
 
 def read_overrides(overrides: Sequence[str]) -> ProbeSettings:
-    """Settings from `key=value` words; those of first letters begin with `letters.`; values are YAML.
+    """Settings from `key=value` words; those of first letters begin with `letters.`.
 
     Raises:
-        ConfigError: a key does not exist (the nearest one is named), or a value does not fit.
+        ConfigError: a key does not exist (the nearest key is named), or a value is invalid.
     """
-    probes: dict[str, Any] = {}
-    letters: dict[str, Any] = {}
-    of_run = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"override {override!r}: expected key=value, such as examples=200")
-        if key.startswith(READ_BY_RUN):
-            of_run.append(override)
-            continue
-        section, dot, name = key.partition(".")
-        target = letters if dot and section == LETTERS else probes
-        try:
-            target[name if target is letters else key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from error
-    return ProbeSettings(
-        _validated(ProbeConfig, probes), _validated(LetterConfig, letters, f"{LETTERS}."), tuple(of_run)
-    )
+    run_overrides = tuple(override for override in overrides if override.startswith(READ_BY_RUN))
+    own = [override for override in overrides if override not in run_overrides]
+    words = validated(_Words, read_words(_Words, own, {}, "examples=200"), "'sae probe --help'")
+    probes = {name: getattr(words, name) for name in ProbeConfig.model_fields}
+    return ProbeSettings(ProbeConfig(**probes), words.letters, run_overrides)
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:
-    """Every key with its default and its meaning."""
-    for prefix, kind in (("", ProbeConfig), (f"{LETTERS}.", LetterConfig)):
-        for name, field in kind.model_fields.items():
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
-            text = yaml.safe_dump(default, default_flow_style=True, width=1000).replace("\n...", "").strip()
-            yield prefix + name, text, field.description or ""
-
-
-def _validated(kind: type[Any], settings: dict[str, Any], prefix: str = "") -> Any:
-    try:
-        made = kind.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = prefix + ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            known = [name for name, _, _ in describe_keys()]
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise ConfigError(f"unknown setting {key!r} of probes: {hint}") from error
-        raise ConfigError(f"setting {key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-    if made.test_fraction + made.validation_fraction >= 1:
-        raise ConfigError(
-            f"{prefix}test_fraction={made.test_fraction} and {prefix}validation_fraction={made.validation_fraction} "
-            "leave nothing to train on: lower one of them"
-        )
-    return made
+    """Each key with its default and its description."""
+    return described(_Words)

@@ -1,4 +1,4 @@
-"""Labelled activations in, a `ProbeResult` out: sparse probes on latents and on neurons, dense ones, and nulls."""
+"""Fit and score probes on labelled activations: sparse probes on latents and neurons, dense probes, and nulls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import DataError, ShapeError
-from sae.modes import in_own_modes
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import numpy_generator
 from sae.probing.activations import Encoder, LabelledActivations
 from sae.probing.examples import check_classes
 from sae.probing.labels import class_names, is_missing, other_kind
@@ -20,7 +21,6 @@ from sae.probing.linear import Design, principal_components, rank_columns, requi
 from sae.probing.scores import BinaryScores, SplitScores, binary_scores, majority_scores, over_classes, over_splits
 from sae.probing.settings import ProbeConfig
 from sae.probing.splits import LEAST_PER_PART, Split, check_split, split_examples
-from sae.seeding import numpy_generator
 
 LATENTS, NEURONS, COMPONENTS, MAJORITY = "latents", "neurons", "components", "majority"
 _KEPT_COLUMNS = 64
@@ -28,14 +28,14 @@ _KEPT_COLUMNS = 64
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One kind of probe, averaged over splits and, where there are more than two, over classes one against the rest.
+    """One kind of probe, averaged over splits and, if there are more than two classes, over classes (one vs. rest).
 
     Attributes:
-        scores: on the test examples.
-        shuffled: the same probe, chosen, fitted and scored with labels that were shuffled within each part; None of
-            the majority null.
-        columns: for each class and split, the latents or neurons it reads, best ranked first; empty where it reads all.
-        strengths: for each class and split, scikit-learn's C that was chosen.
+        scores: scores on the test examples.
+        shuffled: scores of the same probe when chosen, fitted and scored with labels shuffled within each part; None
+            for the majority null.
+        columns: the latents or neurons used for each class and split, best ranked first; empty if all are used.
+        strengths: the chosen C of scikit-learn for each class and split.
     """
 
     scores: SplitScores
@@ -65,12 +65,12 @@ class ProbeResult:
     """All probes on one data set.
 
     Attributes:
-        methods: by name: `latents-1`, `latents-all`, `neurons-1`, `neurons-all` (the dense probe), `components-16`,
-            `majority`, and so on.
-        classes: the class or classes that count as positive, each against the rest; of two classes the later in order.
-        examples: in each class, of all there are.
-        groups: independent ones among the examples.
-        parts: training, validation and test examples of the first split.
+        methods: results by name: `latents-1`, `latents-all`, `neurons-1`, `neurons-all` (the dense probe),
+            `components-16`, `majority`, and so on.
+        classes: the classes that count as positive, each against the rest; with two classes, the later in order.
+        examples: number of examples per class, for all classes.
+        groups: number of independent groups of examples.
+        parts: number of training, validation and test examples of the first split.
     """
 
     methods: dict[str, MethodResult]
@@ -108,24 +108,25 @@ def probe(
 ) -> ProbeResult:
     """Fit probes for labels on a dictionary's latents and on the activations themselves, and score them.
 
-    For every k of the settings, the k latents whose means over the two classes of the training examples differ most
-    are read by a logistic regression, and so are k neurons (columns of the activations) and k principal components; and
-    all latents and all neurons. The regularisation is the one with the least log loss on the validation examples, the
-    probe is then fitted to training and validation examples, and scored once on the test examples. More than two
-    classes are told apart one against the rest.
+    For each k of the settings, a logistic regression is fitted on the k latents whose class means differ most on the
+    training examples, on k neurons (columns of the activations) chosen the same way and on k principal components. It
+    is also fitted on all latents and on all neurons. The regularisation with the lowest validation log loss is chosen.
+    The probe is then fitted to training and validation examples and scored once on the test examples. With more than
+    two classes, each class is probed against the rest.
 
     Args:
         dictionary: any object with `encode`, `[batch, d_in]` → `[batch, d_sae]`.
-        activations: raw activations, one row an example.
-        labels: one an example: text, or numbers and truth values, of which 1, 1.0 and True are equal.
-        settings: k, ranking, splits, seed; what concerns texts has no effect here.
-        groups: a number for each example; those of one group, such as tokens of one text, are never on two sides of a
-            split, and count as one draw in standard errors. None: every example by itself.
+        activations: raw activations, one row per example.
+        labels: one label per example: text, or numbers and booleans, where 1, 1.0 and True are equal.
+        settings: k, ranking, splits, seed; settings of texts have no effect here.
+        groups: group number of each example. Examples of the same group, such as tokens of one text, are never on
+            different sides of a split and count as one draw in standard errors. None: each example is its own group.
 
     Raises:
         ConfigError: scikit-learn is not installed.
-        DataError: fewer than two classes, or too few examples of them; a label is missing, or text beside numbers.
-        ShapeError: activations, labels and groups are not of one length, or the dictionary takes another width.
+        DataError: there are fewer than two classes or too few examples of them, a label is missing, or text is mixed
+            with numbers.
+        ShapeError: activations, labels and groups differ in length, or the dictionary takes another width.
     """
     count = len(activations)
     if len(labels) != count or (groups is not None and len(groups) != count):
@@ -135,36 +136,38 @@ def probe(
             + ": expected one for each"
         )
     if not bool(activations.isfinite().all()):
-        raise DataError("activations have values that are infinite or not a number; take them out, or read them again")
-    held = LabelledActivations(
+        raise DataError(
+            "activations have values that are infinite or not a number; remove them, or read the activations again"
+        )
+    data = LabelledActivations(
         activations.detach().float().cpu(), torch.arange(count), tuple(_names(labels)),
         torch.arange(count) if groups is None else torch.tensor(list(groups)),
     )  # fmt: skip
-    return probe_examples(dictionary, held, settings or ProbeConfig())
+    return probe_examples(dictionary, data, settings or ProbeConfig())
 
 
 def _names(labels: Sequence[Any]) -> list[str]:
-    """Names of classes; numbers of NumPy and PyTorch are numbers."""
-    found = [label.item() if hasattr(label, "item") else label for label in labels]
-    missing = next((place for place, label in enumerate(found) if is_missing(label)), None)
+    """Class names; NumPy and PyTorch scalars count as numbers."""
+    values = [label.item() if hasattr(label, "item") else label for label in labels]
+    missing = next((place for place, value in enumerate(values) if is_missing(value)), None)
     if missing is not None:
-        raise DataError(f"labels[{missing}] is {found[missing]!r}: leave out the examples that have no label")
-    other = other_kind(found)
+        raise DataError(f"labels[{missing}] is {values[missing]!r}: leave out the examples that have no label")
+    other = other_kind(values)
     if other is not None:
         raise DataError(
-            f"labels[{other}] is {found[other]!r}, and labels[0] is {found[0]!r}: expected text alone, or numbers and "
-            "truth values; convert them"
+            f"labels[{other}] is {values[other]!r}, and labels[0] is {values[0]!r}: expected text alone, or numbers "
+            "and booleans; convert them"
         )
-    return class_names(found)
+    return class_names(values)
 
 
 def probe_examples(
     dictionary: Encoder, data: LabelledActivations, settings: ProbeConfig, name: str = "labels"
 ) -> ProbeResult:
-    """`probe` of activations that were read from a language model.
+    """`probe` for activations that were read from a language model.
 
     Args:
-        name: the data set's, for messages and for the draw of its shuffled labels.
+        name: name of the data set, for messages and for the draw of its shuffled labels.
     """
     require_sklearn()
     check_classes(name, data.labels)
@@ -177,20 +180,20 @@ def probe_examples(
         )
         for number in range(settings.splits)
     ]  # fmt: skip
-    truths = {str(one): np.array(data.labels) == one for one in (names[1:] if len(names) == 2 else names)}
+    truths = {str(label): np.array(data.labels) == label for label in (names[1:] if len(names) == 2 else names)}
     if len(names) == 2:
         for split in splits:
             check_split(split, truths[str(names[1])], f"data {name!r}")
     else:
-        truths = {one: truth for one, truth in truths.items() if all(_both_sides(split, truth) for split in splits)}
+        truths = {label: truth for label, truth in truths.items() if all(_both_sides(split, truth) for split in splits)}
         if not truths:
             raise DataError(f"data {name!r}: no class has {LEAST_PER_PART} test examples; give more examples")
     tasks = _Tasks(dictionary, data, groups, settings, name)
-    found = [tasks.run(split, truths, number) for number, split in enumerate(splits)]
+    outcomes = [tasks.run(split, truths, number) for number, split in enumerate(splits)]
     return ProbeResult(
-        {method: _collect([one[method] for one in found], list(truths)) for method in found[0]},
+        {method: _collect([split[method] for split in outcomes], list(truths)) for method in outcomes[0]},
         tuple(truths),
-        {str(one): int(count) for one, count in zip(names, counts, strict=True)},
+        {str(label): int(count) for label, count in zip(names, counts, strict=True)},
         len(np.unique(groups)),
         (len(splits[0].train), len(splits[0].validation), len(splits[0].test)),
     )
@@ -198,7 +201,7 @@ def probe_examples(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One probe for one class under one split."""
+    """The outcome of one probe for one class under one split."""
 
     scores: BinaryScores
     shuffled: BinaryScores | None
@@ -207,7 +210,7 @@ class _Outcome:
 
 
 class _Tasks:
-    """The examples' latents, neurons and components, and every probe on them under a split."""
+    """The examples' latents, neurons and components, and all probes on them under a split."""
 
     def __init__(
         self, dictionary: Encoder, data: LabelledActivations, groups: Int[np.ndarray, " examples"],
@@ -215,10 +218,10 @@ class _Tasks:
     ) -> None:  # fmt: skip
         self.columns = {LATENTS: data.latents(dictionary).numpy(), NEURONS: data.dense().numpy()}
         self.groups, self.settings = groups, settings
-        self.name = name  # nulls of different data sets must not share their permutation
+        self.name = name  # nulls of different data sets must not share a permutation
 
     def run(self, split: Split, truths: dict[str, Bool[np.ndarray, " rows"]], number: int) -> dict[str, list[_Outcome]]:
-        """By method, an outcome for every class."""
+        """Outcomes by method, one per class."""
         rng = numpy_generator(f"probes: shuffled labels of {self.name}", self.settings.seed, number)
         shuffled = {name: _shuffled(truth, split, rng) for name, truth in truths.items()}
         outcomes: dict[str, list[_Outcome]] = {}
@@ -227,8 +230,8 @@ class _Tasks:
             for name, truth in truths.items():
                 decisions, columns, strength = fit(truth)
                 null, _, _ = fit(shuffled[name])
-                scores, of_null = self._scores(truth, decisions, split), self._scores(shuffled[name], null, split)
-                outcomes.setdefault(method, []).append(_Outcome(scores, of_null, columns, strength))
+                scores, null_scores = self._scores(truth, decisions, split), self._scores(shuffled[name], null, split)
+                outcomes.setdefault(method, []).append(_Outcome(scores, null_scores, columns, strength))
 
         for kind, x in self.columns.items():
             for k in self._sizes(x.shape[1]):
@@ -249,10 +252,10 @@ class _Tasks:
     def _sparse(
         self, x: Float[np.ndarray, "rows columns"], split: Split, truth: Bool[np.ndarray, " rows"], k: int
     ) -> tuple[np.ndarray, list[int], float]:
-        """A probe on the k columns that rank first on the training rows."""
+        """A probe on the k columns that rank highest on the training rows."""
         chosen = rank_columns(x[split.train], truth[split.train], self.settings.ranking)[:k]
-        fitted = Design(x[:, chosen], split).fit(truth)
-        return fitted.decisions(x[split.test][:, chosen]), chosen[:_KEPT_COLUMNS].tolist(), fitted.strength
+        linear = Design(x[:, chosen], split).fit(truth)
+        return linear.decisions(x[split.test][:, chosen]), chosen[:_KEPT_COLUMNS].tolist(), linear.strength
 
     def _scores(self, truth: np.ndarray, decisions: np.ndarray, split: Split) -> BinaryScores:
         return binary_scores(truth[split.test], decisions, self.groups[split.test])
@@ -261,19 +264,19 @@ class _Tasks:
 def _dense(
     x: Float[np.ndarray, "rows columns"], split: Split
 ) -> Callable[[np.ndarray], tuple[np.ndarray, list[int], float]]:
-    """Probes on all columns; what does not depend on labels is done once."""
+    """Probes on all columns; computations that do not depend on labels are done once."""
     design, test = Design(x, split), x[split.test]
 
     def fit(truth: np.ndarray) -> tuple[np.ndarray, list[int], float]:
-        fitted = design.fit(truth)
-        return fitted.decisions(test), [], fitted.strength
+        linear = design.fit(truth)
+        return linear.decisions(test), [], linear.strength
 
     return fit
 
 
 def _shuffled(truth: Bool[np.ndarray, " rows"], split: Split, rng: np.random.Generator) -> Bool[np.ndarray, " rows"]:
-    """Labels permuted within each part. Were test labels left as they are, a null that hits on a real direction by
-    chance, either way round, would score far from ½.
+    """Labels permuted within each part. With unshuffled test labels, a null that hits on a real direction by
+    chance, with either sign, would score far from ½.
     """
     shuffled = truth.copy()
     for rows in (split.train, split.validation, split.test):
@@ -282,14 +285,14 @@ def _shuffled(truth: Bool[np.ndarray, " rows"], split: Split, rng: np.random.Gen
 
 
 def _collect(outcomes: list[list[_Outcome]], classes: list[str]) -> MethodResult:
-    """From split by split, class by class."""
+    """Collect outcomes by split into results by class."""
     by_class = list(zip(*outcomes, strict=True))
-    nulls = [[one.shuffled for one in of_class if one.shuffled is not None] for of_class in by_class]
+    nulls = [[outcome.shuffled for outcome in row if outcome.shuffled is not None] for row in by_class]
     return MethodResult(
-        over_classes([over_splits([one.scores for one in of_class]) for of_class in by_class]),
-        over_classes([over_splits(of_class) for of_class in nulls]) if nulls[0] else None,
-        {name: [one.columns for one in of_class] for name, of_class in zip(classes, by_class, strict=True)},
-        {name: [one.strength for one in of_class] for name, of_class in zip(classes, by_class, strict=True)},
+        over_classes([over_splits([outcome.scores for outcome in row]) for row in by_class]),
+        over_classes([over_splits(row) for row in nulls]) if nulls[0] else None,
+        {name: [outcome.columns for outcome in row] for name, row in zip(classes, by_class, strict=True)},
+        {name: [outcome.strength for outcome in row] for name, row in zip(classes, by_class, strict=True)},
     )
 
 

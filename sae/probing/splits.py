@@ -1,4 +1,4 @@
-"""Examples in three parts, stratified, never with one group on two sides."""
+"""Split examples into three stratified parts without splitting any group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAST_PER_PART = 2
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of the examples that train, that choose the regularisation, and that are scored once."""
+    """Rows of the examples for training, for choosing the regularisation, and for scoring once."""
 
     train: Int[np.ndarray, " train"]
     validation: Int[np.ndarray, " validation"]
@@ -31,31 +31,31 @@ def split_examples(
     labels: Sequence[str], groups: Int[np.ndarray, " rows"], *,
     test_fraction: float, validation_fraction: float, rng: np.random.Generator,
 ) -> Split:  # fmt: skip
-    """A random split of the groups, in each class (that of a group's first example) by the same shares.
+    """A random split of the groups, with the same shares in each class (the class of a group's first example).
 
     Args:
         labels: class of each example.
-        groups: examples of one group, such as equal texts or the tokens of one text, stay together.
+        groups: examples of the same group, such as equal texts or the tokens of one text, stay together.
         test_fraction, validation_fraction: shares of the groups.
-        rng: draws the split; from the same state, the same labels and groups give the same one.
+        rng: draws the split; the same state, labels and groups give the same split.
     """
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     classes = np.array(labels)[first]
-    part_of = np.zeros(len(numbers), dtype=np.int64)
+    parts = np.zeros(len(numbers), dtype=np.int64)
     for name in sorted(set(classes.tolist())):
         members = rng.permutation(np.flatnonzero(classes == name))
         test = round(test_fraction * len(members))
         validation = round(validation_fraction * len(members))
-        part_of[members[:test]] = 2
-        part_of[members[test : test + validation]] = 1
-    return Split(*(np.flatnonzero(part_of[inverse] == part) for part in range(3)))
+        parts[members[:test]] = 2
+        parts[members[test : test + validation]] = 1
+    return Split(*(np.flatnonzero(parts[inverse] == part) for part in range(3)))
 
 
 def check_split(split: Split, positive: Bool[np.ndarray, " rows"], what: str) -> None:
-    """Raise DataError where a part lacks examples of a side."""
+    """Raise DataError if a part has too few examples of either class."""
     for name, rows in (("training", split.train), ("validation", split.validation), ("test", split.test)):
-        yes = int(positive[rows].sum())
-        least = min(yes, len(rows) - yes)
+        positives = int(positive[rows].sum())
+        least = min(positives, len(rows) - positives)
         if least < LEAST_PER_PART:
             raise DataError(
                 f"{what}: {least} {name} example{'' if least == 1 else 's'} on one side, expected at least "

@@ -1,4 +1,4 @@
-"""Results of many data sets in; means with standard errors over data sets, and who wins how often, out."""
+"""Summarise results over data sets: means with standard errors, and how often each method wins."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class MethodSummary:
     """One kind of probe over all data sets that have it.
 
     Attributes:
-        data_sets: how many these are.
+        data_sets: number of these data sets.
         means: by metric, the mean over data sets and its standard error over them.
         shuffled: the same with shuffled labels; empty for the majority null.
-        wins: data sets on which no other method has a higher AUC; a tie is a win of each.
+        wins: number of data sets on which no other method has a higher AUC; a tie is a win for each.
     """
 
     data_sets: int
@@ -31,13 +31,13 @@ class MethodSummary:
 
 @dataclass(frozen=True)
 class Duel:
-    """Two methods, data set by data set, by AUC.
+    """Comparison of two methods by AUC, data set by data set.
 
     Attributes:
-        wins, losses: data sets on which the first is higher, or lower.
-        clear_wins, clear_losses: those of them where the difference exceeds two standard errors. These are of the two
-            as if independent; probes on the same test examples err together, so that it is a cautious count.
-        difference: mean over data sets, and its standard error over them.
+        wins, losses: number of data sets on which the first is higher, or lower.
+        clear_wins, clear_losses: number of these where the difference exceeds two standard errors, as if the two were
+            independent. Errors of probes on the same test examples are correlated, so the count is conservative.
+        difference: mean difference over data sets, and its standard error over them.
     """
 
     first: str
@@ -55,17 +55,19 @@ def method_order(results: Mapping[str, ProbeResult]) -> list[str]:
 
 
 def summarise(results: Mapping[str, ProbeResult]) -> dict[str, MethodSummary]:
-    """Every method's means over data sets."""
+    """Summary of each method over data sets."""
     summaries = {}
-    best = {name: max(one.scores.auc.value for one in result.methods.values()) for name, result in results.items()}
+    best = {
+        name: max(method.scores.auc.value for method in result.methods.values()) for name, result in results.items()
+    }
     for method in method_order(results):
-        found = {name: result.methods[method] for name, result in results.items() if method in result.methods}
-        wins = sum(one.scores.auc.value >= best[name] - _TIE for name, one in found.items())
-        nulls = [one.shuffled for one in found.values() if one.shuffled is not None]
+        scored = {name: result.methods[method] for name, result in results.items() if method in result.methods}
+        wins = sum(entry.scores.auc.value >= best[name] - _TIE for name, entry in scored.items())
+        nulls = [entry.shuffled for entry in scored.values() if entry.shuffled is not None]
         summaries[method] = MethodSummary(
-            len(found),
+            len(scored),
             {
-                metric: mean_and_error([getattr(one.scores, metric).value for one in found.values()])
+                metric: mean_and_error([getattr(entry.scores, metric).value for entry in scored.values()])
                 for metric in METRICS
             },
             {metric: mean_and_error([getattr(null, metric).value for null in nulls]) for metric in METRICS if nulls},
@@ -75,7 +77,7 @@ def summarise(results: Mapping[str, ProbeResult]) -> dict[str, MethodSummary]:
 
 
 def duel(results: Mapping[str, ProbeResult], first: str, second: str) -> Duel | None:
-    """One method against another where both are; None where they nowhere are."""
+    """One method against another on the data sets that have both; None if there are none."""
     pairs = [
         (result.methods[first].scores.auc, result.methods[second].scores.auc)
         for result in results.values()
@@ -95,16 +97,16 @@ def duel(results: Mapping[str, ProbeResult], first: str, second: str) -> Duel | 
 
 
 def duels(results: Mapping[str, ProbeResult]) -> list[Duel]:
-    """Latents against as many neurons, and both against the dense probe."""
+    """Latents against the same number of neurons, and latents against the dense probe."""
     names = method_order(results)
     pairs = [(name, name.replace("latents", "neurons")) for name in names if name.startswith("latents-")]
     pairs += [(name, "neurons-all") for name in names if name.startswith("latents-") and name != "latents-all"]
-    made = [duel(results, first, second) for first, second in pairs]
-    return [one for one in made if one is not None]
+    comparisons = [duel(results, first, second) for first, second in pairs]
+    return [comparison for comparison in comparisons if comparison is not None]
 
 
 def heading(method: str) -> str:
-    """What a method is called in tables: `1 latent`, `16 neurons`, `all latents`, `dense probe`."""
+    """A method's name in tables: `1 latent`, `16 neurons`, `all latents`, `dense probe`."""
     if method == MAJORITY:
         return "majority"
     kind, _, k = method.partition("-")
@@ -114,9 +116,9 @@ def heading(method: str) -> str:
 
 
 def shown(methods: Sequence[str]) -> list[str]:
-    """The few methods that a row for each data set has room for."""
-    wanted = ["latents-1", "neurons-1", "latents-16", "neurons-16", "latents-all", "neurons-all"]
-    return [name for name in wanted if name in methods] or [name for name in methods if name != MAJORITY][:6]
+    """The few methods that fit into a table with a row per data set."""
+    preferred = ["latents-1", "neurons-1", "latents-16", "neurons-16", "latents-all", "neurons-all"]
+    return [name for name in preferred if name in methods] or [name for name in methods if name != MAJORITY][:6]
 
 
 def _sign(difference: float) -> int:

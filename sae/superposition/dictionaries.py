@@ -1,15 +1,15 @@
-"""The experiments on dictionaries: trained on activations whose features are known, and scored against them."""
+"""Experiments with dictionaries, trained on activations of known features and scored against those."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
+from sae.config.progress import StageProgress
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary
 from sae.errors import TrainingError
 from sae.evaluation.recovery import (
     DirectionScores,
@@ -18,28 +18,36 @@ from sae.evaluation.recovery import (
     firing_density,
     recovery,
 )
-from sae.modes import in_own_modes
-from sae.superposition.world import TEST, VALIDATION, World, WorldSource, even_world, hard_world, toy_world
+from sae.numerics.modes import in_own_modes
+from sae.superposition.synthetic import (
+    TEST,
+    VALIDATION,
+    SyntheticFeatures,
+    SyntheticSource,
+    even_features,
+    toy_features,
+    uneven_features,
+)
 from sae.training import Recipe, train_all
 
 COSINE = 0.9
-"""From which on a learned direction counts as the true one, in tables by frequency."""
+"""Least cosine at which a learned direction counts as the true one, in tables by frequency."""
 
 
 @dataclass(frozen=True)
 class RecoverySettings:
-    """Dictionaries on a world of known features.
+    """Settings of an experiment with dictionaries on known features.
 
     Attributes:
         world: `toy` (the hidden activations of a toy model), `even` (random directions, features equally frequent and
             independent) or `hard` (Zipf frequencies, families, groups).
-        features, d_in, mean_l0: of the world; of `toy`, d_in is the hidden dimensions and some features may be lost.
-        architectures: of the dictionaries.
-        d_sae: their width; nobody knows the number of features, so it is twice that.
-        k: features that fire per token; as many as are present on average.
-        tokens: of training.
+        features, d_in, mean_l0: of the world; for `toy`, d_in is the hidden dimensions and some features may be lost.
+        architectures: those to train.
+        d_sae: width of each dictionary; in practice the number of features is unknown, so the default is twice that.
+        k: features that fire per token; by default the mean number present.
+        tokens: number of training tokens.
         batch_size: tokens per step.
-        scored: rows of the samples on which thresholds are chosen and detection is scored.
+        scored: rows of the samples for choosing thresholds and for scoring detection.
     """
 
     world: Literal["toy", "even", "hard"] = "even"
@@ -53,10 +61,10 @@ class RecoverySettings:
     batch_size: int = 2048
     scored: int = 20_000
 
-    def make_world(self, seed: int) -> World:
-        """The world of these settings."""
-        made = {"toy": toy_world, "even": even_world, "hard": hard_world}[self.world]
-        return made(self.features, self.d_in, self.mean_l0, seed=seed)
+    def make_world(self, seed: int) -> SyntheticFeatures:
+        """Create the features of these settings."""
+        make = {"toy": toy_features, "even": even_features, "hard": uneven_features}[self.world]
+        return make(self.features, self.d_in, self.mean_l0, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,8 @@ class FrequencyGroup:
         frequency: mean share of rows on which they are present.
         recall: share of them whose matched direction has a cosine of at least `COSINE`.
         cosine: mean cosine to the matched direction.
-        detection_precision, detection_recall, f1: means, of presence told by the matched latent's firing.
-        null_f1: of another feature's latent.
+        detection_precision, detection_recall, f1: means, of detecting presence by the matched latent's firing.
+        null_f1: mean F1 of another feature's latent.
     """
 
     frequency: float
@@ -95,17 +103,17 @@ class FiringGroup:
 
 @dataclass(frozen=True)
 class DictionaryScores:
-    """One dictionary.
+    """Scores of one dictionary.
 
     Attributes:
-        architecture: of it.
+        architecture: its name.
         live: features that fire on the scored sample.
-        l0: features that fire per row of it.
-        scores, null: of directions, see `sae.evaluation.recovery`.
-        f1, null_f1: means of detection over all true features.
+        l0: features that fire per row of that sample.
+        scores, null: scores of directions and of random ones, see `sae.evaluation.recovery`.
+        f1, null_f1: mean detection F1 over the true features that occur, and of another feature's latent.
         by_frequency: most frequent true features first.
         by_density: most often firing learned features first.
-        seconds: in its own training steps.
+        seconds: spent in its own training steps.
     """
 
     architecture: str
@@ -122,11 +130,11 @@ class DictionaryScores:
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """All dictionaries on one world.
+    """Scores of all dictionaries on one world.
 
     Attributes:
-        world: which.
-        features, d_in, mean_l0: of it.
+        world: its name in the settings.
+        features, d_in, mean_l0: its size.
         measured_l0: features present per row of the scored sample.
         dictionaries: in the order of the settings.
     """
@@ -140,13 +148,11 @@ class RecoveryResult:
 
 
 @in_own_modes
-def run_recovery(
-    settings: RecoverySettings, seed: int, progress: Callable[[int, int], None] | None = None
-) -> RecoveryResult:
-    """Train all architectures in one pass over a world's batches, by their default settings, and score them.
+def run_recovery(settings: RecoverySettings, seed: int, progress: StageProgress | None = None) -> RecoveryResult:
+    """Train all architectures in one pass over a world's batches, with their default settings, and score them.
 
     Raises:
-        ConfigError: as the world's maker; scipy is missing.
+        ConfigError: the world's settings are invalid, or scipy is missing.
         TrainingError: one of them diverged.
         TrainingInterrupted: Ctrl-C.
     """
@@ -159,7 +165,7 @@ def run_recovery(
         )
         for architecture in settings.architectures
     }
-    source = WorldSource(world, settings.batch_size)
+    source = SyntheticSource(world, settings.batch_size)
     if progress is not None:
         progress(0, settings.tokens)
     outcome = train_all(
@@ -169,45 +175,53 @@ def run_recovery(
     )
     for architecture, reason in outcome.failures.items():
         raise TrainingError(f"{architecture}: {reason}")
-    made = [
+    scores = [
         score(dictionary, world, settings.scored, seed, outcome.costs[architecture].seconds)
         for architecture, dictionary in outcome.dictionaries.items()
     ]
     measured = float((world.sample(settings.scored, stream=TEST).values > 0).sum()) / settings.scored
     features, d_in = world.directions.shape
-    return RecoveryResult(settings.world, features, d_in, world.mean_l0, measured, tuple(made))
+    return RecoveryResult(settings.world, features, d_in, world.mean_l0, measured, tuple(scores))
 
 
-def score(dictionary: Dictionary, world: World, rows: int, seed: int = 0, seconds: float = 0.0) -> DictionaryScores:
+def score(
+    dictionary: Dictionary, world: SyntheticFeatures, rows: int, seed: int = 0, seconds: float = 0.0
+) -> DictionaryScores:
     """How well a dictionary recovers a world's features.
 
     Args:
-        dictionary: any, trained on the world's activations.
-        world: with known features.
-        rows: of the sample on which thresholds are chosen, and of the one that is scored.
+        dictionary: trained on the world's activations.
+        world: the known features.
+        rows: of the sample for choosing thresholds, and of the one that is scored.
         seed: of the nulls.
-        seconds: that its training steps took.
+        seconds: spent in its training steps.
     """
     validation, test = (world.sample(rows, stream=stream).labelled() for stream in (VALIDATION, TEST))
     density = firing_density(dictionary, test.activations)
     live = density > 0
-    found = recovery(dictionary.W_dec, world.directions, live, seed=seed)
-    told = detection(dictionary, found.matching, validation, test, seed=seed)
-    hit = (found.matching.cosine >= COSINE).double()
-    right = torch.zeros(dictionary.d_sae, dtype=torch.float64)
-    right[found.matching.learned[hit > 0]] = 1
+    recovered = recovery(dictionary.W_dec, world.directions, live, seed=seed)
+    detected = detection(dictionary, recovered.matching, validation, test, seed=seed)
+    hit = (recovered.matching.cosine >= COSINE).double()
+    correct = torch.zeros(dictionary.d_sae, dtype=torch.float64)
+    correct[recovered.matching.learned[hit > 0]] = 1
     frequency_rows = by_group(
-        world.frequency, hit, found.matching.cosine, told.precision, told.recall, told.f1, told.null_f1
+        world.frequency,
+        hit,
+        recovered.matching.cosine,
+        detected.precision,
+        detected.recall,
+        detected.f1,
+        detected.null_f1,
     )
     return DictionaryScores(
         architecture=dictionary.architecture,
         live=int(live.sum()),
         l0=float(density.sum()),
-        scores=found.scores,
-        null=found.null,
-        f1=told.mean(told.f1),
-        null_f1=told.mean(told.null_f1),
+        scores=recovered.scores,
+        null=recovered.null,
+        f1=detected.mean(detected.f1),
+        null_f1=detected.mean(detected.null_f1),
         by_frequency=tuple(FrequencyGroup(*row) for row in frequency_rows),
-        by_density=tuple(FiringGroup(*row) for row in by_group(density[live], right[live])),
+        by_density=tuple(FiringGroup(*row) for row in by_group(density[live], correct[live])),
         seconds=seconds,
     )

@@ -1,31 +1,30 @@
-"""The experiments on toy models: settings with their defaults, what is measured, and results that JSON can hold."""
+"""Experiments with toy models: default settings, measurements, and results that fit into JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from sae.modes import in_own_modes
+from sae.config.progress import StageProgress
+from sae.numerics.modes import in_own_modes
 from sae.superposition.geometry import dimensions_per_feature, feature_dimensionality, is_pentagon, neighbour_angles
 from sae.superposition.phases import AWAY, phase_diagram, phase_grid
 from sae.superposition.toy import ToyTraining, expected_loss, train_toy_models
 
-Steps = Callable[[int, int], None]
 Row = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class GeometrySettings:
-    """Features in the plane as density falls.
+    """Settings for features in the plane as density falls.
 
     Attributes:
-        features: in two hidden dimensions.
-        densities: one column of the figure each.
-        importance: of feature i, importance ** i.
-        runs: models trained at each density, from one seed each; the one of lowest loss is drawn.
+        features: number of features in two hidden dimensions.
+        densities: one per column of the figure.
+        importance: feature i has importance ** i.
+        runs: models trained at each density, from one seed each; the one with the lowest loss is drawn.
         training: of the models.
     """
 
@@ -38,13 +37,13 @@ class GeometrySettings:
 
 @dataclass(frozen=True)
 class PlaneModels:
-    """Models of one density.
+    """Models trained at one density.
 
     Attributes:
         density: p.
-        losses: expected, of every run.
+        losses: expected loss of every run.
         pentagons: runs that are a regular pentagon within 2° and 0.02 (`is_pentagon`).
-        W, angles, dimensionality: of the run of lowest loss.
+        W, angles, dimensionality: of the run with the lowest loss.
     """
 
     density: float
@@ -57,11 +56,11 @@ class PlaneModels:
 
 @dataclass(frozen=True)
 class GeometryResult:
-    """By density.
+    """Results by density.
 
     Attributes:
         importance: of each feature, in all models.
-        models: one entry for each density.
+        models: one entry per density.
     """
 
     importance: Row
@@ -69,37 +68,37 @@ class GeometryResult:
 
 
 @in_own_modes
-def run_geometry(settings: GeometrySettings, seed: int, progress: Steps | None = None) -> GeometryResult:
+def run_geometry(settings: GeometrySettings, seed: int, progress: StageProgress | None = None) -> GeometryResult:
     """Train `runs` models at each density."""
     density = torch.tensor(settings.densities).repeat_interleave(settings.runs)
     importance = (settings.importance ** torch.arange(settings.features)).float()
     weights = importance.expand(len(density), -1)
     models = train_toy_models(density, weights, 2, settings.training, seed=seed, progress=progress)
-    made = []
+    results = []
     for number, p in enumerate(settings.densities):
-        of_density = models.select(torch.arange(number * settings.runs, (number + 1) * settings.runs))
-        losses = expected_loss(of_density)
-        chosen = of_density.W[losses.argmin()]
-        made.append(
+        runs = models.select(torch.arange(number * settings.runs, (number + 1) * settings.runs))
+        losses = expected_loss(runs)
+        chosen = runs.W[losses.argmin()]
+        results.append(
             PlaneModels(
                 density=p,
                 losses=_row(losses),
-                pentagons=sum(is_pentagon(W) for W in of_density.W),
+                pentagons=sum(is_pentagon(W) for W in runs.W),
                 W=tuple(map(_row, chosen)),
                 angles=_row(neighbour_angles(chosen)),
                 dimensionality=_row(feature_dimensionality(chosen)),
             )
         )
-    return GeometryResult(_row(importance), tuple(made))
+    return GeometryResult(_row(importance), tuple(results))
 
 
 @dataclass(frozen=True)
 class DimensionalitySettings:
-    """Feature dimensionality against 1/density in a larger model.
+    """Settings for feature dimensionality against 1/density in a larger model.
 
     Attributes:
         features, hidden: size of each model.
-        densities: how many, from 1 down to `lowest`, in equal steps of the logarithm.
+        densities: number of densities from 1 down to `lowest`, in equal steps of the logarithm.
         lowest: the smallest density.
         training: of the models.
     """
@@ -113,10 +112,10 @@ class DimensionalitySettings:
 
 @dataclass(frozen=True)
 class DimensionalityResult:
-    """By density.
+    """Results by density.
 
     Attributes:
-        hidden: dimensions there are.
+        hidden: number of hidden dimensions.
         densities: p.
         dimensions_per_feature: m / ‖W‖²_F.
         norms: ‖W_i‖ of each feature.
@@ -132,7 +131,7 @@ class DimensionalityResult:
 
 @in_own_modes
 def run_dimensionality(
-    settings: DimensionalitySettings, seed: int, progress: Steps | None = None
+    settings: DimensionalitySettings, seed: int, progress: StageProgress | None = None
 ) -> DimensionalityResult:
     """Train one model at each density, all features equally important."""
     density = torch.from_numpy(np.geomspace(1, settings.lowest, settings.densities)).float().clamp_max(1)
@@ -149,12 +148,12 @@ def run_dimensionality(
 
 @dataclass(frozen=True)
 class PhaseSettings:
-    """A phase diagram over the density and the importance of the last feature.
+    """Settings for a phase diagram over the density and the importance of the last feature.
 
     Attributes:
         features, hidden: 2 in 1, or 3 in 2.
-        densities, importances: cells each way: from 1 to 0.01 and from 0.1 to 10 (`phase_grid`).
-        restarts: models for each cell, of which the one of lowest loss is kept.
+        densities, importances: number of cells from 1 to 0.01 and from 0.1 to 10 (`phase_grid`).
+        restarts: models per cell; the one with the lowest loss is kept.
         training: of the models.
     """
 
@@ -168,15 +167,15 @@ class PhaseSettings:
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What became of the last feature; rows by density, columns by importance.
+    """Phases of the last feature; rows by density, columns by importance.
 
     Attributes:
         densities, importances: of the rows and columns.
         trained, analytic: indices into `PHASES`.
         margin: analytic loss of the second-best phase divided by that of the best.
         loss_ratio: trained loss divided by the least analytic one.
-        agree, cells: cells where both phases are the same, and all.
-        agree_away, cells_away: the same of those whose margin is at least `AWAY`.
+        agree, cells: numbers of cells where the phases agree, and of all cells.
+        agree_away, cells_away: the same for cells whose margin is at least `AWAY`.
     """
 
     densities: Row
@@ -192,22 +191,22 @@ class PhaseResult:
 
 
 @in_own_modes
-def run_phases(settings: PhaseSettings, seed: int, progress: Steps | None = None) -> PhaseResult:
-    """Train every cell, and count where the phase is the analytic one."""
-    made = phase_diagram(
+def run_phases(settings: PhaseSettings, seed: int, progress: StageProgress | None = None) -> PhaseResult:
+    """Train every cell, and count the cells where the phase is the analytic one."""
+    diagram = phase_diagram(
         (settings.features, settings.hidden),
         *phase_grid(settings.densities, settings.importances),
         restarts=settings.restarts, training=settings.training, seed=seed, progress=progress,
     )  # fmt: skip
-    agree, cells = made.agreement()
-    agree_away, cells_away = made.agreement(AWAY)
+    agree, cells = diagram.agreement()
+    agree_away, cells_away = diagram.agreement(AWAY)
     return PhaseResult(
-        densities=_row(made.density),
-        importances=_row(made.importance),
-        trained=tuple(tuple(row) for row in made.trained.tolist()),
-        analytic=tuple(tuple(row) for row in made.analytic.tolist()),
-        margin=tuple(map(_row, made.margin)),
-        loss_ratio=tuple(map(_row, made.loss_ratio)),
+        densities=_row(diagram.density),
+        importances=_row(diagram.importance),
+        trained=tuple(tuple(row) for row in diagram.trained.tolist()),
+        analytic=tuple(tuple(row) for row in diagram.analytic.tolist()),
+        margin=tuple(map(_row, diagram.margin)),
+        loss_ratio=tuple(map(_row, diagram.loss_ratio)),
         agree=agree,
         cells=cells,
         agree_away=agree_away,

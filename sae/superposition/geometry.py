@@ -19,7 +19,7 @@ def feature_dimensionality(W: Float[Tensor, "*instances features hidden"]) -> Fl
 
     1 for a feature that is orthogonal to all others, ½ for each of an antipodal pair, ⅖ in a regular pentagon; 0 for
     a direction of norm 0. Σ_i D_i ≤ rank W ≤ hidden: with G = Σ_j W_j W_jᵀ it is D_i = (W_i·W_i)² / (W_iᵀ G W_i), which
-    by Cauchy and Schwarz is at most W_iᵀ G⁺ W_i, and those sum to tr(G⁺G).
+    by Cauchy–Schwarz is at most W_iᵀ G⁺ W_i, and those sum to tr(G⁺G).
     """
     W = W.double()
     norms = W.norm(dim=-1)
@@ -29,21 +29,21 @@ def feature_dimensionality(W: Float[Tensor, "*instances features hidden"]) -> Fl
 
 
 def neighbour_angles(W: Float[Tensor, "features hidden"], represented: float = REPRESENTED) -> Float[Tensor, " angles"]:
-    """Angles in degrees between neighbouring directions in the plane, all the way round: they sum to 360.
+    """Angles in degrees between neighbouring directions in the plane, all the way round; they sum to 360.
 
     Args:
         W: one model's directions, in two dimensions.
-        represented: directions of a smaller norm are left out; with fewer than two others there is no angle.
+        represented: directions of at most this norm are left out; if fewer than two remain, there are no angles.
 
     Raises:
-        ShapeError: the hidden space is no plane.
+        ShapeError: the hidden space does not have two dimensions.
     """
     if W.shape[1] != 2:
         raise ShapeError(f"directions of shape {list(W.shape)}: neighbours have an order only in two dimensions")
-    kept = W[W.norm(dim=1) > represented].double()
-    if len(kept) < 2:
+    directions = W[W.norm(dim=1) > represented].double()
+    if len(directions) < 2:
         return torch.zeros(0, dtype=torch.float64, device=W.device)
-    angles = torch.atan2(kept[:, 1], kept[:, 0]).sort().values
+    angles = torch.atan2(directions[:, 1], directions[:, 0]).sort().values
     gaps = angles.diff(append=angles[:1] + 2 * math.pi)
     return gaps * 180 / math.pi
 

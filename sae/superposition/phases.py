@@ -1,8 +1,7 @@
-"""Phase diagrams: what becomes of the last feature as density and importance change, trained and analytic."""
+"""Phase diagrams of the last feature over density and importance, trained and analytic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,19 +10,20 @@ from jaxtyping import Float, Int
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
+from sae.config.progress import StageProgress
 from sae.errors import ConfigError
-from sae.modes import in_own_modes
+from sae.numerics.modes import in_own_modes
 from sae.superposition.geometry import REPRESENTED
 from sae.superposition.toy import ToyTraining, best_of_restarts, train_toy_models
 
 PHASES = ("ignored", "dedicated", "superposition")
-"""Of the last feature: no direction, a dimension of its own, or one that it shares with others."""
+"""Phases of the last feature: no direction, a dimension of its own, or one that it shares with others."""
 SHAPES = ((2, 1), (3, 2))
-"""Features and hidden dimensions for which the analytic minima are known here."""
+"""Features and hidden dimensions for which the analytic minima are known."""
 AWAY = 1.25
-"""Margin from which on a cell is away from the boundary."""
+"""Least margin of a cell that counts as away from the boundary."""
 _COSINE = 0.25
-"""|cos| to a represented feature from which on a direction counts as shared: it is 1 in a pair, ½ in a triangle."""
+"""Least |cos| to a represented feature at which a direction counts as shared; it is 1 in a pair, ½ in a triangle."""
 
 
 def ignored_loss(p: float) -> float:
@@ -34,7 +34,7 @@ def ignored_loss(p: float) -> float:
 def antipodal_loss(p: float) -> float:
     """Least loss of each feature of an antipodal pair of unit directions, at importance 1.
 
-    x' = ReLU(x − y + b) where y is the other feature. With c = 1 − b and 0 ≤ b ≤ 1, over the moments of U[0, 1],
+    x' = ReLU(x − y + b) with y the other feature. With c = 1 − b and 0 ≤ b ≤ 1, over the moments of U[0, 1],
 
         f(b) = (1−p)² b² + p(1−p) (b² + b³/3) + p² (b³/3 + c³/3 − c⁴/6);  f(0) = p²/6.
 
@@ -50,8 +50,8 @@ def antipodal_loss(p: float) -> float:
 def triangle_loss(p: float) -> float:
     """Least loss of each of three unit directions 120° apart, at importance 1.
 
-    x' = ReLU(x − y + b) where y is half the sum of the other two features. With t = y − b, the error given t, over x,
-    is g(t) = t² for t < 0 and t² − 2t³/3 from there to 1 where x is present, and max(−t, 0)² where it is not. One of
+    x' = ReLU(x − y + b) with y half the sum of the other two features. With t = y − b, the error given t, over x,
+    is g(t) = t² for t < 0 and t² − 2t³/3 from there to 1 if x is present, and max(−t, 0)² if it is not. One of
     the others gives y the density 2 on [0, ½]; both give it 4y on [0, ½] and 4(1 − y) on [½, 1]. With e = ½ − b,
     c = 1 − b and 0 ≤ b ≤ ½ the integrals are polynomials in b; f(0) = p²/8 to second order in p.
     """
@@ -76,7 +76,7 @@ def _least(f: Polynomial) -> float:
     """The minimum of f over the bias, exactly: at a root of f′ in [0, ½] or an end.
 
     No other bias can be better. Below 0, ReLU(x − y + b) never exceeds x, so raising b to 0 only shrinks the error.
-    And where f′ = 0, b is the mean of y given that the output is positive, which happens for small y, so b is at most
+    If f′ = 0, b is the mean of y given that the output is positive, which happens for small y, so b is at most
     E y = p/2.
     """
     roots = f.deriv().roots()
@@ -88,9 +88,9 @@ def _least(f: Polynomial) -> float:
 def analytic_losses(
     features: int, density: Float[Tensor, " densities"], importance: Float[Tensor, " importances"]
 ) -> Float[Tensor, "phases densities importances"]:
-    """Expected loss of the best configuration of unit directions in which the last feature is in each of `PHASES`.
+    """Expected loss of the best configuration of unit directions for each of the last feature's `PHASES`.
 
-    All features but the last have importance 1. With V, A and T the losses above and I the last one's importance:
+    All features but the last have importance 1. With V, A and T the losses above and I the importance of the last:
 
     | | ignored | dedicated | superposition |
     |---|---|---|---|
@@ -98,7 +98,7 @@ def analytic_losses(
     | 3 in 2 dimensions | I V | min(V, 2 A): one is ignored, or the others are a pair | min((1 + I) A, (2 + I) T) |
 
     Raises:
-        ConfigError: another number of features than 2 or 3.
+        ConfigError: the number of features is not 2 or 3.
     """
     if features not in {shape[0] for shape in SHAPES}:
         raise ConfigError(f"{features} features: the analytic phases are known for 2 in 1 dimension and 3 in 2")
@@ -134,9 +134,9 @@ class PhaseDiagram:
         density: of every feature.
         importance: of the last feature; that of the others is 1.
         trained, analytic: indices into `PHASES`.
-        margin: loss of the second-best phase divided by that of the best, analytic; near 1 at a boundary.
+        margin: analytic loss of the second-best phase divided by that of the best; near 1 at a boundary.
         loss_ratio: trained loss divided by the least analytic one. Directions of a trained model may have any norm
-            and angle, so below 1 is as it should be, and well above 1 is a training that failed.
+            and angle, so values below 1 are expected, and values well above 1 mean that training failed.
     """
 
     density: Float[Tensor, " densities"]
@@ -147,7 +147,7 @@ class PhaseDiagram:
     loss_ratio: Float[Tensor, "densities importances"]
 
     def agreement(self, margin: float = 1.0) -> tuple[int, int]:
-        """Cells of at least this margin where trained and analytic phase are the same, and how many such cells."""
+        """Numbers of cells of at least this margin: those whose trained and analytic phases agree, and all."""
         away = self.margin >= margin
         return int((away & (self.trained == self.analytic)).sum()), int(away.sum())
 
@@ -161,7 +161,7 @@ def phase_diagram(
     restarts: int = 4,
     training: ToyTraining | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> PhaseDiagram:
     """Train every cell `restarts` times, keep the model of lowest loss, and compare its phase with the analytic one.
 
@@ -170,12 +170,12 @@ def phase_diagram(
         density: probabilities of a feature's presence.
         importance: of the last feature.
         restarts: models trained for each cell.
-        training: how.
-        seed: of all of it.
-        progress: as of `train_toy_models`.
+        training: how the models are trained.
+        seed: of initialisation and inputs.
+        progress: as for `train_toy_models`.
 
     Raises:
-        ConfigError: another shape.
+        ConfigError: the shape is not one of `SHAPES`.
     """
     if shape not in SHAPES:
         raise ConfigError(f"{shape[0]} features in {shape[1]} dimensions: expected 2 in 1 or 3 in 2")

@@ -1,4 +1,4 @@
-"""The experiments' results for people: tables, as Markdown with the figures, and for the terminal."""
+"""Tables of the experiments' results: as Markdown with figures, and for the terminal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sae.columns import Column, fitted
-from sae.markdown import document, pipe_table
+from sae.results.figure import MISSING
+from sae.results.markdown import document
+from sae.results.table import NONE, Table
 from sae.superposition.dictionaries import COSINE, DictionaryScores, RecoveryResult
 from sae.superposition.experiments import DimensionalityResult, GeometryResult, PhaseResult
 from sae.superposition.geometry import REPRESENTED
@@ -16,22 +17,28 @@ from sae.superposition.phases import AWAY
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sae.superposition.runner import Finished
-
 
 @dataclass(frozen=True)
-class Table:
-    """A table.
+class Finished:
+    """A finished experiment.
 
     Attributes:
-        head: of the columns.
-        rows: cells as text.
-        note: what must be known to read it; empty where the next table's holds for it too.
+        name: its key in `EXPERIMENTS`.
+        title: its heading.
+        settings: those it was run with.
+        seed: likewise.
+        seconds: how long it took.
+        result: its result.
+        figure: file name of its figure; None if matplotlib was missing.
     """
 
-    head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    note: str
+    name: str
+    title: str
+    settings: Any
+    seed: int
+    seconds: float
+    result: Any
+    figure: str | None
 
 
 def markdown(done: Sequence[Finished]) -> str:
@@ -42,23 +49,20 @@ def markdown(done: Sequence[Finished]) -> str:
         if experiment.figure:
             parts.append(f"![{experiment.title}]({experiment.figure})")
         for table in tables(experiment.result):
-            parts.append(pipe_table(table.head, table.rows, text_columns=1))
-            parts += [table.note] if table.note else []
+            parts += [table.in_markdown(), *table.markdown_notes()]
         parts.append(f"`{experiment.name}`, seed {experiment.seed}: {experiment.seconds:,.0f} seconds.")
     if any(experiment.figure is None for experiment in done):
-        parts.append("Figures are left out: they need matplotlib (`pip install 'sae[figures]'`).")
+        parts.append(MISSING)
     return document(parts)
 
 
 def show(done: Finished, console: Console) -> None:
-    """The same in the terminal, without the figure."""
+    """Print an experiment's tables."""
     console.print(f"{done.title} ({done.seconds:,.0f} s)", style="bold")
     for table in tables(done.result):
-        columns = [
-            Column(name, [row[number] for row in table.rows], is_text=not number)
-            for number, name in enumerate(table.head)
-        ]
-        console.print(fitted(columns, console.width, note=table.note and f"{table.note}\n"))
+        console.print(table.in_terminal(console.width))
+        if any(table.notes):
+            console.print()
 
 
 def tables(result: Any) -> list[Table]:
@@ -73,16 +77,16 @@ def _geometry(result: GeometryResult) -> list[Table]:
             f"{min(model.losses):.4g}",
             " ".join(f"{d:.2f}" for d in model.dimensionality),
             f"{sum(model.dimensionality):.3f}",
-            " ".join(f"{angle:.0f}" for angle in model.angles) or "–",
+            " ".join(f"{angle:.0f}" for angle in model.angles) or NONE,
             f"{model.pentagons} of {len(model.losses)}",
         )
         for model in result.models
     ]
     note = (
-        "Of the run of lowest loss: the dimensionality of each feature, their sum, and the angles in degrees between "
+        "The run with the lowest loss: the dimensionality of each feature, their sum, the angles in degrees between "
         "neighbours. Pentagons: runs, each from one seed, whose angles are 72° ± 2° and dimensionalities 2/5 ± 0.02."
     )
-    return [Table(("density", "loss", "dimensionality", "sum", "angles", "pentagons"), rows, note)]
+    return [Table.of_rows(("density", "loss", "dimensionality", "sum", "angles", "pentagons"), rows, notes=[note])]
 
 
 def _dimensionality(result: DimensionalityResult) -> list[Table]:
@@ -91,13 +95,13 @@ def _dimensionality(result: DimensionalityResult) -> list[Table]:
         result.densities, result.dimensions_per_feature, result.norms, result.dimensionality, strict=True
     ):
         learned = sorted(d for norm, d in zip(norms, numbers, strict=True) if norm > REPRESENTED)
-        middle = f"{learned[len(learned) // 2]:.3f}" if learned else "–"
+        middle = f"{learned[len(learned) // 2]:.3f}" if learned else NONE
         rows.append((f"{1 / p:.3g}", f"{per_feature:.3f}", f"{len(learned)}", middle, f"{sum(numbers):.2f}"))
     note = (
-        f"m / ‖W‖² is hidden dimensions for each learned feature. Learned: features of norm above {REPRESENTED:g}, and "
+        f"m / ‖W‖²: hidden dimensions per learned feature. Learned: features of norm above {REPRESENTED:g}, and "
         f"their median dimensionality. The sum is over all features, and never exceeds m = {result.hidden}."
     )
-    return [Table(("1 / density", "m / ‖W‖²", "learned", "median", "sum"), rows, note)]
+    return [Table.of_rows(("1 / density", "m / ‖W‖²", "learned", "median", "sum"), rows, notes=[note])]
 
 
 def _phases(result: PhaseResult) -> list[Table]:
@@ -108,35 +112,35 @@ def _phases(result: PhaseResult) -> list[Table]:
             f"cells of margin ≥ {AWAY:g}",
             f"{result.agree_away}",
             f"{result.cells_away}",
-            f"{result.agree_away / result.cells_away:.1%}" if result.cells_away else "–",
+            f"{result.agree_away / result.cells_away:.1%}" if result.cells_away else NONE,
         ),
     ]
     note = (
-        "A cell agrees where the last feature's phase is the same in the trained model and in the configuration of "
-        "least loss. Margin: loss of the second-best phase divided by that of the best; dots mark cells of less, "
+        "A cell agrees if the last feature's phase is the same in the trained model and in the configuration of least "
+        "loss. Margin: loss of the second-best phase divided by that of the best; dots mark cells with less, "
         f"crosses cells that differ. Trained loss divided by the least analytic one: {ratios[0]:.3f} to "
         f"{ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}."
     )
-    return [Table(("", "agree", "of", "share"), rows, note)]
+    return [Table.of_rows(("", "agree", "of", "share"), rows, notes=[note])]
 
 
 def _recovery(result: RecoveryResult) -> list[Table]:
-    head = ("", *(column for made in result.dictionaries for column in (made.architecture, "null")))
+    head = ("", *(column for dictionary in result.dictionaries for column in (dictionary.architecture, "null")))
     note = (
         f"{result.features} features in {result.d_in} dimensions, {result.mean_l0:g} present on average "
         f"({result.measured_l0:.3f} in the scored sample). Null: as many random directions as there are live features; "
-        "of F1, another feature's latent. Precision and recall are by one-to-one matching."
+        "for F1, another feature's latent. Precision and recall are by one-to-one matching."
     )
-    made = [Table(head, list(_direction_rows(result.dictionaries)), note)]
+    parts = [Table.of_rows(head, _direction_rows(result.dictionaries), notes=[note])]
     if len({group.frequency for group in result.dictionaries[0].by_frequency}) > 1:
         note = (
-            f"Recall at cosine {COSINE:g} and detection F1 are of tenths of the true features, most frequent first; "
-            f"precision at cosine {COSINE:g} is of tenths of the live learned features, most often firing first. Null: "
+            f"Recall at cosine {COSINE:g} and detection F1 are by tenths of the true features, most frequent first; "
+            f"precision at cosine {COSINE:g} is by tenths of the live learned features, most often firing first. Null: "
             "F1 of another feature's latent."
         )
         *others, last = result.dictionaries
-        made += [*(_by_tenth(dictionary, "") for dictionary in others), _by_tenth(last, note)]
-    return made
+        parts += [*(_by_tenth(dictionary, "") for dictionary in others), _by_tenth(last, note)]
+    return parts
 
 
 def _direction_rows(dictionaries: Sequence[DictionaryScores]) -> Iterable[tuple[str, ...]]:
@@ -163,10 +167,10 @@ def _by_tenth(dictionary: DictionaryScores, note: str) -> Table:
     rows = []
     for number, group in enumerate(dictionary.by_frequency):
         fired = dictionary.by_density[number : number + 1]
-        precision = f"{fired[0].precision:.3f}" if fired else "–"
+        precision = f"{fired[0].precision:.3f}" if fired else NONE
         scores = (f"{group.recall:.3f}", precision, f"{group.f1:.3f}", f"{group.null_f1:.3f}")
         rows.append((f"{number + 1}", f"{group.frequency:.4f}", *scores))
-    return Table(head, rows, note)
+    return Table.of_rows(head, rows, notes=[note])
 
 
 _TABLES = {

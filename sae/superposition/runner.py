@@ -1,10 +1,8 @@
-"""A folder of experiments: each is run once, kept at once, and skipped when it is there already."""
+"""A folder of experiments: each is run once, stored when done, and skipped if it is stored already."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,60 +11,38 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-import sae
+from sae.config.progress import Progress, silent
 from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
-from sae.files import locked, stands, write_bytes, write_json
-from sae.hashes import is_leftover
-from sae.modes import in_own_modes
-from sae.paths import expanded
-from sae.reading import read_object, validated
+from sae.files import version
+from sae.files.formats import Format, as_read_back, fingerprint_of
+from sae.files.paths import expanded
+from sae.files.reading import read_object, validated
+from sae.files.temporary import is_leftover
+from sae.files.writing import locked, stands, write_bytes, write_json
+from sae.numerics.modes import in_own_modes
 from sae.superposition import dictionaries, experiments
 from sae.superposition.figures import draw
-from sae.superposition.report import markdown
+from sae.superposition.report import Finished, markdown
 
-FORMAT, FORMAT_VERSION = "sae-superposition", 1
+FORMAT = Format("sae-superposition", 1)
 JSON_FILE, MARKDOWN_FILE = "superposition.json", "superposition.md"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What can be run.
+    """An experiment that can be run.
 
     Attributes:
-        title: what it is called in the report.
-        settings: the default ones; their type says which are possible.
-        run: of settings, seed and progress.
-        result: type of what comes of it.
+        title: its heading in the report.
+        settings: the default settings; their type defines the possible ones.
+        run: function of settings, seed and progress.
+        result: type of its result.
     """
 
     title: str
     settings: Any
     run: Callable[..., Any]
     result: type
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An experiment that has been run.
-
-    Attributes:
-        name: of it, in `EXPERIMENTS`.
-        title: what it is called.
-        settings: it was run with.
-        seed: likewise.
-        seconds: it took.
-        result: what came of it.
-        figure: file name of its figure; None where matplotlib was missing.
-    """
-
-    name: str
-    title: str
-    settings: Any
-    seed: int
-    seconds: float
-    result: Any
-    figure: str | None
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -122,54 +98,54 @@ def run(
     *,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Finished]:
-    """Run experiments; after each, `superposition.json`, `superposition.md` and its figure are written.
+    """Run experiments; after each, write `superposition.json`, `superposition.md` and its figure.
 
-    An experiment that the folder has already, with the same settings and seed and from the same version of this
-    package, is not run again.
+    An experiment that is already in the folder, with the same settings, seed and version of this package, is not run
+    again.
 
     Args:
-        folder: made where it is missing; of another kind, it is refused.
-        names: of `EXPERIMENTS`; none: all.
-        seed: of everything random.
-        settings: in place of an experiment's default ones, by its name.
-        progress: called with (experiment, inputs done, inputs in all).
+        folder: created if missing; refused if it holds something else.
+        names: keys of `EXPERIMENTS`; empty: all.
+        seed: for everything random.
+        settings: by experiment, in place of its default settings.
+        progress: called with (experiment, inputs done, total).
 
     Raises:
-        ConfigError: an unknown experiment, a folder that holds something else, or other settings than those in it.
-        TrainingInterrupted: Ctrl-C; what was done before is kept.
+        ConfigError: an experiment is unknown, or the folder holds something else or results of other settings.
+        TrainingInterrupted: Ctrl-C; finished experiments are kept.
     """
     chosen = _chosen(names)
     folder = expanded(folder)
     _check_folder(folder)
-    wanted = {name: (settings or {}).get(name, EXPERIMENTS[name].settings) for name in chosen}
+    requested = {name: (settings or {}).get(name, EXPERIMENTS[name].settings) for name in chosen}
     with locked(folder, "'sae superposition'"):
-        kept = _read(folder)
+        entries = _read(folder)
         for name in chosen:
-            if name in kept:
-                _check_same(folder, name, kept[name], wanted[name], seed)
-        _write(folder, kept)
-        done = {}
+            if name in entries:
+                _check_same(folder, name, entries[name], requested[name], seed)
+        _write(folder, entries)
+        finished = {}
         for name in chosen:
-            if name not in kept:
-                kept[name] = _run(name, wanted[name], seed, folder, progress)
-                _write(folder, kept)
-            done[name] = _restore(folder, name, kept[name])
-    return done
+            if name not in entries:
+                entries[name] = _run(name, requested[name], seed, folder, progress)
+                _write(folder, entries)
+            finished[name] = _restore(folder, name, entries[name])
+    return finished
 
 
 def key_of(name: str, settings: Any, seed: int) -> str:
-    """Hash of all that decides an experiment's result: its settings, seed, and the version of this package."""
-    identity = {"name": name, "settings": dataclasses.asdict(settings), "seed": seed, "version": sae.__version__}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    """Hash of everything that determines an experiment's result: settings, seed, version of this package."""
+    identity = {"name": name, "settings": dataclasses.asdict(settings), "seed": seed, "version": version.__version__}
+    return fingerprint_of(identity)
 
 
 def _chosen(names: Iterable[str]) -> list[str]:
     names = list(dict.fromkeys(names)) or list(EXPERIMENTS)
     for name in names:
         if name not in EXPERIMENTS:
-            raise ConfigError(f"experiment {name!r}: there are {', '.join(EXPERIMENTS)}")
+            raise ConfigError(f"experiment {name!r}: expected one of {', '.join(EXPERIMENTS)}")
     return names
 
 
@@ -181,7 +157,7 @@ def _check_folder(folder: Path) -> None:
     others = sorted(path.name for path in folder.iterdir() if not is_leftover(path.name))
     if others:
         raise ConfigError(
-            f"folder {str(folder)!r} holds {others[0]!r} and no {JSON_FILE}: it is not one of 'sae superposition'; "
+            f"folder {str(folder)!r} holds {others[0]!r} and no {JSON_FILE}: it is not from 'sae superposition'; "
             "choose another with --out"
         )
 
@@ -191,13 +167,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if not stands(path):
         return {}
     content = read_object(path)
-    if content.get("format") != FORMAT:
-        raise FormatError(f"{str(path)!r} is not of 'sae superposition'; choose another folder with --out")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{str(path)!r} has format version {content.get('format_version')}, this package reads {FORMAT_VERSION}; "
-            "choose another folder with --out"
-        )
+    FORMAT.check(content, f"folder {str(folder)!r}", JSON_FILE, way_out="choose another with --out")
     experiments = validated(path, dict[str, dict[str, Any]], content.get("experiments"))
     return {name: entry for name, entry in experiments.items() if name in EXPERIMENTS}
 
@@ -205,16 +175,16 @@ def _read(folder: Path) -> dict[str, Any]:
 def _check_same(folder: Path, name: str, entry: Mapping[str, Any], settings: Any, seed: int) -> None:
     if entry.get("key") == key_of(name, settings, seed):
         return
-    held = {"sae version": entry.get("sae_version"), "seed": entry.get("seed"), **_flat(_settings_of(entry))}
-    asked = {
-        "sae version": sae.__version__,
+    stored = {"sae version": entry.get("sae_version"), "seed": entry.get("seed"), **_flat(_settings_of(entry))}
+    requested = {
+        "sae version": version.__version__,
         "seed": seed,
-        **_flat(json.loads(json.dumps(dataclasses.asdict(settings)))),
+        **_flat(as_read_back(dataclasses.asdict(settings))),
     }
-    key = next((key for key, value in asked.items() if held.get(key) != value), "settings")
+    key = next((key for key, value in requested.items() if stored.get(key) != value), "settings")
     raise ConfigError(
-        f"experiment {name!r} in {str(folder)!r}: made with {key}={held.get(key)!r}, now {asked.get(key)!r}; choose "
-        "another folder with --out"
+        f"experiment {name!r} in {str(folder)!r}: made with {key}={stored.get(key)!r}, now {requested.get(key)!r}; "
+        "choose another folder with --out"
     )
 
 
@@ -238,11 +208,11 @@ def _run(name: str, settings: Any, seed: int, folder: Path, progress: Progress) 
     except TrainingInterrupted as stopped:
         raise TrainingInterrupted(
             f"experiment {name!r} was stopped; those before it are in {str(folder)!r}: run the same command again to "
-            "go on"
+            "continue"
         ) from stopped
     return {
         "key": key_of(name, settings, seed),
-        "sae_version": sae.__version__,
+        "sae_version": version.__version__,
         "seed": seed,
         "settings": dataclasses.asdict(settings),
         "seconds": round(time.perf_counter() - started, 1),
@@ -251,7 +221,7 @@ def _run(name: str, settings: Any, seed: int, folder: Path, progress: Progress) 
 
 
 def _restore(folder: Path, name: str, entry: Mapping[str, Any]) -> Finished:
-    """An experiment from its entry, its figure drawn where that is missing and can be."""
+    """An experiment from its entry; its figure is drawn if it is missing and matplotlib is installed."""
     experiment = EXPERIMENTS[name]
     try:
         result = TypeAdapter(experiment.result).validate_python(entry["result"])
@@ -267,9 +237,9 @@ def _restore(folder: Path, name: str, entry: Mapping[str, Any]) -> Finished:
     return Finished(name, experiment.title, settings, seed, seconds, result, path.name if path.is_file() else None)
 
 
-def _write(folder: Path, kept: Mapping[str, Any]) -> None:
-    """Everything the folder has, in the order of `EXPERIMENTS`; by the JSON file, which is first, it is known."""
-    ordered = {name: kept[name] for name in EXPERIMENTS if name in kept}
-    write_json(folder / JSON_FILE, {"format": FORMAT, "format_version": FORMAT_VERSION, "experiments": ordered})
+def _write(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Write all entries in the order of `EXPERIMENTS`; the JSON file is first, since it identifies the folder."""
+    ordered = {name: entries[name] for name in EXPERIMENTS if name in entries}
+    write_json(folder / JSON_FILE, {**FORMAT.head(), "experiments": ordered})
     text = markdown([_restore(folder, name, entry) for name, entry in ordered.items()])
     write_bytes(folder / MARKDOWN_FILE, text.encode())

@@ -1,22 +1,22 @@
-"""The ReLU-output toy model of superposition: many of them trained at once in one tensor program."""
+"""ReLU-output toy models of superposition, many of them trained at once in one tensor program."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.config.progress import StageProgress
 from sae.errors import ConfigError, TrainingError
-from sae.modes import in_own_modes
-from sae.seeding import torch_generator
+from sae.numerics.modes import in_own_modes
+from sae.numerics.seeding import torch_generator
 from sae.training.schedules import learning_rate
 
 EXACT_UP_TO = 10
-"""Features up to which the expected loss is summed over all patterns of which are present: 2ⁿ of them."""
+"""Largest number of features n for which the expected loss is summed over all 2ⁿ patterns of presence."""
 _VALUES_AT_ONCE = 1 << 20
 _REPORT_EVERY = 50
 
@@ -26,10 +26,10 @@ class ToyTraining:
     """How toy models are trained.
 
     Attributes:
-        steps: of Adam.
+        steps: number of Adam steps.
         batch_size: fresh inputs per step and model.
-        lr: peak learning rate; it rises over the first 2 % of the steps and falls to nothing over the last `decay`.
-        decay: that share of the steps.
+        lr: peak learning rate; it rises over the first 2 % of the steps and falls to 0 over the last `decay`.
+        decay: share of the steps over which the learning rate falls.
         scale: standard deviation of an initial weight is scale · √(2 / (features + hidden)); 1 is Glorot and Bengio's
             normal initialisation, which Elhage et al. 2022 use.
     """
@@ -43,14 +43,14 @@ class ToyTraining:
 
 @dataclass(frozen=True)
 class ToyModels:
-    """x' = ReLU(W Wᵀ x + b), one for each instance.   Elhage et al. 2022, "Toy Models of Superposition".
+    """x' = ReLU(W Wᵀ x + b), one model per instance.   Elhage et al. 2022, "Toy Models of Superposition".
 
-    Row i of W is the direction in the hidden space of feature i (the paper's W is the transpose).
+    Row i of W is the direction of feature i in the hidden space (the paper's W is the transpose).
 
     Attributes:
         W: directions.
         b: output biases.
-        density: probability p = 1 − S with which a feature is present, one for each instance.
+        density: probability p = 1 − S that a feature is present, one per instance.
         importance: weight I_i of each feature in the loss.
     """
 
@@ -77,7 +77,7 @@ def sample_inputs(
 ) -> Float[Tensor, "instances features batch"]:
     """x_i ~ U[0, 1] with probability p, else 0, independently.
 
-    One uniform number u decides both: where u < p the feature is present, and u / p is then uniform.
+    One uniform number u decides both: if u < p, the feature is present, and u / p is then uniform.
     """
     p = density[:, None, None]
     u = torch.rand(len(density), features, batch_size, generator=generator)
@@ -94,23 +94,23 @@ def train_toy_models(
     training: ToyTraining | None = None,
     *,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: StageProgress | None = None,
 ) -> ToyModels:
-    """Train one model for each instance, each on inputs of its own, to least E Σ_i I_i (x_i − x'_i)².
+    """Train one model per instance, each on its own inputs, to minimise E Σ_i I_i (x_i − x'_i)².
 
-    Everything random follows from the seed, so the same call gives the same weights. Adam works on each weight by
-    itself: no instance feels another.
+    Everything random follows from the seed, so the same call gives the same weights. Adam treats each weight
+    separately, so no instance affects another.
 
     Args:
         density: p of each instance, in (0, 1].
         importance: I_i ≥ 0 of each feature of each instance; its width is the number of features.
         hidden: dimensions m of the hidden space.
-        training: how.
+        training: how the models are trained.
         seed: of initialisation and inputs.
-        progress: called now and then with (inputs seen by all models together, inputs in all).
+        progress: called from time to time with (inputs seen by all models together, total).
 
     Raises:
-        ConfigError: a density that is no probability, an importance below 0, no hidden dimension.
+        ConfigError: a density is not a probability, an importance is below 0, or there is no hidden dimension.
         TrainingError: a weight is not finite.
     """
     training = training or ToyTraining()
@@ -123,9 +123,9 @@ def train_toy_models(
     inputs = torch_generator("toy models: inputs", seed)
     b = torch.zeros(instances, features)
     optimiser = torch.optim.Adam([W, b])
-    of = training.steps * training.batch_size * instances
+    total = training.steps * training.batch_size * instances
     if progress:
-        progress(0, of)
+        progress(0, total)
     for step in range(training.steps):
         x = sample_inputs(density, features, training.batch_size, inputs)
         W.grad, b.grad = loss_gradients(W, b, x, importance)
@@ -133,7 +133,7 @@ def train_toy_models(
             group["lr"] = learning_rate(step, training.steps, training.lr, 0.02, training.decay)
         optimiser.step()
         if progress and ((step + 1) % _REPORT_EVERY == 0 or step + 1 == training.steps):
-            progress((step + 1) * training.batch_size * instances, of)
+            progress((step + 1) * training.batch_size * instances, total)
     if not (W.isfinite().all() and b.isfinite().all()):
         raise TrainingError(f"toy models diverged at lr={training.lr}: lower it")
     return ToyModels(W.detach(), b.detach(), density, importance)
@@ -145,11 +145,11 @@ def loss_gradients(
     x: Float[Tensor, "instances features batch"],
     importance: Float[Tensor, "instances features"],
 ) -> tuple[Float[Tensor, "instances features hidden"], Float[Tensor, "instances features"]]:
-    """Gradients of the batch's mean loss by W and b, written out: with z = W h + b and h = Wᵀ x,
+    """Gradients of the batch's mean loss with respect to W and b. With z = W h + b and h = Wᵀ x,
 
     ∂L/∂z_i = 2 I_i (ReLU(z_i) − x_i) [z_i > 0] / batch =: δ_i,  ∂L/∂W = δ hᵀ + x (Wᵀ δ)ᵀ,  ∂L/∂b = Σ δ.
 
-    Inputs lie by feature, so that every operation runs along the batch.
+    Inputs are laid out by feature, so that every operation runs along the batch.
     """
     h = W.mT @ x
     z = torch.baddbmm(b[:, :, None], W, h)
@@ -160,13 +160,13 @@ def loss_gradients(
 
 @in_own_modes
 def expected_loss(models: ToyModels, points: int = 2048) -> Float[Tensor, " instances"]:
-    """E Σ_i I_i (x_i − x'_i)² of each instance, in float64, without noise from what is present.
+    """E Σ_i I_i (x_i − x'_i)² of each instance, in float64, without noise from which features are present.
 
     The 2ⁿ patterns of present features are summed with their probabilities p^present (1 − p)^absent; within a pattern,
-    magnitudes are the first `points` of a Sobol' sequence, the same for all.
+    magnitudes are the first `points` of a Sobol' sequence, the same for all patterns.
 
     Raises:
-        ConfigError: more than `EXACT_UP_TO` features.
+        ConfigError: there are more than `EXACT_UP_TO` features.
     """
     features = models.W.shape[1]
     if features > EXACT_UP_TO:
@@ -193,7 +193,7 @@ def expected_loss(models: ToyModels, points: int = 2048) -> Float[Tensor, " inst
 
 @in_own_modes
 def best_of_restarts(models: ToyModels, restarts: int) -> tuple[ToyModels, Float[Tensor, " cells"]]:
-    """Of every `restarts` consecutive instances the one of lowest expected loss, and that loss."""
+    """The instance with the lowest expected loss among every `restarts` consecutive ones, and that loss."""
     losses = expected_loss(models).reshape(-1, restarts)
     lowest = losses.min(1)
     return models.select(torch.arange(len(losses)) * restarts + lowest.indices), lowest.values

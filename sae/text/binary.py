@@ -1,4 +1,4 @@
-"""A file in; its bytes out, decompressed. What is damaged or in an encoding other than UTF-8 is refused."""
+"""A file in; its decompressed bytes out. Damaged files and encodings other than UTF-8 are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BYTES_AT_ONCE = 1 << 20
 _BLOCK = 4096
 _STRAY = 256
-"""One NUL in so many bytes is left alone, as other control characters are."""
+"""One NUL in this many bytes is accepted, as other control characters are."""
 _MOST_LZMA_MEMORY = 1 << 30
 _Buffer = bytearray | memoryview
 
@@ -27,12 +27,12 @@ def open_binary(path: Path, packed: str, *, lenient: bool = False) -> io.Buffere
     Args:
         path: the file.
         packed: the suffix of its compression, or "".
-        lenient: take it as versions 0 to 3 of the reading did: with NULs, and without what cannot be read behind the
-            first stream of a .bz2 or .xz.
+        lenient: read it as versions 0 to 3 of the reading did: accept NULs, and ignore unreadable data after the first
+            stream of a .bz2 or .xz.
 
     Raises:
-        DataError: as it is opened or read: NULs as in UTF-16, UTF-32 or what is no text; .zst without pyarrow.
-        OSError, EOFError, zlib.error, lzma.LZMAError: as it is opened or read: it is damaged.
+        DataError: on opening or reading: NULs as in UTF-16, UTF-32 or data other than text; .zst without pyarrow.
+        OSError, EOFError, zlib.error, lzma.LZMAError: on opening or reading: the file is damaged.
     """
     source = _decompressed(path, packed, lenient=lenient)
     return source if lenient else io.BufferedReader(_WithoutNuls(path, source), BYTES_AT_ONCE)
@@ -58,7 +58,7 @@ def _decompressed(path: Path, packed: str, *, lenient: bool) -> io.BufferedIOBas
         try:
             import pyarrow
         except ImportError as error:
-            raise DataError(".zst files need pyarrow, of the package's extra: pip install 'sae[lm]'") from error
+            raise DataError(".zst files need pyarrow, from the package's extra: pip install 'sae[lm]'") from error
         raw = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
         return io.BufferedReader(cast("io.RawIOBase", raw), BYTES_AT_ONCE)
     return path.open("rb")
@@ -69,12 +69,12 @@ def _streams(path: Path, new: Callable[[], BZ2Decompressor | LZMADecompressor], 
 
 
 class _Streams(io.RawIOBase):
-    """Compressed streams after one another, decompressed. Python's own readers take a damaged one for the end.
+    """Consecutive compressed streams, decompressed. Python's own readers take a damaged one for the end.
 
     Args:
         path: the file.
-        new: makes what decompresses one stream.
-        padding: zeros behind a stream are a multiple of so many.
+        new: makes a decompressor for one stream.
+        padding: the number of zeros after a stream must be a multiple of this.
     """
 
     def __init__(self, path: Path, new: Callable[[], BZ2Decompressor | LZMADecompressor], padding: int) -> None:
@@ -91,14 +91,14 @@ class _Streams(io.RawIOBase):
                 data, self._waiting = self._waiting or self._file.read(BYTES_AT_ONCE), b""
                 if not data:
                     raise EOFError("the file ends within a compressed stream")
-            made = self._stream.decompress(data, len(buffer))
-            if made:
-                buffer[: len(made)] = made
-                return len(made)
+            output = self._stream.decompress(data, len(buffer))
+            if output:
+                buffer[: len(output)] = output
+                return len(output)
         return 0
 
     def _begin_next(self) -> bool:
-        """Whether more than zeros follow a stream."""
+        """Begin the next stream; False if only zeros follow."""
         data, zeros = self._stream.unused_data, 0
         while data:
             rest = data.lstrip(b"\0")
@@ -120,7 +120,7 @@ class _Streams(io.RawIOBase):
 
 
 class _WithoutNuls(io.RawIOBase):
-    """A file's bytes as they are, unless many of them are NULs."""
+    """A file's bytes; reading raises DataError if many of them are NULs."""
 
     def __init__(self, path: Path, source: io.BufferedIOBase) -> None:
         self._path, self._source, self._done = path, source, 0
@@ -145,17 +145,17 @@ class _WithoutNuls(io.RawIOBase):
 
 
 def _no_text(path: Path, start: int, block: bytes) -> str:
-    """What NULs in a block of a file mean, and the way out."""
-    found = f"data source {str(path)!r}: NULs from byte {start + block.index(0):,} on"
+    """The message for NULs in a block of a file: what they mean, and the way out."""
+    problem = f"data source {str(path)!r}: NULs from byte {start + block.index(0):,} on"
     encoding = _encoding(block) if start == 0 else None
     if encoding is None:
         share = f"{block.count(0):,} in {len(block):,} bytes"
-        return f"{found}, {share}: this is no text; move the file away, or repair it"
-    return f"{found}: it looks like {encoding}, and UTF-8 is read; convert it: iconv -f {encoding} -t UTF-8"
+        return f"{problem}, {share}: this is not text; move the file away, or repair it"
+    return f"{problem}: it looks like {encoding}, but only UTF-8 is read; convert it: iconv -f {encoding} -t UTF-8"
 
 
 def _encoding(block: bytes) -> str | None:
-    """The encoding in which a file's first bytes would have their NULs where they are."""
+    """The encoding that the NULs in a file's first bytes suggest; None if it is none of UTF-16 and UTF-32."""
     characters = len(block) // 4
     first, second, third, fourth = (block[place::4].count(0) for place in range(4))
     if fourth >= characters > 0 and 2 * third > characters:

@@ -1,4 +1,4 @@
-"""What was found of a source besides the documents that are read; and the lines that say so."""
+"""Counts of a source's entries that are skipped or special, and the lines that report them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sae.printable import printable
+from sae.files.printable import printable
 
 _SEVERAL = {
     "link to a folder": "links to folders",
@@ -18,20 +18,20 @@ _SEVERAL = {
 
 @dataclass
 class Census:
-    """What was found of a source, as far as it was read.
+    """Counts of a source, up to where it was read.
 
     Attributes:
         empty: rows without text.
         duplicates: documents equal to one that was read before.
         hidden: hidden files and folders.
         own: files that this toolkit wrote.
-        irregular: what is no file and no folder that is entered, by kind: links to folders, links to nothing, pipes.
+        irregular: entries that are neither files nor folders to enter, by kind: links to folders, broken links, pipes.
         other_kinds: files of kinds that are not read, by suffix.
         without_column: .json, .csv and .tsv files in a folder that lack the column.
         pretokenised, chats: documents that were token ids, and chats.
-        roles: of the messages of chats that were tokenised.
-        repeated_sections: sections equal to one on the other side of the held-out split, where sections are divided.
-        unit: what the held-out split takes and standard errors count: `document` or `section`.
+        roles: roles of the messages in tokenised chats.
+        repeated_sections: sections equal to one on the other side of the held-out split, if sections are divided.
+        unit: unit of the held-out split and of standard errors: `document` or `section`.
     """
 
     empty: int = 0
@@ -48,40 +48,40 @@ class Census:
     unit: str = "document"
 
     def lines(self, source: str, *, chose_unit: bool) -> list[str]:
-        """What somebody who reads the source should know, a line each; nothing if all of it was read as it is.
+        """Notes for the user, a line each; none if the whole source was read unchanged.
 
         Args:
-            source: what it is called.
-            chose_unit: whether the unit of the held-out split was chosen, not found.
+            source: its name.
+            chose_unit: whether the user chose the unit of the held-out split.
         """
-        found = []
+        notes = []
         if self.unit == "section" and not chose_unit:
-            found.append(
+            notes.append(
                 "it is one document: its sections are divided into training and held-out text, and count as documents "
                 "in standard errors (data.holdout_by=section)"
             )
         if self.duplicates:
-            found.append(f"{_count(self.duplicates, 'document')} equal to one read before, not read again")
+            notes.append(f"{_count(self.duplicates, 'document')} equal to one read before, not read again")
         if self.repeated_sections:
-            found.append(f"{_count(self.repeated_sections, 'section')} equal to one across the held-out split")
+            notes.append(f"{_count(self.repeated_sections, 'section')} equal to one across the held-out split")
         if self.empty:
-            found.append(f"{_count(self.empty, 'row')} without text skipped")
+            notes.append(f"{_count(self.empty, 'row')} without text skipped")
         if self.hidden:
-            found.append(f"{_count(self.hidden, 'hidden file or folder', 'hidden files and folders')} not read")
+            notes.append(f"{_count(self.hidden, 'hidden file or folder', 'hidden files and folders')} not read")
         if self.own:
-            found.append(f"{_count(self.own, 'file')} written by sae not read")
+            notes.append(f"{_count(self.own, 'file')} written by sae not read")
         if self.irregular:
-            found.append(f"not read, being no regular files: {irregular_in_words(self.irregular)}")
+            notes.append(f"not read, being no regular files: {irregular_in_words(self.irregular)}")
         if self.other_kinds:
-            found.append(f"not read, being of other kinds: {kinds_in_words(self.other_kinds)}")
+            notes.append(f"not read, being of other kinds: {kinds_in_words(self.other_kinds)}")
         if self.without_column:
             names = ", ".join(self.without_column[:3]) + (", …" if len(self.without_column) > 3 else "")
-            found.append(f"{_count(len(self.without_column), 'file')} without the column not read ({names})")
-        return [printable(f"data source {source!r}: {line}") for line in found]
+            notes.append(f"{_count(len(self.without_column), 'file')} without the column not read ({names})")
+        return [printable(f"data source {source!r}: {line}") for line in notes]
 
 
 def combined(parts: Sequence[Census]) -> dict[str, Any]:
-    """For a manifest: the counts that are not 0, over all sources; `duplicates` in any case."""
+    """Counts over all sources, for a manifest; only those that are not 0, except `duplicates`."""
     counts = {
         name: sum(getattr(part, name) for part in parts)
         for name in ("duplicates", "empty", "pretokenised", "chats", "repeated_sections")

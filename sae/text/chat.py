@@ -1,4 +1,4 @@
-"""Chats in; their text by the model's chat template, and which characters belong to which role, out."""
+"""Chats in; their text as the model's chat template renders it out, with the characters of each role."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ _SECONDS_TO_START = 120.0
 _MEMORY = 512 << 20
 _LARGEST_ANSWER = 64 << 20
 _MARK = "\ue000"
-"""Begins and ends what stands for a content while its place is sought; a character that no script has."""
+"""Begins and ends the placeholder for a content while its place is determined; a private-use character."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A chat's text; `spans` are the characters of the contents whose roles count, in order."""
+    """A chat's text.
+
+    Attributes:
+        spans: character ranges of the contents whose roles count, in order.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
 
 class ChatTemplate:
-    """A model's chat template, rendered in a process of its own that is ended when it takes too long.
+    """A model's chat template, rendered in a separate process that is ended if it takes too long.
 
     Args:
-        tokenizer: whose template it is.
+        tokenizer: the model's.
 
     Raises:
         DataError: the tokenizer has no chat template.
@@ -54,7 +58,7 @@ class ChatTemplate:
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, chat: Chat, where: str, roles: Collection[str] | None = None) -> Rendered:
-        """The chat's text, and the places of the contents of `roles`; None: of all of it.
+        """The chat's text, with the spans of the contents of `roles`; if None, one span covers the whole text.
 
         Raises:
             DataError: the template refuses the chat, takes too long or too much memory, or changes contents so that
@@ -80,7 +84,7 @@ class ChatTemplate:
             self._process = None
 
     def _by_marks(self, chat: Chat, text: str, where: str) -> list[tuple[int, int]] | None:
-        """Contents replaced by marks show what the template puts around them; checked against the real text."""
+        """Spans found by rendering marks instead of the contents, and checked against the real text."""
         marks = [f"{_MARK}{number}{_MARK}" for number in range(len(chat.messages))]
         if _MARK in text:
             return None
@@ -88,11 +92,11 @@ class ChatTemplate:
         with contextlib.suppress(DataError):
             rest, place, spans = self._text(marked, where), 0, []
             for mark, message in zip(marks, chat.messages, strict=True):
-                before, found, rest = rest.partition(mark)
+                before, separator, rest = rest.partition(mark)
                 content = message["content"]
                 place += len(before)
                 content = content if text.startswith(content, place) else content.strip()
-                if not found or mark in rest or not text.startswith(before, place - len(before)):
+                if not separator or mark in rest or not text.startswith(before, place - len(before)):
                     return None
                 if not text.startswith(content, place):
                     return None
@@ -102,7 +106,7 @@ class ChatTemplate:
         return None
 
     def _by_beginnings(self, chat: Chat, text: str, where: str) -> list[tuple[int, int]] | None:
-        """A message is what the text grows by when it is added, if the text before stays as it is."""
+        """Spans found by adding one message after another, if the text before a message does not change."""
         spans, place = [], 0
         for count in range(1, len(chat.messages) + 1):
             try:
@@ -112,10 +116,10 @@ class ChatTemplate:
             if not text.startswith(beginning) or len(beginning) < place:
                 return None
             content = chat.messages[count - 1]["content"].strip()
-            found = text.find(content, place, len(beginning)) if content else place
-            if found < 0:
+            start = text.find(content, place, len(beginning)) if content else place
+            if start < 0:
                 return None
-            spans.append((found, found + len(content)))
+            spans.append((start, start + len(content)))
             place = len(beginning)
         return spans
 
@@ -132,7 +136,7 @@ class ChatTemplate:
             process.stdin.write(json.dumps(messages, default=str).encode() + b"\n")
             process.stdin.flush()
         except OSError:
-            pass  # it has ended, and gives no line
+            pass  # the process has ended, and there is no line to read
         line, late = self._line(process, self._seconds)
         if not line.endswith(b"\n"):
             self.close()
@@ -158,7 +162,7 @@ class ChatTemplate:
 
     @staticmethod
     def _line(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bool]:
-        """The next line of its output, or less of it; and whether it was ended for taking too long."""
+        """The next line of the process's output, possibly incomplete, and whether it was killed for taking too long."""
         assert process.stdout is not None
         late = threading.Event()
         timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))

@@ -1,8 +1,8 @@
-"""A process of its own that renders chats: a JSON line with a chat in, a JSON line with its text out.
+"""A separate process that renders chats: a JSON line with a chat in, a JSON line with its text out.
 
-Chat templates are programs that come with a model. Jinja's sandbox keeps them from files and the network; that they
-neither run for ever nor fill the memory is seen to here and by the process that waits (`sae.text.chat`). Run as a
-script: it must import nothing of the package, whose libraries would take seconds and a gigabyte.
+Chat templates are programs that come with a model. Jinja's sandbox keeps them from files and the network. This process
+limits their memory, and the waiting process (`sae.text.chat`) their time. It runs as a script and must not import the
+package, whose libraries would take seconds and a gigabyte.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 class _FixedDate:
-    """Some templates print today's date; a text must be the same tomorrow. Llama 3's own default."""
+    """A fixed date for templates that print today's, so that a text is always the same. It is Llama 3's default."""
 
     @staticmethod
     def now() -> Any:
@@ -50,12 +50,12 @@ def _render(library: Any, template: str, variables: dict[str, Any], messages: li
         return {"error": "it needs too much memory"}
     except RecursionError:
         return {"error": "it calls itself too often"}
-    except Exception as error:  # whatever a template does wrong
+    except Exception as error:  # templates can raise anything
         return {"error": " ".join(str(error).split())[:200] or type(error).__name__}
 
 
 def _limit_memory(size: int) -> None:
-    """No more than that beyond what is in use, where the system can say so."""
+    """Limit memory to `size` bytes more than is in use, if the system supports it."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 

@@ -18,18 +18,18 @@ def csv_records(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows below the header, with their numbers from 1.
 
-    If the header has the column, it has it once, and each row must have a field for it, and no more fields than the
-    header. A row may end early behind the column: some programs leave out empty fields at the end.
+    If the header has the column, it must have it only once; each row must have a field for it, and no more fields than
+    the header. A row may end early after the column: some programs leave out empty fields at the end.
 
     Args:
-        content: the text, with its line ends as they are.
+        content: the text, with its original line ends.
         path: the file, for messages.
         column: the column to read.
-        delimiter: what stands between cells.
+        delimiter: separates cells.
         reading: version of how text is read.
 
     Raises:
-        DataError: a row does not fit the header or is too long, the column is there twice, or a quote is not closed.
+        DataError: a row does not fit the header or is too long, the column is repeated, or a quote is not closed.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     lines = _Lines(path, content, most_in_record(reading))
@@ -40,10 +40,10 @@ def csv_records(
         lines.begin_record()
         for number, row in enumerate(rows, 1):
             if column in row and None in row:
-                called = "tab" if delimiter == "\t" else "comma"
+                separator = "tab" if delimiter == "\t" else "comma"
                 raise DataError(
                     f"data source {str(path)!r}: line {rows.line_num} has more fields than the header; put text with a "
-                    f"{called} in quotes"
+                    f"{separator} in quotes"
                 )
             if column in row and row[column] is None:
                 raise DataError(
@@ -58,8 +58,8 @@ def csv_records(
                 f"data source {str(path)!r}: line {lines.first} is not CSV: a double quote begins a cell, and none "
                 "closes it; close it, or double it and put the cell in quotes"
             ) from error
-        begun = f"; its row begins with line {lines.first}" if lines.last > lines.first else ""
-        raise DataError(f"data source {str(path)!r}: line {lines.last} is not CSV ({error}){begun}") from error
+        start = f"; its row begins with line {lines.first}" if lines.last > lines.first else ""
+        raise DataError(f"data source {str(path)!r}: line {lines.last} is not CSV ({error}){start}") from error
 
 
 class _Lines:
@@ -73,16 +73,16 @@ class _Lines:
     def __init__(self, path: Path, content: io.TextIOWrapper, most: int) -> None:
         self.first, self.ended = 1, False
         self._path, self._content, self._most = path, content, most
-        self.last = self._held = 0
+        self.last = self._length = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._content.readline(self._most - self._held + 1)
-        self._held += len(line)
+        line = self._content.readline(self._most - self._length + 1)
+        self._length += len(line)
         self.last += 1
-        if self._held > self._most:
+        if self._length > self._most:
             problem = too_long(self._path, f"the record from line {self.first} on", "characters")
             raise DataError(f"{problem}; if it should be shorter, a double quote that begins a cell is not closed")
         if not line:
@@ -91,5 +91,5 @@ class _Lines:
         return line
 
     def begin_record(self) -> None:
-        """The next line is another record's."""
-        self.first, self._held = self.last + 1, 0
+        """Begin another record with the next line."""
+        self.first, self._length = self.last + 1, 0

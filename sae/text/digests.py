@@ -1,4 +1,4 @@
-"""A set of hashes in 16 bytes each: which documents have been read."""
+"""Sets of 16-byte hashes, which tell whether a document has been read before."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sae.text.document import Chat, LongText, TokenIds, digest_of, digest_of_pie
 
 _RECENT = 1 << 16
 _LONG = 1_000_000
-"""Characters that a text is first known by."""
+"""Characters of a text's beginning that are compared first."""
 
 
 class DigestSet:
-    """Hashes of 16 bytes, sorted in one array but for the newest, which are merged into it as they become many."""
+    """A set of 16-byte hashes: a sorted array, and the newest, which are merged into it as they become many."""
 
     def __init__(self) -> None:
         self._sorted = np.empty(0, dtype="S16")
@@ -32,7 +32,7 @@ class DigestSet:
         return place < len(self._sorted) and bool(self._sorted[place] == np.bytes_(digest))
 
     def add(self, digest: bytes) -> bool:
-        """Whether it was not there; now it is."""
+        """Add a hash; False if it was there already."""
         if digest in self:
             return False
         self._recent.add(digest)
@@ -44,15 +44,15 @@ class DigestSet:
 
 
 class ReadTexts:
-    """Which contents have been read. Of long texts the beginnings; all of one only where two begin alike.
+    """Contents that have been read. Long texts are compared by their beginnings, and in full only if these agree.
 
-    Texts are equal if they are so without a byte order mark, with line ends as '\\n', and without space around them;
-    lists of ids and chats if `form` makes them equal.
+    Texts are equal if they agree without a byte order mark, with line ends as '\\n', and without surrounding space;
+    lists of ids and chats are equal if their `form` is.
 
     Args:
-        form: what a list of ids or a chat is compared by. A chat may become a text, and is then equal to that text.
-        exactly: no differences between texts are allowed for, and a text that is read in pieces never equals one that
-            is not: what version 1 of the reading (`sae.text.document.READING`) did.
+        form: converts a list of ids or a chat for comparison. A chat may become a text, and then equals that text.
+        exactly: compare texts without normalising them, and never a text read in pieces with one that is not, as
+            version 1 of the reading did (`sae.text.document.READING`).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ReadTexts:
         self._long: dict[bytes, list[_Long]] = {}
 
     def add(self, content: str | LongText | TokenIds | Chat) -> bool:
-        """Whether it had not been read; from now on it has."""
+        """Add a content; False if an equal one has been read already."""
         if isinstance(content, TokenIds | Chat):
             content = self._form(content)
         if isinstance(content, TokenIds | Chat) or (self._exactly and isinstance(content, str)):
@@ -81,10 +81,10 @@ class ReadTexts:
 
 
 class _Long:
-    """A long text, of which nothing is held: a text that can be read again is hashed when another begins alike.
+    """A long text that is not kept in memory. If it can be read again, it is hashed only when another begins alike.
 
     Attributes:
-        place: the file that it is all of; None: unknown.
+        place: the file whose whole content it is; None if unknown.
     """
 
     def __init__(self, content: str | LongText, exactly: bool) -> None:
@@ -106,12 +106,12 @@ class _Long:
 
 
 def normalised_digest(pieces: Iterable[str]) -> bytes:
-    """What texts have in common that are equal but for line ends, a byte order mark and space around them."""
+    """A hash that is the same for texts that differ only in line ends, a byte order mark and surrounding space."""
     return digest_of_pieces(_normalised(pieces), stripped=True)
 
 
 def _normalised(pieces: Iterable[str]) -> Iterator[str]:
-    """A text's pieces without byte order mark, with line ends as '\\n', and without space before the whole."""
+    """A text's pieces without byte order mark, with line ends as '\\n', and without space at the text's beginning."""
     lines = io.IncrementalNewlineDecoder(None, translate=True)
     begun = False
     for number, piece in enumerate(itertools.chain(pieces, [None])):
@@ -124,7 +124,7 @@ def _normalised(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _beginning(content: str | LongText) -> str:
-    """The first `_LONG` characters, normalised and without space after the whole; all of a shorter text."""
+    """The first `_LONG` characters, normalised and without space at the text's end; all of a shorter text."""
     if isinstance(content, LongText):
         text = _first(_normalised([content.beginning]), _LONG)
         return text if len(text) == _LONG else _first(_normalised(content.pieces()), _LONG)
@@ -132,11 +132,11 @@ def _beginning(content: str | LongText) -> str:
 
 
 def _first(pieces: Iterator[str], characters: int) -> str:
-    """A text's first characters, without space that ends the whole text; no more than those are held."""
+    """A text's first characters, without space at the text's end; no more than these are held in memory."""
     text = ""
     for piece in pieces:
-        taken = piece[: characters - len(text)]
-        text += taken
-        if len(text) == characters and (not text[-1].isspace() or piece[len(taken) :].strip()):
+        head = piece[: characters - len(text)]
+        text += head
+        if len(text) == characters and (not text[-1].isspace() or piece[len(head) :].strip()):
             return text
     return text.rstrip()

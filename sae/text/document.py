@@ -17,25 +17,26 @@ from sae.errors import DataError
 READING = 4
 """Version of how text is read.
 
-0: equal documents were read as often as they came, 1: only documents equal to the last character counted as equal, and
-a byte order mark was part of a .txt or .md file's text, 2: lists of ids and chats were equal only to the last entry,
-lists written as text were looked for in .csv and .tsv files alone, and files that the toolkit wrote were read as text,
-3: files full of NULs were text, what could not be read behind a stream of a .bz2 or .xz was left out, the last of keys
-or columns of one name was read, and a record could have any length, 4: see `sae.text.digests.ReadTexts`,
-`sae.text.written_lists`, `sae.text.own_files`, `sae.text.binary` and `sae.text.limits`.
+0: equal documents were read every time. 1: documents had to be identical to count as equal, and a byte order mark was
+part of a .txt or .md file's text. 2: lists of ids and chats had to be identical to count as equal, only .csv and .tsv
+files were checked for lists written as text, and files that the toolkit wrote were read as text. 3: files full of NULs
+were text, unreadable data after a stream of a .bz2 or .xz was ignored, the last of several keys or columns with the
+same name was read, and a record could have any length. 4: see `sae.text.digests.ReadTexts`, `sae.text.written_lists`,
+`sae.text.own_files`, `sae.text.binary` and `sae.text.limits`.
 """
 _ROLES_OF_FROM = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-"""Roles that the form {from, value} calls by other names."""
+"""Roles that have other names in the form {from, value}."""
 _READ_BY_TEMPLATES = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking"}
 _DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
 class LongText:
-    """A text too long to be held whole; `pieces()` reads it from the beginning, each time anew.
+    """A text too long to hold in memory.
 
     Attributes:
-        place: what tells apart two files: device and inode. None: unknown.
+        pieces: each call reads the text from its beginning.
+        place: identifies the file: device and inode; None if unknown.
         beginning: its first characters.
     """
 
@@ -46,14 +47,14 @@ class LongText:
 
 @dataclass(frozen=True, eq=False)
 class TokenIds:
-    """A text that is tokens already."""
+    """A text that is already tokenised."""
 
     ids: Int[np.ndarray, " tokens"]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A list of messages as a chat template takes them: `role`, `content`, and what else they had."""
+    """A list of messages as a chat template takes them, with `role`, `content` and all other keys."""
 
     messages: tuple[dict[str, Any], ...]
 
@@ -68,17 +69,17 @@ Content = str | LongText | TokenIds | Chat
 
 @dataclass(frozen=True)
 class Document:
-    """What was read, and the name it is known by: the name decides on which side of the held-out split it falls."""
+    """A content and its name, which decides on which side of the held-out split it falls."""
 
     name: str
     text: Content
 
 
 def read_value(value: Any, column: str, where: str) -> Content:
-    """What a row holds in its column: text, a list of token ids, or a list of messages; "" for nothing.
+    """Convert a cell to text, token ids or a chat; an empty cell gives "".
 
     Args:
-        value: as the file's reader gives it.
+        value: the cell, as the file's reader gives it.
         column: the column's name, for messages.
         where: the row, for messages.
 
@@ -105,7 +106,7 @@ def read_value(value: Any, column: str, where: str) -> Content:
 
 
 def is_empty(content: Content) -> bool:
-    """Whether there is nothing to read in it."""
+    """Whether a content has nothing to read."""
     if isinstance(content, str):
         return not content.strip()
     if isinstance(content, TokenIds):
@@ -114,15 +115,17 @@ def is_empty(content: Content) -> bool:
 
 
 def essential(content: TokenIds | Chat) -> TokenIds | Chat:
-    """A chat with only what chat templates read of its messages; a list of ids as it is."""
+    """A chat with only those keys of its messages that chat templates read; a list of ids unchanged."""
     if isinstance(content, TokenIds):
         return content
     messages = content.messages
-    return Chat(tuple({key: part for key, part in one.items() if key in _READ_BY_TEMPLATES} for one in messages))
+    return Chat(
+        tuple({key: part for key, part in message.items() if key in _READ_BY_TEMPLATES} for message in messages)
+    )
 
 
 def digest_of(content: str | TokenIds | Chat) -> bytes:
-    """Equal for equal contents of one kind only."""
+    """A hash of a content, equal only for equal contents of the same kind."""
     if isinstance(content, str):
         kind, data = b"", content.encode()
     elif isinstance(content, TokenIds):
@@ -133,7 +136,7 @@ def digest_of(content: str | TokenIds | Chat) -> bytes:
 
 
 def digest_of_pieces(pieces: Iterable[str], *, stripped: bool = False) -> bytes:
-    """`digest_of` a text that comes in pieces; with `stripped`, of that text without space at its end."""
+    """`digest_of` for a text that comes in pieces; with `stripped`, without the space at its end."""
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     ended = digest.copy()
     for piece in pieces:
@@ -147,10 +150,10 @@ def digest_of_pieces(pieces: Iterable[str], *, stripped: bool = False) -> bytes:
 
 def _token_ids(value: Sequence[int], column: str, where: str) -> TokenIds:
     if min(value) < 0 or max(value) >= 2**31:
-        wrong = next(entry for entry in value if not 0 <= entry < 2**31)
+        invalid = next(entry for entry in value if not 0 <= entry < 2**31)
         raise DataError(
-            f"data source {where}: column {column!r} holds a list with {wrong}, which is no token id; choose another "
-            "data.column"
+            f"data source {where}: column {column!r} holds a list with {invalid}, which is not a token id; choose "
+            "another data.column"
         )
     return TokenIds(np.array(value, dtype=np.int32))
 
@@ -177,7 +180,7 @@ def _chat(value: Sequence[Mapping[str, Any]], column: str, where: str) -> Chat:
 
 
 def _joined_parts(content: Any) -> Any:
-    """The text of contents that are lists of text parts; others as they are."""
+    """The text of a content that is a list of text parts; any other content unchanged."""
     if not isinstance(content, list | tuple) or not content:
         return content
     texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
@@ -187,7 +190,7 @@ def _joined_parts(content: Any) -> Any:
 
 
 def kind_of_value(value: Any) -> str:
-    """What a value is, in words, with a glimpse of it."""
+    """A description of a value: its kind, and an excerpt."""
     if isinstance(value, bool):
         return f"a truth value ({value})"
     if isinstance(value, int | float):

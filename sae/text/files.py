@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
-from sae.paths import name_of
+from sae.files.paths import name_of
 from sae.text.binary import open_binary
 from sae.text.census import Census, irregular_in_words, kinds_in_words
 from sae.text.csv_records import csv_records
@@ -28,7 +28,7 @@ from sae.text.written_lists import without_written_lists
 
 try:
     from lzma import LZMAError
-except ImportError:  # a Python that was built without it reads no .xz
+except ImportError:  # a Python built without lzma reads no .xz
     LZMAError = EOFError
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -41,11 +41,11 @@ _LINKED, _CLOSED = "link to a folder", "folder that cannot be opened"
 _HELD_WHOLE = 4_000_000
 _BYTES_AT_ONCE = 1 << 20
 _DAMAGED = (OSError, EOFError, zlib.error, LZMAError)
-"""What reading a file raises if it is damaged."""
+"""Errors that reading a damaged file raises."""
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """Suffix that says how a file is read, and that of its compression, both in small letters; "" for none."""
+    """The suffix that decides how a file is read, and that of its compression, in lower case; "" for none."""
     name = path.name.lower()
     packed = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     suffix = Path(name.removesuffix(packed)).suffix
@@ -56,11 +56,11 @@ def kind_of(path: Path) -> tuple[str, str]:
 def list_folder(folder: Path, census: Census | None = None, *, reading: int = READING) -> list[Path]:
     """Files of a folder and its subfolders that can be read, in the order of their paths.
 
-    Left out and counted are hidden files and folders, files that this toolkit wrote, links to folders, and what is no
-    regular file.
+    Hidden files and folders, files that this toolkit wrote, links to folders, and entries that are not regular files
+    are left out and counted.
 
     Raises:
-        DataError: there is none.
+        DataError: no file can be read.
     """
     census = census or Census()
     files, kinds = [], Counter[str]()
@@ -85,7 +85,7 @@ def list_folder(folder: Path, census: Census | None = None, *, reading: int = RE
 
 
 def _irregular(path: Path) -> str:
-    """What stands in a file's place."""
+    """The kind of an entry that is not a regular file."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -114,8 +114,8 @@ def read_folder(
 ) -> Iterator[Document]:
     """Documents of a folder's files, named by their paths in it.
 
-    A .json, .csv or .tsv file without the column is left out, unless there is nothing else: such files often lie
-    there for something else.
+    A .json, .csv or .tsv file without the column is left out, unless there is nothing else: such files often serve
+    other purposes.
 
     Raises:
         DataError: no file can be read, or one is damaged.
@@ -145,12 +145,12 @@ def read_file(path: Path, name: str, column: str, *, reading: int = READING) -> 
 
     Args:
         path: the file.
-        name: what its documents' names begin with.
+        name: prefix of its documents' names.
         column: the field to read, in all but .txt and .md files.
         reading: version of how text is read.
 
     Raises:
-        DataError: it is of no kind that can be read, damaged, lacks the column, or the column holds lists as text.
+        DataError: the file is of an unsupported kind, damaged, lacks the column, or the column holds lists as text.
     """
     kind, _ = kind_of(path)
     if not kind:
@@ -174,10 +174,10 @@ class MissingColumnError(DataError):
 
 
 def field_of(record: Any, column: str, where: str, row: int) -> Any:
-    """What a record holds in its column.
+    """The content of a record's column.
 
     Raises:
-        DataError: it lacks the column, has it twice, or holds what is no text.
+        DataError: the record lacks the column, has it twice, or holds something other than text, token ids or a chat.
     """
     if not isinstance(record, dict) or column not in record:
         raise MissingColumnError(where, column, list(map(str, record)) if isinstance(record, dict) else [], row)
@@ -190,7 +190,7 @@ def decoded(path: Path, *, reading: int = READING) -> Iterator[str]:
     """A file's text in pieces of about a million characters, with line ends as '\\n' and without byte order mark.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8; the message says at which byte.
+        DataError: the file cannot be read, or is not UTF-8; the message names the byte.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
@@ -219,12 +219,12 @@ def _opened(path: Path, reading: int) -> io.BufferedIOBase:
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> str:
-    """What is wrong with a text file's bytes."""
+    """The message for a text file that is not UTF-8."""
     return f"data source {str(path)!r}: not UTF-8 text ({error.reason} at byte {before + error.start})"
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """Why a file cannot be read."""
+    """The message for a file that cannot be read."""
     reason = (
         (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
     )
@@ -232,16 +232,16 @@ def unreadable(path: Path, error: Exception) -> str:
 
 
 def _text(path: Path, name: str, reading: int) -> Iterator[Document]:
-    pieces, held, characters = decoded(path, reading=reading), [], 0
+    pieces, beginning, characters = decoded(path, reading=reading), [], 0
     for piece in pieces:
-        held.append(piece)
+        beginning.append(piece)
         characters += len(piece)
         if characters > _HELD_WHOLE:
             stat = path.stat()
             again = functools.partial(decoded, path, reading=reading)
-            yield Document(name, LongText(again, (stat.st_dev, stat.st_ino), "".join(held)))
+            yield Document(name, LongText(again, (stat.st_dev, stat.st_ino), "".join(beginning)))
             return
-    yield Document(name, "".join(held))
+    yield Document(name, "".join(beginning))
 
 
 def _records(path: Path, name: str, column: str, reading: int) -> Iterator[tuple[str, Document]]:
@@ -276,12 +276,12 @@ def _jsonl(path: Path, _: str, reading: int) -> Iterator[tuple[int, str, Any]]:
 
 
 def _made_by(reading: int) -> Callable[[list[tuple[str, Any]]], dict[str, Any]] | None:
-    """What makes an object of its keys and values: older versions took the last value of each key."""
+    """Hook that makes an object from its keys and values; older versions took the last value of each key."""
     return object_of if reading >= 4 else None
 
 
 def _json(path: Path, _: str, reading: int) -> Iterator[tuple[int, str, Any]]:
-    """Records of a list, of one object, or of lines with an object each: all three are called .json."""
+    """Records of a list, of one object, or of lines with an object each: .json files hold any of these."""
     number = 0
     try:
         pieces = decoded(path, reading=reading)
@@ -325,7 +325,7 @@ def _parquet(path: Path, name: str, column: str, reading: int) -> Iterator[tuple
 
 
 def reason_of(error: Exception) -> str:
-    """What is wrong, as a parser says, in one short line."""
+    """A parser's error message as one short line."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     reason = error.msg if isinstance(error, json.JSONDecodeError) else getattr(error, "reason", None)

@@ -1,4 +1,4 @@
-"""A local source in, a hash of its files out: whether text is the text that it was."""
+"""A local source in; a hash of its files out, which shows whether the text has changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from sae.paths import expanded
+from sae.files.paths import expanded
 from sae.text.document import READING
 from sae.text.files import list_folder
 
@@ -15,11 +15,11 @@ _PIECE = 1 << 16
 
 
 def source_fingerprint(source: str, *, reading: int = READING) -> str | None:
-    """A hash of the names, sizes and contents of a file's or folder's texts; None if there is neither.
+    """A hash of the names, sizes and contents of a file's or folder's texts; None if the source is neither.
 
-    Names are those inside the folder, so it does not matter where the folder lies. Of more than 256 MiB in all, three
-    pieces of each file are hashed instead of all of it. The version of how text is read, `reading`, decides which of a
-    folder's files are texts.
+    Names are relative to the folder, so its location does not matter. If the total exceeds 256 MiB, three pieces of
+    each file are hashed instead of all of it. `reading`, the version of how text is read, decides which files of a
+    folder are texts.
     """
     path = expanded(source)
     if path.is_file():
@@ -38,13 +38,13 @@ def source_fingerprint(source: str, *, reading: int = READING) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _hash(files: tuple[Path, ...], names: tuple[str, ...], stats: tuple[tuple[int, int, int], ...]) -> str:
-    """`stats` also tell whether the answer from before still holds."""
+    """The hash, cached as long as `stats` stay the same."""
     digest = hashlib.sha256()
-    whole = sum(size for size, _, _ in stats) <= _HASHED_WHOLE
+    hash_all = sum(size for size, _, _ in stats) <= _HASHED_WHOLE
     for file, name, (size, _, _) in zip(files, names, stats, strict=True):
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         with file.open("rb") as content:
-            if whole or size <= 3 * _PIECE:
+            if hash_all or size <= 3 * _PIECE:
                 while data := content.read(1 << 20):
                     digest.update(data)
             else:

@@ -1,4 +1,4 @@
-"""JSON text in pieces in; its records out, one at a time: a list's entries, objects in lines, or one object."""
+"""Pieces of JSON text in; its records out, one at a time: a list's entries, objects in lines, or one object."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _SPACE = " \t\r\n"
 
 
 class LongRecordError(Exception):
-    """A record has more characters than it may have."""
+    """A record has more characters than are allowed."""
 
 
 class Repeated(dict[str, Any]):
-    """An object that had a key more than once, with the last value of each."""
+    """An object with repeated keys, each with its last value."""
 
     keys_twice: frozenset[str]
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object from its keys and values; `Repeated` if a key is there twice."""
-    made = dict(pairs)
-    if len(made) == len(pairs):
-        return made
-    repeated, keys = Repeated(made), [key for key, _ in pairs]
+    """A JSON object from its keys and values; `Repeated` if a key is repeated."""
+    record = dict(pairs)
+    if len(record) == len(pairs):
+        return record
+    repeated, keys = Repeated(record), [key for key, _ in pairs]
     repeated.keys_twice = frozenset(key for key, count in Counter(keys).items() if count > 1)
     return repeated
 
 
 def key_there_twice(record: dict[str, Any], key: str) -> str | None:
-    """A key that is read and that a record, or a message in what it holds there, had more than once."""
+    """The key if the record repeats it, or else a key that a message in its value repeats; None if there is none."""
     if isinstance(record, Repeated) and key in record.keys_twice:
         return key
     value = record[key]
@@ -49,14 +49,14 @@ def json_records(
     pieces: Iterator[str], most: int = sys.maxsize,
     object_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Iterator[Any]:  # fmt: skip
-    """Records of a JSON text that is a list, one value, or several values after one another.
+    """Records of a JSON text that is a list, one value, or several consecutive values.
 
     Only one record is held in memory, and the piece that it ends in.
 
     Args:
         pieces: the text.
-        most: characters that a record may have.
-        object_pairs: makes an object from its keys and values; None: a dict.
+        most: maximum characters of a record.
+        object_pairs: makes an object from its keys and values; None makes a dict.
 
     Raises:
         LongRecordError: a record has more than `most` characters.
@@ -84,14 +84,14 @@ def json_records(
 
 
 class _Buffer:
-    """Text that is read as far as it is needed, and dropped as it is parsed."""
+    """Text that is read as it is needed, and dropped once it is parsed."""
 
     def __init__(self, pieces: Iterator[str], most: int, object_pairs: Callable[..., Any] | None) -> None:
         self._pieces, self._most, self._decoder = pieces, most, json.JSONDecoder(object_pairs_hook=object_pairs)
         self._text, self._place, self._ended = "", 0, False
 
     def next_character(self) -> str:
-        """The next that is not space, or nothing at the end."""
+        """The next character that is not space; "" at the end."""
         while True:
             while self._place < len(self._text) and self._text[self._place] in _SPACE:
                 self._place += 1
@@ -104,26 +104,26 @@ class _Buffer:
         self._place += 1
 
     def value(self) -> Any:
-        """The next value. While it seems unfinished twice as much is read, so long values cost little more."""
+        """The next value. While it seems incomplete, twice as much is read, so long values cost little more."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._place)
             except json.JSONDecodeError:
-                held = len(self._text) - self._place
-                if held > self._most:
+                available = len(self._text) - self._place
+                if available > self._most:
                     raise LongRecordError from None
-                if not self._more(min(held, self._most + 1 - held)):
+                if not self._more(min(available, self._most + 1 - available)):
                     raise
                 continue
             if end - self._place > self._most:
                 raise LongRecordError
             if end == len(self._text) and self._more():
-                continue  # a number may go on in the next piece
+                continue  # a number may continue in the next piece
             self._place = end
             return value
 
     def _more(self, characters: int = 1) -> bool:
-        """Read at least so many more characters; False at the end."""
+        """Read at least this many more characters; False at the end."""
         new, length = [], 0
         while not self._ended and length < max(1, characters):
             piece = next(self._pieces, None)

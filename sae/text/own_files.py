@@ -1,8 +1,8 @@
-"""A folder's names in; those of files that this toolkit wrote out, which are no text although they may be .md or .json.
+"""A folder's names in; those of files that this toolkit wrote out. They are not text, even if they are .md or .json.
 
 Run folders often lie below the texts that they are made from. A file is the toolkit's if a `SHA256SUMS` of the toolkit
-lists it. Without a list, in a folder that a kill left half written or that is older than the lists, names that only
-occur together in such folders tell.
+lists it. If there is no list, because the folder is incomplete after a kill or older than the lists, combinations of
+names that occur only in such folders identify it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from sae import hashes
 from sae.errors import SaeError
+from sae.files.damage import SUMS
+from sae.files.sums import is_users, read_sums
+from sae.files.temporary import is_leftover
 
 _SHARD = re.compile(r"(train|held_out)-\d+\.safetensors")
 _IN_A_RUN = ("activations/manifest.json", "dictionary/weights.safetensors")
@@ -28,27 +30,27 @@ _TOGETHER = (
 
 
 def own_names(folder: Path, subfolders: Collection[str], names: Collection[str]) -> set[str]:
-    """Names in a folder of files that this toolkit wrote.
+    """Names of the files in a folder that this toolkit wrote.
 
     Args:
-        folder: where it is.
+        folder: its path.
         subfolders: names of the folders in it.
         names: all other names in it.
     """
-    there = set(names)
-    own = {name for name in there if hashes.is_leftover(name) and name != hashes.SUMS}
-    own |= {name for name in there if _SHARD.fullmatch(name)}
-    if hashes.SUMS in there and not _is_users(folder):
-        own |= {hashes.SUMS, *_listed(folder)}
+    present = set(names)
+    own = {name for name in present if is_leftover(name) and name != SUMS}
+    own |= {name for name in present if _SHARD.fullmatch(name)}
+    if SUMS in present and not _is_users(folder):
+        own |= {SUMS, *_listed(folder)}
     if "manifest.json" in own or ("tokens" in subfolders and _has_shards(folder / "tokens")):
         own |= {"manifest.json", "documents.json"}  # a cache, whose manifest has the hash of the other
-    if "config.yaml" in there and any((folder / name).is_file() for name in _IN_A_RUN):
-        own |= {name for name in there if _FILES_OF_A_RUN.fullmatch(name)}
+    if "config.yaml" in present and any((folder / name).is_file() for name in _IN_A_RUN):
+        own |= {name for name in present if _FILES_OF_A_RUN.fullmatch(name)}
     if "config.yaml" in own:
-        own |= {"metrics.jsonl"}  # in no list while it grows
+        own |= {"metrics.jsonl"}  # not listed while it grows
     for files in _TOGETHER:
-        own |= files if files <= there else set()
-    return own & there
+        own |= files if files <= present else set()
+    return own & present
 
 
 def _has_shards(folder: Path) -> bool:
@@ -59,13 +61,13 @@ def _has_shards(folder: Path) -> bool:
 
 def _is_users(folder: Path) -> bool:
     try:
-        return hashes.is_users(folder)
+        return is_users(folder)
     except SaeError:
         return True
 
 
 def _listed(folder: Path) -> set[str]:
     try:
-        return set(hashes.read_sums(folder))
+        return set(read_sums(folder))
     except SaeError:
         return set()

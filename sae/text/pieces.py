@@ -1,9 +1,9 @@
-"""A long text in pieces in; the tokens that it has in one piece out, with bounded memory.
+"""A long text in pieces in; the tokens of the whole text out, with bounded memory.
 
-The text is tokenised in windows that overlap. Two are joined where both have the same tokens at the same places, in
-the same words: a run of at least `_AGREEING` before the seam and as many after it. What stands left of the run then has
-no effect on the right window, nor what stands right of it on the left one. A window begins where the one before has a
-word's or a token's beginning, so that text without spaces (digits in threes, a letter a thousand times) is cut in step.
+The text is tokenised in overlapping windows. Two are joined where both have the same tokens at the same places, in the
+same words: a run of at least `_AGREEING` before the seam and as many after it. Text left of the run then has no effect
+on the right window, nor text right of it on the left one. A window begins at the beginning of a word or token of the
+window before, so that text without spaces (digits in threes, a letter a thousand times) is cut in step.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jaxtyping import Int
 from sae.errors import DataError
 
 WHOLE = 500_000
-"""Characters of a text that is tokenised in one go: some 200 bytes of memory each."""
-_WINDOW = 196_613  # a prime: windows over equal words should not end in step by chance
+"""Maximum characters of a text that is tokenised at once: some 200 bytes of memory each."""
+_WINDOW = 196_613  # a prime, so that windows over equal words do not end in step by chance
 _OVERLAPS = (4_093, 16_381, 65_521)
 _AGREEING = 16
 
@@ -29,8 +29,8 @@ class Window:
     """Tokens of the characters from `start` to `end`.
 
     Attributes:
-        places: of each token the first character, the end, the id, whether it begins a word of the pre-tokenizer, and
-            how many tokens before it are equal in all these (the bytes of one character can be).
+        places: for each token its start and end (in characters), its id, whether it begins a word of the pre-tokenizer,
+            and how many tokens directly before it are equal in all these (as the bytes of one character can be).
     """
 
     start: int
@@ -39,28 +39,28 @@ class Window:
 
 
 def token_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[Int[np.ndarray, " tokens"]]:
-    """Token ids of a text without special tokens, part after part; `pieces` are read as far as the parts need them.
+    """Token ids of a text without special tokens, part by part; `pieces` are read as the parts need them.
 
     Args:
         tokenizer: a fast one.
         pieces: the text.
-        name: what the text is called in messages.
+        name: name of the text in messages.
 
     Raises:
-        DataError: the tokenizer does not say where its tokens stand, or two windows agree nowhere.
+        DataError: the tokenizer does not give the positions of its tokens, or two windows agree nowhere.
     """
     for places in placed_parts(tokenizer, pieces, name):
         yield places[:, 2].astype(np.int32)
 
 
 def placed_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[Int[np.ndarray, "tokens 5"]]:
-    """`token_parts` with the places of tokens, as `Window` has them.
+    """As `token_parts`, with the places of tokens as in `Window`.
 
     Raises:
         DataError: as `token_parts`.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError(_no_parts(name, "the tokenizer does not say where its tokens stand"))
+        raise DataError(_no_parts(name, "the tokenizer does not give the positions of its tokens"))
     text = _Text(iter(pieces))
     left, first = encode(tokenizer, text.between(0, _WINDOW), 0), 0
     while not text.ends_at(left.end):
@@ -79,43 +79,43 @@ def placed_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[I
 
 
 class _Text:
-    """A text of which only what is needed is held. Places are characters from its beginning."""
+    """A text of which only the needed part is held. Places are counted in characters from its beginning."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces, self._held, self._dropped, self._ended = pieces, "", 0, False
+        self._pieces, self._buffer, self._dropped, self._ended = pieces, "", 0, False
 
     def between(self, start: int, end: int) -> str:
         """The characters from `start` to `end`, or to the text's end."""
-        parts, held = [self._held], self._dropped + len(self._held)
-        while held < end and not self._ended:
+        parts, available = [self._buffer], self._dropped + len(self._buffer)
+        while available < end and not self._ended:
             piece = next(self._pieces, None)
             if piece is None:
                 self._ended = True
             else:
                 parts.append(piece)
-                held += len(piece)
-        self._held = "".join(parts)
-        return self._held[start - self._dropped : end - self._dropped]
+                available += len(piece)
+        self._buffer = "".join(parts)
+        return self._buffer[start - self._dropped : end - self._dropped]
 
     def ends_at(self, place: int) -> bool:
         """Whether no character follows."""
         return not self.between(place, place + 1)
 
     def drop(self, before: int) -> None:
-        """Forget what stands before that place."""
-        self._held, self._dropped = self._held[before - self._dropped :], before
+        """Forget the text before that place."""
+        self._buffer, self._dropped = self._buffer[before - self._dropped :], before
 
 
 def encode(tokenizer: Any, part: str, start: int) -> Window:
-    """A part of a text, of which the first character is the text's `start`-th. The tokenizer is a fast one."""
-    found = tokenizer(
+    """Tokenise the part of a text that begins with its `start`-th character. The tokenizer is a fast one."""
+    encoded = tokenizer(
         part, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
     )
-    places = np.zeros((len(found["input_ids"]), 5), dtype=np.int64)
+    places = np.zeros((len(encoded["input_ids"]), 5), dtype=np.int64)
     if len(places):
-        places[:, :2] = np.asarray(found["offset_mapping"], dtype=np.int64) + start
-        places[:, 2] = found["input_ids"]
-        words = np.array([-1 if word is None else word for word in found.word_ids()])
+        places[:, :2] = np.asarray(encoded["offset_mapping"], dtype=np.int64) + start
+        places[:, 2] = encoded["input_ids"]
+        words = np.array([-1 if word is None else word for word in encoded.word_ids()])
         places[1:, 3] = words[1:] != words[:-1]
     repeated = np.flatnonzero((places[1:] == places[:-1]).all(1)) + 1
     for number in repeated:
@@ -126,7 +126,7 @@ def encode(tokenizer: Any, part: str, start: int) -> Window:
 def _start_of_next(left: Window, overlap: int) -> int:
     """Where the next window begins: with a word of the left one, about `overlap` characters before its end.
 
-    With any token where no word begins near there, as in a text without spaces.
+    It begins with any token if no word begins nearby, as in a text without spaces.
     """
     place = left.end - overlap
     following = left.places[left.places[:, 0] >= place]
@@ -135,19 +135,19 @@ def _start_of_next(left: Window, overlap: int) -> int:
 
 
 def seam_of(left: Window, right: Window) -> tuple[int, int] | None:
-    """The middle of the longest run of equal tokens: its number in each window; None where none is long enough."""
+    """The middle of the longest run of equal tokens, as its index in each window; None if no run is long enough."""
     begin = int(np.searchsorted(left.places[:, 0], right.start))
     numbers = {
         tuple(place): number for number, place in enumerate(right.places[right.places[:, 0] < left.end].tolist())
     }
     partners = np.array([numbers.get(tuple(place), -1) for place in left.places[begin:].tolist()], dtype=np.int64)
     matched = partners >= 0
-    goes_on = np.zeros(len(partners) + 1, dtype=bool)
-    goes_on[1:-1] = matched[1:] & matched[:-1] & (np.diff(partners) == 1)
-    starts = np.flatnonzero(np.append(matched, False) & ~goes_on)
+    continues = np.zeros(len(partners) + 1, dtype=bool)
+    continues[1:-1] = matched[1:] & matched[:-1] & (np.diff(partners) == 1)
+    starts = np.flatnonzero(np.append(matched, False) & ~continues)
     if not len(starts):
         return None
-    ends = np.array([start + 1 + int(np.argmin(goes_on[start + 1 :])) for start in starts])
+    ends = np.array([start + 1 + int(np.argmin(continues[start + 1 :])) for start in starts])
     longest = int(np.argmax(ends - starts))
     if ends[longest] - starts[longest] < 2 * _AGREEING:
         return None
@@ -157,6 +157,6 @@ def seam_of(left: Window, right: Window) -> tuple[int, int] | None:
 
 def _no_parts(name: str, reason: str) -> str:
     return (
-        f"document {name!r}: too long to be tokenised in one go, and it cannot be joined from pieces: {reason}; set "
+        f"document {name!r}: too long to be tokenised at once, and it cannot be joined from pieces: {reason}; set "
         "data.section_characters, such as 10000, to cut it"
     )

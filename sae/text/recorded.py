@@ -1,4 +1,4 @@
-"""Which tokenizer a data set says that its token ids are of; and whether it is the model's."""
+"""The tokenizer that a data set records for its token ids, compared with the model's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import DataError
-from sae.paths import expanded
+from sae.files.paths import expanded
 
 _NAMES = ("tokenizer_name", "tokenizer", "tokenizer_name_or_path")
 _RECORDS = ("sae_lens.json", "dataset_info.json")
@@ -18,7 +18,7 @@ _MOST_BYTES = 64 << 20
 def check_recorded_tokenizer(source: str, tokenizer: Any, accepted: str | None) -> None:
     """Raise DataError if a source records another tokenizer for its token ids.
 
-    A record is `sae_lens.json` beside the data or inside the folder, the metadata of a Parquet file or saved data set
+    A record is `sae_lens.json` next to the data or inside the folder, the metadata of a Parquet file or saved data set
     (`tokenizer_name`), or a `tokenizer.json` there, whose vocabulary is compared.
 
     Args:
@@ -34,14 +34,14 @@ def check_recorded_tokenizer(source: str, tokenizer: Any, accepted: str | None) 
     if name is not None and name != accepted and not _same_name(name, str(getattr(tokenizer, "name_or_path", ""))):
         own = _last_part(str(getattr(tokenizer, "name_or_path", "")))
         raise DataError(
-            f"data source {source!r}: its token ids are of the tokenizer {name!r}, the model's is {own!r}: take the "
-            f"text, or ids of the model's own; if the two are one tokenizer, say so by data.tokenizer={name}"
+            f"data source {source!r}: its token ids are of the tokenizer {name!r}, the model's is {own!r}: use the "
+            f"text, or ids of the model's own; if the two are the same tokenizer, set data.tokenizer={name}"
         )
     vocabulary = _vocabulary(folder / "tokenizer.json")
     if vocabulary is not None and vocabulary != tokenizer.get_vocab() and accepted is None:
         raise DataError(
-            f"data source {source!r}: the tokenizer.json beside its token ids has another vocabulary than the model's "
-            "tokenizer: take the text, or the ids of the model's own; if it has nothing to do with them, move it away"
+            f"data source {source!r}: the tokenizer.json next to its token ids has another vocabulary than the model's "
+            "tokenizer: use the text, or ids of the model's own; if it has nothing to do with them, move it away"
         )
 
 
@@ -49,7 +49,7 @@ def _recorded_name(path: Path, folder: Path) -> str | None:
     for record in (folder / name for name in _RECORDS):
         with contextlib.suppress(OSError, ValueError, RecursionError):
             if not record.is_file() or record.stat().st_size > _MOST_BYTES:
-                continue  # such as a pipe, which would be waited for
+                continue  # such as a pipe, which would block
             name = _name_in(json.loads(record.read_text(encoding="utf-8")))
             if name is not None:
                 return name
@@ -76,7 +76,7 @@ def _vocabulary(path: Path) -> dict[str, int] | None:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(path)).get_vocab() if path.is_file() else None
-    except Exception:  # not a tokenizer's file, whatever it is called
+    except Exception:  # despite its name not a tokenizer's file
         return None
 
 

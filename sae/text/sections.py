@@ -1,4 +1,4 @@
-"""A document's text in pieces in, sections of it out: cut at line ends, where there are some."""
+"""Pieces of a document's text in; sections of it out, cut at line ends if there are any."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 
 
 def sections(pieces: Iterable[str], characters: int) -> Iterator[str]:
-    """Sections of about that many characters; only one of them, and a piece, is held in memory.
+    """Sections of about `characters` characters; only one section and one piece are held in memory.
 
-    A section ends with the first line end after `characters`. If there is none within as many again, it ends before the
-    last space there; in a text without spaces, at twice `characters`. What follows the last cut may be shorter.
+    A section ends with the first line end after `characters`. If there is none before twice as many, it ends before the
+    last space in between; in a text without spaces, at twice `characters`. The last section may be shorter.
     """
     rest, text, start, ended = iter(pieces), "", 0, False
     while True:

@@ -1,4 +1,4 @@
-"""Contents of documents in; token ids out, in parts where a text is long, and which tokens of a chat count."""
+"""Contents of documents in; token ids out, in parts for long texts, with the tokens of a chat that count."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class TokenPart:
     """Tokens of a document, or some of them in order.
 
     Attributes:
-        counted: False for tokens of a chat's roles that do not count; None: all count.
+        ids: token ids.
+        counted: False for tokens of a chat's roles that do not count; None if all count.
     """
 
     ids: Int[np.ndarray, " tokens"]
@@ -32,13 +33,13 @@ class TokenPart:
 
 
 class ContentTokenizer:
-    """Tokens of texts, lists of ids and chats.
+    """Converts texts, lists of ids and chats to tokens.
 
     Args:
         tokenizer: the model's.
-        chat_roles: whose messages count in chats; None: all text of a chat.
+        chat_roles: roles whose messages count in chats; None means all text of a chat.
         separator: the id that ends a document; a list of ids that ends with it already gets no second one.
-        rows: tokens that the model has embeddings of; None: of all that the tokenizer names.
+        rows: number of tokens with an embedding in the model; None means all that the tokenizer names.
     """
 
     def __init__(
@@ -49,32 +50,35 @@ class ContentTokenizer:
         self._template: ChatTemplate | None = None
 
     def __call__(self, documents: Sequence[tuple[str, Content]]) -> list[Iterator[TokenPart]]:
-        """The tokens of each (name, content) without special tokens. Short texts are tokenised together, at once.
+        """The tokens of each (name, content), without special tokens. Short texts are tokenised together, immediately.
 
         Raises:
             DataError: an id is outside the vocabulary, a chat cannot be rendered, a long text cannot be cut, or the
-                model has no embedding of a token; the last two are raised as parts are taken.
+                model has no embedding for a token; the last two are raised when parts are taken.
         """
         texts = [content for _, content in documents if isinstance(content, str) and len(content) <= WHOLE]
         short = iter(self._ids(texts))
         chats = iter(self._chats([(name, content) for name, content in documents if isinstance(content, Chat)]))
-        found: list[Iterator[TokenPart]] = []
+        document_parts: list[Iterator[TokenPart]] = []
         for name, content in documents:
             if isinstance(content, TokenIds):
-                found.append(iter([self._checked(name, content)]))
+                document_parts.append(iter([self._checked(name, content)]))
             elif isinstance(content, Chat):
-                found.append(iter([next(chats)]))
+                document_parts.append(iter([next(chats)]))
             elif isinstance(content, LongText) or len(content) > WHOLE:
-                found.append(self._long(name, content))
+                document_parts.append(self._long(name, content))
             else:
-                found.append(iter([TokenPart(np.array(next(short), dtype=np.int32))]))
+                document_parts.append(iter([TokenPart(np.array(next(short), dtype=np.int32))]))
         names = (name for name, _ in documents)
-        return [map(functools.partial(self._in_rows, name), parts) for name, parts in zip(names, found, strict=True)]
+        return [
+            map(functools.partial(self._in_rows, name), parts)
+            for name, parts in zip(names, document_parts, strict=True)
+        ]
 
     def compared(self, content: TokenIds | Chat) -> str | TokenIds | Chat:
-        """What tells whether two are the same document: ids without special tokens at both ends, a chat's text.
+        """The form in which documents are compared: ids without special tokens at both ends; a chat's text.
 
-        A chat that the template refuses is compared by what templates read.
+        A chat that the template refuses is compared by the keys that templates read.
         """
         if isinstance(content, TokenIds):
             places = np.flatnonzero(~np.isin(content.ids, self._special_ids))
@@ -92,7 +96,7 @@ class ContentTokenizer:
 
     @functools.cached_property
     def _largest_id(self) -> int:
-        """Of the ids that the tokenizer names."""
+        """The largest id that the tokenizer names."""
         return max(self.tokenizer.get_vocab().values(), default=-1)
 
     def close(self) -> None:
@@ -101,7 +105,7 @@ class ContentTokenizer:
             self._template.close()
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Fast tokenizers spread a batch over all cores."""
+        """Ids of each text; fast tokenizers spread a batch over all cores."""
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -145,25 +149,24 @@ class ContentTokenizer:
         self._template = self._template or ChatTemplate(self.tokenizer)
         rendered = [self._template.render(chat, name, self.chat_roles) for name, chat in chats]
         if self.chat_roles is None:
-            ids_of_all = self._ids([chat.text for chat in rendered])
-            return [TokenPart(np.array(ids, dtype=np.int32)) for ids in ids_of_all]
+            return [TokenPart(np.array(ids, dtype=np.int32)) for ids in self._ids([chat.text for chat in rendered])]
         if not getattr(self.tokenizer, "is_fast", False):
             raise DataError(
-                "data.chat_roles: the tokenizer does not say where its tokens stand, so roles cannot be told apart; "
-                "set data.chat_roles=null"
+                "data.chat_roles: the tokenizer does not give the positions of its tokens, so roles cannot be told "
+                "apart; set data.chat_roles=null"
             )
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             [chat.text for chat in rendered],
             add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False,
         )  # fmt: skip
         return [
             TokenPart(np.array(ids, dtype=np.int32), _within(chat, places))
-            for chat, ids, places in zip(rendered, found["input_ids"], found["offset_mapping"], strict=True)
+            for chat, ids, places in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
 
 
 def _within(chat: Rendered, places: Iterable[tuple[int, int]]) -> Bool[np.ndarray, " tokens"]:
-    """True for tokens in the chat's spans: some of their characters lie in one, and outside only spaces do."""
+    """True for tokens in the chat's spans: some of their characters lie in one, and any others are spaces."""
     inside = np.zeros(len(chat.text), dtype=bool)
     for start, end in chat.spans:
         inside[start:end] = True

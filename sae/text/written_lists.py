@@ -1,6 +1,6 @@
-"""Texts of a column in; an error if they are not texts but lists that a program wrote as text.
+"""Texts of a column in; an error if they are lists that a program wrote as text.
 
-A CSV file has no lists. pandas writes a column of them as Python or NumPy prints them, and others as JSON or as
+A CSV file has no lists. pandas writes a column of them as Python or NumPy prints them; other programs write JSON or the
 `repr` of a tensor. Read as text, these would be numbers and quotation marks.
 """
 
@@ -15,7 +15,7 @@ from sae.errors import DataError
 from sae.text.document import Document
 
 CELLS = 16
-"""Cells with text of a file, or of a hub data set, that decide for all."""
+"""Number of cells with text, in a file or a hub data set, that decide for all."""
 
 _NAMES = r"tensor|array|asarray|ndarray|list|tuple|set|frozenset|deque|Tensor|Array|DeviceArray|Series|Index|Int64Index"
 _OPENING = re.compile(rf"[\[({{]|(?:\w+\.)*(?:{_NAMES})\(|<tf\.Tensor:")
@@ -42,17 +42,17 @@ _DATA_KEYS = {
     "role", "from",
 }  # fmt: skip
 _ENOUGH = 50_000
-"""Items after which a text is taken for what it has been so far, if its last character fits."""
+"""Number of items after which a text counts as a list if its last character fits."""
 _DEEPEST, _MOST_WAITING = 100, 1024
 _KEY = re.compile(r"""['"](\w+)['"]\s*:""")
 
 
 def is_written_list(text: str) -> bool:
-    """Whether all of a text is a list, a tuple, a set, an array or a tensor as a program writes it.
+    """Whether a text as a whole is a list, a tuple, a set, an array or a tensor as a program writes it.
 
-    That is: numbers, quoted text, None, true and false, `...`, and lists, objects and calls of these, with commas or
-    only space between them. An object by itself is one only if it has a key of tokenised text or of a chat, such as
-    `input_ids` or `messages`: other objects may be documents of JSON.
+    That is: numbers, quoted text, None, true and false, `...`, and lists, objects and calls of these, separated by
+    commas or only space. A single object counts only if it has a key of tokenised text or of a chat, such as
+    `input_ids` or `messages`: other objects may be JSON documents.
     """
     text = text.strip()
     if text[:2] in ('"[', '"{') and text.endswith(('}"', ']"')):  # JSON in JSON
@@ -74,13 +74,13 @@ def is_written_list(text: str) -> bool:
 
 
 def without_written_lists(rows: Iterable[tuple[str, Document]], column: str) -> Iterator[Document]:
-    """Documents of a file's or data set's rows as they come, if their texts are texts.
+    """Yield the documents of a file's or data set's rows, unless they are lists written as text.
 
     The first `CELLS` cells with text decide: if more than half of them are lists written as text, the column holds no
     text. Fewer may be documents that look like a list.
 
     Args:
-        rows: for each where it stands, for the message, and its document.
+        rows: pairs of a row's location, for the message, and its document.
         column: the column's name, for the message.
 
     Raises:
@@ -95,7 +95,7 @@ def without_written_lists(rows: Iterable[tuple[str, Document]], column: str) -> 
             if is_written_list(document.text):
                 lists, first = lists + 1, first or where
         if lists:
-            waiting.append(document)  # until it is decided
+            waiting.append(document)  # until the decision
         else:
             yield document
         if texts == CELLS or 2 * (texts - lists) >= CELLS or len(waiting) == _MOST_WAITING:
@@ -112,14 +112,14 @@ def without_written_lists(rows: Iterable[tuple[str, Document]], column: str) -> 
 
 @dataclass
 class _Scan:
-    """A text read from its first bracket to the one that closes it.
+    """A scan of a text from its first bracket to the matching one.
 
     Attributes:
-        items: numbers, quoted texts and words.
-        commas: between them.
-        brackets: without the name of a call before them, and the outermost.
-        is_object: the outermost holds keys.
-        closings: of the brackets that are open.
+        items: count of numbers, quoted texts and words.
+        commas: count of commas.
+        brackets: count of brackets without the name of a call before them, and the outermost one.
+        is_object: whether the outermost bracket holds keys.
+        closings: closing brackets of those that are open.
     """
 
     items: int = 0
@@ -129,7 +129,7 @@ class _Scan:
     closings: list[str] = field(default_factory=list)
 
     def read(self, text: str) -> bool:
-        """Whether all of the text is a list."""
+        """Scan the text; False if it is not a list as a whole."""
         place = 0
         while place < len(text):
             if (space := _SPACE.match(text, place)) is not None:
@@ -146,7 +146,7 @@ class _Scan:
         return False
 
     def _takes(self, kind: str, part: str) -> bool:
-        """Count a part; False if it cannot stand there."""
+        """Count a part; False if it is not allowed here."""
         if kind == "open":
             self.brackets += not self.closings or len(part) == 1
             self.closings.append(_CLOSING["<" if part[0] == "<" else part[-1]])

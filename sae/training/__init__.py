@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sae.errors import TrainingInterrupted
 from sae.training.loop import Outcome, train, train_all
+from sae.training.recipe import Recipe
 from sae.training.source import BatchSource, IterableSource
-from sae.training.trainee import Recipe
 
 __all__ = ["BatchSource", "IterableSource", "Outcome", "Recipe", "TrainingInterrupted", "train", "train_all"]

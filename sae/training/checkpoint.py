@@ -1,4 +1,4 @@
-"""Resumable training states on disk: each with the dictionary as it was, ready to use."""
+"""Resumable training states on disk, each next to its dictionary, ready to use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from sae.config import TrainConfig
-from sae.dictionary import Dictionary
-from sae.files import delete, stands, write_bytes
-from sae.hashes import check, damaged, recorded
+from sae.config.settings import TrainConfig
+from sae.dictionary.base import Dictionary
+from sae.files.damage import damaged
+from sae.files.hashes import check
+from sae.files.sums import recorded
+from sae.files.writing import delete, stands, write_bytes
 
 STATE_FILE = "state.pt"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
@@ -29,17 +31,18 @@ _BYTES_PER_SECOND = 200e6
 
 
 class CheckpointClock:
-    """When the states of a pass are written.
+    """Decides when the states of a pass are written.
 
-    With `every`, at the multiples of so many steps and at the end. Without, writing takes at most a twentieth of the
-    time, and what is lost to a kill is at most some twenty times what writing takes (or a minute): the next state is
-    due when the seconds spent on writing, with what one more is expected to take, are a twentieth of all, and a minute
-    has passed since the last. So is the state at the end; a training too short for it is soon repeated.
+    With `every`, states are written at its multiples and at the end. Without it, writing takes at most a twentieth of
+    the time, and a kill loses at most about twenty times the time of a write (or a minute). The next state is due when
+    the time spent on writing, including the expected time of the next write, is at most a twentieth of the total, and
+    a minute has passed since the last. The same rule, without the minute, holds for the state at the end: a training
+    too short for it is soon repeated.
 
     Args:
         every: `train.checkpoint_every`.
-        size: bytes of the states of all members, from which the first writing is estimated.
-        clock: gives seconds.
+        size: bytes of the states of all members, from which the time of the first write is estimated.
+        clock: returns seconds.
     """
 
     def __init__(self, every: int | None, size: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,7 +51,7 @@ class CheckpointClock:
         self._spent, self._expected = 0.0, size / _BYTES_PER_SECOND
 
     def is_due(self, step: int, *, last: bool) -> bool:
-        """Whether to write after `step`, which may be the last."""
+        """Whether to write after `step`; `last` if it is the last."""
         if self.every is not None:
             return last or step % self.every == 0
         now = self._clock()
@@ -58,7 +61,7 @@ class CheckpointClock:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """While open, states are written."""
+        """Time a write: states are written inside `with`."""
         before = self._clock()
         yield
         self._latest = self._clock()
@@ -67,19 +70,19 @@ class CheckpointClock:
 
 
 def training_bytes(dictionary: int, optimizer: int, keep: int) -> int:
-    """Disk space of a training: the newest `keep` checkpoints, the one that is written before the oldest goes, and the
+    """Disk space of a training: the newest `keep` checkpoints, the one written before the oldest is deleted, and the
     finished dictionary.
 
     Args:
         dictionary: bytes of the weights.
-        optimizer: bytes of the weights in training and of what the optimiser keeps.
+        optimizer: bytes of the weights in training and of the optimiser's state.
         keep: `train.keep_checkpoints`.
     """
     return (keep + 1) * (dictionary + optimizer) + dictionary
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: Dictionary) -> Path:
-    """Write `step-N/` under `folder`: the folded dictionary, then the state, whose presence makes it whole."""
+    """Write `step-N/` under `folder`: the folded dictionary, then the state, whose presence makes it complete."""
     path = folder / f"step-{step:08d}"
     dictionary.save(path)
     buffer = io.BytesIO()
@@ -89,7 +92,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], dictionary: 
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep`, and what a kill left half written."""
+    """Delete all but the newest `keep`, and incomplete ones left by a kill."""
     for old in list_checkpoints(folder)[:-keep]:
         delete(old / STATE_FILE)
     for other in folder.iterdir():
@@ -98,26 +101,26 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and stands(path / STATE_FILE)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and stands(path / STATE_FILE)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def snapshot_folder(folder: Path, tokens: int) -> Path:
-    """Where a run folder keeps the dictionary as it was after so many training tokens."""
+    """Where a run folder keeps the dictionary after `tokens` training tokens."""
     return folder / SNAPSHOTS / f"tokens-{tokens:012d}"
 
 
 def warn_of_missed_snapshots(folder: Path | None, settings: TrainConfig, batch_size: int, steps: int) -> None:
-    """Say which snapshots cannot be made any more, since `steps` were taken before they were asked for."""
+    """Warn of snapshots that can no longer be made, because they were not requested before `steps` were taken."""
     for tokens in settings.snapshots:
         step = -(-tokens // batch_size)
         if folder is not None and step <= steps and not snapshot_folder(folder, step * batch_size).is_dir():
             warnings.warn(
-                f"train.snapshots: training in {str(folder)!r} has passed {tokens:,} tokens, and no snapshot was asked "
-                "for then: there will be none",
+                f"train.snapshots: training in {str(folder)!r} has passed {tokens:,} tokens without a snapshot, since "
+                "none was requested then: there will be none",
                 stacklevel=3,
             )
 
@@ -133,11 +136,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if not recorded(file):
             with zipfile.ZipFile(file) as archive:
-                if wrong := archive.testzip():  # which PyTorch does not look at
+                if wrong := archive.testzip():  # PyTorch does not check these
                     raise ValueError(f"the checksum of {wrong} is wrong")
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise damaged(file, f"damaged ({error})") from error
     if not isinstance(state, dict) or not {"identity", "sources", "step"} <= state.keys():
-        raise damaged(file, "damaged (it is no state of a training)")
+        raise damaged(file, "damaged (it is not a training state)")
     return state

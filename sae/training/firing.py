@@ -10,30 +10,30 @@ from torch import Tensor
 
 
 def default_dead_after(d_sae: int, k: int, tokens: int) -> int:
-    """Tokens without firing after which a feature is dead: so many that the average feature fires 64 times in them.
+    """Tokens without firing after which a feature is dead: the number in which the average feature fires 64 times.
 
-    A thousandth of the training if that is more, and at most a thirtieth of it or 200,000, whichever is more, and the
-    ten million of Gao et al. 2024. A feature that does not fire learns nothing, so it must be found before much of the
-    training is over (docs/log.md).
+    It is at least a thousandth of the training, and at most a thirtieth of it or 200,000, whichever is more; never more
+    than the ten million of Gao et al. 2024. A feature that does not fire learns nothing, so it must be found before
+    much of the training is over (docs/log.md).
     """
     longest = min(10_000_000, max(200_000, tokens // 30))
     return min(longest, max(64 * d_sae // k, tokens // 1000))
 
 
 class FiringRecord:
-    """Counts, on the training device and without waiting for it, when and how often each feature fires.
+    """Counts when and how often each feature fires, on the training device and without waiting for it.
 
     Args:
         d_sae: number of features.
-        dead_after: a feature that has not fired for so many tokens is dead (Gao et al. 2024 use 10 million).
-        refresh_every: steps between two listings of the dead features, the only moment that waits for the device.
+        dead_after: a feature that has not fired for this many tokens is dead (Gao et al. 2024 use 10 million).
+        refresh_every: steps between two listings of the dead features, the only operation that waits for the device.
 
     Attributes:
         silent_tokens: tokens since each feature last fired.
         candidates: the dead features as last listed.
-        density: share of the features that fired per token when they were listed; 1 before.
+        density: share of the features that fired per token at that listing; 1 before the first.
         counts: tokens on which each feature fired since the counts were last read.
-        tokens: tokens since then.
+        tokens: tokens since the counts were last read.
     """
 
     def __init__(self, d_sae: int, dead_after: int, device: torch.device, refresh_every: int = 16) -> None:
@@ -50,7 +50,7 @@ class FiringRecord:
         return self.silent_tokens >= self.dead_after
 
     def record(self, counts: Float[Tensor, " d_sae"], l0: Float[Tensor, ""], tokens: int, step: int) -> None:
-        """Take into account on how many tokens of a batch each feature fired, `l0` of them on an average one."""
+        """Record a batch: the number of tokens each feature fired on, and the mean L0."""
         self.silent_tokens += tokens
         self.silent_tokens.masked_fill_(counts > 0, 0)
         self.counts += counts.to(torch.int64)
@@ -60,7 +60,7 @@ class FiringRecord:
             self.density = float(l0) / len(counts)
 
     def take_densities(self) -> Float[Tensor, " d_sae"]:
-        """On which share of the tokens since the last call each feature fired."""
+        """Share of the tokens since the last call on which each feature fired."""
         densities = self.counts / max(self.tokens, 1)
         self.counts.zero_()
         self.tokens = 0
@@ -77,6 +77,6 @@ class FiringRecord:
         self.silent_tokens.copy_(state["silent_tokens"])
         self.candidates = state["candidates"].to(self.silent_tokens.device)
         self.density = state["density"]
-        if "counts" in state:  # not in checkpoints of before they were logged
+        if "counts" in state:  # missing in checkpoints older than their logging
             self.counts.copy_(state["counts"])
             self.tokens = state["tokens"]

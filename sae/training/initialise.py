@@ -1,4 +1,4 @@
-"""Where training starts."""
+"""Initial weights of a dictionary."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.architectures import Gated, JumpReLU, ReLU
-from sae.dictionary import Dictionary
-from sae.sparse import select_batch_topk
+from sae.dictionary.base import Dictionary
+from sae.kernels.sparse import select_batch_topk
 
 
 @torch.no_grad()
@@ -24,13 +24,13 @@ def initialise_(
 ) -> None:
     """Random unit decoder rows, W_enc = W_decᵀ, biases 0, b_dec = the centre of the targets.
 
-    Gao et al. 2024, appendix A.1. Where the target is not the input, the encoder's bias makes good for b_dec, so that
+    Gao et al. 2024, appendix A.1. If the target is not the input, the encoder's bias compensates for b_dec, so that
     pre-activations are those of x − (the centre of x).
 
     Args:
         sample: inputs, normalised.
-        target: what is to be reconstructed of each; None: the inputs.
-        k: features per token that ReLU, Gated and JumpReLU begin with.
+        target: the reconstruction target of each input; None: the inputs.
+        k: initial features per token of ReLU, Gated and JumpReLU.
         centre: one of `CENTRES`.
     """
     dictionary.W_dec.copy_(torch.randn(dictionary.d_sae, dictionary.d_in, generator=generator))
@@ -49,17 +49,17 @@ def initialise_(
 def take_over_(
     dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, "sample d_in"], k: int | None = None
 ) -> None:
-    """The weights of another dictionary of the same shape, in the units of the sample.
+    """Copy the weights of another dictionary of the same shape, in the units of the sample.
 
-    Of one of another architecture, what its activations are made with: encoder (Gated's with its gain), decoder and
-    their biases. JumpReLU's thresholds, and ReLU's and Gated's biases, then begin where k features fire per token, as
-    they do in a new dictionary. Decoder rows get norm 1 where training keeps it, and activations take the norms over.
+    If its architecture differs, the copied weights are encoder (Gated's with its gain), decoder and their biases.
+    JumpReLU's thresholds, or ReLU's and Gated's biases, are then set so that k features fire per token, as in a new
+    dictionary. If training keeps decoder rows at norm 1, they are normalised, and activations take over the norms.
     """
     same_architecture = start.architecture == dictionary.architecture
     if same_architecture:
-        theirs = dict(start.named_parameters())
+        start_parameters = dict(start.named_parameters())
         for name, parameter in dictionary.named_parameters():
-            parameter.copy_(theirs[name])
+            parameter.copy_(start_parameters[name])
     else:
         gated = isinstance(start, Gated)
         dictionary.W_enc.copy_(start.W_enc * start.r_mag.exp() if gated else start.W_enc)
@@ -86,9 +86,9 @@ def let_k_fire_(dictionary: Dictionary, sample: Float[Tensor, "sample d_in"], k:
 
 
 def geometric_median(points: Float[Tensor, "sample d_in"], iterations: int = 50) -> Float[Tensor, " d_in"]:
-    """The point with the least sum of distances to all points, by Weiszfeld's iteration in float64.
+    """The point with the smallest sum of distances to all points, by Weiszfeld's iteration in float64.
 
-    A point that the estimate falls on gets a large finite weight instead of a division by zero.
+    If the estimate falls on a point, that point gets a large finite weight instead of a division by zero.
     """
     points = points.double()
     median = points.mean(0)
@@ -104,4 +104,4 @@ CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda points: points.double().mean(0).float(),
     "zeros": lambda points: points.new_zeros(points.shape[1]),
 }
-"""Where b_dec can begin."""
+"""Initial values of b_dec, by name."""

@@ -1,8 +1,9 @@
-"""What the loop logs of its steps, and how long they took."""
+"""Means of the losses that the loop logs, and the time its steps take."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from sae.training.objectives import Losses
 class Meter:
     """Means over the steps since the last reading, summed on the device and read once.
 
-    A term that some steps lack, as AuxK while nothing is dead, is 0 in them.
+    A term missing in some steps, such as AuxK while nothing is dead, counts as 0 there.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -26,12 +27,12 @@ class Meter:
 
     @torch.no_grad()
     def add(self, losses: Losses, variance: Float[Tensor, ""]) -> None:
-        """Count a step; `variance` is that of its targets."""
+        """Add a step; `variance` is the variance of its targets."""
         fvu = losses.terms["mse"] / variance.clamp_min(torch.finfo(variance.dtype).tiny)
         objective = losses.total.detach()
         loss = objective if losses.revived is None else objective - losses.revived
-        named = {"loss": loss, "objective": objective, **losses.terms, "fvu": fvu, "l0": losses.l0}
-        for name, value in named.items():
+        metrics = {"loss": loss, "objective": objective, **losses.terms, "fvu": fvu, "l0": losses.l0}
+        for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps, self._timed = self._steps + 1, self._timed + 1
 
@@ -43,17 +44,17 @@ class Meter:
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums since the last reading, so that a resumed training logs what an uninterrupted one does."""
+        """The sums since the last reading, so that a resumed training logs the same as an uninterrupted one."""
         return {"sums": dict(self._sums), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from sums of an earlier process; the time counts from now."""
+        """Continue with the sums of an earlier process; the time counts from now."""
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
         self._steps, self._timed, self._since = state["steps"], 0, time.perf_counter()
 
 
 class Stopwatch:
-    """Seconds spent inside `with`, summed; on a GPU by its events, so that nothing waits until they are read."""
+    """Total seconds spent inside `with`. On a GPU, events measure them, so that nothing waits until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -75,7 +76,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - self._start
 
     def seconds(self) -> float:
-        """So far. Waits for the device."""
+        """Seconds so far. Waits for the device."""
         if self._events:
             torch.cuda.synchronize(self.device)
             pairs = zip(self._events[::2], self._events[1::2], strict=True)
@@ -87,3 +88,9 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         self._events.append(event)
+
+
+def falling(metrics: Mapping[str, float | int]) -> str:
+    """FVU and L0 of logged metrics in a few characters; both fall while training goes well."""
+    fvu, l0 = metrics.get("fvu"), metrics.get("l0")
+    return "" if fvu is None or l0 is None else f"FVU {fvu:.3f}, L0 {l0:.3g}"

@@ -1,4 +1,4 @@
-"""The one number, and where needed a shift, that activations are scaled and moved by while training."""
+"""Scale and optional shift of the activations during training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.errors import TrainingError
 from sae.training.source import BatchSource
 
@@ -32,29 +32,29 @@ class Normalisation:
 def normalisations_of(
     source: BatchSource, target: BatchSource | None, center: bool, device: torch.device
 ) -> tuple[Normalisation, Normalisation | None]:
-    """Those of the input and, for a transcoder, of the target, from the sources' statistics.
+    """Normalisations of the input and, for a transcoder, of the target, from the sources' statistics.
 
-    The scale is that of the variance, whether or not the mean is subtracted, so that a constant vector in the data
-    changes nothing. A transcoder has one b_dec for both sides: its input is moved to the mean that its target has.
+    The scale comes from the variance, whether or not the mean is subtracted, so that a constant vector in the data
+    changes nothing. A transcoder has one b_dec for both sides, so its input is shifted to the mean of its target.
 
     Raises:
-        TrainingError: the activations have no size.
+        TrainingError: the activations are not finite, or have no variance.
     """
     mean, scale = source.statistics.mean.double(), _scale(source)
     if target is None:
         return Normalisation(_on(device, mean if center else torch.zeros_like(mean)), scale), None
     target_mean, target_scale = target.statistics.mean.double(), _scale(target)
-    moved = torch.zeros_like(target_mean) if center else target_mean * (target_scale / scale)
-    subtracted = target_mean if center else torch.zeros_like(target_mean)
-    return Normalisation(_on(device, mean - moved), scale), Normalisation(_on(device, subtracted), target_scale)
+    input_shift = torch.zeros_like(target_mean) if center else target_mean * (target_scale / scale)
+    target_shift = target_mean if center else torch.zeros_like(target_mean)
+    return Normalisation(_on(device, mean - input_shift), scale), Normalisation(_on(device, target_shift), target_scale)
 
 
 def _scale(source: BatchSource) -> float:
     statistics = source.statistics
     if not math.isfinite(statistics.mean_squared_norm):
         raise TrainingError(
-            f"the activations' mean squared norm is {statistics.mean_squared_norm}: some are not finite; check them: "
-            "of a cache with 'sae verify'"
+            f"the activations' mean squared norm is {statistics.mean_squared_norm}: some are not finite; check a cache "
+            "with 'sae verify'"
         )
     if statistics.variance <= 0:
         raise TrainingError("the activations are all equal, so there is nothing to learn: is the hook point right?")
@@ -65,12 +65,12 @@ def _on(device: torch.device, mean: Float[Tensor, " d_in"]) -> Float[Tensor, " d
     return mean.float().to(device)
 
 
-def fold_(dictionary: Dictionary, of_input: Normalisation, of_target: Normalisation | None) -> None:
-    """Make weights that were trained on normalised activations take raw ones, and give raw targets."""
+def fold_(dictionary: Dictionary, source: Normalisation, target: Normalisation | None) -> None:
+    """Make weights trained on normalised activations take raw inputs and reconstruct raw targets."""
     like = dictionary.b_dec
     dictionary.fold_normalisation_(
-        of_input.mean.to(like),
-        of_input.scale,
-        None if of_target is None else of_target.mean.to(like),
-        None if of_target is None else of_target.scale,
+        source.mean.to(like),
+        source.scale,
+        None if target is None else target.mean.to(like),
+        None if target is None else target.scale,
     )

@@ -1,4 +1,4 @@
-"""Adam for a dictionary: its two matrices a few features at a time, from gradients in factors; the rest as usual."""
+"""Adam for a dictionary: updates its two matrices a few features at a time, from factored gradients."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from jaxtyping import BFloat16, Float
 from torch import Tensor
 
 from sae.architectures import JumpReLU
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels import kernels_for
 from sae.kernels.interface import AdamStep, Gradient, Moments
-from sae.sparse import GradientSink
+from sae.kernels.sparse import GradientSink
 
 RATE_FACTORS = {"threshold": 10.0}
-"""By how much the learning rate of a parameter differs: JumpReLU's thresholds are as large as activations, that is many
-times an encoder weight, and with the rate of weights they would not get to where they should be (docs/log.md)."""
+"""Factors of the learning rate by parameter. JumpReLU's thresholds are as large as activations, many times an encoder
+weight; with the rate of the weights they would not reach their values in time (docs/log.md)."""
 
 _EPSILON = 1e-8
 
 
 class FeatureAdam:
-    """Adam (Kingma & Ba 2015) that makes, uses and drops the gradient of each block of features in turn.
+    """Adam (Kingma & Ba 2015) that computes, uses and drops the gradient of each block of features in turn.
 
-    What the sparse core leaves in the sinks and what autograd leaves in `.grad` both count. Where the architecture has
-    decoder rows of norm 1, their gradient loses its part along the row, and they are renormalised after the step.
+    Gradients in the sinks (from the sparse core) and in `.grad` (from autograd) are added. If the architecture keeps
+    decoder rows at norm 1, their gradient loses its part along the row, and they are renormalised after the step.
 
     Args:
-        dictionary: what is trained; parameters that need no gradient are left alone.
+        dictionary: the dictionary to train; parameters that need no gradient are left alone.
         beta1: decay of the running mean of the gradient.
         beta2: decay of the running mean of its square.
-        low_precision: keep a bfloat16 copy of the encoder, for the large product; the weights stay as they are.
+        low_precision: keep a bfloat16 copy of the encoder for the large product; the weights keep their precision.
         max_norm: a gradient whose norm over all parameters is larger is scaled down to it (Pascanu et al. 2013), after
-            decoder rows have lost the part along themselves; None: gradients are left as they are.
+            decoder gradients have lost the part along their rows; None: gradients are not scaled.
 
     Attributes:
-        encoder_sink: where the sparse core puts the gradient of W_enc.T.
-        decoder_sink: where it puts that of W_dec.
-        low: the copy, or None.
-        lr: of the last step.
-        norm: of the last gradient, before it was scaled; None without `max_norm`.
+        encoder_sink: receives the gradient of W_enc.T from the sparse core.
+        decoder_sink: receives the gradient of W_dec.
+        encoder_bf16: the bfloat16 copy, or None.
+        lr: learning rate of the last step.
+        norm: norm of the last gradient, before scaling; None without `max_norm`.
     """
 
     def __init__(
@@ -61,33 +61,34 @@ class FeatureAdam:
         groups = groups or [{"params": [], "factor": 1.0}]  # only matrices are trained
         self.rest = torch.optim.Adam(groups, betas=(beta1, beta2), eps=_EPSILON, fused=True)
         self.steps, self.lr = 0, 0.0
-        self.low: BFloat16[Tensor, "d_sae d_in"] | None = None
+        self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = None
         if low_precision:
-            self.low = self.encoder.to(torch.bfloat16)
+            self.encoder_bf16 = self.encoder.to(torch.bfloat16)
 
     def refresh(self) -> None:
-        """Make the copy anew, after the weights were changed from outside."""
-        if self.low is not None:
-            self.low.copy_(self.encoder)
+        """Update the copy after the weights were changed from outside."""
+        if self.encoder_bf16 is not None:
+            self.encoder_bf16.copy_(self.encoder)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Take one step with everything that was collected since the last."""
+        """Take one step with all gradients collected since the last."""
         self.steps, self.lr = self.steps + 1, lr
         dictionary, kernels = self.dictionary, kernels_for(self.encoder)
-        of_encoder, of_decoder = dictionary.W_enc.grad, dictionary.W_dec.grad
+        encoder_grad, decoder_grad = dictionary.W_enc.grad, dictionary.W_dec.grad
         gradients = (
-            self.encoder_sink.take(None if of_encoder is None else of_encoder.T), self.decoder_sink.take(of_decoder)
-        )  # fmt: skip
+            self.encoder_sink.take(None if encoder_grad is None else encoder_grad.T),
+            self.decoder_sink.take(decoder_grad),
+        )
         scale = self._clip(*gradients)
         common = {
             "lr": lr, "beta1": self.beta1, "beta2": self.beta2, "eps": _EPSILON, "number": self.steps, "scale": scale,
         }  # fmt: skip
         if dictionary.W_enc.requires_grad:
-            kernels.adam_(self.encoder, self.moments[0], gradients[0], AdamStep(**common), self.low)
+            kernels.adam_(self.encoder, self.moments[0], gradients[0], AdamStep(**common), self.encoder_bf16)
         if dictionary.W_dec.requires_grad:
-            of_rows = AdamStep(**common, unit_rows=dictionary.unit_decoder)
-            kernels.adam_(self.decoder, self.moments[1], gradients[1], of_rows)
+            decoder_step = AdamStep(**common, unit_rows=dictionary.unit_decoder)
+            kernels.adam_(self.decoder, self.moments[1], gradients[1], decoder_step)
         dictionary.W_enc.grad = dictionary.W_dec.grad = None
         for group in self.rest.param_groups:
             group["lr"] = lr * group["factor"]
@@ -96,17 +97,17 @@ class FeatureAdam:
             dictionary.threshold.clamp_min_(0)
         self.rest.zero_grad(set_to_none=True)
 
-    def _clip(self, of_encoder: Gradient, of_decoder: Gradient) -> Float[Tensor, ""] | None:
-        """What the gradients of the matrices are to be multiplied by; those of the rest are. Waits for nothing."""
+    def _clip(self, encoder: Gradient, decoder: Gradient) -> Float[Tensor, ""] | None:
+        """Scale the other gradients, and return the factor for those of the matrices. Waits for nothing."""
         if self.max_norm is None:
             return None
         kernels, unit_rows = kernels_for(self.encoder), self.dictionary.unit_decoder
         rest = [p.grad for group in self.rest.param_groups for p in group["params"] if p.grad is not None]
         squares = [gradient.square().sum() for gradient in rest]
         if self.dictionary.W_enc.requires_grad:
-            squares.append(kernels.gradient_squares(self.encoder, of_encoder, False).sum())
+            squares.append(kernels.gradient_squares(self.encoder, encoder, False).sum())
         if self.dictionary.W_dec.requires_grad:
-            squares.append(kernels.gradient_squares(self.decoder, of_decoder, unit_rows).sum())
+            squares.append(kernels.gradient_squares(self.decoder, decoder, unit_rows).sum())
         self.norm = torch.stack(squares).sum().sqrt()
         scale = (self.max_norm / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)).clamp_max(1)
         for gradient in rest:
@@ -114,12 +115,12 @@ class FeatureAdam:
         return scale
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs beside the weights."""
+        """Everything a resumed run needs in addition to the weights."""
         moments = [{"first": moments.first, "second": moments.second} for moments in self.moments]
         return {"steps": self.steps, "moments": moments, "rest": self.rest.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; the weights must have been loaded before."""
+        """Continue from a state; the weights must have been loaded before."""
         self.steps = state["steps"]
         for moments, saved in zip(self.moments, state["moments"], strict=True):
             moments.first.copy_(saved["first"])

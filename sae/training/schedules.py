@@ -1,4 +1,4 @@
-"""Schedules as functions of the step, and the one weight that is steered instead: that of the sparsity penalty."""
+"""Schedules as functions of the step, and the controller of the sparsity weight."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 START_L0 = 4
-"""Times k features fire at most when ReLU's training begins."""
+"""Largest initial L0 of a ReLU in training, as a multiple of k."""
 FALL = 0.007
-"""Largest fall of the logarithm of the L0 aimed at, in a step: from 4 k to k in two hundred."""
+"""Largest decrease of log(target L0) per step: from 4 k to k in two hundred steps."""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float, decay_fraction: float) -> float:
-    """Linear rise over the first share of the steps, constant, linear fall to nearly nothing over the last share.
+    """Linear rise over the first share of the steps, then constant, then linear fall to nearly 0 over the last share.
 
     `step` counts from 0; no step has rate 0.
     """
@@ -27,37 +27,38 @@ def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float, de
 
 
 def warmed_up(step: int, steps: int, warmup_fraction: float) -> float:
-    """Linear rise from nothing to 1 over the first share of the steps, then 1."""
+    """Linear rise from 0 to 1 over the first share of the steps, then 1."""
     return min(1.0, step / (warmup_fraction * steps)) if warmup_fraction > 0 else 1.0
 
 
 def falling_l0(step: int, steps: int, k: int, d_sae: int, fraction: float) -> float:
-    """The L0 aimed at: from more than k in equal ratios to k over the first share of the steps.
+    """Target L0: falls exponentially from more than k to k over the first share of the steps.
 
-    It begins at `START_L0` · k and at a quarter of all features at most, and no higher than where a step lowers it by
-    `FALL`: L0 cannot follow any faster, and a weight that grows meanwhile ends by shutting everything out.
+    It starts at most at `START_L0` · k, at a quarter of all features, and at the value from which a step lowers its
+    logarithm by `FALL`: L0 cannot follow any faster, and a weight that keeps growing in the meantime ends by silencing
+    every feature.
     """
     start = min(START_L0, d_sae / (4 * k), math.exp(FALL * fraction * steps))
     return k * max(1.0, start) ** (1 - warmed_up(step, steps, fraction))
 
 
 def default_learning_rate(d_sae: int, steps: int) -> float:
-    """2.4e-3 · √(4096 / d_sae) · √(2000 / steps), the second root from two thousand steps on.
+    """2.4e-3 · √(4096 / d_sae) · √(2000 / steps); the second root applies above 2000 steps.
 
-    The first is of Gao et al. 2024, appendix A.3; the second since features die in long trainings at a high rate
-    (docs/log.md).
+    The first root follows Gao et al. 2024, appendix A.3. The second is there because features die in long trainings at
+    a high rate (docs/log.md).
     """
     return 2.4e-3 * (4096 / d_sae) ** 0.5 * min(1.0, (2000 / steps) ** 0.5)
 
 
 @dataclass(frozen=True)
 class Gains:
-    """How strongly λ answers when L0 is not the target.
+    """How strongly λ responds when L0 differs from its target.
 
     Attributes:
-        gain: of the proportional part.
-        rate: of the integral part, a step.
-        horizon: steps that the running mean of L0 reaches back.
+        gain: gain of the proportional part.
+        rate: gain of the integral part per step.
+        horizon: number of steps that the running mean of L0 covers.
     """
 
     gain: float
@@ -66,14 +67,15 @@ class Gains:
 
 
 VERSION_1_GAINS = Gains(2.0, 0.03, 10)
-"""Whatever the learning rate: too strong at a high one (docs/log.md). Checkpoints of version 1 go on with them."""
+"""Independent of the learning rate, so too strong at a high one (docs/log.md). Version-1 checkpoints keep them."""
 
 
 def default_gains(learning_rate: float) -> Gains:
-    """Gains in inverse proportion to the peak learning rate: 1.25 and 0.06 at 2.4e-3, and no more than 2 and 0.1.
+    """Gains in inverse proportion to the peak learning rate: 1.25 and 0.06 at 2.4e-3, at most 2 and 0.1.
 
-    λ changes how fast L0 moves, by as much as the weights do in a step, and some ten steps late, as Adam's momentum
-    lets it. An answer that is too strong for that makes L0 swing around the target, by a factor of two and more.
+    λ changes how fast L0 moves: in proportion to the weights' change per step, and about ten steps late because of
+    Adam's momentum. A response that is too strong for this makes L0 oscillate around the target, by a factor of two and
+    more.
     """
     gain = min(2.0, 3e-3 / learning_rate)
     return Gains(gain, gain / 20, 2)
@@ -83,12 +85,12 @@ class SteeredWeight:
     """λ = exp(w + gain · e), with e = log(L0 / target) of a running mean of L0, and w growing by `rate` · e each step.
 
     A proportional-integral controller on the logarithm: λ grows while too many features fire, falls while too few do,
-    and stands still only where L0 is the target. Everything stays on the device.
+    and is constant only when L0 equals the target. Everything stays on the device.
 
     Args:
-        target: features per token that are aimed at.
-        start: λ to begin with, unless `begin` says better.
-        gains: how strongly it answers.
+        target: target L0, in features per token.
+        start: initial λ, unless `begin` sets a better one.
+        gains: how strongly λ responds.
     """
 
     def __init__(self, target: float | int, start: float, device: torch.device, gains: Gains) -> None:
@@ -102,14 +104,15 @@ class SteeredWeight:
         return (self.integral + self.gains.gain * self._error().nan_to_num()).exp()
 
     def observe(self, l0: Float[Tensor, ""]) -> None:
-        """Take a batch's L0 into account."""
+        """Update λ with a batch's L0."""
         self.l0 = torch.where(self.l0.isnan(), l0, self.l0.lerp(l0.to(self.l0), 1 / self.gains.horizon))
         self.integral = self.integral + self.gains.rate * self._error()
 
     def begin(self, b_enc: Float[Tensor, " d_sae"]) -> None:
-        """Begin with the λ that the biases stand for, where they are negative: λ/2 = −b.
+        """Start with the λ that the biases correspond to, if their mean is negative: λ/2 = −b.
 
-        min over f of (z − f)² + λ f is ReLU(z − λ/2), so to a feature of norm 1 any other λ says its bias is wrong.
+        The minimum over f of (z − f)² + λ f is at ReLU(z − λ/2), so any other λ would push the bias of a feature of
+        norm 1 away from its value.
         """
         weight = -2 * b_enc.detach().mean()
         self.integral = torch.where(weight > 0, weight.log(), self.integral)
@@ -122,5 +125,5 @@ class SteeredWeight:
         self.l0 = state["l0"].to(self.l0)
 
     def _error(self) -> Float[Tensor, ""]:
-        """log(L0 / target), within ±1; where nothing fires, −1."""
+        """log(L0 / target), clamped to ±1; −1 if nothing fires."""
         return (self.l0 / self.target).clamp_min(1e-9).log().clamp(-1, 1)

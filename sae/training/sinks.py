@@ -1,4 +1,4 @@
-"""Where logged numbers go: metrics.jsonl always, Weights & Biases when asked."""
+"""Sinks for logged numbers: metrics.jsonl always, Weights & Biases if configured."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.config import WandbConfig
+from sae.config.settings import WandbConfig
 from sae.errors import ConfigError, DamagedError, TrainingError
-from sae.files import stands, write_bytes
-from sae.hashes import announce_missing, damaged, read_checked, record
-from sae.reading import MOST_JSON_BYTES, as_object, parse_json
+from sae.files.damage import damaged
+from sae.files.hashes import announce_missing, read_checked
+from sae.files.reading import MOST_JSON_BYTES, as_object, parse_json
+from sae.files.sums import record
+from sae.files.writing import stands, write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb-id.txt"
@@ -39,21 +41,21 @@ class Sink(Protocol):
 
 @runtime_checkable
 class FeatureSink(Sink, Protocol):
-    """A sink that also takes numbers of many features, by what they are."""
+    """A sink that also takes values per feature, by metric name."""
 
     def log_features(self, step: int, values: dict[str, Float[Tensor, " some"]]) -> None: ...
 
 
 class JsonLines:
-    """One JSON object a line, null for what is not finite.
+    """Writes one JSON object per line, with null for numbers that are not finite.
 
     Lines after `resume_step` belong to steps that will be repeated, and are dropped.
     """
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         self.path = folder / METRICS_FILE
-        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if resume_step else []
-        write_bytes(self.path, "".join(map(_line, kept)).encode(), hashed=False)  # it grows
+        lines = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if resume_step else []
+        write_bytes(self.path, "".join(map(_line, lines)).encode(), hashed=False)  # it grows
         try:
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
@@ -67,7 +69,7 @@ class JsonLines:
             raise TrainingError(self._explain(error)) from error
 
     def close(self) -> None:
-        """What could not be written is lost; the hash is that of what was."""
+        """Close the file and record its hash. Lines that could not be written are lost."""
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
@@ -83,21 +85,21 @@ class JsonLines:
 class Wandb:
     """A Weights & Biases run; the configuration is logged with it.
 
-    It never asks and never ends a training: without a server or an account the run is logged offline, for `wandb sync`,
-    and after a failure in between only to metrics.jsonl. A warning says so. `WANDB_MODE` counts, unless the mode is
-    `offline` already.
+    It never prompts and never ends a training. Without a server or an account the run is logged offline, for `wandb
+    sync`; after a failure during the run, only metrics.jsonl is written. A warning says so. `WANDB_MODE` applies unless
+    the mode is `offline` already.
 
     Args:
         settings: project, name, mode.
         folder: run folder; the wandb run's id is kept there.
-        config: what is logged as the run's configuration.
-        resume: go on with the wandb run whose id the folder has, because training goes on from a checkpoint.
+        config: the run's configuration to log.
+        resume: continue the wandb run whose id the folder has, because training continues from a checkpoint.
 
     Raises:
         ConfigError: wandb is not installed.
 
     Attributes:
-        out_of_reach: whether a server could not be reached in this process; then no other run waits for it.
+        out_of_reach: whether a server could not be reached in this process; other runs then do not wait for it.
     """
 
     out_of_reach: ClassVar[bool] = False
@@ -123,27 +125,27 @@ class Wandb:
             if mode == ONLINE and not wandb.login(prompt=False):
                 raise ConfigError("nobody is logged in: run 'wandb login', or set WANDB_API_KEY")
             self._run = wandb.init(mode=mode, **options)
-        except Exception as error:  # of wandb or of the network: neither may end a training
+        except Exception as error:  # from wandb or the network: neither may end a training
             if mode != ONLINE:
-                self._give_up("cannot begin a run", error)
+                self._give_up("cannot start a run", error)
                 return
             Wandb.out_of_reach = True
             _warn(
-                f"wandb: {_reason(error)}; training goes on and is logged offline in {str(folder / 'wandb')!r}, for "
-                "'wandb sync'; wandb.mode=offline does so without trying"
+                f"wandb: {_reason(error)}; training continues and is logged offline in {str(folder / 'wandb')!r}, "
+                "for 'wandb sync'; wandb.mode=offline does so without trying"
             )
             try:
-                options["id"] = _wandb_id(folder, resume=False)  # wandb takes the other for one in use
+                options["id"] = _wandb_id(folder, resume=False)  # wandb treats the first id as in use
                 self._run = wandb.init(mode=OFFLINE, **options)
             except Exception as offline_error:
-                self._give_up("cannot begin a run offline either", offline_error)
+                self._give_up("cannot start a run offline either", offline_error)
 
     def log(self, metrics: dict[str, float | int]) -> None:
         self._send(lambda run: run.log(dict(metrics), step=int(metrics["step"])))
 
     def log_features(self, step: int, values: dict[str, Float[Tensor, " some"]]) -> None:
-        """A histogram of each; none of what is empty."""
-        histograms = {name: self._histogram(one.tolist()) for name, one in values.items() if len(one)}
+        """Log a histogram of each metric that has values."""
+        histograms = {name: self._histogram(numbers.tolist()) for name, numbers in values.items() if len(numbers)}
         self._send(lambda run: run.log(histograms, step=step))
 
     def close(self, failed: bool = False) -> None:
@@ -157,20 +159,20 @@ class Wandb:
         except Exception as error:  # as above
             self._give_up("stopped", error)
 
-    def _give_up(self, what: str, error: Exception) -> None:
+    def _give_up(self, event: str, error: Exception) -> None:
         self._run = None
-        _warn(f"wandb: {what} ({_reason(error)}); training goes on, and {METRICS_FILE} has every number")
+        _warn(f"wandb: {event} ({_reason(error)}); training continues, and {METRICS_FILE} has every number")
 
 
 def check_wandb(settings: WandbConfig) -> None:
-    """Raise ConfigError where wandb is asked for and not installed."""
+    """Raise ConfigError if wandb is configured but not installed."""
     if settings.project is None:
         return
     try:
         import wandb  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "wandb.project is set, and wandb is not installed: pip install 'sae[wandb]', or leave wandb.project out"
+            "wandb.project is set, but wandb is not installed: pip install 'sae[wandb]', or leave wandb.project out"
         ) from error
 
 
@@ -192,7 +194,7 @@ def _wandb_id(folder: Path, resume: bool) -> str:
 
 
 def _line(metrics: dict[str, Any]) -> str:
-    """JSON, in which what is not finite is null."""
+    """A JSON line, with null for numbers that are not finite."""
     finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
@@ -201,10 +203,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl; a last line cut short by a kill is left out.
 
     Raises:
-        DamagedError: another line is no JSON with a step, or the file of a finished training differs from its hash.
+        DamagedError: another line is not JSON with a step, or the file of a finished training differs from its hash.
     """
     if not stands(path):
-        announce_missing(path, "what it held of the training is left out")
+        announce_missing(path, "the earlier metrics of the training are left out")
         return []
     *lines, last = read_checked(path, most=MOST_JSON_BYTES, announce=False).split(b"\n")
     records = [_metrics(path, line) for line in lines if line.strip()]
@@ -218,5 +220,5 @@ def _metrics(path: Path, line: bytes) -> dict[str, Any]:
     if type(record.get("step")) is not int or any(
         value is not None and type(value) not in (int, float) for value in record.values()
     ):
-        raise damaged(path, "damaged (a line without a step, or with something that is no number)")
+        raise damaged(path, "damaged (a line without a step, or with a value that is not a number)")
     return record

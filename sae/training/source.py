@@ -1,4 +1,4 @@
-"""Where training batches come from: anything that yields `[batch, d_in]` and knows its place."""
+"""Sources of training batches: anything that yields `[batch, d_in]` and knows its place."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.activations.cache import Statistics
 from sae.errors import ConfigError, TrainingError
+from sae.numerics.statistics import Statistics
 
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """What the loop asks of its input. `ActivationLoader` is one; `IterableSource` makes one of any iterable."""
+    """Input of the training loop. `ActivationLoader` is one; `IterableSource` makes one from any iterable."""
 
     d_in: int
     batch_size: int
@@ -28,15 +28,15 @@ class BatchSource(Protocol):
 
     @property
     def tokens_per_epoch(self) -> int | None:
-        """Tokens in one pass; None where there is no end."""
+        """Tokens in one pass; None if there is no end."""
         ...
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Batches from the present place on. For a threshold the loop reads a few before their step is due."""
+        """Batches from the current place. To set a threshold, the loop reads a few before their step is due."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The present place: behind the batch that was yielded last."""
+        """The current place: after the batch that was yielded last."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -44,49 +44,64 @@ class BatchSource(Protocol):
         ...
 
     def restart(self) -> None:
-        """Go to the beginning, where a training that is not resumed begins; takes effect on the next `iter`."""
+        """Go to the beginning, for a training that is not resumed; takes effect on the next `iter`."""
         ...
 
 
 @runtime_checkable
 class KnownSource(Protocol):
-    """A source that says where its activations come from, as `ActivationLoader` does. Nobody has to."""
+    """A source that says where its activations come from, as `ActivationLoader` does. Optional."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Saved with what is trained on it; with the names of `sae.dictionary_metadata`."""
+        """Metadata of dictionaries trained on it, under the names of `sae.dictionary_metadata`."""
+        ...
+
+
+@runtime_checkable
+class OrderedSource(Protocol):
+    """A source that identifies its text and the order of its tokens, as `ActivationLoader` does. Optional."""
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """Everything that decides the order; sources with equal orders yield rows of the same tokens."""
+        ...
+
+    @property
+    def text(self) -> tuple[str | None, str]:
+        """A hash of the text, and its name in error messages."""
         ...
 
 
 def origin(source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
-    """What a dictionary's metadata say of its activations: of a transcoder, if both of its sources are known."""
+    """Metadata about a dictionary's activations; for a transcoder, only if both of its sources are known."""
     if not isinstance(source, KnownSource):
         return {}
-    read = dict(source.metadata)
+    metadata = dict(source.metadata)
     if target is None:
-        return read
+        return metadata
     if not isinstance(target, KnownSource):
         return {}
-    given = target.metadata
-    model = {} if given.get("model") == read.get("model") else {"target_model": given.get("model")}
-    return {"target_hook": given.get("hook"), "target_activations": given.get("activations"), **model, **read}
+    outputs = target.metadata
+    model = {} if outputs.get("model") == metadata.get("model") else {"target_model": outputs.get("model")}
+    return {"target_hook": outputs.get("hook"), "target_activations": outputs.get("activations"), **model, **metadata}
 
 
 class IterableSource:
     """A source from an iterable of equal batches `[batch, d_in]`, such as a toy model's samples.
 
-    Statistics come from the first batches. To resume, the iterable is started anew and the batches already used are
-    passed over, so it must repeat itself: a list, or an object whose `__iter__` starts from the beginning.
+    Statistics come from the first batches. To resume, the iterable is started again and the batches already used are
+    skipped, so it must repeat itself: a list, or an object whose `__iter__` starts from the beginning.
 
     The first batch sets `batch_size`. Shorter ones, such as the last of a `DataLoader`, are left out, so that steps
-    times `batch_size` is the number of tokens. `epoch` counts how often the iterable was begun anew.
+    times `batch_size` is the number of tokens. `epoch` counts how often the iterable was restarted.
 
     Args:
         batches: iterated once per epoch.
-        estimate_from: number of batches the statistics are taken from.
+        estimate_from: number of batches used for the statistics.
 
     Raises:
-        ConfigError: `batches` can be iterated only once, or is a source by itself.
+        ConfigError: `batches` can be iterated only once, or is a source already.
         TrainingError: there is no batch, or one that is not `[batch, d_in]`.
     """
 
@@ -95,13 +110,13 @@ class IterableSource:
     def __init__(self, batches: Iterable[Float[Tensor, "_ d_in"]], estimate_from: int = 8) -> None:
         if isinstance(batches, Iterator):
             raise ConfigError(
-                f"batches is a {type(batches).__name__}, which can be read only once; training starts anew with every "
-                "epoch and to resume: pass a list, or an object whose __iter__ starts anew"
+                f"batches is a {type(batches).__name__}, which can be read only once; training reads it again in every "
+                "epoch and to resume: pass a list, or an object whose __iter__ starts again"
             )
         if isinstance(batches, BatchSource):
             raise ConfigError(
-                f"batches is a {type(batches).__name__}, a source by itself, which knows where its activations come "
-                "from: give it to sae.train as it is"
+                f"batches is a {type(batches).__name__}, a source already, which knows where its activations come "
+                "from: pass it to sae.train directly"
             )
         first = list(itertools.islice(batches, estimate_from))
         for batch in first:
@@ -123,7 +138,7 @@ class IterableSource:
                     continue
                 if len(batch) > self.batch_size:
                     raise TrainingError(
-                        f"a batch has {len(batch)} rows, the first had {self.batch_size}: make batches of one size"
+                        f"a batch has {len(batch)} rows, the first had {self.batch_size}: make all batches equally long"
                     )
                 empty = False
                 if skip:
@@ -147,8 +162,8 @@ class IterableSource:
 def _check(batch: Any, like: Any) -> None:
     if not isinstance(batch, Tensor):
         raise TrainingError(
-            f"a batch is a {type(batch).__name__}: expected a tensor [batch, d_in]; of a DataLoader's data set pass "
-            "the tensor itself, not a TensorDataset"
+            f"a batch is a {type(batch).__name__}: expected a tensor [batch, d_in]; give a DataLoader the tensor "
+            "itself, not a TensorDataset"
         )
     if batch.ndim != 2 or batch.shape[1] != like.shape[1]:
         raise TrainingError(

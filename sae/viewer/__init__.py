@@ -1,4 +1,4 @@
-"""Look at a feature store: in the terminal, or as one page that needs nothing else."""
+"""Look at a feature store in the terminal or as a self-contained page."""
 
 from __future__ import annotations
 

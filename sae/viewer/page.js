@@ -1,5 +1,5 @@
 "use strict";
-// All text from the model or its data goes through `element`, which sets textContent: never as markup.
+// All text from the model or its data goes through `element`, which adds it as text, never as markup.
 const data = JSON.parse(document.getElementById("data").textContent);
 const byIndex = new Map(data.features.map(feature => [feature.i, feature]));
 const controls = Object.fromEntries(["search", "sort", "dead", "space", "found", "list", "feature", "meta"]
@@ -41,16 +41,16 @@ function tokenChip(text) {
 }
 
 function pieces(text, lengths) {
-  const found = [];
+  const tokens = [];
   let place = 0, length = 0;
   for (const letter of lengths) {
     if (letter === "-") { length += data.lengths.length - 1; continue; }
     length += data.lengths.indexOf(letter);
-    found.push(text.slice(place, place + length));
+    tokens.push(text.slice(place, place + length));
     place += length;
     length = 0;
   }
-  return found;
+  return tokens;
 }
 
 function contextText(feature, [, , , position, text, lengths, firing]) {
@@ -126,7 +126,7 @@ function logitList(entries, kind) {
 
 function logitsCard(feature) {
   if (!feature.u) return element("section", "card wide", element("h3", "", "Logits"),
-    element("p", "dim", "Not known: this hook point is not in the residual stream, or the store was made without a model."));
+    element("p", "dim", "Unknown: this hook point is not in the residual stream, or the store was made without a model."));
   const column = (title, entries, kind) => element("div", "", element("h3", "", title), logitList(entries, kind));
   return element("section", "card wide", element("div", "logits",
     column("Raises next token", feature.u, "up"), column("Lowers next token", feature.l, "down")));
@@ -153,7 +153,7 @@ function showFeature(feature) {
     head.append(element("span", "badge", "dead"));
     parts.push(element("div", "overview", logitsCard(feature), neighboursCard(feature)));
     if (feature.e) parts.push(effectCard(feature));
-    parts.push(element("p", "empty", `It never fired in ${count(data.tokens)} tokens: there are no examples.`));
+    parts.push(element("p", "empty", `It never fired in ${count(data.tokens)} tokens, so there are no examples.`));
   } else {
     head.append(...feature.p.map(tokenChip));
     parts.push(element("div", "overview", statsCard(feature), logitsCard(feature), neighboursCard(feature)));
@@ -174,15 +174,16 @@ function tokensOf(feature) {
   return feature.tokens ??= [feature.p ?? [], logits].map(tokens => tokens.map(token => token.toLowerCase()));
 }
 
-// How well a feature fits a query; 0 is best: its number; a token it fires on, or raises or lowers, is the query, begins
-// with it, or holds it; stronger tokens before weaker ones. Spaces around a token count only where the query has them.
+// How well a feature matches a query; 0 is best. An equal number comes first, then tokens that equal the query, that begin
+// with it and that contain it; each time tokens the feature fires on before those it raises or lowers, stronger ones first.
+// Spaces around a token count only if the query has them.
 const NO_MATCH = 99;
 function distance(feature, query) {
   if (!query.trim()) return 0;
   const number = query.trim().replace(/^#/, "");
   if (/^\d+$/.test(number) && String(feature.i) === number) return 0;
-  const asked = query.toLowerCase(), bare = asked === asked.trim();
-  const kinds = [token => token === asked, token => token.startsWith(asked), token => token.includes(asked)];
+  const wording = query.toLowerCase(), bare = wording === wording.trim();
+  const kinds = [token => token === wording, token => token.startsWith(wording), token => token.includes(wording)];
   for (const [kind, fits] of kinds.entries())
     for (const [place, tokens] of tokensOf(feature).entries()) {
       const rank = tokens.findIndex(token => fits(bare ? token.trim() : token));
@@ -226,12 +227,12 @@ function markCurrent(scroll) {
 }
 
 function openFromAddress() {
-  const asked = decodeURIComponent(location.hash.slice(1));
-  const feature = asked === "" ? order[0] ?? data.features[0] : byIndex.get(Number(asked));
+  const address = decodeURIComponent(location.hash.slice(1));
+  const feature = address === "" ? order[0] ?? data.features[0] : byIndex.get(Number(address));
   current = feature ?? null;
   document.title = feature ? `${feature.i} · ${data.title}` : data.title;
   if (feature) showFeature(feature);
-  else controls.feature.replaceChildren(element("p", "empty", asked ? `Feature ${asked} is not on this page.` : "There are no features on this page."));
+  else controls.feature.replaceChildren(element("p", "empty", address ? `Feature ${address} is not on this page.` : "There are no features on this page."));
   markCurrent(true);
 }
 

@@ -1,4 +1,4 @@
-"""Any set of features as one static page: no network, no server, nothing beside the file."""
+"""Write features as one self-contained static page: no network, no server, no other files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sae.causal.effects import Effects, FeatureEffect
-from sae.causal.render import signed, what_is_done
+from sae.effects.effects import Effects, FeatureEffect
+from sae.effects.view import signed, what_is_done
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
-from sae.files import write_bytes
-from sae.printable import json_text, printable
+from sae.files.printable import json_text, printable
+from sae.files.writing import write_bytes
+from sae.results.table import NONE
 
 _LENGTHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _LONG = "-"
@@ -26,10 +27,10 @@ _PEEK = 6
 def write_page(
     features: Features, indices: Iterable[int], path: str | Path, title: str, effects: Effects | None = None
 ) -> None:
-    """Write the features `indices` as one HTML file, with what they do to the model as far as `effects` has it.
+    """Write the features `indices` as one HTML file, including those of their effects that `effects` has.
 
-    Token text is data in the page: it stands in a JSON block that cannot end early, and the script shows it as
-    text only. The page's policy forbids it to load anything or to run any script but its own.
+    Token text is data in the page: it is in a JSON block that it cannot end early, and the script shows it only as
+    text. The page's policy forbids loading anything and running any script but its own.
 
     Raises:
         UnknownFeatureError: an index is not in the store.
@@ -45,11 +46,11 @@ def write_page(
         "data": embeddable_json(page_data(features, indices, title, effects)),
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
-    write_bytes(Path(path), page.encode(), hashed=False)  # it may go anywhere
+    write_bytes(Path(path), page.encode(), hashed=False)  # the path can be anywhere
 
 
 def page_data(features: Features, indices: Iterable[int], title: str, effects: Effects | None = None) -> dict[str, Any]:
-    """What the page's script reads; names are short, since there may be thousands of features."""
+    """The data read by the page's script; names are short, since there may be thousands of features."""
     documents: dict[str, int] = {}
     entries = [_feature(features[index], documents) for index in dict.fromkeys(indices)]
     if effects is not None:
@@ -71,7 +72,7 @@ def page_data(features: Features, indices: Iterable[int], title: str, effects: E
 
 
 def embeddable_json(content: Any) -> str:
-    """Compact JSON that is safe inside a script element: nothing in it can end the element or open another."""
+    """Compact JSON that is safe inside a script element: it cannot end the element or open another."""
     text = json_text(content, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -79,7 +80,7 @@ def embeddable_json(content: Any) -> str:
 
 
 def token_lengths(tokens: list[str]) -> str:
-    """Lengths of the tokens in UTF-16 units, a letter each; `-` adds another 61."""
+    """Lengths of the tokens in UTF-16 units, one letter each; each preceding `-` adds 61."""
     letters = []
     for token in tokens:
         longs, rest = divmod(len(token.encode("utf-16-le", "surrogatepass")) // 2, len(_LENGTHS) - 1)
@@ -109,20 +110,20 @@ def _feature(feature: Feature, documents: dict[str, int]) -> dict[str, Any]:
 
 
 def _effect(effect: FeatureEffect, window: int) -> list[list[str]]:
-    """Labels and texts of what a feature does, and the tokens that it makes more and less likely."""
+    """Labels and texts of a feature's effects."""
     rows = [
         ["Δ loss there", signed(effect.loss)],
         [f"Δ loss, next {window}", signed(effect.loss_after)],
         ["KL there", str(effect.kl)],
         ["KL, random direction", str(effect.random_kl)],
-        ["Δ loss, direct", "–" if effect.direct is None else signed(effect.direct)],
+        ["Δ loss, direct", NONE if effect.direct is None else signed(effect.direct)],
         ["measured at", f"{effect.positions:,} places, {effect.documents:,} documents"],
     ]
     return rows if effect.positions else rows[-1:]
 
 
 def _example(example: Example, documents: dict[str, int]) -> list[Any]:
-    """Activation, document, row, position, text, lengths of its tokens, and (position, activation) where not zero."""
+    """Activation, document, row, position, text, token lengths, and alternating positions and non-zero activations."""
     firing = [(place, value) for place, value in enumerate(example.activations) if value > 0]
     return [
         _short(example.value, 4),

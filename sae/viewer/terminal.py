@@ -1,19 +1,19 @@
-"""Features in the terminal: one in full, or many in a table."""
+"""Print features in the terminal: one in full, or many in a table."""
 
 from __future__ import annotations
 
 from rich.console import Console, Group
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
-from sae.causal.effects import Effects
-from sae.causal.render import effect_lines
-from sae.columns import Column, fitted
+from sae.console.terminal import output
+from sae.effects.effects import Effects
+from sae.effects.view import effect_lines
 from sae.features.feature import Example, Feature, TokenLogit
 from sae.features.store import Features
 from sae.features.text import visible
-from sae.terminal import output
+from sae.results.table import Column, Table
 
 HOT = (214, 102, 16)
 PALE = (72, 48, 32)
@@ -22,8 +22,8 @@ PALE = (72, 48, 32)
 def print_feature(feature: Feature, console: Console | None = None, effects: Effects | None = None) -> None:
     """Print a feature: its numbers, logits and neighbours, then its strongest contexts and those of each quantile.
 
-    Where its effect is among `effects`, that stands with its numbers. Token text is printed as it is, never as markup;
-    control characters are shown and not obeyed. Without colours the strongest token stands in «», others that fire
+    If its effect is in `effects`, it is shown with the numbers. Token text is printed literally, never as markup;
+    control characters are replaced by visible signs. Without colours, the strongest token is in «» and others that fire
     in ‹›.
     """
     console = console or output()
@@ -37,7 +37,7 @@ def print_feature(feature: Feature, console: Console | None = None, effects: Eff
     if feature.neighbours:
         console.print(_labelled("near", _neighbours(feature)))
     if feature.dead:
-        console.print(Text("\nIt never fired in the tokens scanned: there are no examples.", style="dim"))
+        console.print(Text("\nIt never fired in the tokens scanned, so there are no examples.", style="dim"))
         return
     console.print(_contexts("Strongest, one per document", feature.top, feature.max, colour))
     for number, examples in enumerate(feature.quantiles):
@@ -52,7 +52,7 @@ def print_features(
     limit: int | None = 50,
     max_density: float = 1.0,
 ) -> None:
-    """Print a table of the first `limit` features in the order of `sort`, dead ones last.
+    """Print a table of the first `limit` features sorted by `sort`, dead ones last.
 
     Features that fire on a larger share of tokens than `max_density` are left out.
 
@@ -70,7 +70,8 @@ def print_features(
     }
     tokens = [Text() if feature.dead else _peek(feature, in_colour(console)) for feature in chosen]
     columns = [Column(heading, cells) for heading, cells in numbers.items()]
-    console.print(fitted([*columns, Column("fires on", tokens, is_text=True, is_cut=True)], console.width))
+    table = Table([*columns, Column("fires on", tokens, is_text=True, is_cut=True)])
+    console.print(table.in_terminal(console.width))
     dead = int(features.summary().dead.sum())
     rarer = f", {len(order):,} of them on at most {density_text(max_density)} of tokens" if max_density < 1 else ""
     tokens_read = f"{features.info['tokens']:,} tokens"
@@ -79,7 +80,7 @@ def print_features(
 
 
 def in_colour(console: Console) -> bool:
-    """Whether a background can be seen; in a pipe or a file it cannot, and signs stand in its place."""
+    """Whether background colours are visible. In a pipe or a file they are not, and signs are used instead."""
     return console.is_terminal and not console.no_color and console.color_system is not None
 
 
@@ -90,7 +91,7 @@ def _peek(feature: Feature, colour: bool) -> Text:
 
 
 def quantile_title(number: int, quantiles: int) -> str:
-    """Heading of a share of the non-zero activations; number 0 is the strongest."""
+    """Heading for a quantile of the non-zero activations; number 0 is the strongest."""
     high, low = 100 * (quantiles - number) / quantiles, 100 * (quantiles - number - 1) / quantiles
     return f"Random from the {low:.3g}–{high:.3g} % quantile of non-zero activations"
 
@@ -101,7 +102,7 @@ def density_text(density: float) -> str:
 
 
 def number_text(number: float) -> str:
-    """A number with three digits, zeros at the end included."""
+    """A number with three digits, including trailing zeros."""
     return f"{number:#.3g}".rstrip(".") if 1e-3 <= number < 1000 else f"{number:.3g}"
 
 
@@ -116,7 +117,7 @@ def _header(feature: Feature) -> Text:
 
 
 def _labelled(label: str, content: Text) -> Padding:
-    line = Table.grid(padding=(0, 1))
+    line = Grid.grid(padding=(0, 1))
     line.add_column(width=7, style="dim")
     line.add_column()
     line.add_row(label, content)
@@ -137,7 +138,7 @@ def _neighbours(feature: Feature) -> Text:
 
 
 def _contexts(title: str, examples: list[Example], largest: float, colour: bool) -> Group:
-    table = Table.grid(padding=(0, 1))
+    table = Grid.grid(padding=(0, 1))
     table.add_column(justify="right", style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for example in examples:
@@ -159,7 +160,7 @@ def _context(example: Example, largest: float) -> Text:
 
 
 def _plain_context(example: Example) -> Text:
-    """The strongest token in «», the others that fire in ‹›."""
+    """The context with the strongest token in «» and others that fire in ‹›."""
     text = Text()
     for position, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True)):
         if activation <= 0:

@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae.activations import ActivationCache
-from sae.activations.cache import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
-from sae.files import write_bytes
+from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
+from sae.files.writing import write_bytes
 
 WriteCache = Callable[..., ActivationCache]
 

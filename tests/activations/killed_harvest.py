@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from sae.activations import harvest as harvest_module
-from sae.config import ModelConfig
-from sae.config_file import parse_config
-from sae.language_model import LanguageModel
+from sae.config.file import parse_config
+from sae.config.sources import ModelConfig
+from sae.model.language_model import LanguageModel
 
 FORWARD_SECONDS, WRITE_SECONDS = 0.004, 0.003
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from sae.activations import ActivationCache
-from sae.activations.cache import MANIFEST
+from sae.activations.manifest import MANIFEST
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import CacheError
-from sae.files import write_json
-from sae.tokens import HELD_OUT, SPLITS, TRAIN
-from sae.verification import verify
+from sae.files.writing import write_json
+from sae.runs.verification import verify
 
 HOOK = "blocks.1.hook_resid_pre"
 SHARD = f"{HOOK}/train-00002.safetensors"
@@ -165,10 +165,10 @@ def test_shard_that_is_no_safetensors_file(copy: Path) -> None:
         ({"complete": False}, r"the harvest is unfinished; run the same 'sae harvest' to finish it"),
         (
             {"format_version": 2, "news": 1},
-            r"format 'sae-activations' version 2; this package reads .* up to version 1",
+            r"format version 2 is newer than this package reads \(1\); update the package",
         ),
         ({"format": "other"}, r"manifest.json is not of this toolkit \(no format 'sae-activations'\)"),
-        ({"rows": None}, r"manifest.json': damaged \(rows: .*\); delete the cache and harvest it anew"),
+        ({"rows": None}, r"manifest.json': damaged \(rows: .*\); delete the cache and harvest it again"),
     ],
 )
 def test_manifests_of_another_kind(copy: Path, change: dict, message: str) -> None:

@@ -8,8 +8,8 @@ import torch
 
 import sae
 from sae.errors import CacheError, DamagedError
-from sae.files import write_json
-from sae.verification import verify
+from sae.files.writing import write_json
+from sae.runs.verification import verify
 
 
 @pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "tokens/../../outside.bin"])

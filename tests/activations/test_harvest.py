@@ -17,11 +17,11 @@ from torch import Tensor
 from sae.activations import ActivationCache
 from sae.activations.cache import dequantise
 from sae.activations.harvest import harvest
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import CacheError, DataError, ModelError
-from sae.files import write_json
-from sae.language_model import LanguageModel
-from sae.tokens import HELD_OUT, SPLITS, TRAIN
-from sae.verification import verify
+from sae.files.writing import write_json
+from sae.model.language_model import LanguageModel
+from sae.runs.verification import verify
 
 
 def slow_activations(model: LanguageModel, cache: ActivationCache, hook: str, split: str) -> Iterator[Tensor]:

@@ -18,10 +18,10 @@ from harvest_case import HOOKS, Config, contents
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.errors import CacheError
-from sae.files import write_json
-from sae.language_model import LanguageModel
-from sae.tokens import packed_shards
-from sae.verification import verify
+from sae.files.writing import write_json
+from sae.model.language_model import LanguageModel
+from sae.runs.verification import verify
+from sae.text.packing import packed_shards
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,9 @@ def test_text_is_restored_as_the_version_read_it_that_the_manifest_is_of(
     (folder / "documents.json").unlink()
     manifest["data"]["reading"] = 5
     write_json(folder / "manifest.json", manifest)
-    with pytest.raises(CacheError, match=r"its manifest has reading=5, and 0 to 4 are known here: restore it with the"):
+    with pytest.raises(
+        CacheError, match=r"its manifest has reading=5, but this version knows 0 to 4: restore it with the"
+    ):
         harvest(config, language_model)
 
 
@@ -120,7 +122,7 @@ def test_restoring_what_has_changed_is_refused_and_touches_nothing(
     assert contents(folder) == before
     harvest(config, language_model)
     (folder / "tokens/train-00003.safetensors").unlink()
-    monkeypatch.setattr("sae.tokens.is_held_out", lambda name, seed, fraction: name > "030")
+    monkeypatch.setattr("sae.text.prepared.is_held_out", lambda name, seed, fraction: name > "030")
     with pytest.raises(CacheError, match=r"differs from its checksum \(the text has changed, or this version reads it"):
         harvest(config, language_model)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.errors import CacheError
-from sae.seeding import numpy_generator
+from sae.numerics.seeding import numpy_generator
 
 HOOK = "blocks.0.hook_resid_pre"
 CONTEXT = 8
@@ -153,7 +153,9 @@ def test_a_state_without_a_version_goes_on_in_the_order_it_was_begun_with(
 
 def test_an_order_that_is_not_known_is_refused(marked: tuple[ActivationCache, list[int]]) -> None:
     loader = ActivationLoader(marked[0], HOOK, batch_size=10)
-    with pytest.raises(CacheError, match=r"state has streams=3, and 1 to 2 are known here: go on with the version of"):
+    with pytest.raises(
+        CacheError, match=r"state has streams=3, but this version knows 1 to 2: continue with the version of"
+    ):
         loader.load_state_dict({"position": 0, "streams": 3})
 
 

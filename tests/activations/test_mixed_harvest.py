@@ -15,12 +15,12 @@ from harvest_case import Config, contents
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
-from sae.config import RunConfig
-from sae.corpus import is_held_out
+from sae.config.settings import RunConfig
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import CacheError, DataError
-from sae.language_model import LanguageModel
-from sae.tokens import HELD_OUT, SPLITS, TRAIN
-from sae.verification import verify
+from sae.model.language_model import LanguageModel
+from sae.runs.verification import verify
+from sae.text.corpus import is_held_out
 
 
 @pytest.fixture(scope="module")

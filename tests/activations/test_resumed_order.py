@@ -12,9 +12,9 @@ import torch
 
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import TrainingError
-from sae.files import write_bytes
+from sae.files.writing import write_bytes
 from sae.training import Recipe, TrainingInterrupted, train, train_all
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
 
@@ -88,5 +88,5 @@ def test_two_orders_are_not_read_in_one_pass(
         begin(cache, tmp_path / "old")
     forget_version(tmp_path / "old")
     recipes = {name: Recipe(SHAPE, SETTINGS, folder=tmp_path / name) for name in ("new", "old")}
-    with pytest.raises(TrainingError, match=r"new and old: their checkpoints of step 30 are of different orders of"):
+    with pytest.raises(TrainingError, match=r"new and old: their checkpoints of step 30 have different orders of"):
         train_all({"activations": loader(cache)}, recipes)

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.activations.same_model import check_same_model
-from sae.config import ModelConfig, RunConfig
+from sae.config.settings import RunConfig
+from sae.config.sources import ModelConfig
+from sae.dictionary.model_identity import fingerprint, has_fingerprint
 from sae.errors import CacheError
-from sae.files import write_json
-from sae.language_model import LanguageModel
-from sae.model_identity import fingerprint, has_fingerprint
+from sae.files.writing import write_json
+from sae.model.language_model import LanguageModel
 
 Config = Callable[..., RunConfig]
 Change = Callable[[dict[str, Any]], None]

@@ -11,20 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.activations.cache import (
-    DOCUMENTS,
-    MANIFEST,
-    ActivationCache,
-    FileEntry,
-    HookEntry,
-    Manifest,
-    eligible_rows,
-    shard_name,
-)
-from sae.dictionary import Codes, Dictionary
-from sae.files import write_bytes
+from sae.activations.cache import ActivationCache, eligible_rows
+from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
+from sae.dictionary.base import Codes, Dictionary
+from sae.dictionary.token_policy import TokenPolicy
+from sae.files.writing import write_bytes
 from sae.kernels.interface import Selection
-from sae.tokens import TokenPolicy
 
 HOOK = "blocks.1.hook_resid_pre"
 POLICY = TokenPolicy(prepend_bos=True, masked_positions=1, masked_ids=(0,))

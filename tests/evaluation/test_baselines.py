@@ -10,12 +10,12 @@ from evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
 from sae.activations.cache import eligible_rows
 from sae.activations.loader import ActivationLoader
 from sae.architectures import TopK
-from sae.config import DictionaryConfig, EvaluationConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.evaluation import Report, evaluate
 from sae.evaluation.baselines import Baseline, RandomDictionary, fit_pca
 from sae.evaluation.frozen_decoder import train_frozen_decoders
+from sae.evaluation.held_out import HeldOut, training_blocks
 from sae.evaluation.report_view import markdown
-from sae.evaluation.streams import training_blocks
 from sae.training import Outcome, train, train_all
 
 TRAIN = random_rows(700, 6, 12, seed=1)
@@ -78,7 +78,7 @@ def test_no_dictionary_begins_with_the_random_directions_of_a_baseline(
         return outcome
 
     monkeypatch.setattr("sae.evaluation.frozen_decoder.train_all", watched)
-    train_frozen_decoders([Baseline("frozen_decoder", 2, 40, "topk")], cache, HOOK, 600, "cpu", lambda *_: None)
+    train_frozen_decoders([Baseline("frozen_decoder", 2, 40, "topk")], HeldOut(cache, HOOK), 600)
     rows = torch.cat(list(drawn.values()))
     assert float((rows @ rows.T).fill_diagonal_(0).max()) < 0.9999, "each other's"
     for seed in range(6):
@@ -125,7 +125,7 @@ def test_a_gpu_gives_the_same_scores(tmp_path: Path) -> None:
 
 def test_baselines_are_reconstructed_on_every_nth_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted through the split, over the edges of blocks; on all of them the numbers are of all."""
-    monkeypatch.setattr("sae.evaluation.streams.BLOCK_TOKENS", 32)
+    monkeypatch.setattr("sae.evaluation.held_out.BLOCK_TOKENS", 32)
     cache = make_cache(tmp_path, HELD_OUT, TRAIN)
     x, tokens, _ = HELD_OUT
     held_out = x[eligible_rows(tokens, POLICY, 8)]

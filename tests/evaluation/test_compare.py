@@ -13,13 +13,14 @@ from torch import Tensor, nn
 import sae
 from sae.activations import ActivationCache
 from sae.architectures import TopK
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
+from sae.dictionary.saved import identify
 from sae.errors import ConfigError, DamagedError, FormatError
 from sae.evaluation import Comparison, comparison_tables, evaluate, write_comparison
-from sae.evaluation.comparison import comparison_key, read_comparison
+from sae.evaluation.comparison import comparison_key
 from sae.evaluation.metrics import METRICS, below_noise
-from sae.evaluation.report import identify
-from sae.language_model import LanguageModel
+from sae.evaluation.stored import read_comparison
+from sae.model.language_model import LanguageModel
 
 
 def _topk(seed: int, k: int = 4, d_in: int = 32) -> TopK:
@@ -197,7 +198,7 @@ def test_a_comparison_of_anything_else_is_not_read(
     write_comparison(dataclasses.replace(comparison, key=_key()), tmp_path)
     assert read_comparison(tmp_path, _key()) is not None
     assert read_comparison(tmp_path, _key(**changed)) is None
-    monkeypatch.setattr(sae, "__version__", "0.0.0")
+    monkeypatch.setattr("sae.files.version.__version__", "0.0.0")
     assert read_comparison(tmp_path, _key()) is None
 
 
@@ -207,7 +208,7 @@ def test_killed_while_a_comparison_is_written_there_is_none(
     import dataclasses
 
     write_comparison(dataclasses.replace(comparison, key=_key()), tmp_path)
-    monkeypatch.setattr("sae.evaluation.comparison.write_json", lambda *_: pytest.fail("killed"))
+    monkeypatch.setattr("sae.evaluation.stored.write_json", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
         write_comparison(dataclasses.replace(comparison, key={"another": 1}), tmp_path)
     assert read_comparison(tmp_path, _key()) is None, "compare.md is of the other"

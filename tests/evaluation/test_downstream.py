@@ -15,15 +15,16 @@ from torch import Tensor
 
 from sae.activations import ActivationCache
 from sae.architectures import TopK
-from sae.config import EvaluationConfig, ModelConfig
+from sae.config.settings import EvaluationConfig
+from sae.config.sources import ModelConfig
+from sae.config.splits import HELD_OUT
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, write_report
 from sae.evaluation.metrics import METRICS
 from sae.evaluation.report import Report
 from sae.evaluation.report_view import markdown, report_table
-from sae.language_model import LanguageModel
-from sae.pipeline import run
-from sae.tokens import HELD_OUT
+from sae.model.language_model import LanguageModel
+from sae.runs.pipeline import run
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -214,10 +215,10 @@ def test_tables_say_where_baselines_have_fewer_tokens(
     few, every = report(33), report(None)
     positions = few.baselines["pca"].downstream.tokens
     assert (
-        f"Baselines are measured on less: losses, and the clean loss that they are beside, on {positions} positions."
+        f"Baselines are measured on less: losses, and the clean loss next to them, on {positions} positions."
         in markdown(few, [])
     )
-    assert f"beside, on {positions} positions" in printed(few)
+    assert f"next to them, on {positions} positions" in printed(few)
     assert "on less" not in markdown(every, []) and "positions" not in printed(every)
 
 

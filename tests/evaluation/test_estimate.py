@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.evaluation.estimate import DocumentSums, Estimate, ratio, student_t
+from sae.results.estimate import DocumentSums, Estimate, ratio, student_t
 
 
 def _tokens(documents: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,13 +8,13 @@ import torch
 from evaluation_cache import HOOK, Fixed, make_cache, random_rows
 
 from sae.architectures import ARCHITECTURES, TopK
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
 from sae.errors import TrainingError
 from sae.evaluation import evaluate, evaluate_all
 from sae.evaluation.baselines import Baseline
 from sae.evaluation.frozen_decoder import train_frozen_decoders
-from sae.evaluation.streams import training_blocks
-from sae.seeding import torch_generator
+from sae.evaluation.held_out import HeldOut, training_blocks
+from sae.numerics.seeding import torch_generator
 
 TRAIN = random_rows(4000, 6, 12, seed=1)
 HELD_OUT = random_rows(150, 6, 9, seed=2)
@@ -22,7 +22,7 @@ HELD_OUT = random_rows(150, 6, 9, seed=2)
 
 def _train(folder: Path, wanted: list[Baseline], tokens: int = 4000):
     cache = make_cache(folder, HELD_OUT, TRAIN)
-    return cache, train_frozen_decoders(wanted, cache, HOOK, tokens, "cpu", lambda *_: None)
+    return cache, train_frozen_decoders(wanted, HeldOut(cache, HOOK), tokens)
 
 
 def test_the_decoder_is_random_and_the_encoder_is_trained(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sae.evaluation.downstream import DOWNSTREAM_NAMES
-from sae.evaluation.estimate import Estimate
 from sae.evaluation.metrics import METRICS, below_noise, difference, estimate
+from sae.results.estimate import Estimate
 
 
 def _totals(documents: int = 120, seed: int = 0, quality: float = 1.0) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from sae.evaluation.estimate import Estimate
 from sae.evaluation.pareto import Point, draw_pareto
+from sae.results.estimate import Estimate
 
 
 def point(architecture: str, k: int, fvu: float, seed: int = 0) -> Point:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache, eligible_rows
 from sae.architectures import TopK
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
 from sae.errors import CacheError, ConfigError, FormatError
-from sae.evaluation import evaluate, streams
-from sae.evaluation.streams import held_out_blocks
+from sae.evaluation import evaluate, held_out
+from sae.evaluation.held_out import HeldOut, held_out_blocks
 
 D_IN = 6
 ROWS = random_rows(150, D_IN, 9)  # 18 contexts of 8, and one of 6
@@ -158,7 +158,7 @@ def _random_topk(dtype: torch.dtype = torch.float32) -> TopK:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Blocks small enough for a test's cache to have several."""
-    monkeypatch.setattr(streams, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(held_out, "BLOCK_TOKENS", 100)
     return 100
 
 
@@ -167,7 +167,7 @@ def test_blocks_are_the_same_however_the_cache_is_read(tmp_path: Path, small_blo
     cache = make_cache(tmp_path, rows)
     x, documents = _eligible(rows)
     for batch_contexts in (1, 3, 16, 10_000):
-        blocks = list(held_out_blocks(cache, HOOK, EvaluationConfig(batch_contexts=batch_contexts)))
+        blocks = list(held_out_blocks(HeldOut(cache, HOOK, EvaluationConfig(batch_contexts=batch_contexts))))
         assert [len(block.x) for block in blocks[:-1]] == [small_blocks] * (len(blocks) - 1)
         assert torch.equal(torch.cat([block.x for block in blocks]), x)
         assert torch.equal(torch.cat([block.documents for block in blocks]), documents)
@@ -254,7 +254,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         evaluate(elsewhere, cache, hook=HOOK)
     other_model = _random_topk()
     other_model.metadata["model"] = {"weights_sha256": "abc", "weight_processing": "none"}
-    with pytest.raises(CacheError, match="another model than the dictionary's: weights_sha256 is '0' there and 'abc'"):
+    with pytest.raises(CacheError, match="not the dictionary's model: weights_sha256 is '0' there and 'abc'"):
         evaluate(other_model, cache, hook=HOOK)
     broken = _random_topk()
     broken.b_enc[3] = float("nan")

@@ -14,18 +14,17 @@ from evaluation_cache import HOOK, make_cache, random_rows
 from rich.console import Console
 from safetensors.torch import load_file
 
-import sae
 from sae.activations import ActivationCache
 from sae.architectures import ReLU, TopK
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
 from sae.errors import ConfigError, DamagedError
 from sae.evaluation import Report, evaluate, evaluate_all, report_table, write_report
-from sae.evaluation import report as module
+from sae.evaluation import stored as module
 from sae.evaluation.metrics import METRICS, estimate
-from sae.evaluation.report import read_stored
-from sae.files import write_bytes, write_json
-from sae.language_model import LanguageModel
-from sae.verification import verify
+from sae.evaluation.stored import read_stored
+from sae.files.writing import write_bytes, write_json
+from sae.model.language_model import LanguageModel
+from sae.runs.verification import verify
 
 DEFINITIONS = (
     "mse", "fvu", "explained_variance", "cosine", "l2_ratio", "relative_reconstruction_bias", "l0", "l0_quantiles",
@@ -270,7 +269,7 @@ def test_anything_that_decides_the_numbers_makes_a_stored_report_stale(
     for what, changed in stale.items():
         assert _stored(report, tmp_path, **changed) is None, what
     assert _stored(report, tmp_path) is not None
-    monkeypatch.setattr(sae, "__version__", "0.0.0")
+    monkeypatch.setattr("sae.files.version.__version__", "0.0.0")
     assert _stored(report, tmp_path) is None, "version of the package"
 
 
@@ -324,13 +323,13 @@ def test_a_report_that_cannot_be_rendered_leaves_the_one_before(
 ) -> None:
     write_report(report, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    monkeypatch.setattr("sae.evaluation.report_view.markdown", lambda *_: 1 / 0)
+    monkeypatch.setattr("sae.evaluation.stored.markdown", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(dataclasses.replace(report, hook="another"), tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
-@pytest.mark.filterwarnings("ignore::sae.hashes.UnhashedWarning")
+@pytest.mark.filterwarnings("ignore::sae.files.hashes.UnhashedWarning")
 def test_sums_of_another_report_are_stale_and_named(report: Report, tmp_path: Path) -> None:
     """As a kill left them while eval.json stayed in its place."""
     write_report(report, tmp_path)

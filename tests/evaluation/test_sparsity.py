@@ -7,7 +7,7 @@ import torch
 from evaluation_cache import HOOK, make_cache, random_rows
 
 from sae.architectures import TopK
-from sae.dictionary import Codes
+from sae.dictionary.base import Codes
 from sae.evaluation import evaluate
 from sae.evaluation.sparsity import SparsityCounts
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from sae.evaluation.estimate import Estimate
 from sae.evaluation.metrics import Totals, estimate
-from sae.evaluation.sweep_view import Behind, behind_best, sweep_markdown, sweep_tables
+from sae.evaluation.sweep_view import GapToBest, behind_best, sweep_markdown, sweep_tables
+from sae.results.estimate import Estimate
 from tests.evaluation.test_pareto import point
 
 
@@ -110,7 +110,7 @@ def test_one_document_does_not_tell_what_is_noise(compared: dict[str, Totals]) -
     first = {name: {key: sums[:1] for key, sums in made.items()} for name, made in compared.items()}
     points = {name: point("topk", 8, float(made["error"].sum())) for name, made in first.items()}
     text = sweep_markdown(points, {}, None, behind_best(points, first))
-    assert "**bold**: the lowest of its k. One document does not tell what is noise." in text
+    assert "**bold**: the lowest of its k. One document cannot show what is noise." in text
     assert "≈" not in text
     twins = dict.fromkeys(first, first["b"])
     points = dict.fromkeys(twins, points["b"])
@@ -128,7 +128,9 @@ def rows(text: str) -> list[list[str]]:
 def test_a_terminal_shows_whole_names_and_values(width: int) -> None:
     points = {f"{name}-k{k}": point(name, k, 1 / k) for name in ("matryoshka", "batch_topk") for k in (8, 128)}
     points["matryoshka-k8"].baselines["pca"] = Estimate(0.4567, 0.0123)
-    best = {name: {"fvu": Behind("matryoshka-k8", Estimate(0.01, 0.1))} for name in points if name != "matryoshka-k8"}
+    best = {
+        name: {"fvu": GapToBest("matryoshka-k8", Estimate(0.01, 0.1))} for name in points if name != "matryoshka-k8"
+    }
     console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     for table in sweep_tables(points, best, width):
         console.print(table)

@@ -15,14 +15,14 @@ import sae
 from sae.activations import ActivationCache
 from sae.activations.loader import ActivationLoader
 from sae.architectures import TopK
-from sae.config import DictionaryConfig, EvaluationConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, EvaluationConfig, TrainConfig
+from sae.config.splits import HELD_OUT
 from sae.errors import CacheError, ConfigError
 from sae.evaluation import evaluate, evaluate_all
+from sae.evaluation.held_out import HeldOut, held_out_blocks
 from sae.evaluation.report_view import markdown
-from sae.evaluation.streams import held_out_blocks
-from sae.language_model import LanguageModel
-from sae.splicing import splice
-from sae.tokens import HELD_OUT
+from sae.model.language_model import LanguageModel
+from sae.model.splicing import splice
 
 READS, GIVES = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
 
@@ -150,7 +150,7 @@ def test_the_hook_point_is_the_one_that_dictionaries_give(many_documents: Activa
 def test_rows_of_other_hook_points_belong_to_the_same_tokens(many_documents: ActivationCache) -> None:
     for batch_contexts in (1, 5):
         settings = EvaluationConfig(batch_contexts=batch_contexts)
-        blocks = list(held_out_blocks(many_documents, GIVES, settings, [READS]))
+        blocks = list(held_out_blocks(HeldOut(many_documents, GIVES, settings), [READS]))
         assert torch.equal(
             torch.cat([block.others[READS] for block in blocks]), eligible_rows(many_documents, READS)[0]
         )
@@ -176,7 +176,9 @@ def test_refusals(many_documents: ActivationCache) -> None:
     entry = many_documents.manifest.hooks[GIVES]
     many_documents.manifest.hooks[GIVES] = entry.model_copy(update={"d_in": 16})
     try:
-        with pytest.raises(ConfigError, match=f"'{GIVES}': its activations have 16 numbers and those of '{READS}' 32"):
+        with pytest.raises(
+            ConfigError, match=f"'{GIVES}': its activations have width 16 and those of '{READS}' have 32"
+        ):
             sae.dictionary_metadata(many_documents, READS, GIVES)
         with pytest.raises(ConfigError, match="activations have 16 numbers, the dictionary takes 32"):
             evaluate(make_transcoder_of(many_documents), many_documents, hook=GIVES)

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 import sae
-from sae import pipeline
-from sae.config import EvaluationConfig
+from sae.config.settings import EvaluationConfig
+from sae.config.splits import HELD_OUT
 from sae.errors import ConfigError
 from sae.evaluation import evaluate, partial
 from sae.evaluation.budget import announcement, losses_read, pca_tokens, settled, spread_contexts
 from sae.evaluation.partial import FOLDER, Unfinished
-from sae.tokens import HELD_OUT
+from sae.runs import pipeline
 
 STAGES = ("reconstruction", "baselines", "language model", "legacy formulas", "frozen decoder")
 

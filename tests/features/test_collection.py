@@ -5,17 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_cache import HOOK, FakeTokenizer
 from feature_case import CONTEXT, D_SAE, DEAD, SETTINGS, Case, build_case
 
-from sae import seeding
 from sae.architectures import ReLU, TopK
-from sae.config import FeaturesConfig
+from sae.config.settings import FeaturesConfig
 from sae.errors import CacheError, ConfigError
 from sae.features import Features, collect
 from sae.features.block import Block
 from sae.features.collection import random_keys
 from sae.features.examples import reservoir_size
+from sae.numerics import seeding
+from tests.support.feature_cache import HOOK, FakeTokenizer
 
 
 def all_examples(features: Features):
@@ -200,7 +200,7 @@ def test_progress_ends_at_all_tokens(case: Case, tmp_path: Path) -> None:
 
 def test_samples_of_a_frequent_feature_are_uniform_over_its_shares(tmp_path: Path) -> None:
     """A feature that fires far more often than the reservoir holds: shares from the histogram, within 2 % of exact."""
-    from fake_cache import make_cache
+    from tests.support.feature_cache import make_cache
 
     generator = torch.Generator().manual_seed(1)
     rows, width = 20_000, 16

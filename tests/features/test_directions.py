@@ -9,10 +9,10 @@ import pytest
 import torch
 from feature_case import D_SAE, DEAD, SETTINGS, Case
 
-from sae import neighbours
+from sae.dictionary import neighbours
+from sae.dictionary.neighbours import nearest_neighbours
 from sae.features import logits
 from sae.features.logits import logit_effects
-from sae.neighbours import nearest_neighbours
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from slow_reference import Reference
 
 from sae.activations.harvest import harvest
 from sae.features.groups import ExampleGroups
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 
 def test_three_books_give_as_many_examples_as_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

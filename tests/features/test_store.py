@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sae.errors import CacheError, ConfigError, FormatError, SaeError, UnknownFeatureError
 from sae.features import Features
-from sae.files import write_json
+from sae.files.writing import write_json
 
 
 def test_a_store_opens_by_itself_and_by_its_run_folder(features: Features) -> None:

@@ -9,10 +9,10 @@ import torch
 
 from sae.activations import ActivationCache
 from sae.architectures import TopK
-from sae.config import FeaturesConfig
+from sae.config.settings import FeaturesConfig
 from sae.errors import ConfigError
 from sae.features import Features, collect
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 HOOK = "blocks.1.hook_resid_pre"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae.kernels import back_end
-from sae.kernels.interface import AdamStep, Block, Gradient, Moments, Selection, Subset, Term
+from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, RowGradient, Selection, Subset
 from sae.kernels.pattern import Pattern
 from tests.kernels.kernel_cases import CASES, DEVICE, Case, check_selection, rows
 
@@ -112,12 +112,12 @@ def test_products_with_sparse_codes(kernels, density: float) -> None:
     generator = torch.Generator().manual_seed(2)
     decoder, gradient = (torch.randn(n, 11, generator=generator).to(like) for n in (30, 10))
     close = {"rtol": tolerance, "atol": 100 * tolerance}
-    term = Term(pattern, values, gradient)
+    term = FactoredGradient(pattern, values, gradient)
     torch.testing.assert_close(
         ours.decode(pattern, values, decoder), REFERENCE.decode(pattern, values, decoder), **close
     )
     torch.testing.assert_close(
-        ours.value_gradients(pattern, gradient, decoder), REFERENCE.value_gradients(pattern, gradient, decoder), **close
+        ours.sampled_product(pattern, gradient, decoder), REFERENCE.sampled_product(pattern, gradient, decoder), **close
     )
     torch.testing.assert_close(ours.feature_sums(term), REFERENCE.feature_sums(term), **close)
 
@@ -169,9 +169,9 @@ def gradient_of(parts: str, like: torch.Tensor, d_sae: int, d_in: int) -> Gradie
     def matrix(n: int) -> torch.Tensor:
         return torch.randn(n, d_in, generator=generator, dtype=torch.float64).to(like)
 
-    terms = [Term(*ragged(like, density, d_sae=d_sae), matrix(10)) for density in (0.05, 0.5, 0.03)]
+    terms = [FactoredGradient(*ragged(like, density, d_sae=d_sae), matrix(10)) for density in (0.05, 0.5, 0.03)]
     shuffled = torch.randperm(d_sae, generator=generator).to(like.device)
-    blocks = [Block(shuffled[:5], matrix(5)), Block(shuffled[3:20].sort().values, matrix(17))]
+    blocks = [RowGradient(shuffled[:5], matrix(5)), RowGradient(shuffled[3:20].sort().values, matrix(17))]
     count = {"a term": 1, "two terms": 2, "three terms": 3, "all": 3}.get(parts, 0)
     return Gradient(
         tuple(terms[:count]),

@@ -13,14 +13,13 @@ from torch.utils._pytree import tree_iter
 
 pytest.importorskip("triton")
 
-from sae import sparse
 from sae.architectures import ARCHITECTURES
-from sae.dictionary import Dictionary
-from sae.kernels import back_end
+from sae.dictionary.base import Dictionary
+from sae.kernels import back_end, sparse
 from sae.training import optimizer as optimizer_module
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
-from sae.training.objectives import OBJECTIVES, Context
+from sae.training.objectives import OBJECTIVES, StepInputs
 from sae.training.optimizer import FeatureAdam
 from tests.kernels.kernel_cases import DEVICE
 
@@ -57,7 +56,7 @@ class Trained:
         self.firing = FiringRecord(self.d_sae, self.dead_after, torch.device(self.device), refresh_every=1)
 
     def step(self, number: int) -> None:
-        context = Context(
+        context = StepInputs(
             self.firing.dead, self.firing.candidates, 0.0, 1 / 32, self.d_in // 2, self.firing.density,
             self.optimizer.encoder_sink, self.optimizer.decoder_sink,
         )  # fmt: skip

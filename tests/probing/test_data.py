@@ -187,7 +187,7 @@ def test_rows_without_text_or_label_are_left_out_and_counted(tmp_path: Path) -> 
 def test_damaged_files(tmp_path: Path) -> None:
     whole = compress(write_csv(tmp_path / "set.csv", "text,label", [("word " * 500, str(n)) for n in range(50)]))
     whole.write_bytes(whole.read_bytes()[:-20])
-    with pytest.raises(DataError, match="not a whole CSV file"):
+    with pytest.raises(DataError, match="not a complete CSV file"):
         read(whole)
     for name, content in (
         ("a.jsonl", b"{broken\n"),
@@ -242,7 +242,7 @@ def test_the_binary_data_sets_of_sae_probes_from_a_folder(tmp_path: Path) -> Non
         assert [file.name for file in files] == ["5_is_male", "131_temp_Typical Time"]
     assert files[0].read(ProbeConfig()) == LabelledTexts("5_is_male", ("Ann",), ("0",))
     files[0].path.unlink()
-    with pytest.raises(DataError, match="lists it and it is not there; unpack the wheel again"):
+    with pytest.raises(DataError, match="lists it, but it does not exist; unpack the wheel again"):
         find_data([str(folder)])
 
 
@@ -267,5 +267,5 @@ def test_hashes_are_of_the_bytes(tmp_path: Path) -> None:
 def test_pyarrow_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_csv(tmp_path / "set.csv", "text,label", [("a", "1")])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"need pyarrow, of the package's extra: pip install 'sae\[lm\]'"):
+    with pytest.raises(ConfigError, match=r"need pyarrow, from the package's extra: pip install 'sae\[lm\]'"):
         read(path)

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import sae
-from sae import hashes
+from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DamagedError, DataError
-from sae.files import write_json
-from sae.language_model import LanguageModel
+from sae.files import sums
+from sae.files.writing import write_json
+from sae.model.language_model import LanguageModel
 from sae.probing.activations import load_activations, read_activations, save_activations
 from sae.probing.data import LabelledTexts
 from sae.probing.examples import Examples, choose_examples
 from sae.probing.first_letters import letter_examples, vocabulary_words
 from sae.probing.settings import LetterConfig, ProbeConfig
-from sae.tokens import TokenPolicy
 
 HOOK = "blocks.1.hook_resid_pre"
 WORDS = "river stone house letter winter garden engine mother number silver road window question".split()
@@ -201,10 +201,10 @@ def test_activations_are_known_by_their_whole_key(language_model: LanguageModel,
             assert held is not None
             assert held.left_out == int(key[0])
         assert load_activations(tmp_path, name, "1" * 16 + "3" * 48) is None
-    hashes.read_sums(tmp_path)
+    sums.read_sums(tmp_path)
     for file in tmp_path.glob("*.json"):
         write_json(file, {part: value for part, value in json.loads(file.read_text()).items() if part != "key"})
-    with pytest.warns(UserWarning, match="activations that an earlier version kept do not say what they are of; they"):
+    with pytest.warns(UserWarning, match="activations saved by an earlier version do not say what they are from; they"):
         assert load_activations(tmp_path, "r.v1", "1" * 64) is None
 
 

@@ -12,9 +12,9 @@ from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
 from sae.errors import ConfigError, DataError
+from sae.numerics.seeding import numpy_generator
 from sae.probing.linear import STRENGTHS, Design, principal_components, rank_columns, require_sklearn
 from sae.probing.splits import check_split, split_examples
-from sae.seeding import numpy_generator
 
 
 def planted(count: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

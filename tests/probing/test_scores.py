@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from sae.evaluation.estimate import Estimate
 from sae.probing.scores import (
     BinaryScores,
     auc,
@@ -18,6 +17,7 @@ from sae.probing.scores import (
     over_classes,
     over_splits,
 )
+from sae.results.estimate import Estimate
 
 
 def examples(seed: int, count: int = 60, signal: float = 1.0, positive: float = 0.4):

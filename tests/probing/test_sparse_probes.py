@@ -13,11 +13,11 @@ from torch import Tensor
 
 import sae
 from sae.errors import DataError, ShapeError
+from sae.numerics.seeding import numpy_generator
 from sae.probing.activations import LabelledActivations
 from sae.probing.settings import ProbeConfig
 from sae.probing.sparse_probes import ProbeResult, probe_examples
 from sae.probing.splits import split_examples
-from sae.seeding import numpy_generator
 
 
 class Columns:
@@ -202,7 +202,7 @@ def test_bad_input() -> None:
     dictionary = Columns(torch.relu)
     with pytest.raises(ShapeError, match=r"60 activations, 3 labels: expected one for each"):
         sae.probe(dictionary, x, [1, 2, 3])
-    with pytest.raises(DataError, match=r"all labels are 'yes'; two classes at least are needed"):
+    with pytest.raises(DataError, match=r"all labels are 'yes'; at least two classes are needed"):
         sae.probe(dictionary, x, ["yes"] * 60)
     with pytest.raises(DataError, match=r"5 examples of 'yes', at least 12 are needed"):
         sae.probe(dictionary, x, ["yes"] * 5 + ["no"] * 55)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from sae.architectures import TopK
-from sae.superposition import even_world, hard_world
+from sae.superposition import even_features, uneven_features
 from sae.superposition.dictionaries import RecoverySettings, run_recovery, score
 
 
 def test_an_oracle_scores_one_and_chance_does_not() -> None:
     """The true directions as a dictionary, on features that hardly overlap."""
-    world = even_world(24, 24, 2.0, seed=1)
+    world = even_features(24, 24, 2.0, seed=1)
     axes = torch.linalg.qr(world.directions.T).Q.T.contiguous()
     world = type(world)(axes, world.frequency, world.chance, world.gate, world.gates, world.parent, world.seed)
     oracle = TopK(24, 24, k=24).requires_grad_(False)
@@ -26,7 +26,7 @@ def test_an_oracle_scores_one_and_chance_does_not() -> None:
 
 def test_deciles_follow_frequency() -> None:
     """A dictionary that has the most frequent half only."""
-    world = hard_world(80, 40, 4.0, families=4, children=4, groups=2, group_size=5, seed=0)
+    world = uneven_features(80, 40, 4.0, families=4, children=4, groups=2, group_size=5, seed=0)
     half = TopK(40, 40, k=8).requires_grad_(False)
     half.W_dec.copy_(world.directions[:40])
     half.W_enc.copy_(world.directions[:40].T)

@@ -11,7 +11,7 @@ import pytest
 
 import sae
 from sae.errors import ConfigError, FormatError, TrainingInterrupted
-from sae.files import write_json
+from sae.files.writing import write_json
 from sae.superposition import EXPERIMENTS, ToyTraining, run
 from sae.superposition.dictionaries import RecoverySettings
 from sae.superposition.experiments import DimensionalitySettings, GeometrySettings, PhaseSettings
@@ -99,7 +99,7 @@ def test_other_settings_are_refused(finished: Path) -> None:
 
 
 def test_another_version_of_the_package_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sae, "__version__", "9.9.9")
+    monkeypatch.setattr("sae.files.version.__version__", "9.9.9")
     with pytest.raises(ConfigError, match=r"made with sae version='.*', now '9.9.9'"):
         run(finished, ["geometry"], settings=SMALL)
 
@@ -150,9 +150,7 @@ def test_a_missing_figure_is_drawn_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(
-        ConfigError, match=r"holds 'notes.txt' and no superposition.json: it is not one of 'sae superpos"
-    ):
+    with pytest.raises(ConfigError, match=r"holds 'notes.txt' and no superposition.json: it is not from 'sae superpos"):
         run(tmp_path, ["geometry"], settings=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(ConfigError, match="is a file: choose a folder with --out"):
@@ -160,10 +158,12 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     write_json(foreign / "superposition.json", {"format": "another"})
-    with pytest.raises(FormatError, match="is not of 'sae superposition'; choose another folder"):
+    with pytest.raises(FormatError, match=r"superposition\.json is not of this toolkit .*; choose another with --out"):
         run(foreign, ["geometry"], settings=SMALL)
     write_json(foreign / "superposition.json", {"format": "sae-superposition", "format_version": 99})
-    with pytest.raises(FormatError, match="has format version 99, this package reads 1"):
+    with pytest.raises(
+        FormatError, match=r"format version 99 is newer than this package reads \(1\); choose another with"
+    ):
         run(foreign, ["geometry"], settings=SMALL)
 
 
@@ -185,7 +185,7 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command) -> N
     assert "cells of margin" in printed
     status, _, error = command("superposition", "geometri", "--out", tmp_path / "other")
     assert status == 1
-    assert "experiment 'geometri': there are geometry, dimensionality, phases-2-1" in error
+    assert "experiment 'geometri': expected one of geometry, dimensionality, phases-2-1" in error
     status, _, error = command("superposition", "--seed", 2**63, "--out", tmp_path / "other")
     assert status == 2 and "9223372036854775808 is not in the range 0<=x<=9223372036854775807" in error
     assert not (tmp_path / "other").exists()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from sae.files import locked
+from sae.files.writing import locked
 
 
 @contextlib.contextmanager

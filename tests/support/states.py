@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sae.files import write_bytes
+from sae.files.writing import write_bytes
 
 
 def save_state(state: object, path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from sae.activations.harvest import harvest
 from sae.activations.loader import ActivationLoader
 from sae.errors import CacheError, DataError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from sae.text.chat import ChatTemplate
 from sae.text.document import Chat
 
@@ -104,7 +104,7 @@ def test_roles_that_no_chat_has_are_refused_before_the_model_reads_them(
         "data__source": str(tmp_path / "c.jsonl"), "data__column": "m", "data__tokens": 600,
         "data__held_out_tokens": 100,
     }  # fmt: skip
-    message = r"^chats have the roles user, assistant; data.chat_roles=\[asistant, bot\] names none of them: name one"
+    message = r"^chats have the roles user, assistant; data.chat_roles=\[asistant, bot\] names none of them: name at"
     with pytest.raises(DataError, match=message):
         harvest(tiny_config(data__chat_roles=["asistant", "bot"], **settings), chat_model)
     harvest(tiny_config(data__chat_roles=["asistant", "user"], **settings), chat_model)

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sae.config import DataConfig
-from sae.language_model import LanguageModel
+from sae.config.sources import DataConfig
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
+from sae.model.language_model import LanguageModel
 from sae.text.census import Census
 from sae.text.document import Chat, TokenIds
+from sae.text.packing import Packer, packed_shards
+from sae.text.prepared import prepared_documents
 from sae.text.tokenise import ContentTokenizer
-from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, packed_shards, prepared_documents
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{{ m.tool_calls }}\n{% endfor %}"
 

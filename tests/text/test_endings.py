@@ -11,7 +11,7 @@ import pytest
 from test_pieces import shapes, source
 from tokenizer_kinds import KINDS, make
 
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from sae.text import endings
 from sae.text.endings import last_tokens
 from tests.support.quick import quick_for

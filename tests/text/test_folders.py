@@ -11,12 +11,12 @@ import pytest
 import sae
 from sae.activations.harvest import harvest
 from sae.errors import DataError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
+from sae.runs.verification import _OURS
 from sae.text.census import Census
 from sae.text.files import list_folder
 from sae.text.fingerprint import source_fingerprint
 from sae.text.own_files import own_names
-from sae.verification import _OURS
 from tests.conftest import TinyConfig, make_tiny_config
 
 

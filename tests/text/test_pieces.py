@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from tokenizer_kinds import KINDS, make
 
-from sae.config import DataConfig
-from sae.corpus import standard_library
+from sae.config.sources import DataConfig
+from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.errors import DataError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
+from sae.text.corpus import standard_library
+from sae.text.packing import Packer, packed_shards
 from sae.text.pieces import token_parts
 from sae.text.sections import sections
-from sae.tokens import HELD_OUT, SPLITS, TRAIN, Packer, packed_shards
 
 SMALL = 60_000
 LARGE, LARGEST = 1_000_000, 10_000_000
@@ -77,13 +78,13 @@ def test_a_megabyte_joins_to_the_tokens_of_the_whole(kind: str) -> None:
 
 def test_what_cannot_be_joined_is_said() -> None:
     tokenizer = make("bert", source(SMALL))
-    with pytest.raises(DataError, match=r"document 'a': too long to be tokenised in one go.*data.section_ch"):
+    with pytest.raises(DataError, match=r"document 'a': too long to be tokenised at once.*data.section_ch"):
         list(token_parts(tokenizer, ("x" * 100_000 for _ in range(5)), "a"))
 
     class Slow:
         is_fast = False
 
-    with pytest.raises(DataError, match="the tokenizer does not say where its tokens stand"):
+    with pytest.raises(DataError, match="the tokenizer does not give the positions of its tokens"):
         list(token_parts(Slow(), ["text"], "a"))
 
 
@@ -125,7 +126,7 @@ def test_long_files_give_their_tokens_in_order(
 
 
 def _sides(folder: Path, seed: int) -> list[str]:
-    from sae.tokens import prepared_documents
+    from sae.text.prepared import prepared_documents
 
     config = DataConfig(source=str(folder), holdout_fraction=0.5, holdout_seed=seed)
     return [split for _, _, split in prepared_documents(config)]

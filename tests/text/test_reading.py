@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from sae.config import DataConfig
-from sae.corpus import read_documents
+from sae.config.sources import DataConfig
+from sae.config.splits import HELD_OUT, TRAIN
 from sae.errors import DataError
 from sae.text.census import Census
+from sae.text.corpus import read_documents
 from sae.text.document import Chat, Content, TokenIds
-from sae.tokens import HELD_OUT, READING, TRAIN, prepared_documents
+from sae.text.packing import READING
+from sae.text.prepared import prepared_documents
 
 ROWS = [{"text": "One, ü × 漢字 😀.\nTwo", "n": 1}, {"text": 'He said "no", twice', "n": 2}]
 TEXTS = [row["text"] for row in ROWS]
@@ -119,8 +121,8 @@ def test_what_a_folder_holds_besides_is_counted(tmp_path: Path) -> None:
         ([[1, 2], [3]], "a list of lists"), (["a", "b"], "a list of text"), ([1, None], "a list of int and null"),
         ([True, False], "a list of truth values"), ([1, "a"], "a list of int and str"),
         ([{"role": "user"}], "expected a message with a role and a content that is text"),
-        ([{"role": "user", "content": 3}], "expected a message"), ([3, -1], "a list with -1, which is no token id"),
-        ([2**40], "which is no token id"),
+        ([{"role": "user", "content": 3}], "expected a message"), ([3, -1], "a list with -1, which is not a token id"),
+        ([2**40], "which is not a token id"),
     ],
 )  # fmt: skip
 def test_what_is_neither_text_nor_ids_nor_a_chat_is_refused_by_row_and_column(

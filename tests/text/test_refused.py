@@ -15,8 +15,8 @@ from unittest import mock
 
 import pytest
 
-from sae.corpus import read_documents
 from sae.errors import DataError
+from sae.text.corpus import read_documents
 from sae.text.digests import ReadTexts
 from sae.text.document import Chat, Content, LongText
 
@@ -54,7 +54,7 @@ def test_a_stray_nul_is_a_character_and_a_run_of_them_is_no_text(tmp_path: Path)
         assert contents(path) == [text]
     before = 20_000 * "word "
     path.write_text(before + "\0" * 4096 + WORDS)
-    with pytest.raises(DataError, match=r"a.txt': NULs from byte 100,000 on, .*: this is no text; move the file away"):
+    with pytest.raises(DataError, match=r"a.txt': NULs from byte 100,000 on, .*: this is not text; move the file away"):
         contents(path)
 
 

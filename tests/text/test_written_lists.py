@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from sae.corpus import read_documents
 from sae.errors import DataError
 from sae.probing.data import DataFile
 from sae.probing.settings import ProbeConfig
+from sae.text.corpus import read_documents
 from sae.text.written_lists import CELLS, is_written_list
 
 IDS = [132, 655, 27, 404]

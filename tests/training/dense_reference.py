@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sae.config import TrainConfig
-from sae.dictionary import Dictionary
+from sae.config.settings import TrainConfig
+from sae.dictionary.base import Dictionary
 
 
 def dense_features(architecture: str, pre: Tensor, k: int) -> Tensor:

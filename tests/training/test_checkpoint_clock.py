@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import TrainingError
 from sae.training import IterableSource, checkpoint, loop, train
 from sae.training.checkpoint import CheckpointClock, list_checkpoints
@@ -117,8 +117,8 @@ def test_training_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: py
 
 def test_the_main_configuration_says_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """80.7 GB: 51 million rows of 768 bfloat16 and two int32; 3 × 604 MB of checkpoints, 151 MB of dictionary."""
-    from sae.activations.harvest import cache_bytes
-    from sae.config_file import load_config
+    from sae.activations.space import cache_bytes
+    from sae.config.file import load_config
 
     path = Path(__file__).parents[2] / "configs" / "gpt2-small.yaml"
     config = load_config(path)

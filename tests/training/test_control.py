@@ -17,12 +17,12 @@ import torch
 
 import sae
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig
-from sae.dictionary import weights_sha256
+from sae.config.settings import DictionaryConfig
+from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, FormatError, TrainingError
-from sae.files import write_json
-from sae.pipeline import Run
-from sae.seeding import torch_generator
+from sae.files.writing import write_json
+from sae.numerics.seeding import torch_generator
+from sae.runs.pipeline import Run
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.initialise import geometric_median
 from sae.training.threshold import rows_for_threshold
@@ -161,7 +161,7 @@ def test_decoder_rows_of_a_start_get_norm_1() -> None:
 
 def test_a_start_of_another_shape_is_refused() -> None:
     first = train(IterableSource(planted(10)), shape(), settings(1))
-    with pytest.raises(ConfigError, match=rf"has d_sae={D_SAE} and d_in={D_IN}, and d_sae={2 * D_SAE}"):
+    with pytest.raises(ConfigError, match=rf"has d_sae={D_SAE} and d_in={D_IN}, the new one d_sae={2 * D_SAE}"):
         train(IterableSource(planted(10)), shape(d_sae=2 * D_SAE), settings(1), start=first)
 
 
@@ -261,7 +261,7 @@ def test_where_b_dec_begins(centre: str) -> None:
     made = train(IterableSource(data), shape(), settings(1, lr=1e-12, initial_b_dec=centre))
     torch.testing.assert_close(made.b_dec, expected[centre], rtol=1e-3, atol=1e-2)
     if centre != "geometric_median":
-        with pytest.raises(ConfigError, match=rf"initial_b_dec='{centre}' has no effect where training starts"):
+        with pytest.raises(ConfigError, match=rf"initial_b_dec='{centre}' has no effect if training starts"):
             train(IterableSource(data), shape(), settings(1, initial_b_dec=centre), start=made)
 
 

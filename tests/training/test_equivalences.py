@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sae.architectures import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
-from sae.dictionary import Dictionary
-from sae.training.objectives import Context, batch_topk_loss, gated_loss, jumprelu_loss, matryoshka_loss, relu_loss
+from sae.dictionary.base import Dictionary
+from sae.training.objectives import StepInputs, batch_topk_loss, gated_loss, jumprelu_loss, matryoshka_loss, relu_loss
 from sae.training.objectives import topk_loss as topk
 from sae.training.objectives.penalised import jump, step
 from sae.training.objectives.selected import by_groups
@@ -32,9 +32,9 @@ def inputs(rows: int = BATCH) -> Tensor:
     return torch.randn(rows, D_IN, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
-def context(dead: int = 0, sparsity: float = 0.3, bandwidth: float = 0.5) -> Context:
+def context(dead: int = 0, sparsity: float = 0.3, bandwidth: float = 0.5) -> StepInputs:
     is_dead = torch.arange(D_SAE) < dead
-    return Context(is_dead, is_dead.nonzero().flatten(), sparsity, 1 / 32, 4, bandwidth=bandwidth)
+    return StepInputs(is_dead, is_dead.nonzero().flatten(), sparsity, 1 / 32, 4, bandwidth=bandwidth)
 
 
 def gradients(loss: Tensor, dictionary: Dictionary) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def test_gated_with_tied_paths_is_relu(density: float) -> None:
     x = inputs()
     torch.testing.assert_close(gated.encode(x), relu.encode(x), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(gated(x), relu(x), rtol=1e-13, atol=1e-13)
-    where = Context(torch.zeros(D_SAE, dtype=torch.bool), torch.zeros(0, dtype=torch.int64), 0.0, 0.0, 1, density)
+    where = StepInputs(torch.zeros(D_SAE, dtype=torch.bool), torch.zeros(0, dtype=torch.int64), 0.0, 0.0, 1, density)
     ours, theirs = gated_loss(gated, x, x, where), relu_loss(relu, x, x, where)
     torch.testing.assert_close(ours.total, 2 * theirs.total, rtol=1e-12, atol=0)
     of_gated, of_relu = gradients(ours.total, gated), gradients(theirs.total, relu)

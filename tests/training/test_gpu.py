@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource, train
-from sae.training.trainee import Recipe, Trainee
+from sae.training.recipe import Recipe
+from sae.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -25,7 +26,7 @@ def batches(count: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_the_gpu_s_loss_curve_is_the_cpu_s(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
-    settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, products="float32")
+    settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, encoder_dtype="float32")
     curves: dict[str, list[float]] = {"cpu": [], "cuda": []}
     for device, curve in curves.items():
 
@@ -41,7 +42,7 @@ def test_bfloat16_products_follow_the_float32_curve(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     curves: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for products, curve in curves.items():
-        settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, products=products)  # type: ignore[arg-type]
+        settings = TrainConfig(tokens=50 * BATCH, batch_size=BATCH, log_every=1, lr=1e-3, encoder_dtype=products)  # type: ignore[arg-type]
 
         def note(done: int, of: int, metrics: dict[str, float | int], curve: list[float] = curve) -> None:
             curve.append(float(metrics["mse"]))
@@ -66,7 +67,7 @@ def test_a_step_does_not_wait_for_the_device(architecture: str) -> None:
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
     settings = TrainConfig(tokens=40 * BATCH, batch_size=BATCH, dead_after_tokens=2 * BATCH)
     data = batches(4)
-    run = Trainee(Recipe(shape, settings), IterableSource(data), None, 40, torch.device("cuda"))
+    run = Trainer(Recipe(shape, settings), IterableSource(data), None, 40, torch.device("cuda"))
     on_device = [x.cuda() for x in data]
     for step in range(17):
         run.step(on_device[step % 4], None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sae.architectures import ARCHITECTURES
-from sae.files import write_bytes
+from sae.files.writing import write_bytes
 from sae.training import IterableSource, train
 from sae.training.meter import Meter
 from sae.training.objectives import Losses

@@ -19,12 +19,12 @@ from torch import Tensor
 
 import sae
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import weights_sha256
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.saved import weights_sha256
 from sae.errors import DamagedError, TrainingError
 from sae.training import IterableSource, TrainingInterrupted, train
-from sae.training.applicability import READERS
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
+from sae.training.traits import READERS
 from tests.support.quick import quick_for
 from tests.support.states import save_state
 
@@ -115,10 +115,10 @@ def test_batch_topk_has_a_threshold_from_the_first_checkpoint_on(tmp_path: Path)
 
 
 def test_bfloat16_products_leave_float32_weights_and_the_same_quality(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.training.trainee.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("sae.training.trainer.cpu_has_bfloat16", lambda: True)
     data = planted(100)
     exact, rounded = (
-        train(IterableSource(data), SHAPE, settings(250, lr=3e-3, products=products))
+        train(IterableSource(data), SHAPE, settings(250, lr=3e-3, encoder_dtype=products))
         for products in ("float32", "bfloat16")
     )
     assert rounded.W_enc.dtype is torch.float32
@@ -127,9 +127,9 @@ def test_bfloat16_products_leave_float32_weights_and_the_same_quality(monkeypatc
 
 
 def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.training.trainee.cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("sae.training.trainer.cpu_has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match="no bfloat16 instructions, so float32 is faster"):
-        train(IterableSource(planted(2)), SHAPE, settings(2, products="bfloat16"))
+        train(IterableSource(planted(2)), SHAPE, settings(2, encoder_dtype="bfloat16"))
 
 
 def test_every_checkpoint_holds_a_usable_dictionary(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_activations_that_are_all_zero_are_refused() -> None:
 
 
 def test_activations_that_are_not_finite_are_refused_at_once() -> None:
-    with pytest.raises(TrainingError, match=r"some are not finite; check them: of a cache with 'sae verify'"):
+    with pytest.raises(TrainingError, match=r"some are not finite; check a cache with 'sae verify'"):
         train(IterableSource([torch.full((BATCH, D_IN), torch.nan), *planted(9)]), SHAPE, settings(9))
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig
+from sae.config.settings import DictionaryConfig
 from sae.errors import ConfigError, TrainingError
 from sae.training import IterableSource, Recipe, TrainingInterrupted, train, train_all
 from sae.training.checkpoint import list_checkpoints
 from sae.training.schedules import FALL, START_L0, Gains, SteeredWeight, falling_l0
 from sae.training.threshold import rows_for_threshold
-from sae.training.trainee import Trainee
+from sae.training.trainer import Trainer
 from tests.support.quick import quick_for
 from tests.training.test_loop import BATCH, D_IN, D_SAE, K, fvu, planted, settings
 
@@ -221,11 +221,11 @@ def test_the_first_weight_of_training_is_twice_the_bound_where_k_fire(architectu
     """The first batch has the L0 aimed at, but for the pair at the bound itself, so it hardly changes the weight."""
     x = planted(1)[0]
     shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
-    trainee = Trainee(Recipe(shape, settings(1, lr=1e-9)), IterableSource([x]), None, 1, torch.device("cpu"))
-    trainee.step(x, None)
-    assert trainee.steered is not None
-    bound = -float(trainee.dictionary.b_enc.detach().mean())
-    assert float(trainee.steered.integral.exp()) == pytest.approx(2 * bound, rel=1e-3)
+    trainer = Trainer(Recipe(shape, settings(1, lr=1e-9)), IterableSource([x]), None, 1, torch.device("cpu"))
+    trainer.step(x, None)
+    assert trainer.steered is not None
+    bound = -float(trainer.dictionary.b_enc.detach().mean())
+    assert float(trainer.steered.integral.exp()) == pytest.approx(2 * bound, rel=1e-3)
 
 
 def test_the_l0_that_relu_aims_at_falls_in_equal_ratios() -> None:
@@ -260,8 +260,8 @@ def test_relu_that_starts_from_a_dictionary_does_not_begin_with_more_than_k(of: 
     l0 = []
     for begun_with in (start, None):
         recipe = Recipe(shape, settings(3000, lr=1e-9), start=begun_with)
-        trainee = Trainee(recipe, IterableSource(data), None, 3000, torch.device("cpu"))
-        l0.append(float(trainee.step(data[0], None).l0))
+        trainer = Trainer(recipe, IterableSource(data), None, 3000, torch.device("cpu"))
+        l0.append(float(trainer.step(data[0], None).l0))
     own = float((start.encode(data[0]) > 0).sum(1).float().mean())
     assert l0[0] == pytest.approx(own if of == "relu" else 2 * K, rel=0.02)
     assert l0[1] > 1.9 * 2 * K
@@ -269,7 +269,7 @@ def test_relu_that_starts_from_a_dictionary_does_not_begin_with_more_than_k(of: 
 
 def test_the_rate_falls_with_the_length_where_nobody_sets_it() -> None:
     def rate(steps: int) -> float:
-        return Trainee(recipe("topk"), IterableSource(planted(10)), None, steps, torch.device("cpu")).rate
+        return Trainer(recipe("topk"), IterableSource(planted(10)), None, steps, torch.device("cpu")).rate
 
     assert rate(8000) == pytest.approx(rate(2000) / 2)
 
@@ -278,15 +278,15 @@ def test_relu_whose_biases_are_frozen_begins_with_k() -> None:
     """They could not follow an L0 that falls."""
     data = planted(1)
     recipe = Recipe(DictionaryConfig(architecture="relu", d_sae=D_SAE, k=K), settings(3000, freeze=("b_enc",)))
-    trainee = Trainee(recipe, IterableSource(data), None, 3000, torch.device("cpu"))
-    assert float(trainee.step(data[0], None).l0) == pytest.approx(K, rel=0.02)
+    trainer = Trainer(recipe, IterableSource(data), None, 3000, torch.device("cpu"))
+    assert float(trainer.step(data[0], None).l0) == pytest.approx(K, rel=0.02)
 
 
 def test_what_one_pass_cannot_have_is_refused() -> None:
     source = IterableSource(planted(10))
-    with pytest.raises(ConfigError, match="there is no source 'mlp'; there is activations"):
+    with pytest.raises(ConfigError, match="there is no source 'mlp'; the sources are activations"):
         train_all({"activations": source}, {"a": Recipe(DictionaryConfig(d_sae=D_SAE, k=K), settings(5), source="mlp")})
-    with pytest.raises(ConfigError, match=r"train\.tokens is 320 for a and 640 for b: one pass has one"):
+    with pytest.raises(ConfigError, match=r"train\.tokens is 320 for a and 640 for b: one pass has a single value"):
         train_all(
             {"activations": source},
             {
@@ -295,7 +295,7 @@ def test_what_one_pass_cannot_have_is_refused() -> None:
             },
         )
     narrow = IterableSource([torch.randn(BATCH, 5) for _ in range(9)])
-    with pytest.raises(ConfigError, match="the target has 5 numbers a row, the input 16: they must have as many"):
+    with pytest.raises(ConfigError, match="the target has 5 numbers a row, the input 16: they must be equally wide"):
         train(source, DictionaryConfig(d_sae=D_SAE, k=K), settings(5), target=narrow)
     with pytest.raises(ConfigError, match="two recipes have the same folder"):
         train_all({"activations": source}, {"a": recipe("topk", Path("x")), "b": recipe("relu", Path("x"))})

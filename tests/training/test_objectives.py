@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sae.architectures import Gated, JumpReLU, ReLU, TopK
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
-from sae.training.objectives import Context, gated_loss, jumprelu_loss, relu_loss, topk_loss
+from sae.training.objectives import StepInputs, gated_loss, jumprelu_loss, relu_loss, topk_loss
 from sae.training.optimizer import FeatureAdam
 from tests.training.dense_reference import straight_through
 
@@ -28,13 +28,15 @@ def random_dictionary(cls: type[Dictionary], seed: int = 0, **settings: int) -> 
     return dictionary
 
 
-def context(dead: Tensor | None = None, candidates: Tensor | None = None, k_aux: int = 4, l1: float = 0.3) -> Context:
+def context(
+    dead: Tensor | None = None, candidates: Tensor | None = None, k_aux: int = 4, l1: float = 0.3
+) -> StepInputs:
     dead = torch.zeros(D_SAE, dtype=torch.bool) if dead is None else dead
     listed = dead.nonzero().flatten() if candidates is None else candidates
-    return Context(dead=dead, dead_candidates=listed, sparsity=l1, aux_coefficient=1 / 32, k_aux=k_aux)
+    return StepInputs(dead=dead, dead_candidates=listed, sparsity=l1, aux_coefficient=1 / 32, k_aux=k_aux)
 
 
-def dense_topk_loss(dictionary: Dictionary, x: Tensor, k: int, context: Context) -> Tensor:
+def dense_topk_loss(dictionary: Dictionary, x: Tensor, k: int, context: StepInputs) -> Tensor:
     """The same objective written densely, straight from Gao et al. 2024, for autograd to differentiate."""
     pre = (x - dictionary.b_dec) @ dictionary.W_enc + dictionary.b_enc
     kept = torch.zeros_like(pre)
@@ -52,7 +54,7 @@ def dense_topk_loss(dictionary: Dictionary, x: Tensor, k: int, context: Context)
     return loss
 
 
-def dense_relu_loss(dictionary: Dictionary, x: Tensor, context: Context) -> Tensor:
+def dense_relu_loss(dictionary: Dictionary, x: Tensor, context: StepInputs) -> Tensor:
     features = torch.relu((x - dictionary.b_dec) @ dictionary.W_enc + dictionary.b_enc)
     x_hat = features @ dictionary.W_dec + dictionary.b_dec
     penalty = (features * (dictionary.W_dec**2).sum(1).sqrt()).sum(1).mean()
@@ -225,7 +227,7 @@ def test_a_shut_gated_feature_learns_the_direction_that_is_missing() -> None:
     optimizer = FeatureAdam(dictionary, 0.9, 0.999)
     for _ in range(300):
         x = (torch.rand(64, 8, generator=generator) < 0.2) * torch.rand(64, 8, generator=generator)
-        where = Context(
+        where = StepInputs(
             dead, dead.nonzero().flatten(), 0.1, 1.0, 1, 0.2, optimizer.encoder_sink, optimizer.decoder_sink
         )
         losses = gated_loss(dictionary, x, x, where)
@@ -250,7 +252,7 @@ def dead_after_training(aux_coefficient: float) -> int:
     for step in range(300):
         codes = (torch.rand(128, 200, generator=generator) < 0.02) * torch.rand(128, 200, generator=generator)
         x = codes @ directions
-        where = Context(
+        where = StepInputs(
             firing.dead, firing.candidates, 0.0, aux_coefficient, 16, firing.density,
             optimizer.encoder_sink, optimizer.decoder_sink,
         )  # fmt: skip

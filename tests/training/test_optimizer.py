@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
-from sae.dictionary import Dictionary
-from sae.seeding import torch_generator
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary
+from sae.numerics.seeding import torch_generator
 from sae.training import IterableSource, train
 from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
-from sae.training.objectives import OBJECTIVES, Context
+from sae.training.objectives import OBJECTIVES, StepInputs
 from sae.training.optimizer import FeatureAdam
 from sae.training.schedules import learning_rate
 from tests.training.dense_reference import DenseReference
@@ -68,7 +68,7 @@ def test_steps_in_float64_are_those_of_dense_autograd_and_torch_s_adam(
     weight = settings.l0_coefficient if architecture == "jumprelu" else settings.l1_coefficient
     most_dead = 0
     for step, x in enumerate(itertools.islice(itertools.cycle(batches), 30), 1):
-        context = Context(
+        context = StepInputs(
             firing.dead, firing.candidates, weight or 0.0, settings.aux_coefficient, D_IN // 2, density,
             optimizer.encoder_sink, optimizer.decoder_sink, bandwidth=settings.bandwidth,
         )  # fmt: skip
@@ -124,9 +124,10 @@ def test_the_optimizer_s_state_survives_a_checkpoint() -> None:
 
     def some_steps(optimizer: FeatureAdam, count: int) -> None:
         for _ in range(count):
-            context = Context(
+            context = StepInputs(
                 torch.zeros(D_SAE, dtype=torch.bool), torch.zeros(0, dtype=torch.int64), 0.0, 0.0, 1,
-                encoder_sink=optimizer.encoder_sink, decoder_sink=optimizer.decoder_sink, low=optimizer.low,
+                encoder_sink=optimizer.encoder_sink, decoder_sink=optimizer.decoder_sink,
+                encoder_bf16=optimizer.encoder_bf16,
             )  # fmt: skip
             OBJECTIVES["topk"](optimizer.dictionary, x, x, context).total.backward()
             optimizer.step(1e-2)
@@ -139,4 +140,4 @@ def test_the_optimizer_s_state_survives_a_checkpoint() -> None:
         some_steps(optimizer, 2)
     for ours, theirs in zip(first.dictionary.parameters(), second.dictionary.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(first.low, first.dictionary.W_enc.T.bfloat16())
+    assert torch.equal(first.encoder_bf16, first.dictionary.W_enc.T.bfloat16())

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from sae.architectures import TopK
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import geometric_median, initialise_
-from sae.training.objectives import Context
+from sae.training.objectives import StepInputs
+from sae.training.recipe import Recipe
 from sae.training.schedules import default_learning_rate, learning_rate, warmed_up
-from sae.training.trainee import Recipe, Trainee
+from sae.training.trainer import Trainer
 
 
 def test_dead_features_are_counted_in_tokens() -> None:
@@ -40,15 +41,15 @@ def test_a_feature_is_dead_after_the_average_one_would_have_fired_64_times() -> 
 
 
 def test_how_dead_features_are_revived_unless_it_is_chosen() -> None:
-    def trainee(settings: TrainConfig) -> tuple[Trainee, Context]:
+    def trainer(settings: TrainConfig) -> tuple[Trainer, StepInputs]:
         shape = DictionaryConfig(architecture="topk", d_sae=32, k=4)
         source = IterableSource([torch.randn(8, 10)])
-        made = Trainee(Recipe(shape, settings), source, None, 1, torch.device("cpu"))
+        made = Trainer(Recipe(shape, settings), source, None, 1, torch.device("cpu"))
         return made, made._context()
 
-    made, context = trainee(TrainConfig(aux_coefficient=0.0, k_aux=3, dead_after_tokens=50))
+    made, context = trainer(TrainConfig(aux_coefficient=0.0, k_aux=3, dead_after_tokens=50))
     assert (context.aux_coefficient, context.k_aux, made.firing.dead_after) == (0.0, 3, 50)
-    made, context = trainee(TrainConfig())
+    made, context = trainer(TrainConfig())
     assert (context.aux_coefficient, context.k_aux, made.firing.dead_after) == (1.0, 4, 512)
     assert made.folded().metadata["trained"]["dead_after_tokens"] == 512
 

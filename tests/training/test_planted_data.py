@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource, Recipe, train_all
 
 FEATURES, D_IN, K, BATCH = 256, 64, 4, 256
@@ -95,7 +95,7 @@ def test_one_step_recovers_nothing_that_was_planted_with_the_same_seed(generator
 
 def test_the_share_of_what_is_planted_as_training_begins_would_be_one() -> None:
     """The measure sees the leak where there is one."""
-    from sae.seeding import torch_generator
+    from sae.numerics.seeding import torch_generator
 
     leaked = torch.randn(FEATURES, D_IN, generator=torch_generator("initial weights: training", 0))
     shares = recovered(leaked, (0, 1))

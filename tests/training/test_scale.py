@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import sae
-from sae.activations.cache import Statistics
 from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import TrainingError
+from sae.numerics.statistics import Statistics
 from sae.training import IterableSource, train
 from sae.training.normalisation import normalisations_of
 from tests.evaluation.evaluation_cache import HOOK, make_cache
@@ -122,7 +122,7 @@ def old_batches() -> list[Tensor]:
     return list(torch.from_numpy(rows.astype(np.float32)))
 
 
-@pytest.mark.filterwarnings("ignore::sae.hashes.UnhashedWarning")
+@pytest.mark.filterwarnings("ignore::sae.files.hashes.UnhashedWarning")
 @pytest.mark.parametrize("architecture", ["relu", "batch_topk", "jumprelu"])
 def test_a_checkpoint_of_d0ee045_goes_on_with_its_own_scale(architecture: str, tmp_path: Path) -> None:
     """`checkpoints-d0ee045` holds step 20 of 40 and the end, both made with that commit, of data far from 0.

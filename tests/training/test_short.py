@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sae
 from sae.architectures import ARCHITECTURES
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource, train
 from sae.training.schedules import default_gains
 from tests.training.planted_rows import PlantedRows, fvu

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from sae.config import DictionaryConfig, WandbConfig
+from sae.config.settings import DictionaryConfig, WandbConfig
 from sae.errors import ConfigError
-from sae.files import delete
-from sae.hashes import MissingWarning
+from sae.files.hashes import MissingWarning
+from sae.files.writing import delete
 from sae.training import IterableSource, train
 from sae.training.sinks import JsonLines, Wandb, read_metrics
 from tests.training.test_loop import D_SAE, K, planted, settings
@@ -54,7 +54,7 @@ def test_a_log_that_is_gone_is_said(tmp_path: Path) -> None:
     sink.log({"step": 10, "loss": 0.1})
     sink.close()
     (tmp_path / "metrics.jsonl").unlink()
-    with pytest.warns(MissingWarning, match=r"metrics.jsonl': missing, though SHA256SUMS lists it; what it held"):
+    with pytest.warns(MissingWarning, match=r"metrics.jsonl': missing, though SHA256SUMS lists it; the earlier"):
         assert read_metrics(tmp_path / "metrics.jsonl") == []
     delete(tmp_path / "metrics.jsonl")
     with warnings.catch_warnings():
@@ -173,7 +173,7 @@ def test_a_wandb_out_of_reach_is_logged_offline(number: int, tmp_path: Path, mon
     error = wandb_errors()[number]
     fake = FakeWandb(init=error)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with pytest.warns(UserWarning, match="training goes on and is logged offline in") as caught:
+    with pytest.warns(UserWarning, match="training continues and is logged offline in") as caught:
         sink = Wandb(WandbConfig(project="p"), tmp_path / "run", {})
     [message] = [str(one.message) for one in caught]
     assert " ".join(str(error).split()) in message
@@ -191,7 +191,7 @@ def test_nobody_logged_in_is_never_asked(tmp_path: Path, monkeypatch: pytest.Mon
     fake = FakeWandb(logged_in=False)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.warns(
-        UserWarning, match=r"nobody is logged in: run 'wandb login', or set WANDB_API_KEY; training goes"
+        UserWarning, match=r"nobody is logged in: run 'wandb login', or set WANDB_API_KEY; training cont"
     ):
         Wandb(WandbConfig(project="p"), tmp_path / "run", {})
     assert fake.modes == ["offline"]
@@ -210,7 +210,7 @@ def test_a_wandb_that_fails_during_training_ends_nothing(tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "wandb", fake)
     sink = Wandb(WandbConfig(project="p"), tmp_path / "run", {})
     with pytest.warns(
-        UserWarning, match=r"wandb: stopped \(Run init.*\); training goes on, and metrics.jsonl has every"
+        UserWarning, match=r"wandb: stopped \(Run init.*\); training continues, and metrics.jsonl has every"
     ):
         made = train(
             IterableSource(planted(20)), DictionaryConfig(d_sae=D_SAE, k=K), settings(20, log_every=10), sinks=[sink],
@@ -224,7 +224,7 @@ def test_a_wandb_that_fails_during_training_ends_nothing(tmp_path: Path, monkeyp
 OUT_OF_REACH = """
 import os, sys
 from pathlib import Path
-from sae.config import WandbConfig
+from sae.config.settings import WandbConfig
 from sae.training import sinks
 sinks._SECONDS_TO_CONNECT = 3
 for name in ("a", "b"):
@@ -249,7 +249,7 @@ def test_the_real_wandb_without_a_server_or_an_account(key: str, tmp_path: Path)
         timeout=300, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("training goes on and is logged offline") == 1
+    assert done.stderr.count("training continues and is logged offline") == 1
     assert ("http://127.0.0.1:9" if key else "nobody is logged in") in done.stderr
     for name in ("a", "b"):
         assert b"fvu" in written_by_wandb(tmp_path / name)

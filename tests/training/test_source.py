@@ -69,7 +69,7 @@ def test_iterators_are_refused_before_they_lose_a_batch() -> None:
     batches = (batch for batch in numbered(2, 2))
     message = refusal(ConfigError, batches)
     assert message.startswith("batches is a generator, which can be read only once;")
-    assert message.endswith("pass a list, or an object whose __iter__ starts anew")
+    assert message.endswith("pass a list, or an object whose __iter__ starts again")
     assert len(list(batches)) == 2
 
 
@@ -83,7 +83,9 @@ def test_batches_of_the_wrong_kind_are_refused() -> None:
     assert "a batch has shape [2, 4]: expected [batch, d_in], with d_in the same" in refusal(TrainingError, two_widths)
     assert "a batch is a list: expected a tensor [batch, d_in]" in refusal(TrainingError, Batches([torch.ones(2, 3)]))
     longer = Batches(torch.ones(2, 3), torch.ones(5, 3))
-    assert refusal(TrainingError, longer, take=2) == ("a batch has 5 rows, the first had 2: make batches of one size")
+    assert refusal(TrainingError, longer, take=2) == (
+        "a batch has 5 rows, the first had 2: make all batches equally long"
+    )
 
 
 SHAPE = sae.DictionaryConfig(d_sae=32, k=2)
@@ -117,7 +119,7 @@ def test_a_source_is_not_made_one_of_again(tiny_cache: sae.ActivationCache) -> N
     """It would forget its hook point, its model and its place."""
     loader = ActivationLoader(tiny_cache, "blocks.1.hook_resid_pre", batch_size=16)
     for source in (loader, IterableSource(BATCHES)):
-        with pytest.raises(ConfigError, match=f"batches is a {type(source).__name__}, a source by itself"):
+        with pytest.raises(ConfigError, match=f"batches is a {type(source).__name__}, a source already"):
             IterableSource(source)
 
 
@@ -128,13 +130,15 @@ def test_batches_of_any_floating_type_are_taken() -> None:
 
 def test_targets_of_other_tokens_are_refused() -> None:
     source = IterableSource(BATCHES)
-    with pytest.raises(ConfigError, match=r"input and target are one source, .*: leave target out"):
+    with pytest.raises(ConfigError, match=r"input and target are the same source, .*: leave target out"):
         trained(source, target=source)
     recipes = {name: sae.Recipe(SHAPE, sae.TrainConfig(tokens=320), source=name) for name in "ab"}
-    with pytest.raises(ConfigError, match=r"a and b are one source, .*: name it once, for all that read it"):
+    with pytest.raises(
+        ConfigError, match=r"a and b are the same source, .*: name it once, for all recipes that read it"
+    ):
         sae.train_all({"a": source, "b": source}, recipes)
     for ours, theirs in ((BATCHES, BATCHES[:10]), (BATCHES[:10], BATCHES)):
-        with pytest.raises(TrainingError, match="at step 11 input and target are not of one length"):
+        with pytest.raises(TrainingError, match="at step 11 input and target differ in length"):
             trained(IterableSource(ours), target=IterableSource(theirs))
     assert trained(IterableSource(BATCHES[:10]), target=IterableSource(BATCHES[:10])).d_sae == 32
 
@@ -153,7 +157,7 @@ for source, how in ((iter(list(batches)), {}), (batches, {}), (sae.IterableSourc
 def test_what_is_no_source_or_start_is_refused_with_the_way_out() -> None:
     """In a process of its own, where types are not checked before."""
     said = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, check=True).stdout.splitlines()
-    way_out = "is no source of batches: give an ActivationLoader, or sae.IterableSource(batches) of a list of tensors"
+    way_out = "is not a source of batches: give an ActivationLoader, or sae.IterableSource(batches) with a list of tens"
     assert said[0].startswith(f"input: a list_iterator {way_out}")
     assert said[1].startswith(f"input: a Tensor {way_out}")
     assert said[2] == "start is a str: give a dictionary, such as sae.load(folder)"

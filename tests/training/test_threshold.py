@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import sae
-from sae.config import DictionaryConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.config.splits import HELD_OUT
 from sae.errors import TrainingError
-from sae.pipeline import Run
-from sae.tokens import HELD_OUT
+from sae.runs.pipeline import Run
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.checkpoint import list_checkpoints
 from tests.training.planted_rows import PlantedRows

@@ -10,11 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "features"))
 
-from fake_cache import HOOK, FakeTokenizer, make_cache
-
 from sae.architectures import TopK
-from sae.config import FeaturesConfig
+from sae.config.settings import FeaturesConfig
 from sae.features import Features, collect
+from tests.support.feature_cache import HOOK, FakeTokenizer, make_cache
 
 EVIL = "</script><img src=x onerror=document.body.remove()><!--&amp;[bold]\x1b[31m\u2028"
 MakeFeatures = Callable[..., Features]

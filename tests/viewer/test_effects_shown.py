@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "causal"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "effects"))
 
 from effect_example import make_effects
 from test_page import Elements, browser, expect  # noqa: F401  the fixture is used by its name
 
-from sae.causal import effects_beside
+from sae.effects import effects_beside
 from sae.errors import FormatError
-from sae.files import write_json
-from sae.hashes import MissingWarning
+from sae.files.hashes import MissingWarning
+from sae.files.writing import write_json
 from sae.viewer import print_feature, write_page
 from sae.viewer.page import page_data
 from tests.viewer.test_terminal import printed

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_cache import FakeTokenizer
 
 from sae.errors import UnknownFeatureError
 from sae.viewer import write_page
 from sae.viewer.page import embeddable_json, page_data, token_lengths
+from tests.support.feature_cache import FakeTokenizer
 
 CHROMIUM = Path("/usr/bin/chromium")
 

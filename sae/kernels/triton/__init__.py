@@ -1,14 +1,16 @@
 """The back end for a GPU, in Triton.
 
-The encoder's product keeps what reaches a guess, row by row, and drops the rest while it is still in registers; the k
-largest are then found among some hundreds of candidates. The guess comes from a sample of the features; where it
-misses, once in millions of rows, the row is made again and searched exactly, on the device. Decoding and the gradient
-of the codes are a program for each row. The update is a program for each feature: it sums the feature's gradient from
-the pairs in which it fires, projects, steps, renormalises and writes the weight, and the gradient is gone.
+The encoder's product keeps the numbers of each row that reach a guess, and drops the rest while they are still in
+registers. The k largest are then found among some hundreds of candidates. The guess comes from a sample of the
+features. If it misses, about once in millions of rows, the row is computed again and searched exactly, on the device.
+Decoding and the gradient of the codes use one program per row. The update uses one program per feature: it sums the
+feature's gradient from the pairs in which it fires, projects, steps, renormalises and writes the weight; the gradient
+is never stored.
 
-Bytes a step moves at least, in float32: 24 · 2 · d_in · d_sae for Adam, and 4 · d_in for each of the batch · k pairs
-four times (decode, gradient of the codes, both matrices), most of these from the cache. `[batch, d_sae]` is never
-written. Nothing waits for the device but `select_above`. Nothing is added up by atomics, so sums repeat bit for bit.
+In float32, a step moves at least 24 · 2 · d_in · d_sae bytes for Adam, and four times 4 · d_in bytes for each of the
+batch · k pairs (decode, gradient of the codes, both matrices), most of these from the cache. `[batch, d_sae]` is never
+written, except as candidates in small dictionaries and in chunks for a k of thousands. Only `select_above` and updates
+of rows above 8,192 numbers wait for the device. Atomics only count and never add values, so sums repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.interface import AdamStep, Gradient, Moments, Selection, Subset, Term
+from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.kernels.triton import codes, update
 from sae.kernels.triton.batch import above, largest_of_batch
 from sae.kernels.triton.topk import largest_of_rows
 
-# Triton launches on the current device, which need not be the tensors': hence `device_of` in every function.
+# Triton launches on the current device, which may differ from the tensors' device: hence `device_of` in every function.
 
 
 def select_topk(
@@ -70,14 +72,14 @@ def decode(
         return codes.decode(pattern, values, decoder.contiguous())
 
 
-def value_gradients(
+def sampled_product(
     pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, " pairs"]:
     with torch.cuda.device_of(gradient):
-        return codes.value_gradients(pattern, gradient.contiguous(), decoder.contiguous())
+        return codes.sampled_product(pattern, gradient.contiguous(), decoder.contiguous())
 
 
-def feature_sums(term: Term) -> Float[Tensor, "d_sae d_in"]:
+def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
     with torch.cuda.device_of(term.rows):
         return codes.feature_sums(term)
 
@@ -108,7 +110,7 @@ def adam_(
 def _in_subset(
     x: Tensor, encoder: Tensor, bias: Tensor, subset: Subset | None
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The same selection among the rows of the encoder that the subset names, copied together."""
+    """TopK among the subset's encoder rows, which are copied together."""
     if subset is None:
         return None, None
     rows, features = encoder[subset.features], bias[subset.features] + subset.penalty

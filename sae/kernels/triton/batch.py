@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.kernels.pattern import Pattern
-from sae.kernels.triton.codes import value_gradients
+from sae.kernels.triton.codes import sampled_product
 from sae.kernels.triton.tiles import (
     MISS,
     binomial_below,
@@ -27,22 +27,22 @@ from sae.kernels.triton.tiles import (
 )
 
 SAMPLED = 64
-"""Features that the guess looks at in every row."""
+"""Number of features per row in the sample for the guess."""
 
 PROGRAMS = 1024
-"""Programs that share the tiles of a pass which most often has nothing to do: so few cost next to nothing."""
+"""Programs that share the tiles of a pass that usually has nothing to do; this few cost almost nothing."""
 
 HISTOGRAM_TILE = {"BLOCK_B": 32, "BLOCK_F": 64}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the batch's candidates are found.
+    """Plan for finding the batch's candidates.
 
     Attributes:
-        sampled: features in the sample, of every row.
+        sampled: number of features in the sample, per row.
         rank: the guess is the rank-th largest number of the sample.
-        capacity: candidates there is room for.
+        capacity: largest number of candidates.
     """
 
     sampled: int
@@ -52,17 +52,17 @@ class Plan:
 
 @cache
 def plan(batch: int, d_sae: int, count: int) -> Plan:
-    """The guess gives `count` candidates and no more than there is room for, each but for a chance of `MISS`.
+    """Plan for which the guess gives at least `count` and at most `capacity` candidates, each up to a chance of `MISS`.
 
-    If which features are in the sample has nothing to do with the values there, Bin(count − 1, share) of the largest
-    numbers but one are in it; fewer than `count` numbers reach the guess only if that is `rank` or more. More than
-    `capacity` do only if Bin(capacity, share) is below `rank`.
+    If the sample is independent of the values, Bin(count − 1, share) of the count − 1 largest numbers are in it. Fewer
+    than `count` numbers reach the guess only if that count is at least `rank`. More than `capacity` do only if
+    Bin(capacity, share) is below `rank`.
     """
     sampled = min(SAMPLED, d_sae)
     share, numbers = sampled / d_sae, batch * d_sae
 
     def first(low: int, high: int, holds: Callable[[int], bool]) -> int:
-        """The smallest number from low to high for which it holds; all after it do too."""
+        """The smallest number from low to high for which `holds` is true, given that it stays true above it."""
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if holds(middle) else (middle + 1, high)
@@ -79,10 +79,10 @@ def _append_kernel(
     PER_FEATURE: tl.constexpr, STRICT: tl.constexpr, TIES_APART: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Append each number that reaches the bound, and its place row · d_sae + feature; count also those without room.
+    """Append each number that reaches the bound, and its place row · d_sae + feature; also count those beyond capacity.
 
-    TIES_APART: numbers equal to the bound fill the room from the end, down to `ties_from` places from the start, so
-    that however many there are they never take the place of a larger one.
+    TIES_APART: numbers equal to the bound fill the buffer from its end down to place `ties_from`, so that they never
+    displace a larger number, however many they are.
     """
     if tl.load(skip) == 0:
         row_blocks = tl.cdiv(batch, BLOCK_B)
@@ -119,7 +119,7 @@ def _histogram_kernel(
     x, encoder, bias, skip, prefix, counts, batch, d_sae, d_in, shift,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Count numbers, as ordered integers from 0 on, that have the prefix, by the byte at `shift` that follows it."""
+    """Histogram, by the byte at `shift`, of the numbers (as ordered integers ≥ 0) that start with the prefix."""
     if tl.load(skip) == 0:
         row_blocks = tl.cdiv(batch, BLOCK_B)
         for tile in range(tl.program_id(0), row_blocks * tl.cdiv(d_sae, BLOCK_F), tl.num_programs(0)):
@@ -134,9 +134,9 @@ def _histogram_kernel(
 
 
 def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tuple[Pattern, Tensor]:
-    """The `count` largest numbers of x · encoderᵀ + bias, of equal ones those that come first.
+    """The `count` largest numbers of x · encoderᵀ + bias; ties go to those that come first.
 
-    (Where the guess misses and more numbers equal the smallest than there is room for, some of them.)
+    (If the guess misses and more numbers equal the smallest than fit into the buffer, ties are chosen arbitrarily.)
     """
     d_sae, device = len(encoder), x.device
     scheme = plan(len(x), d_sae, count)
@@ -160,7 +160,7 @@ def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tu
 
 
 def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> tuple[Pattern, Tensor]:
-    """Every number above its feature's threshold: counted once, for the room, then made again and kept."""
+    """Every number above its feature's threshold: counted in a first pass to size the buffer, stored in a second."""
     d_sae = len(encoder)
     counted = _Found(x, encoder, bias, 0)
     counted.append(threshold.float().contiguous(), strict=True)
@@ -172,7 +172,7 @@ def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> tuple[
 
 
 class _Found:
-    """Numbers found so far, in whatever order programs come to add them."""
+    """Numbers found so far, in the arbitrary order in which programs add them."""
 
     def __init__(self, x: Tensor, encoder: Tensor, bias: Tensor, capacity: int) -> None:
         self.operands, self.capacity = (x, encoder, bias), capacity
@@ -182,12 +182,12 @@ class _Found:
         self.places = torch.full((max(capacity, 1),), self.nowhere, dtype=torch.int64, device=x.device)
 
     def append(self, bound: Tensor, *, strict: bool = False) -> None:
-        """Add what reaches (`strict`: exceeds) the bound, one for all or one a feature."""
+        """Add the numbers that reach (`strict`: exceed) the bound, shared or one per feature."""
         x, encoder, _ = self.operands
         self._launch(tiles(len(x), len(encoder), tile_sizes(x)), bound, None, 0, strict=strict, ties_apart=False)
 
     def append_apart(self, bound: Tensor, count: int, skip: Tensor) -> None:
-        """Add what exceeds the bound, fewer than `count`, and what equals it where there is room; nothing if `skip`."""
+        """Add the numbers above the bound, fewer than `count`, and ties while there is room; nothing if `skip`."""
         x, encoder, _ = self.operands
         self._launch(
             _few(tiles(len(x), len(encoder), tile_sizes(x))), bound, skip, count, strict=False, ties_apart=True
@@ -200,7 +200,7 @@ class _Found:
         self.places.masked_fill_(~hit, self.nowhere)
 
     def in_order(self) -> tuple[Tensor, Tensor]:
-        """Values and places by place; room that was not used comes last."""
+        """Values and places, sorted by place; unused entries come last."""
         places, order = self.places[: self.capacity].sort()
         return self.values[: self.capacity][order], places
 
@@ -221,18 +221,18 @@ def _few(grid: tuple[int]) -> tuple[int]:
 
 
 def _guess(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
-    """A bound that the largest numbers most likely reach, and not many more, from some features in every row."""
+    """A bound that the largest numbers very likely reach, and few others, from some features in every row."""
     d_sae, sampled = len(encoder), scheme.sampled
     rows, lanes = torch.arange(len(x), device=x.device)[:, None], torch.arange(sampled, device=x.device)[None, :]
     pattern = Pattern.from_indices((lanes * (d_sae // sampled) + rows * 7919) % d_sae, d_sae)
-    values = value_gradients(pattern, x, encoder).float() + bias[pattern.features]
+    values = sampled_product(pattern, x, encoder).float() + bias[pattern.features]
     return values.topk(scheme.rank, sorted=False).values.min()
 
 
 def _exact_bound(x: Tensor, encoder: Tensor, bias: Tensor, count: int, skip: Tensor) -> Tensor:
-    """Where the guess missed, the count-th largest number of all, a byte at a time; the product is made in each round.
+    """If the guess missed: the count-th largest number, one byte per round; every round computes the product again.
 
-    Where it did not, every kernel returns at once.
+    If it did not, every kernel returns at once.
     """
     sizes, device = {**tile_sizes(x), **HISTOGRAM_TILE}, x.device
     prefix = torch.zeros((), dtype=torch.int64, device=device)

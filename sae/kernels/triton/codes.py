@@ -1,4 +1,4 @@
-"""Products with sparse codes: a program for each row, or for each feature. No atomics, so always the same."""
+"""Products with sparse codes: one program per row or per feature. No atomics, so results repeat bit for bit."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae.kernels.interface import Term
+from sae.kernels.interface import FactoredGradient
 from sae.kernels.pattern import Pattern
 from sae.kernels.triton.tiles import at_once, power_of_two
 
@@ -84,7 +84,7 @@ def decode(pattern: Pattern, values: Tensor, decoder: Tensor) -> Tensor:
     return out
 
 
-def value_gradients(pattern: Pattern, gradient: Tensor, decoder: Tensor) -> Tensor:
+def sampled_product(pattern: Pattern, gradient: Tensor, decoder: Tensor) -> Tensor:
     out = gradient.new_empty(pattern.pairs)
     d_in = decoder.shape[1]
     block = min(power_of_two(d_in), LARGEST_BLOCK)
@@ -94,12 +94,12 @@ def value_gradients(pattern: Pattern, gradient: Tensor, decoder: Tensor) -> Tens
     return out
 
 
-def feature_sums(term: Term) -> Tensor:
+def feature_sums(term: FactoredGradient) -> Tensor:
     return _sums_by_feature(term.pattern, term.coefficients, term.rows.contiguous())
 
 
 def column_sums(pattern: Pattern, values: Tensor) -> Tensor:
-    """`torch.index_add` would do it with atomics, in another order each time."""
+    """`torch.index_add` would use atomics, in a different order each time."""
     return _sums_by_feature(pattern, values, values.new_ones(pattern.batch, 1)).view(-1)
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: a tile of the encoder's product, and numbers as integers of the same order."""
+"""Shared parts of the kernels: a tile of the encoder's product, and numbers as integers of the same order."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def claim(counter, chosen):
 
 @triton.jit
 def kth_largest(keys, valid, k):
-    """The largest t with at least k valid keys ≥ t, by bisection; the smallest integer where there are fewer."""
+    """The largest t with at least k valid keys ≥ t, by bisection; the smallest integer if there are fewer."""
     low = tl.full((), -2147483648, tl.int64)
     high = tl.full((), 2147483647, tl.int64)
     for _ in range(32):
@@ -95,9 +95,9 @@ def precision() -> str:
 
 
 def tile_sizes(x: Tensor) -> dict[str, int]:
-    """Tile of the product: rows, columns, inner numbers; and how a GPU runs it. Tensors of a test get small ones.
+    """Tile of the product: rows, columns, inner numbers; and launch options. CPU tensors (tests) get small ones.
 
-    Not tuned on a GPU yet. Larger tiles read less, but what follows the product then has to leave registers.
+    Not tuned on a GPU yet. Larger tiles read less, but the steps after the product then spill out of registers.
     """
     if x.device.type == "cpu":
         return {"BLOCK_B": 16, "BLOCK_F": 32, "BLOCK_D": 16}
@@ -107,7 +107,7 @@ def tile_sizes(x: Tensor) -> dict[str, int]:
 
 
 def at_once(x: Tensor) -> int:
-    """Pairs whose rows a program asks the memory for before it waits for the first. In a test, fewer."""
+    """Number of pairs whose rows a program requests from memory before it waits for the first. Fewer in tests."""
     return 2 if x.device.type == "cpu" else 4
 
 

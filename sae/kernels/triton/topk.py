@@ -31,12 +31,12 @@ LARGEST_ROW = 8192
 
 @dataclass(frozen=True)
 class Plan:
-    """How candidates are found in rows of d_sae numbers.
+    """Plan for finding candidates in rows of d_sae numbers.
 
     Attributes:
         stride: every stride-th feature is in the sample.
         rank: the guess is the rank-th largest number of the sample; 0: every number is a candidate.
-        capacity: candidates that a row has room for.
+        capacity: largest number of candidates per row.
     """
 
     stride: int
@@ -46,11 +46,11 @@ class Plan:
 
 @cache
 def plan(d_sae: int, k: int) -> Plan | None:
-    """The smallest sample whose guess gives k candidates and no more than there is room for, each but for `MISS`.
+    """Rank and capacity for which a guess gives at least k and at most `capacity` candidates, each up to `MISS`.
 
-    Which features are in the sample has nothing to do with their values, so that of the k − 1 largest numbers,
-    Bin(k − 1, 1 / stride) are in it: fewer than k numbers exceed the rank-th of the sample only if that is `rank` or
-    more. More than `capacity` do only if Bin(capacity, 1 / stride) is below `rank`. None: no room is enough.
+    The sample is independent of the values, so Bin(k − 1, 1 / stride) of the k − 1 largest numbers are in it. Fewer
+    than k numbers exceed the rank-th of the sample only if that count is at least `rank`. More than `capacity` do only
+    if Bin(capacity, 1 / stride) is below `rank`. None: the required capacity is too large.
     """
     stride = max(1, min(32, d_sae // 1024))
     share = 1 / stride
@@ -79,7 +79,7 @@ def _candidates_kernel(
     x, encoder, bias, guess, counts, values, features, batch, d_sae, d_in, capacity,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Append every number that reaches its row's guess to the row's candidates; count also those without room."""
+    """Append every number that reaches its row's guess to the row's candidates; also count those beyond capacity."""
     row_blocks = tl.cdiv(batch, BLOCK_B)
     rows = (tl.program_id(0) % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
     columns = (tl.program_id(0) // row_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -97,7 +97,7 @@ def _candidates_kernel(
 
 @triton.jit
 def _select_kernel(counts, values, features, chosen_values, chosen_features, k, capacity, BLOCK: tl.constexpr):
-    """The k largest candidates of each row; of equal ones those of the lower features."""
+    """The k largest candidates of each row; ties go to the lower features."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + row)
     if (count >= k) & (count <= capacity):
@@ -136,7 +136,7 @@ def _exact_row_kernel(
     x, encoder, bias, counts, chosen_values, chosen_features, d_sae, d_in, k, capacity,
     BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows whose guess missed: the k largest by bisection, the row's numbers made anew in every round."""
+    """Rows whose guess missed: the k largest by bisection; every round computes the row's numbers again."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + row)
     if (count < k) | (count > capacity):
@@ -198,7 +198,7 @@ def largest_of_rows(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[T
 
 
 def guesses(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
-    """A bound for every row that its k largest numbers most likely reach."""
+    """A bound for every row that its k largest numbers very likely reach."""
     if scheme.rank == 0:
         return torch.full((len(x),), -torch.inf, device=x.device)
     sample = (x @ encoder[:: scheme.stride].T).float() + bias[:: scheme.stride]
@@ -209,7 +209,7 @@ def guesses(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
 
 
 def _by_chunks(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """For a k of thousands: dense, some rows at a time, summed in float32 as everywhere."""
+    """For a k of thousands: dense, some rows at a time, summed in float32 like everything else."""
     whole = encoder.float()
     values, features = [], []
     for rows in x.split(max(1, (1 << 26) // len(encoder))):

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.kernels import cpu
-from sae.kernels.interface import AdamStep, Gradient, Moments, Term
+from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments
 from sae.kernels.triton.codes import feature_sums, segment_sum
 from sae.kernels.triton.tiles import at_once, power_of_two
 
@@ -30,7 +30,7 @@ def _row_gradient(
     TERMS: tl.constexpr, DENSE: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one feature's row `w`, without its part along the row where UNIT."""
+    """The gradient of one feature's row `w`, without its part along the row if UNIT."""
     g = tl.zeros((BLOCK,), tl.float32)
     if DENSE:
         g += tl.load(dense + feature * d_in + inner, mask=inner < d_in, other=0.0).to(tl.float32)
@@ -129,7 +129,7 @@ def adam_(weight: Tensor, moments: Moments, gradient: Gradient, step: AdamStep, 
 
 
 def _parts(weight: Tensor, gradient: Gradient, unit_rows: bool) -> tuple[list[Any], dict[str, Any]]:
-    """The kernels' common arguments: the weight, where the parts of its gradient are, and which there are."""
+    """The kernels' common arguments: the weight, pointers to the parts of its gradient, and which parts exist."""
     d_sae, d_in = weight.shape
     terms = list(gradient.terms[:2])
     dense = _sum(gradient.dense, gradient.terms[2:])
@@ -154,13 +154,13 @@ def _parts(weight: Tensor, gradient: Gradient, unit_rows: bool) -> tuple[list[An
     return pointers, options
 
 
-def _pointers(term: Term) -> tuple[Tensor, ...]:
+def _pointers(term: FactoredGradient) -> tuple[Tensor, ...]:
     order, rows, offsets = term.pattern.by_feature
     return term.rows.contiguous(), order, rows, offsets, term.coefficients
 
 
-def _sum(dense: Tensor | None, terms: Sequence[Term]) -> Tensor | None:
-    """What the kernel has no place for, made whole; three terms occur in no architecture there is."""
+def _sum(dense: Tensor | None, terms: Sequence[FactoredGradient]) -> Tensor | None:
+    """Add terms that the kernel has no arguments for to the dense gradient; no architecture has three terms."""
     for term in terms:
         part = feature_sums(term)
         dense = part if dense is None else dense + part

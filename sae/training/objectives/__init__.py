@@ -1,8 +1,8 @@
-"""What training minimises: pure functions of a dictionary, an input and a target, one per architecture."""
+"""Training objectives: pure functions of a dictionary, an input and a target, one per architecture."""
 
 from __future__ import annotations
 
-from sae.training.objectives.common import Context, Losses, Objective
+from sae.training.objectives.common import Losses, Objective, StepInputs
 from sae.training.objectives.penalised import gated_loss, jumprelu_loss, relu_loss
 from sae.training.objectives.selected import batch_topk_loss, matryoshka_loss, topk_loss
 
@@ -16,6 +16,14 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 __all__ = [
-    "OBJECTIVES", "Context", "Losses", "Objective", "batch_topk_loss", "gated_loss", "jumprelu_loss", "matryoshka_loss",
-    "relu_loss", "topk_loss",
+    "OBJECTIVES",
+    "Losses",
+    "Objective",
+    "StepInputs",
+    "batch_topk_loss",
+    "gated_loss",
+    "jumprelu_loss",
+    "matryoshka_loss",
+    "relu_loss",
+    "topk_loss",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""AuxK: dead features learn to reconstruct what the living leave over, until they live."""
+"""AuxK: dead features learn to reconstruct the residual, until they fire again."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.architectures import Gated
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
-from sae.sparse import decode, encode_at, rows_of, select_topk
-from sae.training.objectives.common import Context, mean_squared_error
+from sae.kernels.sparse import decode, encode_at, rows_of, select_topk
+from sae.training.objectives.common import StepInputs, mean_squared_error
 
 
 def auxk_loss(
     dictionary: Dictionary,
     x: Float[Tensor, "batch d_in"],
     residual: Float[Tensor, "batch d_in"],
-    context: Context,
+    context: StepInputs,
     values: Float[Tensor, "batch k_aux"],
     places: Int[Tensor, "batch k_aux"],
 ) -> Float[Tensor, ""]:
-    """AuxK: ‖e − ê‖², where ê is what the k_aux strongest dead features make of the residual e (no b_dec in either).
+    """AuxK: ‖e − ê‖², with ê the reconstruction of the residual e by the k_aux strongest dead features (without b_dec).
 
-    Scaled by min(dead / k_aux, 1), so that it fades as features revive; 0 where none is dead. The residual is a fixed
+    Scaled by min(dead / k_aux, 1), so that it fades as features revive; 0 if none is dead. The residual is a fixed
     target; gradients reach the dead features' encoder and decoder.   Gao et al. 2024, appendix A.2.
 
     Args:
-        x: what the dead features were selected on.
+        x: inputs on which the dead features were selected.
         residual: e, detached.
-        values: what `dead_encoder` makes of each row for the dead features that were selected in it.
-        places: where they stand among `context.dead_candidates`.
+        values: pre-activations by `dead_encoder` of the dead features selected in each row.
+        places: their positions in `context.dead_candidates`.
     """
     candidates = context.dead_candidates
     pattern = Pattern.from_indices(places, len(candidates))
@@ -42,11 +42,11 @@ def auxk_loss(
 
 
 def dead_encoder(
-    dictionary: Dictionary, context: Context
+    dictionary: Dictionary, context: StepInputs
 ) -> tuple[Float[Tensor, "candidates d_in"], Float[Tensor, " candidates"]]:
-    """The encoder rows and biases whose ReLU is what the dead features would be worth if they fired.
+    """Encoder rows and biases of the dead features; the ReLU of their output is the activation without a gate.
 
-    Gated's are those of the magnitude. Its gate is shut on every row, or the feature were not dead, and has no say.
+    Gated's are those of the magnitude. The gate of a dead feature is closed on every row, so it is ignored.
     """
     candidates = context.dead_candidates
     rows = rows_of(dictionary.W_enc.T, candidates, context.encoder_sink)
@@ -55,8 +55,8 @@ def dead_encoder(
     return rows, dictionary.b_enc[candidates]
 
 
-def dead_subset(context: Context, dtype: torch.dtype) -> Subset | None:
-    """The features that AuxK may use, those that have come to life since they were listed taken out."""
+def dead_subset(context: StepInputs, dtype: torch.dtype) -> Subset | None:
+    """The features that AuxK may use: the candidates, except those that fired since they were listed."""
     candidates = context.dead_candidates
     if context.aux_coefficient == 0 or len(candidates) == 0:
         return None
@@ -66,13 +66,14 @@ def dead_subset(context: Context, dtype: torch.dtype) -> Subset | None:
 
 
 def auxk_after(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Float[Tensor, ""] | None:
-    """`auxk_loss` where the objective's own selection did not look at the dead features; None where none is dead."""
+    """`auxk_loss` if the objective's own selection did not cover the dead features; None if none is dead."""
     subset = dead_subset(context, x.dtype)
     if subset is None:
         return None
     rows, biases = dead_encoder(dictionary, context)
-    chosen = select_topk(x, dictionary.b_dec, rows, biases + subset.penalty, subset.k)
+    selection = select_topk(x, dictionary.b_dec, rows, biases + subset.penalty, subset.k)
     shape = (len(x), subset.k)
-    return auxk_loss(dictionary, x, residual, context, chosen.values.view(shape), chosen.pattern.features.view(shape))
+    values, places = selection.values.view(shape), selection.pattern.features.view(shape)
+    return auxk_loss(dictionary, x, residual, context, values, places)

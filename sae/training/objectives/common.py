@@ -1,4 +1,4 @@
-"""What every objective is made of: its context, what it finds, error, encoding, firing."""
+"""Building blocks of all objectives: context, losses, error, encoding, firing."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection
 from sae.kernels.pattern import Pattern
-from sae.sparse import GradientSink, decode, encode_at
+from sae.kernels.sparse import GradientSink, decode, encode_at
 
 
 @dataclass(frozen=True)
-class Context:
-    """What an objective needs beside the dictionary and the batch.
+class StepInputs:
+    """Inputs of an objective in addition to the dictionary and the batch.
 
     Attributes:
         dead: features that are dead now.
-        dead_candidates: their indices as listed a few steps ago, ascending; the only ones that are revived.
+        dead_candidates: indices of dead features as listed a few steps ago, ascending; only these are revived.
         sparsity: weight of the penalty on firing at this step; for relu, gated, jumprelu.
-        aux_coefficient, k_aux: weight and size of what revives dead features.
-        density: share of features that fired per token a few steps ago, which decides how codes are computed.
+        aux_coefficient, k_aux: weight and number of features of the term that revives dead features.
+        density: share of features that fired per token a few steps ago; decides how codes are computed.
         encoder_sink, decoder_sink: where the gradients of the matrices go; None: into `.grad`, dense.
-        low: the encoder in bfloat16 for the large product; None: as it is.
-        target_l0: features per token that JumpReLU's penalty aims at; None: it is the number of features itself.
+        encoder_bf16: the encoder in bfloat16 for the large product; None: the encoder itself is used.
+        target_l0: features per token that JumpReLU's penalty aims at; None: the penalty is L0 itself.
         bandwidth: width of the window around a JumpReLU's threshold in which the threshold has a gradient.
     """
 
@@ -39,23 +39,23 @@ class Context:
     density: float = 1.0
     encoder_sink: GradientSink | None = None
     decoder_sink: GradientSink | None = None
-    low: Tensor | None = None
+    encoder_bf16: Tensor | None = None
     target_l0: int | None = None
     bandwidth: float = 1.0
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What an objective found.
+    """Result of an objective.
 
     Attributes:
-        total: what is minimised.
-        terms: its terms without their weights, detached, and whatever else is logged.
-        counts: on how many tokens of the batch each feature fired.
+        total: the loss to minimise.
+        terms: its terms without their weights, detached, and other values to log.
+        counts: number of tokens of the batch on which each feature fired.
         l0: mean number of features that fired per token.
-        threshold: the smallest activation that was let through, where the architecture learns that.
-        revived: the share of `total` that revives dead features, detached: it appears when features die, and then
-            `total` rises though the reconstruction gets better.
+        threshold: the smallest activation that was let through, if the architecture has a learned threshold.
+        revived: the part of `total` that revives dead features, detached. It appears when features die, and then
+            `total` rises although the reconstruction improves.
     """
 
     total: Float[Tensor, ""]
@@ -67,7 +67,7 @@ class Losses:
 
 
 def with_revival(losses: Losses, weight: float, name: str, term: Float[Tensor, ""] | None) -> Losses:
-    """The losses with one more term that revives dead features, of this weight, if there is one."""
+    """Add a weighted term that revives dead features, if there is one."""
     if term is None:
         return losses
     terms, weighted = {**losses.terms, name: term.detach()}, weight * term
@@ -75,7 +75,7 @@ def with_revival(losses: Losses, weight: float, name: str, term: Float[Tensor, "
     return replace(losses, total=losses.total + weighted, terms=terms, revived=revived)
 
 
-Objective = Callable[[Dictionary, Tensor, Tensor, Context], Losses]
+Objective = Callable[[Dictionary, Tensor, Tensor, StepInputs], Losses]
 """(dictionary, input `[batch, d_in]`, target `[batch, d_in]`, context) → losses; pure."""
 
 
@@ -87,40 +87,40 @@ def mean_squared_error(
 
 
 def pre_activations_at(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], context: Context, selection: Selection
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], context: StepInputs, selection: Selection
 ) -> Float[Tensor, " pairs"]:
-    """Pre-activations where `selection` is, differentiable in the dictionary."""
+    """Pre-activations at the pairs of `selection`, differentiable in the dictionary."""
     return encode_at(x, *encoder(dictionary), selection, context.encoder_sink)
 
 
 def reconstruct(
-    dictionary: Dictionary, pattern: Pattern, values: Float[Tensor, " pairs"], context: Context
+    dictionary: Dictionary, pattern: Pattern, values: Float[Tensor, " pairs"], context: StepInputs
 ) -> Float[Tensor, "batch d_in"]:
-    """Σ of values · decoder rows, and b_dec."""
+    """Σ of values · decoder rows, plus b_dec."""
     return decode(pattern, values, dictionary.W_dec, context.decoder_sink) + dictionary.b_dec
 
 
 def firing(pattern: Pattern, values: Float[Tensor, " pairs"]) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, ""]]:
-    """On how many tokens each feature fired, and how many fired per token, from one reduction over the pairs."""
+    """Number of tokens on which each feature fired, and mean L0, from one reduction over the pairs."""
     active = (values.detach() > 0).to(values.dtype)
     counts = active.new_zeros(pattern.d_sae).index_add_(0, pattern.features, active)
     return counts, active.sum() / pattern.batch
 
 
 def firing_densely(features: Float[Tensor, "batch d_sae"]) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, ""]]:
-    """The same from a whole matrix."""
+    """`firing` for a dense matrix."""
     active = features.detach() > 0
     return active.sum(0).to(features.dtype), active.sum(-1).to(features.dtype).mean()
 
 
 def encoder(dictionary: Dictionary) -> tuple[Tensor, Tensor, Tensor]:
-    """b_dec, the encoder by feature, its bias: as `sae.sparse` takes them."""
+    """b_dec, the encoder by feature, and its bias, as arguments for `sae.kernels.sparse`."""
     return dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc
 
 
 def pre_activations_densely(dictionary: Dictionary, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
     """(x − b_dec) W_enc + b_enc as x W_enc + (b_enc − b_dec W_enc).
 
-    Equal but for rounding; b_dec's gradient then costs a matrix times a vector instead of the dense gradient of x.
+    Equal up to rounding; b_dec's gradient then costs a matrix times a vector instead of the dense gradient of x.
     """
     return torch.nn.functional.linear(x, dictionary.W_enc.T, dictionary.b_enc - dictionary.b_dec @ dictionary.W_enc)

@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.architectures import Gated, JumpReLU
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels.interface import DENSE_ABOVE
-from sae.sparse import decode, entries_of, select_above
+from sae.kernels.sparse import decode, entries_of, select_above
 from sae.training.objectives.auxk import auxk_after
 from sae.training.objectives.common import (
-    Context,
     Losses,
+    StepInputs,
     encoder,
     firing,
     firing_densely,
@@ -28,7 +28,7 @@ from sae.training.objectives.common import (
 
 
 def relu_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j f_j ‖W_dec,j‖, with every positive pre-activation firing.
 
@@ -37,27 +37,27 @@ def relu_loss(
     norms = dictionary.W_dec.norm(dim=-1)
     if context.density > DENSE_ABOVE:
         features = pre_activations_densely(dictionary, x).relu()
-        reconstruction, found = dictionary.decode(features), firing_densely(features)
+        reconstruction, firings = dictionary.decode(features), firing_densely(features)
         l1 = (features @ norms).mean()
     else:
         selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae))
         values = pre_activations_at(dictionary, x, context, selection).relu()
         reconstruction = reconstruct(dictionary, selection.pattern, values, context)
-        found = firing(selection.pattern, values)
+        firings = firing(selection.pattern, values)
         l1 = (values * entries_of(norms, selection.pattern.features)).sum() / len(x)
     mse = mean_squared_error(target, reconstruction)
     total, terms = mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}
-    losses = Losses(total, terms, *found)
+    losses = Losses(total, terms, *firings)
     return with_revival(losses, context.aux_coefficient, "revival", revival(dictionary, context))
 
 
 def gated_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
-    """‖y − ŷ‖² + λ Σ_j ReLU(π_j) + ‖y − ŷ_gate‖² + α · AuxK, with ŷ_gate from ReLU(π) and a decoder it does not train.
+    """‖y − ŷ‖² + λ Σ_j ReLU(π_j) + ‖y − ŷ_gate‖² + α · AuxK, with ŷ_gate from ReLU(π) and a frozen decoder.
 
-    Rajamanoharan et al. 2024, §3.2, eq. 8. Of a dead feature, AuxK trains the direction and the magnitude, on which no
-    gate is needed, while `revival` opens its gate: opened as it is, it would be of no use and soon be shut again.
+    Rajamanoharan et al. 2024, §3.2, eq. 8. AuxK trains the direction and magnitude of a dead feature, which needs no
+    gate, while `revival` opens its gate: a feature opened without this training would be useless and soon close again.
     """
     assert isinstance(dictionary, Gated)
     frozen, b_dec = dictionary.W_dec.detach(), dictionary.b_dec.detach()
@@ -65,36 +65,36 @@ def gated_loss(
         pre = pre_activations_densely(dictionary, x)
         gate = pre.relu()
         features = dictionary.activate(pre, slice(None)) * (pre > 0)
-        reconstruction, of_gate = dictionary.decode(features), gate @ frozen + b_dec
-        found = firing_densely(features)
+        reconstruction, gate_reconstruction = dictionary.decode(features), gate @ frozen + b_dec
+        firings = firing_densely(features)
     else:
         selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae))
         pattern = selection.pattern
         pre = pre_activations_at(dictionary, x, context, selection)
         gate, values = pre.relu(), dictionary.activate(pre, pattern.features)
         reconstruction = reconstruct(dictionary, pattern, values, context)
-        of_gate = decode(pattern, gate, frozen) + b_dec
-        found = firing(pattern, values)
+        gate_reconstruction = decode(pattern, gate, frozen) + b_dec
+        firings = firing(pattern, values)
     mse, gate_mse, l1 = (
         mean_squared_error(target, reconstruction),
-        mean_squared_error(target, of_gate),
+        mean_squared_error(target, gate_reconstruction),
         gate.sum() / len(x),
     )
     total = mse + context.sparsity * l1 + gate_mse
     terms = {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}
-    losses = Losses(total, terms, *found)
+    losses = Losses(total, terms, *firings)
     losses = with_revival(losses, context.aux_coefficient, "revival", revival(dictionary, context))
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
     return with_revival(losses, context.aux_coefficient, "aux", aux)
 
 
 def jumprelu_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ · L0, or + λ · (L0 / target − 1)²; + α · AuxK. Straight-through gradients reach the thresholds.
 
-    Everything within half a bandwidth below a threshold takes part, as the threshold's gradient comes from there too,
-    but nothing that is not positive: those are a heap at 0, of which moving a threshold lets none through.
+    Pre-activations up to half a bandwidth below a threshold are included, because the threshold's gradient comes from
+    there too. Those that are not positive are left out: they all become 0, and moving a threshold lets none through.
 
     Rajamanoharan et al. 2024, §3 and appendix G (target L0).
     """
@@ -115,11 +115,11 @@ def jumprelu_loss(
     return with_revival(Losses(total, terms, *firing(pattern, values)), context.aux_coefficient, "aux", aux)
 
 
-def revival(dictionary: Dictionary, context: Context) -> Float[Tensor, ""] | None:
-    """−Σ of the biases of dead features, which it raises until they fire; None where none is dead.
+def revival(dictionary: Dictionary, context: StepInputs) -> Float[Tensor, ""] | None:
+    """−Σ of the biases of dead features, which it raises until they fire; None if none is dead.
 
-    Where everything positive fires, dead features are negative everywhere, AuxK sees nothing of them, and this is what
-    is left: Anthropic's pre-activation loss (January 2025 update), with its gradient to the bias alone.
+    If every positive pre-activation fires, dead features are negative everywhere, and AuxK has nothing to train. This
+    term remains: Anthropic's pre-activation loss (January 2025 update), with a gradient for the bias alone.
     """
     candidates = context.dead_candidates
     if context.aux_coefficient == 0 or len(candidates) == 0:
@@ -133,7 +133,7 @@ def jump(pre: Float[Tensor, " pairs"], bounds: Float[Tensor, " pairs"], width: f
 
 
 def step(pre: Float[Tensor, " pairs"], bounds: Float[Tensor, " pairs"], width: float) -> Float[Tensor, " pairs"]:
-    """[z > θ]; ∂/∂θ = −1/width within half a width of θ, and no gradient to z.   Eq. 12 there."""
+    """[z > θ]; ∂/∂θ = −1/width within half a width of θ, no gradient for z.   Rajamanoharan et al. 2024, eq. 12."""
     return _Step.apply(pre, bounds, width)  # type: ignore[no-any-return]
 
 
@@ -147,8 +147,8 @@ class _Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         pre, bounds = ctx.saved_tensors
-        of_bounds = -(bounds / ctx.width) * gradient * _within(pre, bounds, ctx.width)
-        return gradient.masked_fill(pre <= bounds, 0), of_bounds, None
+        bounds_gradient = -(bounds / ctx.width) * gradient * _within(pre, bounds, ctx.width)
+        return gradient.masked_fill(pre <= bounds, 0), bounds_gradient, None
 
 
 class _Step(torch.autograd.Function):

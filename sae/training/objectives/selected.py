@@ -1,4 +1,4 @@
-"""Objectives in which a rule says how many features fire: TopK, BatchTopK, Matryoshka."""
+"""Objectives in which a rule sets the number of features that fire: TopK, BatchTopK, Matryoshka."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.architectures import Matryoshka
-from sae.dictionary import Dictionary
+from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection
 from sae.kernels.pattern import Pattern
-from sae.sparse import decode, select_batch_topk, select_topk
+from sae.kernels.sparse import decode, select_batch_topk, select_topk
 from sae.training.objectives.auxk import auxk_loss, dead_subset
 from sae.training.objectives.common import (
-    Context,
     Losses,
+    StepInputs,
     encoder,
     firing,
     mean_squared_error,
@@ -27,11 +27,11 @@ from sae.training.objectives.common import (
 
 
 def topk_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k strongest features.   Gao et al. 2024, §2.3 and appendix A.2."""
     k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
-    selection = select_topk(x, *encoder(dictionary), k, subset, context.low)
+    selection = select_topk(x, *encoder(dictionary), k, subset, context.encoder_bf16)
     values = pre_activations_at(dictionary, x, context, selection).relu()
     reconstruction = reconstruct(dictionary, selection.pattern, values, context)
     mse = mean_squared_error(target, reconstruction)
@@ -39,7 +39,7 @@ def topk_loss(
 
 
 def batch_topk_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k · batch strongest activations of the batch.   Bussmann et al. 2024, §2."""
     selection, values = _select_over_batch(dictionary, x, context)
@@ -50,12 +50,12 @@ def batch_topk_loss(
 
 
 def matryoshka_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: Context
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """Mean over prefixes m of ‖y − ŷ_m‖², + α · AuxK, with ŷ_m from BatchTopK's activations below feature m.
 
-    All prefixes are decoded at once: a pair adds to the part of its row that its feature's group makes, and prefixes
-    are sums over groups.   Bussmann et al. 2025, §3.
+    All prefixes are decoded at once: each group of features decodes into its own part of a row, and prefixes are sums
+    over groups.   Bussmann et al. 2025, §3.
     """
     assert isinstance(dictionary, Matryoshka)
     selection, values = _select_over_batch(dictionary, x, context)
@@ -64,14 +64,14 @@ def matryoshka_loss(
         by_groups(selection.pattern, dictionary.prefix_ends), values, dictionary.W_dec, context.decoder_sink
     ).view(len(x), groups, -1)
     residuals = (target - dictionary.b_dec)[:, None] - parts.cumsum(1)
-    of_prefixes = residuals.square().sum(-1).mean(0)
-    losses = _with_auxk(dictionary, x, residuals[:, -1], context, selection, values, of_prefixes.mean())
-    terms = {**losses.terms, "mse": of_prefixes[-1].detach(), "mse_prefixes": of_prefixes.mean().detach()}
+    prefix_errors = residuals.square().sum(-1).mean(0)
+    losses = _with_auxk(dictionary, x, residuals[:, -1], context, selection, values, prefix_errors.mean())
+    terms = {**losses.terms, "mse": prefix_errors[-1].detach(), "mse_prefixes": prefix_errors.mean().detach()}
     return replace(losses, terms=terms, threshold=values.detach().min())
 
 
 def by_groups(pattern: Pattern, ends: Int[Tensor, " groups"]) -> Pattern:
-    """The pattern with a row for each row and group of features, for features that ascend in each row."""
+    """The pattern with one row per row and group of features; features must ascend in each row."""
     keys = pattern.rows * (pattern.d_sae + 1) + pattern.features
     starts = torch.arange(pattern.batch, device=ends.device)[:, None] * (pattern.d_sae + 1) + ends
     offsets = torch.searchsorted(keys, starts.flatten())
@@ -79,18 +79,18 @@ def by_groups(pattern: Pattern, ends: Int[Tensor, " groups"]) -> Pattern:
 
 
 def _select_over_batch(
-    dictionary: Dictionary, x: Tensor, context: Context
+    dictionary: Dictionary, x: Tensor, context: StepInputs
 ) -> tuple[Selection, Float[Tensor, " pairs"]]:
     k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
-    selection = select_batch_topk(x, *encoder(dictionary), k, subset, context.low)
+    selection = select_batch_topk(x, *encoder(dictionary), k, subset, context.encoder_bf16)
     return selection, pre_activations_at(dictionary, x, context, selection).relu()
 
 
 def _with_auxk(
-    dictionary: Dictionary, x: Tensor, residual: Tensor, context: Context, selection: Selection, values: Tensor,
+    dictionary: Dictionary, x: Tensor, residual: Tensor, context: StepInputs, selection: Selection, values: Tensor,
     error: Float[Tensor, ""],
 ) -> Losses:  # fmt: skip
-    """The error and AuxK on what the selection found among the dead features."""
+    """The error plus AuxK, on the dead features in the selection."""
     losses = Losses(error, {"mse": error.detach()}, *firing(selection.pattern, values))
     if selection.subset_values is not None and selection.subset_places is not None:
         aux = auxk_loss(dictionary, x, residual.detach(), context, selection.subset_values, selection.subset_places)

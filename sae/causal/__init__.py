@@ -1,9 +1,0 @@
-"""What features do to the model: changed one firing at a time on held-out text, beside nulls and direct effects."""
-
-from __future__ import annotations
-
-from sae.causal.effects import Effects, EffectSettings, FeatureEffect
-from sae.causal.measure import measure_effects
-from sae.causal.store import effects_beside, read_effects
-
-__all__ = ["EffectSettings", "Effects", "FeatureEffect", "effects_beside", "measure_effects", "read_effects"]

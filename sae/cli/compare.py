@@ -1,0 +1,37 @@
+"""`sae compare`: compare dictionaries on one run's held-out tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sae.console.terminal import output, say
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="DICTIONARY... [KEY=VALUE]...")
+@click.option("--on", type=click.Path(path_type=Path), help="Run that supplies the held-out tokens and the model.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write compare.md and compare.json to.")
+@click.pass_obj
+def compare(options: dict[str, bool], arguments: tuple[str, ...], on: Path | None, out: Path | None) -> None:
+    """Compare dictionaries side by side.
+
+    DICTIONARY is a run folder or a dictionary's folder. The first one is the baseline for the others. All are measured
+    on the same held-out tokens: those of --on, or of the first run folder in the list. Results for these tokens that
+    are already in a run's eval.json are reused. KEY=VALUE overrides settings of the run that supplies the tokens:
+    evaluation.*, model.*, harvest.cache, device. An interrupted comparison resumes where it stopped.
+    """
+    from sae.cli.arguments import evaluation_overrides
+    from sae.console.progress import progress_bars
+    from sae.evaluation import comparison_tables
+    from sae.runs.comparison import READ, compare_folders
+
+    overrides, places = evaluation_overrides(arguments)
+    with progress_bars(quiet=options["quiet"], units={READ: "dictionaries"}) as progress:
+        comparison = compare_folders(places, on=on, out=out, overrides=overrides, progress=progress)
+    console = output()
+    for table in comparison_tables(comparison, console.width):
+        console.print(table, "")
+    if out is not None:
+        say(f"compare.md and compare.json in {out}")

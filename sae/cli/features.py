@@ -1,0 +1,84 @@
+"""`sae features`: list features, show the contexts they fire in, or write a page of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sae.cli.arguments import beginning_again, features_and_overrides
+from sae.config.file import CONFIG_YAML
+from sae.console.terminal import output, say
+from sae.files.writing import stands
+
+
+@click.command()
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, metavar="[FEATURE]... [KEY=VALUE]...")
+@click.option(
+    "--sort", default="density", show_default=True, help="Sort the list by density, max, count, index or mean."
+)
+@click.option(
+    "--limit",
+    default=40,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Maximum number of features in the list or page.",
+)
+@click.option(
+    "--max-density",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Omit features that fire on a larger share of tokens.",
+)
+@click.option("--page", type=click.Path(path_type=Path), help="Write a self-contained HTML page to this file.")
+@click.pass_obj
+def features(
+    options: dict[str, bool],
+    path: Path,
+    arguments: tuple[str, ...],
+    sort: str,
+    limit: int,
+    max_density: float,
+    page: Path | None,
+) -> None:
+    """Show what features fire on.
+
+    Without FEATURE, list the features. With feature numbers, show the contexts in which those features fire. With
+    --page, write a page of them.
+
+    RUN is a run folder or a feature store. The features of a run are collected first if they are missing. KEY=VALUE
+    overrides settings of the run: model.*, harvest.cache, device.
+    """
+    from sae.console.progress import progress_bars
+    from sae.effects import effects_beside
+    from sae.features import Features
+    from sae.runs import pipeline
+    from sae.viewer import print_feature, print_features, write_page
+
+    indices, overrides = features_and_overrides(arguments, path)
+    if page is not None and (not page.name or page.is_dir()):
+        raise click.BadParameter(
+            f"{str(page)!r} is not a file name; give one, such as page.html.", param_hint="'--page'"
+        )
+    if stands(path / CONFIG_YAML):
+        with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
+            store = pipeline.Run.open(path, overrides, progress).features()
+    else:
+        if overrides:
+            raise click.UsageError(
+                f"{overrides[0]}: {str(path)!r} is not a run folder, and only a run folder has settings"
+            )
+        store = Features(path)
+    console = output()
+    if page is not None:
+        chosen = list(indices) or store.sorted_by(sort, max_density=max_density)[:limit]
+        write_page(store, chosen, page, f"Features of {path.name}", effects_beside(store))
+        say(f"{len(chosen):,} features in {page}")
+    elif indices:
+        effects = effects_beside(store)
+        for index in indices:
+            print_feature(store[index], console, effects)
+    else:
+        print_features(store, console, sort=sort, limit=limit, max_density=max_density)

@@ -1,0 +1,59 @@
+"""`sae probe`: sparse probes on a run's latents, compared with dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from sae.cli.arguments import with_keys
+from sae.console.terminal import output, say
+from sae.errors import SaeError
+
+
+def _keys() -> Iterator[tuple[str, str, str]]:
+    from sae.probing.settings import describe_keys
+
+    return describe_keys()
+
+
+@click.command(cls=with_keys("Settings, as KEY=VALUE", _keys))
+@click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, metavar="[DATA]... [KEY=VALUE]...")
+@click.pass_obj
+def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> None:
+    """Probe a dictionary for labels.
+
+    Logistic regressions on 1, 2, 5, 16 and all latents are compared with regressions on the same number of neurons, on
+    principal components and on the whole activation, and with the majority class and shuffled labels. probe.json and
+    probe.md are written into RUN, a run folder; existing results are reused.
+
+    DATA is a .csv, .jsonl or .parquet file with a text and a label column, or a folder of such files; 'sae-probes' (the
+    default) for the 113 data sets of that package, or the folder that its wheel was unpacked to; or 'first-letters' for
+    splitting and absorption of the first letters of words.
+    """
+    from sae.console.progress import progress_bars
+    from sae.probing.data import SAE_PROBES, find_data
+    from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE
+    from sae.probing.render import letters_table, summary_table
+    from sae.probing.settings import read_overrides
+    from sae.runs import pipeline
+    from sae.runs.probes import probe_run
+
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    sources = [argument for argument in arguments if argument not in overrides] or [SAE_PROBES]
+    settings = read_overrides(overrides)
+    with_letters = FIRST_LETTERS in sources
+    data = find_data([source for source in sources if source != FIRST_LETTERS])
+    with progress_bars(quiet=options["quiet"], units={"probes": "data sets"}) as progress:
+        run = pipeline.Run.open(path, settings.of_run, progress)
+        record = probe_run(run, data, settings.probes, letters=settings.letters if with_letters else None)
+    console = output()
+    if record.results:
+        console.print(summary_table(record, console.width))
+    if record.letters is not None:
+        console.print(letters_table(record, console.width))
+    say(f"{len(record.entries) - len(record.failures)} probed; tables in {run.folder / MARKDOWN_FILE}")
+    if record.failures:
+        raise SaeError(f"{len(record.failures)} data sets were not probed; {MARKDOWN_FILE} says why")

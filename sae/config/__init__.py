@@ -1,0 +1,1 @@
+"""Settings: definitions, reading and checks."""

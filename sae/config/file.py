@@ -1,0 +1,120 @@
+"""YAML and command-line overrides in, one `RunConfig` out, with errors that explain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae.config.base import described, read_words, validated, with_new_keys
+from sae.config.check import check_fit
+from sae.config.settings import RunConfig
+from sae.config.yaml_text import parse_file
+from sae.errors import ConfigError, DamagedError, UnreadableError
+from sae.files.damage import PARTS, SUMS
+from sae.files.hashes import read_checked
+from sae.files.paths import expanded
+from sae.files.sums import recorded
+from sae.files.writing import stands
+
+CONFIG_YAML = "config.yaml"
+"""File in which a run folder records its settings."""
+MOST_YAML_BYTES = 1 << 20
+TRUST_SETTING = "model.trust_remote_code"
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `key.subkey=value` overrides.
+
+    `sae.config.base.read_words` says how values of overrides are read.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key does not exist, or a value is invalid.
+    """
+    settings = _read_yaml(Path(path)) if path is not None else {}
+    read_words(RunConfig, overrides, settings, "dictionary.k=64")
+    return parse_config(settings)
+
+
+def named_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in a file that a user named. A file in a run folder only records what was permitted.
+
+    Raises:
+        ConfigError: as `load_config`; or the file is a run folder's and permits code that `overrides` do not permit.
+    """
+    config = load_config(path, overrides)
+    if _is_record(path):
+        check_permission(config, f"run {str(path.parent)!r}", overrides)
+    return config
+
+
+def check_permission(config: RunConfig, place: str, overrides: Sequence[str]) -> None:
+    """Refuse to run a model's code if only a run folder permits it.
+
+    Raises:
+        ConfigError: the configuration permits the code, and the overrides do not mention it.
+    """
+    explicit = any(override.partition("=")[0].strip() in (TRUST_SETTING, "model") for override in overrides)
+    if config.model.trust_remote_code and not explicit:
+        raise ConfigError(
+            f"{place}: its {CONFIG_YAML} has {TRUST_SETTING}=true, which is only a record there: code that comes with "
+            f"model {config.model.name!r} would run; if you trust it, add {TRUST_SETTING}=true, else "
+            f"{TRUST_SETTING}=false"
+        )
+
+
+def parse_config(settings: dict[str, Any]) -> RunConfig:
+    """Validate nested settings.
+
+    Raises:
+        ConfigError: a key does not exist (the most similar one is suggested), a value is invalid, or two settings
+            contradict each other.
+    """
+    config = validated(RunConfig, settings, "'sae train --help'")
+    _check_together(config)
+    return config
+
+
+def describe_keys() -> Iterator[tuple[str, str, str]]:
+    """Yield every key of a run's settings with its default and description, in order."""
+    return described(RunConfig)
+
+
+def _check_together(config: RunConfig) -> None:
+    check_fit(config.dictionary, config.train)
+    repeated = sorted({hook for hook in config.harvest.hooks if config.harvest.hooks.count(hook) > 1})
+    if repeated:
+        raise ConfigError(f"harvest.hooks names {', '.join(repeated)} more than once: name each hook point once")
+    if config.hook not in config.harvest.hooks:
+        raise ConfigError(
+            f"dictionary.hook={config.hook!r} is not harvested; harvest.hooks has {', '.join(config.harvest.hooks)}"
+        )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ConfigError(f"config {str(path)!r}: no such file")
+    try:
+        content = read_checked(path, most=MOST_YAML_BYTES, remedy=_remedy(path), announce=False)
+        settings = parse_file(path, content)
+    except (DamagedError, UnreadableError) as error:
+        raise ConfigError(f"config {error}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"config {str(path)!r}: expected keys and values, such as 'seed: 0'")
+    return with_new_keys(settings) if _is_record(path) else settings
+
+
+def _is_record(path: Path) -> bool:
+    """Whether the file is a run folder's record of its configuration."""
+    place = expanded(path).resolve()
+    return place.name == CONFIG_YAML and any(stands(place.parent / name) for name in (SUMS, *PARTS))
+
+
+def _remedy(path: Path) -> str | None:
+    """What to do if the file cannot be read: no command can recreate a file that the user wrote."""
+    own = path.name == CONFIG_YAML and bool(recorded(path))
+    if path.is_dir() and not own:
+        return f"name the YAML file, such as {str(path / CONFIG_YAML)!r}"
+    return None if own else "give a YAML file that can be read"

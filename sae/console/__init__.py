@@ -1,0 +1,1 @@
+"""The terminal: output, and the progress of a command."""

@@ -1,0 +1,362 @@
+"""The base class of all dictionaries: parameters, encode, decode, save."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sae.dictionary.saelens_cfg import ToolConfig, tool_config
+from sae.errors import ShapeError
+from sae.files.formats import Format
+from sae.files.writing import write_json, write_tensors
+from sae.kernels.interface import DENSE_ABOVE, Selection
+from sae.kernels.pattern import Pattern
+from sae.kernels.sparse import decode, encode_at, padded
+from sae.numerics.modes import has_values, needs_plain_operators, without_autocast
+
+FORMAT = Format("sae-dictionary", 1)
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+WEIGHTS_HASH = "weights_file_sha256"
+TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
+"""Training settings that are also attributes of the saved dictionary."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse codes: the features that fire for each input, strongest first.
+
+    Attributes:
+        values: activations ≥ 0; rows with fewer active features than the longest row are padded with 0.
+        indices: their features; if the value is 0, the index has no meaning.
+    """
+
+    values: Float[Tensor, "*batch k"]
+    indices: Int[Tensor, "*batch k"]
+
+    def __iter__(self):
+        return iter((self.values, self.indices))
+
+    def __getitem__(self, inputs: Any) -> Codes:
+        """The codes of some inputs, indexed as in `values[inputs]`."""
+        return Codes(self.values[inputs], self.indices[inputs])
+
+    def dense(self, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
+        """Every feature's activation, 0 for those that do not fire; differentiable in the values.
+
+        Args:
+            d_sae: number of features of the dictionary.
+        """
+        zeros = self.values.new_zeros(*self.values.shape[:-1], d_sae)
+        return zeros.scatter_add(-1, self.indices.expand_as(self.values), self.values)
+
+
+class Dictionary(nn.Module, ABC):
+    """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
+
+    Subclasses define `act`: `select` and `lets_through` decide which features fire, `activate` computes their
+    activations from the pre-activations. Inputs have shape `[..., d_in]`, features `[..., d_sae]`.
+
+    Everything is twice differentiable in the input and the parameters. Inside the transforms of `torch.func`, in
+    forward-mode differentiation, and while `torch.compile` or `torch.export` traces, codes are computed by PyTorch's
+    dense operators; otherwise sparsely, if few features fire. Results have the weights' dtype, even inside
+    `torch.autocast`.
+
+    Attributes:
+        W_enc: `[d_in, d_sae]`; stored by feature, as the transpose of a contiguous `[d_sae, d_in]`.
+        b_enc: `[d_sae]`.
+        W_dec: `[d_sae, d_in]`, rows of norm 1: row j is the direction of feature j.
+        b_dec: `[d_in]`.
+        metadata: JSON-able facts saved with the weights: model, hook point, token policy, training.
+    """
+
+    architecture: ClassVar[str]
+    setting_names: ClassVar[tuple[str, ...]]
+    bias_names: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Bias parameters `[d_sae]`, in units of the pre-activations; they start at 0."""
+    unit_decoder: ClassVar[bool] = True
+    """Whether training keeps decoder rows at norm 1; otherwise they are normalised after training."""
+
+    b_enc: nn.Parameter
+
+    def __init__(self, d_in: int, d_sae: int, metadata: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.d_in, self.d_sae = d_in, d_sae
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self._cfg: ToolConfig | None = None
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
+        for name in self.bias_names:
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @abstractmethod
+    def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
+        """The features that may fire on each row, and their pre-activations."""
+
+    @abstractmethod
+    def lets_through(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
+        """Mask of features that may fire, from dense pre-activations: the result of `select`, in plain PyTorch."""
+
+    def activate(
+        self, pre: Float[Tensor, "*batch"], features: Int[Tensor, " pairs"] | slice
+    ) -> Float[Tensor, "*batch"]:
+        """Activations of selected features from their pre-activations; 0 if negative.
+
+        Args:
+            pre: pre-activations, one per pair, or `[..., d_sae]` with `features=slice(None)`.
+            features: the pairs' features.
+        """
+        return pre.relu()
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments other than d_in, d_sae and metadata."""
+
+    @without_autocast
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """(x − b_dec) W_enc + b_enc.
+
+        Raises:
+            ShapeError: the width of x is not d_in; every method that encodes raises it.
+        """
+        self._check_width(x)
+        return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+
+    @without_autocast
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
+        """The features that fire, as values and indices `[..., k]`, strongest first.
+
+        Here k is the number of features of the input with the most, and other rows are padded with 0 (see `Codes`).
+        For TopK, k is the dictionary's k.
+
+        Raises:
+            ShapeError: inside `torch.func.vmap` or on a meta tensor, unless the dictionary is a TopK.
+        """
+        if self._is_dense(x):
+            features = self._encode_densely(x)
+            return Codes(*features.topk(self._widest(features), dim=-1))
+        pattern, values = self._encode_rows(x)
+        rows_values, rows_indices = padded(pattern, values)
+        shape = (*x.shape[:-1], rows_values.shape[1])
+        return Codes(rows_values.reshape(shape), rows_indices.reshape(shape))
+
+    @without_autocast
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations, dense: zero where a feature does not fire."""
+        if self._is_dense(x):
+            return self._encode_densely(x)
+        pattern, values = self._encode_rows(x)
+        return pattern.dense(values).view(*x.shape[:-1], self.d_sae)
+
+    @without_autocast
+    def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction from dense features.
+
+        On a CPU, only features that fire are multiplied, if they are few and need no gradient: as in `forward`, so that
+        `decode(encode(x))` is the same to the last bit.
+        """
+        features = features.to(self.W_dec.dtype)
+        if not self._is_worth_sparse(features):
+            return features @ self.W_dec + self.b_dec
+        pattern, values = Pattern.of_nonzeros(features.reshape(-1, self.d_sae))
+        return decode(pattern, values, self.W_dec).view(*features.shape[:-1], self.d_in) + self.b_dec
+
+    @without_autocast
+    def decode_sparse(self, codes: Codes) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction from sparse codes; equal to `decode` of the same features."""
+        values, indices = codes.values.to(self.W_dec.dtype), codes.indices
+        batch, k = values.shape[:-1], values.shape[-1]
+        if needs_plain_operators(values):
+            features = values.new_zeros(*batch, self.d_sae).scatter_add(-1, indices, values)
+            return features @ self.W_dec + self.b_dec
+        pattern = Pattern.from_indices(indices.reshape(-1, k), self.d_sae)
+        return decode(pattern, values.reshape(-1), self.W_dec).reshape(*batch, self.d_in) + self.b_dec
+
+    @without_autocast
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction x̂ of x."""
+        if self._is_dense(x):
+            return self.decode(self._encode_densely(x))
+        pattern, values = self._encode_rows(x)
+        if pattern.density > DENSE_ABOVE and values.device.type == "cpu":  # many are selected, but few may fire
+            return self.decode(pattern.dense(values).view(*x.shape[:-1], self.d_sae))
+        return decode(*pattern.ascending(values), self.W_dec).reshape(x.shape) + self.b_dec
+
+    def _is_dense(self, x: Tensor) -> bool:
+        """Whether to compute codes of x densely."""
+        self._check_width(x)
+        return needs_plain_operators(x)
+
+    def _encode_densely(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        pre = self.pre_activations(x)
+        return self.activate(pre, slice(None)).masked_fill(~self.lets_through(pre), 0)
+
+    def _widest(self, features: Float[Tensor, "*batch d_sae"]) -> int:
+        """Largest number of features that fire on one input, at least 1."""
+        if not has_values(features):
+            raise ShapeError(
+                f"encode_sparse of a {type(self).__name__}, inside vmap or on a meta tensor: its shape depends on how "
+                "many features fire, which is unknown then; use encode, or call encode_sparse outside vmap"
+            )
+        return max(int((features != 0).sum(-1).max()), 1) if features.numel() else 1
+
+    def _encode_rows(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
+        self._check_width(x)
+        rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
+        selection = self.select(rows)
+        pattern = selection.pattern
+        pre = encode_at(rows, self.b_dec, self.W_enc.T, self.b_enc, selection)
+        return pattern, self.activate(pre, pattern.features)
+
+    def _is_worth_sparse(self, features: Tensor) -> bool:
+        """Whether dense features have so few non-zeros that finding them costs less than multiplying the zeros."""
+        fits = features.shape[-1:] == (self.d_sae,) and not needs_plain_operators(features)
+        if not fits or features.device.type != "cpu" or (features.requires_grad and torch.is_grad_enabled()):
+            return False
+        return int(features.count_nonzero()) <= DENSE_ABOVE * features.numel()
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1:] != (self.d_in,):
+            hook = self.metadata.get("hook")
+            raise ShapeError(
+                f"activations of shape {list(x.shape)}: this dictionary takes [..., {self.d_in}]; give it those of the "
+                f"model and hook point it was trained on{f' ({hook})' if hook else ''}"
+            )
+
+    @torch.no_grad()
+    def fold_normalisation_(
+        self,
+        mean: Float[Tensor, " d_in"],
+        scale: float,
+        target_mean: Float[Tensor, " d_in"] | None = None,
+        target_scale: float | None = None,
+    ) -> None:
+        """Rewrite weights trained on (x − mean)·scale so that they take raw x and reconstruct raw targets.
+
+        Decoder rows keep their norm, so activations are in the units of the target: divided by its scale.
+
+        Args:
+            mean, scale: normalisation of the input.
+            target_mean, target_scale: normalisation of the target, if it is not the input.
+        """
+        target_scale = scale if target_scale is None else target_scale
+        if target_mean is None:
+            self.scale_activations_(1 / target_scale)
+            self.b_dec.copy_(self.b_dec / target_scale + mean)
+            return
+        self.W_enc.mul_(scale)
+        self.shift_pre_activations_(-(self.b_dec + mean * scale) @ self.W_enc / scale)
+        self.scale_activations_(1 / target_scale)
+        self.W_enc.mul_(1 / target_scale)
+        self.b_dec.copy_(self.b_dec / target_scale + target_mean)
+        self.shift_pre_activations_(self.b_dec @ self.W_enc)
+
+    @torch.no_grad()
+    def normalise_decoder_(self) -> None:
+        """Scale decoder rows to norm 1; activations take over the norms.
+
+        Reconstructions do not change if each feature fires independently. If features are compared with each other or
+        with a shared threshold (TopK, BatchTopK, Matryoshka), others may fire.
+        """
+        norms = self.W_dec.norm(dim=-1)
+        norms = norms.where(norms > 0, 1.0)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms)
+        self.scale_activations_(norms)
+
+    @torch.no_grad()
+    def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:
+        """Add a shift to (x − b_dec) W_enc, wherever it is used."""
+        self.b_enc.add_(shift)
+
+    @torch.no_grad()
+    def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
+        """Multiply all parameters in the units of pre-activations by a factor.
+
+        The encoder is not changed.
+        """
+        for name in self.bias_names:
+            self.get_parameter(name).mul_(factor)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `weights.safetensors`, which are all that is needed to load the dictionary again.
+
+        `config.json` contains the SHA-256 of the other file. If an older dictionary is overwritten and a kill comes
+        between the two writes, the files left behind therefore do not pass for one dictionary.
+
+        Raises:
+            CacheError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.named_parameters()}
+        digest = write_tensors(folder / WEIGHTS_FILE, tensors)
+        write_json(folder / CONFIG_FILE, self.config() | {WEIGHTS_HASH: digest})
+
+    def config(self) -> dict[str, Any]:
+        """The contents of `config.json`."""
+        return {
+            **FORMAT.head(),
+            "architecture": self.architecture,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            **self.settings(),
+            "dtype": dtype_name(self.dtype),
+            "metadata": self.metadata,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and of all computations; inputs of another dtype are converted."""
+        return self.W_dec.dtype
+
+    @property
+    def cfg(self) -> ToolConfig:
+        """Attributes that SAELens and SAEBench read from a dictionary, under their names; created on first access.
+
+        You may change it, as in `dictionary.cfg.model_name = "gpt2"`: this package does not read or save it.
+        """
+        if self._cfg is None:
+            self._cfg = tool_config(self.config(), str(self.device))
+        return self._cfg
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dictionary:
+        """Called by `.to()`, `.cuda()`, `.bfloat16()` and the like."""
+        moved = super()._apply(fn, recurse)
+        if self._cfg is not None:
+            self._cfg.dtype, self._cfg.device = dtype_name(self.dtype), str(self.device)
+        return moved
+
+    def extra_repr(self) -> str:
+        settings = ", ".join(f"{key}={value}" for key, value in self.settings().items())
+        return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
+
+
+SparseAutoencoder = Dictionary
+"""The same class under the name that most papers use."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def checked_k(k: int, d_sae: int) -> int:
+    """Return k if 1 ≤ k ≤ d_sae.
+
+    Raises:
+        ValueError: k is out of range.
+    """
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k={k}: expected 1 ≤ k ≤ d_sae={d_sae}")
+    return k

@@ -1,0 +1,193 @@
+"""Where features fire in held-out text: how often, how strongly, and a seeded sample of the places."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from sae.activations.cache import ActivationCache, ContextBatch
+from sae.config.progress import StageProgress
+from sae.config.splits import HELD_OUT
+from sae.dictionary.base import Dictionary
+from sae.errors import ConfigError
+from sae.features.block import Block
+from sae.features.collection import random_keys
+
+_ENCODED_AT_ONCE = 1 << 26
+_KEPT_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Places:
+    """Firings, sorted by feature; those of a feature in the order in which they are drawn."""
+
+    feature: Int[np.ndarray, " n"]
+    row: Int[np.ndarray, " n"]
+    document: Int[np.ndarray, " n"]
+
+    def rows_of(self, feature: int) -> Int[np.ndarray, " n"]:
+        """Rows of the held-out split, in the order in which they are drawn."""
+        start, end = np.searchsorted(self.feature, [feature, feature + 1])
+        return self.row[start:end]
+
+
+@dataclass(frozen=True)
+class Firings:
+    """The firings found in one pass over held-out activations.
+
+    Attributes:
+        tokens: number of eligible tokens read.
+        count: number of these on which each feature fires.
+        mean: each feature's mean activation on them; 0 if it never fires.
+        places: some measurable firings of each feature: those with a next token in their context.
+        rows: all measurable rows.
+        documents: the document of each row read, an index into the cache's held-out documents.
+    """
+
+    tokens: int
+    count: Int[np.ndarray, " d_sae"]
+    mean: Float[np.ndarray, " d_sae"]
+    places: Places
+    rows: Int[np.ndarray, " n"]
+    documents: Int[np.ndarray, " rows"]
+
+    @property
+    def density(self) -> Float[np.ndarray, " d_sae"]:
+        """Share of the eligible tokens on which each feature fires."""
+        return self.count / max(1, self.tokens)
+
+
+@torch.no_grad()
+def scan_firings(
+    dictionary: Dictionary,
+    cache: ActivationCache,
+    hook: str,
+    *,
+    positions: int,
+    seed: int,
+    tokens: int | None = None,
+    features: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+    progress: StageProgress | None = None,
+) -> Firings:
+    """Encode held-out activations once and keep at most `positions` firing places per feature.
+
+    Args:
+        dictionary: takes raw activations.
+        cache: its held-out split is read.
+        hook: hook point.
+        positions: maximum number of places kept per feature; see `spread`.
+        seed: seed of the draw. The draw of a firing depends only on the seed, the feature and the row.
+        tokens: held-out tokens to read, in whole contexts; None: all.
+        features: features whose places are kept; None: all.
+        device: where tokens are encoded.
+        progress: called with the number of tokens done and the total.
+
+    Raises:
+        ConfigError: `tokens` is less than one context, or no row can be measured.
+    """
+    if dictionary.W_dec.device != torch.empty(0, device=device).device:
+        dictionary = copy.deepcopy(dictionary).to(device)
+    collector = _Collector(dictionary.d_sae, positions, seed, features)
+    total = min(cache.rows(HELD_OUT), tokens or cache.rows(HELD_OUT))
+    at_once = max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
+    if progress is not None:
+        progress(0, total)
+    for batch in cache.contexts(HELD_OUT, hook, batch_contexts=at_once, max_tokens=tokens):
+        assert batch.activations is not None
+        values, indices = dictionary.encode_sparse(batch.activations[batch.eligible].to(device))
+        collector.add_(batch, values.float().cpu().numpy(), indices.cpu().numpy())
+        if progress is not None:
+            progress(batch.first_row + batch.tokens.numel(), total)
+    if not sum(map(len, collector.rows)):
+        scope = "all held-out tokens" if tokens is None else f"the first {tokens:,} held-out tokens"
+        raise ConfigError(
+            f"effects: in {scope} the token policy leaves none with a next token in its context; read at least one "
+            f"context ({cache.context_length} tokens)"
+        )
+    return collector.firings()
+
+
+def measurable(eligible: Bool[torch.Tensor, "context seq"]) -> Bool[torch.Tensor, "context seq"]:
+    """Positions whose loss counts: eligible, with a next token in their context."""
+    counted = eligible.clone()
+    counted[:, -1] = False
+    return counted
+
+
+def spread(
+    feature: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"], document: Int[np.ndarray, " n"], seed: int, most: int
+) -> Int[np.ndarray, " kept"]:
+    """Indices of at most `most` firings per feature, in random order, with documents taking turns.
+
+    Each document contributes one firing before any contributes a second, so long documents do not crowd out the
+    others. Selecting from parts and then from the selected firings gives the same result as selecting from all at once.
+    """
+    blank = np.zeros(len(row), dtype=np.float32)
+    key = random_keys(Block(feature, row, blank, document, row), "effects: places", seed)
+    order = np.lexsort((row, key, document, feature))
+    turn = _place_in_run(feature[order], document[order])
+    order = order[np.lexsort((row[order], key[order], turn, feature[order]))]
+    return order[_place_in_run(feature[order]) < most]
+
+
+def _place_in_run(*columns: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """0, 1, 2, … within each run of equal entries."""
+    place = np.arange(len(columns[0]))
+    begins = np.zeros(len(place), dtype=bool)
+    begins[:1] = True
+    for column in columns:
+        begins[1:] |= column[1:] != column[:-1]
+    return place - np.maximum.accumulate(np.where(begins, place, 0))
+
+
+class _Collector:
+    """Running counts and the firings kept so far."""
+
+    def __init__(self, d_sae: int, positions: int, seed: int, features: Sequence[int] | None) -> None:
+        self.positions, self.seed, self.tokens = positions, seed, 0
+        self.selected = np.ones(d_sae, dtype=bool) if features is None else np.isin(np.arange(d_sae), features)
+        self.count = np.zeros(d_sae, dtype=np.int64)
+        self.sum = np.zeros(d_sae, dtype=np.float64)
+        self.rows: list[np.ndarray] = []
+        self.documents: list[np.ndarray] = []
+        self.waiting: list[Places] = []
+
+    def add_(self, batch: ContextBatch, values: np.ndarray, indices: np.ndarray) -> None:
+        """Add the codes `[t, k]` of a batch's eligible rows."""
+        eligible, documents = batch.eligible.flatten().numpy(), batch.documents.flatten().numpy()
+        counts = measurable(batch.eligible).flatten().numpy()
+        offsets = np.flatnonzero(eligible)
+        fires = values > 0
+        offset = np.repeat(offsets, fires.sum(1))
+        feature = indices[fires].astype(np.int64)
+        self.tokens += len(offsets)
+        self.count += np.bincount(feature, minlength=len(self.count))
+        self.sum += np.bincount(feature, weights=values[fires], minlength=len(self.sum))
+        self.rows.append(batch.first_row + np.flatnonzero(counts))
+        self.documents.append(documents)
+        chosen = counts[offset] & self.selected[feature]
+        feature, offset = feature[chosen], offset[chosen]
+        self.waiting.append(Places(feature, batch.first_row + offset, documents[offset]))
+        if sum(len(places.row) for places in self.waiting) > max(_KEPT_AT_ONCE, 2 * self.positions * len(self.count)):
+            self.waiting = [self._kept()]
+
+    def firings(self) -> Firings:
+        """The firings of all batches added."""
+        mean = self.sum / np.maximum(self.count, 1)
+        rows, documents = np.concatenate(self.rows), np.concatenate(self.documents)
+        return Firings(self.tokens, self.count, mean, self._kept(), rows, documents)
+
+    def _kept(self) -> Places:
+        columns = (
+            np.concatenate([getattr(places, name) for places in self.waiting])
+            for name in ("feature", "row", "document")
+        )
+        feature, row, document = columns
+        index = spread(feature, row, document, self.seed, self.positions)
+        return Places(feature[index], row[index], document[index])

@@ -1,0 +1,185 @@
+"""Evaluations and comparisons as files: written completely, and read again if they match the request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from sae.config.settings import EvaluationConfig
+from sae.dictionary.token_policy import TokenPolicy
+from sae.errors import DamagedError
+from sae.evaluation import comparison as compared
+from sae.evaluation.comparison import Comparison
+from sae.evaluation.comparison_view import comparison_markdown
+from sae.evaluation.figures import draw_figures
+from sae.evaluation.report import DOCUMENTS_FILE, FIGURE_FOLDER, FORMAT, JSON_FILE, MARKDOWN_FILE, Report
+from sae.evaluation.report_view import markdown
+from sae.files.damage import damaged
+from sae.files.digest import sha256_of
+from sae.files.formats import as_read_back
+from sae.files.hashes import check
+from sae.files.paths import expanded
+from sae.files.reading import conforming, load_tensors, read_object, taken_apart, validated
+from sae.files.sums import recorded
+from sae.files.writing import delete, stands, write_bytes, write_json
+from sae.results.estimate import Estimate
+
+
+class _Count(BaseModel):
+    features: int
+
+
+class _Baseline(BaseModel):
+    description: str
+    downstream_tokens: int | None
+    features: int | None
+    dead: _Count | None
+    dense: _Count | None
+
+
+class _Stored(BaseModel):
+    """The part of `eval.json` that is read, without estimates."""
+
+    description: str
+    hook: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    token_policy: dict[str, Any]
+    evaluated: dict[str, int | None]
+    features: int | None
+    dead: _Count | None
+    dense: _Count | None
+    baselines: dict[Literal["pca", "random", "frozen_decoder", "identity"], _Baseline]
+
+
+def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:
+    """Write `eval.json`, `eval.md`, `eval-documents.safetensors` and, if matplotlib is installed, `figures/*.png`.
+
+    The third holds the sums over each document of the split that the dictionary's metrics are ratios of, so that two
+    dictionaries can be compared document by document; `eval.json` names its checksum.
+
+    An older `eval.json` is deleted first and the new one written last: a kill in between leaves no evaluation.
+
+    Args:
+        report: what to write.
+        folder: where to write; usually the run folder.
+        metrics_path: `metrics.jsonl` of the training, for its curves; None: no curves.
+
+    Returns:
+        The files, `eval.json` first.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    folder = expanded(folder)
+    figures = draw_figures(report, expanded(metrics_path) if metrics_path is not None else None)
+    index = folder / JSON_FILE
+    contents = {
+        folder / MARKDOWN_FILE: markdown(report, figures).encode(),
+        folder / DOCUMENTS_FILE: report.documents_content(),
+        **{folder / FIGURE_FOLDER / figure.file: figure.png for figure in figures or []},
+    }
+    record = report.to_json()
+    delete(index)
+    for path, content in contents.items():
+        write_bytes(path, content)
+    write_json(index, record)  # last: if it exists, the rest does
+    return [index, *contents]
+
+
+def read_stored(
+    folder: str | Path, dictionary: dict[str, Any], activations: str, *, hook: str, settings: EvaluationConfig
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """A stored report and its sums over documents, if they match the request.
+
+    Args:
+        folder: where `write_report` wrote.
+        dictionary: `identify` of what was evaluated.
+        activations: hash of the activations.
+        hook: hook point.
+        settings: as requested.
+
+    Returns:
+        None if anything differs, including the version of this package, if a file is missing, or if the sums are intact
+        but of another evaluation, as a kill could leave them before `eval.json` was deleted first.
+
+    Raises:
+        DamagedError: a file is damaged.
+    """
+    folder = expanded(folder)
+    if not all(stands(folder / name) for name in (JSON_FILE, MARKDOWN_FILE, DOCUMENTS_FILE)):
+        return None
+    record = read_object(folder / JSON_FILE)
+    expected = {"dictionary": as_read_back(dictionary), "settings": settings.model_dump(mode="json")}
+    if not FORMAT.is_current(record, activations=activations, hook=hook, **expected):
+        return None
+    validated(folder / JSON_FILE, _Stored, record)
+    with taken_apart(folder / JSON_FILE):
+        TokenPolicy.from_json(record["token_policy"])
+        for part in (record, *record["baselines"].values()):
+            for value in part.values():
+                if isinstance(value, dict) and "standard_error" in value:
+                    Estimate.from_json(value)
+    check(folder / MARKDOWN_FILE)
+    path = folder / DOCUMENTS_FILE
+    totals = load_tensors(path)
+    if not _belong_to(path, record):
+        if recorded(path):
+            return None
+        raise _mismatch(path)
+    return record, totals
+
+
+def check_documents(folder: Path) -> None:
+    """Check that the sums over documents belong to the report next to them.
+
+    Raises:
+        DamagedError: they belong to another evaluation, or one of the files is damaged.
+    """
+    path = folder / DOCUMENTS_FILE
+    if not _belong_to(path, read_object(folder / JSON_FILE)):
+        raise _mismatch(path)
+
+
+def _belong_to(documents: Path, record: dict[str, Any]) -> bool:
+    return sha256_of(documents) == record.get("documents_sha256")
+
+
+def _mismatch(documents: Path) -> DamagedError:
+    return damaged(documents, f"its SHA-256 is not the one in {JSON_FILE}")
+
+
+def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
+    """Write `compare.md` and `compare.json`.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    folder = expanded(folder)
+    text, record = comparison_markdown(comparison).encode(), comparison.to_json()
+    delete(folder / compared.JSON_FILE)
+    write_bytes(folder / compared.MARKDOWN_FILE, text)
+    write_json(folder / compared.JSON_FILE, record)  # last: if it exists, the rest does
+    return [folder / compared.JSON_FILE, folder / compared.MARKDOWN_FILE]
+
+
+def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | None:
+    """A stored comparison, if it has this key and all its dictionaries have a hash.
+
+    Raises:
+        DamagedError: the file is damaged.
+    """
+    folder = expanded(folder)
+    path = folder / compared.JSON_FILE
+    if not stands(path) or not stands(folder / compared.MARKDOWN_FILE):
+        return None
+    record = read_object(path)
+    all_hashed = all(identity["weights_sha256"] for _, identity in key["dictionaries"])
+    if not all_hashed or not compared.FORMAT.holds(record, key=key):
+        return None
+    with taken_apart(path):
+        return conforming(Comparison.from_json(record))

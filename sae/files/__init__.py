@@ -1,0 +1,1 @@
+"""Files written to disk and read back: complete, hashed, within limits."""

@@ -1,0 +1,3 @@
+"""The version of the package, recorded in everything that it writes."""
+
+__version__ = "0.2.0"

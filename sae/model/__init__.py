@@ -1,0 +1,1 @@
+"""Language models: loading, identity, and hook points to read or replace."""

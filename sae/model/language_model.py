@@ -1,0 +1,206 @@
+"""A language model by name: loading, identity, tokens, hook points, and logits with replaced activations."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.config.sources import ModelConfig
+from sae.dictionary.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
+from sae.dictionary.token_policy import TokenPolicy
+from sae.errors import ConfigError, ModelError
+from sae.model.bridging import boot
+from sae.model.hook_probe import Hook
+from sae.model.hooked import HookedModel
+from sae.model.info import ModelInfo
+from sae.model.loading import code_sha256, load_pretrained
+from sae.model.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
+from sae.numerics.modes import in_own_modes
+
+
+class LanguageModel(HookedModel):
+    """A causal language model whose hook points can be read and replaced.
+
+    Args:
+        config: the model's configuration, or only its name: a hub model, a folder, a .gguf file, or `demo`.
+        device: device it runs on.
+
+    Raises:
+        ConfigError: `config` is neither a configuration nor a name.
+        ModelError: the model cannot be found, downloaded or read.
+
+    Attributes:
+        bridge: transformer-lens's `TransformerBridge`.
+        tokenizer: the Hugging Face tokenizer.
+        info: the model's identity.
+    """
+
+    @in_own_modes
+    def __init__(self, config: ModelConfig | str | Path, device: str | torch.device = "cpu") -> None:
+        config = _configured(config)
+        model, tokenizer, label, revision, self._made_up = load_pretrained(config)
+        if model.config.bos_token_id is None and tokenizer.bos_token_id is None:
+            model.config.bos_token_id = tokenizer.eos_token_id
+        weights_sha256, code = hash_weights(model), code_sha256(model, model.config, tokenizer)
+        device = torch.device(device)
+        bridge = boot(model.to(device).eval(), copy.deepcopy(tokenizer), label, config)
+        self._tails: dict[str, Tail] = {}
+        cfg = bridge.cfg
+        info = ModelInfo(
+            name=label,
+            revision=revision,
+            requested_revision=config.revision,
+            fingerprint=fingerprint(config.name),
+            weights_sha256=weights_sha256,
+            weight_processing=config.weight_processing,
+            dtype=config.dtype,
+            tokenizer_sha256=hash_tokenizer(tokenizer),
+            d_model=cfg.d_model,
+            n_layers=cfg.n_layers,
+            max_context=cfg.n_ctx,
+            trust_remote_code=config.trust_remote_code,
+            code_sha256=code,
+            config_sha256=hash_config(model.config),
+            tokenizer_ids_sha256=hash_ids(tokenizer),
+            library=f"transformers {version('transformers')}",
+        )
+        super().__init__(bridge, tokenizer, info, device)
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a context: BOS, or end-of-text if the tokenizer has no BOS."""
+        return self._first_in_files(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+
+    @property
+    def separator(self) -> int | None:
+        """The id that ends a document: EOS, or BOS if the tokenizer has no EOS.
+
+        Without either, documents are not separated. A context may then hold the end of one document and the beginning
+        of the next with nothing in between, the token policy masks first positions of contexts and no ids, and the
+        first token of a document counts like any other.
+        """
+        return self._first_in_files(self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+
+    def _first_in_files(self, *ids: int | None) -> int | None:
+        """The first id that is in a file of the tokenizer: the model has never seen ids that its class made up."""
+        return next((token for token in ids if token is not None and token not in self._made_up), None)
+
+    def token_policy(self, *, prepend_bos: bool, masked_positions: int, mask_special_tokens: bool) -> TokenPolicy:
+        """Which tokens count, with this tokenizer's special tokens.
+
+        Raises:
+            ModelError: BOS is requested and the tokenizer's files have neither BOS nor EOS, or the model has no
+                embedding for one of them.
+        """
+        if prepend_bos and self.bos is None:
+            made_up = ", ".join(repr(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self._made_up))
+            reason = f" in its files ({made_up} made up by its class or settings)" if made_up else ""
+            raise ModelError(
+                f"model {self.info.name!r}: its tokenizer has no BOS or EOS token{reason}; set data.prepend_bos=false"
+            )
+        for token in (self.bos if prepend_bos else None, self.separator):
+            if token is not None and token >= self.rows:
+                raise ModelError(
+                    f"model {self.info.name!r}: its tokenizer's BOS or EOS token has the id {token}, and the model has "
+                    f"embeddings of {self.rows} tokens; load the tokenizer that the model was trained with"
+                )
+        ids = {*self.tokenizer.all_special_ids, *(token for token in (self.bos, self.separator) if token is not None)}
+        return TokenPolicy(prepend_bos, masked_positions, tuple(sorted(ids)) if mask_special_tokens else ())
+
+    def check_context_length(self, context_length: int) -> None:
+        """Raise ModelError if contexts are longer than the model can read."""
+        if context_length > self.info.max_context:
+            raise ModelError(
+                f"data.context_length={context_length}: {self.info.name} reads at most {self.info.max_context} tokens"
+            )
+
+    def hooks(self) -> list[Hook]:
+        """Every hook point of the model, block by block, with its width and whether it can be replaced.
+
+        Hook points count as replaceable only if putting back their own activations leaves the logits unchanged.
+        """
+        return list(self._checked_hooks.values())
+
+    @functools.cached_property
+    def _checked_hooks(self) -> dict[str, Hook]:
+        return without_inexact(self, self._hooks)
+
+    def to_tokens(self, text: str | Sequence[str], *, prepend_bos: bool = True) -> Int[Tensor, "context seq"]:
+        """Token ids of one text, or of several texts with the same number of tokens, on the model's device.
+
+        Args:
+            text: a text or texts.
+            prepend_bos: begin with `bos`, if the tokenizer has one.
+
+        Raises:
+            ModelError: there is no text, a text has no tokens, or lengths differ (padding would change the model's
+                input).
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        start = [self.bos] if prepend_bos and self.bos is not None else []
+        rows = [[*start, *self.tokenizer(string, add_special_tokens=False)["input_ids"]] for string in texts]
+        least, most = min(map(len, rows), default=0), max(map(len, rows), default=0)
+        if not least:
+            raise ModelError("there is no text, or a text has no tokens: leave out empty texts")
+        if least < most:
+            raise ModelError(f"the texts have {least} to {most} tokens: pass texts of equal length together")
+        return torch.tensor(rows, device=self.device)
+
+    def tail(self, hook: str) -> Tail:
+        """The model from a hook point on; checked on this model when first used.
+
+        Raises:
+            ModelError: the hook point cannot be replaced, or not exactly.
+        """
+        if hook not in self._tails:
+            self._tails[hook] = Tail(self, hook)
+        return self._tails[hook]
+
+    def road(self, hook: str) -> Road:
+        """How replacements at a hook point become logits; `none`, with the reason, if it can only be read.
+
+        Raises:
+            ModelError: the model has no such hook point.
+        """
+        self.check_hook(hook)
+        try:
+            return self.tail(hook).road
+        except ModelError as error:
+            return Road(NO_ROAD, str(error))
+
+    @torch.no_grad()
+    def replaced_logits(
+        self, tokens: Int[Tensor, "context seq"], hook: str, replacements: Sequence[Replacement]
+    ) -> Iterator[Float[Tensor, "context seq vocab"]]:
+        """Logits with the hook point's activations `[context, seq, d_in]` replaced, for each function in turn.
+
+        The blocks before the hook point run once for all replacements if that is exact; see `tail`.
+        """
+        tail = self.tail(hook)
+        start = tail.start(tokens)
+        for replacement in replacements:
+            yield tail.logits(start, replacement)
+
+
+def _configured(model: Any) -> ModelConfig:
+    """Turn a model's name into a configuration.
+
+    Raises:
+        ConfigError: `model` is neither a name nor a configuration.
+    """
+    if isinstance(model, str | Path):
+        return ModelConfig(name=str(model))
+    if isinstance(model, ModelConfig):
+        return model
+    raise ConfigError(
+        f"language model {model!r}: expected a name such as 'gpt2', or a sae.ModelConfig; it is a "
+        f"{type(model).__name__}"
+    )

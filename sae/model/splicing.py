@@ -1,0 +1,136 @@
+"""Splices a dictionary into its language model: replaces activations with reconstructions while a block is open."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sae.dictionary.base import Dictionary
+from sae.dictionary.origin import Place, check_belongs
+from sae.dictionary.sites import Hooks
+from sae.dictionary.token_policy import TokenPolicy
+from sae.errors import ConfigError, ModelError
+from sae.model.language_model import LanguageModel
+from sae.model.passes import Pass
+
+Edit = Callable[[Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def splice(
+    language_model: LanguageModel,
+    dictionary: Dictionary | Sequence[Dictionary],
+    *,
+    hook: str | None = None,
+    target_hook: str | None = None,
+    error_term: bool = False,
+    edit: Edit | None = None,
+) -> Iterator[LanguageModel]:
+    """While open, replace the activation x at `hook` with the dictionary's reconstruction x̂ in every forward pass.
+
+    A transcoder replaces the activation y at its target hook point with ŷ, computed from x at the hook point that it
+    reads, in the same pass. Everything below about x then applies to y.
+
+    Tokens that were masked out of training (BOS, first positions) keep their activation. First positions are those of
+    the text, however many passes read it: tokens in a key-value cache count, padding does not.
+
+    Args:
+        language_model: the model to splice into.
+        dictionary: a dictionary that takes raw activations. Or several: each is spliced at the hook point it was
+            trained on, and reads activations that earlier ones have changed. `hook`, `target_hook` and `edit` work
+            only with a single one.
+        hook: hook point that it reads; None for the one it was trained on.
+        target_hook: hook point that it writes; None for the target it was trained on, or `hook` if it has none.
+        error_term: use x̂ + (x − x̂) instead, the second part without gradient: the model's output is unchanged, and
+            its gradients reach the features.
+        edit: changes the features `[context, seq, d_sae]` before they are decoded (ablate, scale, steer). With
+            `error_term`, the error is that of the unedited features.
+
+    Raises:
+        ConfigError: a transcoder's target comes before its input; two dictionaries write the same hook point; or an
+            argument for a single dictionary is given with several.
+        ModelError: the dictionary belongs to another model; its hook point is unknown or has another width; its record
+            of masked tokens cannot be read; a transcoder is in a pass that begins in the middle of the model; or a pass
+            without `position_ids` continues from an unknown kind of cache.
+    """
+    if not isinstance(dictionary, Dictionary):
+        if not (hook is target_hook is edit is None):
+            raise ConfigError(
+                "hook, target_hook and edit are for a single dictionary: splice each in a block of its own"
+            )
+        with _several(language_model, dictionary, error_term):
+            yield language_model
+        return
+    hooks = Hooks.of(dictionary.metadata, hook, target_hook)
+    if hooks.reads is None or hooks.gives is None:
+        raise ModelError("the dictionary does not record its hook point: give hook='blocks.N.…'")
+    info = language_model.info
+    check_belongs(dictionary, Place(f"model {info.name!r}", info.to_json(), ModelError))
+    policy = _token_policy(dictionary)
+
+    def replacement(y: Tensor, now: Pass | None) -> Tensor:
+        x = _input(hooks, read, now) if hooks.of_transcoder else y
+        for name, activation, verb in ((hooks.reads, x, "takes"), (hooks.gives, y, "gives")):
+            if activation.shape[-1] != dictionary.d_in:
+                width = activation.shape[-1]
+                raise ModelError(
+                    f"hook {name!r}: activations are {width} wide, the dictionary {verb} {dictionary.d_in}"
+                )
+        new = _reconstruct(dictionary, x, y, error_term, edit)
+        if policy is None or now is None:
+            return new
+        return torch.where(policy.eligible(now.tokens, now.positions)[..., None], new, y)
+
+    reading = language_model.reading(hooks.reads) if hooks.of_transcoder else contextlib.nullcontext([])
+    with reading as read, language_model.replacing(hooks.gives, replacement, with_pass=True):
+        yield language_model
+
+
+@contextlib.contextmanager
+def _several(language_model: LanguageModel, dictionaries: Sequence[Dictionary], error_term: bool) -> Iterator[None]:
+    targets = [Hooks.of(dictionary.metadata).gives for dictionary in dictionaries]
+    for hook in targets:
+        if hook is not None and targets.count(hook) > 1:
+            raise ConfigError(f"{targets.count(hook)} dictionaries give {hook!r}: splice one of them")
+    with contextlib.ExitStack() as stack:
+        for dictionary in dictionaries:
+            stack.enter_context(splice(language_model, dictionary, error_term=error_term))
+        yield
+
+
+def _input(hooks: Hooks, read: list[Tensor], now: Pass | None) -> Tensor:
+    """The transcoder's input in this pass."""
+    if now is None or now.tokens is None or not read:
+        raise ModelError(
+            f"hook {hooks.gives!r}: the transcoder there reads {hooks.reads!r}, which is unknown in a pass that "
+            "begins in the middle of the model; run the model from the tokens"
+        )
+    return read.pop()
+
+
+def _reconstruct(dictionary: Dictionary, x: Tensor, y: Tensor, error_term: bool, edit: Edit | None) -> Tensor:
+    """ŷ from x, plus the error of the unedited ŷ if `error_term`; y is x except for transcoders."""
+    if edit is None:
+        reconstruction = dictionary(x)
+        return reconstruction + (y - reconstruction).detach() if error_term else reconstruction
+    features = dictionary.encode(x)
+    edited = dictionary.decode(edit(features))
+    return edited + (y - dictionary.decode(features)).detach() if error_term else edited
+
+
+def _token_policy(dictionary: Dictionary) -> TokenPolicy | None:
+    record = dictionary.metadata.get("tokens")
+    if not record:
+        return None
+    try:
+        policy = TokenPolicy.from_json(record)
+        policy.eligible(torch.zeros(1, 1, dtype=torch.int64))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the dictionary's metadata has tokens={record!r}: expected prepend_bos, masked_positions and masked_ids; "
+            "set dictionary.metadata['tokens'] = None to replace every position"
+        ) from error
+    return policy

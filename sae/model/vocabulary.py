@@ -1,0 +1,154 @@
+"""The bytes of every token id, read once from the tokenizer, so that viewing features needs no tokenizer."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sae.errors import FormatError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SENTENCEPIECE_SPACE = "▁"
+_LONGEST_CHARACTER = 4
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Bytes of every token, by id; empty for ids without a token.
+
+    Attributes:
+        tokens: the bytes of each token, which may be part of a character.
+        special: ids of tokens that are not text (BOS, end of text, …); their bytes are their names.
+    """
+
+    tokens: tuple[bytes, ...]
+    special: frozenset[int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @staticmethod
+    def of(tokenizer: Any) -> Vocabulary:
+        """Vocabulary of a Hugging Face tokenizer: byte-level BPE, SentencePiece or WordPiece."""
+        names: dict[str, int] = tokenizer.get_vocab()
+        special = frozenset(int(token) for token in tokenizer.all_special_ids)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        added_names = {int(token): str(entry) for token, entry in added.items()}
+        to_bytes = _reader(tokenizer, names)
+        tokens = [b""] * (max([*names.values(), *added_names], default=-1) + 1)
+        for name, token in names.items():
+            tokens[token] = name.encode() if token in special else to_bytes(name)
+        for token, name in added_names.items():
+            tokens[token] = name.encode()
+        return Vocabulary(tuple(tokens), special)
+
+    def text(self, token: int) -> str:
+        """Text of a single token; bytes that are not a full character are written as \\xe2\\x82."""
+        return self._bytes(token).decode(errors="backslashreplace")
+
+    def pieces(self, tokens: Sequence[int], skip: int = 0) -> list[str]:
+        """Text of each token in a sequence. The first `skip` tokens are left out: they only complete characters.
+
+        A character that spans several tokens is given to the token that completes it, and the others are empty. Parts
+        of a character that is never completed are left out.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        pieces = []
+        for token in tokens:
+            if token in self.special:
+                decoder.reset()
+                pieces.append(self.text(token))
+            else:
+                pieces.append(decoder.decode(self._bytes(token)))
+        return pieces[skip:]
+
+    def to_json(self) -> dict[str, Any]:
+        """Bytes as text if they are valid text by themselves, else in hexadecimal."""
+        texts: list[str | None] = []
+        parts: dict[str, str] = {}
+        for token, content in enumerate(self.tokens):
+            try:
+                texts.append(content.decode())
+            except UnicodeDecodeError:
+                texts.append(None)
+                parts[str(token)] = content.hex()
+        return {"text": texts, "bytes": parts, "special": sorted(self.special)}
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> Vocabulary:
+        """Inverse of `to_json`.
+
+        Raises:
+            FormatError: the record is not a vocabulary.
+        """
+        try:
+            tokens = [
+                bytes.fromhex(record["bytes"][str(token)]) if text is None else text.encode()
+                for token, text in enumerate(record["text"])
+            ]
+            return Vocabulary(tuple(tokens), frozenset(record["special"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(
+                f"vocabulary of the feature store: damaged ({error}); collect the features again"
+            ) from error
+
+    def _bytes(self, token: int) -> bytes:
+        return self.tokens[token] if 0 <= token < len(self.tokens) else f"<{token}>".encode()
+
+
+CONTEXT_BEFORE = _LONGEST_CHARACTER - 1
+
+
+def _reader(tokenizer: Any, names: dict[str, int]) -> Callable[[str], bytes]:
+    """The function that turns this tokenizer's token names into bytes."""
+    kinds = set(_component_types(tokenizer))
+    if not kinds & {"ByteLevel", "WordPiece", "Metaspace", "ByteFallback"}:
+        marks = {"Ġ": "ByteLevel", _SENTENCEPIECE_SPACE: "Metaspace", "##": "WordPiece"}
+        kinds = {kind for mark, kind in marks.items() if any(name.startswith(mark) for name in names)}
+    if "ByteLevel" in kinds:
+        return _byte_level
+    return _word_piece if "WordPiece" in kinds else _sentence_piece
+
+
+def _component_types(tokenizer: Any) -> Iterator[str]:
+    """Types of the decoder's parts, or of the pre-tokenizer's if there is no decoder."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    description = json.loads(backend.to_str())
+    queue = [description.get("decoder") or description.get("pre_tokenizer")]
+    while queue:
+        part = queue.pop()
+        if isinstance(part, dict):
+            yield part.get("type", "")
+            queue += [*part.get("decoders", []), *part.get("pretokenizers", [])]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte of each character in byte-level BPE: printable bytes stand for themselves, others are above 255."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _byte_level(name: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF[character] for character in name)
+    except KeyError:
+        return name.encode()
+
+
+def _sentence_piece(name: str) -> bytes:
+    match = _BYTE_TOKEN.fullmatch(name)
+    return bytes([int(match[1], 16)]) if match else name.replace(_SENTENCEPIECE_SPACE, " ").encode()
+
+
+def _word_piece(name: str) -> bytes:
+    return (name[2:] if name.startswith("##") else f" {name}").encode()

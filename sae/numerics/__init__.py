@@ -1,0 +1,1 @@
+"""Random streams, PyTorch's modes, and statistics of activations."""

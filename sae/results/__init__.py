@@ -1,0 +1,1 @@
+"""How numbers are kept and shown: estimates, tables, figures."""

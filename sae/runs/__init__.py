@@ -1,0 +1,1 @@
+"""Operations on run folders, one per file."""

@@ -1,0 +1,152 @@
+"""Compares dictionaries in folders on one run's held-out tokens, and reuses existing results."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae.activations.cache import ActivationCache
+from sae.architectures import load
+from sae.config.file import CONFIG_YAML
+from sae.config.progress import Progress, announce, silent, under
+from sae.dictionary.base import Dictionary
+from sae.dictionary.saved import identify
+from sae.errors import CacheError, ConfigError
+from sae.evaluation import Comparison, evaluate_all, write_comparison
+from sae.evaluation.budget import announcement
+from sae.evaluation.comparison import check_several, comparison_key
+from sae.evaluation.partial import discard
+from sae.evaluation.stored import read_comparison, read_stored
+from sae.files.paths import expanded
+from sae.files.writing import locked, stands
+from sae.runs.pipeline import Run
+
+READ = "read dictionaries"
+"""The stage that counts dictionaries instead of tokens."""
+_UNFINISHED = "comparison-unfinished"
+Evaluation = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def compare_folders(
+    places: Sequence[str | Path], *, on: str | Path | None = None, out: str | Path | None = None,
+    overrides: tuple[str, ...] = (), progress: Progress | None = None,
+) -> Comparison:  # fmt: skip
+    """Compare the dictionaries of several folders on the held-out tokens of one run.
+
+    Args:
+        places: run folders or dictionaries' folders; the others are compared with the first.
+        on: run folder whose activations, model and evaluation settings are used; None for the first in `places`.
+        out: folder for `compare.md` and `compare.json`; if it already holds the same comparison, that is read.
+        overrides: overrides of that run's configuration.
+        progress: called with (stage, tokens done, tokens in total).
+
+    An interrupted evaluation resumes: its sums are kept in `comparison-unfinished/` in `out`, or if that is None in the
+    run folder that the tokens come from. If the folder cannot be written, they are not kept.
+
+    Raises:
+        ConfigError: there are fewer than two dictionaries, one is named twice, or none is in a run folder.
+        CacheError: another process is writing to `out`.
+        SaeError: loading or evaluating fails.
+    """
+    named = _named(places)
+    check_several(named)
+    report = progress or silent
+    run = _run(named, on, overrides, report)
+    cache, hook, settings = run.cache(), run.config.hook, run.config.evaluation
+    dictionaries, identities = _loaded(named, report)
+    activations = cache.manifest.identity(hook)
+    key = comparison_key(identities, activations, hook, settings)
+
+    def compare() -> Comparison:
+        evaluations: dict[str, Evaluation | None] = {
+            name: read_stored(place, identities[name], activations, hook=hook, settings=settings)
+            for name, place in named.items()
+        }
+        missing = {name: dictionaries[name] for name, stored in evaluations.items() if stored is None}
+        if missing:
+            with _unfinished_folder(out or run.folder) as unfinished:
+                evaluations |= _evaluate(run, cache, missing, report, unfinished)
+        return Comparison.of({name: stored for name, stored in evaluations.items() if stored is not None})
+
+    if out is None:
+        return compare()
+    stored_comparison = read_comparison(out, key)
+    if stored_comparison is not None:
+        return stored_comparison
+    with locked(expanded(out), "comparison"):
+        comparison = compare()
+        write_comparison(comparison, out)
+    return comparison
+
+
+def _loaded(
+    named: Mapping[str, Path], progress: Progress
+) -> tuple[dict[str, Dictionary], dict[str, dict[str, Any]]]:  # fmt: skip
+    """The dictionaries and their identities."""
+    dictionaries, identities = {}, {}
+    progress(READ, 0, len(named))
+    for name, place in named.items():
+        dictionaries[name] = load(place)
+        identities[name] = identify(dictionaries[name])
+        progress(READ, len(identities), len(named))
+    return dictionaries, identities
+
+
+@contextlib.contextmanager
+def _unfinished_folder(folder: str | Path) -> Iterator[Path | None]:
+    """Folder for the sums of an unfinished evaluation; None if it is not writable, or another process uses it."""
+    unfinished: Path | None = expanded(folder) / _UNFINISHED
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(unfinished, "comparison"))
+        except CacheError:
+            unfinished = None
+        yield unfinished
+        if unfinished is not None:
+            discard(unfinished)
+
+
+def _evaluate(
+    run: Run, cache: ActivationCache, dictionaries: Mapping[str, Dictionary], progress: Progress,
+    unfinished: Path | None,
+) -> dict[str, Evaluation]:  # fmt: skip
+    announce(progress, announcement(run.config.evaluation, cache, len(dictionaries)))
+    reports = evaluate_all(
+        dictionaries, cache,
+        hook=run.config.hook, language_model=run.language_model, settings=run.config.evaluation, device=run.device,
+        progress=under(progress, "evaluate"), unfinished=unfinished,
+    )  # fmt: skip
+    return {name: (report.to_json(), report.scores.totals) for name, report in reports.items()}
+
+
+def _run(
+    named: Mapping[str, Path], on: str | Path | None, overrides: tuple[str, ...], progress: Progress
+) -> Run:  # fmt: skip
+    """The run that the held-out tokens come from."""
+    if on is not None:
+        return Run.open(on, overrides, progress)
+    for place in named.values():
+        if stands(place / CONFIG_YAML):
+            return Run.open(place, overrides, progress)
+    raise ConfigError(
+        f"{', '.join(map(repr, map(str, named.values())))}: none is a run folder, so there are no held-out tokens to "
+        "compare them on; name a run with --on RUN (on=... in Python)"
+    )
+
+
+def _named(places: Sequence[str | Path]) -> dict[str, Path]:
+    """Folders by name: the shortest ends of their paths that differ."""
+    paths = [expanded(place) for place in places]
+    resolved = [path.resolve() for path in paths]
+    for number, path in enumerate(resolved):
+        if path in resolved[:number]:
+            raise ConfigError(f"{str(places[number])!r} is named twice: give every dictionary once")
+    for length in range(1, max(len(path.parts) for path in resolved) + 1 if resolved else 1):
+        names = ["/".join(path.parts[-length:]) for path in resolved]
+        if len(set(names)) == len(names):
+            return dict(zip(names, paths, strict=True))
+    return {str(path): path for path in paths}

@@ -1,0 +1,108 @@
+"""The recipe of a dictionary: settings, sources, start, folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae.architectures import ARCHITECTURES
+from sae.config.base import RENAMED
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary
+from sae.errors import ConfigError
+from sae.training.traits import READERS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one dictionary is trained, and on which sources.
+
+    Attributes:
+        dictionary: architecture, d_sae, k.
+        settings: how to train.
+        seed: seed of the initialisation.
+        source: name of the source of its input.
+        target: name of the source of its reconstruction target; None: the input.
+        folder: run folder, for `metrics.jsonl`, `checkpoints/` and `snapshots/`; None: nothing is kept.
+        metadata: saved with the dictionary; wins over the metadata of its sources. The entry `activations` names the
+            data: resuming on other data is refused.
+        start: a dictionary for raw activations whose weights training starts from; None: random directions.
+        purpose: what it is trained for; dictionaries for different purposes start differently, whatever their seeds.
+    """
+
+    dictionary: DictionaryConfig
+    settings: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    source: str = "activations"
+    target: str | None = None
+    folder: Path | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    start: Dictionary | None = None
+    purpose: str = "training"
+
+
+def build(config: DictionaryConfig, d_in: int) -> Dictionary:
+    """An untrained dictionary."""
+    cls = ARCHITECTURES[config.architecture]
+    return cls(d_in, config.d_sae, **{name: getattr(config, name) for name in cls.setting_names})
+
+
+def chosen_settings(config: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the weights. The initial weights are not among them; their hash identifies them."""
+    others = {"hook", "log_every", "checkpoint_every", "keep_checkpoints", "snapshots", "start_from"}
+    unread = {key.partition(".")[2] for key, readers in READERS.items() if config.architecture not in readers}
+    chosen = {**config.model_dump(mode="json"), **settings.model_dump(mode="json")}
+    return {key: value for key, value in chosen.items() if key not in others | unread}
+
+
+def setting_of(settings: Mapping[str, Any], key: str) -> Any:
+    """A recorded setting of a training. One that did not exist then behaved like its default."""
+    defaults = {**DictionaryConfig.model_fields, **TrainConfig.model_fields}
+    old_names = {new.rpartition(".")[2]: old.rpartition(".")[2] for old, new in RENAMED.items()}
+    for name in (key, old_names.get(key, key)):
+        if name in settings:
+            return settings[name]
+    default = defaults[key].default if key in defaults else None
+    return list(default) if isinstance(default, tuple) else default
+
+
+def freeze_(dictionary: Dictionary, names: Sequence[str]) -> None:
+    """Exclude the named parameters from training.
+
+    Raises:
+        ConfigError: a name is not that of a trained parameter, or no parameter is left.
+    """
+    trained = {name: p for name, p in dictionary.named_parameters() if p.requires_grad}
+    for name in names:
+        if name not in trained:
+            raise ConfigError(
+                f"train.freeze: {dictionary.architecture} trains no {name!r}; it trains {', '.join(trained)}"
+            )
+        trained[name].requires_grad_(False)
+    if not any(p.requires_grad for p in trained.values()):
+        raise ConfigError("train.freeze names all parameters: leave at least one to be trained")
+
+
+def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
+    """Check that training can start from the weights that the recipe names.
+
+    Raises:
+        ConfigError: they have another shape or are not loaded, or a setting for a random start is given too.
+    """
+    start, chosen = recipe.start, recipe.settings.initial_b_dec
+    if start is not None and chosen != TrainConfig.model_fields["initial_b_dec"].default:
+        raise ConfigError(
+            f"train.initial_b_dec={chosen!r} has no effect if training starts from a dictionary: take it out"
+        )
+    if start is None and recipe.settings.start_from is not None:
+        raise ConfigError("train.start_from is read by run folders only: give start=sae.load(folder) instead")
+    if start is not None and not isinstance(start, Dictionary):
+        raise ConfigError(f"start is a {type(start).__name__}: give a dictionary, such as sae.load(folder)")
+    if start is not None and start.W_dec.shape != dictionary.W_dec.shape:
+        raise ConfigError(
+            f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, the new one "
+            f"d_sae={dictionary.d_sae} and d_in={dictionary.d_in}: choose another train.start_from, or set "
+            f"dictionary.d_sae={start.d_sae}"
+        )

@@ -1,0 +1,364 @@
+"""One dictionary in training: weights, optimiser, dead features, sparsity weight, threshold. It writes no files."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.architectures.elementwise import OneThreshold
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.dictionary.base import Dictionary
+from sae.dictionary.neighbours import nearest_neighbours
+from sae.dictionary.saved import weights_sha256
+from sae.errors import TrainingError
+from sae.files import version
+from sae.kernels.products import cpu_has_bfloat16
+from sae.numerics.seeding import torch_generator
+from sae.training.firing import FiringRecord, default_dead_after
+from sae.training.initialise import initialise_, take_over_
+from sae.training.normalisation import Normalisation, fold_, normalisations_of
+from sae.training.objectives import OBJECTIVES, Losses, StepInputs
+from sae.training.optimizer import FeatureAdam
+from sae.training.recipe import Recipe, build, chosen_settings, freeze_, setting_of
+from sae.training.schedules import (
+    VERSION_1_GAINS,
+    Gains,
+    SteeredWeight,
+    default_gains,
+    default_learning_rate,
+    falling_l0,
+    learning_rate,
+    warmed_up,
+)
+from sae.training.source import BatchSource
+from sae.training.threshold import rows_for_threshold, set_threshold_
+from sae.training.traits import PENALISED, READERS
+
+COSINES = 512
+"""Number of features whose nearest one is computed for the log; for all, it would take as long as steps."""
+STATE_VERSION = 2
+"""Version of the rules that no setting describes. A checkpoint of version 1, which has no version, continues by its own
+rules: a scale from E‖x‖², a threshold that is a running mean, and the steering of that version."""
+_OLD_THRESHOLD_RATE = 0.03
+"""Weight of the newest batch in the running mean of version 1."""
+
+
+class Trainer:
+    """State of one dictionary in training.
+
+    Args:
+        recipe: the dictionary's recipe.
+        input_source: source of its inputs.
+        target_source: source of its targets; None: the inputs.
+        steps: total number of steps.
+        device: where to train.
+
+    Attributes:
+        falls: whether the target L0 falls to k from a larger value. This holds for a ReLU trained from random
+            directions with a steered penalty and trained biases.
+        variance: variance of the last batch's targets, summed over d_in; its FVU is relative to it.
+    """
+
+    def __init__(
+        self, recipe: Recipe, input_source: BatchSource, target_source: BatchSource | None, steps: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        config, settings = recipe.dictionary, recipe.settings
+        self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
+        self.batch_size, self.version = input_source.batch_size, STATE_VERSION
+        self.identity = _identity(recipe, input_source, target_source)
+        self.generator = torch_generator(f"initial weights: {recipe.purpose}", recipe.seed)
+        self.dictionary = build(config, input_source.d_in).to(device)
+        freeze_(self.dictionary, settings.freeze)
+        self.rate = settings.lr or default_learning_rate(config.d_sae, steps)
+        dead_after = settings.dead_after_tokens or default_dead_after(config.d_sae, config.k, steps * self.batch_size)
+        self.normalisation, self.target_normalisation = normalisations_of(
+            input_source, target_source, settings.center, device
+        )
+        self.optimizer = FeatureAdam(
+            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(config, settings, device),
+            max_norm=settings.max_gradient_norm,
+        )  # fmt: skip
+        self.firing = FiringRecord(config.d_sae, dead_after, device)
+        self.steered = _steered(config, settings, default_gains(self.rate), device)
+        self.falls = (
+            self.steered is not None and config.architecture == "relu"
+            and recipe.start is None and "b_enc" not in settings.freeze
+        )  # fmt: skip
+        fraction = settings.sparsity_warmup_fraction
+        self.sparsity_warmup = (0.1 if self.falls else 0.05) if fraction is None else fraction
+        has_threshold = isinstance(self.dictionary, OneThreshold)
+        self.batches_ahead = -(-rows_for_threshold(config.k) // self.batch_size) if has_threshold else 0
+        self.newest: Float[Tensor, "batch d_in"] | None = None
+        self.variance = torch.ones((), device=device)
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
+
+    def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
+        """Take a step on raw activations."""
+        x = self.normalisation(raw)
+        target = x if raw_target is None or self.target_normalisation is None else self.target_normalisation(raw_target)
+        if self.step_number == 0:
+            self._begin(x, target)
+        context = self._context()
+        losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, context)
+        losses.total.backward()
+        self.optimizer.step(self._rate())
+        self.step_number += 1
+        self.firing.record(losses.counts, losses.l0, len(x), self.step_number)
+        if self.steered is not None:
+            self.steered.observe(losses.l0)
+        if self.batches_ahead:
+            self.newest = x
+        elif losses.threshold is not None:
+            self._update_old_threshold(losses.threshold)
+        self.variance = target.var(0, correction=0).sum()
+        bad = ~losses.total.detach().isfinite()
+        self.bad_input |= bad & (self.first_bad_step < 0) & ~(x.isfinite().all() & target.isfinite().all())
+        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step_number, self.first_bad_step)
+        return replace(losses, terms={**losses.terms, **self._also_logged(context)})
+
+    def folded(self) -> Dictionary:
+        """A copy that takes raw activations and has decoder rows of norm 1; its threshold is the one set last."""
+        dictionary = copy.deepcopy(self.dictionary).cpu().eval().requires_grad_(False)
+        if not dictionary.unit_decoder:
+            dictionary.normalise_decoder_()
+        fold_(dictionary, self.normalisation, self.target_normalisation)
+        dictionary.metadata = {
+            **self.recipe.metadata,
+            "sae_version": version.__version__,
+            "trained": {
+                "tokens": self.step_number * self.batch_size,
+                "steps": self.step_number,
+                "normalisation_scale": self.normalisation.scale,
+                "dead": int(self.firing.dead.sum()),
+                "dead_after_tokens": self.firing.dead_after,
+                "settings": self.identity,
+            },
+        }
+        return dictionary
+
+    def set_threshold_(self, ahead: Sequence[Float[Tensor, "batch d_in"]]) -> None:
+        """Set the threshold of BatchTopK and Matryoshka for the current weights.
+
+        Args:
+            ahead: the next `batches_ahead` batches, raw and not trained on yet; if the source has no more, the newest
+                batch is used.
+        """
+        if not self.batches_ahead or self.newest is None:
+            return
+        assert isinstance(self.dictionary, OneThreshold)
+        rows = self.normalisation(torch.cat(list(ahead[: self.batches_ahead]))) if ahead else self.newest
+        set_threshold_(self.dictionary, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed training needs in addition to its source's place."""
+        return {
+            "version": self.version,
+            "identity": self.identity,
+            "step": self.step_number,
+            "dictionary": self.dictionary.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "firing": self.firing.state_dict(),
+            "rate": self.rate,
+            "sparsity_warmup": self.sparsity_warmup,
+            "steered": None if self.steered is None else self.steered.state_dict(),
+            "normalisations": [
+                None if part is None else {"mean": part.mean, "scale": part.scale}
+                for part in (self.normalisation, self.target_normalisation)
+            ],
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of the same recipe, with the defaults that it started with."""
+        self.step_number = state["step"]
+        self.dictionary.load_state_dict(state["dictionary"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.firing.load_state_dict(state["firing"])
+        self.version = state.get("version", 1)
+        self.rate = state.get("rate", self.rate)
+        self.sparsity_warmup = state.get("sparsity_warmup", self.sparsity_warmup)
+        if self.steered is not None:
+            self.steered.load_state_dict(state["steered"])
+        if self.version < 2:
+            self._use_version_1()
+        saved, saved_target = state["normalisations"]
+        like = self.normalisation.mean
+        self.normalisation = Normalisation(saved["mean"].to(like), saved["scale"])
+        if saved_target is not None:
+            self.target_normalisation = Normalisation(saved_target["mean"].to(like), saved_target["scale"])
+        self.generator.set_state(state["generator"])
+
+    def _use_version_1(self) -> None:
+        """Switch to the rules of version 1; the checkpoint contains its scale."""
+        self.batches_ahead = 0
+        if self.steered is not None:
+            self.steered.gains = VERSION_1_GAINS
+
+    def check_identity(self, identity: dict[str, Any], label: str) -> None:
+        """Refuse a state that was made with other settings.
+
+        Raises:
+            TrainingError: naming the first setting that differs.
+        """
+        for key, value in self.identity.items():
+            if key == "activations" and identity.get(key) is None:  # sources did not report it to older checkpoints
+                continue
+            if setting_of(identity, key) != value:
+                raise TrainingError(
+                    f"{label}: made with {key}={setting_of(identity, key)!r}, now {value!r}; choose another run folder "
+                    "(out=...), or delete its checkpoints to start again"
+                )
+
+    def failure(self) -> str | None:
+        """The reason if a loss was not finite, else None. Waits for the device."""
+        step = int(self.first_bad_step)
+        if step < 0:
+            return None
+        size = self.batch_size
+        rows = f"batch {step - 1} (tokens {(step - 1) * size:,} to {step * size:,})"
+        if bool(self.bad_input):
+            return (
+                f"NaN at step {step}, {rows}: the activations themselves are not finite; check a cache with "
+                "'sae verify'"
+            )
+        return f"NaN at step {step}, {rows}: training diverged; lower train.lr (now {self.rate:.2g})"
+
+    def feature_metrics(self) -> dict[str, Float[Tensor, " some"]]:
+        """Metrics per feature for the log: how often features fire, and how similar they are. Waits for the device.
+
+        Returns:
+            `log10_density`: log10 of the share of the tokens since the last call on which a feature fired, for features
+            that did; `decoder_cosine`: cosine of a decoder row with its nearest other row, for up to `COSINES`
+            features.
+        """
+        densities = self.firing.take_densities()
+        W_dec = self.dictionary.W_dec.detach()
+        sample = torch.arange(0, len(W_dec), -(-len(W_dec) // COSINES), device=W_dec.device)
+        cosines = nearest_neighbours(W_dec, 1, sample).cosine.flatten()
+        return {
+            "log10_density": densities[densities > 0].log10().cpu(),
+            "decoder_cosine": cosines[cosines.isfinite()],
+        }
+
+    def metrics_now(self) -> dict[str, float | int]:
+        """Metrics of the current step, not averaged, in units of training. Waits for the device."""
+        metrics: dict[str, float | int] = {"dead": int(self.firing.dead.sum()), "lr": self.optimizer.lr}
+        if isinstance(self.dictionary, OneThreshold):
+            metrics["threshold"] = float(self.dictionary.threshold)
+        return metrics
+
+    def bytes(self) -> int:
+        """Memory of the weights and of the optimiser's state."""
+        moments = [part for pair in self.optimizer.moments for part in (pair.first, pair.second)]
+        copies = [] if self.optimizer.encoder_bf16 is None else [self.optimizer.encoder_bf16]
+        return sum(t.numel() * t.element_size() for t in (*self.dictionary.parameters(), *moments, *copies))
+
+    def _begin(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"]) -> None:
+        """Set the initial weights, from the first batch."""
+        l0, start = round(self._target_l0()), self.recipe.start
+        if start is None:
+            initialise_(self.dictionary, x, self.generator, target, l0, self.settings.initial_b_dec)
+        else:
+            start = copy.deepcopy(start).to(x.device, x.dtype)
+            target_normalisation = self.target_normalisation
+            inverse_target = None if target_normalisation is None else target_normalisation.inverse()
+            fold_(start, self.normalisation.inverse(), inverse_target)
+            take_over_(self.dictionary, start, x, l0)
+        if self.steered is not None:
+            self.steered.begin(self.dictionary.b_enc)
+        self.firing.density = l0 / self.dictionary.d_sae  # an estimate, until features are counted
+        self.optimizer.refresh()
+
+    def _context(self) -> StepInputs:
+        settings, architecture = self.settings, self.recipe.dictionary.architecture
+        warm = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
+        target_l0 = None
+        if self.steered is not None:
+            self.steered.target = self._target_l0()
+        if architecture == "jumprelu":
+            target_l0 = self.recipe.dictionary.k if settings.l0_coefficient is None else None
+            weight = float(self.dictionary.d_in) if settings.l0_coefficient is None else settings.l0_coefficient
+        else:
+            weight = settings.l1_coefficient or 0.0
+        return StepInputs(
+            dead=self.firing.dead,
+            dead_candidates=self.firing.candidates,
+            sparsity=warm * (weight if self.steered is None else self.steered.value),
+            aux_coefficient=settings.aux_coefficient,
+            k_aux=settings.k_aux or self.recipe.dictionary.k,
+            density=self.firing.density,
+            encoder_sink=self.optimizer.encoder_sink,
+            decoder_sink=self.optimizer.decoder_sink,
+            encoder_bf16=self.optimizer.encoder_bf16,
+            target_l0=target_l0,
+            bandwidth=settings.bandwidth,
+        )
+
+    def _target_l0(self) -> float:
+        """Target L0 at this step."""
+        k, d_sae = self.recipe.dictionary.k, self.dictionary.d_sae
+        return falling_l0(self.step_number, self.steps, k, d_sae, self.sparsity_warmup) if self.falls else float(k)
+
+    def _also_logged(self, context: StepInputs) -> dict[str, Float[Tensor, ""]]:
+        """Metrics to log along with the terms of the loss."""
+        shown = {"gradient_norm": self.optimizer.norm}
+        if self.dictionary.architecture in PENALISED:
+            shown["sparsity_weight"] = torch.as_tensor(context.sparsity)
+        return {name: value for name, value in shown.items() if value is not None}
+
+    def _rate(self) -> float:
+        settings = self.settings
+        return learning_rate(self.step_number, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
+
+    def _update_old_threshold(self, smallest: Float[Tensor, ""]) -> None:
+        """Threshold of version 1: a mean over the first steps, then a running mean."""
+        assert isinstance(self.dictionary, OneThreshold)
+        threshold = self.dictionary.threshold
+        threshold += (smallest - threshold) * max(1 / self.step_number, _OLD_THRESHOLD_RATE)
+
+
+def _steered(
+    config: DictionaryConfig, settings: TrainConfig, gains: Gains, device: torch.device
+) -> SteeredWeight | None:
+    """The controller of an L1 penalty whose weight is not set."""
+    if config.architecture not in READERS["train.l1_coefficient"] or settings.l1_coefficient is not None:
+        return None
+    return SteeredWeight(config.k, 2.0, device, gains)
+
+
+def _in_bfloat16(config: DictionaryConfig, settings: TrainConfig, device: torch.device) -> bool:
+    """Whether the large product is computed in bfloat16: if requested, and by default on a GPU.
+
+    Never if features fire above a threshold, because rounding would then decide which do.
+    """
+    if config.architecture in PENALISED:
+        return False
+    if settings.encoder_dtype == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+        warnings.warn(
+            "train.encoder_dtype=bfloat16: this processor has no bfloat16 instructions, so float32 is faster",
+            stacklevel=2,
+        )
+    return settings.encoder_dtype == "bfloat16" or (settings.encoder_dtype == "auto" and device.type == "cuda")
+
+
+def _identity(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
+    """Settings and data that must not change between a checkpoint and its resumption."""
+    target_identity = None if target is None else {"d_in": target.d_in, "square": target.statistics.mean_squared_norm}
+    return {
+        "d_in": source.d_in,
+        **chosen_settings(recipe.dictionary, recipe.settings),
+        "batch_size": source.batch_size,
+        "seed": recipe.seed,
+        "target": target_identity,
+        "start": None if recipe.start is None else weights_sha256(recipe.start),
+        "activations": recipe.metadata.get("activations"),
+    }

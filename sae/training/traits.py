@@ -1,0 +1,55 @@
+"""Which architectures read which settings; settings without effect are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sae.config.settings import DictionaryConfig, TrainConfig
+from sae.errors import ConfigError
+
+PENALISED = ("relu", "gated", "jumprelu")
+"""Architectures in which a penalty keeps features from firing."""
+SELECTED = ("topk", "batch_topk", "matryoshka")
+"""Architectures in which a rule sets the number of features that fire."""
+READERS: dict[str, tuple[str, ...]] = {
+    "dictionary.prefixes": ("matryoshka",),
+    "train.l1_coefficient": ("relu", "gated"),
+    "train.l0_coefficient": ("jumprelu",),
+    "train.bandwidth": ("jumprelu",),
+    "train.sparsity_warmup_fraction": PENALISED,
+    "train.k_aux": (*SELECTED, "gated", "jumprelu"),
+    "train.encoder_dtype": SELECTED,
+}
+"""Architectures that read a setting; settings not listed here are read by all."""
+
+
+def unread(config: DictionaryConfig, settings: TrainConfig) -> dict[str, object]:
+    """Settings that differ from their defaults but are not read by this architecture, with their values."""
+    parts = {"dictionary": config, "train": settings}
+    ignored: dict[str, object] = {}
+    for key, readers in READERS.items():
+        section, _, name = key.partition(".")
+        value = getattr(parts[section], name)
+        ignorable = (type(parts[section]).model_fields[name].default, "float32")  # float32: encoder_dtype's no-op
+        if config.architecture not in readers and value not in ignorable:
+            ignored[key] = value
+    return ignored
+
+
+def check_read(config: DictionaryConfig, settings: TrainConfig) -> None:
+    """Refuse settings that would have no effect.
+
+    Raises:
+        ConfigError: naming the architectures that read the setting.
+    """
+    for key, value in unread(config, settings).items():
+        raise no_reader(key, value, (config.architecture,))
+
+
+def no_reader(key: str, value: object, architectures: Collection[str]) -> ConfigError:
+    """The error for a setting that none of these architectures reads."""
+    readers = ", ".join(READERS[key.removeprefix("sweep.")])
+    return ConfigError(
+        f"{key}={value!r} has no effect on {', '.join(architectures)}, only on {readers}: take it out, or train "
+        "these separately"
+    )
