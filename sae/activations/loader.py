@@ -123,12 +123,12 @@ class ActivationLoader:
         self.position, self.streams = 0, STREAMS
 
     @property
-    def text(self) -> tuple[str | None, str]:
+    def token_text(self) -> tuple[str | None, str]:
         """Hash of the cache's text, and the path of the cache."""
         return self.cache.manifest.text_sha256, str(self.cache.path)
 
     @property
-    def order(self) -> tuple[object, ...]:
+    def token_order(self) -> tuple[object, ...]:
         """Everything that determines the order of tokens; loaders read side by side must have the same."""
         return (
             self.split, self.seed, self.purpose, self.streams, self.tokens_per_epoch, self.pool_tokens,

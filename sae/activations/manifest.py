@@ -170,7 +170,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     record = read_object(path)
-    FORMAT.check(record, f"cache {str(folder)!r}", MANIFEST, CacheError)
+    FORMAT.check(record, f"cache {str(folder)!r}", MANIFEST, CacheError, oldest=1)
     manifest: Manifest = validated(path, Manifest, record)
     if reason := manifest.contradiction():
         raise damaged(path, f"damaged ({reason})")

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from sae.config.file import describe_keys, load_config, named_config
+from sae.config.file import READ_BY_RUN, describe_keys, load_config, named_config
 from sae.config.settings import RunConfig
 from sae.console.terminal import complain, output
 from sae.errors import ConfigError
@@ -20,8 +20,7 @@ from sae.files.writing import stands
 
 _LONGEST_KEY = 80
 _LONGEST_NUMBER = 18
-_READ_BY_RUN = ("model.", "harvest.cache", "device")
-_READ_BY_EVALUATION = ("evaluation.", *_READ_BY_RUN)
+_READ_BY_EVALUATION = ("evaluation.", *READ_BY_RUN)
 
 Keys = Callable[[], Iterable[tuple[str, str, str]]]
 
@@ -92,7 +91,7 @@ def features_and_overrides(arguments: tuple[str, ...], path: Path) -> tuple[tupl
         click.BadParameter: an argument is neither.
         ConfigError: an existing run does not read an override.
     """
-    overrides = _overrides(arguments, _READ_BY_RUN, f"the existing run {str(path)!r} does not read")
+    overrides = _overrides(arguments, READ_BY_RUN, f"the existing run {str(path)!r} does not read")
     numbers = [argument for argument in arguments if argument not in overrides]
     for argument in numbers:
         if not argument.removeprefix("-").isdecimal() or len(argument) > _LONGEST_NUMBER:

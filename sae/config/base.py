@@ -50,6 +50,10 @@ class Settings(BaseModel):
         """Convert 1e8 to a number (YAML 1.1 reads it as text), and a single value to a list if a list is expected."""
         if not isinstance(settings, dict):
             return settings
+        for old, new in RENAMED.items():
+            name, now = old.rpartition(".")[2], new.rpartition(".")[2]
+            if name in settings and now in cls.model_fields:
+                raise ConfigError(f"setting {old!r} is called {new!r} now")
         return {
             key: value if (field := cls.model_fields.get(key)) is None else _expected(field, value)
             for key, value in settings.items()
@@ -109,6 +113,8 @@ def with_new_keys(settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict) and name in inner:
             renamed = {new.partition(".")[2] if key == name else key: value for key, value in inner.items()}
             settings = {**settings, section: renamed}
+    if isinstance(settings.get("sweep"), dict):
+        settings = {**settings, "sweep": with_new_keys(settings["sweep"])}
     return settings
 
 
@@ -116,8 +122,8 @@ def read_words(kind: type[Settings], words: Iterable[str], settings: dict[str, A
     """Apply words such as `train.lr=1e-3` to nested settings, and return these.
 
     Values are YAML, except for settings that hold text: their values are taken literally (`out=2024-11-23` is not a
-    date), and `null` or nothing means None. If a setting takes text or a list of texts, a value that begins with `[` is
-    a list.
+    date), and `null` or nothing means None. In double quotes they may have escapes, such as a line end. If a setting
+    takes text or a list of texts, a value that begins with `[` is a list.
 
     Raises:
         ConfigError: a word is not of the form `key=value` (the message shows `example`), its value is not valid YAML,
@@ -142,7 +148,7 @@ def read_words(kind: type[Settings], words: Iterable[str], settings: dict[str, A
 def _value(key: str, text: str, field: FieldInfo | None) -> Any:
     hint = ""
     if field is not None and _is_text(field):
-        if not (text.startswith("[") and field.annotation == str | tuple[str, ...]):
+        if not (text.startswith("[") and field.annotation == str | tuple[str, ...]) and not _is_quoted(text):
             return None if not text or (text == "null" and field.annotation == str | None) else text
         hint = f"; text that itself begins with '[' goes in quotes into a list: {key}=['[…']"
     try:
@@ -151,6 +157,11 @@ def _value(key: str, text: str, field: FieldInfo | None) -> Any:
         raise ConfigError(f"override {f'{key}={text}'!r}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"override {f'{key}={text}'!r}: {text!r} is not a YAML value{hint}") from error
+
+
+def _is_quoted(text: str) -> bool:
+    """Whether text stands in double quotes, in which YAML reads escapes such as a line end."""
+    return len(text) > 1 and text[0] == text[-1] == '"'
 
 
 def validated(kind: type[Kind], settings: Mapping[str, Any], all_keys: str) -> Kind:
@@ -176,8 +187,6 @@ def _explained(kind: type[Settings], error: ErrorDetails, all_keys: str) -> str:
     parts = [str(part) for part in error["loc"]]
     key = ".".join(parts)
     if error["type"] == "extra_forbidden":
-        if key in RENAMED:
-            return f"setting {key!r} is called {RENAMED[key]!r} now"
         keys = [name for name, _ in fields_of(kind)]
         section = ".".join(parts[:-1])
         siblings = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == section}

@@ -20,6 +20,8 @@ from sae.files.writing import stands
 CONFIG_YAML = "config.yaml"
 """File in which a run folder records its settings."""
 MOST_YAML_BYTES = 1 << 20
+READ_BY_RUN = ("model.", "harvest.cache", "device")
+"""Settings of an existing run that commands can override, by the beginnings of their keys."""
 TRUST_SETTING = "model.trust_remote_code"
 
 

@@ -11,12 +11,14 @@ import torch
 
 from sae.dictionary.model_identity import NOT_OF_ACTIVATIONS
 from sae.effects.effects import FORMAT, Effects, EffectSettings
+from sae.effects.figure import FIGURE_FOLDER, draw_effects
 from sae.effects.interventions import NO_CHANGES, Changes
+from sae.effects.view import markdown
 from sae.errors import FormatError
 from sae.features.store import Features
 from sae.files import version
 from sae.files.damage import way_out
-from sae.files.formats import fingerprint_of
+from sae.files.formats import fingerprint_of, made_by_this_version
 from sae.files.hashes import announce_missing
 from sae.files.paths import expanded
 from sae.files.reading import load_tensors, read_json, read_object, taken_apart
@@ -54,9 +56,6 @@ def write_effects(effects: Effects, changes: Changes, folder: Path) -> list[Path
     Raises:
         CacheError: the folder cannot be written.
     """
-    from sae.effects.figure import FIGURE_FOLDER, draw_effects
-    from sae.effects.view import markdown
-
     name = stem(effects.settings.scale)
     png = draw_effects(effects, changes)
     figure = f"{FIGURE_FOLDER}/{name}.png"
@@ -112,7 +111,7 @@ def resume(folder: Path, key: str, scale: float) -> tuple[Effects, Changes] | No
     index, columns = folder / f"{name}.json", folder / f"{name}.safetensors"
     if not stands(index) or not stands(columns):
         return None
-    if not FORMAT.is_current(read_object(index)):
+    if not made_by_this_version(read_object(index)):
         return None
     effects, tensors = read_effects(index), load_tensors(columns)
     changes_key = tensors.pop(_KEY, None)

@@ -51,7 +51,7 @@ class Unfinished:
         self.every = EVERY if every is None else every
         software = {"sae": version.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
         facts = {**decides, **software}
-        key = fingerprint_of(facts)[:32]
+        key = fingerprint_of(facts, default=str)[:32]
         self.folder = None if folder is None else folder / key
         if folder is not None and folder.is_dir():
             for other in folder.iterdir():

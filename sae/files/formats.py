@@ -48,7 +48,13 @@ class Format:
         return record.get(_VERSION) if record.get(_NAME) == self.name else None
 
     def check(
-        self, record: object, place: str, file: str = "", error: type[SaeError] = FormatError, way_out: str = ""
+        self,
+        record: object,
+        place: str,
+        file: str = "",
+        error: type[SaeError] = FormatError,
+        way_out: str = "",
+        oldest: int = 0,
     ) -> None:
         """Raise an error unless a record has this format and a version that can be read.
 
@@ -58,11 +64,14 @@ class Format:
             file: name of the file, if the place is a folder.
             error: class of the error.
             way_out: end of the message; empty: updating the package is the only one.
+            oldest: the oldest version that is read; a file without a version has version 0.
         """
         if not isinstance(record, Mapping) or record.get(_NAME) != self.name:
             which = f"{file} is not" if file else "not"
             raise error(f"{place}: {which} of this toolkit (no format {self.name!r}){way_out and f'; {way_out}'}")
         recorded = record.get(_VERSION, 0)
+        if type(recorded) is int and recorded < oldest:
+            raise error(f"{place}: format version {recorded} is older than this package reads ({oldest})")
         if type(recorded) is not int or recorded > self.version:
             raise error(
                 f"{place}: format version {recorded} is newer than this package reads ({self.version}); "
@@ -70,9 +79,14 @@ class Format:
             )
 
 
-def fingerprint_of(facts: object) -> str:
+def made_by_this_version(record: Mapping[str, Any]) -> bool:
+    """Whether a result was made by the present version of the package."""
+    return record.get(_PACKAGE) == version.__version__
+
+
+def fingerprint_of(facts: object, **options: Any) -> str:
     """SHA-256 of facts that JSON can hold; it distinguishes results of different data, settings or versions."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, **options).encode()).hexdigest()
 
 
 def as_read_back(facts: Mapping[str, Any]) -> dict[str, Any]:

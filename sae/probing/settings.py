@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from sae.config.base import Settings, described, read_words, validated
+from sae.config.file import READ_BY_RUN
 from sae.errors import ConfigError
-
-READ_BY_RUN = ("model.", "harvest.cache", "device")
 
 
 class _Common(Settings):

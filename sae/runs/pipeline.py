@@ -44,6 +44,7 @@ from sae.training.loop import train_one
 from sae.training.meter import falling
 from sae.training.recipe import Recipe
 from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
+from sae.training.traits import check_read
 
 
 class Run:
@@ -96,7 +97,9 @@ class Run:
         try:
             return load(place)
         except FormatError as error:
-            raise FormatError(f"train.start_from: {error} (resumed training needs the same weights)") from error
+            raise FormatError(
+                f"train.start_from: {error} (training that has begun needs the same weights to resume)"
+            ) from error
 
     def harvest(self) -> ActivationCache:
         """The activation cache; missing parts are harvested."""
@@ -136,6 +139,7 @@ class Run:
         if self.is_trained():
             return
         check_wandb(self.config.wandb)
+        check_read(self.config.dictionary, self.config.train)  # before a dictionary to start from is read
         start = self.start
         recipe = Recipe(self.config.dictionary, self.config.train, start=start)
         check_recipe(recipe, 1 if start is None else start.d_in, memory_of(self.device))

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from sae.runs.pipeline import Run
 
 FOLDER = "probing"
 _MODEL_KEYS = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256")
+_fingerprint = partial(fingerprint_of, ensure_ascii=False)
 _EXAMPLE_SETTINGS = ("examples", "max_tokens", "pool", "text", "label", "outside", "seed")
 _NOT_IN_RESULT = ("sample",)
 
@@ -96,7 +98,7 @@ class _Probing:
             identities = {name: self._identity(file) for name, file in files.items()}
             if letters is not None:
                 facts = {"subject": self._subject_hash, "settings": letters.model_dump()}
-                identities[FIRST_LETTERS] = fingerprint_of(facts)
+                identities[FIRST_LETTERS] = _fingerprint(facts)
             record = self._arranged(ProbeRecord.read(self.run_folder, self.subject), identities)
             self._run.progress("probes", 0, len(files))
             for number, (name, file) in enumerate(files.items()):
@@ -112,14 +114,14 @@ class _Probing:
 
     @property
     def _subject_hash(self) -> str:
-        return fingerprint_of(self.subject)
+        return _fingerprint(self.subject)
 
     def _result_settings(self) -> dict[str, Any]:
         return self.settings.model_dump(mode="json", exclude=set(_NOT_IN_RESULT))
 
     def _identity(self, file: DataFile) -> str:
         facts = {"subject": self._subject_hash, "data": file.sha256(), "settings": self._result_settings()}
-        return fingerprint_of(facts)
+        return _fingerprint(facts)
 
     def _entry(self, identity: str, make: Callable[[], Entry], *, alone: bool) -> Entry:
         """The result for a data set, or its failure unless it is the only one."""
@@ -188,9 +190,7 @@ class _Probing:
     ) -> LabelledActivations:
         """Activations read by the language model, or kept from an earlier call."""
         model_facts = {key: self.subject[key] for key in ("model", "hook", "token_policy")}
-        key = fingerprint_of(
-            {**model_facts, "model": {**model_facts["model"], "name": None}, "examples": example_facts}
-        )
+        key = _fingerprint({**model_facts, "model": {**model_facts["model"], "name": None}, "examples": example_facts})
         folder = self.run_folder / FOLDER
         stored = load_activations(folder, name, key)
         if stored is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from sae.config.progress import Progress, silent
+from sae.config.progress import Progress, silent, within
 from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.files import version
 from sae.files.formats import Format, as_read_back, fingerprint_of
@@ -167,7 +167,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if not stands(path):
         return {}
     content = read_object(path)
-    FORMAT.check(content, f"folder {str(folder)!r}", JSON_FILE, way_out="choose another with --out")
+    FORMAT.check(content, f"folder {str(folder)!r}", JSON_FILE, way_out="choose another with --out", oldest=1)
     experiments = validated(path, dict[str, dict[str, Any]], content.get("experiments"))
     return {name: entry for name, entry in experiments.items() if name in EXPERIMENTS}
 
@@ -204,7 +204,7 @@ def _run(name: str, settings: Any, seed: int, folder: Path, progress: Progress) 
     experiment = EXPERIMENTS[name]
     started = time.perf_counter()
     try:
-        result = experiment.run(settings, seed, lambda done, total: progress(name, done, total))
+        result = experiment.run(settings, seed, within(progress, name))
     except TrainingInterrupted as stopped:
         raise TrainingInterrupted(
             f"experiment {name!r} was stopped; those before it are in {str(folder)!r}: run the same command again to "

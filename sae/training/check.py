@@ -79,7 +79,7 @@ def _check_transcoder(name: str, source: BatchSource, target: BatchSource) -> No
             f"{name}: the target has {target.d_in} numbers a row, the input {source.d_in}: they must be equally wide"
         )
     if isinstance(source, OrderedSource) and isinstance(target, OrderedSource):
-        (text, cache), (target_text, target_cache) = source.text, target.text
+        (text, cache), (target_text, target_cache) = source.token_text, target.token_text
         if text != target_text:
             raise ConfigError(
                 f"{name}: the target's cache, {target_cache!r}, has other text than the input's, {cache!r}: harvest "
@@ -105,7 +105,11 @@ def _check_sources(sources: Mapping[str, BatchSource]) -> None:
                 f"{name} and {other_name} are the same source, and each would get every second batch: "
                 + ("leave target out" if other_name == "target" else "name it once, for all recipes that read it")
             )
-        if isinstance(source, OrderedSource) and isinstance(other, OrderedSource) and source.order != other.order:
+        if (
+            isinstance(source, OrderedSource)
+            and isinstance(other, OrderedSource)
+            and source.token_order != other.token_order
+        ):
             raise ConfigError(
                 f"{name} and {other_name} give tokens in different orders: load them with the same split, seed, "
                 "pool_tokens and block_tokens, from caches of the same text"

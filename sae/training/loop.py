@@ -393,5 +393,5 @@ class _Run:
         places = f"{str(folders[0] / CHECKPOINTS)!r}" + (f" and {len(folders) - 1} more" if len(folders) > 1 else "")
         return (
             f"stopped at step {self.step} of {self.steps}; the state is saved in {places}: run the same command again "
-            "to go on"
+            "to continue"
         )

@@ -47,7 +47,11 @@ class Reader:
 
     def begin(self, steps_done: int) -> None:
         """Start reading at the sources' places."""
-        self._count, self._batches = steps_done, zip(*self.sources.values(), strict=False)
+        self._count, self._batches = steps_done, self._rows()
+
+    def _rows(self) -> Iterator[tuple[Tensor, ...]]:
+        """A generator, so that sources are first asked for an iterator under the caller's modes."""
+        yield from zip(*self.sources.values(), strict=False)
 
     def next(self) -> dict[str, Float[Tensor, "batch d_in"]] | None:
         """The next batch by source, float32 on the device; None if there is no more.

@@ -63,12 +63,12 @@ class OrderedSource(Protocol):
     """A source that identifies its text and the order of its tokens, as `ActivationLoader` does. Optional."""
 
     @property
-    def order(self) -> tuple[object, ...]:
+    def token_order(self) -> tuple[object, ...]:
         """Everything that decides the order; sources with equal orders yield rows of the same tokens."""
         ...
 
     @property
-    def text(self) -> tuple[str | None, str]:
+    def token_text(self) -> tuple[str | None, str]:
         """A hash of the text, and its name in error messages."""
         ...
 

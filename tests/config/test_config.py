@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from sae.config.file import describe_keys, load_config, parse_config
-from sae.config.settings import RunConfig
+from sae.config.settings import RunConfig, TrainConfig
 from sae.errors import ConfigError
 from sae.files.writing import write_bytes
 from sae.training.recipe import setting_of
@@ -229,3 +229,17 @@ def test_an_old_key_is_refused_with_the_new_one_and_read_where_the_toolkit_wrote
     assert load_config(record).train.encoder_dtype == "bfloat16"
     assert setting_of({"products": "bfloat16"}, "encoder_dtype") == "bfloat16"
     assert setting_of({}, "encoder_dtype") == "auto"
+
+
+def test_an_old_key_in_a_sweep_and_in_python(tmp_path: Path) -> None:
+    record = tmp_path / "sweep" / "config.yaml"
+    (record.parent / "activations").mkdir(parents=True)
+    record.write_text("sweep:\n  train:\n    products: [float32]\n")
+    assert load_config(record).sweep == {"train": {"encoder_dtype": ["float32"]}}
+    with pytest.raises(ConfigError, match=r"'train\.products' is called 'train\.encoder_dtype' now"):
+        TrainConfig.model_validate({"products": "float32"})
+
+
+def test_text_in_double_quotes_has_escapes_on_the_command_line() -> None:
+    assert load_config(None, [r'data.column="a\tb"']).data.column == "a\tb"
+    assert load_config(None, ["data.column='a'"]).data.column == "'a'"

@@ -87,7 +87,7 @@ def test_an_input_of_one_text_has_no_target_of_another(
         )
         for seed in (0, 3)
     )
-    assert loader(one, READS).order == loader(other, GIVES).order
+    assert loader(one, READS).token_order == loader(other, GIVES).token_order
     assert sae.train(loader(one, READS), SHAPE, SETTINGS, target=loader(one, GIVES)).metadata["target_hook"] == GIVES
     with pytest.raises(
         ConfigError, match=r"the target's cache, '.*cache3', has other text than the input's, '.*cache0'"

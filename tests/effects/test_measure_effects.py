@@ -222,7 +222,7 @@ def test_killed_before_the_markdown_the_same_call_writes_it(
 ) -> None:
     measure(held_out, language_model, folder=tmp_path, features=[4])
     with monkeypatch.context() as patch:
-        patch.setattr("sae.effects.view.markdown", lambda *_: pytest.fail("killed"))
+        patch.setattr("sae.effects.store.markdown", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception, match="killed"):
             measure(held_out, language_model, folder=tmp_path, features=[4, 1])
     assert not (tmp_path / "effects.md").exists(), "that of one feature"

@@ -342,3 +342,17 @@ def test_a_member_of_a_pass_goes_on_alone(tmp_path: Path) -> None:
     whole = train(IterableSource(planted(100)), recipes["gated"].dictionary, recipes["gated"].settings)
     for label, parameter in whole.named_parameters():
         assert torch.equal(alone.get_parameter(label), parameter), label
+
+
+def test_a_source_makes_its_iterator_in_the_callers_mode() -> None:
+    """Also one whose `__iter__` is an ordinary function, which runs when the loop asks for it."""
+    rows, modes = planted(6), []
+
+    class Asked(IterableSource):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            modes.append(torch.is_grad_enabled())
+            return super().__iter__()
+
+    with torch.no_grad():
+        train(Asked(rows), DictionaryConfig(d_sae=D_SAE, k=K), settings(4))
+    assert modes == [False]
