@@ -41,7 +41,7 @@ FEW = EffectSettings(positions=6, null_positions=3, window=2, top=4)
 @pytest.fixture(autouse=True)
 def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a test of its own, and takes a second each time."""
-    monkeypatch.setattr("sae.effects.figure.draw_effects", lambda effects, changes: None)
+    monkeypatch.setattr("sae.effects.store.draw_effects", lambda effects, changes: None)
 
 
 def measure(cache: ActivationCache, model: LanguageModel, hook: str = RESID, **options: Any) -> Effects:
