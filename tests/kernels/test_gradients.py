@@ -273,7 +273,7 @@ def test_a_dictionary_compiles_and_exports_whole(architecture: str) -> None:
     """In a process whose functions are not wrapped in checks of shapes, which cannot be traced."""
     code = f"""
 import torch
-from tests.test_gradients import batch, made
+from tests.kernels.test_gradients import batch, made
 dictionary, x = made({architecture!r}, dtype=torch.float32), batch(torch.float32)
 for method in (dictionary.encode, dictionary):
     compiled = torch.compile(method, backend="aot_eager", fullgraph=True)
