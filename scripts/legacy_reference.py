@@ -7,7 +7,7 @@
 
 In an environment of its own: sae-lens needs transformer-lens < 4. The packages' own functions compute everything; what
 they ask of a model, a store of tokens and a dictionary is answered by the stand-ins below, from the same tensors.
-tests/evaluation/test_legacy.py holds what this prints.
+tests/evaluation/test_published.py holds what this prints.
 """
 
 import json
