@@ -45,6 +45,21 @@ def check_memory(d_in: int, shape: DictionaryConfig, memory: int) -> None:
         )
 
 
+def check_snapshots(settings: TrainConfig, tokens: int) -> None:
+    """Refuse snapshots that training would never reach.
+
+    Args:
+        settings: settings of the training.
+        tokens: number of tokens it reads.
+
+    Raises:
+        ConfigError: a snapshot comes after the end of training.
+    """
+    late = [snapshot for snapshot in settings.snapshots if snapshot > tokens]
+    if late:
+        raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")
+
+
 def check_amounts(config: RunConfig) -> None:
     """Refuse numbers of tokens that would make a step after the harvest fail.
 
@@ -73,9 +88,7 @@ def check_amounts(config: RunConfig) -> None:
             f"{_training_tokens(config, tokens)} are fewer than one batch of train.batch_size={settings.batch_size:,}: "
             "raise the former or lower the latter"
         )
-    late = [snapshot for snapshot in settings.snapshots if snapshot > tokens]
-    if late:
-        raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")
+    check_snapshots(settings, tokens)
     for key, amount, cached in _parts(config):
         least = min(data.context_length, cached)
         if amount < least:

@@ -41,7 +41,7 @@ class Format:
 
     def is_current(self, record: Mapping[str, Any], **expected: Any) -> bool:
         """As `holds`, and made by this version of the package; other results are computed again."""
-        return self.holds(record, **{_PACKAGE: version.__version__}, **expected)
+        return made_by_this_version(record) and self.holds(record, **expected)
 
     def version_of(self, record: Mapping[str, Any]) -> Any:
         """The version of this format that a record states; None if it is of another format."""

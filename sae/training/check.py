@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sae.config.check import check_fit, check_memory
+from sae.config.check import check_fit, check_memory, check_snapshots
 from sae.config.environment import memory_of
 from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError, TrainingError
@@ -120,7 +120,8 @@ def _check_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, BatchSou
     for name, recipe in recipes.items():
         try:
             check_recipe(recipe, sources[recipe.source].d_in, memory)
-            _check_snapshots(recipe, tokens)
+            check_snapshots(recipe.settings, tokens)
+            _check_folder(recipe)
         except ConfigError as error:
             raise (ConfigError(f"{name}: {error}") if len(recipes) > 1 else error) from None
 
@@ -147,10 +148,6 @@ def check_recipe(recipe: Recipe, d_in: int, memory: int) -> None:
     check_start(recipe, dictionary)
 
 
-def _check_snapshots(recipe: Recipe, tokens: int) -> None:
-    settings = recipe.settings
-    late = [count for count in settings.snapshots if count > tokens]
-    if late:
-        raise ConfigError(f"train.snapshots has {late[0]:,}, and training ends after {tokens:,} tokens: take it out")
-    if settings.snapshots and recipe.folder is None:
+def _check_folder(recipe: Recipe) -> None:
+    if recipe.settings.snapshots and recipe.folder is None:
         raise ConfigError("train.snapshots needs a folder to save them in: give one, or take it out")
