@@ -1,4 +1,4 @@
-"""Runs the evaluations of SAELens and SAEBench on the tensors of published_case.py, and prints their numbers.
+"""Runs SAELens's and SAEBench's evaluations on the tensors of tests/support/published_case.py, and prints the results.
 
     python -m venv ENV
     ENV/bin/pip install sae-lens==6.54.12 tabulate
@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "evaluation"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import published_case as case  # pyright: ignore[reportMissingImports]
 from sae_bench.evals.core import main as sae_bench  # pyright: ignore[reportMissingImports]
 from sae_lens import evals as sae_lens  # pyright: ignore[reportMissingImports]
 from sae_lens.training.activation_scaler import ActivationScaler  # pyright: ignore[reportMissingImports]
+
+from tests.support import published_case as case  # pyright: ignore[reportMissingImports]
 
 BATCH = 16
 BATCHES = -(-case.CONTEXTS // BATCH)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harvest_case import HOOKS, Config, contents
 from torch import Tensor
 
 from sae.activations import ActivationCache
@@ -22,6 +21,7 @@ from sae.errors import CacheError, DataError, ModelError
 from sae.files.writing import write_json
 from sae.model.language_model import LanguageModel
 from sae.runs.verification import verify
+from tests.support.harvest_case import HOOKS, Config, contents
 
 
 def slow_activations(model: LanguageModel, cache: ActivationCache, hook: str, split: str) -> Iterator[Tensor]:

@@ -13,7 +13,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from harvest_case import HOOKS, Config, contents
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
@@ -22,6 +21,7 @@ from sae.files.writing import write_json
 from sae.model.language_model import LanguageModel
 from sae.runs.verification import verify
 from sae.text.packing import packed_shards
+from tests.support.harvest_case import HOOKS, Config, contents
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_harvest_that_cannot_fit_is_not_begun(
 @pytest.mark.slow
 def test_killed_harvests_end_with_the_same_bytes(tiny_model: Path, text_folder: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments, and at steps of the file system, then resumed to the end."""
-    script = Path(__file__).with_name("killed_harvest.py")
+    script = Path(__file__).parents[1] / "support" / "killed_harvest.py"
     command = [sys.executable, str(script), str(tiny_model), str(text_folder), str(tmp_path), "10"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=one_thread)

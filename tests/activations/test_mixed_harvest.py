@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harvest_case import Config, contents
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
@@ -21,6 +20,7 @@ from sae.errors import CacheError, DataError
 from sae.model.language_model import LanguageModel
 from sae.runs.verification import verify
 from sae.text.corpus import is_held_out
+from tests.support.harvest_case import Config, contents
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_a_source_that_runs_out_is_in_nobodys_way(mixed_config: Config, language
 def test_killed_harvests_of_a_mix_end_with_the_same_bytes(
     tiny_model: Path, text_folder: Path, letters: Path, tmp_path: Path
 ) -> None:
-    script = Path(__file__).with_name("killed_harvest.py")
+    script = Path(__file__).parents[1] / "support" / "killed_harvest.py"
     command = [sys.executable, str(script), str(tiny_model), f"{text_folder}{os.pathsep}{letters}", str(tmp_path), "4"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=one_thread)

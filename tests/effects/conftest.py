@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from effect_case import HEADS, MLP, POST, RESID, make_gemma, make_granite
 
 from sae.activations import ActivationCache
 from sae.model.language_model import LanguageModel
+from tests.support.effect_case import HEADS, MLP, POST, RESID, make_gemma, make_granite
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from effect_case import DEAD, HEADS, MLP, POST, RESID, by_splicing, contexts, differences, make_dictionary
 from torch import Tensor
 
 from sae.activations import ActivationCache
@@ -19,6 +18,7 @@ from sae.effects.interventions import ELSEWHERE, FIRING, RANDOM, Changes, Plan, 
 from sae.effects.meter import ChangeMeter
 from sae.model.language_model import LanguageModel
 from sae.model.tail import Readout, Start, Tail
+from tests.support.effect_case import DEAD, HEADS, MLP, POST, RESID, by_splicing, contexts, differences, make_dictionary
 
 LENGTH = 16
 NUMBERS = ("activation", "loss", "loss_after", "kl", "kl_after", "direct")

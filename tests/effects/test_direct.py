@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from effect_case import HEADS, MLP, POST, RESID, make_gemma, make_granite
 from torch import Tensor
 
 from sae.effects.direct import DirectPath
 from sae.model.language_model import LanguageModel
+from tests.support.effect_case import HEADS, MLP, POST, RESID, make_gemma, make_granite
 
 
 def rows(seed: int, width: int) -> Tensor:

@@ -7,7 +7,6 @@ import io
 
 import numpy as np
 import pytest
-from effect_example import make_effects
 from rich.console import Console
 
 from sae.effects.effects import EffectSettings
@@ -24,6 +23,7 @@ from sae.effects.view import (
     what_is_done,
 )
 from sae.results.estimate import Estimate
+from tests.support.effect_example import make_effects
 
 EVIL = "[bold]</code>\x1b[31m\n|"
 

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-from effect_case import DEAD, RESID, contexts, make_dictionary
 
 from sae.activations import ActivationCache
 from sae.config.splits import HELD_OUT
@@ -13,6 +12,7 @@ from sae.effects.firings import scan_firings, spread
 from sae.errors import ConfigError
 from sae.features.block import Block
 from sae.features.collection import random_keys
+from tests.support.effect_case import DEAD, RESID, contexts, make_dictionary
 
 
 def random_firings(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

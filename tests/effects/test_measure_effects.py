@@ -5,18 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from effect_case import DEAD, HEADS, MLP, POST, RESID, make_dictionary
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
-
-import evaluation_reference as reference
 
 from sae.activations import ActivationCache
 from sae.architectures import TopK
@@ -34,6 +28,8 @@ from sae.files.writing import write_json
 from sae.model.language_model import LanguageModel
 from sae.model.vocabulary import Vocabulary
 from sae.results.estimate import Estimate
+from tests.support import evaluation_reference as reference
+from tests.support.effect_case import DEAD, HEADS, MLP, POST, RESID, make_dictionary
 
 FEW = EffectSettings(positions=6, null_positions=3, window=2, top=4)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_cache import HOOK, make_cache, random_rows
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from sae.evaluation.comparison import comparison_key
 from sae.evaluation.metrics import METRICS, below_noise
 from sae.evaluation.stored import read_comparison
 from sae.model.language_model import LanguageModel
+from tests.support.evaluation_cache import HOOK, make_cache, random_rows
 
 
 def _topk(seed: int, k: int = 4, d_in: int = 32) -> TopK:

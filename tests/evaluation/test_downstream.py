@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import evaluation_reference as reference
 import pytest
 import torch
-from evaluation_cache import Fixed
 from rich.console import Console
 from torch import Tensor
 
@@ -25,6 +23,8 @@ from sae.evaluation.report import Report
 from sae.evaluation.report_view import markdown, report_table
 from sae.model.language_model import LanguageModel
 from sae.runs.pipeline import run
+from tests.support import evaluation_reference as reference
+from tests.support.evaluation_cache import Fixed
 
 HOOK = "blocks.1.hook_resid_pre"
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import math
 
-import evaluation_reference as reference
 import numpy as np
 import pytest
 import torch
 
 from sae.results.estimate import DocumentSums, Estimate, ratio, student_t
+from tests.support import evaluation_reference as reference
 
 
 def _tokens(documents: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import published_case as case
 import pytest
 import torch
-from evaluation_cache import make_cache, random_rows
 from torch import Tensor
 
 from sae.activations import ActivationCache
@@ -24,6 +22,8 @@ from sae.evaluation.published import PublishedScores, measure_published
 from sae.evaluation.published_formulas import SAEBENCH, SAELENS
 from sae.evaluation.report_view import markdown
 from sae.model.language_model import LanguageModel, Replacement
+from tests.support import published_case as case
+from tests.support.evaluation_cache import make_cache, random_rows
 
 REFERENCE: dict[str, dict[str, dict[str, float]]] = {
     "sae-lens 6.54.12": {

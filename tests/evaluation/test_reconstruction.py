@@ -4,10 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluation_reference as reference
 import pytest
 import torch
-from evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, eligible_rows
@@ -16,6 +14,8 @@ from sae.config.settings import EvaluationConfig
 from sae.errors import CacheError, ConfigError, FormatError
 from sae.evaluation import evaluate, held_out
 from sae.evaluation.held_out import HeldOut, held_out_blocks
+from tests.support import evaluation_reference as reference
+from tests.support.evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
 
 D_IN = 6
 ROWS = random_rows(150, D_IN, 9)  # 18 contexts of 8, and one of 6

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_cache import HOOK, make_cache, random_rows
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -25,6 +24,7 @@ from sae.evaluation.stored import read_stored
 from sae.files.writing import write_bytes, write_json
 from sae.model.language_model import LanguageModel
 from sae.runs.verification import verify
+from tests.support.evaluation_cache import HOOK, make_cache, random_rows
 
 DEFINITIONS = (
     "mse", "fvu", "explained_variance", "cosine", "l2_ratio", "relative_reconstruction_bias", "l0", "l0_quantiles",

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_cache import HOOK, make_cache, random_rows
 
 from sae.architectures import TopK
 from sae.dictionary.base import Codes
 from sae.evaluation import evaluate
 from sae.evaluation.sparsity import SparsityCounts
+from tests.support.evaluation_cache import HOOK, make_cache, random_rows
 
 
 def _by_hand() -> SparsityCounts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import evaluation_reference as reference
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,7 @@ from sae.evaluation.held_out import HeldOut, held_out_blocks
 from sae.evaluation.report_view import markdown
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
+from tests.support import evaluation_reference as reference
 
 READS, GIVES = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
 

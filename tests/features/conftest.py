@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from feature_case import Case, build_case
 
 from sae.features import Features
+from tests.support.feature_case import Case, build_case
 
 
 @pytest.fixture

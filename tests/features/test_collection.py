@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_case import CONTEXT, D_SAE, DEAD, SETTINGS, Case, build_case
 
 from sae.architectures import ReLU, TopK
 from sae.config.settings import FeaturesConfig
@@ -16,6 +15,7 @@ from sae.features.collection import random_keys
 from sae.features.examples import reservoir_size
 from sae.numerics import seeding
 from tests.support.feature_cache import HOOK, FakeTokenizer
+from tests.support.feature_case import CONTEXT, D_SAE, DEAD, SETTINGS, Case, build_case
 
 
 def all_examples(features: Features):

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from feature_case import D_SAE, DEAD, SETTINGS, Case
 
 from sae.dictionary import neighbours
 from sae.dictionary.neighbours import nearest_neighbours
 from sae.features import logits
 from sae.features.logits import logit_effects
+from tests.support.feature_case import D_SAE, DEAD, SETTINGS, Case
 
 
 @pytest.fixture(autouse=True)

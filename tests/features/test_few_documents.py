@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from feature_case import CONTEXT, SETTINGS, build_case
-from slow_reference import Reference
 
 from sae.activations.harvest import harvest
 from sae.features.groups import ExampleGroups
 from sae.model.language_model import LanguageModel
+from tests.support.feature_case import CONTEXT, SETTINGS, build_case
+from tests.support.feature_reference import Reference
 
 
 def test_three_books_give_as_many_examples_as_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

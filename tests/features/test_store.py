@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from feature_case import D_SAE, DEAD, SETTINGS, Case
 from safetensors.torch import load_file
 
 from sae.errors import CacheError, ConfigError, FormatError, SaeError, UnknownFeatureError
 from sae.features import Features
 from sae.files.writing import write_json
+from tests.support.feature_case import D_SAE, DEAD, SETTINGS, Case
 
 
 def test_a_store_opens_by_itself_and_by_its_run_folder(features: Features) -> None:

@@ -10,7 +10,7 @@ import torch
 from sae.kernels import back_end
 from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, RowGradient, Selection, Subset
 from sae.kernels.pattern import Pattern
-from tests.kernels.kernel_cases import CASES, DEVICE, Case, check_selection, rows
+from tests.support.kernel_cases import CASES, DEVICE, Case, check_selection, rows
 
 REFERENCE = back_end("reference")
 _no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

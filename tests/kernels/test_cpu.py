@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae.kernels import back_end, cpu, products
-from tests.kernels.kernel_cases import CASES, Case, check_selection
+from tests.support.kernel_cases import CASES, Case, check_selection
 
 
 @pytest.mark.parametrize("columns", [64, 200, 4096, 8192])

@@ -19,7 +19,7 @@ from sae.kernels.sparse import (
     select_batch_topk,
     select_topk,
 )
-from tests.kernels.kernel_cases import CASES, Case
+from tests.support.kernel_cases import CASES, Case
 
 RULES = ["topk", "batch topk", "above"]
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from sae.kernels import back_end
 from sae.kernels.triton import batch, select_batch_topk, select_topk, topk
-from tests.kernels.kernel_cases import DEVICE, Case, check_selection, rows
+from tests.support.kernel_cases import DEVICE, Case, check_selection, rows
 
 REFERENCE = back_end("reference")
 

@@ -21,7 +21,7 @@ from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
 from sae.training.objectives import OBJECTIVES, StepInputs
 from sae.training.optimizer import FeatureAdam
-from tests.kernels.kernel_cases import DEVICE
+from tests.support.kernel_cases import DEVICE
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 import torch
 from families import write_model
 from family_configs import FAMILIES
-from test_splicing import make_dictionary
 from torch import Tensor, nn
 
 from sae.config.sources import ModelConfig
@@ -18,6 +17,7 @@ from sae.errors import ModelError
 from sae.model.language_model import LanguageModel
 from sae.model.passes import BEYOND, Passes, positions
 from sae.model.splicing import splice
+from tests.model.test_splicing import make_dictionary
 
 TEXT = torch.randint(1, 90, (2, 12), generator=torch.Generator().manual_seed(4))
 

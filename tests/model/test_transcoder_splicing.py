@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_language_model import at_hf, hf_activation
 from torch import Tensor
 
 from sae.architectures import TopK
@@ -16,6 +15,7 @@ from sae.dictionary.sites import Hooks, place_in_model
 from sae.errors import ConfigError, ModelError, SaeError
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
+from tests.model.test_language_model import at_hf, hf_activation
 
 READS, GIVES = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
 

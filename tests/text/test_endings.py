@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_pieces import shapes, source
-from tokenizer_kinds import KINDS, make
 
 from sae.model.language_model import LanguageModel
 from sae.text import endings
 from sae.text.endings import last_tokens
 from tests.support.quick import quick_for
+from tests.support.tokenizer_kinds import KINDS, make
+from tests.text.test_pieces import shapes, source
 
 LEARNT = 20_000
 FROM_THE_BEGINNING = {("llama3", "digits"), ("bert", "letters"), ("bert", "digits"), ("bert", "one letter")}

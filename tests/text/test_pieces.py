@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizer_kinds import KINDS, make
 
 from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
@@ -20,6 +19,7 @@ from sae.text.corpus import standard_library
 from sae.text.packing import Packer, packed_shards
 from sae.text.pieces import token_parts
 from sae.text.sections import sections
+from tests.support.tokenizer_kinds import KINDS, make
 
 SMALL = 60_000
 LARGE, LARGEST = 1_000_000, 10_000_000

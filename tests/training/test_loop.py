@@ -195,9 +195,8 @@ def test_a_checkpoint_from_before_firing_was_logged_goes_on(tmp_path: Path) -> N
 
 SCRIPT = """
     import sys, time, torch
-    sys.path.insert(0, {tests!r})
-    from test_loop import SHAPE, planted, settings
     from sae.training import IterableSource, train
+    from tests.training.test_loop import SHAPE, planted, settings
 
     class Slow(list):
         def __iter__(self):
@@ -215,7 +214,7 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """kill -9 at six random moments; only whole checkpoints may count."""
     whole = train(IterableSource(planted(30)), SHAPE, settings(200, checkpoint_every=7), folder=tmp_path / "whole")
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent))))
+    script.write_text(textwrap.dedent(SCRIPT))
     rng = random.Random(0)
     kills = 0
     for _ in range(6):

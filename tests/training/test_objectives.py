@@ -14,7 +14,7 @@ from sae.training.firing import FiringRecord
 from sae.training.initialise import initialise_
 from sae.training.objectives import StepInputs, gated_loss, jumprelu_loss, relu_loss, topk_loss
 from sae.training.optimizer import FeatureAdam
-from tests.training.dense_reference import straight_through
+from tests.support.dense_reference import straight_through
 
 D_IN, D_SAE, K, BATCH = 6, 20, 3, 15
 

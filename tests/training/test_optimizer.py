@@ -19,7 +19,7 @@ from sae.training.initialise import initialise_
 from sae.training.objectives import OBJECTIVES, StepInputs
 from sae.training.optimizer import FeatureAdam
 from sae.training.schedules import learning_rate
-from tests.training.dense_reference import DenseReference
+from tests.support.dense_reference import DenseReference
 from tests.training.test_loop import read_by
 
 D_IN, D_SAE, K, BATCH = 24, 192, 4, 96

@@ -18,9 +18,9 @@ from sae.errors import TrainingError
 from sae.numerics.statistics import Statistics
 from sae.training import IterableSource, train
 from sae.training.normalisation import normalisations_of
-from tests.evaluation.evaluation_cache import HOOK, make_cache
+from tests.support.evaluation_cache import HOOK, make_cache
+from tests.support.planted_rows import PlantedRows, fvu
 from tests.support.quick import quick_for
-from tests.training.planted_rows import PlantedRows, fvu
 
 BATCH, ROWS, STEPS = 256, 20_480, 150
 OLD = Path(__file__).parent / "checkpoints-d0ee045"

@@ -15,7 +15,7 @@ from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.training import IterableSource, train
 from sae.training.schedules import default_gains
-from tests.training.planted_rows import PlantedRows, fvu
+from tests.support.planted_rows import PlantedRows, fvu
 
 BATCH, K = 512, 8
 STEPS = (20, 50, 100, 300, 1000)

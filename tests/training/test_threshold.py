@@ -19,7 +19,7 @@ from sae.errors import TrainingError
 from sae.runs.pipeline import Run
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.checkpoint import list_checkpoints
-from tests.training.planted_rows import PlantedRows
+from tests.support.planted_rows import PlantedRows
 
 ARCHITECTURES = ("batch_topk", "matryoshka")
 BATCH, K = 256, 4

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "effects"))
-
-from effect_example import make_effects
-from test_page import Elements, browser, expect  # noqa: F401  the fixture is used by its name
 
 from sae.effects import effects_beside
 from sae.errors import FormatError
@@ -19,6 +13,8 @@ from sae.files.hashes import MissingWarning
 from sae.files.writing import write_json
 from sae.viewer import print_feature, write_page
 from sae.viewer.page import page_data
+from tests.support.effect_example import make_effects
+from tests.viewer.test_page import Elements, browser, expect  # noqa: F401  the fixture is used by its name
 from tests.viewer.test_terminal import printed
 
 EVIL = "</script><img src=x onerror=document.body.remove()>"

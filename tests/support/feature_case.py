@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from slow_reference import Reference
 
 from sae.activations.cache import ActivationCache
 from sae.architectures import ReLU
 from sae.config.settings import FeaturesConfig
 from sae.features import Features, collect
 from tests.support.feature_cache import HOOK, FakeTokenizer, eligible_rows, make_cache
+from tests.support.feature_reference import Reference
 
 SETTINGS = FeaturesConfig(top=5, quantiles=3, per_quantile=2, before=4, after=3, neighbours=3)
 CONTEXT, D_SAE, DEAD = 12, 8, 6
