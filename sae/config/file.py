@@ -26,9 +26,12 @@ TRUST_SETTING = "model.trust_remote_code"
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply `key.subkey=value` overrides.
+    """Read a YAML file and apply overrides.
 
-    `sae.config.base.read_words` says how values of overrides are read.
+    Args:
+        path: the file; None: only defaults and overrides.
+        overrides: such as `train.lr=1e-3`. Values are YAML, except for settings that hold text, whose values are taken
+            literally.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key does not exist, or a value is invalid.

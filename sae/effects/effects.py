@@ -90,7 +90,7 @@ class FeatureEffect:
         random_loss, random_kl: effects of changes of the same length in random directions, at the first of these
             places.
         kl_above_random: KL minus that of the random direction at the same place.
-        elsewhere_loss, elsewhere_kl: effects of adding |α − 1| times its mean activation where it does not fire.
+        elsewhere_loss, elsewhere_kl: effects of adding `|α − 1|` times its mean activation where it does not fire.
         raised: the tokens that the change makes more likely along the direct path, largest change first.
         lowered: the tokens that it makes less likely.
     """

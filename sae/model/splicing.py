@@ -44,8 +44,8 @@ def splice(
             only with a single one.
         hook: hook point that it reads; None for the one it was trained on.
         target_hook: hook point that it writes; None for the target it was trained on, or `hook` if it has none.
-        error_term: use x̂ + (x − x̂) instead, the second part without gradient: the model's output is unchanged, and
-            its gradients reach the features.
+        error_term: use x̂ + (x − x̂) instead, the second part without gradient: the model's output is unchanged but for
+            rounding, and its gradients reach the features.
         edit: changes the features `[context, seq, d_sae]` before they are decoded (ablate, scale, steer). With
             `error_term`, the error is that of the unedited features.
 

@@ -318,6 +318,10 @@ def run(config: RunConfig, progress: Progress = silent, *, features: bool = True
 
     Returns:
         The run; `dictionary()`, `evaluate()` and `features()` give its results.
+
+    Raises:
+        SaeError: settings that cannot work (before anything is read), or a step that fails.
+        TrainingInterrupted: Ctrl-C while training; the state is saved, and the same call resumes.
     """
     pipeline_run = Run(config, progress)
     pipeline_run.check()
@@ -389,10 +393,29 @@ def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict
 
 
 def harvest(config: RunConfig, progress: Progress = silent) -> ActivationCache:
-    """Cache the activations that `config` asks for; see `sae.activations.harvest.harvest`."""
+    """Cache the activations that a configuration asks for. An existing cache is opened, an unfinished one continued.
+
+    Args:
+        config: its `model`, `data` and `harvest` sections and the cache folder are used.
+        progress: called with (stage, tokens done, tokens in total).
+
+    Raises:
+        CacheError: the folder holds another cache, cannot be written or is full; activations overflow the number type.
+        DataError: the text cannot be read, or is too short.
+        ModelError: the model cannot be loaded, has no such hook point, or cannot read contexts of that length.
+    """
     return Run(config, progress).harvest()
 
 
 def collect_features(folder: str | Path, progress: Progress = silent, overrides: tuple[str, ...] = ()) -> Features:
-    """The feature store of a run folder, collected if it is missing or stale; `overrides` as in `Run.open`."""
+    """The feature store of a run folder, collected if it is missing or stale.
+
+    Args:
+        folder: the run folder.
+        progress: called with (stage, tokens done, tokens in total).
+        overrides: settings of the run to replace, such as `device=cpu`.
+
+    Raises:
+        SaeError: the run folder is incomplete or damaged, or its model cannot be loaded.
+    """
     return Run.open(folder, overrides, progress).features()

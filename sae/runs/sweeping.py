@@ -135,11 +135,15 @@ def _without(variant: RunConfig, keys: Collection[str]) -> RunConfig:
 def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
     """Harvest missing activations, train every missing variant, evaluate, and compare.
 
-    Variants are trained in one pass over the activations and evaluated in another, at most `config.sweep_at_once` at a
-    time.
+    A variant is a combination of the values under `config.sweep`. Variants are trained in one pass over the
+    activations and evaluated in another, at most `config.sweep_at_once` at a time.
+
+    Args:
+        config: the configuration, with lists of values under `sweep`.
+        progress: called with (stage, tokens done, tokens in total).
 
     Raises:
-        ConfigError: the sweep is invalid; see `variants`.
+        ConfigError: nothing is swept, or something that cannot be, or there are more than 1,000 combinations.
         TrainingInterrupted: Ctrl-C; every state was saved, and the same sweep resumes.
         SaeError: a step of a run fails.
     """

@@ -16,7 +16,8 @@ from sae.evaluation.frozen_decoder import train_frozen_decoders
 from sae.evaluation.held_out import HeldOut, training_blocks
 from sae.evaluation.report_view import markdown
 from sae.training import Outcome, train, train_all
-from tests.support.evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
+from tests.support.evaluation_cache import Fixed, make_cache, random_rows
+from tests.support.fake_cache import HOOK, POLICY
 
 TRAIN = random_rows(700, 6, 12, seed=1)
 HELD_OUT = random_rows(150, 6, 9, seed=2)

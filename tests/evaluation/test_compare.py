@@ -20,7 +20,8 @@ from sae.evaluation.comparison import comparison_key
 from sae.evaluation.metrics import METRICS, below_noise
 from sae.evaluation.stored import read_comparison
 from sae.model.language_model import LanguageModel
-from tests.support.evaluation_cache import HOOK, make_cache, random_rows
+from tests.support.evaluation_cache import make_cache, random_rows
+from tests.support.fake_cache import HOOK
 
 
 def _topk(seed: int, k: int = 4, d_in: int = 32) -> TopK:

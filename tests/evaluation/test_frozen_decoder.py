@@ -14,7 +14,8 @@ from sae.evaluation.baselines import Baseline
 from sae.evaluation.frozen_decoder import train_frozen_decoders
 from sae.evaluation.held_out import HeldOut, training_blocks
 from sae.numerics.seeding import torch_generator
-from tests.support.evaluation_cache import HOOK, Fixed, make_cache, random_rows
+from tests.support.evaluation_cache import Fixed, make_cache, random_rows
+from tests.support.fake_cache import HOOK
 
 TRAIN = random_rows(4000, 6, 12, seed=1)
 HELD_OUT = random_rows(150, 6, 9, seed=2)

@@ -15,7 +15,8 @@ from sae.errors import CacheError, ConfigError, FormatError
 from sae.evaluation import evaluate, held_out
 from sae.evaluation.held_out import HeldOut, held_out_blocks
 from tests.support import evaluation_reference as reference
-from tests.support.evaluation_cache import HOOK, POLICY, Fixed, make_cache, random_rows
+from tests.support.evaluation_cache import Fixed, make_cache, random_rows
+from tests.support.fake_cache import HOOK, POLICY
 
 D_IN = 6
 ROWS = random_rows(150, D_IN, 9)  # 18 contexts of 8, and one of 6

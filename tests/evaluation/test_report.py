@@ -24,7 +24,8 @@ from sae.evaluation.stored import read_stored
 from sae.files.writing import write_bytes, write_json
 from sae.model.language_model import LanguageModel
 from sae.runs.verification import verify
-from tests.support.evaluation_cache import HOOK, make_cache, random_rows
+from tests.support.evaluation_cache import make_cache, random_rows
+from tests.support.fake_cache import HOOK
 
 DEFINITIONS = (
     "mse", "fvu", "explained_variance", "cosine", "l2_ratio", "relative_reconstruction_bias", "l0", "l0_quantiles",

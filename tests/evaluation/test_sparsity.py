@@ -9,7 +9,8 @@ from sae.architectures import TopK
 from sae.dictionary.base import Codes
 from sae.evaluation import evaluate
 from sae.evaluation.sparsity import SparsityCounts
-from tests.support.evaluation_cache import HOOK, make_cache, random_rows
+from tests.support.evaluation_cache import make_cache, random_rows
+from tests.support.fake_cache import HOOK
 
 
 def _by_hand() -> SparsityCounts:

@@ -14,7 +14,8 @@ from sae.features.block import Block
 from sae.features.collection import random_keys
 from sae.features.examples import reservoir_size
 from sae.numerics import seeding
-from tests.support.feature_cache import HOOK, FakeTokenizer
+from tests.support.fake_cache import HOOK
+from tests.support.feature_cache import FakeTokenizer
 from tests.support.feature_case import CONTEXT, D_SAE, DEAD, SETTINGS, Case, build_case
 
 

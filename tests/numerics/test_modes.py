@@ -15,7 +15,8 @@ from sae.architectures import ARCHITECTURES
 from sae.probing import ProbeConfig
 from sae.superposition import ToyTraining, train_toy_models
 from sae.superposition.dictionaries import RecoverySettings, run_recovery
-from tests.evaluation.evaluation_cache import HOOK, make_cache, random_rows
+from tests.support.evaluation_cache import make_cache, random_rows
+from tests.support.fake_cache import HOOK
 
 
 @contextlib.contextmanager

@@ -1,25 +1,17 @@
-"""A small activation cache written by hand: numbers, tokens and documents chosen by the test."""
+"""Activations, tokens and documents for evaluation, a cache of them, and a dictionary with given reconstructions."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache, eligible_rows
-from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
+from sae.activations.cache import ActivationCache
 from sae.dictionary.base import Codes, Dictionary
-from sae.dictionary.token_policy import TokenPolicy
-from sae.files.writing import write_bytes
 from sae.kernels.interface import Selection
-
-HOOK = "blocks.1.hook_resid_pre"
-POLICY = TokenPolicy(prepend_bos=True, masked_positions=1, masked_ids=(0,))
+from tests.support.fake_cache import Rows, write_fake_cache
 
 
 class Fixed(Dictionary):
@@ -57,11 +49,7 @@ def make_cache(
     folder: Path,
     held_out: tuple[Tensor, Tensor, Tensor],
     train: tuple[Tensor, Tensor, Tensor] | None = None,
-    *,
-    context_length: int = 8,
-    shard_contexts: int = 3,
-    policy: TokenPolicy = POLICY,
-    model: dict[str, Any] | None = None,
+    **options: Any,
 ) -> ActivationCache:
     """Write a complete float32 cache.
 
@@ -69,48 +57,14 @@ def make_cache(
         folder: where.
         held_out: activations `[rows, d_in]`, tokens `[rows]`, document indices `[rows]`.
         train: the same; None: as held out.
+        options: those of `write_fake_cache`.
     """
-    files: dict[str, FileEntry] = {}
-
-    def write(name: str, tensors: dict[str, Tensor]) -> None:
-        content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-        rows = len(next(iter(tensors.values())))
-        files[name] = FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
     splits = {"train": train or held_out, "held_out": held_out}
-    for split, (x, tokens, documents) in splits.items():
-        size = shard_contexts * context_length
-        for number, start in enumerate(range(0, len(x), size)):
-            part = slice(start, start + size)
-            ids = {"tokens": tokens[part].int(), "documents": documents[part].int()}
-            write(shard_name("tokens", split, number), ids)
-            write(shard_name(HOOK, split, number), {"activations": x[part].float()})
-    names = {
-        split: [f"{n}.txt" for n in range(int(documents.max()) + 1)] for split, (_, _, documents) in splits.items()
-    }
-    content = json.dumps(names).encode()
-    (folder / DOCUMENTS).write_bytes(content)
-    files[DOCUMENTS] = FileEntry(rows=0, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    x, tokens, _ = splits["train"]
-    x = x[eligible_rows(tokens, policy, context_length)].double()
-    total, squares = x.sum(0).tolist(), float(x.square().sum())
-    manifest = Manifest(
-        complete=True,
-        model=model or {"name": "none", "weights_sha256": "0", "weight_processing": "none"},
-        data={"source": "numbers"},
-        tokens=policy.to_json(),
-        context_length=context_length,
-        shard_contexts=shard_contexts,
-        dtype="float32",
-        rows={split: len(tokens) for split, (_, tokens, _) in splits.items()},
-        text_sha256="1" * 64,
-        hooks={HOOK: HookEntry(d_in=x.shape[1], tokens=len(x), sum=total, sum_of_squares=squares)},
-        files=files,
+    return write_fake_cache(
+        folder,
+        {split: Rows(x.float(), tokens, documents) for split, (x, tokens, documents) in splits.items()},
+        **options,
     )
-    write_bytes(folder / MANIFEST, manifest.model_dump_json().encode())
-    return ActivationCache(folder)
 
 
 def random_rows(rows: int, d_in: int, documents: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache
-from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
-from sae.dictionary.token_policy import TokenPolicy
-from sae.files.writing import write_bytes
-
-HOOK = "blocks.1.hook_resid_pre"
-POLICY = TokenPolicy(prepend_bos=True, masked_positions=1, masked_ids=(0,))
+from tests.support.fake_cache import Rows, write_fake_cache
 
 
 class FakeTokenizer:
@@ -40,52 +32,22 @@ def make_cache(
     folder: Path, activations: Tensor, tokens: Tensor, documents: Tensor, context_length: int, shard_contexts: int = 4
 ) -> ActivationCache:
     """Write `[rows, d_in]` activations as the training split; the held-out split is one masked token."""
-    files: dict[str, FileEntry] = {}
-
-    def write(name: str, rows: int, **tensors: Tensor) -> None:
-        content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-        files[name] = FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-    size = shard_contexts * context_length
-    splits = {
-        "train": (activations, tokens.int(), documents.int()),
-        "held_out": (torch.zeros(1, activations.shape[1]), torch.zeros(1).int(), torch.zeros(1).int()),
-    }
-    for split, (x, ids, origin) in splits.items():
-        for number, start in enumerate(range(0, len(ids), size)):
-            part = slice(start, start + size)
-            rows = len(ids[part])
-            write(shard_name("tokens", split, number), rows, tokens=ids[part], documents=origin[part])
-            write(shard_name(HOOK, split, number), rows, activations=x[part])
-    names = {"train": [f"text/{number}.txt" for number in range(int(documents.max()) + 1)], "held_out": ["other.txt"]}
-    content = json.dumps(names).encode()
-    (folder / DOCUMENTS).write_bytes(content)
-    files[DOCUMENTS] = FileEntry(rows=0, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    eligible = activations[eligible_rows(tokens, context_length)].double()
-    manifest = Manifest(
-        complete=True,
-        model={"name": "fake"},
-        data={},
-        tokens=POLICY.to_json(),
+    nothing = torch.zeros(1)
+    return write_fake_cache(
+        folder,
+        {
+            "train": Rows(activations, tokens, documents),
+            "held_out": Rows(torch.zeros(1, activations.shape[1]), nothing, nothing),
+        },
         context_length=context_length,
         shard_contexts=shard_contexts,
-        dtype="float32",
-        rows={"train": len(tokens), "held_out": 1},
-        text_sha256="0" * 64,
-        hooks={
-            HOOK: HookEntry(
-                d_in=activations.shape[1],
-                tokens=len(eligible),
-                sum=eligible.sum(0).tolist(),
-                sum_of_squares=float(eligible.square().sum()),
-            )
+        model={"name": "fake"},
+        data={},
+        document_names={
+            "train": [f"text/{number}.txt" for number in range(int(documents.max()) + 1)],
+            "held_out": ["other.txt"],
         },
-        files=files,
     )
-    write_bytes(folder / MANIFEST, manifest.model_dump_json().encode())
-    return ActivationCache(folder)
 
 
 def eligible_rows(tokens: Tensor, context_length: int) -> Tensor:

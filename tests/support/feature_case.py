@@ -11,7 +11,8 @@ from sae.activations.cache import ActivationCache
 from sae.architectures import ReLU
 from sae.config.settings import FeaturesConfig
 from sae.features import Features, collect
-from tests.support.feature_cache import HOOK, FakeTokenizer, eligible_rows, make_cache
+from tests.support.fake_cache import HOOK
+from tests.support.feature_cache import FakeTokenizer, eligible_rows, make_cache
 from tests.support.feature_reference import Reference
 
 SETTINGS = FeaturesConfig(top=5, quantiles=3, per_quantile=2, before=4, after=3, neighbours=3)

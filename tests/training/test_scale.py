@@ -18,7 +18,8 @@ from sae.errors import TrainingError
 from sae.numerics.statistics import Statistics
 from sae.training import IterableSource, train
 from sae.training.normalisation import normalisations_of
-from tests.support.evaluation_cache import HOOK, make_cache
+from tests.support.evaluation_cache import make_cache
+from tests.support.fake_cache import HOOK
 from tests.support.planted_rows import PlantedRows, fvu
 from tests.support.quick import quick_for
 

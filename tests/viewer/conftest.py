@@ -10,7 +10,8 @@ import torch
 from sae.architectures import TopK
 from sae.config.settings import FeaturesConfig
 from sae.features import Features, collect
-from tests.support.feature_cache import HOOK, FakeTokenizer, make_cache
+from tests.support.fake_cache import HOOK
+from tests.support.feature_cache import FakeTokenizer, make_cache
 
 EVIL = "</script><img src=x onerror=document.body.remove()><!--&amp;[bold]\x1b[31m\u2028"
 MakeFeatures = Callable[..., Features]
