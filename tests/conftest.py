@@ -85,6 +85,17 @@ class Outcome(NamedTuple):
 Command = Callable[..., Outcome]
 
 
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    """One line that says what is wrong, and status 1."""
+    assert outcome.status == 1, outcome.out + outcome.err
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("Error: ")
+    for part in parts:
+        assert part in lines[0], lines[0]
+    assert "Traceback" not in outcome.err
+
+
 def write_text_folder(folder: Path, documents: int = 60, seed: int = 0) -> Path:
     """Some dozens of small documents of random sentences, no two alike."""
     rng = random.Random(seed)

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import sae
+from tests.conftest import assert_refused
 from tests.support.locks import held_elsewhere
 
 
@@ -49,17 +50,6 @@ def finished_run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def own_run(finished_run: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(finished_run, tmp_path / "own"))
-
-
-def assert_refused(outcome: Outcome, *parts: str) -> None:
-    """One line that says what is wrong, and status 1."""
-    assert outcome.status == 1, outcome.out + outcome.err
-    lines = outcome.err.strip().splitlines()
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("Error: ")
-    for part in parts:
-        assert part in lines[0], lines[0]
-    assert "Traceback" not in outcome.err
 
 
 def test_a_run_is_self_contained_and_readable(finished_run: Path) -> None:
@@ -163,23 +153,6 @@ def test_verify_passes_a_good_cache_and_names_a_flipped_byte(own_run: Path, comm
     outcome = command("verify", own_run)
     assert outcome.status == 1
     assert f"{shard}': damaged or changed: its SHA-256 is " in outcome.err.splitlines()[0]
-
-
-def test_a_run_needs_no_file(command, tiny_model: Path, text_folder: Path, tmp_path: Path) -> None:
-    settings = [
-        f"model.name={tiny_model}", f"data.source={text_folder}", "data.tokens=600", "data.held_out_tokens=200",
-        "data.context_length=16", "data.holdout_fraction=0.25", "harvest.hooks=[blocks.1.hook_resid_pre]",
-        "dictionary.d_sae=64", "dictionary.k=4", "train.batch_size=64", "train.tokens=640",
-    ]  # fmt: skip
-    out = tmp_path / "run"
-    assert command("harvest", *settings, f"out={out}").status == 0
-    assert command("train", f"out={out}", *settings).status == 0
-    assert sae.load(out).settings()["k"] == 4
-    assert_refused(command("train", "dictionary.kk=4"), "dictionary.kk", "dictionary.k")
-    assert command("train").status == 2
-    file = tmp_path / "a=b.yaml"
-    file.write_text("dictionary: {kk: 4}")
-    assert_refused(command("train", file), "dictionary.kk")
 
 
 def test_unknown_key(config_file: Path, command) -> None:
@@ -393,10 +366,3 @@ def test_a_standard_output_that_takes_nothing(finished_run: Path, words: list[st
     assert done.stderr.splitlines() == [
         "Error: standard output cannot be written (No space left on device); redirect it elsewhere"
     ]
-
-
-def test_help_lists_every_key(command) -> None:
-    outcome = command("train", "--help")
-    assert outcome.status == 0
-    for key, _, _ in sae.config.file.describe_keys():
-        assert key in outcome.out, key

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 
 import sae
@@ -22,7 +21,7 @@ from sae.files import sums
 from sae.files.writing import write_json
 from sae.probing.render import letters_table, markdown
 from sae.probing.scores import SplitEstimate
-from sae.probing.settings import LetterConfig, ProbeConfig, describe_keys, read_overrides
+from sae.probing.settings import LetterConfig, ProbeConfig, describe_keys
 from sae.runs import pipeline
 from sae.runs import probes as of_run
 
@@ -382,23 +381,3 @@ def test_the_command(own_run: Path, sets: Path, command) -> None:
     assert status == 0
     for key, _, _ in describe_keys():
         assert key in out, key
-
-
-def test_settings_from_words() -> None:
-    found = read_overrides(["k=[16, 2]", "pool=mean", "letters.words=50", "model.name=a.gguf", "device=cpu"])
-    assert found.probes == ProbeConfig(k=(2, 16), pool="mean")
-    assert found.letters == LetterConfig(words=50)
-    assert found.of_run == ("model.name=a.gguf", "device=cpu")
-    assert read_overrides(["k=4"]).probes.k == (4,)
-    for word, message in (
-        ("splits", "override 'splits': expected key=value, such as examples=200"),
-        ("letters.word=3", "unknown setting 'letters.word': did you mean letters.words?"),
-        ("splits=0", "setting splits=0: input should be greater than 0"),
-        ("seed=9223372036854775808", "setting seed=9223372036854775808: expected at most 9,223,372,036,854,775,807"),
-        ("k=[a", "override 'k=[a': '[a' is not a YAML value"),
-        ("test_fraction=0.9", "test_fraction=0.9 and validation_fraction=0.15 leave nothing to train on: lower one"),
-    ):
-        with pytest.raises(ConfigError, match=re.escape(message)):
-            read_overrides([word])
-    assert read_overrides(["letters.prompt="]).letters.prompt == ""
-    assert yaml.safe_load({key: default for key, default, _ in describe_keys()}["k"]) == [1, 2, 5, 16]

@@ -17,6 +17,7 @@ from sae.architectures import TopK
 from sae.config.sources import ModelConfig
 from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
+from sae.effects import Effects, EffectSettings, measure_effects
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
 
@@ -134,3 +135,12 @@ def differences(
         result[f"loss{ending}"] += clean[place, token] - changed[place, token]
         result[f"kl{ending}"] += float((np.exp(clean[place]) * (clean[place] - changed[place])).sum())
     return result
+
+
+FEW = EffectSettings(positions=6, null_positions=3, window=2, top=4)
+
+
+def measure(cache: ActivationCache, model: LanguageModel, hook: str = RESID, **options: Any) -> Effects:
+    return measure_effects(
+        make_dictionary(cache, hook), cache, model, hook=hook, **{"settings": FEW, "features": [0, 1, 2], **options}
+    )

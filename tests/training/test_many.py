@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig
+from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError, TrainingError
 from sae.training import IterableSource, Recipe, TrainingInterrupted, train, train_all
 from sae.training.checkpoint import list_checkpoints
@@ -167,7 +168,7 @@ def test_a_transcoder_resumes_and_is_not_mistaken_for_an_autoencoder(tmp_path: P
     data = planted(100)
     shape, chosen = DictionaryConfig(d_sae=D_SAE, k=K), settings(60, center=True)
 
-    def made(folder: Path | None, **how: object) -> sae.Dictionary:
+    def made(folder: Path | None, **how: object) -> Dictionary:
         other = IterableSource([3.0 * x.flip(1) + 1.0 for x in data])
         return train(IterableSource(data), shape, chosen, target=other, folder=folder, **how)  # type: ignore[arg-type]
 
