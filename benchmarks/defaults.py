@@ -5,7 +5,7 @@
 CACHE is an activation cache that `sae harvest` made; that of `configs/quickstart.yaml` will do. Dictionaries of one
 architecture, batch size and length are trained in one pass. Each is scored on held-out activations: FVU against that of
 the default on its line, and features that never fire. Where L0 comes out a little beside k, FVU is taken at k: times
-√(L0 / k). Results go to `benchmarks/results/`, the figure to `docs/`; each pass's are kept in `--keep`, and the same
+√(L0 / k). Results go to `docs/results/`, the figure to `docs/`; each pass's are kept in `--keep`, and the same
 command goes on.
 """
 
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--keep", type=Path, default=KEPT, help="results of single passes")
-    parser.add_argument("--name", default="defaults", help="of the files in results/ and of the figure in docs/")
+    parser.add_argument("--name", default="defaults", help="of the files in docs/results/ and of the figure in docs/")
     a = parser.parse_args()
     cache = ActivationCache(a.cache)
     hook = a.hook or next(iter(cache.manifest.hooks))

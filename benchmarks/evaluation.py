@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--cost-tokens", type=int, default=1_000_000, help="held-out tokens of --only cost")
     parser.add_argument("--documents", type=Path, help="keep its report there, for scripts/interval_coverage.py")
     parser.add_argument("--only", choices=("features", "evaluation", "cost"))
-    parser.add_argument("--name", default="evaluation-cpu", help="of the files in results/")
+    parser.add_argument("--name", default="evaluation-cpu", help="of the files in docs/results/")
     arguments = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

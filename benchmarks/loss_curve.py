@@ -30,7 +30,7 @@ from sae.training.schedules import default_learning_rate, learning_rate
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "peers")]
 from data import activations  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from tests.training.dense_reference import DenseReference  # noqa: E402
+from tests.support.dense_reference import DenseReference  # noqa: E402
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--architectures", nargs="+", default=["topk", "batch_topk"])
-    parser.add_argument("--name", default="loss-curve-cpu", help="of the files in results/")
+    parser.add_argument("--name", default="loss-curve-cpu", help="of the files in docs/results/")
     arguments = parser.parse_args()
     data = activations(arguments.steps, arguments.batch, arguments.d_in)
     curves = {name: compare(name, data, arguments) for name in arguments.architectures}

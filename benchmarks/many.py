@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--name", default="many-cpu", help="of the files in results/")
+    parser.add_argument("--name", default="many-cpu", help="of the files in docs/results/")
     a = parser.parse_args()
     settings = TrainConfig(tokens=a.steps * a.batch, batch_size=a.batch)
     recipes = {

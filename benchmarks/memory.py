@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--dead", type=float, nargs="+", default=[0.0, 0.1], help="shares of the features")
-    parser.add_argument("--name", default="memory", help="of the files in results/")
+    parser.add_argument("--name", default="memory", help="of the files in docs/results/")
     arguments = parser.parse_args()
     dense = 4 * arguments.batch * arguments.d_sae
     cells, rows = [], []

@@ -4,7 +4,7 @@
     python benchmarks/operations.py --device cuda --batch 8192
 
 On a CPU there is a last table, the crossover between sparse and dense products, from which
-`kernels.interface.DENSE_ABOVE` comes. Results go to `benchmarks/results/`.
+`kernels.interface.DENSE_ABOVE` comes. Results go to `docs/results/`.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--columns", type=int, default=2048, help="features in the table of the crossover")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--name", help="of the files in results/; default: operations-DEVICE")
+    parser.add_argument("--name", help="of the files in docs/results/; default: operations-DEVICE")
     arguments = parser.parse_args()
     operands, clock = Operands.random(arguments), Clock(arguments.device, arguments.repeats)
     with torch.no_grad():

@@ -6,10 +6,10 @@ CACHE is an activation cache that `sae harvest` made; one on SmolLM2-135M comes 
 toolkit runs in an environment of its own, which the script makes. Where an architecture has a penalty whose weight
 decides L0, the peers' weight is searched until L0 is within 5 % of k; this toolkit finds its own. Dictionaries of one
 architecture are compared where their L0 on held-out rows are within 5 %: for a peer that ended at another L0 this
-toolkit's k is searched until it ends there too. Results go to `benchmarks/results/`. A comparison takes hours on a
+toolkit's k is searched until it ends there too. Results go to `docs/results/`. A comparison takes hours on a
 CPU, minutes with `--device cuda --at-once 9`: every training's result is kept in `--keep` under a key of all that it
 depends on (what the cache was made from, settings, versions, and for this toolkit the modules that it trains with), and
-the same command goes on. `--peers-from NAME` takes the peers' rows from a comparison in `benchmarks/results/` that was
+the same command goes on. `--peers-from NAME` takes the peers' rows from a comparison in `docs/results/` that was
 made with the same settings, possibly on another machine, and trains this toolkit's alone.
 """
 
@@ -43,7 +43,7 @@ from sae.config.splits import HELD_OUT, TRAIN
 from sae.training.traits import PENALISED
 
 WORKER = Path(__file__).parent / "peers" / "quality_worker.py"
-KEPT = Path(__file__).parent / "results" / "trainings"
+KEPT = Path(__file__).parents[1] / "docs" / "results" / "trainings"
 PEERS = ("saelens", "saelens, target L0", "dictionary_learning")
 ONLY = {"saelens, target L0": ("jumprelu",)}
 """Peers that are an option of some architectures."""
@@ -333,14 +333,16 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, default=KEPT, help="results of single trainings")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
     parser.add_argument(
-        "--peers-from", metavar="NAME", help="comparison in results/ whose peers' rows count; only ours are trained"
+        "--peers-from",
+        metavar="NAME",
+        help="comparison in docs/results/ with the peers' rows; only ours are trained",
     )
     parser.add_argument(
         "--known-as",
         metavar="IDENTITY",
         help="with --peers-from: what that comparison calls these activations, by a manifest of an older version",
     )
-    parser.add_argument("--name", help="of the files in results/; default: quality-STEPS-DEVICE")
+    parser.add_argument("--name", help="of the files in docs/results/; default: quality-STEPS-DEVICE")
     a = parser.parse_args()
     if a.peers_from:
         a.toolkits = ["sae"]

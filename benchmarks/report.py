@@ -14,7 +14,7 @@ import torch
 
 from sae.kernels.products import processor
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 def machine(device: str = "cpu") -> dict[str, str | int]:
@@ -51,7 +51,7 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 
 def write(name: str, title: str, text: str, numbers: dict[str, Any], described: dict[str, str | int]) -> None:
-    """Print the report, and keep it as `results/NAME.md` and `results/NAME.json`."""
+    """Print the report, and keep it as `docs/results/NAME.md` and `docs/results/NAME.json`."""
     head = ", ".join(f"{key} {value}" for key, value in described.items())
     report = f"# {title}\n\n{head}\n\n{text}"
     print(report)

@@ -4,7 +4,7 @@
     python benchmarks/training.py --device cuda --batches 4096 8192 16384 --widths 24576 131072 --ks 32 64
 
 The toolkits take turns, so that a machine that slows down slows all of them. The floor is what the machine's measured
-ceilings allow (`ceilings.floor`). Results go to `benchmarks/results/`.
+ceilings allow (`ceilings.floor`). Results go to `docs/results/`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps a turn; on a GPU, blocks of twenty")
     parser.add_argument("--turns", type=int, default=3, help="times each toolkit is run")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the peers' environments are made")
-    parser.add_argument("--name", help="of the files in results/; default: training-DEVICE")
+    parser.add_argument("--name", help="of the files in docs/results/; default: training-DEVICE")
     arguments = parser.parse_args()
     on_gpu = arguments.device != "cpu"
     toolkits = arguments.toolkits or [*OURS, "saelens", "dictionary_learning", *(SPARSIFY[:1] if on_gpu else SPARSIFY)]

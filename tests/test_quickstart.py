@@ -1,13 +1,11 @@
-"""The embedded default: a small version of the quickstart, and the README's snippets run on it."""
+"""The embedded default: a small version of the quickstart."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import sae
 from sae.dictionary.model_identity import DEMO_FOLDER
@@ -59,18 +57,3 @@ def test_the_demo_model_is_as_good_as_its_card_says(workplace: Path) -> None:
 
 def test_the_demo_model_is_small() -> None:
     assert sum(path.stat().st_size for path in DEMO_FOLDER.iterdir()) < 16e6
-
-
-def test_the_readme_snippets_run(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(workplace)
-    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/python.md")]
-    snippets = [snippet for page in pages for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
-    assert len(snippets) >= 8
-    names: dict[str, object] = {}
-    for snippet in snippets:
-        exec(compile(snippet, "snippet", "exec"), names)
-    assert isinstance(names["spliced"], torch.Tensor)
-    assert capsys.readouterr().out
-    assert sae.load(workplace / "runs" / "my-dictionary").d_sae == 512
