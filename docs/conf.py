@@ -49,12 +49,12 @@ html_search_scorer = str(Path(__file__).parent / "scorer.js")
 
 
 class SearchQuestions(SearchEnglish):
-    """English search that ignores the small words of questions, since Sphinx requires every other word in a page."""
+    """English search that ignores the small words of questions, since Sphinx finds only pages with all other words."""
 
     stopwords = SearchEnglish.stopwords | set(
         """
-        an any can could did do does from get has have how i its me my our out should some so what when where which who
-        why would you your
+        an any big can could did do does from get good has have how i its long make many me much my need our out see
+        should so some what when where which who why would you your
         """.split()
     )
 

@@ -36,7 +36,7 @@ jaxtyping.install_import_hook(  # before anything imports sae
 
 
 class CheckedCalls:
-    """Shapes and types are checked in so many calls of every test: a training repeats the same ones for minutes."""
+    """Shapes and types are checked in the first `LIMIT` calls of a test: a training repeats them for minutes."""
 
     LIMIT = 2000
 

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom without a network, and are kept with their pictures."""
+"""The notebooks run without a network and draw pictures in the same cells as the stored ones; numbers may differ."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_evaluation_documents_are_new_to_model_and_dictionary(workplace: Path) -
 
 
 def test_the_demo_model_is_as_good_as_its_card_says(workplace: Path) -> None:
-    """Within 15 %: the quickstart's contexts are shorter and its held-out text is a part of the card's."""
+    """Within 25 %: the quickstart's contexts are shorter and its held-out text is a part of the card's."""
     card = json.loads((DEMO_FOLDER / "metrics.json").read_text())["held_out_nats_per_token"]
     report = json.loads((workplace / "runs" / "quickstart" / "eval.json").read_text())
     assert report["ce_clean"]["value"] == pytest.approx(card["demo"], rel=0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import re
 import subprocess
@@ -10,10 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from py_mini_racer import MiniRacer
 
 import sae
+from sae.cli.main import cli
+from sae.config.base import Settings, described
+from sae.config.settings import RunConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -28,6 +33,9 @@ QUESTIONS = {
     "How do I resume an interrupted training?": {"guides/train"},
     "How do I train several dictionaries at once?": {"guides/sweep", "training"},
     "Is one dictionary better than another?": {"guides/evaluate"},
+    "How much memory do I need?": {"guides/model"},
+    "What are the standard errors?": {"guides/evaluate", "evaluation", "guides/sweep"},
+    "How do I train on a GPU?": {"guides/train"},
     "What is L0?": {"guides/evaluate", "evaluation", "first-hour"},
     "Where are the top activating contexts?": {"guides/inspect"},
     "How do I steer a feature?": {"guides/splice"},
@@ -65,6 +73,12 @@ def search(site: Path) -> Iterator[MiniRacer]:
         for name in ("_static/language_data.js", "_static/searchtools.js", "searchindex.js"):
             engine.eval((site / name).read_text(encoding="utf-8"))
         yield engine
+
+
+def text_of(page: Path) -> str:
+    """The words of a page without their markup and with plain quotes, a space between any two."""
+    text = html.unescape(re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8")))
+    return " ".join(text.translate(str.maketrans("‘’“”", "''\"\"")).split())
 
 
 def hits(search: MiniRacer, question: str) -> list[str]:
@@ -112,10 +126,16 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
 
 @pytest.mark.slow
 def test_settings_and_help_are_those_of_the_package(site: Path) -> None:
-    settings = (site / "reference" / "settings.html").read_text(encoding="utf-8")
-    commands = (site / "reference" / "commands.html").read_text(encoding="utf-8")
-    assert "train.dead_after_tokens" in settings
-    assert "Factor applied to a feature" in commands
+    settings = text_of(site / "reference" / "settings.html")
+    commands = text_of(site / "reference" / "commands.html")
+    for key, _, description in described(RunConfig):
+        assert f" {key} " in settings, key
+        assert "".join(description.replace("`", "").split()) in settings.replace(" ", ""), key
+    for command in cli.commands.values():
+        assert " ".join((command.help or "?").split("\n\n")[0].split()) in commands, command.name
+        for option in command.params:
+            assert not isinstance(option, click.Option) or str(option.help).split(".")[0] in commands, option.name
+    assert "Settings, in CONFIG" not in commands
 
 
 def test_every_public_name_is_in_the_reference() -> None:
@@ -124,14 +144,19 @@ def test_every_public_name_is_in_the_reference() -> None:
     missing = {name for name in sae.__all__ if f"sae.{name}" not in listed | {"sae.SparseAutoencoder", "sae.SaeError"}}
     assert not missing
     assert "sae.errors.SaeError" in listed
-    assert "`sae.SparseAutoencoder` is another name of `sae.Dictionary`" in page
+    assert "`sae.SparseAutoencoder` is another name of `sae.Dictionary`" in " ".join(page.split())
+
+
+def test_every_name_of_the_reference_is_available_after_one_import() -> None:
+    page = (DOCS / "reference" / "python.md").read_text(encoding="utf-8")
+    names = [name for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)", page, re.MULTILINE) if ".runs." not in name]
+    assert len(names) > 60
+    script = f"import sae, functools\nfor name in {names}: functools.reduce(getattr, name.split('.')[1:], sae)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_command_and_group_of_settings_is_in_the_reference() -> None:
-    from sae.cli.main import cli
-    from sae.config.base import Settings
-    from sae.config.settings import RunConfig
-
     commands = re.findall(
         r"```\{command-help\} (\w+)", (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
     )

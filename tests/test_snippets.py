@@ -1,4 +1,4 @@
-"""Every snippet of the documents runs: commands in a shell, Python in one namespace per page, YAML as settings."""
+"""The snippets of the documents run: commands in a shell, Python in one namespace per page, YAML as settings."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ SMALL = {
     "features": {"tokens": 20_000},
 }
 """Settings of `configs/quickstart.yaml` in the workplace."""
+WITH_OUTPUT = {"docs/guides/model.md"}
+"""Pages that show lines of what the command before them prints."""
+WRITTEN = {
+    "docs/guides/train.md": {"runs/my-dictionary": 512, "runs/jumprelu": 1024},
+    "docs/guides/evaluate.md": {"runs/other": 512},
+    "docs/coming-from-saelens.md": {"runs/saved": 1024},
+}
+"""Dictionaries that the snippets of a page leave behind, and their widths."""
 OWN_TEST = {"docs/representations.md"}
 """Pages whose snippets another test runs, with their outputs."""
 NOT_RUN = {
@@ -92,13 +100,19 @@ def test_snippets_run(page: str, workplace: Path, tmp_path: Path, monkeypatch: p
     shutil.copytree(workplace, place)
     monkeypatch.chdir(place)
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("COLUMNS", "110")
     names: dict[str, object] = {}
+    printed = ""
     for language, text in snippets(page):
         if language == "sh":
+            printed = ""
             for command in commands(text):
                 if command not in NOT_RUN:
                     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
                     assert done.returncode == 0, f"{page}: {command}\n{done.stdout}\n{done.stderr}"
+                    printed += done.stdout
+        elif language == "text" and page in WITH_OUTPUT:
+            assert {line.rstrip() for line in text.splitlines()} <= {line.rstrip() for line in printed.splitlines()}
         elif language == "python" and not text.startswith("# SAELens"):
             with torch.random.fork_rng():
                 exec(compile(text, f"{page}: {text.splitlines()[0]}", "exec"), names)
@@ -106,6 +120,8 @@ def test_snippets_run(page: str, workplace: Path, tmp_path: Path, monkeypatch: p
             parse_config(yaml.safe_load(text))
         elif language == "json":
             json.loads(text)
+    for folder, d_sae in WRITTEN.get(page, {}).items():
+        assert sae.load(folder).d_sae == d_sae
 
 
 def test_commands_that_are_not_run_are_in_the_documents() -> None:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache, eligible_rows
+from sae.activations.cache import ActivationCache
 from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
 from sae.dictionary.token_policy import TokenPolicy
 from sae.files.writing import write_bytes
@@ -87,6 +88,8 @@ def write_fake_cache(
 
 def _hook_entry(train: Rows, policy: TokenPolicy, context_length: int) -> HookEntry:
     x = train.activations if train.scale is None else train.activations.float() * train.scale[:, None]
-    x = x[eligible_rows(train.tokens, policy, context_length)].double()
+    keep = ~torch.isin(train.tokens, torch.tensor(policy.masked_ids))
+    keep &= torch.arange(len(train.tokens)) % context_length >= policy.masked_positions
+    x = x[keep].double()
     squares = float(x.square().sum())
     return HookEntry(d_in=x.shape[1], tokens=len(x), sum=x.sum(0).tolist(), sum_of_squares=squares)

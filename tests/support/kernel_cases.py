@@ -62,7 +62,7 @@ def _cases() -> dict[str, Case]:
 
 CASES = _cases()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Where the Triton back end is tested: in its interpreter where there is no GPU."""
+"""Where the Triton back end is tested: in its interpreter if there is no GPU."""
 
 
 def rows(selection: Selection) -> list[list[float]]:
