@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sae.activations.cache import ActivationCache
-from sae.dictionary.origin import Place
-from sae.dictionary.sites import Hooks
+from sae.dictionary.origin import Origin, Place
+from sae.dictionary.sites import Sites
 from sae.errors import CacheError, ConfigError
 
 
@@ -27,23 +27,21 @@ def dictionary_metadata(cache: ActivationCache, hook: str, target_hook: str | No
         CacheError: a hook point is not in the cache.
         ConfigError: the target comes before `hook`, or has another width.
     """
-    manifest = cache.manifest
-    target = {}
+    origin = origin_of(cache, hook)
     if target_hook is not None:
-        Hooks(hook, target_hook).check()
-        if cache.d_in(target_hook) != cache.d_in(hook):
+        origin = origin.giving(origin_of(cache, target_hook))
+        if origin.gives.width != origin.reads.width:
             raise ConfigError(
-                f"target hook {target_hook!r}: its activations have width {cache.d_in(target_hook):,} and those of "
-                f"{hook!r} have {cache.d_in(hook):,}; a transcoder's input and output have the same width"
+                f"target hook {target_hook!r}: its activations have width {origin.gives.width:,} and those of "
+                f"{hook!r} have {origin.reads.width:,}; a transcoder's input and output have the same width"
             )
-        target = {"target_hook": target_hook, "target_activations": manifest.identity(target_hook)}
-    return {
-        **target,
-        "model": manifest.model,
-        "hook": hook,
-        "tokens": manifest.tokens,
-        "context_length": manifest.context_length,
-        "data": manifest.data,
-        "activations": manifest.identity(hook),
-        "activation_dtype": manifest.dtype,
-    }
+    return origin.to_json()
+
+
+def origin_of(cache: ActivationCache, hook: str) -> Origin:
+    """The origin of a dictionary that reads and gives the activations at `hook`."""
+    manifest, sites = cache.manifest, Sites.one(hook, cache.d_in(hook))
+    return Origin(
+        sites, sites, {"": manifest.model}, manifest.tokens, manifest.context_length, manifest.data,
+        manifest.identity(hook), activation_dtype=manifest.dtype,
+    )  # fmt: skip

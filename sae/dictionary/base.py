@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sae.dictionary.origin import Origin
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
 from sae.errors import ShapeError
 from sae.files.formats import Format
@@ -224,7 +225,7 @@ class Dictionary(nn.Module, ABC):
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1:] != (self.d_in,):
-            hook = self.metadata.get("hook")
+            hook = self.origin.reads.sites[0].hook
             raise ShapeError(
                 f"activations of shape {list(x.shape)}: this dictionary takes [..., {self.d_in}]; give it those of the "
                 f"model and hook point it was trained on{f' ({hook})' if hook else ''}"
@@ -310,6 +311,15 @@ class Dictionary(nn.Module, ABC):
             "dtype": dtype_name(self.dtype),
             "metadata": self.metadata,
         }
+
+    @property
+    def origin(self) -> Origin:
+        """What it was trained on, from its metadata: hook points, model, tokens, text.
+
+        Raises:
+            ConfigError: the metadata cannot be read.
+        """
+        return Origin.of(self.metadata, self.d_in)
 
     @property
     def device(self) -> torch.device:

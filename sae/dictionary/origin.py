@@ -1,20 +1,153 @@
-"""Checks that a dictionary was trained on the hook point and model it is used with."""
+"""A dictionary's origin: hook points, model, tokens and text of its training; and a check that it is used there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sae.dictionary.base import Dictionary
 from sae.dictionary.model_identity import differs
-from sae.dictionary.sites import Hooks
+from sae.dictionary.sites import Sites, check_order
 from sae.errors import ConfigError, SaeError
 
+VERSION = 2
+"""Version of an origin in metadata. Version 1, which has no number, holds `hook`, `target_hook` and `target_model`."""
 WEIGHT_KEYS = ("weights_sha256", "weight_processing")
 """Entries that two models must share if a dictionary of one is used on activations of the other."""
 COMPUTATION_KEYS = ("config_sha256", "code_sha256")
 """Entries that must be equal too, if both are known: the same weights can be computed with in different ways."""
+_TARGET = "target"
+"""Name of the model that a transcoder's target comes from, if it is not the model of the input."""
+_SHORT = ("hook", "target_hook")
+_FACTS = ("tokens", "context_length", "data", "activations", "target_activations", "activation_dtype")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a dictionary was trained on. Facts that its metadata does not contain are None.
+
+    Attributes:
+        reads: the sites it encodes.
+        gives: the sites it reconstructs; the same, except for a transcoder.
+        models: facts about each model, the entries of `ModelInfo`, by the model of a site; empty if there is only one.
+        tokens: which tokens counted, as JSON of a `TokenPolicy`.
+        context_length: tokens per context.
+        data: where the text comes from.
+        activations: hash of everything that determined the activations that it reads.
+        target_activations: the same for those that it gives, for a transcoder.
+        activation_dtype: number type in which they were stored.
+    """
+
+    reads: Sites
+    gives: Sites
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tokens: Any = None
+    context_length: int | None = None
+    data: Mapping[str, Any] | None = None
+    activations: str | None = None
+    target_activations: str | None = None
+    activation_dtype: str | None = None
+
+    @staticmethod
+    def of(metadata: Mapping[str, Any], d_in: int | None = None) -> Origin:
+        """The origin that a dictionary's metadata states.
+
+        `hook` and `target_hook` are a short form for a single site each. They are read if they are given, and are all
+        that version 1 has.
+
+        Args:
+            metadata: the metadata.
+            d_in: the dictionary's width, which is that of a single site.
+
+        Raises:
+            ConfigError: the version is newer than this package, or an entry is of another form.
+        """
+        version = metadata.get("origin_version", 1)
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise ConfigError(
+                f"metadata has origin_version={version!r}, but this version of sae knows 1 to {VERSION}: update sae"
+            )
+        try:
+            reads = Sites.from_json(metadata["reads"]) if "reads" in metadata else Sites.one(None)
+            gives = Sites.from_json(metadata["gives"]) if "gives" in metadata else reads
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"metadata has reads or gives of another form: {error}") from error
+        models = {"": metadata.get("model"), _TARGET: metadata.get("target_model"), **_part(metadata, "models")}
+        origin = Origin(
+            reads,
+            gives,
+            {name: facts for name, facts in models.items() if isinstance(facts, Mapping)},
+            **{key: metadata.get(key) for key in _FACTS},
+        )
+        hook, target_hook = (name if isinstance(name := metadata.get(key), str) else None for key in _SHORT)
+        origin = origin._at(hook, target_hook)
+        return replace(origin, reads=origin.reads.of_width(d_in), gives=origin.gives.of_width(d_in))
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries of a dictionary's metadata, without unknown facts."""
+        facts = {
+            "reads": self.reads.to_json(),
+            "gives": self.gives.to_json(),
+            "model": self.models.get(""),
+            "models": {name: facts for name, facts in self.models.items() if name} or None,
+            **{key: getattr(self, key) for key in _FACTS},
+        }
+        return {"origin_version": VERSION, **{key: value for key, value in facts.items() if value is not None}}
+
+    @property
+    def of_transcoder(self) -> bool:
+        """Whether it gives other sites than it reads."""
+        return self.reads != self.gives
+
+    @property
+    def read_elsewhere(self) -> str | None:
+        """The hook point a transcoder reads; None if the dictionary reads the one it reconstructs."""
+        return self.reads.hook if self.of_transcoder else None
+
+    def at(self, hook: str | None = None, target_hook: str | None = None) -> Origin:
+        """The same origin at other hook points; None for the ones it has.
+
+        Raises:
+            ConfigError: the model computes the target before the hook point to read, or that one is unknown.
+        """
+        origin = self._at(hook, target_hook)
+        check_order(origin.reads, origin.gives)
+        return origin
+
+    def _at(self, hook: str | None, target_hook: str | None) -> Origin:
+        reads = self.reads if hook is None else Sites.one(hook)
+        gives = self.gives if self.of_transcoder else reads
+        if target_hook is not None:
+            gives = Sites.one(target_hook, model=_TARGET if _TARGET in self.models else "")
+        return replace(self, reads=reads, gives=gives)
+
+    def giving(self, target: Origin) -> Origin:
+        """The origin of a transcoder from these activations to those that `target` reads.
+
+        Raises:
+            ConfigError: the model computes the target before the input.
+        """
+        model, models = "", self.models
+        if target.models.get("") != models.get(""):
+            model, models = _TARGET, {**models, _TARGET: target.models.get("", {})}
+        gives = Sites(tuple(replace(site, model=model) for site in target.reads))
+        check_order(self.reads, gives)
+        return replace(self, gives=gives, models=models, target_activations=target.activations)
+
+
+def in_current_form(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A dictionary's metadata with its origin in the current version's form.
+
+    Raises:
+        ConfigError: the origin cannot be read.
+    """
+    others = {key: value for key, value in metadata.items() if key not in (*_SHORT, "target_model", "origin_version")}
+    return {**others, **Origin.of(metadata).to_json()} if metadata else {}
+
+
+def _part(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    part = metadata.get(key)
+    return part if isinstance(part, Mapping) else {}
 
 
 @dataclass(frozen=True)
@@ -37,40 +170,42 @@ class Place:
 
 
 def check_belongs(
-    dictionary: Dictionary, place: Place, *, reads: str | None = None, gives: str | None = None
+    origin: Origin, place: Place, *, reads: str | None = None, gives: str | None = None
 ) -> None:  # fmt: skip
     """Refuse a dictionary that was trained elsewhere. Facts missing from its metadata are not checked.
 
     Args:
-        dictionary: the dictionary to use.
+        origin: the dictionary's origin.
         place: where it is used.
         reads: hook point whose activations it encodes there.
         gives: hook point whose activations it reconstructs there.
 
     Raises:
-        ConfigError: it was trained on another hook point, or takes activations of another width.
+        ConfigError: it was trained on another hook point, takes activations of another width, or gives a hook point
+            that comes before the one it reads.
         SaeError: it was trained on another model; the class is `place.error`.
     """
-    hooks = Hooks.of(dictionary.metadata)
-    for hook, trained_hook, verb in ((reads, hooks.reads, "reads"), (gives, hooks.gives, "gives")):
+    check_order(origin.reads, origin.gives)
+    for hook, trained_hook, verb in ((reads, origin.reads.hook, "reads"), (gives, origin.gives.hook, "gives")):
         if hook is not None and trained_hook is not None and hook != trained_hook:
-            relation = f"{verb} activations of" if hooks.of_transcoder else "was trained on"
+            relation = f"{verb} activations of" if origin.of_transcoder else "was trained on"
             raise ConfigError(
                 f"hook {hook!r}: the dictionary {relation} {trained_hook!r}; use it there, with a cache that has it"
             )
-    for part in ("model", "target_model"):
-        _check_model(dictionary.metadata.get(part), place)
-    for hook in dict.fromkeys((reads, gives, hooks.read_elsewhere if gives is not None else None)):
-        if hook is not None and place.width is not None and place.width(hook) != dictionary.d_in:
+    for model in origin.models.values():
+        _check_model(model, place)
+    width = origin.reads.width
+    if width is None or place.width is None:
+        return
+    for hook in dict.fromkeys((reads, gives, origin.read_elsewhere if gives is not None else None)):
+        if hook is not None and place.width(hook) != width:
             raise ConfigError(
-                f"hook {hook!r}: activations have {place.width(hook):,} numbers, the dictionary takes "
-                f"{dictionary.d_in:,}; give the hook point and model it was trained on"
+                f"hook {hook!r}: activations have {place.width(hook):,} numbers, the dictionary takes {width:,}; give "
+                "the hook point and model it was trained on"
             )
 
 
-def _check_model(trained_on: Any, place: Place) -> None:
-    if not isinstance(trained_on, Mapping):
-        return
+def _check_model(trained_on: Mapping[str, Any], place: Place) -> None:
     for key in place.model_keys:
         if trained_on.get(key) not in (None, place.model.get(key)):
             raise place.error(_mismatch(trained_on, place, key) + "; use the model it was trained on")

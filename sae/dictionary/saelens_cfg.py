@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sae.dictionary.hook_points import block_of
+from sae.dictionary.origin import Origin
 
 _ARCHITECTURES = {"relu": "standard_april_update", "matryoshka": "matryoshka_batch_topk"}
 _WEIGHT_PROCESSING: dict[str, dict[str, bool]] = {
@@ -77,7 +78,8 @@ def tool_config(config: Mapping[str, Any], device: str) -> ToolConfig:
     """
     metadata: Mapping[str, Any] = config["metadata"]
     model, tokens, data, trained = (_part(metadata, name) for name in ("model", "tokens", "data", "trained"))
-    hook, architecture = metadata.get("hook"), str(config["architecture"])
+    reads, architecture = Origin.of(metadata).reads, str(config["architecture"])
+    hook = reads.hook if len(reads) == 1 else None
     source = data.get("source")
     return ToolConfig(
         model_name=model.get("name"),

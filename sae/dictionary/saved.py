@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sae.dictionary.base import CONFIG_FILE, FORMAT, TRAINED_AS, WEIGHTS_FILE, WEIGHTS_HASH, Dictionary, dtype_name
-from sae.dictionary.sites import Hooks
+from sae.dictionary.origin import Origin
 from sae.dictionary.token_policy import TokenPolicy
-from sae.errors import FormatError
+from sae.errors import ConfigError, FormatError
 from sae.files.damage import damaged
 from sae.files.digest import sha256_of
 from sae.files.formats import HEAD
@@ -97,6 +97,10 @@ def _check_metadata(path: Path, config: Mapping[str, Any]) -> None:
     metadata = config.get("metadata", {})
     if not isinstance(metadata, dict):
         raise damaged(path, "metadata should be keys and values")
+    try:
+        Origin.of(metadata)
+    except ConfigError as error:
+        raise FormatError(f"{str(path)!r}: {error}") from error
     if isinstance(metadata.get("tokens"), dict):
         with taken_apart(path):
             TokenPolicy.from_json(metadata["tokens"])
@@ -115,5 +119,5 @@ def identify(dictionary: Dictionary) -> dict[str, Any]:
     """Identity of a dictionary: its configuration, the hook point a transcoder reads, and a hash of its weights."""
     excluded = (*HEAD, "metadata")
     config = {key: value for key, value in dictionary.config().items() if key not in excluded}
-    reads = Hooks.of(dictionary.metadata).read_elsewhere
+    reads = dictionary.origin.read_elsewhere
     return {**config, **({"reads": reads} if reads else {}), "weights_sha256": weights_sha256(dictionary)}

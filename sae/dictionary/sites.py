@@ -1,71 +1,143 @@
-"""A dictionary's two hook points: the one it reads, and the one it reconstructs; they differ for a transcoder."""
+"""Sites: the hook points that a dictionary reads or gives, in order, each with its model and its width."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from sae.dictionary import hook_points
 from sae.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Hooks:
-    """The hook points of a dictionary; None if its metadata does not say.
+class Site:
+    """A hook point of a model.
 
     Attributes:
-        reads: the hook point it encodes.
-        gives: the hook point it reconstructs; the same, except for a transcoder.
+        hook: its name; None if it is unknown.
+        width: numbers per token; None if it is unknown. Sites that differ only in it are equal.
+        model: which of several models it belongs to; empty if there is only one.
     """
 
-    reads: str | None
-    gives: str | None
+    hook: str | None
+    width: int | None = field(default=None, compare=False)
+    model: str = ""
 
-    @property
-    def of_transcoder(self) -> bool:
-        """Whether the two differ."""
-        return self.reads != self.gives
+    def to_json(self) -> dict[str, Any]:
+        """Its JSON, without what is unknown or empty."""
+        facts = {"hook": self.hook, "width": self.width, "model": self.model or None}
+        return {key: value for key, value in facts.items() if value is not None}
 
-    @property
-    def read_elsewhere(self) -> str | None:
-        """The hook point a transcoder reads; None if the dictionary reads the one it reconstructs."""
-        return self.reads if self.of_transcoder else None
+
+@dataclass(frozen=True)
+class Sites:
+    """Sites in order. A row of activations consists of those of every site, one after the other.
+
+    An SAE reads one site and gives the same one. A transcoder reads one and gives another, a crosscoder reads and gives
+    several.
+    """
+
+    sites: tuple[Site, ...]
 
     @staticmethod
-    def of(metadata: dict[str, Any], hook: str | None = None, target_hook: str | None = None) -> Hooks:
-        """Hook points from `hook` and `target_hook` of a dictionary's metadata, unless given as arguments.
+    def one(hook: str | None, width: int | None = None, model: str = "") -> Sites:
+        """A single site."""
+        return Sites((Site(hook, width, model),))
+
+    @staticmethod
+    def from_json(record: Sequence[Mapping[str, Any]]) -> Sites:
+        """The inverse of `to_json`.
 
         Raises:
-            ConfigError: a target without a hook point to read, or a target that comes before it.
+            ValueError: there is no site, or an entry is of another type.
         """
-        reads = hook or _text(metadata.get("hook"))
-        gives = target_hook or _text(metadata.get("target_hook")) or reads
-        hooks = Hooks(reads, gives)
-        if hooks.of_transcoder:
-            hooks.check()
-        return hooks
+        sites = tuple(Site(site.get("hook"), site.get("width"), site.get("model", "")) for site in record)
+        for site in sites:
+            known = (isinstance(site.hook, str | None), isinstance(site.width, int | None), isinstance(site.model, str))
+            if not all(known) or isinstance(site.width, bool):
+                raise ValueError(f"{site.to_json()!r} is not a hook point with a width")
+        if not sites:
+            raise ValueError("there is no hook point")
+        return Sites(sites)
 
-    def check(self) -> None:
-        """Raise ConfigError unless the model computes `reads` before `gives`."""
-        if self.reads is None:
-            raise ConfigError(
-                f"target hook {self.gives!r}: the transcoder does not say which hook point it reads: give "
-                "hook='blocks.N.…'"
-            )
-        assert self.gives is not None
-        if place_in_model(self.gives) < place_in_model(self.reads):
-            raise ConfigError(
-                f"target hook {self.gives!r} comes before {self.reads!r}, which the transcoder reads: a later "
-                "activation cannot give an earlier one; swap them"
-            )
+    def to_json(self) -> list[dict[str, Any]]:
+        """A list with the JSON of each site."""
+        return [site.to_json() for site in self.sites]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def width(self) -> int | None:
+        """Numbers per row: the sum of all widths; None if one is unknown."""
+        widths = [site.width for site in self.sites if site.width is not None]
+        return sum(widths) if len(widths) == len(self.sites) else None
+
+    @property
+    def hook(self) -> str | None:
+        """The hook point, if there is only one site.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        first, *others = self.sites
+        if others:
+            raise ConfigError(f"hook points {self}: only dictionaries of a single hook point can be used here")
+        return first.hook
+
+    def of_width(self, width: int | None) -> Sites:
+        """The same sites; if there is only one, of this width."""
+        if width is None or len(self.sites) > 1:
+            return self
+        return Sites(tuple(replace(site, width=width) for site in self.sites))
+
+    def split(self, rows: Float[Tensor, "*batch width"]) -> tuple[Float[Tensor, "*batch _"], ...]:
+        """The part of each site in rows of activations.
+
+        Raises:
+            ConfigError: the width of a site is unknown.
+        """
+        widths = [site.width for site in self.sites if site.width is not None]
+        if len(widths) < len(self.sites):
+            raise ConfigError(f"hook points {self}: their widths are unknown, so rows cannot be divided among them")
+        return rows.split(widths, dim=-1)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{site.model}:{site.hook}" if site.model else repr(site.hook) for site in self.sites)
 
 
-def _text(entry: Any) -> str | None:
-    """An entry of the metadata if it is text, else None."""
-    return entry if isinstance(entry, str) else None
+def check_order(reads: Sites, gives: Sites) -> None:
+    """Check that a model computes what a dictionary reads before what it gives.
+
+    Raises:
+        ConfigError: a given site comes before one that is read, or the dictionary does not say what it reads.
+    """
+    if reads == gives:
+        return
+    for given in gives:
+        for read in reads:
+            if read.hook is None:
+                raise ConfigError(
+                    f"target hook {given.hook!r}: the transcoder does not say which hook point it reads: give "
+                    "hook='blocks.N.…'"
+                )
+            if given.hook is None or given.model != read.model:
+                continue
+            if _place(given.hook) < _place(read.hook):
+                raise ConfigError(
+                    f"target hook {given.hook!r} comes before {read.hook!r}, which the transcoder reads: a later "
+                    "activation cannot give an earlier one; swap them"
+                )
 
 
-def place_in_model(hook: str) -> tuple[int, int]:
+def _place(hook: str) -> tuple[int, int]:
     """Block and position in it; they order hook points as the model computes them.
 
     Raises:

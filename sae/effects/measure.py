@@ -17,7 +17,6 @@ from sae.config.progress import Progress, silent, within
 from sae.dictionary.base import Dictionary
 from sae.dictionary.origin import check_belongs
 from sae.dictionary.saved import identify
-from sae.dictionary.sites import Hooks
 from sae.effects.direct import DirectPath
 from sae.effects.effects import Effects, EffectSettings, FeatureEffect
 from sae.effects.firings import Firings, scan_firings
@@ -169,13 +168,13 @@ def _checked(
     features: Sequence[int] | None,
 ) -> Tail:  # fmt: skip
     """The model from the hook point on, after checking that the arguments fit together."""
-    trained_on = dictionary.metadata.get("hook")
-    if Hooks.of(dictionary.metadata).of_transcoder:
+    origin = dictionary.origin
+    if origin.of_transcoder:
         raise ConfigError(
-            f"the dictionary is a transcoder, from {trained_on!r} to {dictionary.metadata['target_hook']!r}: effects "
-            "are measured only for dictionaries that reconstruct their input"
+            f"the dictionary is a transcoder, from {origin.reads} to {origin.gives}: effects are measured only for "
+            "dictionaries that reconstruct their input"
         )
-    check_belongs(dictionary, place_of(cache), reads=hook)
+    check_belongs(origin, place_of(cache), reads=hook)
     for feature in features or ():
         if not 0 <= feature < dictionary.d_sae:
             raise UnknownFeatureError(f"feature {feature}: the dictionary has features 0 to {dictionary.d_sae - 1}")

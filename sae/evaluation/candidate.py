@@ -17,7 +17,6 @@ from sae.dictionary.base import Codes, Dictionary
 from sae.dictionary.model_identity import hash_weights
 from sae.dictionary.origin import check_belongs
 from sae.dictionary.saved import identify
-from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError, FormatError
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor, from_dictionary
 
@@ -75,7 +74,7 @@ def common_hook(dictionaries: Mapping[str, Evaluated], cache: ActivationCache) -
     Raises:
         ConfigError: they give different ones, or none states it and the cache has several.
     """
-    own = {Hooks.of(entry.metadata).gives for entry in dictionaries.values() if isinstance(entry, Dictionary)} - {None}
+    own = {entry.origin.gives.hook for entry in dictionaries.values() if isinstance(entry, Dictionary)} - {None}
     hooks = own or set(cache.hooks)
     if len(hooks) > 1:
         names = ", ".join(sorted(map(repr, hooks)))
@@ -104,12 +103,12 @@ def candidate(
         _check_finite(name, thing)
     if not isinstance(thing, Dictionary):
         return _object_candidate(name, thing, cache, hook, device)
-    check_belongs(thing, place_of(cache), gives=hook)
+    check_belongs(thing.origin, place_of(cache), gives=hook)
     is_on_device = thing.W_dec.device == torch.empty(0, device=device).device
     placed = thing if is_on_device else copy.deepcopy(thing).to(device)
     settings = thing.settings()
     settings_text = "".join(f", {key} = {value}" for key, value in settings.items())
-    reads = Hooks.of(thing.metadata).read_elsewhere
+    reads = thing.origin.read_elsewhere
     description = f"dictionary: {thing.architecture}, {thing.d_in:,} → {thing.d_sae:,}{settings_text}"
     reconstructor = from_dictionary(placed, description + (f", from {reads}" if reads else ""), reads)
     return Candidate(reconstructor, identify(thing), thing.architecture, thing.d_sae, settings, thing.metadata)

@@ -18,7 +18,6 @@ from sae.config.splits import TRAIN
 from sae.dictionary.base import Dictionary
 from sae.dictionary.neighbours import nearest_neighbours
 from sae.dictionary.origin import check_belongs
-from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError
 from sae.features.best import Best
 from sae.features.block import Block, Reach, make_block
@@ -77,8 +76,9 @@ def collect(
             store cannot be written.
         ConfigError: `settings.tokens` is less than one context, or the dictionary reads another hook point or width.
     """
-    check_belongs(dictionary, place_of(cache), reads=hook)
-    output_hook = Hooks.of(dictionary.metadata).gives or hook
+    origin = dictionary.origin
+    check_belongs(origin, place_of(cache), reads=hook)
+    output_hook = origin.gives.hook or hook
     if dictionary.W_dec.device != torch.device(device):
         dictionary = copy.deepcopy(dictionary).to(device)
     collected = scan(dictionary, cache, settings, hook, seed, batch_contexts, progress)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionary.base import Dictionary
-from sae.dictionary.origin import Place, check_belongs
-from sae.dictionary.sites import Hooks
+from sae.dictionary.origin import Origin, Place, check_belongs
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, ModelError
 from sae.model.language_model import LanguageModel
@@ -64,16 +63,17 @@ def splice(
         with _several(language_model, dictionary, error_term):
             yield language_model
         return
-    hooks = Hooks.of(dictionary.metadata, hook, target_hook)
-    if hooks.reads is None or hooks.gives is None:
+    origin = dictionary.origin.at(hook, target_hook)
+    reads, gives = origin.reads.hook, origin.gives.hook
+    if reads is None or gives is None:
         raise ModelError("the dictionary does not record its hook point: give hook='blocks.N.…'")
     info = language_model.info
-    check_belongs(dictionary, Place(f"model {info.name!r}", info.to_json(), ModelError))
+    check_belongs(origin, Place(f"model {info.name!r}", info.to_json(), ModelError))
     policy = _token_policy(dictionary)
 
     def replacement(y: Tensor, now: Pass | None) -> Tensor:
-        x = _input(hooks, read, now) if hooks.of_transcoder else y
-        for name, activation, verb in ((hooks.reads, x, "takes"), (hooks.gives, y, "gives")):
+        x = _input(origin, read, now) if origin.of_transcoder else y
+        for name, activation, verb in ((reads, x, "takes"), (gives, y, "gives")):
             if activation.shape[-1] != dictionary.d_in:
                 width = activation.shape[-1]
                 raise ModelError(
@@ -84,14 +84,14 @@ def splice(
             return new
         return torch.where(policy.eligible(now.tokens, now.positions)[..., None], new, y)
 
-    reading = language_model.reading(hooks.reads) if hooks.of_transcoder else contextlib.nullcontext([])
-    with reading as read, language_model.replacing(hooks.gives, replacement, with_pass=True):
+    reading = language_model.reading(reads) if origin.of_transcoder else contextlib.nullcontext([])
+    with reading as read, language_model.replacing(gives, replacement, with_pass=True):
         yield language_model
 
 
 @contextlib.contextmanager
 def _several(language_model: LanguageModel, dictionaries: Sequence[Dictionary], error_term: bool) -> Iterator[None]:
-    targets = [Hooks.of(dictionary.metadata).gives for dictionary in dictionaries]
+    targets = [dictionary.origin.gives.hook for dictionary in dictionaries]
     for hook in targets:
         if hook is not None and targets.count(hook) > 1:
             raise ConfigError(f"{targets.count(hook)} dictionaries give {hook!r}: splice one of them")
@@ -101,11 +101,11 @@ def _several(language_model: LanguageModel, dictionaries: Sequence[Dictionary], 
         yield
 
 
-def _input(hooks: Hooks, read: list[Tensor], now: Pass | None) -> Tensor:
+def _input(origin: Origin, read: list[Tensor], now: Pass | None) -> Tensor:
     """The transcoder's input in this pass."""
     if now is None or now.tokens is None or not read:
         raise ModelError(
-            f"hook {hooks.gives!r}: the transcoder there reads {hooks.reads!r}, which is unknown in a pass that "
+            f"hook {origin.gives}: the transcoder there reads {origin.reads}, which is unknown in a pass that "
             "begins in the middle of the model; run the model from the tokens"
         )
     return read.pop()

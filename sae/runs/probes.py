@@ -198,7 +198,7 @@ class _Probing:
         language_model = self._run.language_model
         info = language_model.info
         place = Place(f"model {info.name!r}", info.to_json(), ModelError, model_keys=_MODEL_KEYS)
-        check_belongs(self.dictionary, place, reads=self.hook)
+        check_belongs(self.dictionary.origin, place, reads=self.hook)
         before = self._tokens_read
 
         def progress(done: int, total: int) -> None:
@@ -212,20 +212,19 @@ class _Probing:
 
 def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[str, Any]]:
     """Hook point, token policy and model that a dictionary was trained with."""
-    try:
-        origin = dictionary.metadata
-        hook, policy, model = origin["hook"], TokenPolicy.from_json(origin["tokens"]), dict(origin["model"])
-    except (KeyError, TypeError) as error:
+    origin = dictionary.origin
+    hook, model = origin.reads.hook, origin.models.get("")
+    if hook is None or model is None or not isinstance(origin.tokens, dict):
         raise ConfigError(
             f"run {str(run.folder)!r}: its dictionary does not record which model, hook point and tokens it was "
             "trained on; probe it in Python with your own activations: sae.probe(dictionary, activations, labels)"
-        ) from error
+        )
     if has_fingerprint(run.config.model.name, model.get("fingerprint")) is False:
         raise ModelError(
             f"model {run.config.model.name!r}: its weights are not those that the dictionary was trained on "
             f"({model.get('name')!r}); give that model with model.name=PATH"
         )
-    return hook, policy, model
+    return hook, TokenPolicy.from_json(origin.tokens), dict(model)
 
 
 def _without_copies(data: Sequence[DataFile]) -> list[DataFile]:

@@ -9,10 +9,9 @@ import torch
 
 from sae.config.check import check_fit, check_memory, check_snapshots
 from sae.config.environment import memory_of
-from sae.dictionary.sites import Hooks
 from sae.errors import ConfigError, TrainingError
 from sae.training.recipe import Recipe, build, check_start, freeze_
-from sae.training.source import BatchSource, OrderedSource, origin
+from sae.training.source import BatchSource, OrderedSource, metadata_of
 from sae.training.traits import check_read
 
 
@@ -85,12 +84,10 @@ def _check_transcoder(name: str, source: BatchSource, target: BatchSource) -> No
                 f"{name}: the target's cache, {target_cache!r}, has other text than the input's, {cache!r}: harvest "
                 "both hook points with the same data settings, preferably in one cache"
             )
-    metadata = origin(source, target)
-    if metadata.get("target_model") is None:
-        try:
-            Hooks.of(metadata)
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from None
+    try:
+        metadata_of(source, target)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _check_sources(sources: Mapping[str, BatchSource]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
+from sae.dictionary.origin import in_current_form
 from sae.errors import ConfigError, TrainingError, TrainingInterrupted
 from sae.files.paths import expanded
 from sae.files.reading import taken_apart
@@ -35,7 +36,7 @@ from sae.training.reader import Reader
 from sae.training.recipe import Recipe
 from sae.training.signals import stop_flag
 from sae.training.sinks import FeatureSink, JsonLines, Sink
-from sae.training.source import BatchSource, origin
+from sae.training.source import BatchSource, metadata_of
 from sae.training.trainer import Trainer
 
 Metrics = dict[str, float | int]
@@ -187,8 +188,8 @@ class _Run:
 
     def _trainer(self, recipe: Recipe, sources: Mapping[str, BatchSource]) -> Trainer:
         target = None if recipe.target is None else sources[recipe.target]
-        metadata = {**origin(sources[recipe.source], target), **recipe.metadata}
-        recipe = replace(recipe, metadata=metadata)
+        metadata = {**metadata_of(sources[recipe.source], target), **recipe.metadata}
+        recipe = replace(recipe, metadata=in_current_form(metadata))
         return Trainer(recipe, sources[recipe.source], target, self.steps, self.device)
 
     def train(

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.dictionary.origin import Origin
 from sae.errors import ConfigError, TrainingError
 from sae.numerics.statistics import Statistics
 
@@ -73,18 +74,19 @@ class OrderedSource(Protocol):
         ...
 
 
-def origin(source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
-    """Metadata about a dictionary's activations; for a transcoder, only if both of its sources are known."""
+def metadata_of(source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
+    """Metadata about a dictionary's activations; for a transcoder, only if both of its sources are known.
+
+    Raises:
+        ConfigError: the model computes the target before the input.
+    """
     if not isinstance(source, KnownSource):
         return {}
-    metadata = dict(source.metadata)
     if target is None:
-        return metadata
+        return dict(source.metadata)
     if not isinstance(target, KnownSource):
         return {}
-    outputs = target.metadata
-    model = {} if outputs.get("model") == metadata.get("model") else {"target_model": outputs.get("model")}
-    return {"target_hook": outputs.get("hook"), "target_activations": outputs.get("activations"), **model, **metadata}
+    return {**source.metadata, **Origin.of(source.metadata).giving(Origin.of(target.metadata)).to_json()}
 
 
 class IterableSource:

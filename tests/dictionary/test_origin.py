@@ -17,11 +17,12 @@ from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.config.settings import FeaturesConfig
 from sae.dictionary.origin import Place, check_belongs
+from sae.dictionary.sites import Sites
 from sae.errors import CacheError, ConfigError, ModelError, SaeError
 from sae.features import collect
 from sae.model import language_model as language_model_module
 from sae.model.language_model import LanguageModel
-from sae.training import source as source_module
+from sae.training.source import metadata_of
 
 READS, GIVES = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
 SHAPE, SETTINGS = sae.DictionaryConfig(d_sae=48, k=4), sae.TrainConfig(tokens=640)
@@ -44,7 +45,7 @@ def dictionary(cache: ActivationCache) -> sae.Dictionary:
 def test_a_loader_tells_what_is_trained_on_it(cache: ActivationCache, dictionary: sae.Dictionary) -> None:
     for key, value in sae.dictionary_metadata(cache, READS).items():
         assert dictionary.metadata[key] == value
-    assert dictionary.metadata["hook"] == READS
+    assert dictionary.metadata["reads"] == dictionary.metadata["gives"] == [{"hook": READS, "width": 32}]
     assert dictionary.metadata["model"]["name"] == "tiny"
     assert dictionary.cfg.hook_layer == 1
     assert dictionary.cfg.model_name == "tiny"
@@ -52,8 +53,10 @@ def test_a_loader_tells_what_is_trained_on_it(cache: ActivationCache, dictionary
 
 def test_what_the_user_says_wins(cache: ActivationCache) -> None:
     said = {"hook": "elsewhere", "note": "mine"}
-    metadata = sae.train(loader(cache, READS), SHAPE, SETTINGS, metadata=said).metadata
-    assert (metadata["hook"], metadata["note"], metadata["model"]["name"]) == ("elsewhere", "mine", "tiny")
+    dictionary = sae.train(loader(cache, READS), SHAPE, SETTINGS, metadata=said)
+    assert dictionary.origin.reads == dictionary.origin.gives == Sites.one("elsewhere")
+    assert (dictionary.metadata["note"], dictionary.metadata["model"]["name"]) == ("mine", "tiny")
+    assert "hook" not in dictionary.metadata
 
 
 def test_a_transcoder_s_loaders_tell_both_hook_points(cache: ActivationCache, language_model: LanguageModel) -> None:
@@ -88,7 +91,8 @@ def test_an_input_of_one_text_has_no_target_of_another(
         for seed in (0, 3)
     )
     assert loader(one, READS).token_order == loader(other, GIVES).token_order
-    assert sae.train(loader(one, READS), SHAPE, SETTINGS, target=loader(one, GIVES)).metadata["target_hook"] == GIVES
+    transcoder = sae.train(loader(one, READS), SHAPE, SETTINGS, target=loader(one, GIVES))
+    assert transcoder.origin.gives.hook == GIVES
     with pytest.raises(
         ConfigError, match=r"the target's cache, '.*cache3', has other text than the input's, '.*cache0'"
     ):
@@ -97,11 +101,10 @@ def test_an_input_of_one_text_has_no_target_of_another(
 
 def test_of_a_target_that_nobody_knows_nothing_is_said(cache: ActivationCache) -> None:
     """It would pass for a dictionary of the hook point that it reads."""
-    origin = source_module.origin
     unknown = sae.IterableSource([torch.randn(64, 32) for _ in range(2)])
-    assert origin(loader(cache, READS), unknown) == {}
-    assert origin(unknown, loader(cache, GIVES)) == {}
-    assert origin(unknown, None) == {}
+    assert metadata_of(loader(cache, READS), unknown) == {}
+    assert metadata_of(unknown, loader(cache, GIVES)) == {}
+    assert metadata_of(unknown, None) == {}
 
 
 def test_it_is_spliced_without_being_told_where(dictionary: sae.Dictionary, language_model: LanguageModel) -> None:
@@ -211,12 +214,12 @@ def test_configurations_are_compared_where_both_are_known(
 
 def test_code_of_the_model_s_own_is_compared_where_both_have_some(dictionary: sae.Dictionary) -> None:
     place = Place("there", {**dictionary.metadata["model"], "code_sha256": "1" * 64}, ModelError)
-    check_belongs(dictionary, place)
+    check_belongs(dictionary.origin, place)
     dictionary.metadata["model"] = {**dictionary.metadata["model"], "code_sha256": "2" * 64}
     with pytest.raises(
         ModelError, match=r"there: not the dictionary's model: code_sha256 is '1+' there and '2+' in training"
     ):
-        check_belongs(dictionary, place)
+        check_belongs(dictionary.origin, place)
 
 
 def test_a_language_model_is_named_or_configured(language_model: LanguageModel, tiny_model: Path) -> None:

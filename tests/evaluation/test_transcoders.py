@@ -117,7 +117,7 @@ def test_from_training_to_a_report(many_documents: ActivationCache, tmp_path: Pa
         metadata=sae.dictionary_metadata(many_documents, READS, GIVES),
     ).save(tmp_path)  # fmt: skip
     loaded = sae.load(tmp_path)
-    assert (loaded.metadata["hook"], loaded.metadata["target_hook"]) == (READS, GIVES)
+    assert (loaded.origin.reads.hook, loaded.origin.gives.hook) == (READS, GIVES)
     trained = evaluate(loaded, many_documents, hook=GIVES).scores.reconstruction.fvu.value
     untrained = evaluate(make_transcoder(many_documents), many_documents, hook=GIVES).scores.reconstruction.fvu.value
     assert trained is not None and untrained is not None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sae.architectures import TopK
-from sae.dictionary.hook_points import KINDS
-from sae.dictionary.sites import Hooks, place_in_model
+from sae.dictionary.hook_points import KINDS, place_in_model
+from sae.dictionary.origin import Origin
+from sae.dictionary.sites import Sites
 from sae.errors import ConfigError, ModelError, SaeError
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
@@ -145,12 +146,12 @@ def test_places_are_in_the_order_of_computation(language_model: LanguageModel, t
     fired: list[str] = []
     hooks = [(name, lambda activation, hook, name=name: fired.append(name)) for name in names]
     language_model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
-    assert list(dict.fromkeys(fired)) == sorted(names, key=place_in_model)
+    assert list(dict.fromkeys(fired)) == sorted(names, key=lambda name: place_in_model(name) or (0, 0))
 
 
 def test_a_dictionary_that_gives_what_it_reads_is_no_transcoder() -> None:
-    assert not Hooks.of({"hook": READS}).of_transcoder
-    assert not Hooks.of({"hook": READS, "target_hook": READS}).of_transcoder
-    assert not Hooks.of({}).of_transcoder
-    assert Hooks.of({"hook": READS, "target_hook": GIVES}) == Hooks(READS, GIVES)
-    assert Hooks.of({"hook": READS}, target_hook=GIVES).of_transcoder
+    assert not Origin.of({"hook": READS}).of_transcoder
+    assert not Origin.of({"hook": READS, "target_hook": READS}).of_transcoder
+    assert not Origin.of({}).of_transcoder
+    assert Origin.of({"hook": READS, "target_hook": GIVES}) == Origin(Sites.one(READS), Sites.one(GIVES))
+    assert Origin.of({"hook": READS}).at(target_hook=GIVES).of_transcoder
