@@ -20,8 +20,11 @@ from sae.files.printable import one_line
 
 LARGEST = (1 << 63) - 1
 """Largest whole number in settings: a larger one could be written but not read back."""
-RENAMED: Mapping[str, str] = MappingProxyType({"train.products": "train.encoder_dtype"})
+RENAMED: Mapping[str, str] = MappingProxyType(
+    {"train.products": "train.encoder_dtype", "dictionary.hook": "dictionary.reads"}
+)
 """New keys of settings by their old ones. Users are told the new key; files that the toolkit wrote are read with it."""
+_TEXTS = (str | tuple[str, ...], str | tuple[str, ...] | None)
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -85,7 +88,7 @@ def _holds_list(field: FieldInfo) -> bool:
 
 def _is_text(field: FieldInfo) -> bool:
     """Whether a setting holds text, or text or a list of texts."""
-    return field.annotation in (str, str | None, str | tuple[str, ...])
+    return field.annotation in (str, str | None, *_TEXTS)
 
 
 def fields_of(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -148,8 +151,8 @@ def read_words(kind: type[Settings], words: Iterable[str], settings: dict[str, A
 def _value(key: str, text: str, field: FieldInfo | None) -> Any:
     hint = ""
     if field is not None and _is_text(field):
-        if not (text.startswith("[") and field.annotation == str | tuple[str, ...]) and not _is_quoted(text):
-            return None if not text or (text == "null" and field.annotation == str | None) else text
+        if not (text.startswith("[") and field.annotation in _TEXTS) and not _is_quoted(text):
+            return None if not text or (text == "null" and type(None) in get_args(field.annotation)) else text
         hint = f"; text that itself begins with '[' goes in quotes into a list: {key}=['[…']"
     try:
         return parsed(text)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sae.config.base import described, read_words, validated, with_new_keys
 from sae.config.check import check_fit
-from sae.config.settings import RunConfig
+from sae.config.settings import RunConfig, is_pattern
 from sae.config.yaml_text import parse_file
 from sae.errors import ConfigError, DamagedError, UnreadableError
 from sae.files.damage import PARTS, SUMS
@@ -90,10 +90,11 @@ def _check_together(config: RunConfig) -> None:
     repeated = sorted({hook for hook in config.harvest.hooks if config.harvest.hooks.count(hook) > 1})
     if repeated:
         raise ConfigError(f"harvest.hooks names {', '.join(repeated)} more than once: name each hook point once")
-    if config.hook not in config.harvest.hooks:
-        raise ConfigError(
-            f"dictionary.hook={config.hook!r} is not harvested; harvest.hooks has {', '.join(config.harvest.hooks)}"
-        )
+    for key, hook in (("reads", config.hook), ("gives", config.gives)):
+        if hook not in config.harvest.hooks and not any(map(is_pattern, (hook, *config.harvest.hooks))):
+            raise ConfigError(
+                f"dictionary.{key}={hook!r} is not harvested; harvest.hooks has {', '.join(config.harvest.hooks)}"
+            )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

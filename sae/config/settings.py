@@ -19,6 +19,11 @@ PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """Sizes of nested dictionaries as shares of d_sae: each adds twice as many features as the one before."""
 
 
+def is_pattern(hook: Any) -> bool:
+    """Whether an entry that names hook points is a pattern, such as `blocks.*.hook_mlp_out`."""
+    return isinstance(hook, str) and any(character in hook for character in "*?[")
+
+
 class DictionaryConfig(Settings):
     """The architecture and size of the dictionary."""
 
@@ -27,9 +32,15 @@ class DictionaryConfig(Settings):
         description="`topk` (k per token), `batch_topk` (k per token on average), `matryoshka` (the same, nested), "
         "`jumprelu` (learned thresholds), `gated` and `relu` (with an L1 penalty)",
     )
-    hook: str | None = Field(
+    reads: str | tuple[str, ...] | None = Field(
         default=None,
-        description="hook point to train on; null: the first of harvest.hooks; sweep.dictionary.hook takes a list",
+        description="hook point that it encodes; null: the first of harvest.hooks; sweep.dictionary.reads takes a list "
+        "or a pattern, such as blocks.*.hook_mlp_out, and trains a dictionary for each",
+    )
+    gives: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="hook point that it reconstructs, later in the model and as wide (a transcoder); null: the one it "
+        "encodes",
     )
     d_sae: PositiveInt = Field(default=4096, description="number of features")
     k: PositiveInt = Field(
@@ -41,6 +52,12 @@ class DictionaryConfig(Settings):
         default=PREFIXES,
         description="sizes of the nested dictionaries, as ascending shares of d_sae; matryoshka only",
     )
+
+    @field_validator("reads", "gives")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        """Return a list of one hook point as that one."""
+        return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 class TrainConfig(Settings):
@@ -284,16 +301,43 @@ class RunConfig(Settings):
 
     @property
     def hook(self) -> str:
-        """The hook point the dictionary is trained on."""
-        return self.dictionary.hook or self.harvest.hooks[0]
+        """The hook point that the dictionary reads.
+
+        Raises:
+            ConfigError: `dictionary.reads` names several.
+        """
+        return _single("reads", self.dictionary.reads) or self.harvest.hooks[0]
+
+    @property
+    def gives(self) -> str:
+        """The hook point that the dictionary reconstructs: the one that it reads, except for a transcoder.
+
+        Raises:
+            ConfigError: `dictionary.gives` names several.
+        """
+        return _single("gives", self.dictionary.gives) or self.hook
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The hook points whose activations the dictionary is trained on, each once."""
+        return tuple(dict.fromkeys((self.hook, self.gives)))
 
     @property
     def hook_note(self) -> str | None:
         """A note on which of several hook points is trained on, if no setting says so."""
         others = len(self.harvest.hooks) - 1
-        if self.dictionary.hook is not None or not others or "hook" in (self.sweep.get("dictionary") or {}):
+        if self.dictionary.reads is not None or not others or "reads" in (self.sweep.get("dictionary") or {}):
             return None
         return (
-            f"training on {self.hook}, the first of {others + 1} hook points in harvest.hooks; set dictionary.hook for "
-            "another, or sweep.dictionary.hook for several"
+            f"training on {self.hook}, the first of {others + 1} hook points in harvest.hooks; set dictionary.reads "
+            "for another, or sweep.dictionary.reads for several"
         )
+
+
+def _single(key: str, hooks: str | tuple[str, ...] | None) -> str | None:
+    if isinstance(hooks, tuple):
+        raise ConfigError(
+            f"dictionary.{key} names {len(hooks)} hook points, {', '.join(hooks)}: one dictionary of several (a "
+            f"crosscoder) cannot be trained by this version; sweep.dictionary.{key} trains one dictionary for each"
+        )
+    return hooks

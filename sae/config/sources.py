@@ -137,7 +137,8 @@ class HarvestConfig(Settings):
     hooks: tuple[str, ...] = Field(
         default=("blocks.2.hook_resid_pre",),
         min_length=1,
-        description="hook points to cache, by the names that `sae hooks MODEL` lists; a single one needs no list",
+        description="hook points to cache, by the names that `sae hooks MODEL` lists; a single one needs no list, and "
+        "a pattern such as blocks.*.hook_mlp_out stands for all that match it",
     )
     dtype: StorageDtype = Field(default="float16", description="data type on disk; `int8` keeps one scale per token")
     batch_contexts: PositiveInt = Field(default=32, description="contexts per forward pass")

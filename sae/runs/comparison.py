@@ -56,7 +56,7 @@ def compare_folders(
     check_several(named)
     report = progress or silent
     run = _run(named, on, overrides, report)
-    cache, hook, settings = run.cache(), run.config.hook, run.config.evaluation
+    cache, hook, settings = run.cache(), run.config.gives, run.config.evaluation
     dictionaries, identities = _loaded(named, report)
     activations = cache.manifest.identity(hook)
     key = comparison_key(identities, activations, hook, settings)
@@ -117,7 +117,7 @@ def _evaluate(
     announce(progress, announcement(run.config.evaluation, cache, len(dictionaries)))
     reports = evaluate_all(
         dictionaries, cache,
-        hook=run.config.hook, language_model=run.language_model, settings=run.config.evaluation, device=run.device,
+        hook=run.config.gives, language_model=run.language_model, settings=run.config.evaluation, device=run.device,
         progress=under(progress, "evaluate"), unfinished=unfinished,
     )  # fmt: skip
     return {name: (report.to_json(), report.scores.totals) for name, report in reports.items()}

@@ -17,6 +17,7 @@ from sae.config.file import CONFIG_YAML, MOST_YAML_BYTES, check_permission, load
 from sae.config.settings import RunConfig
 from sae.config.yaml_text import parse_file
 from sae.dictionary.base import CONFIG_FILE
+from sae.dictionary.origin import Origin
 from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
@@ -73,9 +74,11 @@ def other_setting(
     Returns:
         The setting's name, the dictionary's value and the configuration's; None if all are equal.
     """
-    recorded = {**metadata.get("trained", {}).get("settings", {}), "hook": metadata.get("hook")}
+    origin = Origin.of(metadata)
+    sites = {"reads": origin.reads.hook, "gives": origin.gives.hook}
+    recorded = {**metadata.get("trained", {}).get("settings", {}), **sites}
     chosen = chosen_settings(config.dictionary, config.train)
-    expected = {"hook": config.hook, **chosen, "seed": config.seed, **(of_data or {})}
+    expected = {"reads": config.hook, "gives": config.gives, **chosen, "seed": config.seed, **(of_data or {})}
     settings = ((key, setting_of(recorded, key), value) for key, value in expected.items())
     return next(((key, actual, value) for key, actual, value in settings if actual != value), None)
 

@@ -21,6 +21,7 @@ from sae.activations.same_request import check_same_request
 from sae.architectures import load
 from sae.config.check import amount_notes, check_amounts
 from sae.config.environment import choose_device, memory_of
+from sae.config.patterns import with_hook_points
 from sae.config.progress import Notes, Progress, announce, silent, under, within
 from sae.config.settings import RunConfig
 from sae.dictionary.base import CONFIG_FILE, Dictionary
@@ -51,12 +52,14 @@ class Run:
     """A run folder and its configuration. The language model is loaded once, when a step needs it.
 
     Args:
-        config: the configuration.
+        config: the configuration. Patterns of hook points in it are replaced by the hook points of the cache, or if
+            there is none, of the model.
         progress: called with (stage, tokens done, tokens in total).
     """
 
     def __init__(self, config: RunConfig, progress: Progress = silent) -> None:
         self.config, self.progress = config, progress
+        self.config = with_hook_points(config, self._hook_points)
         self.folder = config.folder
 
     @staticmethod
@@ -100,6 +103,12 @@ class Run:
             raise FormatError(
                 f"train.start_from: {error} (training that has begun needs the same weights to resume)"
             ) from error
+
+    def _hook_points(self) -> list[str]:
+        folder = self.config.cache_folder
+        if stands(folder / MANIFEST):
+            return list(read_manifest(folder).hooks)
+        return [hook.name for hook in self.language_model.hooks()]
 
     def harvest(self) -> ActivationCache:
         """The activation cache; missing parts are harvested."""
@@ -180,8 +189,10 @@ class Run:
 
     def is_evaluated(self) -> bool:
         """Whether a complete evaluation exists for this dictionary, cache, hook point, settings and package version."""
-        identities = identify(self.dictionary("cpu")), self.cache().manifest.identity(self.config.hook)
-        return read_stored(self.folder, *identities, hook=self.config.hook, settings=self.config.evaluation) is not None
+        identities = identify(self.dictionary("cpu")), self.cache().manifest.identity(self.config.gives)
+        return (
+            read_stored(self.folder, *identities, hook=self.config.gives, settings=self.config.evaluation) is not None
+        )
 
     def features(self) -> Features:
         """The feature store; collected if it is missing or of another dictionary, cache or setting.
@@ -218,12 +229,12 @@ class Run:
         """The trained dictionary, on `device` or the run's device."""
         return load(self.folder, device=device or self.device)
 
-    def loader(self, cache: ActivationCache) -> ActivationLoader:
-        """The batches that the run's dictionary is trained on."""
+    def loader(self, cache: ActivationCache, hook: str) -> ActivationLoader:
+        """The batches of a hook point, in the order in which the run's dictionary is trained on them."""
         settings = self.config.train
         return ActivationLoader(
             cache,
-            self.config.hook,
+            hook,
             batch_size=settings.batch_size,
             seed=self.config.seed if settings.shuffle_seed is None else settings.shuffle_seed,
             pool_tokens=settings.pool_tokens,
@@ -237,9 +248,10 @@ class Run:
             FormatError: there is no dictionary at `train.start_from`.
         """
         config = self.config
+        target = None if config.gives == config.hook else config.gives
         return Recipe(
-            config.dictionary, config.train, config.seed, config.hook, folder=self.folder,
-            metadata=dictionary_metadata(cache, config.hook), start=self.start,
+            config.dictionary, config.train, config.seed, config.hook, target, folder=self.folder,
+            metadata=dictionary_metadata(cache, config.hook, target), start=self.start,
         )  # fmt: skip
 
     def sinks(self) -> list[Wandb]:
@@ -251,10 +263,9 @@ class Run:
 
     def _train(self, cache: ActivationCache) -> Dictionary:
         recipe, sinks, failed = self.recipe(cache), self.sinks(), True
-        loader = self.loader(cache)
-        self.progress("train", *self.trained_tokens(loader))
+        sources = {hook: self.loader(cache, hook) for hook in self.config.hooks}
+        self.progress("train", *self.trained_tokens(sources[recipe.source]))
         try:
-            sources = {recipe.source: loader}
             dictionary = train_one(sources, recipe, device=self.device, sinks=sinks, progress=self._show_training)
             failed = False
         finally:
@@ -348,8 +359,8 @@ def evaluate_runs(runs: Sequence[Run], at_once: int | None = None) -> list[Repor
     groups: dict[Hashable, list[int]] = {}
     for number, run in enumerate(runs):
         config = run.config
-        activations = run.cache().manifest.identity(config.hook)
-        shared = (activations, config.hook, config.model, config.evaluation, run.device)
+        activations = run.cache().manifest.identity(config.gives)
+        shared = (activations, config.gives, config.model, config.evaluation, run.device)
         groups.setdefault(shared, []).append(number)
     for run in runs:
         if stands(run.folder / METRICS_FILE):
@@ -377,7 +388,7 @@ def _evaluate_group(runs: dict[int, Run], language_model: LanguageModel) -> dict
     reports = evaluate_all(
         {names[number]: run.dictionary() for number, run in runs.items()},
         cache,
-        hook=first.config.hook,
+        hook=first.config.gives,
         language_model=language_model,
         settings=first.config.evaluation,
         device=first.device,

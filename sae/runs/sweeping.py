@@ -147,10 +147,11 @@ def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
         TrainingInterrupted: Ctrl-C; every state was saved, and the same sweep resumes.
         SaeError: a step of a run fails.
     """
+    base = Run(config, progress)
+    config = base.config
     configs = variants(config)
     check_amounts(config)
     announce(progress, *amount_notes(config))
-    base = Run(config, progress)
     runs = {name: Run(variant, progress) for name, variant in configs.items()}
     _share_starts(runs.values())
     for name, run in runs.items():
@@ -240,14 +241,8 @@ def _share_starts(runs: Iterable[Run]) -> None:
 
 def _loaders(base: Run, runs: Mapping[str, Run], cache: ActivationCache) -> dict[str, ActivationLoader]:
     """Loaders of the activations that the runs are trained on, by hook point."""
-    hooks = dict.fromkeys(run.config.hook for run in runs.values())
-    loaders = {}
-    for hook in hooks:
-        hook_config = base.config.model_copy(
-            update={"dictionary": base.config.dictionary.model_copy(update={"hook": hook})}
-        )
-        loaders[hook] = Run(hook_config).loader(cache)
-    return loaders
+    hooks = dict.fromkeys(hook for run in runs.values() for hook in run.config.hooks)
+    return {hook: base.loader(cache, hook) for hook in hooks}
 
 
 def _train_together(
@@ -301,7 +296,7 @@ def _write_cost(folder: Path, cost: Cost, device: str) -> None:
 
 def _variant(config: RunConfig, variant: RunConfig) -> str:
     """The swept settings that a point does not name itself."""
-    named = ("seed", *(f"dictionary.{name}" for name in ("architecture", "hook", "d_sae", "k")), *_WEIGHTS)
+    named = ("seed", *(f"dictionary.{name}" for name in ("architecture", "reads", "d_sae", "k")), *_WEIGHTS)
     settings = variant.model_dump(mode="json")
     parts = []
     for key, _ in _axes(config.sweep):
@@ -319,7 +314,7 @@ def _point(run: Run, variant: str) -> Point:
         return Point.of(
             run.config.dictionary.architecture,
             read_object(run.folder / REPORT_FILE),
-            hook=run.config.hook,
+            hook=" → ".join(run.config.hooks),
             d_sae=run.config.dictionary.d_sae,
             k=run.config.dictionary.k,
             seed=run.config.seed,
@@ -331,7 +326,7 @@ def _point(run: Run, variant: str) -> Point:
 
 def _description(base: Run, cache: ActivationCache, configs: Collection[RunConfig]) -> str:
     """The activations that all dictionaries of a sweep were trained on: hook points, widths and amounts."""
-    hooks = dict.fromkeys(code(variant.hook) for variant in configs)
+    hooks = dict.fromkeys(" → ".join(map(code, variant.hooks)) for variant in configs)
     widths = dict.fromkeys(f"{cache.d_in(variant.hook)} → {variant.dictionary.d_sae:,}" for variant in configs)
     settings = base.config.train
     tokens = "one epoch" if settings.tokens is None else f"{settings.tokens:,} tokens"
@@ -378,7 +373,7 @@ def _axes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list
 def _label(key: str, value: Any) -> str:
     name = key.rpartition(".")[2]
     text = re.sub(r"[^\w.+]+", "_", str(value)).strip("_")
-    return text if name in ("architecture", "hook") else f"{name}{text}"
+    return text if name in ("architecture", "reads") else f"{name}{text}"
 
 
 def _put(settings: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -63,7 +63,7 @@ def test_a_run_is_self_contained_and_readable(finished_run: Path) -> None:
     lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "tokens", "loss", "mse", "fvu", "l0", "dead", "lr", "tokens_per_second"} <= set(lines[-1])
     metadata = json.loads((finished_run / "dictionary" / "config.json").read_text())["metadata"]
-    assert metadata["hook"] == "blocks.1.hook_resid_pre"
+    assert metadata["reads"] == metadata["gives"] == [{"hook": "blocks.1.hook_resid_pre", "width": 32}]
     assert metadata["tokens"]["masked_positions"] == 1
     assert metadata["trained"]["tokens"] == 93 * 64
     assert metadata["sae_version"] == sae.__version__

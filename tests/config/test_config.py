@@ -148,7 +148,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     message = "dictionary.k=5000 exceeds dictionary.d_sae=4096: lower k or raise d_sae"
     assert refusal("dictionary.k=5000") == message
     assert "is not harvested; harvest.hooks has blocks.2.hook_resid_pre" in refusal(
-        "dictionary.hook=blocks.0.hook_mlp_out"
+        "dictionary.reads=blocks.0.hook_mlp_out"
     )
     repeated = "harvest.hooks=[blocks.0.hook_mlp_out, blocks.0.hook_mlp_out]"
     assert "names blocks.0.hook_mlp_out more than once" in refusal(repeated)

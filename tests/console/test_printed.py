@@ -149,7 +149,7 @@ def test_no_verb_lets_a_name_out_of_a_file_through(
     no_nul = HOSTILE.replace("\0", "")
     outcomes["model"] = command("harvest", config, f"out={tmp_path / 'm'}", f"model.name=./{no_nul}")
     outcomes["setting"] = command("train", config, f"dictionary.{HOSTILE}=1")
-    outcomes["hook"] = command("train", config, f"dictionary.hook={HOSTILE}")
+    outcomes["hook"] = command("train", config, f"dictionary.reads={HOSTILE}")
     outcomes["folder"] = command("eval", f"no run {no_nul}")
     outcomes["usage"] = command(f"frobnicate {HOSTILE}")
     bad = Path(shutil.copytree(other, tmp_path / "bad"))

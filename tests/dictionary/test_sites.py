@@ -40,9 +40,7 @@ def test_widths_that_are_unknown_are_not_guessed() -> None:
 def test_only_a_single_site_is_a_hook_point() -> None:
     assert Sites.one(RESID).hook == RESID
     assert Sites.one(None).hook is None
-    with pytest.raises(
-        ConfigError, match=f"hook points '{RESID}', '{LATER}', tuned:{RESID}: only dict"
-    ):
+    with pytest.raises(ConfigError, match=f"hook points '{RESID}', '{LATER}', tuned:{RESID}: only dict"):
         _ = CROSSCODER.hook
 
 

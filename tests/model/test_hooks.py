@@ -174,12 +174,12 @@ def test_the_first_of_several_hook_points_is_named(tmp_path: Path) -> None:
     """On standard error, before anything else; nothing where the choice is made or there is none."""
     several = ["harvest.hooks=[blocks.1.hook_resid_pre, blocks.2.hook_mlp_out]", f"out={tmp_path}"]
     note = (
-        "training on blocks.1.hook_resid_pre, the first of 2 hook points in harvest.hooks; set dictionary.hook for "
-        "another, or sweep.dictionary.hook for several"
+        "training on blocks.1.hook_resid_pre, the first of 2 hook points in harvest.hooks; set dictionary.reads "
+        "for another, or sweep.dictionary.reads for several"
     )
     assert load_config(None, several).hook_note == note
-    chosen = [*several, "dictionary.hook=blocks.2.hook_mlp_out"]
-    swept = [*several, "sweep.dictionary.hook=[blocks.1.hook_resid_pre, blocks.2.hook_mlp_out]"]
+    chosen = [*several, "dictionary.reads=blocks.2.hook_mlp_out"]
+    swept = [*several, "sweep.dictionary.reads=[blocks.1.hook_resid_pre, blocks.2.hook_mlp_out]"]
     for silent in (chosen, swept, [f"out={tmp_path}"]):
         assert load_config(None, silent).hook_note is None
     (tmp_path / "config.yaml").write_text("{}")

@@ -244,7 +244,7 @@ def test_a_start_that_several_share_is_read_once(tiny_config: TinyConfig, monkey
 def test_two_hook_points_are_trained_in_the_same_pass(tiny_config: TinyConfig) -> None:
     hooks = ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
     config = tiny_config(
-        harvest__hooks=hooks, data__tokens=2000, evaluation__tokens=64, sweep={"dictionary": {"hook": hooks}}
+        harvest__hooks=hooks, data__tokens=2000, evaluation__tokens=64, sweep={"dictionary": {"reads": hooks}}
     )
     done = sweep(config)
     assert {point.hook for point in done.points.values()} == set(hooks)

@@ -113,7 +113,11 @@ def test_training_begins_with_another_s_weights(architecture: str, how: str) -> 
     if architecture in ("batch_topk", "matryoshka"):  # the threshold is of the newest batches
         again.get_parameter("threshold").copy_(first.get_parameter("threshold"))
     x = torch.cat(raw())
-    torch.testing.assert_close(again(x), first(x), rtol=1e-3, atol=1e-2)
+    as_before = torch.isclose(again(x), first(x), rtol=1e-3, atol=1e-2).all(dim=1)
+    if hasattr(first, "threshold"):  # rounding decides on which side of it a few activations fall
+        assert as_before.float().mean() >= 0.999
+    else:
+        assert as_before.all()
 
 
 @pytest.mark.parametrize("architecture", quick_for(["gated"], ["relu", "gated", "jumprelu", "batch_topk"]))

@@ -1,0 +1,51 @@
+"""Patterns of hook points in a configuration, such as `blocks.*.hook_mlp_out`, and the names that they stand for."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sae.config.file import parse_config
+from sae.config.settings import RunConfig, is_pattern
+from sae.errors import ConfigError
+
+
+def with_hook_points(config: RunConfig, names: Callable[[], Iterable[str]]) -> RunConfig:
+    """The configuration with every pattern of hook points replaced by those that match it, in their order.
+
+    In a pattern, `*` stands for any text, `?` for one character, and `[0-3]` for one of these. Patterns in
+    `harvest.hooks` are matched with the hook points that there are, others with those in `harvest.hooks`.
+
+    Args:
+        config: the configuration.
+        names: returns the hook points that there are; called only if `harvest.hooks` has a pattern.
+
+    Raises:
+        ConfigError: no hook point matches a pattern, or the settings contradict each other.
+    """
+    settings = config.model_dump(mode="json")
+    harvested = config.harvest.hooks
+    if any(map(is_pattern, harvested)):
+        harvested = settings["harvest"]["hooks"] = _matching("harvest.hooks", harvested, list(names()))
+    for prefix, section in (("", settings["dictionary"]), ("sweep.", settings["sweep"].get("dictionary", {}))):
+        for key in ("reads", "gives"):
+            hooks = section.get(key)
+            entries = hooks if isinstance(hooks, list) else [hooks]
+            if any(map(is_pattern, entries)):
+                section[key] = _matching(f"{prefix}dictionary.{key}", entries, harvested)
+    return parse_config(settings)
+
+
+def _matching(key: str, entries: Iterable[Any], names: Iterable[str]) -> list[Any]:
+    """Entries, with the names that match in place of each pattern; each name once."""
+    hooks: dict[Any, None] = {}
+    for entry in entries:
+        matches = [name for name in names if fnmatch.fnmatchcase(name, entry)] if is_pattern(entry) else [entry]
+        if not matches:
+            raise ConfigError(
+                f"{key}: no hook point matches {entry!r}; "
+                + ("'sae hooks MODEL' lists them" if key == "harvest.hooks" else f"there are {', '.join(names)}")
+            )
+        hooks |= dict.fromkeys(matches)
+    return list(hooks)

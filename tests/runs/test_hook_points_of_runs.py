@@ -1,0 +1,151 @@
+"""Which hook points a run reads and gives: transcoders in every step, patterns of names, several at once refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import sae
+from sae.activations import ActivationCache
+from sae.config.file import load_config
+from sae.config.patterns import with_hook_points
+from sae.config.settings import RunConfig
+from sae.errors import ConfigError
+from sae.runs.comparison import compare_folders
+from sae.runs.folder import check_run
+from sae.runs.pipeline import Run, run
+from sae.runs.sweeping import sweep
+from sae.training.loop import train
+
+READS, GIVES = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
+NAMES = [f"blocks.{block}.{kind}" for block in range(3) for kind in ("hook_resid_pre", "hook_mlp_out")]
+TinyConfig = Callable[..., RunConfig]
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    return {"data__tokens": 2000, "evaluation__tokens": 64, "features__tokens": 512, **more}
+
+
+@pytest.fixture
+def transcoder(tiny_config: TinyConfig) -> RunConfig:
+    sides = {"dictionary__reads": READS, "dictionary__gives": GIVES}
+    return tiny_config(**settings(harvest__hooks=[READS, GIVES], **sides))
+
+
+def test_a_transcoder_takes_every_step_of_a_run(transcoder: RunConfig, tmp_path: Path) -> None:
+    finished = run(transcoder)
+    dictionary = finished.dictionary()
+    assert (dictionary.origin.reads.hook, dictionary.origin.gives.hook) == (READS, GIVES)
+    cache = finished.cache()
+    source, target = (finished.loader(cache, hook) for hook in (READS, GIVES))
+    alone = train(source, transcoder.dictionary, transcoder.train, target=target, seed=transcoder.seed)
+    assert torch.equal(alone.W_dec, dictionary.W_dec)
+    report = sae.evaluate(dictionary, cache, language_model=finished.language_model, settings=transcoder.evaluation)
+    stored = yaml.safe_load((finished.folder / "eval.json").read_text())
+    assert stored["hook"] == GIVES
+    assert stored["dictionary"]["reads"] == READS
+    for metric in ("fvu", "l0", "delta_ce"):
+        assert stored[metric] == json.loads(json.dumps(report.to_json()[metric])), metric
+    assert finished.features().info["hook"] == READS
+    assert finished.is_evaluated()
+    check_run(finished.folder)
+    name = sorted(path.name for path in (finished.folder / "checkpoints").iterdir())[0]
+    again = compare_folders([finished.folder, Path(transcoder.out) / "checkpoints" / name])
+    assert again.hook == GIVES
+
+
+def test_a_finished_transcoder_is_not_another_dictionary(transcoder: RunConfig) -> None:
+    first = Run(transcoder)
+    first.harvest()
+    before = first.train()
+    assert torch.equal(Run(transcoder).train().W_dec, before.W_dec)
+    sae_config = transcoder.model_copy(update={"dictionary": transcoder.dictionary.model_copy(update={"gives": None})})
+    with pytest.raises(sae.SaeError, match=f"made with gives='{GIVES}', now '{READS}' is asked for"):
+        Run(sae_config).train()
+
+
+def test_a_target_before_its_input_is_refused(tiny_config: TinyConfig) -> None:
+    sides = {"dictionary__reads": GIVES, "dictionary__gives": READS}
+    backwards = Run(tiny_config(**settings(harvest__hooks=[READS, GIVES], **sides)))
+    backwards.harvest()
+    with pytest.raises(ConfigError, match=f"target hook '{READS}' comes before '{GIVES}'.*swap them"):
+        backwards.train()
+
+
+def test_patterns_stand_for_the_model_s_hook_points_or_the_cache_s(tiny_config: TinyConfig) -> None:
+    pattern = "blocks.[12].hook_resid_pre"
+    config = tiny_config(**settings(harvest__hooks=[pattern], sweep={"dictionary": {"reads": [pattern]}}))
+    done = sweep(config)
+    hooks = {"blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"}
+    assert {point.hook for point in done.points.values()} == hooks == set(done.points)
+    cached = Run(config)
+    assert "language_model" not in vars(cached)  # the cache says which hook points there are
+    assert set(cached.config.harvest.hooks) == hooks
+    assert isinstance(cached.cache(), ActivationCache)
+    recorded = load_config(Path(config.out) / "blocks.2.hook_resid_pre" / "config.yaml")
+    assert recorded.dictionary.reads == "blocks.2.hook_resid_pre"
+
+
+PATTERNS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "every block": (["harvest.hooks=blocks.*.hook_mlp_out"], NAMES[1::2], ["blocks.0.hook_mlp_out"]),
+    "some blocks": (["harvest.hooks=['blocks.[1-2].hook_mlp_out']"], NAMES[3::2], ["blocks.1.hook_mlp_out"]),
+    "a pattern and a name": (["harvest.hooks=[blocks.2.hook_mlp_out, blocks.*.hook_mlp_out]"],
+                             [NAMES[5], NAMES[1], NAMES[3]], [NAMES[5]]),
+    "one that reads": (["harvest.hooks=blocks.?.*", "dictionary.reads=blocks.2.*pre"], NAMES, [NAMES[4]]),
+    "none": (["harvest.hooks=blocks.2.hook_mlp_out"], [NAMES[5]], [NAMES[5]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_a_pattern_stands_for_all_that_match_in_their_order(case: str) -> None:
+    words, harvested, trained = PATTERNS[case]
+    config = with_hook_points(load_config(None, words), lambda: NAMES)
+    assert list(config.harvest.hooks) == harvested
+    assert list(config.hooks) == trained
+
+
+def test_names_are_asked_for_only_if_they_are_needed() -> None:
+    def asked() -> list[str]:
+        raise AssertionError("the model would be loaded")
+
+    assert with_hook_points(load_config(None, ["seed=3"]), asked) == load_config(None, ["seed=3"])
+    hooks = "harvest.hooks=[blocks.0.hook_mlp_out, blocks.1.hook_mlp_out]"
+    with pytest.raises(ConfigError, match=r"dictionary.reads: no hook point matches 'blocks.7.\*'; there are blocks.0"):
+        with_hook_points(load_config(None, [hooks, "dictionary.reads=blocks.7.*"]), asked)
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "nothing matches": (["harvest.hooks=blocks.9.*"], "harvest.hooks: no hook point matches 'blocks.9.*'; 'sae hooks"),
+    "a crosscoder": (
+        [f"harvest.hooks=[{NAMES[0]}, {NAMES[2]}]", f"dictionary.reads=[{NAMES[0]}, {NAMES[2]}]"],
+        "dictionary.reads names 2 hook points, .*crosscoder.* sweep.dictionary.reads trains one dictionary for each",
+    ),
+    "a pattern of several": (
+        ["harvest.hooks=blocks.*.hook_resid_pre", "dictionary.gives=blocks.*.hook_resid_pre"],
+        "dictionary.gives names 3 hook points",
+    ),
+    "not harvested": ([f"dictionary.gives={NAMES[5]}"], "dictionary.gives='blocks.2.hook_mlp_out' is not harvested"),
+    "the old key": ([f"dictionary.hook={NAMES[0]}"], "'dictionary.hook' is called 'dictionary.reads' now"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_hook_points_that_cannot_be_trained_on_are_refused(case: str) -> None:
+    words, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        with_hook_points(load_config(None, words), lambda: NAMES)
+
+
+def test_a_list_of_one_is_that_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "harvest: {hooks: [blocks.0.hook_mlp_out, blocks.1.hook_mlp_out]}\n"
+        "dictionary: {reads: [blocks.1.hook_mlp_out]}\n"
+    )
+    assert load_config(path).dictionary.reads == "blocks.1.hook_mlp_out"
