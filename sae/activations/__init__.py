@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sae.activations.cache import ActivationCache, ContextBatch
+from sae.activations.cache import ActivationCache
+from sae.activations.tokens import ContextBatch
 from sae.numerics.statistics import Statistics
 
 __all__ = ["ActivationCache", "ContextBatch", "Statistics"]

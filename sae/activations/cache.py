@@ -2,87 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sae.activations.background import background
 from sae.activations.manifest import (
-    COLUMN_TYPES,
-    DOCUMENTS,
-    MANIFEST,
-    PLAIN_COLUMNS,
-    RESTORE,
     HookEntry,
-    find_cache,
-    inside,
-    read_manifest,
     shard_name,
 )
+from sae.activations.tokens import ContextBatch, TokenStore
 from sae.config.splits import TRAIN
-from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError
-from sae.files.damage import damaged
-from sae.files.digest import Identity, identity_of
-from sae.files.hashes import check
-from sae.files.reading import open_tensors, read_json, tensor_of, validated
 from sae.numerics.modes import in_own_modes
 from sae.numerics.statistics import Statistics
 
 NUMBER_TYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
 }  # fmt: skip
-_SHARDS_AHEAD = 4
-_MOST_MAPPED = 256
-THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-@dataclass(frozen=True)
-class ContextBatch:
-    """Consecutive contexts of a split. `first_row` + position in the flattened batch is a token's row.
+class ActivationCache(TokenStore):
+    """A harvested cache: the tokens of a text, and a model's activations on them at one or more hook points.
 
-    Attributes:
-        tokens: ids.
-        documents: index into `ActivationCache.documents(split)`.
-        eligible: False for tokens masked out of training, statistics and evaluation.
-        activations: the stored activations as float32; None if no hook point was requested.
-        sections: index of each token's section, counted over all documents; None if documents were not cut.
-    """
-
-    first_row: int
-    tokens: Int[Tensor, "context seq"]
-    documents: Int[Tensor, "context seq"]
-    eligible: Bool[Tensor, "context seq"]
-    activations: Float[Tensor, "context seq d_in"] | None
-    sections: Int[Tensor, "context seq"] | None = None
-
-    def contexts(self, first: int, end: int) -> ContextBatch:
-        """Contexts `first` up to `end`, as a batch of their own."""
-        part = slice(first, end)
-        return ContextBatch(
-            self.first_row + first * self.tokens.shape[1],
-            self.tokens[part],
-            self.documents[part],
-            self.eligible[part],
-            None if self.activations is None else self.activations[part],
-            None if self.sections is None else self.sections[part],
-        )
-
-
-class ActivationCache:
-    """A harvested cache, opened for reading; shards are mapped into memory, not read.
-
-    Every file is compared with its hash before its first use in a process.
+    Shards are mapped into memory, not read. Every file is compared with its hash before its first use in a process.
 
     Args:
         path: the cache's folder, or the run folder that holds it.
@@ -92,44 +36,10 @@ class ActivationCache:
         DamagedError: (a CacheError) the manifest is damaged; when reading, a shard is.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = find_cache(path)
-        self.manifest = read_manifest(self.path)
-        if not self.manifest.complete:
-            raise CacheError(
-                f"cache {str(self.path)!r}: the harvest is unfinished; run the same 'sae harvest' to finish it"
-            )
-        self._mapped: dict[str, tuple[Identity, Any]] = {}
-        self._mapping = threading.Lock()
-        for name, entry in self.manifest.files.items():
-            file = self.path / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != entry.bytes:
-                state = "is missing" if size is None else f"has {size:,} bytes instead of {entry.bytes:,}"
-                raise CacheError(f"cache {str(self.path)!r}: {name} {state}; {RESTORE}")
-
     @property
     def hooks(self) -> tuple[str, ...]:
         """Hook points in the cache."""
         return tuple(self.manifest.hooks)
-
-    @property
-    def policy(self) -> TokenPolicy:
-        """Rules for which tokens count."""
-        return TokenPolicy.from_json(self.manifest.tokens)
-
-    @property
-    def context_length(self) -> int:
-        """Tokens per context."""
-        return self.manifest.context_length
-
-    def rows(self, split: str = TRAIN) -> int:
-        """Tokens in a split, including masked ones."""
-        return self.manifest.rows[split]
-
-    def source_tokens(self, split: str = TRAIN) -> dict[str, int]:
-        """Tokens in a split by the label of their source, if several sources were mixed; else empty."""
-        return self.manifest.data.get("source_tokens", {}).get(split, {})
 
     def d_in(self, hook: str) -> int:
         """Width of the activations at `hook`."""
@@ -147,57 +57,11 @@ class ActivationCache:
         mean = torch.tensor(entry.sum, dtype=torch.float64, device="cpu") / entry.tokens
         return Statistics(entry.tokens, mean, entry.sum_of_squares / entry.tokens)
 
-    def documents(self, split: str = TRAIN) -> list[str]:
-        """Names of the split's documents, in order.
-
-        Raises:
-            DamagedError: the list of names is damaged.
-        """
-        path = self.path / DOCUMENTS
-        names = read_json(path, self.manifest.files[DOCUMENTS].sha256, remedy=RESTORE)
-        return validated(path, dict[str, list[str]], names, RESTORE)[split]
-
-    def shards(self, split: str = TRAIN) -> int:
-        """Number of shards of a split."""
-        return self.manifest.shards(split)
-
-    def token_columns(self, split: str, number: int) -> dict[str, Tensor]:
-        """The columns of a token shard, `[rows]` each: `tokens` and `documents`.
-
-        Also `sections` if documents were cut, and `counted` if only some roles of chats count.
-        """
-        name, rows = shard_name("tokens", split, number), (self.manifest.shard_rows(split, number),)
-        return {column: self._tensor(name, column, COLUMN_TYPES[column], rows) for column in self._columns()}
-
-    def token_shard(self, split: str, number: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
-        """Tokens and document indices of a shard, int32."""
-        columns = self.token_columns(split, number)
-        return columns["tokens"], columns["documents"]
-
-    def eligible_shard(self, split: str, number: int) -> Bool[Tensor, " rows"]:
-        """Which rows of a shard count."""
-        columns = self.token_columns(split, number)
-        return eligible_rows(columns["tokens"], self.policy, self.context_length, columns.get("counted"))
-
     def activation_shard(self, hook: str, split: str, number: int) -> tuple[Tensor, Float[Tensor, " rows"] | None]:
         """Stored activations `[rows, d_in]` of a shard, mapped into memory, and the scale of each row for int8."""
         name, rows, d_in = shard_name(hook, split, number), self.manifest.shard_rows(split, number), self.d_in(hook)
         scale = self._tensor(name, "scale", torch.float32, (rows,)) if self.manifest.dtype == "int8" else None
         return self._tensor(name, "activations", NUMBER_TYPES[self.manifest.dtype], (rows, d_in)), scale
-
-    @contextlib.contextmanager
-    def checking(self, folder: str, split: str) -> Iterator[Callable[[int], Future[Identity]]]:
-        """Compare shards with their hashes in threads, ahead of their use; pending checks are cancelled at the end.
-
-        Args:
-            folder: `tokens` or a hook point.
-            split: split of the shards.
-
-        Yields:
-            A function that starts the check of a shard, given its number.
-        """
-        with background(THREADS) as pool:
-            yield lambda number: pool.submit(self._check, shard_name(folder, split, number))
 
     @in_own_modes
     def contexts(
@@ -207,117 +71,26 @@ class ActivationCache:
 
         If the last context is shorter than the others, it forms a batch of its own.
         """
-        length, left = self.context_length, self.rows(split) if max_tokens is None else max_tokens
         if hook:
             self._hook(hook)
-        first_row = 0
-        needed = range(min(self.shards(split), -(-left // (self.manifest.shard_contexts * length))))
-        for number in self._checked(needed, hook or "tokens", split):
-            columns = self.token_columns(split, number)
-            tokens, documents, sections = columns["tokens"], columns["documents"], columns.get("sections")
-            eligible = eligible_rows(tokens, self.policy, length, columns.get("counted"))
-            activations, scale = self.activation_shard(hook, split, number) if hook else (None, None)
-            for start, batch_stop in _batch_ranges(len(tokens), length, batch_contexts):
-                cut_short = left < batch_stop - start
-                stop = start + left // length * length if cut_short else batch_stop
-                if stop <= start:
-                    return
-                seq = min(length, stop - start)
-                x = None
-                if activations is not None:
-                    x = dequantise(activations[start:stop], None if scale is None else scale[start:stop])
-                    x = x.view(-1, seq, x.shape[-1])
-                yield ContextBatch(
-                    first_row + start,
-                    tokens[start:stop].view(-1, seq).long(),
-                    documents[start:stop].view(-1, seq).long(),
-                    eligible[start:stop].view(-1, seq),
-                    x,
-                    None if sections is None else sections[start:stop].view(-1, seq).long(),
-                )
-                if cut_short:
-                    return
-                left -= stop - start
-            first_row += len(tokens)
+        yield from self._contexts(split, hook, batch_contexts, max_tokens)
 
-    def _checked(self, numbers: Sequence[int], folder: str, split: str) -> Iterator[int]:
-        """Shard numbers, each once it is checked, while the next few are checked in the background."""
-        with self.checking(folder, split) as begin:
-            checks: deque[Future[Identity]] = deque()
-            for index, number in enumerate(numbers):
-                while len(checks) <= _SHARDS_AHEAD and index + len(checks) < len(numbers):
-                    checks.append(begin(numbers[index + len(checks)]))
-                checks.popleft().result()
-                yield number
-
-    def _columns(self) -> Sequence[str]:
-        return self.manifest.data.get("token_columns", PLAIN_COLUMNS)
+    def _activations(self, hook: str | None, split: str, number: int) -> Callable[[slice], Tensor | None]:
+        if hook is None:
+            return super()._activations(hook, split, number)
+        activations, scale = self.activation_shard(hook, split, number)
+        return lambda rows: dequantise(activations[rows], None if scale is None else scale[rows])
 
     def _hook(self, hook: str) -> HookEntry:
         if hook not in self.manifest.hooks:
             raise CacheError(f"cache {str(self.path)!r}: hook {hook!r} is not in it; it holds {', '.join(self.hooks)}")
         return self.manifest.hooks[hook]
 
-    def _check(self, name: str) -> Identity:
-        path = inside(self.path, name)
-        return check(path, self.manifest.files[name].sha256, remedy=RESTORE)
-
-    def _open(self, name: str) -> Any:
-        """A mapped file, checked again if it has been written to since."""
-        identity = self._check(name)
-        with self._mapping:
-            if name not in self._mapped or self._mapped[name][0] != identity:
-                if len(self._mapped) >= _MOST_MAPPED:
-                    self._mapped.pop(next(iter(self._mapped)))
-                file = open_tensors(self.path / name, self.manifest.files[name].sha256, remedy=RESTORE)
-                self._mapped[name] = identity_of((self.path / name).stat()), file
-            return self._mapped[name][1]
-
-    def _tensor(self, name: str, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of a file, if it agrees with the manifest."""
-        path = self.path / name
-        tensor = tensor_of(self._open(name), key, path, RESTORE)
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            actual, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
-            raise damaged(path, f"{key} is {actual}, but {MANIFEST} says {expected}", RESTORE)
-        return tensor
-
     def __repr__(self) -> str:
         rows = ", ".join(f"{count:,} {split}{self._origin(split)}" for split, count in self.manifest.rows.items())
         return f"ActivationCache({str(self.path)!r}: {rows} tokens, {', '.join(self.hooks)}, {self.manifest.dtype})"
-
-    def _origin(self, split: str) -> str:
-        sources = " + ".join(f"{count:,} of {label}" for label, count in self.source_tokens(split).items())
-        return f" ({sources})" if sources else ""
-
-
-def eligible_rows(
-    tokens: Int[Tensor, " rows"], policy: TokenPolicy, context_length: int, counted: Bool[Tensor, " rows"] | None = None
-) -> Bool[Tensor, " rows"]:
-    """Which rows count. Rows begin at the start of a context and may end inside one.
-
-    Args:
-        tokens: ids.
-        policy: token policy, by ids and positions.
-        context_length: tokens per context.
-        counted: False for tokens of chat roles that do not count; None if there are none.
-    """
-    full = len(tokens) // context_length * context_length
-    parts = [tokens[:full].view(-1, context_length)]
-    if full < len(tokens):
-        parts.append(tokens[full:].view(1, -1))
-    eligible = torch.cat([policy.eligible(part).flatten() for part in parts])
-    return eligible if counted is None else eligible & counted
 
 
 def dequantise(activations: Tensor, scale: Tensor | None) -> Float[Tensor, "rows d_in"]:
     """Convert stored activations to float32."""
     return activations.float() if scale is None else activations.float() * scale[:, None]
-
-
-def _batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple[int, int]]:
-    full = rows // length * length
-    for start in range(0, full, batch_contexts * length):
-        yield start, min(start + batch_contexts * length, full)
-    if full < rows:
-        yield full, rows

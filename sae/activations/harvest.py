@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache, eligible_rows
+from sae.activations.cache import ActivationCache
 from sae.activations.manifest import (
     DOCUMENTS,
     MANIFEST,
@@ -42,6 +42,7 @@ from sae.activations.same_request import (
     where_from,
 )
 from sae.activations.space import check_space
+from sae.activations.tokens import eligible_rows
 from sae.config.mixture import tokens_by_source
 from sae.config.progress import StageProgress
 from sae.config.settings import RunConfig

@@ -15,9 +15,8 @@ from sae.errors import CacheError, DamagedError
 from sae.files.damage import damaged
 from sae.files.formats import Format, fingerprint_of
 from sae.files.hashes import check
-from sae.files.paths import expanded
+from sae.files.paths import resolve
 from sae.files.reading import read_object, validated
-from sae.files.writing import stands
 
 FORMAT = Format("sae-activations", 1)
 MANIFEST, DOCUMENTS = "manifest.json", "documents.json"
@@ -155,11 +154,10 @@ def find_cache(path: str | Path) -> Path:
     Raises:
         CacheError: there is no manifest in either.
     """
-    folder = expanded(path)
-    for candidate in (folder, folder / "activations"):
-        if stands(candidate / MANIFEST):
-            return candidate
-    raise CacheError(f"cache {str(path)!r}: no {MANIFEST} there; make one with 'sae harvest'")
+    folder = resolve(path, "activations", MANIFEST)
+    if folder is None:
+        raise CacheError(f"cache {str(path)!r}: no {MANIFEST} there; make one with 'sae harvest'")
+    return folder
 
 
 def read_manifest(folder: Path) -> Manifest:

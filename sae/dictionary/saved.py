@@ -18,10 +18,9 @@ from sae.errors import ConfigError, FormatError
 from sae.files.damage import damaged
 from sae.files.digest import sha256_of
 from sae.files.formats import HEAD
-from sae.files.paths import expanded
+from sae.files.paths import expanded, resolve
 from sae.files.reading import load_tensors, read_object, taken_apart
 from sae.files.sums import recorded
-from sae.files.writing import stands
 
 
 def weights_sha256(dictionary: Dictionary) -> str:
@@ -50,15 +49,13 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
         FormatError: no dictionary there, another format, a newer version, a pickle, or weights that are damaged or of
             the wrong shape.
     """
-    folder = expanded(path)
-    if folder.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
+    if expanded(path).suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         raise FormatError(
             f"dictionary {str(path)!r}: pickled files are not read, since they can run code; "
             f"give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    if not stands(folder / CONFIG_FILE) and stands(folder / "dictionary" / CONFIG_FILE):
-        folder = folder / "dictionary"
-    if not stands(folder / CONFIG_FILE):
+    folder = resolve(path, "dictionary", CONFIG_FILE)
+    if folder is None:
         raise FormatError(f"dictionary {str(path)!r}: no {CONFIG_FILE} there; give a dictionary folder or a run folder")
     config = read_object(folder / CONFIG_FILE)
     FORMAT.check(config, f"dictionary {str(folder)!r}", CONFIG_FILE)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sae.activations.cache import THREADS
 from sae.activations.manifest import MANIFEST, read_manifest, shard_problem
+from sae.activations.tokens import THREADS
 from sae.architectures import load
 from sae.config.file import CONFIG_YAML, load_config
 from sae.config.progress import Progress, announce, silent

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from sae.activations.cache import eligible_rows
 from sae.activations.loader import ActivationLoader
+from sae.activations.tokens import eligible_rows
 from sae.architectures import TopK
 from sae.config.settings import DictionaryConfig, EvaluationConfig, TrainConfig
 from sae.evaluation import Report, evaluate

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache, eligible_rows
+from sae.activations.cache import ActivationCache
+from sae.activations.tokens import eligible_rows
 from sae.architectures import TopK
 from sae.config.settings import EvaluationConfig
 from sae.errors import CacheError, ConfigError, FormatError
