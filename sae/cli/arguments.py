@@ -42,7 +42,7 @@ class Options:
         """Show the progress of a command, see `progress_bars`."""
         from sae.console.progress import progress_bars
 
-        return progress_bars(quiet=self.quiet, units=units or {})
+        return progress_bars(quiet=self.quiet, units=units)
 
     def say_hook(self, settings: RunConfig) -> None:
         """Say which hook point is trained on, if several are harvested and none is named."""
