@@ -8,7 +8,7 @@ import click
 
 from sae.cli.arguments import Options, beginning_again, features_and_overrides
 from sae.config.file import CONFIG_YAML
-from sae.console.terminal import output, say
+from sae.console.terminal import say
 from sae.files.writing import stands
 
 
@@ -64,13 +64,10 @@ def features(
     if stands(path / CONFIG_YAML):
         with beginning_again("it"), options.progress() as progress:
             store = pipeline.Run.open(path, overrides, progress).features()
+    elif overrides:
+        raise click.UsageError(f"{overrides[0]}: {str(path)!r} is not a run folder, and only a run folder has settings")
     else:
-        if overrides:
-            raise click.UsageError(
-                f"{overrides[0]}: {str(path)!r} is not a run folder, and only a run folder has settings"
-            )
         store = Features(path)
-    console = output()
     if page is not None:
         chosen = list(indices) or store.sorted_by(sort, max_density=max_density)[:limit]
         write_page(store, chosen, page, f"Features of {path.name}", effects_beside(store))
@@ -78,6 +75,6 @@ def features(
     elif indices:
         effects = effects_beside(store)
         for index in indices:
-            print_feature(store[index], console, effects)
+            print_feature(store[index], effects=effects)
     else:
-        print_features(store, console, sort=sort, limit=limit, max_density=max_density)
+        print_features(store, sort=sort, limit=limit, max_density=max_density)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from sae.config.progress import StageProgress
+from sae.config.progress import StageProgress, silent
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError, TrainingError
@@ -175,12 +175,12 @@ def run_recovery(settings: RecoverySettings, seed: int, progress: StageProgress 
         )
         for architecture in settings.architectures
     }
-    if progress is not None:
-        progress(0, settings.tokens)
+    shown = progress or silent
+    shown(0, settings.tokens)
     outcome = train_all(
         {"activations": SyntheticSource(truth, settings.batch_size)},
         recipes,
-        progress=None if progress is None else lambda done, total, _: progress(done, total),
+        progress=lambda done, total, _: shown(done, total),
     )
     for architecture, reason in outcome.failures.items():
         raise TrainingError(f"{architecture}: {reason}")
