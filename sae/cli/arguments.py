@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sae.config.file import READ_BY_RUN, describe_keys, load_config, named_config
+from sae.config.progress import Progress
 from sae.config.settings import RunConfig
 from sae.console.terminal import complain, output
 from sae.errors import ConfigError
@@ -23,6 +26,28 @@ _LONGEST_NUMBER = 18
 _READ_BY_EVALUATION = ("evaluation.", *READ_BY_RUN)
 
 Keys = Callable[[], Iterable[tuple[str, str, str]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `sae` itself, which every command takes.
+
+    Attributes:
+        quiet: show neither progress nor notes.
+    """
+
+    quiet: bool
+
+    def progress(self, units: Mapping[str, str] | None = None) -> AbstractContextManager[Progress]:
+        """Show the progress of a command, see `progress_bars`."""
+        from sae.console.progress import progress_bars
+
+        return progress_bars(quiet=self.quiet, units=units)
+
+    def say_hook(self, settings: RunConfig) -> None:
+        """Say which hook point is trained on, if several are harvested and none is named."""
+        if settings.hook_note and not self.quiet:
+            complain(settings.hook_note)
 
 
 def with_keys(title: str, keys: Keys) -> type[click.Command]:
@@ -60,12 +85,6 @@ def configured(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("arguments", nargs=-1, required=True, metavar="[CONFIG] [KEY=VALUE]...")(with_settings)
 
 
-def say_hook(settings: RunConfig, *, quiet: bool) -> None:
-    """Say which hook point is trained on, if several are harvested and none is named."""
-    if settings.hook_note and not quiet:
-        complain(settings.hook_note)
-
-
 def show_report(report: Any) -> None:
     """Print the table of an evaluation report, or of the contents of `eval.json`."""
     from sae.evaluation import report_table
@@ -74,14 +93,21 @@ def show_report(report: Any) -> None:
     console.print(report_table(report, console.width))
 
 
+def split_overrides(arguments: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The arguments that are KEY=VALUE and do not name a file, and the others."""
+    overrides = tuple(argument for argument in arguments if "=" in argument and not Path(argument).exists())
+    return overrides, [argument for argument in arguments if argument not in overrides]
+
+
 def evaluation_overrides(arguments: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
     """Split arguments into overrides and the rest.
 
     Raises:
         ConfigError: evaluation does not read an override.
     """
-    overrides = _overrides(arguments, _READ_BY_EVALUATION, "evaluation does not read")
-    return overrides, [argument for argument in arguments if argument not in overrides]
+    overrides, others = split_overrides(arguments)
+    _check_read(overrides, _READ_BY_EVALUATION, "evaluation does not read")
+    return overrides, others
 
 
 def features_and_overrides(arguments: tuple[str, ...], path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -91,8 +117,8 @@ def features_and_overrides(arguments: tuple[str, ...], path: Path) -> tuple[tupl
         click.BadParameter: an argument is neither.
         ConfigError: an existing run does not read an override.
     """
-    overrides = _overrides(arguments, READ_BY_RUN, f"the existing run {str(path)!r} does not read")
-    numbers = [argument for argument in arguments if argument not in overrides]
+    overrides, numbers = split_overrides(arguments)
+    _check_read(overrides, READ_BY_RUN, f"the existing run {str(path)!r} does not read")
     for argument in numbers:
         if not argument.removeprefix("-").isdecimal() or len(argument) > _LONGEST_NUMBER:
             raise click.BadParameter(
@@ -102,8 +128,7 @@ def features_and_overrides(arguments: tuple[str, ...], path: Path) -> tuple[tupl
     return tuple(map(int, numbers)), overrides
 
 
-def _overrides(arguments: tuple[str, ...], read: tuple[str, ...], refusal: str) -> tuple[str, ...]:
-    overrides = tuple(argument for argument in arguments if "=" in argument and not Path(argument).exists())
+def _check_read(overrides: Iterable[str], read: tuple[str, ...], refusal: str) -> None:
     for override in overrides:
         if not override.startswith(read):
             key = override.partition("=")[0]
@@ -111,7 +136,6 @@ def _overrides(arguments: tuple[str, ...], read: tuple[str, ...], refusal: str) 
                 f"override {override!r}: {refusal} {key}; it reads {', '.join(read)}; "
                 "train another run to change anything else"
             )
-    return overrides
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from sae.cli.arguments import Options, evaluation_overrides
 from sae.console.terminal import output, say
 
 
@@ -14,7 +15,7 @@ from sae.console.terminal import output, say
 @click.option("--on", type=click.Path(path_type=Path), help="Run that supplies the held-out tokens and the model.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write compare.md and compare.json to.")
 @click.pass_obj
-def compare(options: dict[str, bool], arguments: tuple[str, ...], on: Path | None, out: Path | None) -> None:
+def compare(options: Options, arguments: tuple[str, ...], on: Path | None, out: Path | None) -> None:
     """Compare dictionaries side by side.
 
     DICTIONARY is a run folder or a dictionary's folder. The first one is the baseline for the others. All are measured
@@ -22,13 +23,11 @@ def compare(options: dict[str, bool], arguments: tuple[str, ...], on: Path | Non
     are already in a run's eval.json are reused. KEY=VALUE overrides settings of the run that supplies the tokens:
     evaluation.*, model.*, harvest.cache, device. An interrupted comparison resumes where it stopped.
     """
-    from sae.cli.arguments import evaluation_overrides
-    from sae.console.progress import progress_bars
     from sae.evaluation import comparison_tables
     from sae.runs.comparison import READ, compare_folders
 
     overrides, places = evaluation_overrides(arguments)
-    with progress_bars(quiet=options["quiet"], units={READ: "dictionaries"}) as progress:
+    with options.progress({READ: "dictionaries"}) as progress:
         comparison = compare_folders(places, on=on, out=out, overrides=overrides, progress=progress)
     console = output()
     for table in comparison_tables(comparison, console.width):

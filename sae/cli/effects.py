@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
+from sae.cli.arguments import Options, features_and_overrides
 from sae.console.terminal import output
-
-_SAMPLE = 200
 
 
 @click.command()
@@ -20,7 +19,7 @@ _SAMPLE = 200
 @click.option(
     "--features",
     "sample",
-    default=_SAMPLE,
+    default=200,
     show_default=True,
     type=click.IntRange(0),
     help="If no FEATURE is given: number of firing features to sample at random, or 0 for all.",
@@ -54,7 +53,7 @@ _SAMPLE = 200
 )
 @click.pass_obj
 def effects(
-    options: dict[str, bool],
+    options: Options,
     path: Path,
     arguments: tuple[str, ...],
     scale: float,
@@ -74,8 +73,6 @@ def effects(
     are written into RUN, a run folder. Existing results for the same weights, data and settings are reused. KEY=VALUE
     overrides settings of the run: model.*, harvest.cache, device.
     """
-    from sae.cli.arguments import features_and_overrides
-    from sae.console.progress import progress_bars
     from sae.effects import EffectSettings, measure_effects
     from sae.effects.effects import check_column
     from sae.effects.view import effects_table, summary_lines, table_note
@@ -84,7 +81,7 @@ def effects(
     check_column(sort)
     indices, overrides = features_and_overrides(arguments, path)
     settings = EffectSettings(scale, positions, null_positions, window, tokens)
-    with progress_bars(quiet=options["quiet"], units={"effects": "changes"}) as progress:
+    with options.progress({"effects": "changes"}) as progress:
         run = pipeline.Run.open(path, overrides, progress)
         results = measure_effects(
             run.dictionary(),
@@ -99,6 +96,5 @@ def effects(
             progress=progress,
         )
     console = output()
-    console.print(effects_table(results, sort, limit, console.width))
-    for line in (table_note(results, sort, limit), *summary_lines(results)):
-        console.print(line)
+    table, note = effects_table(results, sort, limit, console.width), table_note(results, sort, limit)
+    console.print(table, note, *summary_lines(results), sep="\n")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import beginning_again, features_and_overrides
+from sae.cli.arguments import Options, beginning_again, features_and_overrides
 from sae.config.file import CONFIG_YAML
-from sae.console.terminal import output, say
+from sae.console.terminal import say
 from sae.files.writing import stands
 
 
@@ -35,7 +35,7 @@ from sae.files.writing import stands
 @click.option("--page", type=click.Path(path_type=Path), help="Write a self-contained HTML page to this file.")
 @click.pass_obj
 def features(
-    options: dict[str, bool],
+    options: Options,
     path: Path,
     arguments: tuple[str, ...],
     sort: str,
@@ -51,7 +51,6 @@ def features(
     RUN is a run folder or a feature store. The features of a run are collected first if they are missing. KEY=VALUE
     overrides settings of the run: model.*, harvest.cache, device.
     """
-    from sae.console.progress import progress_bars
     from sae.effects import effects_beside
     from sae.features import Features
     from sae.runs import pipeline
@@ -63,15 +62,12 @@ def features(
             f"{str(page)!r} is not a file name; give one, such as page.html.", param_hint="'--page'"
         )
     if stands(path / CONFIG_YAML):
-        with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
+        with beginning_again("it"), options.progress() as progress:
             store = pipeline.Run.open(path, overrides, progress).features()
+    elif overrides:
+        raise click.UsageError(f"{overrides[0]}: {str(path)!r} is not a run folder, and only a run folder has settings")
     else:
-        if overrides:
-            raise click.UsageError(
-                f"{overrides[0]}: {str(path)!r} is not a run folder, and only a run folder has settings"
-            )
         store = Features(path)
-    console = output()
     if page is not None:
         chosen = list(indices) or store.sorted_by(sort, max_density=max_density)[:limit]
         write_page(store, chosen, page, f"Features of {path.name}", effects_beside(store))
@@ -79,6 +75,6 @@ def features(
     elif indices:
         effects = effects_beside(store)
         for index in indices:
-            print_feature(store[index], console, effects)
+            print_feature(store[index], effects=effects)
     else:
-        print_features(store, console, sort=sort, limit=limit, max_density=max_density)
+        print_features(store, sort=sort, limit=limit, max_density=max_density)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sae.cli.arguments import OfConfiguration, configured
+from sae.cli.arguments import OfConfiguration, Options, configured
 from sae.config.settings import RunConfig
 from sae.console.terminal import say
 
@@ -12,15 +12,14 @@ from sae.console.terminal import say
 @click.command(cls=OfConfiguration)
 @configured
 @click.pass_obj
-def harvest(options: dict[str, bool], settings: RunConfig) -> None:
+def harvest(options: Options, settings: RunConfig) -> None:
     """Cache a language model's activations.
 
     CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. An interrupted harvest resumes where it
     stopped.
     """
-    from sae.console.progress import progress_bars
     from sae.runs import pipeline
 
-    with progress_bars(quiet=options["quiet"]) as progress:
+    with options.progress() as progress:
         cache = pipeline.Run(settings, progress).harvest()
     say(cache)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sae.cli.arguments import beginning_again
+from sae.cli.arguments import Options, beginning_again
 from sae.config.file import describe_keys, load_config
 from sae.console.terminal import say
 from sae.errors import ConfigError
@@ -23,13 +23,12 @@ _READ = ("model.", "device")
 @click.argument("model", metavar="MODEL")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.pass_obj
-def hooks(options: dict[str, bool], model: str, overrides: tuple[str, ...]) -> None:
+def hooks(options: Options, model: str, overrides: tuple[str, ...]) -> None:
     """List the hook points of a model.
 
     MODEL is the name of a model on the hub, a folder, a .gguf file, or 'demo'. KEY=VALUE sets 'device' or a 'model.'
     setting of 'sae run'. The model is loaded and run on a few tokens; no text is read.
     """
-    from sae.console.progress import progress_bars
     from sae.runs.pipeline import Run
 
     for override in overrides:
@@ -37,7 +36,7 @@ def hooks(options: dict[str, bool], model: str, overrides: tuple[str, ...]) -> N
             keys = (key for key, _, _ in describe_keys() if key.startswith(_READ) and key != "model.name")
             raise ConfigError(f"override {override!r}: 'sae hooks' reads {', '.join(keys)}")
     config = load_config(None, [f"model.name={model}", *overrides])
-    with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
+    with beginning_again("it"), options.progress() as progress:
         language_model = Run(config, progress).language_model
         progress("read hook points", 0, 1)
         hook_points = language_model.hooks()
@@ -72,10 +71,6 @@ def block_ranges(blocks: list[int]) -> str:
     steps = {after - before for before, after in pairwise(blocks)}
     if len(blocks) > 3 and len(steps) == 1 and steps != {1}:
         return f"{blocks[0]}, {blocks[1]}, …, {blocks[-1]}"
-    parts: list[list[int]] = []
-    for block in blocks:
-        if parts and block == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], block]
-        else:
-            parts.append([block])
-    return ", ".join("-".join(map(str, part)) for part in parts)
+    numbered = enumerate(blocks)  # in a run of consecutive blocks, block − place is constant
+    runs = [[block for _, block in run] for _, run in groupby(numbered, key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

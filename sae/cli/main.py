@@ -11,18 +11,21 @@ from typing import NoReturn
 
 import click
 
-from sae.cli.compare import compare
-from sae.cli.effects import effects
-from sae.cli.evaluate import evaluate
-from sae.cli.features import features
-from sae.cli.harvest import harvest
-from sae.cli.hooks import hooks
-from sae.cli.probe import probe
-from sae.cli.run import run
-from sae.cli.superposition import superposition
-from sae.cli.sweep import sweep
-from sae.cli.train import train
-from sae.cli.verify import verify
+from sae.cli import (
+    compare,
+    effects,
+    evaluate,
+    features,
+    harvest,
+    hooks,
+    probe,
+    run,
+    superposition,
+    sweep,
+    train,
+    verify,
+)
+from sae.cli.arguments import Options
 from sae.console.terminal import close, complain, complain_at_length, prepare, show_warning, unwritable
 from sae.errors import SaeError, TrainingInterrupted
 from sae.files import version
@@ -37,16 +40,17 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 @click.group(context_settings=_CONTEXT)
 @click.version_option(version.__version__, prog_name="sae")
-@click.option("--debug", is_flag=True, help="Show the stack trace if an error occurs.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the stack trace if an error occurs.")
 @click.option("--quiet", is_flag=True, help="Hide progress bars and notes on hook point, amounts and cost.")
 @click.pass_context
-def cli(context: click.Context, debug: bool, quiet: bool) -> None:
+def cli(context: click.Context, quiet: bool) -> None:
     """Sparse autoencoders on language-model activations: cache, train, evaluate, inspect features, reuse."""
-    context.obj = {"debug": debug, "quiet": quiet}
+    context.obj = Options(quiet)
 
 
 for command in (
-    run, harvest, train, sweep, evaluate, features, verify, compare, effects, hooks, superposition, probe,
+    run.run, harvest.harvest, train.train, sweep.sweep, evaluate.evaluate, features.features, verify.verify,
+    compare.compare, effects.effects, hooks.hooks, superposition.superposition, probe.probe,
 ):  # fmt: skip
     cli.add_command(command)
 
@@ -62,30 +66,26 @@ def main() -> None:
 
 
 def _main() -> None:
-    debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt) as stopped:
+    except (click.exceptions.Abort, KeyboardInterrupt, TrainingInterrupted) as stopped:
         _fail(str(stopped) or _INTERRUPTED, 130)
     except click.ClickException as error:
         usage = io.StringIO()
         error.show(usage)
         complain_at_length(usage.getvalue())
         sys.exit(error.exit_code)
-    except TrainingInterrupted as error:
-        _fail(str(error), 130)
     except BrokenPipeError:
         close()
     except Exception as error:
-        unwritten = unwritable() if isinstance(error, OSError) else None
-        if unwritten:
+        text = str(error) if isinstance(error, SaeError) else _unforeseen(error)
+        if isinstance(error, OSError) and (reason := unwritable()):
             close()
-        if debug:
+            text = f"standard output cannot be written ({reason}); redirect it elsewhere"
+        if "--debug" in sys.argv:
             complain_at_length(traceback.format_exc())
             sys.exit(1)
-        if unwritten:
-            _fail(f"Error: standard output cannot be written ({unwritten}); redirect it elsewhere", 1)
-        _fail(f"Error: {error if isinstance(error, SaeError) else _unforeseen(error)}", 1)
+        _fail(f"Error: {text}", 1)
 
 
 def _unforeseen(error: Exception) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import with_keys
+from sae.cli.arguments import Options, split_overrides, with_keys
 from sae.console.terminal import output, say
 from sae.errors import SaeError
 
@@ -22,7 +22,7 @@ def _keys() -> Iterator[tuple[str, str, str]]:
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, metavar="[DATA]... [KEY=VALUE]...")
 @click.pass_obj
-def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> None:
+def probe(options: Options, path: Path, arguments: tuple[str, ...]) -> None:
     """Probe a dictionary for labels.
 
     Logistic regressions on 1, 2, 5, 16 and all latents are compared with regressions on the same number of neurons, on
@@ -33,7 +33,6 @@ def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> N
     default) for the 113 data sets of that package, or the folder that its wheel was unpacked to; or 'first-letters' for
     splitting and absorption of the first letters of words.
     """
-    from sae.console.progress import progress_bars
     from sae.probing.data import SAE_PROBES, find_data
     from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE
     from sae.probing.render import letters_table, summary_table
@@ -41,14 +40,13 @@ def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> N
     from sae.runs import pipeline
     from sae.runs.probes import probe_run
 
-    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
-    sources = [argument for argument in arguments if argument not in overrides] or [SAE_PROBES]
+    overrides, sources = split_overrides(arguments)
+    sources = sources or [SAE_PROBES]
     settings = read_overrides(overrides)
-    with_letters = FIRST_LETTERS in sources
     data = find_data([source for source in sources if source != FIRST_LETTERS])
-    with progress_bars(quiet=options["quiet"], units={"probes": "data sets"}) as progress:
+    with options.progress({"probes": "data sets"}) as progress:
         run = pipeline.Run.open(path, settings.of_run, progress)
-        record = probe_run(run, data, settings.probes, letters=settings.letters if with_letters else None)
+        record = probe_run(run, data, settings.probes, letters=settings.letters if FIRST_LETTERS in sources else None)
     console = output()
     if record.results:
         console.print(summary_table(record, console.width))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sae.cli.arguments import OfConfiguration, beginning_again, configured, say_hook, show_report
+from sae.cli.arguments import OfConfiguration, Options, beginning_again, configured, show_report
 from sae.config.settings import RunConfig
 from sae.console.terminal import output
 
@@ -12,7 +12,7 @@ from sae.console.terminal import output
 @click.command(cls=OfConfiguration)
 @configured
 @click.pass_obj
-def run(options: dict[str, bool], settings: RunConfig) -> None:
+def run(options: Options, settings: RunConfig) -> None:
     """Harvest, train, evaluate, collect features.
 
     CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. Completed steps are skipped. An interrupted
@@ -20,18 +20,16 @@ def run(options: dict[str, bool], settings: RunConfig) -> None:
     """
     from rich.text import Text
 
-    from sae.console.progress import progress_bars
     from sae.evaluation.report import JSON_FILE
     from sae.files.reading import read_object
     from sae.runs import pipeline
 
-    say_hook(settings, quiet=options["quiet"])
-    with progress_bars(quiet=options["quiet"]) as progress:
+    options.say_hook(settings)
+    with options.progress() as progress:
         pipeline_run = pipeline.run(settings, progress, features=False)
         with beginning_again("the collection of features"):
             features = pipeline_run.features()
     show_report(read_object(pipeline_run.folder / JSON_FILE))
     folder = str(pipeline_run.folder)
-    line = Text(f"\n{len(features):,} features in ").append(folder, "bold")
-    line.append(f": 'sae features {folder}' lists them, 'sae features {folder} --page page.html' makes a page")
-    output().print(line, soft_wrap=True)
+    hint = f": 'sae features {folder}' lists them, 'sae features {folder} --page page.html' makes a page"
+    output().print(Text.assemble(f"\n{len(features):,} features in ", (folder, "bold"), hint), soft_wrap=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import beginning_again
+from sae.cli.arguments import Options, beginning_again
 from sae.config.base import LARGEST
 from sae.console.terminal import output, say
 
@@ -22,19 +22,18 @@ from sae.console.terminal import output, say
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, LARGEST), help="Random seed.")
 @click.pass_obj
-def superposition(options: dict[str, bool], experiments: tuple[str, ...], out: Path, seed: int) -> None:
+def superposition(options: Options, experiments: tuple[str, ...], out: Path, seed: int) -> None:
     """Train toy models of superposition, and dictionaries whose true features are known.
 
     EXPERIMENT is one or more of: geometry, dimensionality, phases-2-1, phases-3-2, recovery-toy, recovery-even,
     recovery-hard; the default is all of them. superposition.json, superposition.md and a figure for each experiment are
     written into the folder. Existing results are reused, so an interruption loses only the experiment that was running.
     """
-    from sae.console.progress import progress_bars
     from sae.superposition import EXPERIMENTS, run
     from sae.superposition.report import show
 
-    bars = progress_bars(quiet=options["quiet"], units=dict.fromkeys(EXPERIMENTS, "inputs"))
-    with beginning_again("the experiment that was running"), bars as progress:
+    units = dict.fromkeys(EXPERIMENTS, "inputs")
+    with beginning_again("the experiment that was running"), options.progress(units) as progress:
         results = run(out, experiments, seed=seed, progress=progress)
     console = output()
     for experiment in results.values():

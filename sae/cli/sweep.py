@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sae.cli.arguments import OfConfiguration, configured, say_hook
+from sae.cli.arguments import OfConfiguration, Options, configured
 from sae.config.settings import RunConfig
 from sae.console.terminal import output, say
 from sae.errors import SaeError
@@ -13,20 +13,19 @@ from sae.errors import SaeError
 @click.command(cls=OfConfiguration)
 @configured
 @click.pass_obj
-def sweep(options: dict[str, bool], settings: RunConfig) -> None:
+def sweep(options: Options, settings: RunConfig) -> None:
     """Train and compare many dictionaries in one pass.
 
     CONFIG is a YAML file with lists of values under 'sweep'. One dictionary is trained for every combination, all in
     one pass over the activations. sweep.md, sweep.json and pareto.png compare them; each has its own run folder. An
     interrupted sweep resumes where it stopped.
     """
-    from sae.console.progress import progress_bars
     from sae.evaluation.sweep_view import sweep_tables
     from sae.runs.sweeping import MARKDOWN_FILE
     from sae.runs.sweeping import sweep as run_sweep
 
-    say_hook(settings, quiet=options["quiet"])
-    with progress_bars(quiet=options["quiet"]) as progress:
+    options.say_hook(settings)
+    with options.progress() as progress:
         result = run_sweep(settings, progress)
     console = output()
     say(result.of.replace("`", "") + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sae.cli.arguments import OfConfiguration, configured, say_hook
+from sae.cli.arguments import OfConfiguration, Options, configured
 from sae.config.settings import RunConfig
 from sae.console.terminal import say
 
@@ -12,16 +12,15 @@ from sae.console.terminal import say
 @click.command(cls=OfConfiguration)
 @configured
 @click.pass_obj
-def train(options: dict[str, bool], settings: RunConfig) -> None:
+def train(options: Options, settings: RunConfig) -> None:
     """Train a dictionary on cached activations.
 
     CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. The activations come from 'sae harvest'.
     Interrupted training resumes from the newest checkpoint.
     """
-    from sae.console.progress import progress_bars
     from sae.runs import pipeline
 
-    say_hook(settings, quiet=options["quiet"])
-    with progress_bars(quiet=options["quiet"]) as progress:
+    options.say_hook(settings)
+    with options.progress() as progress:
         dictionary = pipeline.Run(settings, progress).train()
     say(f"{dictionary} in {settings.folder / 'dictionary'}")

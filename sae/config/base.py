@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -20,11 +20,19 @@ from sae.files.printable import one_line
 
 LARGEST = (1 << 63) - 1
 """Largest whole number in settings: a larger one could be written but not read back."""
-RENAMED: Mapping[str, str] = MappingProxyType(
-    {"train.products": "train.encoder_dtype", "dictionary.hook": "dictionary.reads"}
-)
-"""New keys of settings by their old ones. Users are told the new key; files that the toolkit wrote are read with it."""
 _TEXTS = (str | tuple[str, ...], str | tuple[str, ...] | None)
+
+
+class Renamed(NamedTuple):
+    """A setting that has another name now, in the same section."""
+
+    section: str
+    old: str
+    new: str
+
+
+RENAMED = (Renamed("train", "products", "encoder_dtype"), Renamed("dictionary", "hook", "reads"))
+"""Users are told the new name of a setting; files that the toolkit wrote are read with it."""
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -53,10 +61,9 @@ class Settings(BaseModel):
         """Convert 1e8 to a number (YAML 1.1 reads it as text), and a single value to a list if a list is expected."""
         if not isinstance(settings, dict):
             return settings
-        for old, new in RENAMED.items():
-            name, now = old.rpartition(".")[2], new.rpartition(".")[2]
-            if name in settings and now in cls.model_fields:
-                raise ConfigError(f"setting {old!r} is called {new!r} now")
+        for section, old, new in RENAMED:
+            if old in settings and new in cls.model_fields:
+                raise ConfigError(f"setting '{section}.{old}' is called '{section}.{new}' now")
         return {
             key: value if (field := cls.model_fields.get(key)) is None else _expected(field, value)
             for key, value in settings.items()
@@ -110,11 +117,10 @@ def described(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
 
 def with_new_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Rename old keys in nested settings from a file that the toolkit wrote."""
-    for old, new in RENAMED.items():
-        section, _, name = old.partition(".")
+    for section, old, new in RENAMED:
         inner = settings.get(section)
-        if isinstance(inner, dict) and name in inner:
-            renamed = {new.partition(".")[2] if key == name else key: value for key, value in inner.items()}
+        if isinstance(inner, dict) and old in inner:
+            renamed = {new if key == old else key: value for key, value in inner.items()}
             settings = {**settings, section: renamed}
     if isinstance(settings.get("sweep"), dict):
         settings = {**settings, "sweep": with_new_keys(settings["sweep"])}

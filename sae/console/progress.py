@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
@@ -18,7 +16,6 @@ from sae.config.progress import silent
 from sae.console.terminal import Terminal, complain, errors, showing
 from sae.files.printable import printable
 
-NO_UNITS: Mapping[str, str] = MappingProxyType({})
 EVERY = 30.0
 """Seconds between two lines of a stage in a log."""
 
@@ -48,7 +45,7 @@ class _Stage:
 
 @contextlib.contextmanager
 def progress_bars(
-    *, quiet: bool = False, units: Mapping[str, str] = NO_UNITS, every: float = EVERY
+    *, quiet: bool = False, units: Mapping[str, str] | None = None, every: float = EVERY
 ) -> Iterator[Reported]:
     """A function (stage, done, total) that shows the progress of each stage on standard error.
 
@@ -65,19 +62,13 @@ def progress_bars(
     if quiet:
         yield silent
         return
-    terminal = errors()
-    stages: _Bars | _Lines = _Bars(terminal, units) if terminal.is_terminal else _Lines(units, every)
-    with showing(terminal):
-        try:
-            yield stages
-        except BaseException:
-            stages.stop(finished=False)
-            raise
-        stages.stop(finished=True)
+    terminal, units = errors(), units or {}
+    with showing(terminal), _Bars(terminal, units) if terminal.is_terminal else _Lines(units, every) as stages:
+        yield stages
 
 
-class _Stages(ABC):
-    """Shared by bars and lines: the current stage and its progress."""
+class _Stages(contextlib.AbstractContextManager["_Stages"]):
+    """Shared by bars and lines: the current stage and its progress. At an error, the current stage is left as it is."""
 
     def __init__(self, units: Mapping[str, str]) -> None:
         self.units = units
@@ -113,23 +104,22 @@ class _Stages(ABC):
             self.ended(self.stage)
         self.stage = None
 
-    def stop(self, *, finished: bool) -> None:
-        """Stop showing progress."""
-        if finished:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
             self.end()
 
-    @abstractmethod
-    def begun(self, stage: _Stage) -> None: ...
+    def begun(self, stage: _Stage) -> None:
+        """Called when a stage begins."""
 
-    @abstractmethod
-    def moved(self, stage: _Stage) -> None: ...
+    def moved(self, stage: _Stage) -> None:
+        """Called when more of a stage is done, or its note is another."""
 
-    @abstractmethod
-    def ended(self, stage: _Stage) -> None: ...
+    def ended(self, stage: _Stage) -> None:
+        """Called when a stage ends."""
 
 
 class _Lines(_Stages):
-    """Plain lines for a log."""
+    """Plain lines for a log: at the start and the end of a stage, and by the clock in between."""
 
     def __init__(self, units: Mapping[str, str], every: float) -> None:
         super().__init__(units)
@@ -148,9 +138,6 @@ class _Lines(_Stages):
             self._clock = threading.Thread(target=self._tick, daemon=True)
             self._clock.start()
 
-    def moved(self, stage: _Stage) -> None:
-        """Does nothing: the clock prints the lines."""
-
     def ended(self, stage: _Stage) -> None:
         now = time.monotonic()
         rate = stage.rate(now)
@@ -158,12 +145,12 @@ class _Lines(_Stages):
         note = f"; {stage.note}" if stage.note else ""
         complain(f"{stage.name}: done in {_clock(now - stage.began)}{speed}{note}")
 
-    def stop(self, *, finished: bool) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         with self._lock:
             self._over.set()
-            if self.stage is not None and not finished:
+            if self.stage is not None and error is not None:
                 complain(f"{self.stage.name}: stopped at {self.stage.done:,} of {self.stage.total:,}")
-            super().stop(finished=finished)
+            super().__exit__(error)
 
     def _tick(self) -> None:
         while not self._over.wait(self._every):
@@ -177,11 +164,10 @@ def _line(stage: _Stage, now: float) -> str:
     if not stage.unit:
         return f"{stage.name}: {_clock(now - stage.began)}"
     rate, left = stage.rate(now), stage.left(now)
-    parts = [f"{stage.done:,} of {stage.total:,} {stage.unit}"]
-    parts += [f"{rate:,.0f} {stage.unit}/s"] if rate else []
-    parts += [f"{_clock(left)} left"] if left is not None else []
-    parts += [stage.note] if stage.note else []
-    return f"{stage.name}: {', '.join(parts)}"
+    speed = f"{rate:,.0f} {stage.unit}/s" if rate else ""
+    rest = f"{_clock(left)} left" if left is not None else ""
+    parts = (f"{stage.done:,} of {stage.total:,} {stage.unit}", speed, rest, stage.note)
+    return f"{stage.name}: {', '.join(filter(None, parts))}"
 
 
 class _Bars(_Stages):
@@ -189,16 +175,14 @@ class _Bars(_Stages):
 
     def __init__(self, terminal: Terminal, units: Mapping[str, str]) -> None:
         super().__init__(units)
-        narrow = terminal.width < 100
-        columns = (
+        about_stage = (_done, _rate, _left, _note) if terminal.width >= 60 else (_rate, _left, _note)
+        self._bars = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=12 if narrow else 32),
-            *([] if terminal.width < 60 else [_Done()]),
-            _Rate(),
-            _Left(),
-            _Note(),
+            BarColumn(bar_width=12 if terminal.width < 100 else 32),
+            *map(_StageColumn, about_stage),
+            console=terminal,
+            refresh_per_second=4,
         )
-        self._bars = Progress(*columns, console=terminal, refresh_per_second=4)
         self._task: TaskID | None = None
 
     def begun(self, stage: _Stage) -> None:
@@ -214,54 +198,48 @@ class _Bars(_Stages):
         if self._task is not None:
             self._bars.update(self._task, completed=stage.total, total=stage.total)
 
-    def stop(self, *, finished: bool) -> None:
-        super().stop(finished=finished)
+    def __exit__(self, error: object, *_: object) -> None:
+        super().__exit__(error)
         if self._bars.live.is_started:
             self._bars.stop()
 
 
 class _StageColumn(ProgressColumn):
-    """A column about the stage of a task."""
+    """A column about the stage of a task, with a function that gives its text."""
+
+    def __init__(self, text: Callable[[Task, _Stage], str]) -> None:
+        super().__init__()
+        self.text = text
 
     def render(self, task: Task) -> Text:
         return Text(printable(self.text(task, task.fields["stage"])), style="cyan", no_wrap=True, overflow="ellipsis")
 
-    @abstractmethod
-    def text(self, task: Task, stage: _Stage) -> str: ...
+
+def _done(_: Task, stage: _Stage) -> str:
+    return f"{stage.done:,}/{stage.total:,}" if stage.unit else ""
 
 
-class _Done(_StageColumn):
-    def text(self, task: Task, stage: _Stage) -> str:
-        return f"{stage.done:,}/{stage.total:,}" if stage.unit else ""
+def _rate(task: Task, stage: _Stage) -> str:
+    seconds = task.finished_time or task.elapsed
+    rate = (stage.done - stage.first) / seconds if seconds and stage.unit else 0
+    return f"{rate:,.0f} {stage.unit}/s" if rate else ""
 
 
-class _Rate(_StageColumn):
-    def text(self, task: Task, stage: _Stage) -> str:
-        seconds = task.finished_time or task.elapsed
-        rate = (stage.done - stage.first) / seconds if seconds and stage.unit else 0
-        return f"{rate:,.0f} {stage.unit}/s" if rate else ""
-
-
-class _Left(_StageColumn):
+def _left(task: Task, stage: _Stage) -> str:
     """Time left, or the time taken once the stage is done."""
-
-    def text(self, task: Task, stage: _Stage) -> str:
-        seconds = task.finished_time if task.finished else stage.left(time.monotonic())
-        if seconds is None and not stage.unit:
-            seconds = task.elapsed
-        return "" if seconds is None else _clock(seconds)
+    seconds = task.finished_time if task.finished else stage.left(time.monotonic())
+    if seconds is None and not stage.unit:
+        seconds = task.elapsed
+    return "" if seconds is None else _clock(seconds)
 
 
-class _Note(_StageColumn):
-    def text(self, task: Task, stage: _Stage) -> str:
-        return stage.note
+def _note(_: Task, stage: _Stage) -> str:
+    return stage.note
 
 
 def _clock(seconds: float) -> str:
     """`1:02:03`, or `25 s`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     rounded = round(seconds)
-    return f"{seconds:.1f} s" if seconds < 10 else f"{rounded} s" if rounded < 60 else _hours(rounded)
-
-
-def _hours(seconds: int) -> str:
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return f"{rounded} s" if rounded < 60 else f"{rounded // 3600}:{rounded // 60 % 60:02d}:{rounded % 60:02d}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 BLUE, ORANGE, GREEN, PURPLE, RED = "#2b6ca3", "#d97b29", "#3b8a4f", "#9d3c8a", "#be123c"
 GREY, INK, PALE, TEAL, BROWN = "#6b7280", "#374151", "#e5e7eb", "#0f766e", "#b45309"
@@ -107,9 +108,7 @@ def circle(axes: Axes, radius: float) -> None:
     axes.add_patch(Circle((0, 0), radius, fill=False, color=PALE, linewidth=1))
 
 
-def cells(
-    axes: Axes, x: Sequence[float], y: Sequence[float], kinds: Sequence[Sequence[int]], colours: Sequence[str]
-) -> None:
+def cells(axes: Axes, x: ArrayLike, y: ArrayLike, kinds: ArrayLike, colours: Sequence[str]) -> None:
     """Draw a grid of cells, each in the colour of its kind.
 
     Args:
@@ -118,12 +117,12 @@ def cells(
         kinds: of the cells, `[y][x]`, as indices into `colours`.
         colours: one for each kind.
     """
-    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.colors import ListedColormap
 
-    norm = BoundaryNorm([number - 0.5 for number in range(len(colours) + 1)], len(colours))
     axes.pcolormesh(
-        x, y, kinds, cmap=ListedColormap(colours), norm=norm, shading="nearest", edgecolors="white", linewidth=0.3
-    )
+        x, y, kinds, cmap=ListedColormap(colours), vmin=0, vmax=len(colours) - 1, shading="nearest",
+        edgecolors="white", linewidth=0.3,
+    )  # fmt: skip
     axes.grid(False)
 
 

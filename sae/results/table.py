@@ -120,7 +120,7 @@ class Table:
         notes = [*self.notes, *(() if narrow else self.extra_notes)]
         notes.append(self.short_note if any(layout.short for layout in layouts) else "")
         above = [Text(printable(self.title), style="bold")] if self.title else []
-        below = [Text(printable(_with_best(note, BEST), lines=True), style="dim") for note in notes if note]
+        below = [Text(printable(note.replace("{best}", BEST), lines=True), style="dim") for note in notes if note]
         drawn = [part for layout in layouts for part in (Text(), _drawn(layout, self.sections))][1:]
         return Group(*above, *drawn, *below)
 
@@ -131,11 +131,7 @@ class Table:
 
     def markdown_notes(self) -> list[str]:
         """The notes below the table in Markdown."""
-        return [_with_best(note, "**bold**") for note in (*self.notes, *self.extra_notes) if note]
-
-
-def _with_best(note: str, looks: str) -> str:
-    return note.replace("{best}", looks)
+        return [note.replace("{best}", "**bold**") for note in (*self.notes, *self.extra_notes) if note]
 
 
 @dataclass(frozen=True)
@@ -151,42 +147,34 @@ class _Layout:
 def _layouts(columns: Sequence[Column], width: int | None) -> Iterator[_Layout]:
     """One layout with all columns, full or shortened, or several with as many columns as fit."""
     for gap, short, least in ((2, False, _READABLE), (1, False, _READABLE), (1, True, _READABLE), (1, True, _LEAST)):
-        widths = _widths(columns, width, gap, short, least)
-        if widths is not None:
-            yield _Layout(columns, widths, gap, short)
+        if _fit(columns, width, gap, short, least):
+            yield _Layout(columns, _widths(columns, width, gap, short), gap, short)
             return
-    key, rest = columns[0], list(columns[1:])
+    key, *rest = columns
     while rest:
-        count = len(rest)
-        while count > 1 and _widths([key, *rest[:count]], width, 1, True, _LEAST) is None:
-            count -= 1
+        counts = range(len(rest), 1, -1)
+        count = next((count for count in counts if _fit([key, *rest[:count]], width, 1, True, _LEAST)), 1)
         part, rest = [key, *rest[:count]], rest[count:]
-        yield _Layout(part, _widths(part, width, 1, True, _LEAST) or _squeezed(part, width), 1, True)
+        yield _Layout(part, _widths(part, width, 1, True), 1, True)
 
 
-def _widths(columns: Sequence[Column], width: int | None, gap: int, short: bool, least: int) -> list[int] | None:
-    """Numbers at full width, text in what remains, but at least `least` wide; None if they do not fit."""
-    natural = [column.width(short) for column in columns]
+def _fit(columns: Sequence[Column], width: int | None, gap: int, short: bool, least: int) -> bool:
+    """Whether columns fit side by side, with numbers at full width and every text at least `least` wide."""
+    needed = (min(column.width(short), least) if column.is_text else column.width(short) for column in columns)
+    return width is None or sum(needed) + gap * (len(columns) - 1) <= width
+
+
+def _widths(columns: Sequence[Column], width: int | None, gap: int, short: bool) -> list[int]:
+    """Numbers at full width, text in what remains, but never narrower than a character."""
+    widths = [column.width(short) for column in columns]
     if width is None:
-        return natural
-    left = width - gap * (len(columns) - 1) - sum(
-        own for column, own in zip(columns, natural, strict=True) if not column.is_text
-    )  # fmt: skip
-    texts = sorted((own, number) for number, (column, own) in enumerate(zip(columns, natural, strict=True))
-                   if column.is_text)  # fmt: skip
-    widths = dict(enumerate(natural))
-    for place, (own, number) in enumerate(texts):  # the shortest first: the others get what it does not need
-        widths[number] = min(own, left // (len(texts) - place))
-        if widths[number] < min(own, least):
-            return None
+        return widths
+    texts = sorted((number for number, column in enumerate(columns) if column.is_text), key=widths.__getitem__)
+    left = width - gap * (len(columns) - 1) - sum(widths) + sum(widths[number] for number in texts)
+    for place, number in enumerate(texts):  # the shortest first: the others get what it does not need
+        widths[number] = min(widths[number], max(1, left // (len(texts) - place)))
         left -= widths[number]
-    return list(widths.values()) if left >= 0 else None
-
-
-def _squeezed(columns: Sequence[Column], width: int | None) -> list[int]:
-    """Widths of one column of numbers and its names, however narrow the terminal."""
-    natural = [column.width(True) for column in columns]
-    return [max(1, (width or sum(natural)) - sum(natural[1:]) - len(columns) + 1), *natural[1:]]
+    return widths
 
 
 def _drawn(layout: _Layout, sections: Collection[int]) -> RichTable:
@@ -210,26 +198,18 @@ def _drawn(layout: _Layout, sections: Collection[int]) -> RichTable:
     for row, cells in enumerate(zip(*(column.shown(layout.short) for column in layout.columns), strict=True)):
         if row in sections:
             table.add_section()
-        table.add_row(
-            *(
-                Text(_broken(printable(cell, lines=True), width if column.is_text and not column.is_cut else None))
-                if isinstance(cell, str)
-                else cell
-                for cell, column, width in zip(cells, layout.columns, layout.widths, strict=True)
-            )
-        )
+        table.add_row(*map(_cell, cells, layout.columns, layout.widths))
     return table
 
 
-def _broken(text: str, width: int | None) -> str:
-    """The text with line breaks in words that are too wide, after underscores if there are any."""
-    if width is None:
-        return text
+def _cell(cell: str | Text, column: Column, width: int) -> Text:
+    """A cell as text, with line breaks in words that are too wide: after underscores if there are any."""
+    from rich.text import Text
 
-    def broken(word: re.Match[str]) -> str:
-        lines = [""]
-        for part in re.findall(rf"[^_]{{0,{width - 1}}}_|[^_]{{1,{width}}}", word[0]):
-            lines = [*lines[:-1], lines[-1] + part] if len(lines[-1] + part) <= width else [*lines, part]
-        return "\n".join(filter(None, lines))
-
-    return re.sub(rf"\S{{{width + 1},}}", broken, text)
+    if isinstance(cell, Text):
+        return cell
+    text = printable(cell, lines=True)
+    if column.is_text and not column.is_cut:
+        line = rf"\S{{1,{width}}}$|\S{{0,{width - 1}}}_|\S{{{width}}}"
+        text = re.sub(rf"\S{{{width + 1},}}", lambda word: "\n".join(re.findall(line, word[0])), text)
+    return Text(text)

@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from sae.config.progress import StageProgress
+from sae.config.progress import StageProgress, silent
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
-from sae.errors import TrainingError
+from sae.errors import ConfigError, TrainingError
 from sae.evaluation.recovery import (
     DirectionScores,
     by_group,
@@ -30,6 +30,8 @@ from sae.superposition.synthetic import (
 )
 from sae.training import Recipe, train_all
 
+RENAMED = {"world": "kind"}
+"""New names in settings and results by their old ones, which stored experiments may have."""
 COSINE = 0.9
 """Least cosine at which a learned direction counts as the true one, in tables by frequency."""
 
@@ -39,9 +41,10 @@ class RecoverySettings:
     """Settings of an experiment with dictionaries on known features.
 
     Attributes:
-        world: `toy` (the hidden activations of a toy model), `even` (random directions, features equally frequent and
+        kind: `toy` (the hidden activations of a toy model), `even` (random directions, features equally frequent and
             independent) or `hard` (Zipf frequencies, families, groups).
-        features, d_in, mean_l0: of the world; for `toy`, d_in is the hidden dimensions and some features may be lost.
+        features, d_in, mean_l0: numbers of features, of dimensions, and of features present on average; for `toy`, d_in
+            is the hidden dimensions and some features may be lost.
         architectures: those to train.
         d_sae: width of each dictionary; in practice the number of features is unknown, so the default is twice that.
         k: features that fire per token; by default the mean number present.
@@ -50,7 +53,7 @@ class RecoverySettings:
         scored: rows of the samples for choosing thresholds and for scoring detection.
     """
 
-    world: Literal["toy", "even", "hard"] = "even"
+    kind: Literal["toy", "even", "hard"] = "even"
     features: int = 512
     d_in: int = 256
     mean_l0: float = 8.0
@@ -61,10 +64,16 @@ class RecoverySettings:
     batch_size: int = 2048
     scored: int = 20_000
 
-    def make_world(self, seed: int) -> SyntheticFeatures:
-        """Create the features of these settings."""
-        make = {"toy": toy_features, "even": even_features, "hard": uneven_features}[self.world]
-        return make(self.features, self.d_in, self.mean_l0, seed=seed)
+    def __new__(cls, *_: object, **settings: object) -> RecoverySettings:
+        """Refuse a setting's old name.
+
+        Raises:
+            ConfigError: a setting has another name now.
+        """
+        for old, new in RENAMED.items():
+            if old in settings:
+                raise ConfigError(f"setting {old!r} is called {new!r} now")
+        return super().__new__(cls)
 
 
 @dataclass(frozen=True)
@@ -130,16 +139,16 @@ class DictionaryScores:
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """Scores of all dictionaries on one world.
+    """Scores of all dictionaries on the same features.
 
     Attributes:
-        world: its name in the settings.
-        features, d_in, mean_l0: its size.
+        kind: as in the settings.
+        features, d_in, mean_l0: as in the settings, without features that a toy model has not learned.
         measured_l0: features present per row of the scored sample.
         dictionaries: in the order of the settings.
     """
 
-    world: str
+    kind: str
     features: int
     d_in: int
     mean_l0: float
@@ -149,14 +158,15 @@ class RecoveryResult:
 
 @in_own_modes
 def run_recovery(settings: RecoverySettings, seed: int, progress: StageProgress | None = None) -> RecoveryResult:
-    """Train all architectures in one pass over a world's batches, with their default settings, and score them.
+    """Train all architectures in one pass over the same batches, with their default settings, and score them.
 
     Raises:
-        ConfigError: the world's settings are invalid, or scipy is missing.
+        ConfigError: the settings of the features are invalid, or scipy is missing.
         TrainingError: one of them diverged.
         TrainingInterrupted: Ctrl-C.
     """
-    world = settings.make_world(seed)
+    make = {"toy": toy_features, "even": even_features, "hard": uneven_features}[settings.kind]
+    truth = make(settings.features, settings.d_in, settings.mean_l0, seed=seed)
     recipes = {
         architecture: Recipe(
             DictionaryConfig.model_validate({"architecture": architecture, "d_sae": settings.d_sae, "k": settings.k}),
@@ -165,47 +175,46 @@ def run_recovery(settings: RecoverySettings, seed: int, progress: StageProgress 
         )
         for architecture in settings.architectures
     }
-    source = SyntheticSource(world, settings.batch_size)
-    if progress is not None:
-        progress(0, settings.tokens)
+    shown = progress or silent
+    shown(0, settings.tokens)
     outcome = train_all(
-        {"activations": source},
+        {"activations": SyntheticSource(truth, settings.batch_size)},
         recipes,
-        progress=None if progress is None else lambda done, total, _: progress(done, total),
+        progress=lambda done, total, _: shown(done, total),
     )
     for architecture, reason in outcome.failures.items():
         raise TrainingError(f"{architecture}: {reason}")
     scores = [
-        score(dictionary, world, settings.scored, seed, outcome.costs[architecture].seconds)
+        score(dictionary, truth, settings.scored, seed, outcome.costs[architecture].seconds)
         for architecture, dictionary in outcome.dictionaries.items()
     ]
-    measured = float((world.sample(settings.scored, stream=TEST).values > 0).sum()) / settings.scored
-    features, d_in = world.directions.shape
-    return RecoveryResult(settings.world, features, d_in, world.mean_l0, measured, tuple(scores))
+    measured = float((truth.sample(settings.scored, stream=TEST).values > 0).sum()) / settings.scored
+    features, d_in = truth.directions.shape
+    return RecoveryResult(settings.kind, features, d_in, truth.mean_l0, measured, tuple(scores))
 
 
 def score(
-    dictionary: Dictionary, world: SyntheticFeatures, rows: int, seed: int = 0, seconds: float = 0.0
+    dictionary: Dictionary, features: SyntheticFeatures, rows: int, seed: int = 0, seconds: float = 0.0
 ) -> DictionaryScores:
-    """How well a dictionary recovers a world's features.
+    """How well a dictionary recovers known features.
 
     Args:
-        dictionary: trained on the world's activations.
-        world: the known features.
+        dictionary: trained on their activations.
+        features: the known features.
         rows: of the sample for choosing thresholds, and of the one that is scored.
         seed: of the nulls.
         seconds: spent in its training steps.
     """
-    validation, test = (world.sample(rows, stream=stream).labelled() for stream in (VALIDATION, TEST))
+    validation, test = (features.sample(rows, stream=stream).labelled() for stream in (VALIDATION, TEST))
     density = firing_density(dictionary, test.activations)
     live = density > 0
-    recovered = recovery(dictionary.W_dec, world.directions, live, seed=seed)
+    recovered = recovery(dictionary.W_dec, features.directions, live, seed=seed)
     detected = detection(dictionary, recovered.matching, validation, test, seed=seed)
     hit = (recovered.matching.cosine >= COSINE).double()
     correct = torch.zeros(dictionary.d_sae, dtype=torch.float64)
     correct[recovered.matching.learned[hit > 0]] = 1
     frequency_rows = by_group(
-        world.frequency,
+        features.frequency,
         hit,
         recovered.matching.cosine,
         detected.precision,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sae.results.figure import (
     ARCHITECTURE_COLOURS,
     BLUE,
@@ -56,9 +58,7 @@ def _geometry(result: GeometryResult) -> bytes:
             color = _FEATURES[number % len(_FEATURES)]
             axes.plot([0, x], [0, y], color=color, linewidth=1.6, solid_capstyle="round")
             axes.plot([x], [y], "o", color=color, markersize=4.5)
-        axes.set_xlim(-1.35, 1.35)
-        axes.set_ylim(-1.35, 1.35)
-        axes.set_aspect("equal")
+        axes.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal")
         axes.set_title(f"density {model.density:g}", fontsize=9, color=INK)
     handles = [
         line(f"importance {importance:.2f}", color=color, marker="o", markersize=4.5)
@@ -72,47 +72,39 @@ def _dimensionality(result: DimensionalityResult) -> bytes:
     canvas = Canvas(1, 1, (6.8, 3.8))
     axes = canvas.axes[0]
     x = [1 / p for p in result.densities]
-    for at, numbers in zip(x, result.dimensionality, strict=True):
-        axes.plot([at] * len(numbers), numbers, "o", color=BLUE, markersize=2.6, alpha=0.25, markeredgewidth=0)
+    axes.plot(x, result.dimensionality, "o", color=BLUE, markersize=2.6, alpha=0.25, markeredgewidth=0)
     axes.plot([], [], "o", color=BLUE, markersize=3, label="dimensionality of a feature")
     axes.plot(x, result.dimensions_per_feature, color=ORANGE, linewidth=1.6, label="m / ‖W‖²")
     canvas.legend("upper", columns=2, size=9)
     logarithmic(axes, "x", (x[0], x[-1]))
-    axes.set_xlim(x[0] / 1.1, x[-1] * 1.1)
-    axes.set_ylim(-0.02, 1.08)
+    limits = (x[0] / 1.1, x[-1] * 1.1)
+    axes.set(xlim=limits, ylim=(-0.02, 1.08), xlabel="1 / density", ylabel="dimensions")
     axes.grid(False)
     for label, height in _POLYTOPES.items():
         axes.axhline(height, color=GREY, linewidth=0.7, linestyle="--")
         axes.text(1.01, height, label, transform=axes.get_yaxis_transform(), fontsize=8, color=GREY, va="center")
-    axes.set_xlabel("1 / density")
-    axes.set_ylabel("dimensions")
     return canvas.png()
 
 
 def _phases(result: PhaseResult) -> bytes:
     canvas = Canvas(1, 2, (8.2, 3.9))
-    for axes, name, kinds in zip(canvas.axes, ("trained", "analytic"), (result.trained, result.analytic), strict=True):
-        by_importance = list(zip(*kinds, strict=True))
-        cells(axes, [1 / p for p in result.densities], result.importances, by_importance, _PHASE_COLOURS)
-        logarithmic(axes, "x", (1 / result.densities[0], 1 / result.densities[-1]))
-        logarithmic(axes, "y", (result.importances[0], result.importances[-1]))
+    x, y = 1 / np.array(result.densities), np.array(result.importances)
+    trained, analytic = np.array(result.trained), np.array(result.analytic)
+    for axes, name, kinds in zip(canvas.axes, ("trained", "analytic"), (trained, analytic), strict=True):
+        cells(axes, x, y, kinds.T, _PHASE_COLOURS)
+        logarithmic(axes, "x", (x[0], x[-1]))
+        logarithmic(axes, "y", (y[0], y[-1]))
         axes.set_xlabel("1 / density")
         title(axes, name)
     canvas.axes[0].set_ylabel("importance of the last feature")
-    near, differ = [], []
-    for row, p in enumerate(result.densities):
-        for column, importance in enumerate(result.importances):
-            if result.margin[row][column] < AWAY:
-                near.append((1 / p, importance))
-            if result.trained[row][column] != result.analytic[row][column]:
-                differ.append((1 / p, importance))
     legend: list[Artist] = [patch(phase, colour) for colour, phase in zip(_PHASE_COLOURS, PHASES, strict=True)]
-    for axes, places, marker, color, label in (
-        (canvas.axes[1], near, ".", INK, f"margin below {AWAY:g}"),
-        (canvas.axes[0], differ, "x", RED, "not as analytic"),
+    for axes, marked, marker, color, label in (
+        (canvas.axes[1], np.array(result.margin) < AWAY, ".", INK, f"margin below {AWAY:g}"),
+        (canvas.axes[0], trained != analytic, "x", RED, "not as analytic"),
     ):
+        rows, columns = marked.nonzero()
         style = {"marker": marker, "color": color, "linestyle": "none", "markersize": 5}
-        axes.plot([x for x, _ in places], [y for _, y in places], **style)
+        axes.plot(x[rows], y[columns], **style)
         legend.append(line(label, **style))
     canvas.legend("upper", legend, columns=5, size=9)
     return canvas.png()
@@ -139,17 +131,15 @@ def _recovery(result: RecoveryResult) -> bytes:
         axes.set_ylim(-0.03, 1.05)
     canvas.axes[0].set_xlabel("least cosine of a recovered direction")
     for axes in canvas.axes[1:]:
-        axes.set_xlabel("tenth of the features, most frequent first")
-        axes.set_xticks(range(1, 11))
-    _recovery_legend(canvas, [dictionary.architecture for dictionary in result.dictionaries])
+        axes.set(xlabel="tenth of the features, most frequent first", xticks=range(1, 11))
+    handles = [
+        *(patch(d.architecture, ARCHITECTURE_COLOURS.get(d.architecture, INK)) for d in result.dictionaries),
+        line("recall, F1" if by_frequency else "recall", color=INK, **_RECALL),
+        line("precision", color=INK, **_PRECISION),
+        line("null", color=GREY, **_NULL),
+    ]
+    canvas.legend("upper", handles, columns=len(handles) if by_frequency else 3)
     return canvas.png()
-
-
-def _recovery_legend(canvas: Canvas, architectures: list[str]) -> None:
-    handles = [patch(name, ARCHITECTURE_COLOURS.get(name, INK)) for name in architectures]
-    handles += [line("recall" if len(canvas.axes) == 1 else "recall, F1", color=INK, **_RECALL)]
-    handles += [line("precision", color=INK, **_PRECISION), line("null", color=GREY, **_NULL)]
-    canvas.legend("upper", handles, columns=3 if len(canvas.axes) == 1 else len(handles))
 
 
 _FIGURES = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
+from sae.evaluation.recovery import DirectionScores
 from sae.results.figure import MISSING
 from sae.results.markdown import document
-from sae.results.table import NONE, Table
+from sae.results.table import NONE, Column, Table
 from sae.superposition.dictionaries import COSINE, DictionaryScores, RecoveryResult
 from sae.superposition.experiments import DimensionalityResult, GeometryResult, PhaseResult
 from sae.superposition.geometry import REPRESENTED
@@ -90,49 +92,56 @@ def _geometry(result: GeometryResult) -> list[Table]:
 
 
 def _dimensionality(result: DimensionalityResult) -> list[Table]:
-    rows = []
-    for p, per_feature, norms, numbers in zip(
-        result.densities, result.dimensions_per_feature, result.norms, result.dimensionality, strict=True
-    ):
-        learned = sorted(d for norm, d in zip(norms, numbers, strict=True) if norm > REPRESENTED)
-        middle = f"{learned[len(learned) // 2]:.3f}" if learned else NONE
-        rows.append((f"{1 / p:.3g}", f"{per_feature:.3f}", f"{len(learned)}", middle, f"{sum(numbers):.2f}"))
+    learned = [
+        [d for norm, d in zip(norms, numbers, strict=True) if norm > REPRESENTED]
+        for norms, numbers in zip(result.norms, result.dimensionality, strict=True)
+    ]
+    columns = [
+        Column("1 / density", [f"{1 / p:.3g}" for p in result.densities], is_text=True),
+        Column("m / ‖W‖²", [f"{per_feature:.3f}" for per_feature in result.dimensions_per_feature]),
+        Column("learned", [f"{len(numbers)}" for numbers in learned]),
+        Column("median", [f"{median_high(numbers):.3f}" if numbers else NONE for numbers in learned]),
+        Column("sum", [f"{sum(numbers):.2f}" for numbers in result.dimensionality]),
+    ]
     note = (
         f"m / ‖W‖²: hidden dimensions per learned feature. Learned: features of norm above {REPRESENTED:g}, and "
         f"their median dimensionality. The sum is over all features, and never exceeds m = {result.hidden}."
     )
-    return [Table.of_rows(("1 / density", "m / ‖W‖²", "learned", "median", "sum"), rows, notes=[note])]
+    return [Table(columns, notes=[note])]
 
 
 def _phases(result: PhaseResult) -> list[Table]:
-    ratios = sorted(ratio for row in result.loss_ratio for ratio in row)
+    ratios = [ratio for row in result.loss_ratio for ratio in row]
     rows = [
-        ("cells", f"{result.agree}", f"{result.cells}", f"{result.agree / result.cells:.1%}"),
-        (
-            f"cells of margin ≥ {AWAY:g}",
-            f"{result.agree_away}",
-            f"{result.cells_away}",
-            f"{result.agree_away / result.cells_away:.1%}" if result.cells_away else NONE,
-        ),
+        (name, f"{agree}", f"{cells}", f"{agree / cells:.1%}" if cells else NONE)
+        for name, agree, cells in (
+            ("cells", result.agree, result.cells),
+            (f"cells of margin ≥ {AWAY:g}", result.agree_away, result.cells_away),
+        )
     ]
     note = (
         "A cell agrees if the last feature's phase is the same in the trained model and in the configuration of least "
         "loss. Margin: loss of the second-best phase divided by that of the best; dots mark cells with less, "
-        f"crosses cells that differ. Trained loss divided by the least analytic one: {ratios[0]:.3f} to "
-        f"{ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}."
+        f"crosses cells that differ. Trained loss divided by the least analytic one: {min(ratios):.3f} to "
+        f"{max(ratios):.3f}, median {median_high(ratios):.3f}."
     )
     return [Table.of_rows(("", "agree", "of", "share"), rows, notes=[note])]
 
 
 def _recovery(result: RecoveryResult) -> list[Table]:
-    head = ("", *(column for dictionary in result.dictionaries for column in (dictionary.architecture, "null")))
+    first = result.dictionaries[0]
+    columns = [Column("", [*_numbers(first.scores, first.f1), "live features", "fire per row"], is_text=True)]
+    for d in result.dictionaries:
+        counts = (f"{d.live}", f"{d.l0:.2f}")
+        columns.append(Column(d.architecture, [*_numbers(d.scores, d.f1).values(), *counts]))
+        columns.append(Column("null", [*_numbers(d.null, d.null_f1).values(), "", ""]))
     note = (
         f"{result.features} features in {result.d_in} dimensions, {result.mean_l0:g} present on average "
         f"({result.measured_l0:.3f} in the scored sample). Null: as many random directions as there are live features; "
         "for F1, another feature's latent. Precision and recall are by one-to-one matching."
     )
-    parts = [Table.of_rows(head, _direction_rows(result.dictionaries), notes=[note])]
-    if len({group.frequency for group in result.dictionaries[0].by_frequency}) > 1:
+    parts = [Table(columns, notes=[note])]
+    if len({group.frequency for group in first.by_frequency}) > 1:
         note = (
             f"Recall at cosine {COSINE:g} and detection F1 are by tenths of the true features, most frequent first; "
             f"precision at cosine {COSINE:g} is by tenths of the live learned features, most often firing first. Null: "
@@ -143,34 +152,31 @@ def _recovery(result: RecoveryResult) -> list[Table]:
     return parts
 
 
-def _direction_rows(dictionaries: Sequence[DictionaryScores]) -> Iterable[tuple[str, ...]]:
-    def row(name: str, *pairs: tuple[float, float]) -> tuple[str, ...]:
-        return (name, *(f"{number:.3f}" for pair in pairs for number in pair))
-
-    for name, attribute in (
-        ("mean max cosine, true", "mean_max_cosine_true"),
-        ("mean max cosine, learned", "mean_max_cosine_learned"),
-        ("matched cosine", "matched_cosine"),
-    ):
-        yield row(name, *((getattr(d.scores, attribute), getattr(d.null, attribute)) for d in dictionaries))
-    for t in dictionaries[0].scores.recall:
-        yield row(f"recall at {t:g}", *((d.scores.recall[t], d.null.recall[t]) for d in dictionaries))
-    for t in dictionaries[0].scores.precision:
-        yield row(f"precision at {t:g}", *((d.scores.precision[t], d.null.precision[t]) for d in dictionaries))
-    yield row("detection F1", *((d.f1, d.null_f1) for d in dictionaries))
-    yield ("live features", *(cell for d in dictionaries for cell in (f"{d.live}", "")))
-    yield ("fire per row", *(cell for d in dictionaries for cell in (f"{d.l0:.2f}", "")))
+def _numbers(scores: DirectionScores, f1: float) -> dict[str, str]:
+    """Numbers of a dictionary or of its null, by the name of their row."""
+    numbers = {
+        "mean max cosine, true": scores.mean_max_cosine_true,
+        "mean max cosine, learned": scores.mean_max_cosine_learned,
+        "matched cosine": scores.matched_cosine,
+        **{f"recall at {threshold:g}": recall for threshold, recall in scores.recall.items()},
+        **{f"precision at {threshold:g}": precision for threshold, precision in scores.precision.items()},
+        "detection F1": f1,
+    }
+    return {name: f"{number:.3f}" for name, number in numbers.items()}
 
 
 def _by_tenth(dictionary: DictionaryScores, note: str) -> Table:
-    head = (f"{dictionary.architecture}, tenth", "frequency", "recall", "precision", "F1", "null")
-    rows = []
-    for number, group in enumerate(dictionary.by_frequency):
-        fired = dictionary.by_density[number : number + 1]
-        precision = f"{fired[0].precision:.3f}" if fired else NONE
-        scores = (f"{group.recall:.3f}", precision, f"{group.f1:.3f}", f"{group.null_f1:.3f}")
-        rows.append((f"{number + 1}", f"{group.frequency:.4f}", *scores))
-    return Table.of_rows(head, rows, notes=[note])
+    groups = dictionary.by_frequency
+    precision = [f"{fired.precision:.3f}" for fired in dictionary.by_density[: len(groups)]]
+    columns = [
+        Column(f"{dictionary.architecture}, tenth", [f"{number + 1}" for number in range(len(groups))], is_text=True),
+        Column("frequency", [f"{group.frequency:.4f}" for group in groups]),
+        Column("recall", [f"{group.recall:.3f}" for group in groups]),
+        Column("precision", precision + [NONE] * (len(groups) - len(precision))),
+        Column("F1", [f"{group.f1:.3f}" for group in groups]),
+        Column("null", [f"{group.null_f1:.3f}" for group in groups]),
+    ]
+    return Table(columns, notes=[note])
 
 
 _TABLES = {

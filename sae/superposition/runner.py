@@ -169,7 +169,19 @@ def _read(folder: Path) -> dict[str, Any]:
     content = read_object(path)
     FORMAT.check(content, f"folder {str(folder)!r}", JSON_FILE, way_out="choose another with --out", oldest=1)
     experiments = validated(path, dict[str, dict[str, Any]], content.get("experiments"))
-    return {name: entry for name, entry in experiments.items() if name in EXPERIMENTS}
+    return {name: _with_new_names(name, entry) for name, entry in experiments.items() if name in EXPERIMENTS}
+
+
+def _with_new_names(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with the present names of settings, and with the key that they have."""
+    settings, result = entry.get("settings"), entry.get("result")
+    if not (isinstance(settings, dict) and isinstance(result, dict) and dictionaries.RENAMED.keys() & settings.keys()):
+        return entry
+    settings, result = (
+        {dictionaries.RENAMED.get(key, key): value for key, value in part.items()} for part in (settings, result)
+    )
+    identity = {"name": name, "settings": settings, "seed": entry.get("seed"), "version": entry.get("sae_version")}
+    return {**entry, "settings": settings, "result": result, "key": fingerprint_of(identity)}
 
 
 def _check_same(folder: Path, name: str, entry: Mapping[str, Any], settings: Any, seed: int) -> None:

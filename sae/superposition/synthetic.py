@@ -127,22 +127,22 @@ class SyntheticSource:
     a few batches of another stream.
 
     Args:
-        world: the features to sample.
+        features: the features to sample.
         batch_size: rows per batch.
     """
 
     tokens_per_epoch: int | None = None
 
-    def __init__(self, world: SyntheticFeatures, batch_size: int = 2048) -> None:
-        self.world, self.batch_size, self.d_in = world, batch_size, world.directions.shape[1]
-        parts = [world.sample(batch_size, number, STATISTICS).activations for number in range(_STATISTICS_BATCHES)]
+    def __init__(self, features: SyntheticFeatures, batch_size: int = 2048) -> None:
+        self.features, self.batch_size, self.d_in = features, batch_size, features.directions.shape[1]
+        parts = [features.sample(batch_size, number, STATISTICS).activations for number in range(_STATISTICS_BATCHES)]
         self.statistics = Statistics.of(torch.cat(parts))
         self._next = 0
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
         while True:
             number, self._next = self._next, self._next + 1
-            yield self.world.sample(self.batch_size, number).activations
+            yield self.features.sample(self.batch_size, number).activations
 
     def state_dict(self) -> dict[str, int]:
         """The number of the next batch, and the version of the random streams."""
@@ -258,12 +258,12 @@ def toy_features(features: int = 64, hidden: int = 16, mean_l0: float = 1.0, *, 
     Raises:
         ConfigError: `mean_l0` is not above 0 and at most the number of features, or there is no hidden dimension.
     """
-    world = even_features(features, max(hidden, 1), mean_l0, seed=seed)
-    models = train_toy_models(world.frequency[:1], torch.ones(1, features), hidden, seed=seed)
+    even = even_features(features, max(hidden, 1), mean_l0, seed=seed)
+    models = train_toy_models(even.frequency[:1], torch.ones(1, features), hidden, seed=seed)
     learned = models.W[0].norm(dim=1) > REPRESENTED
     return SyntheticFeatures(
-        models.W[0][learned], world.frequency[learned], world.chance[learned], world.gate[learned], world.gates,
-        world.parent[learned], seed, _TOY,
+        models.W[0][learned], even.frequency[learned], even.chance[learned], even.gate[learned], even.gates,
+        even.parent[learned], seed, _TOY,
     )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def zipf_frequencies(
     return torch.from_numpy(np.minimum(high * weights, most_frequent)).float()
 
 
-def random_directions(features: int, d_in: int, seed: int, world: str) -> Float[Tensor, "features d_in"]:
+def random_directions(features: int, d_in: int, seed: int, kind: str) -> Float[Tensor, "features d_in"]:
     """Independent directions, uniform on the sphere, from the random stream of this kind of features."""
-    directions = torch.randn(features, d_in, generator=torch_generator(f"{world}: directions", seed))
+    directions = torch.randn(features, d_in, generator=torch_generator(f"{kind}: directions", seed))
     return torch.nn.functional.normalize(directions, dim=1)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.config.progress import StageProgress
+from sae.config.progress import StageProgress, silent
 from sae.errors import ConfigError, TrainingError
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import torch_generator
@@ -113,7 +113,7 @@ def train_toy_models(
         ConfigError: a density is not a probability, an importance is below 0, or there is no hidden dimension.
         TrainingError: a weight is not finite.
     """
-    training = training or ToyTraining()
+    training, progress = training or ToyTraining(), progress or silent
     _check(density, importance, hidden)
     instances, features = importance.shape
     deviation = training.scale * (2 / (features + hidden)) ** 0.5
@@ -124,15 +124,14 @@ def train_toy_models(
     b = torch.zeros(instances, features)
     optimiser = torch.optim.Adam([W, b])
     total = training.steps * training.batch_size * instances
-    if progress:
-        progress(0, total)
+    progress(0, total)
     for step in range(training.steps):
         x = sample_inputs(density, features, training.batch_size, inputs)
         W.grad, b.grad = loss_gradients(W, b, x, importance)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, training.steps, training.lr, 0.02, training.decay)
         optimiser.step()
-        if progress and ((step + 1) % _REPORT_EVERY == 0 or step + 1 == training.steps):
+        if (step + 1) % _REPORT_EVERY == 0 or step + 1 == training.steps:
             progress((step + 1) * training.batch_size * instances, total)
     if not (W.isfinite().all() and b.isfinite().all()):
         raise TrainingError(f"toy models diverged at lr={training.lr}: lower it")

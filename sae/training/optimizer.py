@@ -61,9 +61,9 @@ class FeatureAdam:
         groups = groups or [{"params": [], "factor": 1.0}]  # only matrices are trained
         self.rest = torch.optim.Adam(groups, betas=(beta1, beta2), eps=_EPSILON, fused=True)
         self.steps, self.lr = 0, 0.0
-        self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = None
-        if low_precision:
-            self.encoder_bf16 = self.encoder.to(torch.bfloat16)
+        self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = (
+            self.encoder.to(torch.bfloat16) if low_precision else None
+        )
 
     def refresh(self) -> None:
         """Update the copy after the weights were changed from outside."""

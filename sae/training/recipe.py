@@ -60,7 +60,7 @@ def chosen_settings(config: DictionaryConfig, settings: TrainConfig) -> dict[str
 def setting_of(settings: Mapping[str, Any], key: str) -> Any:
     """A recorded setting of a training. One that did not exist then behaved like its default."""
     defaults = {**DictionaryConfig.model_fields, **TrainConfig.model_fields}
-    old_names = {new.rpartition(".")[2]: old.rpartition(".")[2] for old, new in RENAMED.items()}
+    old_names = {new: old for _, old, new in RENAMED}
     for name in (key, old_names.get(key, key)):
         if name in settings:
             return settings[name]

@@ -52,11 +52,7 @@ def write_page(
 def page_data(features: Features, indices: Iterable[int], title: str, effects: Effects | None = None) -> dict[str, Any]:
     """The data read by the page's script; names are short, since there may be thousands of features."""
     documents: dict[str, int] = {}
-    entries = [_feature(features[index], documents) for index in dict.fromkeys(indices)]
-    if effects is not None:
-        for entry in entries:
-            if entry["i"] in effects.features:
-                entry["e"] = _effect(effects[entry["i"]], effects.settings.window)
+    entries = [_feature(features[index], documents, effects) for index in dict.fromkeys(indices)]
     return {
         "title": title,
         "hook": features.info["hook"],
@@ -73,40 +69,37 @@ def page_data(features: Features, indices: Iterable[int], title: str, effects: E
 
 def embeddable_json(content: Any) -> str:
     """Compact JSON that is safe inside a script element: it cannot end the element or open another."""
-    text = json_text(content, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    escapes = {character: f"\\u{ord(character):04x}" for character in "<>&"}
+    return json_text(content, separators=(",", ":"), allow_nan=False).translate(str.maketrans(escapes))
 
 
 def token_lengths(tokens: list[str]) -> str:
     """Lengths of the tokens in UTF-16 units, one letter each; each preceding `-` adds 61."""
-    letters = []
-    for token in tokens:
-        longs, rest = divmod(len(token.encode("utf-16-le", "surrogatepass")) // 2, len(_LENGTHS) - 1)
-        letters.append(_LONG * longs + _LENGTHS[rest])
-    return "".join(letters)
+    parts = (divmod(len(token.encode("utf-16-le", "surrogatepass")) // 2, len(_LENGTHS) - 1) for token in tokens)
+    return "".join(_LONG * longs + _LENGTHS[rest] for longs, rest in parts)
 
 
-def _feature(feature: Feature, documents: dict[str, int]) -> dict[str, Any]:
+def _feature(feature: Feature, documents: dict[str, int], effects: Effects | None) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "i": feature.index,
         "n": [[near.feature, _short(near.cosine), int(near.dead)] for near in feature.neighbours],
     }
     if feature.promoted is not None and feature.suppressed is not None:
         entry |= {"u": _logits(feature.promoted), "l": _logits(feature.suppressed)}
-    if feature.dead:
-        return entry
-    return entry | {
-        "d": _short(feature.density),
-        "c": feature.count,
-        "x": _short(feature.max, 5),
-        "m": _short(feature.mean, 5),
-        "p": feature.peek[:_PEEK],
-        "h": [feature.histogram.edges, feature.histogram.counts],
-        "t": [_example(example, documents) for example in feature.top],
-        "q": [[_example(example, documents) for example in group] for group in feature.quantiles],
-    }
+    if not feature.dead:
+        entry |= {
+            "d": _short(feature.density),
+            "c": feature.count,
+            "x": _short(feature.max, 5),
+            "m": _short(feature.mean, 5),
+            "p": feature.peek[:_PEEK],
+            "h": [feature.histogram.edges, feature.histogram.counts],
+            "t": [_example(example, documents) for example in feature.top],
+            "q": [[_example(example, documents) for example in group] for group in feature.quantiles],
+        }
+    if effects is not None and feature.index in effects.features:
+        entry["e"] = _effect(effects[feature.index], effects.settings.window)
+    return entry
 
 
 def _effect(effect: FeatureEffect, window: int) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console, Group
 from rich.padding import Padding
+from rich.table import Column as GridColumn
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -62,21 +63,18 @@ def print_features(
     console = console or output()
     order = features.sorted_by(sort, max_density=max_density)
     chosen = [features[index] for index in order[:limit]]
-    numbers = {
-        "feature": [str(feature.index) for feature in chosen],
-        "density": ["dead" if feature.dead else density_text(feature.density) for feature in chosen],
-        "max": ["" if feature.dead else number_text(feature.max) for feature in chosen],
-        "mean": ["" if feature.dead else number_text(feature.mean) for feature in chosen],
-    }
-    tokens = [Text() if feature.dead else _peek(feature, in_colour(console)) for feature in chosen]
-    columns = [Column(heading, cells) for heading, cells in numbers.items()]
-    table = Table([*columns, Column("fires on", tokens, is_text=True, is_cut=True)])
-    console.print(table.in_terminal(console.width))
+    columns = (
+        Column("feature", [str(feature.index) for feature in chosen]),
+        Column("density", ["dead" if feature.dead else density_text(feature.density) for feature in chosen]),
+        Column("max", ["" if feature.dead else number_text(feature.max) for feature in chosen]),
+        Column("mean", ["" if feature.dead else number_text(feature.mean) for feature in chosen]),
+        Column("fires on", [_peek(feature, in_colour(console)) for feature in chosen], is_text=True, is_cut=True),
+    )
+    console.print(Table(columns).in_terminal(console.width))
     dead = int(features.summary().dead.sum())
     rarer = f", {len(order):,} of them on at most {density_text(max_density)} of tokens" if max_density < 1 else ""
-    tokens_read = f"{features.info['tokens']:,} tokens"
-    note = f"{len(chosen):,} of {len(features):,} features by {sort}{rarer}; {dead:,} dead in {tokens_read}"
-    console.print(Text(note, "dim"))
+    shown = f"{len(chosen):,} of {len(features):,} features by {sort}{rarer}"
+    console.print(Text(f"{shown}; {dead:,} dead in {features.info['tokens']:,} tokens", "dim"))
 
 
 def in_colour(console: Console) -> bool:
@@ -85,9 +83,8 @@ def in_colour(console: Console) -> bool:
 
 
 def _peek(feature: Feature, colour: bool) -> Text:
-    tokens = [visible(token) for token in feature.peek[:8]]
-    parts = [Text(token, style="on grey23") if colour else Text(f"«{token}»") for token in tokens]
-    return Text(" ").join(parts)
+    tokens = [] if feature.dead else [visible(token) for token in feature.peek[:8]]
+    return Text(" ").join(Text(token, style="on grey23") if colour else Text(f"«{token}»") for token in tokens)
 
 
 def quantile_title(number: int, quantiles: int) -> str:
@@ -111,61 +108,51 @@ def _header(feature: Feature) -> Text:
     if feature.dead:
         return text.append("  dead", style="bold red")
     rarity = f"1 in {1 / feature.density:,.0f} tokens" if feature.density < 0.5 else "most tokens"
-    numbers = f"  density {density_text(feature.density)} ({rarity})   max {number_text(feature.max)}   "
-    numbers += f"mean {number_text(feature.mean)}"
-    return text.append(numbers + f"   firings {feature.count:,}", style="not bold")
+    sizes = f"max {number_text(feature.max)}   mean {number_text(feature.mean)}   firings {feature.count:,}"
+    return text.append(f"  density {density_text(feature.density)} ({rarity})   {sizes}", style="not bold")
 
 
 def _labelled(label: str, content: Text) -> Padding:
-    line = Grid.grid(padding=(0, 1))
-    line.add_column(width=7, style="dim")
-    line.add_column()
+    line = Grid.grid(GridColumn(width=7, style="dim"), GridColumn(), padding=(0, 1))
     line.add_row(label, content)
     return Padding(line, (0, 0, 0, 2))
 
 
 def _logits(entries: list[TokenLogit]) -> Text:
-    parts = [Text.assemble((visible(entry.token), "on grey23"), (f" {entry.logit:+.2f}", "dim")) for entry in entries]
-    return Text("  ").join(parts)
+    return Text("  ").join(
+        Text.assemble((visible(entry.token), "on grey23"), (f" {entry.logit:+.2f}", "dim")) for entry in entries
+    )
 
 
 def _neighbours(feature: Feature) -> Text:
-    parts = [
+    return Text("  ").join(
         Text.assemble(str(near.feature), (f" {near.cosine:.2f}{' dead' if near.dead else ''}", "dim"))
         for near in feature.neighbours
-    ]
-    return Text("  ").join(parts)
+    )
 
 
 def _contexts(title: str, examples: list[Example], largest: float, colour: bool) -> Group:
-    table = Grid.grid(padding=(0, 1))
-    table.add_column(justify="right", style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    values, contexts = GridColumn(justify="right", style="bold", no_wrap=True), GridColumn(overflow="fold")
+    table = Grid.grid(values, contexts, padding=(0, 1))
     for example in examples:
-        table.add_row(number_text(example.value), _context(example, largest) if colour else _plain_context(example))
+        table.add_row(number_text(example.value), _context(example, largest, colour))
     return Group(Text(f"\n{title}", style="underline"), table)
 
 
-def _context(example: Example, largest: float) -> Text:
+def _context(example: Example, largest: float, colour: bool) -> Text:
+    """The context, with colours; without them, the strongest token in «» and others that fire in ‹›."""
     text = Text()
     for position, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True)):
+        is_peak = position == example.position
         if activation <= 0:
             text.append(visible(token) if token else "")
-            continue
-        share = min(1.0, activation / largest)
-        red, green, blue = (round(low + share * (high - low)) for low, high in zip(PALE, HOT, strict=True))
-        peak = "bold underline " if position == example.position else ""
-        text.append(visible(token), style=f"{peak}white on rgb({red},{green},{blue})")
-    return text
-
-
-def _plain_context(example: Example) -> Text:
-    """The context with the strongest token in «» and others that fire in ‹›."""
-    text = Text()
-    for position, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True)):
-        if activation <= 0:
-            text.append(visible(token) if token else "")
+        elif colour:
+            text.append(visible(token), style=_heat(min(1.0, activation / largest), is_peak))
         else:
-            before, after = "«»" if position == example.position else "‹›"
-            text.append(f"{before}{visible(token)}{after}")
+            text.append(f"«{visible(token)}»" if is_peak else f"‹{visible(token)}›")
     return text
+
+
+def _heat(share: float, is_peak: bool) -> str:
+    red, green, blue = (round(low + share * (high - low)) for low, high in zip(PALE, HOT, strict=True))
+    return f"{'bold underline ' if is_peak else ''}white on rgb({red},{green},{blue})"

@@ -11,6 +11,7 @@ import pytest
 
 import sae
 from sae.errors import ConfigError, FormatError, TrainingInterrupted
+from sae.files.formats import fingerprint_of
 from sae.files.writing import write_json
 from sae.superposition import EXPERIMENTS, ToyTraining, run
 from sae.superposition.dictionaries import RecoverySettings
@@ -165,6 +166,28 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
         FormatError, match=r"format version 99 is newer than this package reads \(1\); choose another with"
     ):
         run(foreign, ["geometry"], settings=SMALL)
+
+
+def test_entries_with_old_names_of_settings_are_read(finished: Path, tmp_path: Path) -> None:
+    """`world` is called `kind` now; the key was that of the old names."""
+    content = json.loads((finished / "superposition.json").read_text())
+    entry = content["experiments"]["recovery-even"]
+    for part in (entry["settings"], entry["result"]):
+        part["world"] = part.pop("kind")
+    identity = {"name": "recovery-even", "settings": entry["settings"], "seed": 0, "version": sae.__version__}
+    entry["key"] = fingerprint_of(identity)
+    write_json(tmp_path / "superposition.json", content)
+    calls: list[str] = []
+    done = run(tmp_path, ["recovery-even"], settings=SMALL, progress=lambda stage, *_: calls.append(stage))
+    assert not calls
+    assert done["recovery-even"].settings == SMALL["recovery-even"] and done["recovery-even"].result.kind == "even"
+    with pytest.raises(ConfigError, match="made with seed=0, now 1; choose another folder"):
+        run(tmp_path, ["recovery-even"], settings=SMALL, seed=1)
+
+
+def test_the_old_name_of_a_setting_is_refused_with_the_new_one() -> None:
+    with pytest.raises(ConfigError, match="setting 'world' is called 'kind' now"):
+        RecoverySettings(**{"world": "even"})
 
 
 def test_a_damaged_entry_is_refused(finished: Path, tmp_path: Path) -> None:
