@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -71,10 +72,10 @@ class ReadTexts:
         if not self._exactly and len(beginning) < _LONG:
             return self._digests.add(digest_of(beginning))
         alike = self._long.setdefault(digest_of(beginning), [])
-        long = _Long(content, self._exactly)
-        if any(long.place is not None and long.place == other.place for other in alike):
-            return False
-        if any(long.digest == other.digest for other in alike):
+        long = _Long(content, digest_of_pieces if self._exactly else normalised_digest)
+        if any(long.place is not None and long.place == other.place for other in alike) or any(
+            long.digest == other.digest for other in alike
+        ):
             return False
         alike.append(long)
         return True
@@ -87,22 +88,17 @@ class _Long:
         place: the file whose whole content it is; None if unknown.
     """
 
-    def __init__(self, content: str | LongText, exactly: bool) -> None:
-        self.place = content.place if isinstance(content, LongText) else None
-        self._exactly = exactly
-        self._pieces = content.pieces if isinstance(content, LongText) else None
-        self._digest = self._digest_of([content]) if isinstance(content, str) else None
+    def __init__(self, content: str | LongText, digest_of: Callable[[Iterable[str]], bytes]) -> None:
+        self.place: tuple[int, int] | None = None
+        if isinstance(content, str):
+            self.digest = digest_of([content])
+        else:
+            self.place, self._pieces, self._digest_of = content.place, content.pieces, digest_of
 
-    @property
+    @functools.cached_property
     def digest(self) -> bytes:
         """A hash of the whole text."""
-        if self._digest is None:
-            assert self._pieces is not None
-            self._digest = self._digest_of(self._pieces())
-        return self._digest
-
-    def _digest_of(self, pieces: Iterable[str]) -> bytes:
-        return digest_of_pieces(pieces) if self._exactly else normalised_digest(pieces)
+        return self._digest_of(self._pieces())
 
 
 def normalised_digest(pieces: Iterable[str]) -> bytes:

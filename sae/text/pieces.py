@@ -16,12 +16,14 @@ import numpy as np
 from jaxtyping import Int
 
 from sae.errors import DataError
+from sae.text.sections import joined
 
 WHOLE = 500_000
 """Maximum characters of a text that is tokenised at once: some 200 bytes of memory each."""
 _WINDOW = 196_613  # a prime, so that windows over equal words do not end in step by chance
 _OVERLAPS = (4_093, 16_381, 65_521)
 _AGREEING = 16
+_SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,23 +80,20 @@ def placed_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[I
     yield left.places[first:]
 
 
+def slices_of(text: str) -> Iterator[str]:
+    """A text in pieces, none of which is a copy of all of it."""
+    return (text[start : start + _SLICE] for start in range(0, len(text), _SLICE))
+
+
 class _Text:
     """A text of which only the needed part is held. Places are counted in characters from its beginning."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces, self._buffer, self._dropped, self._ended = pieces, "", 0, False
+        self._pieces, self._buffer, self._dropped = pieces, "", 0
 
     def between(self, start: int, end: int) -> str:
         """The characters from `start` to `end`, or to the text's end."""
-        parts, available = [self._buffer], self._dropped + len(self._buffer)
-        while available < end and not self._ended:
-            piece = next(self._pieces, None)
-            if piece is None:
-                self._ended = True
-            else:
-                parts.append(piece)
-                available += len(piece)
-        self._buffer = "".join(parts)
+        self._buffer += joined(self._pieces, end - self._dropped - len(self._buffer))
         return self._buffer[start - self._dropped : end - self._dropped]
 
     def ends_at(self, place: int) -> bool:
