@@ -69,7 +69,10 @@ class ChatTemplate:
         text = self._text(chat.messages, where)
         if roles is None:
             return Rendered(text, ((0, len(text)),))
-        spans = self._by_marks(chat, text, where) or self._by_beginnings(chat, text, where)
+        spans = None
+        for find in (self._by_marks, self._by_beginnings):
+            with contextlib.suppress(DataError):  # the template refuses other contents, or fewer messages
+                spans = spans or find(chat, text, where)
         if spans is None:
             raise DataError(
                 f"chat {where!r}: the chat template changes the messages, so that their roles cannot be told apart in "
@@ -91,10 +94,7 @@ class ChatTemplate:
             return None
         marks = [f"{_MARK}{number}{_MARK}" for number in range(len(chat.messages))]
         marked = [{**message, "content": mark} for message, mark in zip(chat.messages, marks, strict=True)]
-        try:
-            rendered = self._text(marked, where)
-        except DataError:
-            return None
+        rendered = self._text(marked, where)
         if _ANY_MARK.findall(rendered) != marks:
             return None
         *parts, end = _ANY_MARK.split(rendered)
@@ -112,10 +112,7 @@ class ChatTemplate:
         """Spans found by adding one message after another, if the text before a message does not change."""
         spans, place = [], 0
         for count in range(1, len(chat.messages) + 1):
-            try:
-                beginning = text if count == len(chat.messages) else self._text(chat.messages[:count], where)
-            except DataError:
-                return None
+            beginning = text if count == len(chat.messages) else self._text(chat.messages[:count], where)
             if not text.startswith(beginning) or len(beginning) < place:
                 return None
             content = chat.messages[count - 1]["content"].strip()

@@ -81,13 +81,12 @@ def check_apart(sources: Sequence[str]) -> None:
     """Raise DataError if a source lies inside another: its text could fall on both sides of the held-out split."""
     paths = {source: _place(source) for source in sources if source != STANDARD_LIBRARY}
     places = {source: path.resolve() for source, path in paths.items() if path.exists()}
-    for source, place in places.items():
-        for other, outer in places.items():
-            if other != source and place.is_relative_to(outer):
-                raise DataError(
-                    f"data source {source!r}: it is {other!r} or lies inside it, so its text would be read twice; name "
-                    "sources that do not overlap, and give more of data.weights to those that should count more"
-                )
+    for (source, place), (other, outer) in itertools.permutations(places.items(), 2):
+        if place.is_relative_to(outer):
+            raise DataError(
+                f"data source {source!r}: it is {other!r} or lies inside it, so its text would be read twice; name "
+                "sources that do not overlap, and give more of data.weights to those that should count more"
+            )
 
 
 def holdout_share(name: str, seed: int) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from sae.text.document import Chat, LongText, TokenIds, digest_of, digest_of_pieces, essential
+from sae.text.document import READING, Chat, LongText, TokenIds, digest_of, digest_of_pieces, essential
 
 _RECENT = 1 << 16
 _LONG = 1_000_000
@@ -22,9 +22,6 @@ class DigestSet:
     def __init__(self) -> None:
         self._sorted = np.empty(0, dtype="S16")
         self._recent: set[bytes] = set()
-
-    def __len__(self) -> int:
-        return len(self._sorted) + len(self._recent)
 
     def __contains__(self, digest: bytes) -> bool:
         if digest in self._recent:
@@ -52,19 +49,19 @@ class ReadTexts:
 
     Args:
         form: converts a list of ids or a chat for comparison. A chat may become a text, and then equals that text.
-        exactly: compare texts without normalising them, and never a text read in pieces with one that is not, as
-            version 1 of the reading did (`sae.text.document.READING`).
+        reading: version of how text is read. Before 3, lists of ids and chats are compared as they are. Before 2,
+            texts are not normalised, and a text read in pieces is never equal to one that is not.
     """
 
     def __init__(
-        self, form: Callable[[TokenIds | Chat], str | TokenIds | Chat] = essential, *, exactly: bool = False
+        self, form: Callable[[TokenIds | Chat], str | TokenIds | Chat] = essential, reading: int = READING
     ) -> None:
-        self._form, self._exactly, self._digests = form, exactly, DigestSet()
+        self._form, self._exactly, self._digests = form if reading >= 3 else None, reading < 2, DigestSet()
         self._long: dict[bytes, list[_Long]] = {}
 
     def add(self, content: str | LongText | TokenIds | Chat) -> bool:
         """Add a content; False if an equal one has been read already."""
-        if isinstance(content, TokenIds | Chat):
+        if self._form is not None and isinstance(content, TokenIds | Chat):
             content = self._form(content)
         if isinstance(content, TokenIds | Chat) or (self._exactly and isinstance(content, str)):
             return self._digests.add(digest_of(content))

@@ -19,8 +19,9 @@ from sae.errors import DataError
 from sae.numerics.seeding import STREAMS
 from sae.text.census import Census
 from sae.text.corpus import check_apart, check_revision, holdout_share
+from sae.text.digests import ReadTexts
 from sae.text.document import READING, Chat, Content, TokenIds
-from sae.text.prepared import prepared_documents, take_characters, texts_read
+from sae.text.prepared import prepared_documents, take_characters
 from sae.text.recorded import check_recorded_tokenizer
 from sae.text.tokenise import ContentTokenizer, TokenPart
 
@@ -158,7 +159,7 @@ def packed_shards(
     census = census or [Census() for _ in config.sources]
     separator = next(iter(packers.values())).separator
     contents = ContentTokenizer(tokenizer, config.chat_roles, separator, model_rows)
-    read = texts_read(reading, contents.compared)
+    read = ReadTexts(contents.compared, reading)
     readers = [
         _Reader(
             config.sources[number],
@@ -227,9 +228,8 @@ class _Reader:
         if not self._compared and any(isinstance(content, TokenIds) for _, content, _ in needed):
             check_recorded_tokenizer(self.source, self._contents.tokenizer, self._config.tokenizer)
             self._compared = True
-        for _, content, _ in needed:
-            if isinstance(content, Chat):
-                self.census.roles.update(message["role"] for message in content.messages)
+        chats = (content for _, content, _ in needed if isinstance(content, Chat))
+        self.census.roles.update(message["role"] for chat in chats for message in chat.messages)
         tokens = self._contents([(name, content) for name, content, _ in needed])
         for (name, _, split), parts in zip(needed, tokens, strict=True):
             self.waiting[split].append((name, parts))
