@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from safetensors.torch import save
@@ -23,14 +22,13 @@ from sae.activations.manifest import (
     DOCUMENTS,
     MANIFEST,
     PLAIN_COLUMNS,
-    RESTORE,
     FileEntry,
     HookEntry,
     Manifest,
     read_manifest,
     shard_name,
 )
-from sae.activations.same_model import check_same_as_before
+from sae.activations.same_model import check_same_as_before, load_shard
 from sae.activations.same_request import (
     TEXT_READING,
     TEXT_STREAMS,
@@ -52,7 +50,6 @@ from sae.console.terminal import complain
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError, DataError
 from sae.files.printable import json_text, one_line, printable
-from sae.files.reading import load_tensors, taken_apart
 from sae.files.writing import locked, stands, write_bytes
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
@@ -90,8 +87,9 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: StagePro
             if not all(manifest.is_whole(folder, name) for name in manifest.files if _is_text(name)):
                 _write_text(folder, config, language_model, manifest.files, manifest.data)
         else:
-            check_space(folder, config, hook_widths(config, language_model))
-            manifest = _begin(folder, config, language_model)
+            widths = hook_widths(config, language_model)
+            check_space(folder, config, widths)
+            manifest = _begin(folder, config, language_model, widths)
         check_space(folder, config, {hook: entry.d_in for hook, entry in manifest.hooks.items()}, manifest)
         _Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
     return ActivationCache(folder)
@@ -108,25 +106,22 @@ class _Text:
 
 def _write_text(
     folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry],
-    before: dict[str, Any] | None = None,
+    versions: dict[str, Any],
 ) -> _Text:  # fmt: skip
     """Write the text as token shards and document names. Starts over if interrupted.
 
-    `before` is the `data` of the manifest when lost text is restored.
+    `versions` has the columns and the versions of reading and random streams; the `data` of a manifest has them.
     """
     data = config.data
-    before = (
-        {TEXT_STREAMS: STREAMS, TOKEN_COLUMNS: token_columns(data), TEXT_READING: READING} if before is None else before
-    )
     bos = language_model.bos if data.prepend_bos else None
     rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
     packers = {split: Packer(rows[split], data.context_length, bos, language_model.separator) for split in SPLITS}
     files: dict[str, FileEntry] = {}
     counts = dict.fromkeys(SPLITS, 0)
     document_rows: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    shard_contexts, columns = config.harvest.shard_contexts, before.get(TOKEN_COLUMNS, PLAIN_COLUMNS)
+    shard_contexts, columns = config.harvest.shard_contexts, versions.get(TOKEN_COLUMNS, PLAIN_COLUMNS)
     census = [Census() for _ in data.sources]
-    reading = reading_version(before)
+    reading = reading_version(versions)
     if reading not in range(READING + 1):
         raise CacheError(
             f"cache {str(folder)!r}: its manifest has reading={reading!r}, but this version knows 0 to {READING}: "
@@ -137,7 +132,7 @@ def _write_text(
         language_model.tokenizer,
         shard_contexts,
         packers,
-        before.get(TEXT_STREAMS, 1),
+        versions.get(TEXT_STREAMS, 1),
         census,
         reading,
         language_model.rows,
@@ -146,8 +141,7 @@ def _write_text(
         tensors = {column: torch.from_numpy(getattr(packed, column)) for column in columns}
         files[name] = _write(folder, name, save(tensors), len(packed.tokens), expected.get(name))
         counts[split] += 1
-        numbers, rows_each = np.unique(packed.documents, return_counts=True)
-        document_rows[split].update(dict(zip(numbers.tolist(), rows_each.tolist(), strict=True)))
+        document_rows[split].update(packed.documents.tolist())
     names = {split: packer.names for split, packer in packers.items()}
     content = (json.dumps(names, indent=1, ensure_ascii=False) + "\n").encode()
     files[DOCUMENTS] = _write(folder, DOCUMENTS, content, sum(map(len, names.values())), expected.get(DOCUMENTS))
@@ -156,7 +150,7 @@ def _write_text(
     return _Text(dict(sorted(files.items())), source_tokens, tuple(census))
 
 
-def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Manifest:
+def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, widths: dict[str, int]) -> Manifest:
     """First stage: write everything except activations, the manifest last."""
     data, harvest_config = config.data, config.harvest
     policy = language_model.token_policy(
@@ -165,13 +159,13 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel) -> Ma
         mask_special_tokens=harvest_config.mask_special_tokens,
     )
     policy = dataclasses.replace(policy, chat_roles=data.chat_roles)
-    text = _write_text(folder, config, language_model, expected={})
+    versions = {TEXT_STREAMS: STREAMS, TOKEN_COLUMNS: token_columns(data), TEXT_READING: READING}
+    text = _write_text(folder, config, language_model, {}, versions)
     _check_roles(data, text.census)
     for label, census in zip(data.labels, text.census, strict=True):
         for line in census.lines(label, chose_unit=data.holdout_by is not None):
             complain(line)
     text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
-    widths = hook_widths(config, language_model)
     manifest = Manifest(
         model=language_model.info.to_json(),
         data={
@@ -243,7 +237,7 @@ class _Harvester:
         writing: deque[tuple[list[tuple[str, Future[FileEntry]]], dict[str, tuple[Tensor, float, int]]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for split, number in self._shards():
-                columns = self._columns(shard_name("tokens", split, number))
+                columns = load_shard(self.folder, self.manifest, shard_name("tokens", split, number))
                 tokens = columns["tokens"].long()
                 names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
                 missing = {hook: name for hook, name in names.items() if not self.manifest.is_whole(self.folder, name)}
@@ -274,11 +268,6 @@ class _Harvester:
         for split in SPLITS:
             for number in range(-(-self.manifest.rows[split] // shard_rows)):
                 yield split, number
-
-    def _columns(self, name: str) -> dict[str, Tensor]:
-        path = self.folder / name
-        with taken_apart(path, RESTORE):
-            return load_tensors(path, expected=self.manifest.files[name].sha256, remedy=RESTORE)
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> FileEntry:
         rows = len(tensors["activations"])

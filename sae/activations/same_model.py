@@ -68,7 +68,7 @@ def check_same_as_before(folder: Path, manifest: Manifest, language_model: Langu
         names = [shard_name(part, split, 0) for part in ("tokens", hook)]
         if all(manifest.is_whole(folder, name) for name in names):
             try:
-                tokens, shard = (_load(folder, manifest, name) for name in names)
+                tokens, shard = (load_shard(folder, manifest, name) for name in names)
             except DamagedError:
                 continue  # left to 'sae verify'
             seq = min(manifest.context_length, len(tokens["tokens"]))
@@ -79,7 +79,12 @@ def check_same_as_before(folder: Path, manifest: Manifest, language_model: Langu
             return
 
 
-def _load(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor]:
+def load_shard(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor]:
+    """The tensors of a file of the cache.
+
+    Raises:
+        DamagedError: the file is missing, differs from its hash in the manifest, or is damaged.
+    """
     path = folder / name
     with taken_apart(path, RESTORE):
         return load_tensors(path, expected=manifest.files[name].sha256, remedy=RESTORE)

@@ -27,53 +27,45 @@ TEXT_STREAMS = "streams"
 def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, text: bool = False) -> None:
     """Raise CacheError if the cache was made with settings other than `config`'s or, with `text`, from other text."""
     _check_sources(folder, manifest, config.data, text=text)
-    requested = {
-        "model.revision": config.model.revision,
-        "model.weight_processing": config.model.weight_processing,
-        "model.dtype": config.model.dtype,
-        "data.revision": config.data.revision,
-        **{f"data.{key}": value for key, value in data_identity(config.data).items() if key != "source"},
-        "data.tokens": config.data.tokens,
-        "data.held_out_tokens": config.data.held_out_tokens,
-        "data.context_length": config.data.context_length,
-        "data.prepend_bos": config.data.prepend_bos,
-        "harvest.hooks": list(config.harvest.hooks),
-        "harvest.dtype": config.harvest.dtype,
-        "harvest.shard_contexts": config.harvest.shard_contexts,
-        "harvest.masked_positions": config.harvest.masked_positions,
-        "harvest.mask_special_tokens": config.harvest.mask_special_tokens,
-        "data.chat_roles": None if config.data.chat_roles is None else list(config.data.chat_roles),
-    }
-    model = manifest.model
-    recorded = {
-        "model.revision": model.get("requested_revision"),
-        **{f"model.{key}": model.get(key) for key in ("weight_processing", "dtype")},
-        **{f"data.{key}": value for key, value in manifest.data.items()},
-        "data.tokens": manifest.rows.get(TRAIN),
-        "data.held_out_tokens": manifest.rows.get(HELD_OUT),
-        "data.context_length": manifest.context_length,
-        "data.prepend_bos": manifest.tokens.get("prepend_bos"),
-        "harvest.hooks": list(manifest.hooks),
-        "harvest.dtype": manifest.dtype,
-        "harvest.shard_contexts": manifest.shard_contexts,
-        "harvest.masked_positions": manifest.tokens.get("masked_positions"),
-        "harvest.mask_special_tokens": manifest.tokens.get("mask_special_tokens"),
-        "data.chat_roles": manifest.tokens.get("chat_roles"),
+    data, harvest, model = config.data, config.harvest, manifest.model
+    settings = {
+        "model.revision": (model.get("requested_revision"), config.model.revision),
+        "model.weight_processing": (model.get("weight_processing"), config.model.weight_processing),
+        "model.dtype": (model.get("dtype"), config.model.dtype),
+        "data.revision": (manifest.data.get("revision"), data.revision),
+        **{
+            f"data.{key}": (manifest.data.get(key), value)
+            for key, value in data_identity(data).items()
+            if key != "source"
+        },
+        "data.tokens": (manifest.rows.get(TRAIN), data.tokens),
+        "data.held_out_tokens": (manifest.rows.get(HELD_OUT), data.held_out_tokens),
+        "data.context_length": (manifest.context_length, data.context_length),
+        "data.prepend_bos": (manifest.tokens.get("prepend_bos"), data.prepend_bos),
+        "harvest.hooks": (list(manifest.hooks), list(harvest.hooks)),
+        "harvest.dtype": (manifest.dtype, harvest.dtype),
+        "harvest.shard_contexts": (manifest.shard_contexts, harvest.shard_contexts),
+        "harvest.masked_positions": (manifest.tokens.get("masked_positions"), harvest.masked_positions),
+        "harvest.mask_special_tokens": (manifest.tokens.get("mask_special_tokens"), harvest.mask_special_tokens),
+        "data.chat_roles": (
+            manifest.tokens.get("chat_roles"),
+            None if data.chat_roles is None else list(data.chat_roles),
+        ),
     }
     same_files = has_fingerprint(config.model.name, model.get("fingerprint"))
     if same_files is None:
-        requested["model.name"], recorded["model.name"] = model_label(config.model.name), model.get("name")
+        settings["model.name"] = model.get("name"), model_label(config.model.name)
     elif not same_files:
         raise CacheError(
             f"cache {str(folder)!r}: of another model: the weights of {config.model.name!r} are not those it was made "
             f"with ({model.get('name')!r}); use that model, or set harvest.cache to another folder"
         )
     elif config.model.revision is None:
-        del requested["model.revision"]  # older versions recorded it for a folder, where it had no effect
-    for key, value in requested.items():
-        if recorded.get(key) != value:
+        del settings["model.revision"]  # older versions recorded it for a folder, where it had no effect
+    for key, (recorded, requested) in settings.items():
+        if recorded != requested:
             raise CacheError(
-                f"cache {str(folder)!r}: made with {key}={recorded.get(key)!r}, now {value!r} is asked for; "
+                f"cache {str(folder)!r}: made with {key}={recorded!r}, now {requested!r} is asked for; "
                 "set harvest.cache to another folder, or delete this one"
             )
 
@@ -116,13 +108,13 @@ def _check_sources(folder: Path, manifest: Manifest, data: DataConfig, *, text: 
     for before, fingerprint, requested, label in zip(sources, prints, data.sources, data.labels, strict=True):
         if fingerprint is None:
             if before != requested and (
-                Path(before).is_absolute() == Path(requested).is_absolute() or not _same_path(before, requested)
+                Path(before).is_absolute() == Path(requested).is_absolute()
+                or expanded(before).resolve() != expanded(requested).resolve()
             ):
                 raise other
             continue
         now = _fingerprint(requested, reading_version(manifest.data)) if text or before != label else fingerprint
-        same_name = before == label or len(sources) == 1
-        if now == fingerprint and same_name:
+        if now == fingerprint and (before == label or len(sources) == 1):
             continue
         if before != label:
             raise other
@@ -139,10 +131,6 @@ def reading_version(data: dict[str, Any]) -> int:
     return data.get(TEXT_READING, 1 if TOKEN_COLUMNS in data else 0)
 
 
-def _same_path(first: str, second: str) -> bool:
-    return expanded(first).resolve() == expanded(second).resolve()
-
-
 def token_columns(data: DataConfig) -> list[str]:
     cut, by_role = data.section_characters is not None, data.chat_roles is not None
     return [*PLAIN_COLUMNS, *(["sections"] if cut else []), *(["counted"] if by_role else [])]
@@ -151,10 +139,8 @@ def token_columns(data: DataConfig) -> list[str]:
 def data_identity(data: DataConfig) -> dict[str, Any]:
     """The settings that determine the text; with several sources also the weights, as shares that sum to 1."""
     keys = ("subset", "split", "column", "section_characters", "shuffle_documents", "holdout_fraction", "holdout_seed")
-    settings = {key: getattr(data, key) for key in keys}
-    settings |= {
-        key: value for key in ("holdout_by", "tokenizer", "revision") if (value := getattr(data, key)) is not None
-    }
+    newer = (key for key in ("holdout_by", "tokenizer", "revision") if getattr(data, key) is not None)
+    settings = {key: getattr(data, key) for key in (*keys, *newer)}
     if isinstance(data.source, str):
         return {"source": data.source, **settings}
     return {"source": list(data.sources), "weights": list(data.shares), **settings}

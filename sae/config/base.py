@@ -157,7 +157,8 @@ def read_words(kind: type[Settings], words: Iterable[str], settings: dict[str, A
 def _value(key: str, text: str, field: FieldInfo | None) -> Any:
     hint = ""
     if field is not None and _is_text(field):
-        if not (text.startswith("[") and field.annotation in _TEXTS) and not _is_quoted(text):
+        quoted = len(text) > 1 and text[0] == text[-1] == '"'  # YAML reads escapes in it, such as a line end
+        if not (text.startswith("[") and field.annotation in _TEXTS) and not quoted:
             return None if not text or (text == "null" and type(None) in get_args(field.annotation)) else text
         hint = f"; text that itself begins with '[' goes in quotes into a list: {key}=['[…']"
     try:
@@ -166,11 +167,6 @@ def _value(key: str, text: str, field: FieldInfo | None) -> Any:
         raise ConfigError(f"override {f'{key}={text}'!r}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"override {f'{key}={text}'!r}: {text!r} is not a YAML value{hint}") from error
-
-
-def _is_quoted(text: str) -> bool:
-    """Whether text stands in double quotes, in which YAML reads escapes such as a line end."""
-    return len(text) > 1 and text[0] == text[-1] == '"'
 
 
 def validated(kind: type[Kind], settings: Mapping[str, Any], all_keys: str) -> Kind:
@@ -196,12 +192,11 @@ def _explained(kind: type[Settings], error: ErrorDetails, all_keys: str) -> str:
     parts = [str(part) for part in error["loc"]]
     key = ".".join(parts)
     if error["type"] == "extra_forbidden":
-        keys = [name for name, _ in fields_of(kind)]
         section = ".".join(parts[:-1])
-        siblings = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == section}
-        anywhere = {name.rpartition(".")[2]: name for name in keys}
+        anywhere = {name.rpartition(".")[2]: name for name, _ in fields_of(kind)}
+        siblings = {name.rpartition(".")[2]: name for name, _ in fields_of(kind) if name.rpartition(".")[0] == section}
         near = difflib.get_close_matches(parts[-1], siblings, 1) or difflib.get_close_matches(parts[-1], anywhere, 1)
-        hint = f"did you mean {({**anywhere, **siblings})[near[0]]}?" if near else f"{all_keys} lists every key"
+        hint = f"did you mean {(anywhere | siblings)[near[0]]}?" if near else f"{all_keys} lists every key"
         return f"unknown setting {key!r}: {hint}"
     message = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "string_type" and error["input"] is not None:

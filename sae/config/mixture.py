@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,16 +20,15 @@ def check_mixture(sources: Sequence[str], weights: Sequence[float] | None) -> No
         _check_weights(sources, weights)
     by_label: dict[str, str] = {}
     for source, label in zip(sources, source_labels(sources), strict=True):
-        if label not in by_label:
-            by_label[label] = source
-            continue
-        other = by_label[label]
-        if Path(other) == Path(source):
+        other = by_label.get(label)
+        if other is not None and Path(other) == Path(source):
             raise ConfigError(f"data.source names {source!r} twice: name it once, and give it more of data.weights")
-        raise ConfigError(
-            f"data.source: {other!r} and {source!r} both end in {label!r}, the prefix of their documents' names: "
-            "rename one of them, or name it through a link (a hub data set: through a folder that it is saved to)"
-        )
+        if other is not None:
+            raise ConfigError(
+                f"data.source: {other!r} and {source!r} both end in {label!r}, the prefix of their documents' names: "
+                "rename one of them, or name it through a link (a hub data set: through a folder that it is saved to)"
+            )
+        by_label[label] = source
 
 
 def source_labels(sources: Sequence[str]) -> tuple[str, ...]:
@@ -47,10 +45,10 @@ def token_shares(weights: Sequence[float]) -> tuple[float, ...]:
 
 def tokens_by_source(labels: Sequence[str], names: Sequence[str], rows: Mapping[int, int]) -> dict[str, int]:
     """Tokens from each source, given the documents' names in a mix and the rows of each document by its number."""
-    tokens = Counter(dict.fromkeys(labels, 0))
+    tokens = dict.fromkeys(labels, 0)
     for number, count in rows.items():
         tokens[names[number].partition("/")[0]] += count
-    return dict(tokens)
+    return tokens
 
 
 class Turns:

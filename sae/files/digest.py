@@ -20,6 +20,7 @@ TIMES_READ = 3
 _YOUNG_NS = 100_000_000
 """A file that changed more recently than this may change again and keep its times."""
 _KNOWN: dict[Identity, str] = {}
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 
 def open_regular(path: Path, remedy: str | None = None) -> int:
@@ -36,7 +37,8 @@ def open_regular(path: Path, remedy: str | None = None) -> int:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise damaged(path, f"{_kind(mode)} where a file should be", remedy)
+        kind = _KINDS.get(stat.S_IFMT(mode), "a device")
+        raise damaged(path, f"{kind} where a file should be", remedy)
     return descriptor
 
 
@@ -62,9 +64,7 @@ def digest_of(path: Path, remedy: str | None = None) -> tuple[str, Identity]:
             if identity in _KNOWN:
                 return _KNOWN[identity], identity
             try:
-                digest = _hash_mapped(file.fileno(), identity[2])
-                if digest is None:
-                    digest = _hash_read(file.fileno())
+                digest = _hash_mapped(file.fileno(), identity[2]) or _hash_read(file.fileno())
             except (OSError, ValueError) as error:
                 raise unreadable(path, error, remedy) from error
             if identity_of(os.fstat(file.fileno())) == identity:
@@ -110,8 +110,3 @@ def read_whole(path: Path, most: int, remedy: str | None = None) -> bytes:
             return file.read(most + 1)
         except OSError as error:
             raise unreadable(path, error, remedy) from error
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")

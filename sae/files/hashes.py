@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from sae.errors import DamagedError
 from sae.files.damage import NUMBERED, PARTS, SUMS, damaged
 from sae.files.digest import TIMES_READ, Identity, digest_of, identity_of, open_regular, read_whole
 from sae.files.sums import is_users, recorded
+
+Read = TypeVar("Read")
 
 
 class UnhashedWarning(UserWarning):
@@ -39,20 +42,14 @@ def check(
         DamagedError: the file is missing, not a regular file, or differs from its hash.
         UnreadableError: the machine cannot read it.
     """
-    digest, accepted, identity = "", (), ()
-    for _ in range(TIMES_READ):  # another process may replace it meanwhile
-        accepted = recorded(path) if expected is None else (expected,)
-        if not accepted:
-            descriptor = open_regular(path, remedy)
-            with os.fdopen(descriptor, "rb"):
-                identity = identity_of(os.fstat(descriptor))
-            if announce:
-                announce_unhashed(path)
-            return identity
-        digest, identity = digest_of(path, remedy)
-        if digest in accepted:
-            return identity
-    raise _differs(path, digest, accepted, remedy)
+
+    def read(hashed: bool) -> tuple[str, Identity]:
+        if hashed:
+            return digest_of(path, remedy)
+        with os.fdopen(open_regular(path, remedy), "rb") as file:
+            return "", identity_of(os.fstat(file.fileno()))
+
+    return _accepted(path, expected, read, remedy, announce)
 
 
 def read_checked(
@@ -70,18 +67,37 @@ def read_checked(
     Raises:
         DamagedError: as `check`; or the file is too large.
     """
-    digest, accepted = "", ()
-    for _ in range(TIMES_READ):
-        accepted = recorded(path) if expected is None else (expected,)
+
+    def read(hashed: bool) -> tuple[str, bytes]:
         content = read_whole(path, most, remedy)
-        if not accepted:
-            if announce:
-                announce_unhashed(path)
-            return content
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in accepted:
-            return content
-    raise _differs(path, digest, accepted, remedy)
+        return hashlib.sha256(content).hexdigest() if hashed else "", content
+
+    return _accepted(path, expected, read, remedy, announce)
+
+
+def _accepted(
+    path: Path, expected: str | None, read: Callable[[bool], tuple[str, Read]], remedy: str | None, announce: bool
+) -> Read:
+    """The result of reading a file whose hash is the expected one, or that has none.
+
+    Args:
+        path: the file.
+        expected: its hash, if that is not in `SHA256SUMS`.
+        read: reads the file, and returns its hash if the argument is true, and the result.
+        remedy: what to do if it is damaged.
+        announce: warn if it has no hash.
+    """
+    digest, accepted = "", tuple[str, ...]()
+    for _ in range(TIMES_READ):  # another process may replace it meanwhile
+        accepted = recorded(path) if expected is None else (expected,)
+        digest, result = read(bool(accepted))
+        if announce and not accepted:
+            announce_unhashed(path)
+        if not accepted or digest in accepted:
+            return result
+    raise damaged(
+        path, f"damaged or changed: its SHA-256 is {digest[:12]}… and should be {accepted[0][:12]}…", remedy
+    )  # fmt: skip
 
 
 def announce_unhashed(path: Path) -> None:
@@ -98,7 +114,7 @@ def announce_unhashed(path: Path) -> None:
         f"{str(folder)!r}: {path.relative_to(folder)} has no SHA-256 in {SUMS}, {reason}: it is read, but damage "
         f"would go unnoticed; {advice}'sae verify --record' on the folder adds hashes",
         UnhashedWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -124,9 +140,3 @@ def _run_of(folder: Path) -> Path | None:
 
 
 _ANNOUNCED: set[Path] = set()
-
-
-def _differs(path: Path, digest: str, accepted: tuple[str, ...], remedy: str | None) -> DamagedError:
-    return damaged(
-        path, f"damaged or changed: its SHA-256 is {digest[:12]}… and should be {accepted[0][:12]}…", remedy
-    )  # fmt: skip

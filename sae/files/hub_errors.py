@@ -10,8 +10,7 @@ _LONGEST = 200
 
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, or the error's name."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:_LONGEST]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:_LONGEST]
 
 
 def explain_hub_error(error: BaseException, repository: str, kind: str, setting: str) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from sae.errors import DamagedError, UnreadableError
 from sae.files.damage import damaged, unreadable
-from sae.files.digest import Identity, identity_of, open_regular
+from sae.files.digest import identity_of, open_regular
 from sae.files.hashes import check, read_checked
 from sae.files.printable import one_line
 
@@ -144,9 +146,7 @@ def load_tensors(
         DamagedError: the file is missing, differs from its hash, or is not a safetensors file.
         UnreadableError: the machine cannot read it.
     """
-    identity = _checked_tensors(path, expected, remedy)
-    with _opened(path, identity, remedy):
-        tensors = load_file(path)
+    tensors = _opened(path, load_file, expected, remedy)
     return {name: tensor.to(device) for name, tensor in tensors.items()}  # out of memory here is not the file's fault
 
 
@@ -157,9 +157,7 @@ def open_tensors(path: Path, expected: str | None = None, *, remedy: str | None 
         DamagedError: the file is missing, differs from its hash, or is not a safetensors file.
         UnreadableError: the machine cannot read it.
     """
-    identity = _checked_tensors(path, expected, remedy)
-    with _opened(path, identity, remedy):
-        return safe_open(path, framework="pt")
+    return _opened(path, functools.partial(safe_open, framework="pt"), expected, remedy)
 
 
 def tensor_of(file: Any, name: str, path: Path, remedy: str | None = None) -> Tensor:
@@ -176,27 +174,22 @@ def tensor_of(file: Any, name: str, path: Path, remedy: str | None = None) -> Te
         raise damaged(path, f"damaged ({_short(error)})", remedy) from error
 
 
-def _checked_tensors(path: Path, expected: str | None, remedy: str | None) -> Identity:
+def _opened(path: Path, opener: Callable[[Path], Parsed], expected: str | None, remedy: str | None) -> Parsed:
+    """Compare a safetensors file with its hash, and open this same file with `opener`."""
     try:
-        return check(path, expected, remedy=remedy)
+        identity = check(path, expected, remedy=remedy)
     except DamagedError as error:
         if is_pickle(path):
             raise damaged(path, _A_PICKLE, remedy) from error
         raise
-
-
-@contextlib.contextmanager
-def _opened(path: Path, identity: Identity, remedy: str | None) -> Iterator[None]:
-    """Ensure that the body opens the file that was checked."""
     try:
         str(path).encode()
+        opened = opener(path)
+        same = identity_of(path.stat()) == identity
     except UnicodeEncodeError as error:
         raise UnreadableError(
             f"{str(path)!r}: the path is not UTF-8, and safetensors opens no other; rename the folder"
         ) from error
-    try:
-        yield
-        same = identity_of(path.stat()) == identity
     except OSError as error:
         os.close(open_regular(path, remedy))  # its error is more precise than that of safetensors
         raise unreadable(path, error, remedy) from error
@@ -205,6 +198,7 @@ def _opened(path: Path, identity: Identity, remedy: str | None) -> Iterator[None
         raise damaged(path, kind, remedy) from error
     if not same:
         raise damaged(path, "changed while it was opened; wait for the process that writes it", remedy)
+    return opened
 
 
 def is_pickle(path: Path) -> bool:
@@ -220,8 +214,7 @@ def is_pickle(path: Path) -> bool:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     parsed = dict(pairs)
     if len(parsed) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"key {twice!r} is repeated")
     return parsed
 

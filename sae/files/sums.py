@@ -31,13 +31,13 @@ from sae.files.digest import digest_of, read_whole
 from sae.files.temporary import temporary_file
 
 _HEADER = "# Written by sae: 'sae verify' compares the files here with it, and so does 'sha256sum -c SHA256SUMS'.\n"
-_LINE = re.compile(r"(# before )?([0-9a-f]{64})  ([^/\0\n]+)")
+_LINE = re.compile(r"(# before )?(?P<digest>[0-9a-f]{64})  (?P<name>[^/\0\n]+)")
 _OF_SHA256SUM = re.compile(rb"(\\?[0-9a-fA-F]{64} [ *].+|\\?SHA256 \(.+\) = [0-9a-fA-F]{64}|\s*|#.*)\r?")
 _BYTES_PER_DAMAGED_ONE = 16
 """The first line is the toolkit's if at most one in this many of its bytes differs."""
 _BEFORE = "# before "
 _MOST_BYTES = 1 << 28
-_PATIENCE_SECONDS = 10.0
+_ATTEMPTS, _SECONDS_BETWEEN_ATTEMPTS = 2000, 0.005
 
 
 def recorded(path: Path) -> tuple[str, ...]:
@@ -74,13 +74,10 @@ def own_sums(folder: Path) -> dict[str, tuple[str, ...]] | None:
     if content and (len(first) != len(_HEADER) - 1 or lines[-1:] != [""]):
         raise damaged(path, "damaged (its first or last line is incomplete)")
     for number, line in enumerate(lines, 2):
-        match = _LINE.fullmatch(line)
-        if match is None:
-            if line and not line.startswith("#"):
-                raise damaged(path, f"damaged (line {number} is not a SHA-256 and a file name)")
-            continue
-        _, digest, name = match.groups()
-        sums[name] = (*sums.get(name, ()), digest)
+        if match := _LINE.fullmatch(line):
+            sums[match["name"]] = (*sums.get(match["name"], ()), match["digest"])
+        elif line and not line.startswith("#"):
+            raise damaged(path, f"damaged (line {number} is not a SHA-256 and a file name)")
     return sums
 
 
@@ -116,8 +113,7 @@ def replacing(path: Path, digest: str) -> Iterator[None]:
         OSError: the list cannot be written; nothing has changed.
     """
     folder, name = path.parent, path.name
-    with _alone(folder):
-        sums = own_sums(folder)
+    with _alone(folder) as sums:
         if sums is None:
             yield
             return
@@ -142,8 +138,7 @@ def record(path: Path) -> None:
         CacheError: the list cannot hold the file's name.
         OSError: the list cannot be written.
     """
-    with _alone(path.parent):
-        sums = own_sums(path.parent)
+    with _alone(path.parent) as sums:
         if sums is not None:
             write_sums(path.parent, {**sums, path.name: (digest_of(path)[0],)})
 
@@ -157,8 +152,7 @@ def forget(path: Path) -> None:
     """
     if not recorded(path):
         return
-    with _alone(path.parent):
-        sums = own_sums(path.parent)
+    with _alone(path.parent) as sums:
         if sums is not None:
             sums.pop(path.name, None)
             write_sums(path.parent, sums)
@@ -169,11 +163,10 @@ def settle(folder: Path) -> None:
     pending = {name for name, digests in read_sums(folder).items() if len(digests) > 1}
     if not pending:
         return
-    with _alone(folder):
-        sums = read_sums(folder)
-        for name in pending & sums.keys():
-            sums[name] = _current_hash(folder / name, sums[name]) or sums[name]
-        write_sums(folder, sums)
+    with _alone(folder) as sums:
+        listed = sums or {}
+        kept = {name: _current_hash(folder / name, listed[name]) or listed[name] for name in pending & listed.keys()}
+        write_sums(folder, listed | kept)
 
 
 def _current_hash(path: Path, listed: tuple[str, ...]) -> tuple[str, ...]:
@@ -189,7 +182,7 @@ def _current_hash(path: Path, listed: tuple[str, ...]) -> tuple[str, ...]:
 def write_sums(folder: Path, sums: dict[str, tuple[str, ...]]) -> None:
     lines = [_HEADER]
     for name, (digest, *before) in sorted(sums.items()):
-        if not _can_be_listed(name):
+        if "\n" in name or name.encode("utf-8", "replace").decode() != name:
             raise CacheError(
                 f"{str(folder / name)!r}: {SUMS} cannot list a name with a line end, or one that is not UTF-8; choose "
                 "another name"
@@ -203,34 +196,26 @@ def write_sums(folder: Path, sums: dict[str, tuple[str, ...]]) -> None:
         temporary.replace(folder / SUMS)
 
 
-def _can_be_listed(name: str) -> bool:
-    """Whether a list with this name can be read back."""
-    try:
-        return b"\n" not in name.encode()
-    except UnicodeEncodeError:
-        return False
-
-
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time change a folder's list. If it cannot be locked, or a process hangs, others continue."""
+def _alone(folder: Path) -> Iterator[dict[str, tuple[str, ...]] | None]:
+    """A folder's list, as `own_sums` gives it, which no other process changes meanwhile.
+
+    If the folder cannot be locked, or the process that holds the lock hangs, nobody waits.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        yield
+        yield own_sums(folder)
         return
     try:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while True:
+        for _ in range(_ATTEMPTS):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.005)
+                time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
             except OSError:
                 break
-        yield
+        yield own_sums(folder)
     finally:
         os.close(descriptor)

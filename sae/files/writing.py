@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -51,7 +52,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) ->
     digest, written = hashlib.sha256(), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_once(path.parent)
+        _clear_once(path.parent, os.getpid())
         with temporary_file(path) as (temporary, descriptor):
             with open(descriptor, "wb", closefd=False) as file:
                 for chunk in chunks:
@@ -104,14 +105,10 @@ def stands(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-_CLEARED: set[tuple[int, Path]] = set()
-
-
-def _clear_once(folder: Path) -> None:
-    key = os.getpid(), folder
-    if key not in _CLEARED:
-        _CLEARED.add(key)
-        clear_temporaries(folder)
+@functools.cache
+def _clear_once(folder: Path, process: int) -> None:
+    """Clear a folder, once per process."""
+    clear_temporaries(folder)
 
 
 def free_bytes(folder: Path) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +20,6 @@ _BLOCK = 4096
 _STRAY = 256
 """One NUL in this many bytes is accepted, as other control characters are."""
 _MOST_LZMA_MEMORY = 1 << 30
-_Buffer = bytearray | memoryview
 
 
 def open_binary(path: Path, packed: str, *, lenient: bool = False) -> io.BufferedIOBase:
@@ -35,7 +36,7 @@ def open_binary(path: Path, packed: str, *, lenient: bool = False) -> io.Buffere
         OSError, EOFError, zlib.error, lzma.LZMAError: on opening or reading: the file is damaged.
     """
     source = _decompressed(path, packed, lenient=lenient)
-    return source if lenient else io.BufferedReader(_WithoutNuls(path, source), BYTES_AT_ONCE)
+    return source if lenient else _file_of(_without_nuls(path, source))
 
 
 def _decompressed(path: Path, packed: str, *, lenient: bool) -> io.BufferedIOBase:
@@ -46,14 +47,12 @@ def _decompressed(path: Path, packed: str, *, lenient: bool) -> io.BufferedIOBas
     if packed == ".bz2":
         import bz2
 
-        return bz2.open(path, "rb") if lenient else _streams(path, bz2.BZ2Decompressor, 1)
+        return bz2.open(path, "rb") if lenient else _file_of(_streams(path, bz2.BZ2Decompressor, 1))
     if packed == ".xz":
         import lzma
 
-        def decompressor() -> LZMADecompressor:
-            return lzma.LZMADecompressor(memlimit=_MOST_LZMA_MEMORY)
-
-        return lzma.open(path, "rb") if lenient else _streams(path, decompressor, 4)
+        decompressor = functools.partial(lzma.LZMADecompressor, memlimit=_MOST_LZMA_MEMORY)
+        return lzma.open(path, "rb") if lenient else _file_of(_streams(path, decompressor, 4))
     if packed == ".zst":
         try:
             import pyarrow
@@ -64,11 +63,9 @@ def _decompressed(path: Path, packed: str, *, lenient: bool) -> io.BufferedIOBas
     return path.open("rb")
 
 
-def _streams(path: Path, new: Callable[[], BZ2Decompressor | LZMADecompressor], padding: int) -> io.BufferedReader:
-    return io.BufferedReader(_Streams(path, new, padding), BYTES_AT_ONCE)
-
-
-class _Streams(io.RawIOBase):
+def _streams(
+    path: Path, new: Callable[[], BZ2Decompressor | LZMADecompressor], padding: int
+) -> Generator[bytes, None, None]:
     """Consecutive compressed streams, decompressed. Python's own readers take a damaged one for the end.
 
     Args:
@@ -76,71 +73,69 @@ class _Streams(io.RawIOBase):
         new: makes a decompressor for one stream.
         padding: the number of zeros after a stream must be a multiple of this.
     """
-
-    def __init__(self, path: Path, new: Callable[[], BZ2Decompressor | LZMADecompressor], padding: int) -> None:
-        self._file, self._new, self._padding = path.open("rb"), new, padding
-        self._stream, self._waiting = new(), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: _Buffer, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        while not self._stream.eof or self._begin_next():
-            data = b""
-            if self._stream.needs_input:
-                data, self._waiting = self._waiting or self._file.read(BYTES_AT_ONCE), b""
-                if not data:
+    with path.open("rb") as file:
+        pieces = iter(functools.partial(file.read, BYTES_AT_ONCE), b"")
+        data = next(pieces, b"")
+        while True:
+            stream = new()
+            while not stream.eof:
+                if stream.needs_input and not data:
                     raise EOFError("the file ends within a compressed stream")
-            output = self._stream.decompress(data, len(buffer))
-            if output:
-                buffer[: len(output)] = output
-                return len(output)
-        return 0
-
-    def _begin_next(self) -> bool:
-        """Begin the next stream; False if only zeros follow."""
-        data, zeros = self._stream.unused_data, 0
-        while data:
-            rest = data.lstrip(b"\0")
-            zeros += len(data) - len(rest)
-            if rest:
-                break
-            data = self._file.read(BYTES_AT_ONCE)
-        else:
-            rest = b""
-        if zeros % self._padding:
-            raise OSError(f"{zeros} zeros after a compressed stream, not a multiple of {self._padding}")
-        if rest:
-            self._stream, self._waiting = self._new(), rest
-        return bool(rest)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+                yield stream.decompress(data, BYTES_AT_ONCE)
+                data = next(pieces, b"") if stream.needs_input else b""
+            zeros = 0
+            for piece in itertools.chain([stream.unused_data], pieces):
+                data = piece.lstrip(b"\0")
+                zeros += len(piece) - len(data)
+                if data:
+                    break
+            if zeros % padding:
+                raise OSError(f"{zeros} zeros after a compressed stream, not a multiple of {padding}")
+            if not data:
+                return
 
 
-class _WithoutNuls(io.RawIOBase):
-    """A file's bytes; reading raises DataError if many of them are NULs."""
+def _without_nuls(path: Path, source: io.BufferedIOBase) -> Generator[bytes, None, None]:
+    """The content of a file, from `source`.
 
-    def __init__(self, path: Path, source: io.BufferedIOBase) -> None:
-        self._path, self._source, self._done = path, source, 0
+    Raises:
+        DataError: many of its bytes are NULs.
+    """
+    with source:
+        done = 0
+        while data := source.read(BYTES_AT_ONCE):
+            if b"\0" in data:
+                for start in range(0, len(data), _BLOCK):
+                    block = data[start : start + _BLOCK]
+                    if block.count(0) > max(1, len(block) // _STRAY):
+                        raise DataError(_no_text(path, done + start, block))
+            yield data
+            done += len(data)
+
+
+def _file_of(pieces: Generator[bytes, None, None]) -> io.BufferedReader:
+    return io.BufferedReader(_Pieces(pieces), BYTES_AT_ONCE)
+
+
+class _Pieces(io.RawIOBase):
+    """A file that consists of the pieces that a generator yields; closing it ends the generator."""
+
+    def __init__(self, pieces: Generator[bytes, None, None]) -> None:
+        self._pieces, self._rest = pieces, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: _Buffer, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        data = self._source.read(len(buffer))
-        if b"\0" in data:
-            for start in range(0, len(data), _BLOCK):
-                block = data[start : start + _BLOCK]
-                if block.count(0) > max(1, len(block) // _STRAY):
-                    raise DataError(_no_text(self._path, self._done + start, block))
-        buffer[: len(data)] = data
-        self._done += len(data)
-        return len(data)
+    def readinto(self, buffer: bytearray | memoryview, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not self._rest:
+            self._rest = memoryview(next(filter(None, self._pieces), b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
 
     def close(self) -> None:
-        self._source.close()
+        self._pieces.close()
         super().close()
 
 

@@ -54,30 +54,22 @@ class Census:
             source: its name.
             chose_unit: whether the user chose the unit of the held-out split.
         """
-        notes = []
-        if self.unit == "section" and not chose_unit:
-            notes.append(
-                "it is one document: its sections are divided into training and held-out text, and count as documents "
-                "in standard errors (data.holdout_by=section)"
-            )
-        if self.duplicates:
-            notes.append(f"{_count(self.duplicates, 'document')} equal to one read before, not read again")
-        if self.repeated_sections:
-            notes.append(f"{_count(self.repeated_sections, 'section')} equal to one across the held-out split")
-        if self.empty:
-            notes.append(f"{_count(self.empty, 'row')} without text skipped")
-        if self.hidden:
-            notes.append(f"{_count(self.hidden, 'hidden file or folder', 'hidden files and folders')} not read")
-        if self.own:
-            notes.append(f"{_count(self.own, 'file')} written by sae not read")
-        if self.irregular:
-            notes.append(f"not read, being no regular files: {irregular_in_words(self.irregular)}")
-        if self.other_kinds:
-            notes.append(f"not read, being of other kinds: {kinds_in_words(self.other_kinds)}")
-        if self.without_column:
-            names = ", ".join(self.without_column[:3]) + (", …" if len(self.without_column) > 3 else "")
-            notes.append(f"{_count(len(self.without_column), 'file')} without the column not read ({names})")
-        return [printable(f"data source {source!r}: {line}") for line in notes]
+        names = ", ".join(self.without_column[:3]) + (", …" if len(self.without_column) > 3 else "")
+        notes = {
+            "it is one document: its sections are divided into training and held-out text, and count as documents in "
+            "standard errors (data.holdout_by=section)": self.unit == "section" and not chose_unit,
+            f"{_count(self.duplicates, 'document')} equal to one read before, not read again": self.duplicates,
+            f"{_count(self.repeated_sections, 'section')} equal to one across the held-out split": (
+                self.repeated_sections
+            ),
+            f"{_count(self.empty, 'row')} without text skipped": self.empty,
+            f"{_count(self.hidden, 'hidden file or folder', 'hidden files and folders')} not read": self.hidden,
+            f"{_count(self.own, 'file')} written by sae not read": self.own,
+            f"not read, being no regular files: {irregular_in_words(self.irregular)}": self.irregular,
+            f"not read, being of other kinds: {kinds_in_words(self.other_kinds)}": self.other_kinds,
+            f"{_count(len(self.without_column), 'file')} without the column not read ({names})": self.without_column,
+        }
+        return [printable(f"data source {source!r}: {note}") for note, holds in notes.items() if holds]
 
 
 def combined(parts: Sequence[Census]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ _MEMORY = 512 << 20
 _LARGEST_ANSWER = 64 << 20
 _MARK = "\ue000"
 """Begins and ends the placeholder for a content while its place is determined; a private-use character."""
+_ANY_MARK = re.compile(f"{_MARK}[0-9]+{_MARK}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ class ChatTemplate:
         text = self._text(chat.messages, where)
         if roles is None:
             return Rendered(text, ((0, len(text)),))
-        spans = self._by_marks(chat, text, where) or self._by_beginnings(chat, text, where)
+        spans = None
+        for find in (self._by_marks, self._by_beginnings):
+            with contextlib.suppress(DataError):  # the template refuses other contents, or fewer messages
+                spans = spans or find(chat, text, where)
         if spans is None:
             raise DataError(
                 f"chat {where!r}: the chat template changes the messages, so that their roles cannot be told apart in "
@@ -85,34 +90,29 @@ class ChatTemplate:
 
     def _by_marks(self, chat: Chat, text: str, where: str) -> list[tuple[int, int]] | None:
         """Spans found by rendering marks instead of the contents, and checked against the real text."""
-        marks = [f"{_MARK}{number}{_MARK}" for number in range(len(chat.messages))]
         if _MARK in text:
             return None
+        marks = [f"{_MARK}{number}{_MARK}" for number in range(len(chat.messages))]
         marked = [{**message, "content": mark} for message, mark in zip(chat.messages, marks, strict=True)]
-        with contextlib.suppress(DataError):
-            rest, place, spans = self._text(marked, where), 0, []
-            for mark, message in zip(marks, chat.messages, strict=True):
-                before, separator, rest = rest.partition(mark)
-                content = message["content"]
-                place += len(before)
-                content = content if text.startswith(content, place) else content.strip()
-                if not separator or mark in rest or not text.startswith(before, place - len(before)):
-                    return None
-                if not text.startswith(content, place):
-                    return None
-                spans.append((place, place + len(content)))
-                place += len(content)
-            return spans if text[place:] == rest else None
-        return None
+        rendered = self._text(marked, where)
+        if _ANY_MARK.findall(rendered) != marks:
+            return None
+        *parts, end = _ANY_MARK.split(rendered)
+        place, spans = 0, []
+        for before, message in zip(parts, chat.messages, strict=True):
+            start, content = place + len(before), message["content"]
+            content = content if text.startswith(content, start) else content.strip()
+            if not text.startswith(before + content, place):
+                return None
+            place = start + len(content)
+            spans.append((start, place))
+        return spans if text[place:] == end else None
 
     def _by_beginnings(self, chat: Chat, text: str, where: str) -> list[tuple[int, int]] | None:
         """Spans found by adding one message after another, if the text before a message does not change."""
         spans, place = [], 0
         for count in range(1, len(chat.messages) + 1):
-            try:
-                beginning = text if count == len(chat.messages) else self._text(chat.messages[:count], where)
-            except DataError:
-                return None
+            beginning = text if count == len(chat.messages) else self._text(chat.messages[:count], where)
             if not text.startswith(beginning) or len(beginning) < place:
                 return None
             content = chat.messages[count - 1]["content"].strip()
@@ -124,26 +124,16 @@ class ChatTemplate:
         return spans
 
     def _text(self, messages: Sequence[dict[str, Any]], where: str) -> str:
-        answer = self._ask(list(messages), where)
-        if "error" in answer:
-            raise DataError(f"chat {where!r}: the chat template refuses it ({answer['error']})")
-        return answer["text"]
-
-    def _ask(self, messages: list[dict[str, Any]], where: str) -> dict[str, str]:
-        process = self._process or self._start()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps(messages, default=str).encode() + b"\n")
-            process.stdin.flush()
-        except OSError:
-            pass  # the process has ended, and there is no line to read
-        line, late = self._line(process, self._seconds)
+        line, late = self._answer(self._process or self._start(), messages, self._seconds)
         if not line.endswith(b"\n"):
             self.close()
             reason = f"took more than {self._seconds:g} s" if late else f"gives more than {_LARGEST_ANSWER >> 20} MB"
             reason = reason if late or line else "ended its process: it needs too much memory"
             raise DataError(f"chat {where!r}: the chat template {reason}; take another model, or chats as text")
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise DataError(f"chat {where!r}: the chat template refuses it ({answer['error']})")
+        return answer["text"]
 
     def _start(self) -> subprocess.Popen[bytes]:
         script = str(Path(__file__).with_name("chat_worker.py"))
@@ -151,19 +141,18 @@ class ChatTemplate:
             [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         first = {"template": self._template, "variables": self._variables, "bytes": _MEMORY}
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):
-            process.stdin.write(json.dumps(first).encode() + b"\n")
-            process.stdin.flush()
-        if not self._line(process, _SECONDS_TO_START)[0]:
+        if not self._answer(process, first, _SECONDS_TO_START)[0]:
             self.close()
             raise DataError("the process that renders chats does not start; it needs jinja2 and the extra sae[lm]")
         return process
 
     @staticmethod
-    def _line(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, bool]:
-        """The next line of the process's output, possibly incomplete, and whether it was killed for taking too long."""
-        assert process.stdout is not None
+    def _answer(process: subprocess.Popen[bytes], message: object, seconds: float) -> tuple[bytes, bool]:
+        """The process's answer, possibly an incomplete line, and whether it was killed for taking too long."""
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(OSError):  # the process has ended, and there is no line to read
+            process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
+            process.stdin.flush()
         late = threading.Event()
         timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
         timer.start()

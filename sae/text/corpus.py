@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from sae.files.hub_errors import explain_hub_error, first_line
 from sae.files.paths import expanded, name_of
 from sae.text.census import Census
 from sae.text.document import READING, Document
-from sae.text.files import READABLE, field_of, read_file, read_folder
+from sae.text.files import READABLE, as_data_errors, field_of, is_saved_dataset, read_file, read_folder
 from sae.text.written_lists import without_written_lists
 
 STANDARD_LIBRARY = "stdlib"
@@ -48,19 +49,16 @@ def read_documents(
     path = _place(source)
     if source == STANDARD_LIBRARY:
         return standard_library()
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _texts(_saved_dataset(path, split, column), column, reading)
+    if is_saved_dataset(path):
+        return without_written_lists(_saved_dataset(path, split, column), column, reading)
     if path.is_dir():
         return read_folder(path, column, census, reading=reading)
     if path.is_file():
         return read_file(path, name_of(path.name), column, reading=reading)
     if path.suffix.lower() in READABLE or source.startswith((".", "/", "~")):
         raise DataError(f"data source {source!r}: no such file or folder")
-    return _texts(_hub_dataset(source, split, subset, column, streaming, revision), column, reading)
-
-
-def _texts(rows: Iterator[tuple[str, Document]], column: str, reading: int) -> Iterator[Document]:
-    return without_written_lists(rows, column) if reading >= 3 else (document for _, document in rows)
+    rows = _hub_dataset(source, split, subset, column, streaming, revision)
+    return without_written_lists(rows, column, reading)
 
 
 def check_revision(sources: Sequence[str], revision: str | None) -> None:
@@ -83,13 +81,12 @@ def check_apart(sources: Sequence[str]) -> None:
     """Raise DataError if a source lies inside another: its text could fall on both sides of the held-out split."""
     paths = {source: _place(source) for source in sources if source != STANDARD_LIBRARY}
     places = {source: path.resolve() for source, path in paths.items() if path.exists()}
-    for source, place in places.items():
-        for other, outer in places.items():
-            if other != source and place.is_relative_to(outer):
-                raise DataError(
-                    f"data source {source!r}: it is {other!r} or lies inside it, so its text would be read twice; name "
-                    "sources that do not overlap, and give more of data.weights to those that should count more"
-                )
+    for (source, place), (other, outer) in itertools.permutations(places.items(), 2):
+        if place.is_relative_to(outer):
+            raise DataError(
+                f"data source {source!r}: it is {other!r} or lies inside it, so its text would be read twice; name "
+                "sources that do not overlap, and give more of data.weights to those that should count more"
+            )
 
 
 def holdout_share(name: str, seed: int) -> float:
@@ -133,10 +130,8 @@ def standard_library() -> Iterator[Document]:
     paths = {}
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _STDLIB_SKIPPED]
-        for file in files:
-            if file.endswith(".py"):
-                path = Path(folder) / file
-                paths[path.relative_to(root).as_posix()] = path
+        sources = (Path(folder) / file for file in files if file.endswith(".py"))
+        paths |= {path.relative_to(root).as_posix(): path for path in sources}
     topics_path = paths.pop("pydoc_data/topics.py", None)
     topics = _help_topics(topics_path) if topics_path else {}
     seen = set()
@@ -167,15 +162,12 @@ def _read_source(path: Path) -> str:
 def _saved_dataset(path: Path, split: str, column: str) -> Iterator[tuple[str, Document]]:
     import datasets
 
-    try:
+    begin = f"data source {str(path)!r}: "
+    with as_data_errors(begin, lambda error: f"not a complete saved data set ({first_line(error)})"):
         loaded = datasets.load_from_disk(str(path))
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise DataError(f"data source {str(path)!r}: not a complete saved data set ({first_line(error)})") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise DataError(f"data source {str(path)!r}: no split {split!r}; it has {', '.join(map(str, loaded))}")
+            raise DataError(f"{begin}no split {split!r}; it has {', '.join(map(str, loaded))}")
         loaded = loaded[split]
     loaded = loaded.with_format(None)  # the format it was saved with gives tensors, and other columns may be missing
     return _rows(loaded, str(path), column)
@@ -192,29 +184,22 @@ def _hub_dataset(
             f"data source {source!r}: no file or folder with that name, and for `datasets` it is a file format, not a "
             "data set on the hub; name the files' folder, or a data set as OWNER/NAME"
         )
-    try:
+    with as_data_errors(
+        f"data source {source!r}: ", lambda error: explain_hub_error(error, source, "data set", "data")
+    ):
         loaded = datasets.load_dataset(source, subset, split=split, streaming=streaming, revision=revision)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise DataError(f"data source {source!r}: {explain_hub_error(error, source, 'data set', 'data')}") from error
     return _rows(loaded, source, column)
 
 
 def _rows(rows: Any, source: str, column: str) -> Iterator[tuple[str, Document]]:
-    rows, number = iter(rows), 0
-    while True:
-        try:
-            record = next(rows)
-        except StopIteration:
-            return
-        except MemoryError:
-            raise
-        except Exception as error:  # a streamed data set can fail at any row
-            raise DataError(
-                f"data source {source!r}: row {number} could not be read ({first_line(error)}); check the network, "
-                "and run the same command again to continue"
-            ) from error
+    rows = iter(rows)
+    for number in itertools.count():
         where = f"{source}, row {number}"
+        with as_data_errors(  # a streamed data set can fail at any row
+            f"data source {source!r}: row {number} could not be read ",
+            lambda error: f"({first_line(error)}); check the network, and run the same command again to continue",
+        ):
+            record = next(rows, None)
+        if record is None:
+            return
         yield where, Document(f"{number}", field_of(record, column, where, number + 1))
-        number += 1

@@ -76,19 +76,14 @@ class _Lines:
         self.last = self._length = 0
 
     def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._content.readline(self._most - self._length + 1)
-        self._length += len(line)
-        self.last += 1
-        if self._length > self._most:
-            problem = too_long(self._path, f"the record from line {self.first} on", "characters")
-            raise DataError(f"{problem}; if it should be shorter, a double quote that begins a cell is not closed")
-        if not line:
-            self.ended = True
-            raise StopIteration
-        return line
+        while line := self._content.readline(self._most - self._length + 1):
+            self._length += len(line)
+            self.last += 1
+            if self._length > self._most:
+                problem = too_long(self._path, f"the record from line {self.first} on", "characters")
+                raise DataError(f"{problem}; if it should be shorter, a double quote that begins a cell is not closed")
+            yield line
+        self.ended = True
 
     def begin_record(self) -> None:
         """Begin another record with the next line."""

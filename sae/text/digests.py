@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from sae.text.document import Chat, LongText, TokenIds, digest_of, digest_of_pieces, essential
+from sae.text.document import READING, Chat, LongText, TokenIds, digest_of, digest_of_pieces, essential
 
 _RECENT = 1 << 16
 _LONG = 1_000_000
@@ -21,9 +22,6 @@ class DigestSet:
     def __init__(self) -> None:
         self._sorted = np.empty(0, dtype="S16")
         self._recent: set[bytes] = set()
-
-    def __len__(self) -> int:
-        return len(self._sorted) + len(self._recent)
 
     def __contains__(self, digest: bytes) -> bool:
         if digest in self._recent:
@@ -51,19 +49,19 @@ class ReadTexts:
 
     Args:
         form: converts a list of ids or a chat for comparison. A chat may become a text, and then equals that text.
-        exactly: compare texts without normalising them, and never a text read in pieces with one that is not, as
-            version 1 of the reading did (`sae.text.document.READING`).
+        reading: version of how text is read. Before 3, lists of ids and chats are compared as they are. Before 2,
+            texts are not normalised, and a text read in pieces is never equal to one that is not.
     """
 
     def __init__(
-        self, form: Callable[[TokenIds | Chat], str | TokenIds | Chat] = essential, *, exactly: bool = False
+        self, form: Callable[[TokenIds | Chat], str | TokenIds | Chat] = essential, reading: int = READING
     ) -> None:
-        self._form, self._exactly, self._digests = form, exactly, DigestSet()
+        self._form, self._exactly, self._digests = form if reading >= 3 else None, reading < 2, DigestSet()
         self._long: dict[bytes, list[_Long]] = {}
 
     def add(self, content: str | LongText | TokenIds | Chat) -> bool:
         """Add a content; False if an equal one has been read already."""
-        if isinstance(content, TokenIds | Chat):
+        if self._form is not None and isinstance(content, TokenIds | Chat):
             content = self._form(content)
         if isinstance(content, TokenIds | Chat) or (self._exactly and isinstance(content, str)):
             return self._digests.add(digest_of(content))
@@ -71,10 +69,10 @@ class ReadTexts:
         if not self._exactly and len(beginning) < _LONG:
             return self._digests.add(digest_of(beginning))
         alike = self._long.setdefault(digest_of(beginning), [])
-        long = _Long(content, self._exactly)
-        if any(long.place is not None and long.place == other.place for other in alike):
-            return False
-        if any(long.digest == other.digest for other in alike):
+        long = _Long(content, digest_of_pieces if self._exactly else normalised_digest)
+        if any(long.place is not None and long.place == other.place for other in alike) or any(
+            long.digest == other.digest for other in alike
+        ):
             return False
         alike.append(long)
         return True
@@ -87,22 +85,17 @@ class _Long:
         place: the file whose whole content it is; None if unknown.
     """
 
-    def __init__(self, content: str | LongText, exactly: bool) -> None:
-        self.place = content.place if isinstance(content, LongText) else None
-        self._exactly = exactly
-        self._pieces = content.pieces if isinstance(content, LongText) else None
-        self._digest = self._digest_of([content]) if isinstance(content, str) else None
+    def __init__(self, content: str | LongText, digest_of: Callable[[Iterable[str]], bytes]) -> None:
+        self.place: tuple[int, int] | None = None
+        if isinstance(content, str):
+            self.digest = digest_of([content])
+        else:
+            self.place, self._pieces, self._digest_of = content.place, content.pieces, digest_of
 
-    @property
+    @functools.cached_property
     def digest(self) -> bytes:
         """A hash of the whole text."""
-        if self._digest is None:
-            assert self._pieces is not None
-            self._digest = self._digest_of(self._pieces())
-        return self._digest
-
-    def _digest_of(self, pieces: Iterable[str]) -> bytes:
-        return digest_of_pieces(pieces) if self._exactly else normalised_digest(pieces)
+        return self._digest_of(self._pieces())
 
 
 def normalised_digest(pieces: Iterable[str]) -> bytes:

@@ -118,9 +118,8 @@ def essential(content: TokenIds | Chat) -> TokenIds | Chat:
     """A chat with only those keys of its messages that chat templates read; a list of ids unchanged."""
     if isinstance(content, TokenIds):
         return content
-    messages = content.messages
     return Chat(
-        tuple({key: part for key, part in message.items() if key in _READ_BY_TEMPLATES} for message in messages)
+        tuple({key: part for key, part in message.items() if key in _READ_BY_TEMPLATES} for message in content.messages)
     )
 
 
@@ -205,12 +204,10 @@ def kind_of_value(value: Any) -> str:
 
 
 def _entries(value: Sequence[Any]) -> str:
-    for kind, name in ((str, "text"), (bool, "truth values"), (Mapping, "objects")):
+    for kind, name in ((str, "text"), (bool, "truth values"), (Mapping, "objects"), (list | tuple, "lists")):
         if all(isinstance(entry, kind) for entry in value):
             return name
     if all(isinstance(entry, int | float) and not isinstance(entry, bool) for entry in value):
         return f"numbers ({value[0]!r}, …)"
-    if all(isinstance(entry, list | tuple) for entry in value):
-        return "lists"
     unlike = next((pair for pair in pairwise(value) if type(pair[0]) is not type(pair[1])), value[:1])
     return " and ".join("null" if entry is None else type(entry).__name__ for entry in unlike)

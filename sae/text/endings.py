@@ -9,6 +9,8 @@ threes), the text is read from its beginning, in windows.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,16 +19,16 @@ import numpy as np
 from jaxtyping import Int
 
 from sae.errors import DataError
-from sae.text.pieces import Window, encode, placed_parts, seam_of
+from sae.text.pieces import Window, encode, placed_parts, seam_of, slices_of
 
 LONG = 200_000
 """Texts with at least this many characters are tokenised from their end."""
-_AT_ONCE = 500_000
+_AT_ONCE = 300_000
+"""A batch of short texts has at most this many characters, and those of one more text."""
 _PART = 509
 """Characters in which parts must arrive at the same tokens: a hundred tokens or more."""
 _PER_TOKEN = 8
 _ENDS = (1, 4, 16)
-_SLICE = 1 << 20
 
 Places = Int[np.ndarray, "tokens 3"]
 
@@ -47,24 +49,17 @@ def last_tokens(tokenizer: Any, texts: Sequence[str], count: int) -> list[Places
             return []
         encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [_placed(ids[-count:], [(0, 0)] * len(ids[-count:])) for ids in encoded["input_ids"]]
-    short = (text for text in texts if len(text) < LONG)
+    short = [text for text in texts if len(text) < LONG]
     short_places = _last_of_short(tokenizer, short, count)
-    widest = max(map(len, tokenizer.get_vocab())) if any(len(text) >= LONG for text in texts) else 0
+    widest = max(map(len, tokenizer.get_vocab())) if len(short) < len(texts) else 0
     return [next(short_places) if len(text) < LONG else _last_of_long(tokenizer, text, count, widest) for text in texts]
 
 
-def _last_of_short(tokenizer: Any, texts: Iterator[str], count: int) -> Iterator[Places]:
+def _last_of_short(tokenizer: Any, texts: Sequence[str], count: int) -> Iterator[Places]:
     """The last tokens of short texts, many at once, which a fast tokenizer spreads over all cores."""
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        if batch and characters + len(text) > _AT_ONCE:
-            yield from _whole(tokenizer, batch, count)
-            batch, characters = [], 0
-        batch.append(text)
-        characters += len(text)
-    if batch:
-        yield from _whole(tokenizer, batch, count)
+    batches = (end // _AT_ONCE for end in itertools.accumulate(map(len, texts)))
+    for _, batch in itertools.groupby(zip(batches, texts, strict=True), key=operator.itemgetter(0)):
+        yield from _whole(tokenizer, [text for _, text in batch], count)
 
 
 def _last_of_long(tokenizer: Any, text: str, count: int, widest: int) -> Places:
@@ -75,10 +70,9 @@ def _last_of_long(tokenizer: Any, text: str, count: int, widest: int) -> Places:
         places = _last_from(tokenizer, text, len(text) - characters, count, widest)
         if places is not None:
             return places
-    slices = (text[start : start + _SLICE] for start in range(0, len(text), _SLICE))
     last: deque[Any] = deque(maxlen=count)
     try:
-        for part in placed_parts(tokenizer, slices, ""):
+        for part in placed_parts(tokenizer, slices_of(text), ""):
             last.extend(part[-count:, :3])
     except DataError:  # no windows agree
         return _whole(tokenizer, [text], count)[0]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import io
-import itertools
 import json
 import os
 import stat
@@ -24,6 +24,7 @@ from sae.text.document import READING, Document, LongText, read_value
 from sae.text.json_records import LongRecordError, json_records, key_there_twice, object_of
 from sae.text.limits import most_in_record, there_twice, too_long
 from sae.text.own_files import own_names
+from sae.text.sections import joined
 from sae.text.written_lists import without_written_lists
 
 try:
@@ -40,8 +41,6 @@ _MAY_BE_OTHER_DATA = (".json", ".csv", ".tsv")
 _LINKED, _CLOSED = "link to a folder", "folder that cannot be opened"
 _HELD_WHOLE = 4_000_000
 _BYTES_AT_ONCE = 1 << 20
-_DAMAGED = (OSError, EOFError, zlib.error, LZMAError)
-"""Errors that reading a damaged file raises."""
 
 
 def kind_of(path: Path) -> tuple[str, str]:
@@ -51,6 +50,11 @@ def kind_of(path: Path) -> tuple[str, str]:
     suffix = Path(name.removesuffix(packed)).suffix
     readable = suffix in READABLE and not (packed and suffix == ".parquet")
     return (suffix, packed) if readable else ("", packed)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a path is a folder written by `datasets.save_to_disk`."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def list_folder(folder: Path, census: Census | None = None, *, reading: int = READING) -> list[Path]:
@@ -95,11 +99,8 @@ def _irregular(path: Path) -> str:
 
 
 def _nothing_there(folder: Path, kinds: Counter[str], census: Census) -> str:
-    others = [
-        *([kinds_in_words(kinds)] if kinds else []),
-        *([f"{census.own} written by sae"] if census.own else []),
-        *([irregular_in_words(census.irregular)] if census.irregular else []),
-    ]
+    own = f"{census.own} written by sae" if census.own else ""
+    others = [part for part in (kinds_in_words(kinds), own, irregular_in_words(census.irregular)) if part]
     listed = f", only {', '.join(others)}" if others else ""
     hidden = f" ({census.hidden} hidden ones are not read)" if census.hidden else ""
     linked = "; name a linked folder itself" if census.irregular[_LINKED] else ""
@@ -121,8 +122,7 @@ def read_folder(
         DataError: no file can be read, or one is damaged.
     """
     census = census or Census()
-    files = list_folder(folder, census, reading=reading)
-    return _documents_of(files, folder, column, census, reading)
+    return _documents_of(list_folder(folder, census, reading=reading), folder, column, census, reading)
 
 
 def _documents_of(files: list[Path], folder: Path, column: str, census: Census, reading: int) -> Iterator[Document]:
@@ -152,7 +152,7 @@ def read_file(path: Path, name: str, column: str, *, reading: int = READING) -> 
     Raises:
         DataError: the file is of an unsupported kind, damaged, lacks the column, or the column holds lists as text.
     """
-    kind, _ = kind_of(path)
+    kind = kind_of(path)[0]
     if not kind:
         raise DataError(
             f"data source {str(path)!r}: not a kind of file that can be read, which are {READABLE_IN_WORDS}"
@@ -160,8 +160,7 @@ def read_file(path: Path, name: str, column: str, *, reading: int = READING) -> 
     if kind in TEXT_SUFFIXES:
         return _text(path, name, reading)
     read = _parquet if kind == ".parquet" else _records
-    rows = read(path, name, column, reading)
-    return without_written_lists(rows, column) if reading >= 3 else (document for _, document in rows)
+    return without_written_lists(read(path, name, column, reading), column, reading)
 
 
 class MissingColumnError(DataError):
@@ -195,82 +194,68 @@ def decoded(path: Path, *, reading: int = READING) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
     done, mark = 0, "" if reading < 2 else "\ufeff"
+    with _opened(path, reading) as content:
+        while True:
+            data = content.read(_BYTES_AT_ONCE)
+            waiting = len(decoder.getstate()[0])
+            try:
+                text = lines.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise DataError(_not_utf8(path, error, done - waiting)) from error
+            done += len(data)
+            if text:
+                yield text.removeprefix(mark)
+                mark = ""
+            if not data:
+                return
+
+
+@contextlib.contextmanager
+def _opened(path: Path, reading: int) -> Iterator[io.BufferedIOBase]:
+    """A file's bytes, decompressed; errors in the body that mean a damaged file become DataErrors."""
     try:
-        with _opened(path, reading) as content:
-            while True:
-                data = content.read(_BYTES_AT_ONCE)
-                waiting = len(decoder.getstate()[0])
-                try:
-                    text = lines.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    raise DataError(not_utf8(path, error, done - waiting)) from error
-                done += len(data)
-                if text:
-                    yield text.removeprefix(mark)
-                    mark = ""
-                if not data:
-                    return
-    except _DAMAGED as error:
-        raise DataError(unreadable(path, error)) from error
+        with open_binary(path, kind_of(path)[1], lenient=reading < 4) as content:
+            yield content
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path, error)) from error
+    except (OSError, EOFError, zlib.error, LZMAError) as error:
+        strerror = error.strerror if isinstance(error, OSError) else None
+        reason = strerror or " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"data source {str(path)!r}: cannot be read ({reason})") from error
 
 
-def _opened(path: Path, reading: int) -> io.BufferedIOBase:
-    return open_binary(path, kind_of(path)[1], lenient=reading < 4)
-
-
-def not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> str:
-    """The message for a text file that is not UTF-8."""
+def _not_utf8(path: Path, error: UnicodeDecodeError, before: int = 0) -> str:
     return f"data source {str(path)!r}: not UTF-8 text ({error.reason} at byte {before + error.start})"
 
 
-def unreadable(path: Path, error: Exception) -> str:
-    """The message for a file that cannot be read."""
-    reason = (
-        (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
-    )
-    return f"data source {str(path)!r}: cannot be read ({reason})"
-
-
 def _text(path: Path, name: str, reading: int) -> Iterator[Document]:
-    pieces, beginning, characters = decoded(path, reading=reading), [], 0
-    for piece in pieces:
-        beginning.append(piece)
-        characters += len(piece)
-        if characters > _HELD_WHOLE:
-            stat = path.stat()
-            again = functools.partial(decoded, path, reading=reading)
-            yield Document(name, LongText(again, (stat.st_dev, stat.st_ino), "".join(beginning)))
-            return
-    yield Document(name, "".join(beginning))
+    beginning = joined(decoded(path, reading=reading), _HELD_WHOLE + 1)
+    if len(beginning) <= _HELD_WHOLE:
+        yield Document(name, beginning)
+    else:
+        state, again = path.stat(), functools.partial(decoded, path, reading=reading)
+        yield Document(name, LongText(again, (state.st_dev, state.st_ino), beginning))
 
 
 def _records(path: Path, name: str, column: str, reading: int) -> Iterator[tuple[str, Document]]:
-    readers: dict[str, Callable[[Path, str, int], Iterator[tuple[int, str, Any]]]]
-    readers = {".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl}
-    try:
-        for row, (number, place, record) in enumerate(readers[kind_of(path)[0]](path, column, reading), 1):
-            where = f"{path}, {place} {number}"
-            yield where, Document(f"{name}:{number}", field_of(record, column, where, row))
-    except UnicodeDecodeError as error:
-        raise DataError(not_utf8(path, error)) from error
-    except _DAMAGED as error:
-        raise DataError(unreadable(path, error)) from error
+    read, place = _READERS[kind_of(path)[0]]
+    for row, (number, record) in enumerate(read(path, column, reading), 1):
+        where = f"{path}, {place} {number}"
+        yield where, Document(f"{name}:{number}", field_of(record, column, where, row))
 
 
-def _jsonl(path: Path, _: str, reading: int) -> Iterator[tuple[int, str, Any]]:
+def _jsonl(path: Path, _: str, reading: int) -> Iterator[tuple[int, Any]]:
     most, parse = most_in_record(reading), json.JSONDecoder(object_pairs_hook=_made_by(reading)).decode
-    with _opened(path, reading) as lines:
-        for number in itertools.count(1):
-            line = lines.readline(most + 2)
-            if not line:
-                return
+    with _opened(path, reading) as content:
+        lines = iter(functools.partial(content.readline, most + 2), b"")
+        for number, line in enumerate(lines, 1):
             if len(line) > most and len(line.rstrip(b"\r\n")) > most:
                 raise DataError(too_long(path, f"line {number}", "bytes"))
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not content.strip():
+            record = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not record.strip():
                 continue
             try:
-                yield number, "line", parse(content.decode("utf-8"))
+                yield number, parse(record.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"data source {str(path)!r}: line {number} is not JSON ({reason_of(error)})") from error
 
@@ -280,35 +265,43 @@ def _made_by(reading: int) -> Callable[[list[tuple[str, Any]]], dict[str, Any]] 
     return object_of if reading >= 4 else None
 
 
-def _json(path: Path, _: str, reading: int) -> Iterator[tuple[int, str, Any]]:
+def _json(path: Path, _: str, reading: int) -> Iterator[tuple[int, Any]]:
     """Records of a list, of one object, or of lines with an object each: .json files hold any of these."""
     number = 0
     try:
         pieces = decoded(path, reading=reading)
         for number, record in enumerate(json_records(pieces, most_in_record(reading), _made_by(reading)), 1):
-            yield number, "record", record
+            yield number, record
     except LongRecordError as error:
         raise DataError(too_long(path, f"record {number + 1}", "characters")) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"data source {str(path)!r}: not JSON ({reason_of(error)})") from error
 
 
-def _csv(path: Path, column: str, reading: int) -> Iterator[tuple[int, str, Any]]:
-    with io.TextIOWrapper(_opened(path, reading), encoding="utf-8-sig", newline="") as content:  # type: ignore[arg-type]
-        delimiter = "\t" if kind_of(path)[0] == ".tsv" else ","
-        for number, row in csv_records(content, path, column, delimiter, reading=reading):
-            yield number, "row", row
+def _csv(path: Path, column: str, reading: int) -> Iterator[tuple[int, Any]]:
+    delimiter = "\t" if kind_of(path)[0] == ".tsv" else ","
+    with (
+        _opened(path, reading) as binary,
+        io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as content,  # type: ignore[arg-type]
+    ):
+        yield from csv_records(content, path, column, delimiter, reading=reading)
+
+
+_READERS = {
+    ".csv": (_csv, "row"),
+    ".tsv": (_csv, "row"),
+    ".json": (_json, "record"),
+    ".jsonl": (_jsonl, "line"),
+    ".ndjson": (_jsonl, "line"),
+}
+"""What reads the numbered records of a file, and what a record is called, by suffix."""
 
 
 def _parquet(path: Path, name: str, column: str, reading: int) -> Iterator[tuple[str, Document]]:
     from pyarrow import parquet
 
-    try:
+    with as_data_errors(f"data source {str(path)!r}: ", lambda error: f"not a parquet file ({reason_of(error)})"):
         table = parquet.ParquetFile(path)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise DataError(f"data source {str(path)!r}: not a parquet file ({reason_of(error)})") from error
     if column not in table.schema_arrow.names:
         raise MissingColumnError(str(path), column, table.schema_arrow.names, 1)
     if table.schema_arrow.names.count(column) > 1 and reading >= 4:
@@ -322,6 +315,22 @@ def _parquet(path: Path, name: str, column: str, reading: int) -> Iterator[tuple
                 row += 1
     except (OSError, ValueError) as error:
         raise DataError(f"data source {str(path)!r}: row {row} could not be read ({reason_of(error)})") from error
+
+
+@contextlib.contextmanager
+def as_data_errors(begin: str, explain: Callable[[Exception], str]) -> Iterator[None]:
+    """Context in which a library reads a source: its errors become DataErrors, except for too little memory.
+
+    Args:
+        begin: beginning of the message.
+        explain: gives the rest.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(begin + explain(error)) from error
 
 
 def reason_of(error: Exception) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sae.files.paths import expanded
 from sae.text.document import READING
-from sae.text.files import list_folder
+from sae.text.files import is_saved_dataset, list_folder
 
 _HASHED_WHOLE = 256 << 20
 _PIECE = 1 << 16
@@ -23,17 +23,16 @@ def source_fingerprint(source: str, *, reading: int = READING) -> str | None:
     """
     path = expanded(source)
     if path.is_file():
-        files, names = [path], [path.name]
-    elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        names = [file.relative_to(path).as_posix() for file in files]
+        folder, files = path.parent, [path]
+    elif is_saved_dataset(path):
+        folder, files = path, sorted(file for file in path.rglob("*") if file.is_file())
     elif path.is_dir():
-        files = list_folder(path, reading=reading)
-        names = [file.relative_to(path).as_posix() for file in files]
+        folder, files = path, list_folder(path, reading=reading)
     else:
         return None
-    stats = [file.stat() for file in files]
-    return _hash(tuple(files), tuple(names), tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats))
+    names = (file.relative_to(folder).as_posix() for file in files)
+    stats = ((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in map(Path.stat, files))
+    return _hash(tuple(files), tuple(names), tuple(stats))
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sae.text.sections import joined
+
 _SPACE = " \t\r\n"
 
 
@@ -26,8 +28,8 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) == len(pairs):
         return record
-    repeated, keys = Repeated(record), [key for key, _ in pairs]
-    repeated.keys_twice = frozenset(key for key, count in Counter(keys).items() if count > 1)
+    repeated, counts = Repeated(record), Counter(key for key, _ in pairs)
+    repeated.keys_twice = frozenset(key for key, count in counts.items() if count > 1)
     return repeated
 
 
@@ -63,24 +65,25 @@ def json_records(
         ValueError: the text is not JSON.
     """
     text = _Buffer(pieces, most, object_pairs)
-    first = text.next_character()
-    in_list = first == "["
-    if in_list:
-        text.skip()
-    while (character := text.next_character()) and not (in_list and character == "]"):
+    if text.next_character() != "[":
+        while text.next_character():
+            yield text.value()
+        return
+    text.skip()
+    while text.next_character() not in ("]", ""):
         yield text.value()
-        if in_list and text.next_character() == ",":
+        separator = text.next_character()
+        if separator == ",":
             text.skip()
             if text.next_character() == "]":
                 raise ValueError("a comma before the end of the list")
-        elif in_list and text.next_character() != "]":
+        elif separator != "]":
             raise ValueError("expected ',' or ']' after an entry of the list")
-    if in_list:
-        if not text.next_character():
-            raise ValueError("the list does not end")
-        text.skip()
-        if text.next_character():
-            raise ValueError("more after the end of the list")
+    if not text.next_character():
+        raise ValueError("the list does not end")
+    text.skip()
+    if text.next_character():
+        raise ValueError("more after the end of the list")
 
 
 class _Buffer:
@@ -88,7 +91,7 @@ class _Buffer:
 
     def __init__(self, pieces: Iterator[str], most: int, object_pairs: Callable[..., Any] | None) -> None:
         self._pieces, self._most, self._decoder = pieces, most, json.JSONDecoder(object_pairs_hook=object_pairs)
-        self._text, self._place, self._ended = "", 0, False
+        self._text, self._place = "", 0
 
     def next_character(self) -> str:
         """The next character that is not space; "" at the end."""
@@ -124,13 +127,6 @@ class _Buffer:
 
     def _more(self, characters: int = 1) -> bool:
         """Read at least this many more characters; False at the end."""
-        new, length = [], 0
-        while not self._ended and length < max(1, characters):
-            piece = next(self._pieces, None)
-            if piece is None:
-                self._ended = True
-            else:
-                new.append(piece)
-                length += len(piece)
-        self._text, self._place = self._text[self._place :] + "".join(new), 0
-        return length > 0
+        new = joined(self._pieces, max(1, characters))
+        self._text, self._place = self._text[self._place :] + new, 0
+        return bool(new)

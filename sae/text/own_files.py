@@ -40,9 +40,12 @@ def own_names(folder: Path, subfolders: Collection[str], names: Collection[str])
     present = set(names)
     own = {name for name in present if is_leftover(name) and name != SUMS}
     own |= {name for name in present if _SHARD.fullmatch(name)}
-    if SUMS in present and not _is_users(folder):
-        own |= {SUMS, *_listed(folder)}
-    if "manifest.json" in own or ("tokens" in subfolders and _has_shards(folder / "tokens")):
+    with contextlib.suppress(SaeError):  # the list cannot be read
+        if SUMS in present and not is_users(folder):
+            own |= {SUMS}
+            own |= set(read_sums(folder))
+    tokens = (folder / "tokens").glob("*.safetensors") if "tokens" in subfolders else ()
+    if "manifest.json" in own or any(_SHARD.fullmatch(path.name) for path in tokens):
         own |= {"manifest.json", "documents.json"}  # a cache, whose manifest has the hash of the other
     if "config.yaml" in present and any((folder / name).is_file() for name in _IN_A_RUN):
         own |= {name for name in present if _FILES_OF_A_RUN.fullmatch(name)}
@@ -51,23 +54,3 @@ def own_names(folder: Path, subfolders: Collection[str], names: Collection[str])
     for files in _TOGETHER:
         own |= files if files <= present else set()
     return own & present
-
-
-def _has_shards(folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return any(_SHARD.fullmatch(path.name) for path in folder.iterdir())
-    return False
-
-
-def _is_users(folder: Path) -> bool:
-    try:
-        return is_users(folder)
-    except SaeError:
-        return True
-
-
-def _listed(folder: Path) -> set[str]:
-    try:
-        return set(read_sums(folder))
-    except SaeError:
-        return set()

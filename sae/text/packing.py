@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from sae.errors import DataError
 from sae.numerics.seeding import STREAMS
 from sae.text.census import Census
 from sae.text.corpus import check_apart, check_revision, holdout_share
+from sae.text.digests import ReadTexts
 from sae.text.document import READING, Chat, Content, TokenIds
-from sae.text.prepared import prepared_documents, take_characters, texts_read
+from sae.text.prepared import prepared_documents, take_characters
 from sae.text.recorded import check_recorded_tokenizer
 from sae.text.tokenise import ContentTokenizer, TokenPart
 
@@ -51,9 +53,8 @@ class Packer:
     def __init__(self, rows: int, context_length: int, bos: int | None, separator: int | None) -> None:
         self.rows, self.context_length, self.bos, self.separator = rows, context_length, bos, separator
         self._numbers: dict[str, int] = {}
-        self._packed = self._sections = 0
-        self._columns: dict[str, list[np.ndarray]] = {column.name: [] for column in fields(PackedRows)}
-        self._waiting = 0
+        self._packed = self._sections = self._waiting = 0
+        self._parts: list[PackedRows] = []
 
     @property
     def names(self) -> list[str]:
@@ -87,15 +88,18 @@ class Packer:
         """
         separators = [self.separator] if ends and self.separator is not None else []
         tokens = np.concatenate([np.asarray(ids, dtype=np.int32), np.asarray(separators, dtype=np.int32)])
-        counts = np.ones(len(tokens), dtype=bool)
-        if counted is not None:
-            counts[: len(counted)], counts[len(counted) :] = counted, False
+        uncounted = np.zeros(len(separators), dtype=bool)
+        counts = np.ones(len(tokens), dtype=bool) if counted is None else np.append(counted, uncounted)
         document = self._numbers.setdefault(name, len(self._numbers))
         before = self._rows_from(self._waiting)
-        self._columns["tokens"].append(tokens)
-        self._columns["documents"].append(np.full(len(tokens), document, dtype=np.int32))
-        self._columns["sections"].append(np.full(len(tokens), self._sections, dtype=np.int32))
-        self._columns["counted"].append(counts)
+        self._parts.append(
+            PackedRows(
+                tokens=tokens,
+                documents=np.full(len(tokens), document, dtype=np.int32),
+                sections=np.full(len(tokens), self._sections, dtype=np.int32),
+                counted=counts,
+            )
+        )
         self._sections += ends
         self._waiting += len(tokens)
         return self._rows_from(self._waiting) - before
@@ -106,9 +110,10 @@ class Packer:
         if rows == 0 or self._rows_from(self._waiting) < rows:
             return None
         bos_rows = -(-rows // self.context_length) if self.bos is not None else 0
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        names = [column.name for column in fields(PackedRows)]
+        columns = {name: np.concatenate([getattr(part, name) for part in self._parts]) for name in names}
         text_rows = rows - bos_rows
-        self._columns = {name: [column[text_rows:]] for name, column in columns.items()}
+        self._parts = [PackedRows(**{name: column[text_rows:] for name, column in columns.items()})]
         self._waiting -= text_rows
         self._packed += rows
         starts = np.arange(bos_rows) * (self.context_length - 1)
@@ -154,7 +159,7 @@ def packed_shards(
     census = census or [Census() for _ in config.sources]
     separator = next(iter(packers.values())).separator
     contents = ContentTokenizer(tokenizer, config.chat_roles, separator, model_rows)
-    read = texts_read(reading, contents.compared)
+    read = ReadTexts(contents.compared, reading)
     readers = [
         _Reader(
             config.sources[number],
@@ -187,80 +192,64 @@ def packed_shards(
         contents.close()
 
 
-@dataclass
 class _Reader:
     """One source, read ahead.
 
-    Attributes:
+    Args:
         source: its name.
         documents: its documents, from `prepared_documents`.
         contents: converts them to tokens.
         packers: by split; full ones need no more documents.
         config: settings of the text.
         census: counts of skipped and special entries.
+
+    Attributes:
         waiting: by split, name and tokens of the documents (or sections) whose turn has not come, in order.
-        shares: positions of its documents (or sections) between held-out and training text.
-        compared: whether the tokenizer that it records for token ids has been compared with the model's.
+        read_so_far: number of documents (or sections).
+        least, largest: their least and largest position between 0 and 1; those below `holdout_fraction` are held out.
     """
 
-    source: str
-    documents: Iterator[tuple[str, Content, str]]
-    contents: ContentTokenizer
-    packers: dict[str, Packer]
-    config: DataConfig
-    census: Census
-    waiting: dict[str, deque[tuple[str, Iterator[TokenPart]]]] = field(init=False)
-    shares: _Shares = field(init=False)
-    compared: bool = False
-
-    def __post_init__(self) -> None:
-        self.waiting = {split: deque() for split in self.packers}
-        self.shares = _Shares(self.config)
+    def __init__(
+        self, source: str, documents: Iterator[tuple[str, Content, str]], contents: ContentTokenizer,
+        packers: dict[str, Packer], config: DataConfig, census: Census,
+    ) -> None:  # fmt: skip
+        self.source, self.census = source, census
+        self.waiting: dict[str, deque[tuple[str, Iterator[TokenPart]]]] = {split: deque() for split in packers}
+        self.read_so_far, self.least, self.largest = 0, 1.0, 0.0
+        self._documents, self._contents, self._packers, self._config = documents, contents, packers, config
+        self._last, self._compared = "", False
 
     def read(self) -> bool:
         """Tokenise some more documents for the splits that are not full; False if the source has ended."""
-        batch = list(take_characters(self.documents))
+        batch = list(take_characters(self._documents))
         for name, _, _ in batch:
-            self.shares.add(name)
-        needed = [(name, content, split) for name, content, split in batch if not self.packers[split].full]
-        if not self.compared and any(isinstance(content, TokenIds) for _, content, _ in needed):
-            check_recorded_tokenizer(self.source, self.contents.tokenizer, self.config.tokenizer)
-            self.compared = True
-        for _, content, _ in needed:
-            if isinstance(content, Chat):
-                self.census.roles.update(message["role"] for message in content.messages)
-        tokens = self.contents([(name, content) for name, content, _ in needed])
+            self._count(name)
+        needed = [(name, content, split) for name, content, split in batch if not self._packers[split].full]
+        if not self._compared and any(isinstance(content, TokenIds) for _, content, _ in needed):
+            check_recorded_tokenizer(self.source, self._contents.tokenizer, self._config.tokenizer)
+            self._compared = True
+        chats = (content for _, content, _ in needed if isinstance(content, Chat))
+        self.census.roles.update(message["role"] for chat in chats for message in chat.messages)
+        tokens = self._contents([(name, content) for name, content, _ in needed])
         for (name, _, split), parts in zip(needed, tokens, strict=True):
             self.waiting[split].append((name, parts))
         return bool(batch)
 
-
-class _Shares:
-    """Positions of a source's documents between 0 and 1: those below `holdout_fraction` are held out."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.documents, self.least, self.largest = 0, 1.0, 0.0
-        self._mixed, self._seed, self._last = len(config.sources) > 1, config.holdout_seed, ""
-
-    def add(self, name: str) -> None:
+    def _count(self, name: str) -> None:
         """Count a document; consecutive sections with the same name count once."""
-        if name == self._last:
-            return
-        self._last = name
-        share = holdout_share(name.partition("/")[2] if self._mixed else name, self._seed)
-        self.documents += 1
-        self.least, self.largest = min(self.least, share), max(self.largest, share)
+        if name != self._last:
+            plain = name.partition("/")[2] if len(self._config.sources) > 1 else name
+            share = holdout_share(plain, self._config.holdout_seed)
+            self.least, self.largest = min(self.least, share), max(self.largest, share)
+            self.read_so_far += 1
+            self._last = name
 
 
 def _marked_ends(name: str, parts: Iterator[TokenPart]) -> Iterator[tuple[str, TokenPart, bool]]:
     """The parts of a document, each with a flag that marks the last."""
-    before: TokenPart | None = None
-    for part in parts:
-        if before is not None:
-            yield name, before, False
-        before = part
-    if before is not None:
-        yield name, before, True
+    end = TokenPart(np.empty(0, dtype=np.int32))
+    for part, following in itertools.pairwise(itertools.chain(parts, [end])):
+        yield name, part, following is end
 
 
 def _too_little(config: DataConfig, split: str, packer: Packer, turns: Turns, reader: _Reader) -> str:
@@ -272,15 +261,14 @@ def _too_little(config: DataConfig, split: str, packer: Packer, turns: Turns, re
         f"data source {config.sources[number]!r}: the {split.replace('_', '-')} documents hold {given:,} tokens, "
         f"{share}{setting}={packer.rows:,} were asked for"
     )
-    shares = reader.shares
-    if not shares.documents and reader.census.duplicates:
+    if not reader.read_so_far and reader.census.duplicates:
         return (
             f"{problem}: its {reader.census.duplicates:,} documents equal those of another source, and equal ones are "
             "read once: take it out of data.source, or give it other text"
         )
-    if not shares.documents:
+    if not reader.read_so_far:
         return f"{problem}: the text is empty"
-    if shares.documents == 1:
+    if reader.read_so_far == 1:
         cut = "" if config.holdout_by == "document" else "lower data.section_characters to cut it into more, or "
         return (
             f"{problem}: all of it is one document of one section, and a held-out split needs at least two: {cut}add "
@@ -288,7 +276,7 @@ def _too_little(config: DataConfig, split: str, packer: Packer, turns: Turns, re
         )
     if given == 0:
         held_out = split == HELD_OUT
-        bound = math.ceil(shares.least * 1e4 + 1) / 1e4 if held_out else math.floor(shares.largest * 1e4) / 1e4
+        bound = math.ceil(reader.least * 1e4 + 1) / 1e4 if held_out else math.floor(reader.largest * 1e4) / 1e4
         return (
             f"{problem}; holdout_fraction={config.holdout_fraction} put no document there: change it or "
             f"data.holdout_seed ({bound:g} would put one there)"

@@ -16,12 +16,14 @@ import numpy as np
 from jaxtyping import Int
 
 from sae.errors import DataError
+from sae.text.sections import joined
 
 WHOLE = 500_000
 """Maximum characters of a text that is tokenised at once: some 200 bytes of memory each."""
 _WINDOW = 196_613  # a prime, so that windows over equal words do not end in step by chance
 _OVERLAPS = (4_093, 16_381, 65_521)
 _AGREEING = 16
+_SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def placed_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[I
         raise DataError(_no_parts(name, "the tokenizer does not give the positions of its tokens"))
     text = _Text(iter(pieces))
     left, first = encode(tokenizer, text.between(0, _WINDOW), 0), 0
-    while not text.ends_at(left.end):
+    while text.between(left.end, left.end + 1):
         for overlap in _OVERLAPS:
             start = _start_of_next(left, overlap)
             right = encode(tokenizer, text.between(start, start + _WINDOW + overlap), start)
@@ -78,28 +80,21 @@ def placed_parts(tokenizer: Any, pieces: Iterable[str], name: str) -> Iterator[I
     yield left.places[first:]
 
 
+def slices_of(text: str) -> Iterator[str]:
+    """A text in pieces, none of which is a copy of all of it."""
+    return (text[start : start + _SLICE] for start in range(0, len(text), _SLICE))
+
+
 class _Text:
     """A text of which only the needed part is held. Places are counted in characters from its beginning."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces, self._buffer, self._dropped, self._ended = pieces, "", 0, False
+        self._pieces, self._buffer, self._dropped = pieces, "", 0
 
     def between(self, start: int, end: int) -> str:
         """The characters from `start` to `end`, or to the text's end."""
-        parts, available = [self._buffer], self._dropped + len(self._buffer)
-        while available < end and not self._ended:
-            piece = next(self._pieces, None)
-            if piece is None:
-                self._ended = True
-            else:
-                parts.append(piece)
-                available += len(piece)
-        self._buffer = "".join(parts)
+        self._buffer += joined(self._pieces, end - self._dropped - len(self._buffer))
         return self._buffer[start - self._dropped : end - self._dropped]
-
-    def ends_at(self, place: int) -> bool:
-        """Whether no character follows."""
-        return not self.between(place, place + 1)
 
     def drop(self, before: int) -> None:
         """Forget the text before that place."""
@@ -141,17 +136,12 @@ def seam_of(left: Window, right: Window) -> tuple[int, int] | None:
         tuple(place): number for number, place in enumerate(right.places[right.places[:, 0] < left.end].tolist())
     }
     partners = np.array([numbers.get(tuple(place), -1) for place in left.places[begin:].tolist()], dtype=np.int64)
-    matched = partners >= 0
-    continues = np.zeros(len(partners) + 1, dtype=bool)
-    continues[1:-1] = matched[1:] & matched[:-1] & (np.diff(partners) == 1)
-    starts = np.flatnonzero(np.append(matched, False) & ~continues)
-    if not len(starts):
+    matched = np.flatnonzero(partners >= 0)
+    breaks = (np.diff(matched) != 1) | (np.diff(partners[matched]) != 1)
+    run = max(np.split(matched, np.flatnonzero(breaks) + 1), key=len)
+    if len(run) < 2 * _AGREEING:
         return None
-    ends = np.array([start + 1 + int(np.argmin(continues[start + 1 :])) for start in starts])
-    longest = int(np.argmax(ends - starts))
-    if ends[longest] - starts[longest] < 2 * _AGREEING:
-        return None
-    middle = int(starts[longest] + ends[longest]) // 2
+    middle = int(run[len(run) // 2])
     return begin + middle, int(partners[middle])
 
 

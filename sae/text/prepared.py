@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, SPLITS, TRAIN
@@ -13,7 +13,7 @@ from sae.numerics.seeding import STREAMS, document_random_1, python_random
 from sae.text.census import Census
 from sae.text.corpus import is_held_out, read_documents
 from sae.text.digests import DigestSet, ReadTexts
-from sae.text.document import READING, Chat, Content, Document, LongText, TokenIds, digest_of, essential, is_empty
+from sae.text.document import READING, Chat, Content, Document, LongText, TokenIds, digest_of, is_empty
 from sae.text.sections import sections
 
 _CHARACTERS_AT_ONCE = 500_000
@@ -55,7 +55,7 @@ def prepared_documents(
     prefix = f"{config.labels[number]}/" if len(config.sources) > 1 else ""
 
     def prepared() -> Iterator[tuple[str, Content, str]]:
-        new = _new_documents(documents, census, (read or texts_read(reading)) if reading else None)
+        new = _new_documents(documents, census, (read or ReadTexts(reading=reading)) if reading else None)
         first = list(itertools.islice(new, 2))
         if len(first) == 1 and config.holdout_by == "document":
             raise DataError(
@@ -82,10 +82,6 @@ def prepared_documents(
         return prepared()
     rng = document_random_1() if streams == 1 else python_random("order of documents", number)
     return _shuffled(prepared(), config.shuffle_documents, rng)
-
-
-def texts_read(reading: int, form: Callable[[TokenIds | Chat], str | TokenIds | Chat] = essential) -> ReadTexts:
-    return ReadTexts(form if reading >= 3 else lambda content: content, exactly=reading < 2)
 
 
 def _new_documents(documents: Iterator[Document], census: Census, read: ReadTexts | None) -> Iterator[Document]:

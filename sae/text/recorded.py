@@ -31,8 +31,8 @@ def check_recorded_tokenizer(source: str, tokenizer: Any, accepted: str | None) 
     if not path.exists():
         return
     name = _recorded_name(path, folder)
-    if name is not None and name != accepted and not _same_name(name, str(getattr(tokenizer, "name_or_path", ""))):
-        own = _last_part(str(getattr(tokenizer, "name_or_path", "")))
+    own = _last_part(str(getattr(tokenizer, "name_or_path", "")))
+    if name is not None and name != accepted and _last_part(name) != own:
         raise DataError(
             f"data source {source!r}: its token ids are of the tokenizer {name!r}, the model's is {own!r}: use the "
             f"text, or ids of the model's own; if the two are the same tokenizer, set data.tokenizer={name}"
@@ -78,10 +78,6 @@ def _vocabulary(path: Path) -> dict[str, int] | None:
         return Tokenizer.from_file(str(path)).get_vocab() if path.is_file() else None
     except Exception:  # despite its name not a tokenizer's file
         return None
-
-
-def _same_name(one: str, other: str) -> bool:
-    return one == other or _last_part(one) == _last_part(other)
 
 
 def _last_part(name: str) -> str:

@@ -1,8 +1,17 @@
-"""Pieces of a document's text in; sections of it out, cut at line ends if there are any."""
+"""Pieces of a text in; longer pieces out, or sections of a document, cut at line ends if there are any."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+
+
+def joined(pieces: Iterator[str], characters: int) -> str:
+    """The next pieces as one text of at least this many characters; shorter only if no pieces are left."""
+    parts, length = [], 0
+    while length < characters and (piece := next(pieces, None)) is not None:
+        parts.append(piece)
+        length += len(piece)
+    return "".join(parts)
 
 
 def sections(pieces: Iterable[str], characters: int) -> Iterator[str]:
@@ -11,14 +20,11 @@ def sections(pieces: Iterable[str], characters: int) -> Iterator[str]:
     A section ends with the first line end after `characters`. If there is none before twice as many, it ends before the
     last space in between; in a text without spaces, at twice `characters`. The last section may be shorter.
     """
-    rest, text, start, ended = iter(pieces), "", 0, False
+    rest, text, start = iter(pieces), "", 0
     while True:
-        while not ended and len(text) - start <= 2 * characters + 1:
-            piece = next(rest, None)
-            if piece is None:
-                ended = True
-            else:
-                text, start = text[start:] + piece, 0
+        missing = 2 * characters + 2 - (len(text) - start)
+        if missing > 0:
+            text, start = text[start:] + joined(rest, missing), 0
         if start == len(text):
             return
         end = _end(text, start, characters)

@@ -13,10 +13,9 @@ from jaxtyping import Bool, Int
 from sae.errors import DataError
 from sae.text.chat import ChatTemplate, Rendered
 from sae.text.document import Chat, Content, LongText, TokenIds, essential
-from sae.text.pieces import WHOLE, token_parts
+from sae.text.pieces import WHOLE, slices_of, token_parts
 
 _WHOLE_AT_MOST = 4_000_000
-_SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -57,23 +56,18 @@ class ContentTokenizer:
                 model has no embedding for a token; the last two are raised when parts are taken.
         """
         texts = [content for _, content in documents if isinstance(content, str) and len(content) <= WHOLE]
-        short = iter(self._ids(texts))
+        short = iter(self._whole(texts))
         chats = iter(self._chats([(name, content) for name, content in documents if isinstance(content, Chat)]))
         document_parts: list[Iterator[TokenPart]] = []
         for name, content in documents:
-            if isinstance(content, TokenIds):
-                document_parts.append(iter([self._checked(name, content)]))
-            elif isinstance(content, Chat):
-                document_parts.append(iter([next(chats)]))
-            elif isinstance(content, LongText) or len(content) > WHOLE:
-                document_parts.append(self._long(name, content))
+            if isinstance(content, LongText) or (isinstance(content, str) and len(content) > WHOLE):
+                parts = self._long(name, content)
+            elif isinstance(content, TokenIds):
+                parts = iter([self._checked(name, content)])
             else:
-                document_parts.append(iter([TokenPart(np.array(next(short), dtype=np.int32))]))
-        names = (name for name, _ in documents)
-        return [
-            map(functools.partial(self._in_rows, name), parts)
-            for name, parts in zip(names, document_parts, strict=True)
-        ]
+                parts = iter([next(chats if isinstance(content, Chat) else short)])
+            document_parts.append(map(functools.partial(self._in_rows, name), parts))
+        return document_parts
 
     def compared(self, content: TokenIds | Chat) -> str | TokenIds | Chat:
         """The form in which documents are compared: ids without special tokens at both ends; a chat's text.
@@ -104,25 +98,22 @@ class ContentTokenizer:
         if self._template is not None:
             self._template.close()
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; fast tokenizers spread a batch over all cores."""
+    def _whole(self, texts: list[str]) -> list[TokenPart]:
+        """The tokens of each text; fast tokenizers spread a batch over all cores."""
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [TokenPart(np.array(ids, dtype=np.int32)) for ids in encoded["input_ids"]]
 
     def _long(self, name: str, content: str | LongText) -> Iterator[TokenPart]:
-        if isinstance(content, LongText):
-            yield from map(TokenPart, token_parts(self.tokenizer, content.pieces(), name))
-            return
-        slices = (content[start : start + _SLICE] for start in range(0, len(content), _SLICE))
-        if len(content) > _WHOLE_AT_MOST:
-            yield from map(TokenPart, token_parts(self.tokenizer, slices, name))
-            return
-        try:
-            parts = list(token_parts(self.tokenizer, slices, name))
-        except DataError:
-            parts = [np.array(self._ids([content])[0], dtype=np.int32)]
-        yield from map(TokenPart, parts)
+        pieces = content.pieces() if isinstance(content, LongText) else slices_of(content)
+        parts = map(TokenPart, token_parts(self.tokenizer, pieces, name))
+        if isinstance(content, str) and len(content) <= _WHOLE_AT_MOST:
+            try:
+                parts = list(parts)
+            except DataError:
+                parts = self._whole([content])
+        yield from parts
 
     def _checked(self, name: str, content: TokenIds) -> TokenPart:
         ids = content.ids
@@ -149,7 +140,7 @@ class ContentTokenizer:
         self._template = self._template or ChatTemplate(self.tokenizer)
         rendered = [self._template.render(chat, name, self.chat_roles) for name, chat in chats]
         if self.chat_roles is None:
-            return [TokenPart(np.array(ids, dtype=np.int32)) for ids in self._ids([chat.text for chat in rendered])]
+            return self._whole([chat.text for chat in rendered])
         if not getattr(self.tokenizer, "is_fast", False):
             raise DataError(
                 "data.chat_roles: the tokenizer does not give the positions of its tokens, so roles cannot be told "

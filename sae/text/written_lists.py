@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from sae.errors import DataError
-from sae.text.document import Document
+from sae.text.document import READING, Document
 
 CELLS = 16
 """Number of cells with text, in a file or a hub data set, that decide for all."""
@@ -20,9 +20,9 @@ CELLS = 16
 _NAMES = r"tensor|array|asarray|ndarray|list|tuple|set|frozenset|deque|Tensor|Array|DeviceArray|Series|Index|Int64Index"
 _OPENING = re.compile(rf"[\[({{]|(?:\w+\.)*(?:{_NAMES})\(|<tf\.Tensor:")
 _CLOSING = {"[": "]", "(": ")", "{": "}", "<": ">"}
-_SPACE = re.compile(r"\s+")
 _ITEM = re.compile(
     r"""
+    \s* (?:
     (?P<text> [bBuU]? (?: '[^'\\]*(?:\\.[^'\\]*)*' | "[^"\\]*(?:\\.[^"\\]*)*" ) )
   | (?P<number> [-+]? (?: 0[xX][0-9a-fA-F]+ | (?: \d[\d_]*(?:\.\d*)? | \.\d+ ) (?: [eE][-+]?\d+ )? | inf | nan
       | Infinity )
@@ -34,6 +34,7 @@ _ITEM = re.compile(
   | (?P<close> [\])}>] )
   | (?P<comma> , )
   | (?P<colon> : )
+    )
     """,
     re.VERBOSE | re.DOTALL,
 )
@@ -73,7 +74,9 @@ def is_written_list(text: str) -> bool:
     return scan.brackets > 1 or (scan.items > 0 and opening[0] in "[{")
 
 
-def without_written_lists(rows: Iterable[tuple[str, Document]], column: str) -> Iterator[Document]:
+def without_written_lists(
+    rows: Iterable[tuple[str, Document]], column: str, reading: int = READING
+) -> Iterator[Document]:  # fmt: skip
     """Yield the documents of a file's or data set's rows, unless they are lists written as text.
 
     The first `CELLS` cells with text decide: if more than half of them are lists written as text, the column holds no
@@ -82,6 +85,7 @@ def without_written_lists(rows: Iterable[tuple[str, Document]], column: str) -> 
     Args:
         rows: pairs of a row's location, for the message, and its document.
         column: the column's name, for the message.
+        reading: version of how text is read; before 3, nothing is checked.
 
     Raises:
         DataError: the column holds lists written as text.
@@ -89,7 +93,7 @@ def without_written_lists(rows: Iterable[tuple[str, Document]], column: str) -> 
     rows = iter(rows)
     waiting: list[Document] = []
     texts, lists, first = 0, 0, ""
-    for where, document in rows:
+    for where, document in rows if reading >= 3 else ():
         if isinstance(document.text, str) and document.text.strip():
             texts += 1
             if is_written_list(document.text):
@@ -131,12 +135,9 @@ class _Scan:
     def read(self, text: str) -> bool:
         """Scan the text; False if it is not a list as a whole."""
         place = 0
-        while place < len(text):
-            if (space := _SPACE.match(text, place)) is not None:
-                place = space.end()
-                continue
-            match = _ITEM.match(text, place)
-            if match is None or not self._takes(match.lastgroup or "", match[0]):
+        while match := _ITEM.match(text, place):
+            kind = str(match.lastgroup)
+            if not self._takes(kind, match[kind]):
                 return False
             place = match.end()
             if not self.closings:

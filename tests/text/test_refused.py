@@ -85,6 +85,17 @@ def test_streams_after_one_another_are_all_read_or_the_file_is_refused(module, k
     assert contents(path, reading=3) == (["first\n"] if kind == ".txt" else ["first"])
 
 
+@pytest.mark.parametrize("module", [bz2, lzma])
+def test_a_stream_that_ends_where_a_read_ends_is_not_the_last(
+    module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ("a.txt.bz2" if module is bz2 else "a.txt.xz")
+    first, second = module.compress(b"first\n"), module.compress(b"second\n")
+    monkeypatch.setattr("sae.text.binary.BYTES_AT_ONCE", len(first))
+    path.write_bytes(first + second)
+    assert contents(path) == ["first\nsecond\n"]
+
+
 RECORDS = {
     ".jsonl": (b'{"text": "good"}\n{"text": "', b'"}\n', "line 2 has more than 1,000,000 bytes"),
     ".json": (b'[{"text": "good"}, {"text": "', b'"}]', "record 2 has more than 1,000,000 characters"),
