@@ -13,7 +13,8 @@ from sae.errors import FormatError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SENTENCEPIECE_SPACE = "▁"
-_LONGEST_CHARACTER = 4
+CONTEXT_BEFORE = 3
+"""Tokens before a passage that may hold the first bytes of its first character: a character has at most four bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,10 @@ class Vocabulary:
         names: dict[str, int] = tokenizer.get_vocab()
         special = frozenset(int(token) for token in tokenizer.all_special_ids)
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        added_names = {int(token): str(entry) for token, entry in added.items()}
         to_bytes = _reader(tokenizer, names)
-        tokens = [b""] * (max([*names.values(), *added_names], default=-1) + 1)
-        for name, token in names.items():
-            tokens[token] = name.encode() if token in special else to_bytes(name)
-        for token, name in added_names.items():
-            tokens[token] = name.encode()
-        return Vocabulary(tuple(tokens), special)
+        tokens = {token: name.encode() if token in special else to_bytes(name) for name, token in names.items()}
+        tokens |= {int(token): str(entry).encode() for token, entry in added.items()}
+        return Vocabulary(tuple(tokens.get(token, b"") for token in range(max(tokens, default=-1) + 1)), special)
 
     def text(self, token: int) -> str:
         """Text of a single token; bytes that are not a full character are written as \\xe2\\x82."""
@@ -100,9 +97,6 @@ class Vocabulary:
         return self.tokens[token] if 0 <= token < len(self.tokens) else f"<{token}>".encode()
 
 
-CONTEXT_BEFORE = _LONGEST_CHARACTER - 1
-
-
 def _reader(tokenizer: Any, names: dict[str, int]) -> Callable[[str], bytes]:
     """The function that turns this tokenizer's token names into bytes."""
     kinds = set(_component_types(tokenizer))
@@ -128,14 +122,10 @@ def _component_types(tokenizer: Any) -> Iterator[str]:
             queue += [*part.get("decoders", []), *part.get("pretokenizers", [])]
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The byte of each character in byte-level BPE: printable bytes stand for themselves, others are above 255."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + rank): byte for rank, byte in enumerate(_OTHERS)}
+"""The byte of each character in byte-level BPE: printable bytes stand for themselves, others are above 255."""
 
 
 def _byte_level(name: str) -> bytes:
