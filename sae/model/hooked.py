@@ -200,8 +200,7 @@ class HookedModel:
     def check_replaceable(self, hook: str) -> None:
         """Raise ModelError if the hook point cannot be replaced."""
         self.check_hook(hook)
-        refusal = self._hooks[hook].refusal
-        if refusal is not None:
+        if refusal := self._hooks[hook].refusal:
             raise ModelError(f"hook {hook!r}: {refusal}")
 
 

@@ -193,9 +193,9 @@ class Tail:
             new = replacement(start.hidden).to(start.hidden.dtype)
             with self._without_earlier_blocks(start.with_hidden(new)):
                 yield
-            return
-        with self.language_model.replacing(self.hook, replacement), self._without_earlier_blocks(start):
-            yield
+        else:
+            with self.language_model.replacing(self.hook, replacement), self._without_earlier_blocks(start):
+                yield
 
     @contextlib.contextmanager
     def _without_earlier_blocks(self, start: Start) -> Iterator[None]:
@@ -229,9 +229,10 @@ class Tail:
             start = self._record(tokens)
             model.logits(tokens.flip(1))  # state that blocks keep outside their outputs is then of other tokens
             pairs = ((self.logits(start, torch.clone), own), (self.logits(start, _perturbed), other))
+        except _NoShortRoadError as error:
+            return Road(WHOLE, str(error))
         except Exception as error:
-            reason = str(error) if isinstance(error, _NoShortRoadError) else f"{type(error).__name__} on the short one"
-            return Road(WHOLE, reason)
+            return Road(WHOLE, f"{type(error).__name__} on the short one")
         for short, whole in pairs:
             if not same_logits(model, short, whole):
                 return Road(WHOLE, f"the short one is off by {_difference(short, whole):.2g} of the largest logit")

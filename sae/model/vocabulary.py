@@ -65,14 +65,8 @@ class Vocabulary:
 
     def to_json(self) -> dict[str, Any]:
         """Bytes as text if they are valid text by themselves, else in hexadecimal."""
-        texts: list[str | None] = []
-        parts: dict[str, str] = {}
-        for token, content in enumerate(self.tokens):
-            try:
-                texts.append(content.decode())
-            except UnicodeDecodeError:
-                texts.append(None)
-                parts[str(token)] = content.hex()
+        texts = [_decoded(content) for content in self.tokens]
+        parts = {str(token): self.tokens[token].hex() for token, text in enumerate(texts) if text is None}
         return {"text": texts, "bytes": parts, "special": sorted(self.special)}
 
     @staticmethod
@@ -95,6 +89,14 @@ class Vocabulary:
 
     def _bytes(self, token: int) -> bytes:
         return self.tokens[token] if 0 <= token < len(self.tokens) else f"<{token}>".encode()
+
+
+def _decoded(content: bytes) -> str | None:
+    """The text; None if the bytes are not text by themselves."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _reader(tokenizer: Any, names: dict[str, int]) -> Callable[[str], bytes]:
