@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from functools import cache
 from typing import cast
@@ -21,17 +20,14 @@ def kernels_for(weights: Tensor) -> Kernels:
     return back_end(fastest(weights.device.type, weights.dtype))
 
 
+@cache
 def fastest(device: str, dtype: torch.dtype) -> str:
     """Name of the fastest back end that is exact for a dtype; Triton's kernels sum in float32."""
-    return "triton" if device == "cuda" and dtype in TRITON_TYPES and _has_triton() else "cpu"
+    has_triton = importlib.util.find_spec("triton") is not None
+    return "triton" if device == "cuda" and dtype in TRITON_TYPES and has_triton else "cpu"
 
 
 @cache
 def back_end(name: str) -> Kernels:
     """A back end by its name."""
     return cast(Kernels, importlib.import_module(BACK_ENDS[name]))
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

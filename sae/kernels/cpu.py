@@ -7,9 +7,8 @@ The encoder's product is computed some rows at a time in one buffer, which the n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,14 +48,12 @@ def select_topk(
     k: int,
     subset: Subset | None = None,
 ) -> Selection:
-    values = bias.new_empty(len(x), k)
-    features = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    picked = _Subset(subset, bias, len(x))
-    for rows, pre in _chunks(x, encoder, bias):
-        values[rows], features[rows] = largest(pre, k)
-        picked.add(rows, pre)
-    pattern = Pattern.from_indices(features, len(encoder))
-    return Selection(pattern, values.flatten(), picked.values, picked.places)
+    in_rows, in_subset = [], []
+    for _, pre in _chunks(x, encoder, bias):
+        in_rows.append(largest(pre, k))
+        in_subset += _largest_in_subset(pre, subset)
+    values, features = _joined(in_rows)
+    return Selection(Pattern.from_indices(features, len(encoder)), values.flatten(), *_joined(in_subset))
 
 
 def select_batch_topk(
@@ -71,21 +68,20 @@ def select_batch_topk(
     The count-th largest contribution cannot exceed the count-th largest of the batch. A chunk with a higher bound may
     have left out an entry that belongs to the selection. Such chunks are rare; they are computed again with that bound.
     """
-    picked = _Subset(subset, bias, len(x))
-    found: list[_Found] = []
-    guesses: list[tuple[slice, float]] = []
+    found, guesses, in_subset = [], [], []
     for rows, pre in _chunks(x, encoder, bias):
         guess = _guess(pre, int(SURPLUS * count * len(pre) / len(x)) + 1)
         guesses.append((rows, guess))
-        found.append(_find(pre, rows.start, guess, _reaches))
-        picked.add(rows, pre)
-    largest_found = torch.cat([part.values for part in found]).topk(count, sorted=False).values
-    bound = _least(largest_found)
+        found.append(_find(pre, rows.start, guess, torch.lt))
+        in_subset += _largest_in_subset(pre, subset)
+    bound = _least(torch.cat([values for _, values in found]).topk(count, sorted=False).values)
     for number, (rows, guess) in enumerate(guesses):
         if guess > bound:
             for _, pre in _chunks(x[rows], encoder, bias):
-                found[number] = _find(pre, rows.start, bound, _reaches)
-    return _selection(found, len(x), len(encoder), picked, count)
+                found[number] = _find(pre, rows.start, bound, torch.lt)
+    places, values = _joined(found)
+    kept = values.topk(count, sorted=False).indices.sort().values
+    return Selection(Pattern.from_places(places[kept], len(x), len(encoder)), values[kept], *_joined(in_subset))
 
 
 def select_above(
@@ -94,8 +90,8 @@ def select_above(
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
 ) -> Selection:
-    found = [_find(pre, rows.start, threshold, _exceeds) for rows, pre in _chunks(x, encoder, bias)]
-    return _selection(found, len(x), len(encoder))
+    places, values = _joined([_find(pre, rows.start, threshold, torch.le) for rows, pre in _chunks(x, encoder, bias)])
+    return Selection(Pattern.from_places(places, len(x), len(encoder)), values)
 
 
 def decode(
@@ -114,18 +110,22 @@ def sampled_product(
     if pattern.pairs == 0:
         return gradient.new_zeros(0)
     _expect_beta_warning()
-    size = (pattern.batch, pattern.d_sae)
     left, right = _summable(gradient), _summable(decoder)
-    zeros = left.new_zeros(pattern.pairs)
-    places = torch.sparse_csr_tensor(pattern.offsets, pattern.features, zeros, size=size, check_invariants=False)
+    places = torch.sparse_csr_tensor(
+        pattern.offsets,
+        pattern.features,
+        left.new_zeros(pattern.pairs),
+        size=(pattern.batch, pattern.d_sae),
+        check_invariants=False,
+    )
     return torch.sparse.sampled_addmm(places, left, right.T, beta=0.0).values().to(gradient.dtype)
 
 
 def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
     if term.pattern.density > DENSE_ABOVE:
         return product(term.pattern.dense(term.coefficients).T, term.rows.T)
-    _, rows, offsets = term.pattern.by_feature
-    return _bags(rows, offsets, _sorted_coefficients(term), term.rows)
+    order, rows, offsets = term.pattern.by_feature
+    return _bags(rows, offsets, term.coefficients[order], term.rows)
 
 
 def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
@@ -151,7 +151,12 @@ def adam_(
         rows = weight[block]
         if step.scale is not None:
             change.mul_(step.scale)
-        _adam_block(rows, change, moments, block, step)
+        adam(
+            [rows], [change], [moments.first[block]], [moments.second[block]], [],
+            [torch.full((), float(step.number - 1), device=weight.device)],
+            fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
+            lr=step.lr, beta1=step.beta1, beta2=step.beta2, eps=step.eps,
+        )  # fmt: skip
         if step.unit_rows:
             norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
             rows /= norms.clamp_min(torch.finfo(rows.dtype).tiny)
@@ -168,8 +173,7 @@ def largest(pre: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k
     """
     n = pre.shape[1]
     if n % GROUP_SIZE or n < 2 * k * GROUP_SIZE:  # with fewer groups, the search costs more than it saves
-        values, features = pre.topk(k, dim=-1, sorted=False)
-        return values, features
+        return pre.topk(k, dim=-1, sorted=False)
     grouped = pre.unflatten(-1, (GROUP_SIZE, -1))
     _, chosen = largest(grouped.amax(1), k)
     candidates = grouped.gather(2, chosen[:, None].expand(-1, GROUP_SIZE, -1)).flatten(1)
@@ -188,52 +192,40 @@ def _chunks(x: Tensor, encoder: Tensor, bias: Tensor) -> Iterator[tuple[slice, F
         yield rows, pre.add_(bias)
 
 
-class _Subset:
-    """The second selection, filled chunk by chunk."""
-
-    def __init__(self, subset: Subset | None, like: Tensor, batch: int) -> None:
-        self.subset = subset
-        self.values = self.places = None
-        if subset is not None:
-            self.values = like.new_empty(batch, subset.k)
-            self.places = subset.features.new_empty(batch, subset.k)
-
-    def add(self, rows: slice, pre: Float[Tensor, "rows d_sae"]) -> None:
-        if self.subset is None or self.values is None or self.places is None:
-            return
-        candidates = pre.index_select(1, self.subset.features).add_(self.subset.penalty)
-        self.values[rows], self.places[rows] = largest(candidates, self.subset.k)
+def _largest_in_subset(pre: Float[Tensor, "rows d_sae"], subset: Subset | None) -> list[tuple[Tensor, Tensor]]:
+    """The second selection from a chunk: values and places `[rows, k]`, in a list that is empty without a subset."""
+    if subset is None:
+        return []
+    return [largest(pre.index_select(1, subset.features).add_(subset.penalty), subset.k)]
 
 
-class _Found(NamedTuple):
-    """Entries of a chunk, by rows and ascending features."""
-
-    rows: Int[Tensor, " pairs"]
-    features: Int[Tensor, " pairs"]
-    values: Float[Tensor, " pairs"]
+def _joined(chunks: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The first and the second tensors of all chunks; nothing without chunks."""
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
-def _find(pre: Float[Tensor, "rows d_sae"], first_row: int, bound: float | Tensor, compare: Compare) -> _Found:
-    """Entries for which `compare` with the bound (shared, or one per feature) is true; skips groups without any."""
+def _find(
+    pre: Float[Tensor, "rows d_sae"], first_row: int, bound: float | Tensor, misses: Compare
+) -> tuple[Int[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+    """Entries that do not miss the bound (shared, or one per feature), and all NaNs; skips groups without any.
+
+    Args:
+        pre: a chunk.
+        first_row: number of the chunk's first row in the batch.
+        bound: the bound.
+        misses: `torch.lt` or `torch.le`.
+
+    Returns:
+        Their places row · d_sae + feature, ascending, and their values.
+    """
     n = pre.shape[1]
     size = next((size for size in BATCH_GROUP_SIZES if n % size == 0), 1)
     bounds = bound.view(-1, size) if isinstance(bound, Tensor) else pre.new_full((1, 1), bound)
     maxima = pre.unflatten(-1, (-1, size)).amax(-1)
-    worth = (compare(maxima, bounds.amin(-1)) | maxima.isnan()).flatten().nonzero().flatten()
+    worth = misses(maxima, bounds.amin(-1)).logical_not_().flatten().nonzero().flatten()
     candidates = pre.view(-1, size)[worth]
-    group, lane = compare(candidates, bounds[worth % len(bounds)]).nonzero(as_tuple=True)
-    flat = worth[group] * size + lane
-    return _Found(first_row + flat // n, flat % n, candidates[group, lane])
-
-
-def _exceeds(values: Tensor, bound: Tensor) -> Bool[Tensor, "*shape"]:
-    """values > bound, and NaN."""
-    return (values <= bound).logical_not_()
-
-
-def _reaches(values: Tensor, bound: Tensor) -> Bool[Tensor, "*shape"]:
-    """values ≥ bound; a NaN exceeds everything, so that it appears in the result."""
-    return (values >= bound) | values.isnan()
+    group, lane = misses(candidates, bounds[worth % len(bounds)]).logical_not_().nonzero(as_tuple=True)
+    return first_row * n + worth[group] * size + lane, candidates[group, lane]
 
 
 def _guess(pre: Float[Tensor, "rows d_sae"], count: int) -> float:
@@ -244,8 +236,7 @@ def _guess(pre: Float[Tensor, "rows d_sae"], count: int) -> float:
     n, numbers = pre.shape[1], pre.numel()
     size = next((size for size in BATCH_GROUP_SIZES if n % size == 0 and 2 * count * size <= numbers), 1)
     maxima = pre.view(-1, size).amax(-1) if size > 1 else pre.flatten()
-    largest_maxima = maxima.topk(min(count, len(maxima)), sorted=False).values
-    return _least(largest_maxima)
+    return _least(maxima.topk(min(count, len(maxima)), sorted=False).values)
 
 
 def _least(values: Float[Tensor, " n"]) -> float:
@@ -253,64 +244,47 @@ def _least(values: Float[Tensor, " n"]) -> float:
     return float(values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).min())
 
 
-def _selection(
-    found: list[_Found], batch: int, d_sae: int, picked: _Subset | None = None, count: int | None = None
-) -> Selection:
-    """The `count` largest entries of all chunks; None: all entries."""
-    rows, features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if count is not None:
-        kept = values.topk(count, sorted=False).indices.sort().values
-        rows, features, values = rows[kept], features[kept], values[kept]
-    offsets = torch.searchsorted(rows, torch.arange(batch + 1, device=rows.device))
-    pattern = Pattern(features, offsets, d_sae)
-    return Selection(pattern, values, *((picked.values, picked.places) if picked else ()))
-
-
 def _gradient_blocks(weight: Tensor, gradient: Gradient, unit_rows: bool) -> Iterator[tuple[slice, Tensor]]:
     """The gradient, some features at a time, without its part along the weight's rows if `unit_rows`."""
-    parts = _GradientParts(gradient)
+    terms = [
+        (term, term.coefficients[term.pattern.by_feature.order])
+        for term in gradient.terms
+        if term.pattern.density <= DENSE_ABOVE
+    ]
+    matrices = [feature_sums(term) for term in gradient.terms if term.pattern.density > DENSE_ABOVE]
+    if gradient.dense is not None:
+        matrices.append(gradient.dense)
+    sorted_blocks = [_sort(block) for block in gradient.blocks]
     for start in range(0, len(weight), BLOCK_FEATURES):
         block = slice(start, min(start + BLOCK_FEATURES, len(weight)))
-        change = parts.sum(block.start, block.stop, weight)
+        rows = weight[block]
+        change = _sum(terms, matrices, block, weight)
+        for features, part in sorted_blocks:
+            first, last = torch.searchsorted(features, features.new_tensor([block.start, block.stop])).tolist()
+            change.index_add_(0, features[first:last] - start, part[first:last])
         if unit_rows:
-            rows = weight[block]
             change.addcmul_((change * rows).sum(-1, keepdim=True), rows, value=-1)
         yield block, change
 
 
-class _GradientParts:
-    """A gradient that is computed one block of features at a time, in ascending order."""
-
-    def __init__(self, gradient: Gradient) -> None:
-        sparse = [term for term in gradient.terms if term.pattern.density <= DENSE_ABOVE]
-        self.dense = [feature_sums(term) for term in gradient.terms if term.pattern.density > DENSE_ABOVE]
-        if gradient.dense is not None:
-            self.dense.append(gradient.dense)
-        self.terms = [(term.pattern.by_feature, _sorted_coefficients(term), term.rows) for term in sparse]
-        self.blocks = [_sort(block) for block in gradient.blocks]
-
-    def sum(self, start: int, stop: int, like: Tensor) -> Float[Tensor, "block d_in"]:
-        total = None
-        for (_, rows, offsets), coefficients, matrix in self.terms:
-            pairs = slice(int(offsets[start]), int(offsets[stop]))
-            part = _bags(rows[pairs], offsets[start : stop + 1] - pairs.start, coefficients[pairs], matrix)
-            total = part if total is None else total.add_(part)
-        for dense in self.dense:
-            total = dense[start:stop].clone() if total is None else total.add_(dense[start:stop])
-        total = like.new_zeros(stop - start, like.shape[1]) if total is None else total
-        for features, block in self.blocks:
-            first, last = torch.searchsorted(features, features.new_tensor([start, stop])).tolist()
-            total.index_add_(0, features[first:last] - start, block[first:last])
-        return total
+def _sum(
+    terms: Sequence[tuple[FactoredGradient, Tensor]], matrices: Sequence[Tensor], block: slice, like: Tensor
+) -> Float[Tensor, "block d_in"]:
+    """A block of features of the sum of sparse terms, each with its coefficients by feature, and dense matrices."""
+    total = None
+    for term, coefficients in terms:
+        _, rows, offsets = term.pattern.by_feature
+        pairs = slice(int(offsets[block.start]), int(offsets[block.stop]))
+        part = _bags(rows[pairs], offsets[block.start : block.stop + 1] - pairs.start, coefficients[pairs], term.rows)
+        total = part if total is None else total.add_(part)
+    for matrix in matrices:
+        total = matrix[block].clone() if total is None else total.add_(matrix[block])
+    return like.new_zeros(block.stop - block.start, like.shape[1]) if total is None else total
 
 
 def _summable(x: Tensor) -> Tensor:
     """Convert dtypes of fewer bits to float32, because their sums would be rounded at every step."""
     return x.float() if x.dtype.itemsize < 4 else x
-
-
-def _sorted_coefficients(term: FactoredGradient) -> Float[Tensor, " pairs"]:
-    return term.coefficients[term.pattern.by_feature.order]
 
 
 def _sort(block: RowGradient) -> tuple[Tensor, Tensor]:
@@ -328,15 +302,6 @@ def _bags(
     return torch.nn.functional.embedding_bag(
         rows, matrix, offsets, per_sample_weights=coefficients, mode="sum", include_last_offset=True
     )
-
-
-def _adam_block(weight: Tensor, gradient: Tensor, moments: Moments, block: slice, step: AdamStep) -> None:
-    adam(
-        [weight], [gradient], [moments.first[block]], [moments.second[block]], [],
-        [torch.full((), float(step.number - 1), device=weight.device)],
-        fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
-        lr=step.lr, beta1=step.beta1, beta2=step.beta2, eps=step.eps,
-    )  # fmt: skip
 
 
 @cache

@@ -51,11 +51,16 @@ class Pattern:
         return Pattern(indices.reshape(-1), offsets, d_sae, k)
 
     @staticmethod
+    def from_places(places: Int[Tensor, " pairs"], batch: int, d_sae: int) -> Pattern:
+        """The pattern of ascending places row · d_sae + feature; places from batch · d_sae on must not occur."""
+        starts = torch.arange(batch + 1, device=places.device) * d_sae
+        return Pattern(places % d_sae, torch.searchsorted(places, starts), d_sae)
+
+    @staticmethod
     def of_nonzeros(matrix: Float[Tensor, "batch d_sae"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
         """Pattern of a matrix's non-zeros, by ascending features, and their values. Waits for the device."""
-        rows, features = matrix.nonzero(as_tuple=True)
-        offsets = torch.searchsorted(rows, torch.arange(len(matrix) + 1, device=matrix.device))
-        return Pattern(features, offsets, matrix.shape[1]), matrix[rows, features]
+        places = matrix.flatten().nonzero()[:, 0]
+        return Pattern.from_places(places, *matrix.shape), matrix.flatten()[places]
 
     @property
     def batch(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -35,8 +34,8 @@ def product(
 
 def processor() -> str:
     """This machine's processor by name."""
-    names = [line.partition(":")[2].strip() for line in _cpu_info().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    names = (line.partition(":")[2].strip() for line in _cpu_info().splitlines() if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def cpu_has_bfloat16() -> bool:
@@ -80,12 +79,7 @@ def _numpy_product(x: Tensor, encoder: Tensor, out: Tensor) -> None:
 
 @cache
 def _openblas_beats_mkl() -> bool:
-    return (
-        "AuthenticAMD" in _cpu_info()
-        and torch.backends.mkl.is_available()
-        and importlib.util.find_spec("threadpoolctl") is not None
-        and len(_openblas().info()) == 1
-    )
+    return "AuthenticAMD" in _cpu_info() and torch.backends.mkl.is_available() and len(_openblas().info()) == 1
 
 
 @cache

@@ -17,14 +17,11 @@ def _pre_activations(x: Tensor, encoder: Tensor, bias: Tensor) -> Tensor:
 def _select_in_subset(pre: Tensor, subset: Subset | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
     if subset is None:
         return None, None
-    values, places = (pre[:, subset.features] + subset.penalty).topk(subset.k, dim=-1)
-    return values, places
+    return (pre[:, subset.features] + subset.penalty).topk(subset.k, dim=-1)
 
 
 def _from_mask(pre: Tensor, chosen: Tensor) -> tuple[Pattern, Tensor]:
-    counts = chosen.sum(-1)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Pattern(chosen.nonzero()[:, 1], offsets, pre.shape[1]), pre[chosen]
+    return Pattern.from_places(chosen.flatten().nonzero()[:, 0], *chosen.shape), pre[chosen]
 
 
 def select_topk(

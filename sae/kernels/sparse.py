@@ -190,7 +190,8 @@ class _Decode(torch.autograd.Function):
         kernels = _gradient_kernels(decoder, gradient)
         of_values = kernels.sampled_product(ctx.pattern, gradient, decoder) if ctx.needs_input_grad[0] else None
         term = FactoredGradient(ctx.pattern, values, gradient)
-        return of_values, _matrix_gradient(kernels, term, ctx.sink, ctx.needs_input_grad[1]), None, None
+        of_decoder = _matrix_gradient(kernels, term, ctx.sink) if ctx.needs_input_grad[1] else None
+        return of_values, of_decoder, None, None
 
 
 class _EncodeAt(torch.autograd.Function):
@@ -213,9 +214,11 @@ class _EncodeAt(torch.autograd.Function):
         of_b_enc = kernels.column_sums(pattern, gradient) if biases else None
         of_x = kernels.decode(pattern, gradient, encoder) if ctx.needs_input_grad[0] else None
         of_b_dec = -(of_b_enc @ encoder) if of_b_enc is not None and ctx.needs_input_grad[1] else None
-        of_encoder = None
-        if ctx.needs_input_grad[2]:
-            of_encoder = _matrix_gradient(kernels, FactoredGradient(pattern, gradient, x - b_dec), ctx.sink, True)
+        of_encoder = (
+            _matrix_gradient(kernels, FactoredGradient(pattern, gradient, x - b_dec), ctx.sink)
+            if ctx.needs_input_grad[2]
+            else None
+        )
         return of_x, of_b_dec, of_encoder, of_b_enc, None, None, None
 
 
@@ -237,11 +240,8 @@ def _gradient_kernels(weights: Tensor, gradient: Tensor) -> Kernels:
     return back_end("reference") if torch.is_grad_enabled() or is_mapped(gradient) else kernels_for(weights)
 
 
-def _matrix_gradient(
-    kernels: Kernels, term: FactoredGradient, sink: GradientSink | None, needed: bool
-) -> Tensor | None:
-    if not needed:
-        return None
+def _matrix_gradient(kernels: Kernels, term: FactoredGradient, sink: GradientSink | None) -> Tensor | None:
+    """The dense gradient; with a sink, the factors are collected there and there is none."""
     if sink is None:
         return kernels.feature_sums(term)
     sink.terms.append(term)

@@ -52,7 +52,6 @@ class BridgeProof:
         self._tokens = probe_tokens(max(1, vocabulary), 1, length, model.device)
         logits = getattr(model(self._tokens), "logits", None)
         self._expected: Float[Tensor, "seq vocab"] | None = None if logits is None else logits[0].float()
-        self._type = logits.dtype if logits is not None else model.dtype
         coarse = model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
         self._eps = 2**-10 if coarse and model.dtype == torch.float32 else torch.finfo(model.dtype).eps
 

@@ -11,7 +11,7 @@ import torch
 from sae.config.sources import ModelConfig
 from sae.errors import ModelError
 from sae.model.bridge_proof import BridgeProof, Difference
-from sae.model.guard import CodeRefusedError, guarded, needs_code, quiet, replaced
+from sae.model.guard import NEEDS_CODE, CodeRefusedError, guarded, quiet, replaced
 
 _UNPROCESSED = "set model.weight_processing=none"
 
@@ -32,13 +32,11 @@ def boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
     kind, processing = type(model).__name__, config.weight_processing
     another = "use another model" if config.dtype == "float32" else "try model.dtype=float32, or use another model"
     rows = int(model.get_input_embeddings().weight.shape[0])
-    with _bridging(config, f"transformers cannot run {kind}", another), quiet(), guarded(config):
+    with _bridging(config, f"transformers cannot run {kind}", another):
         proof = BridgeProof(model, min(rows, len(tokenizer)))
     # The processor for images or sound is looked up on the hub by the label, and torchvision is installed for it.
     with (
         _bridging(config, f"transformer-lens cannot bridge {kind}", "use a model of another architecture"),
-        quiet(),
-        guarded(config),
         replaced(source, "load_modality_processor", lambda *_: None),
     ):
         bridge = TransformerBridge.boot_transformers(
@@ -50,27 +48,24 @@ def boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
         )
     if processing != "none":
         centre = processing == "center_and_fold"
-        with (
-            _bridging(config, f"transformer-lens cannot process the weights of {kind}", _UNPROCESSED),
-            quiet(),
-            guarded(config),
-        ):
+        with _bridging(config, f"transformer-lens cannot process the weights of {kind}", _UNPROCESSED):
             bridge.process_weights(fold_ln=True, center_writing_weights=centre, center_unembed=centre)
     way_out = another if processing == "none" else _UNPROCESSED
-    with _bridging(config, f"transformer-lens cannot run {kind}", way_out), quiet(), guarded(config):
+    with _bridging(config, f"transformer-lens cannot run {kind}", way_out):
         difference = proof.difference(bridge)
     if difference.share > 1:
-        raise ModelError(_another_model(config, kind, difference))
+        raise ModelError(_another_model(config, kind, difference, another))
     return bridge.requires_grad_(False)
 
 
 @contextlib.contextmanager
 def _bridging(config: ModelConfig, what: str, way_out: str) -> Iterator[None]:
-    """Turn anything that a library raises in the body into a ModelError, except lack of memory."""
+    """Run a library on the guarded model; turn anything that it raises into a ModelError, except lack of memory."""
     try:
-        yield
+        with quiet(), guarded(config):
+            yield
     except CodeRefusedError as error:
-        raise ModelError(f"model {config.name!r}: {needs_code()}") from error
+        raise ModelError(f"model {config.name!r}: {NEEDS_CODE}") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -78,16 +73,15 @@ def _bridging(config: ModelConfig, what: str, way_out: str) -> Iterator[None]:
         raise ModelError(f"model {config.name!r}: {what} ({reason}); {way_out}") from error
 
 
-def _another_model(config: ModelConfig, kind: str, difference: Difference) -> str:
+def _another_model(config: ModelConfig, kind: str, difference: Difference, another: str) -> str:
     difference_text = f"log-probabilities are off by up to {difference.largest:.2g}"
     if config.weight_processing != "none":
         return (
             f"model {config.name!r}: transformer-lens makes another model of {kind} when it processes its weights "
             f"(model.weight_processing={config.weight_processing}): its {difference_text}; {_UNPROCESSED}"
         )
-    rounding = "" if config.dtype == "float32" else "try model.dtype=float32, or "
     return (
         f"model {config.name!r}: transformer-lens makes another model of {kind}: its {difference_text} from those of "
-        f"transformers, so its activations would not be the model's; {rounding}use another model, or a version of "
+        f"transformers, so its activations would not be the model's; {another}, or a version of "
         "transformer-lens that supports every setting of its config.json"
     )

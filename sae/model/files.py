@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import ModelError
+from sae.files.paths import expanded
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
 _OPENED = (
     "config", "generation_config", "model", "tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges",
     "chat_template",
@@ -28,10 +28,6 @@ _JSON = {
 _FETCH = "download it again from where the model came from"
 
 
-class PickleNamedError(Exception):
-    """An index names a file that is not safetensors."""
-
-
 def check_folder(name: str, folder: Path) -> None:
     """Check a model's folder before a library opens a file in it, which might block for ever.
 
@@ -41,8 +37,8 @@ def check_folder(name: str, folder: Path) -> None:
 
     Raises:
         ModelError: the folder is an adapter's; a pipe, a device or a broken link is in the place of a file; the index
-            of the weights is damaged, or names a file that is missing or outside the folder.
-        PickleNamedError: the index names a file that is not safetensors.
+            of the weights is damaged, or names a file that is missing or outside the folder; or the weights are a
+            pickle.
     """
     for path in sorted(folder.iterdir()):
         if path.name.startswith(_OPENED) and not path.is_file() and not path.is_dir():
@@ -60,15 +56,33 @@ def check_folder(name: str, folder: Path) -> None:
             _check_shard(name, folder, weights, "config.json")
         elif weights.endswith(".safetensors.index.json"):
             _check_index(name, folder, weights)
-    elif not (folder / _WHOLE).is_file() and (folder / INDEX).is_file():
+    elif not (folder / "model.safetensors").is_file() and (folder / INDEX).is_file():
         _check_index(name, folder, INDEX)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES and path.is_file())
+    if pickles and not any(path.is_file() for path in folder.glob("*.safetensors*")):
+        raise ModelError(f"model {name!r}: {weights_are(name, pickles[0])}")
+
+
+def weights_are(name: str, pickle: str) -> str:
+    """What to do about weights that are not safetensors.
+
+    Args:
+        name: the model, as the user gave it.
+        pickle: what its weights are instead.
+    """
+    source = str(expanded(name)) if expanded(name).exists() else name
+    target = f"{Path(source).name}-safetensors"
+    return (
+        f"its weights are {pickle}, and only safetensors and GGUF are read, since a pickle can run code; if you trust "
+        f'it, convert it once: python -c "import transformers as t; [c.from_pretrained({source!r}).save_pretrained('
+        f'{target!r}) for c in (t.AutoModelForCausalLM, t.AutoTokenizer)]", then model.name=./{target}'
+    )
 
 
 def damaged_file(folder: Path) -> str | None:
     """The damaged file that keeps a model from loading, and what is wrong with it; None if none is found."""
     if not (folder / "config.json").exists():
-        ggufs = sorted(folder.glob("*.gguf"))
-        if ggufs:
+        if ggufs := sorted(folder.glob("*.gguf")):
             return f"give the file: model.name={ggufs[0]}"
         return "the folder has no config.json; give the folder that the model's configuration and weights are in"
     return next((f"{fault}; {_FETCH}" for name, keys in _JSON.items() if (fault := _fault(folder / name, keys))), None)
@@ -126,7 +140,7 @@ def _check_shard(name: str, folder: Path, shard: str, by: str) -> None:
             "it there"
         )
     if not shard.endswith(".safetensors"):
-        raise PickleNamedError(f"{shard}, which {by} names")
+        raise ModelError(f"model {name!r}: {weights_are(name, f'{shard}, which {by} names')}")
     if not (folder / shard).is_file():
         raise ModelError(
             f"model {name!r}: {by} names {shard}, which is missing or not a regular file (a folder, a pipe, a device "

@@ -7,6 +7,7 @@ file content and number type, and may be deleted at any time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import tempfile
@@ -57,12 +58,10 @@ def is_whole(folder: Path) -> bool:
             raise damaged(folder / SUMS, "missing or without config.json", _REMEDY)
         for name in names:
             check(folder / name, remedy=_REMEDY)
-    except DamagedError as error:
+    except (DamagedError, UnreadableError) as error:
         warnings.warn(str(error), stacklevel=2)
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
-    except UnreadableError as error:
-        warnings.warn(str(error), stacklevel=2)
+        if isinstance(error, DamagedError):
+            shutil.rmtree(folder, ignore_errors=True)
         return False
     return True
 
@@ -70,7 +69,7 @@ def is_whole(folder: Path) -> bool:
 def write(folder: Path, model: Any, tokenizer: Any) -> None:
     """Save a model that came from a GGUF file if it takes at most a tenth of the free disk space."""
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    try:
+    with contextlib.suppress(OSError, CacheError):  # no place to write, or another process was faster
         if size > _SHARE_OF_FREE_SPACE * free_bytes(folder):
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,5 +83,3 @@ def write(folder: Path, model: Any, tokenizer: Any) -> None:
             for path in copy.iterdir():
                 record(path)
             copy.rename(folder)
-    except (OSError, CacheError):  # no place to write, or another process was faster
-        return

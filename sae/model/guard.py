@@ -3,62 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NoReturn
+
+import torch
 
 from sae.config.sources import ModelConfig
 
 # Functions that fetch or run a model's code even if it is not trusted: transformer-lens imports the modules of some
 # architectures by the name in config.json.
-_RUNS_CODE = {
-    "transformers.dynamic_module_utils": ("get_cached_module_file", "get_class_in_module"),
-    "transformers.integrations.hub_kernels": ("get_kernel",),
-}
-_READS_PICKLES = {"torch": ("load",)}
+_RUNS_CODE = (
+    ("transformers.dynamic_module_utils", "get_cached_module_file"),
+    ("transformers.dynamic_module_utils", "get_class_in_module"),
+    ("transformers.integrations.hub_kernels", "get_kernel"),
+)
+NEEDS_CODE = (
+    "it needs Python code that comes with it, which was not run; if you have read and trust that code, add "
+    "model.trust_remote_code=true (in Python ModelConfig(trust_remote_code=True))"
+)
 
 
-class RefusedError(Exception):
-    """A library was about to do something forbidden."""
+class CodeRefusedError(Exception):
+    """A library was about to fetch or run a model's code."""
 
 
-class CodeRefusedError(RefusedError):
-    pass
-
-
-class PickleRefusedError(RefusedError):
-    pass
-
-
-def needs_code() -> str:
-    return (
-        "it needs Python code that comes with it, which was not run; if you have read and trust that code, add "
-        "model.trust_remote_code=true (in Python ModelConfig(trust_remote_code=True))"
-    )
+class PickleRefusedError(Exception):
+    """A library was about to read a pickle."""
 
 
 @contextlib.contextmanager
 def guarded(config: ModelConfig) -> Iterator[None]:
     """While open, no pickle is read, and no code of a model is fetched or run unless `config` allows that."""
-
-    def refuse(kind: type[RefusedError]) -> Callable[..., NoReturn]:
-        def refused(*_: Any, **__: Any) -> NoReturn:
-            raise kind
-
-        return refused
-
-    errors = dict.fromkeys(_places(_READS_PICKLES), PickleRefusedError)
-    if not config.trust_remote_code:
-        errors |= dict.fromkeys(_places(_RUNS_CODE), CodeRefusedError)
     with contextlib.ExitStack() as stack:
-        for (module, name), kind in errors.items():
-            stack.enter_context(replaced(import_module(module), name, refuse(kind)))
+        stack.enter_context(replaced(torch, "load", functools.partial(_refuse, PickleRefusedError)))
+        for module, name in () if config.trust_remote_code else _RUNS_CODE:
+            stack.enter_context(replaced(import_module(module), name, functools.partial(_refuse, CodeRefusedError)))
         yield
 
 
-def _places(names: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, str]]:
-    return ((module, name) for module, functions in names.items() for name in functions)
+def _refuse(error: type[Exception], *_: Any, **__: Any) -> NoReturn:
+    raise error
 
 
 @contextlib.contextmanager
@@ -95,7 +82,5 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()  # also enables those of the hub
-        if bars and not hub_bars:
-            disable_progress_bars()
-        elif hub_bars and not bars:
-            enable_progress_bars()
+        restore_hub_bars = enable_progress_bars if hub_bars else disable_progress_bars
+        restore_hub_bars()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +82,9 @@ def read_hooks(bridge: Any, vocabulary: int, device: torch.device | str) -> dict
     points: Mapping[str, Any] = bridge.hook_dict
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def record(name: str) -> Callable[..., None]:
-        def hook_function(activation: Any, hook: Any) -> None:
-            if isinstance(activation, Tensor):
-                shapes[name] = tuple(activation.shape)
-
-        return hook_function
+    def record(name: str, activation: Any, hook: Any) -> None:
+        if isinstance(activation, Tensor):
+            shapes[name] = tuple(activation.shape)
 
     names = [
         name_of(block, kind)
@@ -94,7 +93,7 @@ def read_hooks(bridge: Any, vocabulary: int, device: torch.device | str) -> dict
         if name_of(block, kind) in points and not _is_alias(points, block, kind)
     ]
     fireable = [name for name in names if bridge._gated_hook_reason(name) is None]
-    with torch.no_grad(), bridge.hooks(fwd_hooks=[(name, record(name)) for name in fireable]):
+    with torch.no_grad(), bridge.hooks(fwd_hooks=[(name, functools.partial(record, name)) for name in fireable]):
         bridge(probe_tokens(vocabulary, _CONTEXTS, _LENGTH, device))
     hooks = (_hook(name, shapes[name]) for name in names if name in shapes)
     return {hook.name: hook for hook in hooks if hook is not None}
@@ -110,10 +109,7 @@ def _hook(name: str, shape: tuple[int, ...]) -> Hook | None:
     _, block, kind = name.split(".", 2)
     refusal = READ_ONLY.get(kind)
     if shape[:2] == (_CONTEXTS, _LENGTH) and len(shape) >= 3:
-        width = 1
-        for size in shape[2:]:
-            width *= size
-        return Hook(name, int(block), kind, width, refusal)
+        return Hook(name, int(block), kind, math.prod(shape[2:]), refusal)
     if len(shape) == 4 and shape[0] == _CONTEXTS and shape[2] == _LENGTH:
         return Hook(name, int(block), kind, shape[1] * shape[3], refusal, heads_first=True)
     return None

@@ -103,17 +103,15 @@ class HookedModel:
         hooks = (hooks,) if isinstance(hooks, str) else hooks
         activations: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook_function(activation: Tensor, hook: Any) -> None:
-                activations[name] = self._hooks[name].flat(activation.detach())
-                if len(activations) == len(hooks):
-                    raise _AllReadError
-
-            return hook_function
+        def keep(name: str, activation: Tensor, hook: Any) -> None:
+            activations[name] = self._hooks[name].flat(activation.detach())
+            if len(activations) == len(hooks):
+                raise _AllReadError
 
         for hook in hooks:
             self.check_hook(hook)
-        with contextlib.suppress(_AllReadError), self.bridge.hooks(fwd_hooks=[(hook, keep(hook)) for hook in hooks]):
+        hook_functions = [(hook, functools.partial(keep, hook)) for hook in hooks]
+        with contextlib.suppress(_AllReadError), self.bridge.hooks(fwd_hooks=hook_functions):
             self.bridge(tokens)
         return activations
 
@@ -202,8 +200,7 @@ class HookedModel:
     def check_replaceable(self, hook: str) -> None:
         """Raise ModelError if the hook point cannot be replaced."""
         self.check_hook(hook)
-        refusal = self._hooks[hook].refusal
-        if refusal is not None:
+        if refusal := self._hooks[hook].refusal:
             raise ModelError(f"hook {hook!r}: {refusal}")
 
 

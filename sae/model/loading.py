@@ -20,17 +20,16 @@ from sae.errors import ModelError
 from sae.files.hub_errors import explain_hub_error, first_line
 from sae.files.paths import expanded
 from sae.model import gguf_copies
-from sae.model.files import PICKLES, PickleNamedError, check_folder, damaged_file
-from sae.model.guard import CodeRefusedError, PickleRefusedError, guarded, needs_code, quiet
+from sae.model.files import PICKLES, check_folder, damaged_file, weights_are
+from sae.model.guard import NEEDS_CODE, CodeRefusedError, PickleRefusedError, guarded, quiet
 from sae.model.special_tokens import made_up_tokens
 
 _PROBE_TEXT = "The sum of 1 and 2 is 3."
 _REMOTE_MODULES = "transformers_modules"
-_NO_SUCH_MODEL = "Unrecognized configuration class"
 
 
 class _MissingWeightsError(Exception):
-    pass
+    """A model's files lack some of its weights; the message names some."""
 
 
 class Pretrained(NamedTuple):
@@ -87,10 +86,10 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
         raise ModelError(f"model {config.name!r}: {_explain(config, source, error)}") from error
     _check_tokenizer(config, tokenizer)
     revision = arguments.get("revision")
-    has_own_code = type(tokenizer).__module__.startswith(_REMOTE_MODULES)
-    made_up = made_up_tokens(tokenizer, model.config, lambda name: _file(source, revision, name))
-    label, commit = model_label(config.name), _commit(source, revision)
-    return Pretrained(model, tokenizer, label, commit, frozenset() if has_own_code else made_up)
+    made_up = frozenset()
+    if not type(tokenizer).__module__.startswith(_REMOTE_MODULES):
+        made_up = made_up_tokens(tokenizer, model.config, lambda name: _file(source, revision, name))
+    return Pretrained(model, tokenizer, model_label(config.name), _commit(source, revision), made_up)
 
 
 def _check_complete(model: Any, loading_info: dict[str, Any]) -> None:
@@ -100,14 +99,13 @@ def _check_complete(model: Any, loading_info: dict[str, Any]) -> None:
         _MissingWeightsError: weights are missing; the message names some.
     """
     missing = sorted({*loading_info["missing_keys"], *(str(name) for name, *_ in loading_info["mismatched_keys"])})
-    if not missing:
-        return
-    others = sorted(loading_info["unexpected_keys"])
-    raise _MissingWeightsError(
-        f"its files lack {len(missing):,} of the tensors of {type(model).__name__} ({_some(missing)})"
-        + (f" and hold {len(others):,} that it does not have ({_some(others)})" if others else "")
-        + ": they would be random numbers; check that the files are complete and belong to the model in config.json"
-    )
+    if missing:
+        others = sorted(loading_info["unexpected_keys"])
+        raise _MissingWeightsError(
+            f"its files lack {len(missing):,} of the tensors of {type(model).__name__} ({_some(missing)})"
+            + (f" and hold {len(others):,} that it does not have ({_some(others)})" if others else "")
+            + ": they would be random numbers; check that the files are complete and belong to the model in config.json"
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -156,12 +154,7 @@ def _find(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
     if path.is_file() and path.suffix in (".safetensors", *PICKLES):
         raise ModelError(f"model {config.name!r}: a file with weights only; give the folder that its config.json is in")
     if path.is_dir():
-        try:
-            check_folder(config.name, path)
-        except PickleNamedError as error:
-            raise ModelError(f"model {config.name!r}: {_is_pickle(config, str(error))}") from error
-        if (pickles := _pickles(path)) and not any(file.is_file() for file in path.glob("*.safetensors*")):
-            raise ModelError(f"model {config.name!r}: {_is_pickle(config, pickles[0])}")
+        check_folder(config.name, path)
         return path, {"local_files_only": True}
     if path.exists():
         raise ModelError(
@@ -171,10 +164,6 @@ def _find(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
     if is_path:
         raise ModelError(f"model {config.name!r}: no such folder or file")
     return config.name, {"revision": config.revision or "main"}
-
-
-def _pickles(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES and path.is_file())
 
 
 def _check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:
@@ -199,40 +188,21 @@ def _explain(config: ModelConfig, source: str | Path, error: Exception) -> str:
     if isinstance(error, _MissingWeightsError):
         return str(error)
     if isinstance(error, PickleRefusedError):
-        return _is_pickle(config, "a pickle that its configuration names")
+        return weights_are(config.name, "a pickle that its configuration names")
     if isinstance(error, CodeRefusedError) or "trust_remote_code" in str(error):
-        return needs_code()
-    return _explain_local(source, error) if isinstance(source, Path) else _explain_hub(config, error)
-
-
-def _explain_local(source: Path, error: Exception) -> str:
-    if _NO_SUCH_MODEL in str(error):
-        return _no_causal_model(error)
-    advice = damaged_file(source) or "check that its files are complete and belong to one model"
-    return f"cannot be loaded ({first_line(error)}); {advice}"
+        return NEEDS_CODE
+    if "Unrecognized configuration class" in str(error):
+        return (
+            f"it is not a causal language model ({first_line(error).partition(' for this')[0]}): encoder-decoders, and "
+            "models of images or sound, are not supported; use a decoder, such as 'gpt2'"
+        )
+    if isinstance(source, Path):
+        advice = damaged_file(source) or "check that its files are complete and belong to one model"
+        return f"cannot be loaded ({first_line(error)}); {advice}"
+    return _explain_hub(config, error)
 
 
 def _explain_hub(config: ModelConfig, error: Exception) -> str:
-    if _NO_SUCH_MODEL in str(error):
-        return _no_causal_model(error)
     if isinstance(error, OSError) and "does not appear to have a file named model.safetensors" in str(error):
-        return _is_pickle(config, "not there as safetensors on the hub")
+        return weights_are(config.name, "not there as safetensors on the hub")
     return explain_hub_error(error, config.name, "model", "model")
-
-
-def _no_causal_model(error: Exception) -> str:
-    return (
-        f"it is not a causal language model ({first_line(error).partition(' for this')[0]}): encoder-decoders, and "
-        "models of images or sound, are not supported; use a decoder, such as 'gpt2'"
-    )
-
-
-def _is_pickle(config: ModelConfig, what: str) -> str:
-    """What to do about weights that are not safetensors."""
-    name = str(expanded(config.name)) if expanded(config.name).exists() else config.name
-    target = f"{Path(name).name}-safetensors"
-    return (
-        f"its weights are {what}, and only safetensors and GGUF are read, since a pickle can run code; if you trust "
-        f'it, convert it once: python -c "import transformers as t; [c.from_pretrained({name!r}).save_pretrained('
-        f'{target!r}) for c in (t.AutoModelForCausalLM, t.AutoTokenizer)]", then model.name=./{target}'
-    )

@@ -61,9 +61,10 @@ class Start:
         """The residual stream in `output`."""
         return self.output[0] if isinstance(self.output, tuple | list) else self.output
 
-    def with_hidden(self, hidden: Tensor) -> Any:
-        """The output with another residual stream."""
-        return (hidden, *self.output[1:]) if isinstance(self.output, tuple | list) else hidden
+    def with_hidden(self, hidden: Tensor) -> Start:
+        """The same with another residual stream."""
+        others = self.output[1:] if isinstance(self.output, tuple | list) else None
+        return Start(self.tokens, hidden if others is None else (hidden, *others))
 
     def at(self, context: Int[Tensor, " n"], length: int) -> Start:
         """Contexts selected by index (an index may repeat), cut to a length."""
@@ -125,7 +126,7 @@ class Tail:
         """The model's own activations at the hook point."""
         if start.output is not None and self._leaves_block:
             return start.hidden
-        with self._without_earlier_blocks(start, start.output):
+        with self._without_earlier_blocks(start):
             return self.language_model.activations(start.tokens, [self.hook])[self.hook]
 
     @torch.no_grad()
@@ -137,9 +138,7 @@ class Tail:
     @torch.no_grad()
     def check_clean(self, tokens: Int[Tensor, "context seq"], logits: Float[Tensor, "context seq vocab"]) -> None:
         """Raise ModelError unless these logits, from a replacement that changes nothing, are the model's own."""
-        own = self.language_model.logits(tokens)
-        if not same_logits(self.language_model, logits, own):
-            raise ModelError(self._inexact(logits, own))
+        self._check_same(logits, self.language_model.logits(tokens))
 
     @torch.no_grad()
     def read_out(
@@ -179,12 +178,9 @@ class Tail:
             outputs.append(output)
             raise _RecordedError
 
-        handle = self.language_model.bridge.blocks[self._before - 1].register_forward_hook(keep)
-        try:
-            with contextlib.suppress(_RecordedError):
-                self.language_model.bridge(tokens)
-        finally:
-            handle.remove()
+        last = self.language_model.bridge.blocks[self._before - 1]
+        with last.register_forward_hook(keep), contextlib.suppress(_RecordedError):
+            self.language_model.bridge(tokens)
         start = Start(tokens, outputs[0])
         if not isinstance(start.hidden, Tensor) or start.hidden.shape[:2] != tokens.shape:
             raise _NoShortRoadError("its blocks pass on more than one residual stream")
@@ -195,22 +191,20 @@ class Tail:
         """While open, passes over the start's tokens have the hook point's activations replaced."""
         if start.output is not None and self._leaves_block:
             new = replacement(start.hidden).to(start.hidden.dtype)
-            with self._without_earlier_blocks(start, start.with_hidden(new)):
+            with self._without_earlier_blocks(start.with_hidden(new)):
                 yield
-            return
-        with self.language_model.replacing(self.hook, replacement), self._without_earlier_blocks(start, start.output):
-            yield
+        else:
+            with self.language_model.replacing(self.hook, replacement), self._without_earlier_blocks(start):
+                yield
 
     @contextlib.contextmanager
-    def _without_earlier_blocks(self, start: Start, output: Any) -> Iterator[None]:
-        """While open, the blocks before the hook point are removed from the model, and `output` replaces theirs."""
-        if start.output is None:
-            yield
-            return
+    def _without_earlier_blocks(self, start: Start) -> Iterator[None]:
+        """While open, the blocks whose output was recorded are removed from the model, and the record replaces it."""
         modules = self.language_model.bridge.blocks._modules
-        blocks = {name: modules[name] for name in map(str, range(self._before))}
+        recorded = 0 if start.output is None else self._before
+        blocks = {name: modules[name] for name in map(str, range(recorded))}
         try:
-            modules.update({name: _StandIn(block, output) for name, block in blocks.items()})
+            modules.update({name: _StandIn(block, start) for name, block in blocks.items()})
             yield
         finally:
             modules.update(blocks)
@@ -223,8 +217,7 @@ class Tail:
         own, start = model.logits(tokens), Start(tokens)
         model.check_causal()
         same, other = (self.logits(start, replacement) for replacement in (torch.clone, _perturbed))
-        if not same_logits(model, same, own):
-            raise ModelError(self._inexact(same, own))
+        self._check_same(same, own)
         if own.isfinite().all() and torch.equal(other, own):
             raise ModelError(
                 f"hook {self.hook!r}: replacing its activations leaves the logits of {name} unchanged; use another "
@@ -236,21 +229,23 @@ class Tail:
             start = self._record(tokens)
             model.logits(tokens.flip(1))  # state that blocks keep outside their outputs is then of other tokens
             pairs = ((self.logits(start, torch.clone), own), (self.logits(start, _perturbed), other))
+        except _NoShortRoadError as error:
+            return Road(WHOLE, str(error))
         except Exception as error:
-            reason = str(error) if isinstance(error, _NoShortRoadError) else f"{type(error).__name__} on the short one"
-            return Road(WHOLE, reason)
+            return Road(WHOLE, f"{type(error).__name__} on the short one")
         for short, whole in pairs:
             if not same_logits(model, short, whole):
                 return Road(WHOLE, f"the short one is off by {_difference(short, whole):.2g} of the largest logit")
         return Road(SHORT)
 
-    def _inexact(self, logits: Tensor, own: Tensor) -> str:
+    def _check_same(self, logits: Tensor, own: Tensor) -> None:
         name = self.language_model.info.name
-        return (
-            f"hook {self.hook!r}: putting back its own activations changes the logits of {name} by up to "
-            f"{_difference(logits, own):.2g} of the largest, so measurements there would be of another model; use "
-            f"another hook point ('sae hooks {name}' lists them)"
-        )
+        if not same_logits(self.language_model, logits, own):
+            raise ModelError(
+                f"hook {self.hook!r}: putting back its own activations changes the logits of {name} by up to "
+                f"{_difference(logits, own):.2g} of the largest, so measurements there would be of another model; use "
+                f"another hook point ('sae hooks {name}' lists them)"
+            )
 
 
 def same_logits(language_model: HookedModel, logits: Tensor, expected: Tensor) -> bool:
@@ -271,7 +266,9 @@ def without_inexact(language_model: HookedModel, hooks: dict[str, Hook]) -> dict
     replaceable = [name for name, hook in hooks.items() if hook.refusal is None]
 
     def difference(names: list[str]) -> float:
-        with language_model.bridge.hooks(fwd_hooks=[(name, _copied) for name in names]):
+        with language_model.bridge.hooks(
+            fwd_hooks=[(name, lambda activation, hook: activation.clone()) for name in names]
+        ):
             logits = language_model.logits(tokens)
         return 0.0 if same_logits(language_model, logits, own) else _difference(logits, own)
 
@@ -284,23 +281,17 @@ def without_inexact(language_model: HookedModel, hooks: dict[str, Hook]) -> dict
     return {name: dataclasses.replace(hook, refusal=refusals.get(name, hook.refusal)) for name, hook in hooks.items()}
 
 
-def _copied(activation: Tensor, hook: Any) -> Tensor:
-    return activation.clone()
-
-
 class _StandIn(nn.Module):
     """Replaces a block: returns the recorded output, and has the block's attributes."""
 
-    def __init__(self, block: nn.Module, output: Any) -> None:
+    def __init__(self, block: nn.Module, start: Start) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # bypasses nn.Module, which would register it as a submodule
-        self._output = output
+        self._start = start
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """A copy of the output, since models may write into it."""
-        if isinstance(self._output, tuple | list):
-            return (self._output[0].clone(), *self._output[1:])
-        return self._output.clone()
+        return self._start.with_hidden(self._start.hidden.clone()).output
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -13,7 +13,8 @@ from sae.errors import FormatError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SENTENCEPIECE_SPACE = "▁"
-_LONGEST_CHARACTER = 4
+CONTEXT_BEFORE = 3
+"""Tokens before a passage that may hold the first bytes of its first character: a character has at most four bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,10 @@ class Vocabulary:
         names: dict[str, int] = tokenizer.get_vocab()
         special = frozenset(int(token) for token in tokenizer.all_special_ids)
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        added_names = {int(token): str(entry) for token, entry in added.items()}
         to_bytes = _reader(tokenizer, names)
-        tokens = [b""] * (max([*names.values(), *added_names], default=-1) + 1)
-        for name, token in names.items():
-            tokens[token] = name.encode() if token in special else to_bytes(name)
-        for token, name in added_names.items():
-            tokens[token] = name.encode()
-        return Vocabulary(tuple(tokens), special)
+        tokens = {token: name.encode() if token in special else to_bytes(name) for name, token in names.items()}
+        tokens |= {int(token): str(entry).encode() for token, entry in added.items()}
+        return Vocabulary(tuple(tokens.get(token, b"") for token in range(max(tokens, default=-1) + 1)), special)
 
     def text(self, token: int) -> str:
         """Text of a single token; bytes that are not a full character are written as \\xe2\\x82."""
@@ -68,14 +65,8 @@ class Vocabulary:
 
     def to_json(self) -> dict[str, Any]:
         """Bytes as text if they are valid text by themselves, else in hexadecimal."""
-        texts: list[str | None] = []
-        parts: dict[str, str] = {}
-        for token, content in enumerate(self.tokens):
-            try:
-                texts.append(content.decode())
-            except UnicodeDecodeError:
-                texts.append(None)
-                parts[str(token)] = content.hex()
+        texts = [_decoded(content) for content in self.tokens]
+        parts = {str(token): self.tokens[token].hex() for token, text in enumerate(texts) if text is None}
         return {"text": texts, "bytes": parts, "special": sorted(self.special)}
 
     @staticmethod
@@ -100,7 +91,12 @@ class Vocabulary:
         return self.tokens[token] if 0 <= token < len(self.tokens) else f"<{token}>".encode()
 
 
-CONTEXT_BEFORE = _LONGEST_CHARACTER - 1
+def _decoded(content: bytes) -> str | None:
+    """The text; None if the bytes are not text by themselves."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _reader(tokenizer: Any, names: dict[str, int]) -> Callable[[str], bytes]:
@@ -128,14 +124,10 @@ def _component_types(tokenizer: Any) -> Iterator[str]:
             queue += [*part.get("decoders", []), *part.get("pretokenizers", [])]
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The byte of each character in byte-level BPE: printable bytes stand for themselves, others are above 255."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + rank): byte for rank, byte in enumerate(_OTHERS)}
+"""The byte of each character in byte-level BPE: printable bytes stand for themselves, others are above 255."""
 
 
 def _byte_level(name: str) -> bytes:

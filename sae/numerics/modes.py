@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,7 +25,7 @@ def training_mode() -> Iterator[None]:
     Undoes `torch.set_grad_enabled(False)`, `torch.no_grad`, `torch.inference_mode`, `torch.autocast`,
     `torch.set_default_dtype` and `torch.set_default_device`.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(), defaults(torch.float32, _CPU):
+    with torch.inference_mode(False), torch.enable_grad(), _own_modes():
         yield
 
 
@@ -37,12 +37,12 @@ def present_mode() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.set_grad_enabled(gradients))
-            for kind, cast_to in casts.items():
-                stack.enter_context(torch.autocast(kind, dtype=cast_to))
-            stack.enter_context(defaults(dtype, device))
+        with (
+            torch.inference_mode(inference),
+            torch.set_grad_enabled(gradients),
+            _autocast(casts),
+            defaults(dtype, device),
+        ):
             yield
 
     return again
@@ -55,7 +55,7 @@ def without_autocast(computation: Computation) -> Computation:
     def computed(*args: Any, **kwargs: Any) -> Any:
         if not any(torch.is_autocast_enabled(kind) for kind in _KINDS):
             return computation(*args, **kwargs)
-        with _no_autocast():
+        with _autocast({}):
             return computation(*args, **kwargs)
 
     return cast(Computation, computed)
@@ -66,30 +66,21 @@ def in_own_modes(computation: Computation) -> Computation:
 
     While a generator is suspended at a yield, the caller's modes apply.
     """
-    if inspect.isgeneratorfunction(inspect.unwrap(computation)):
-
-        @functools.wraps(computation)
-        def yielded(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            values = computation(*args, **kwargs)
-            try:
-                while True:
-                    with _no_autocast(), defaults():
-                        try:
-                            value = next(values)
-                        except StopIteration:
-                            return
-                    yield value
-            finally:
-                values.close()
-
-        return cast(Computation, yielded)
+    if not inspect.isgeneratorfunction(inspect.unwrap(computation)):
+        return _own_modes()(computation)
 
     @functools.wraps(computation)
-    def computed(*args: Any, **kwargs: Any) -> Any:
-        with _no_autocast(), defaults():
-            return computation(*args, **kwargs)
+    def yielded(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with contextlib.closing(computation(*args, **kwargs)) as values:
+            while True:
+                with _own_modes():
+                    try:
+                        value = next(values)
+                    except StopIteration:
+                        return
+                yield value
 
-    return cast(Computation, computed)
+    return cast(Computation, yielded)
 
 
 def needs_plain_operators(x: Tensor) -> bool:
@@ -134,9 +125,16 @@ def defaults(dtype: torch.dtype = torch.float32, device: torch.device = _CPU) ->
 
 
 @contextlib.contextmanager
-def _no_autocast() -> Iterator[None]:
+def _own_modes() -> Iterator[None]:
+    with _autocast({}), defaults():
+        yield
+
+
+@contextlib.contextmanager
+def _autocast(types: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Cast to these types by type of device; on other types of devices, do not cast."""
     with contextlib.ExitStack() as stack:
         for kind in _KINDS:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            if kind in types or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=types.get(kind), enabled=kind in types))
         yield

@@ -11,6 +11,8 @@ In float32, a step moves at least 24 · 2 · d_in · d_sae bytes for Adam, and f
 batch · k pairs (decode, gradient of the codes, both matrices), most of these from the cache. `[batch, d_sae]` is never
 written, except as candidates in small dictionaries and in chunks for a k of thousands. Only `select_above` and updates
 of rows above 8,192 numbers wait for the device. Atomics only count and never add values, so sums repeat bit for bit.
+
+Triton launches on the current device, which may differ from the tensors' device: hence every `torch.cuda.device_of`.
 """
 
 from __future__ import annotations
@@ -19,13 +21,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, Selection, Subset
+from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
-from sae.kernels.triton import codes, update
 from sae.kernels.triton.batch import above, largest_of_batch
+from sae.kernels.triton.codes import column_sums, decode, feature_sums, sampled_product
 from sae.kernels.triton.topk import largest_of_rows
+from sae.kernels.triton.update import adam_, gradient_squares
 
-# Triton launches on the current device, which may differ from the tensors' device: hence `device_of` in every function.
+__all__ = [
+    "adam_",
+    "column_sums",
+    "decode",
+    "feature_sums",
+    "gradient_squares",
+    "sampled_product",
+    "select_above",
+    "select_batch_topk",
+    "select_topk",
+]
 
 
 def select_topk(
@@ -63,48 +76,6 @@ def select_above(
 ) -> Selection:
     with torch.cuda.device_of(x):
         return Selection(*above(x.contiguous(), encoder.contiguous(), bias, threshold))
-
-
-def decode(
-    pattern: Pattern, values: Float[Tensor, " pairs"], decoder: Float[Tensor, "d_sae d_in"]
-) -> Float[Tensor, "batch d_in"]:
-    with torch.cuda.device_of(values):
-        return codes.decode(pattern, values, decoder.contiguous())
-
-
-def sampled_product(
-    pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
-) -> Float[Tensor, " pairs"]:
-    with torch.cuda.device_of(gradient):
-        return codes.sampled_product(pattern, gradient.contiguous(), decoder.contiguous())
-
-
-def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
-    with torch.cuda.device_of(term.rows):
-        return codes.feature_sums(term)
-
-
-def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
-    with torch.cuda.device_of(values):
-        return codes.column_sums(pattern, values)
-
-
-def gradient_squares(
-    weight: Float[Tensor, "d_sae d_in"], gradient: Gradient, unit_rows: bool
-) -> Float[Tensor, " d_sae"]:
-    with torch.cuda.device_of(weight):
-        return update.gradient_squares(weight, gradient, unit_rows)
-
-
-def adam_(
-    weight: Float[Tensor, "d_sae d_in"],
-    moments: Moments,
-    gradient: Gradient,
-    step: AdamStep,
-    copy: Float[Tensor, "d_sae d_in"] | None = None,
-) -> None:
-    with torch.cuda.device_of(weight):
-        update.adam_(weight, moments, gradient, step, copy)
 
 
 def _in_subset(

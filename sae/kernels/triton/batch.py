@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -63,10 +64,7 @@ def plan(batch: int, d_sae: int, count: int) -> Plan:
 
     def first(low: int, high: int, holds: Callable[[int], bool]) -> int:
         """The smallest number from low to high for which `holds` is true, given that it stays true above it."""
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if holds(middle) else (middle + 1, high)
-        return low
+        return low + bisect_left(range(low, high), True, key=holds)
 
     rank = first(1, batch * sampled, lambda r: 1 - binomial_below(count - 1, share, r) < MISS)
     capacity = first(count, numbers, lambda n: binomial_below(n, share, rank) < MISS)
@@ -85,12 +83,11 @@ def _append_kernel(
     displace a larger number, however many they are.
     """
     if tl.load(skip) == 0:
-        row_blocks = tl.cdiv(batch, BLOCK_B)
-        for tile in range(tl.program_id(0), row_blocks * tl.cdiv(d_sae, BLOCK_F), tl.num_programs(0)):
-            rows = (tile % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
-            columns = (tile // row_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
-            pre = product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D, PRECISION)
-            inside = (columns < d_sae)[None, :] & (rows < batch)[:, None]
+        all_tiles = tl.cdiv(batch, BLOCK_B) * tl.cdiv(d_sae, BLOCK_F)
+        for tile in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
+            rows, columns, inside, pre = product_tile(
+                x, encoder, bias, tile, batch, d_sae, d_in, BLOCK_B, BLOCK_F, BLOCK_D, PRECISION
+            )
             if PER_FEATURE:
                 least = tl.load(bound + columns, mask=columns < d_sae, other=float("inf"))[None, :]
             else:
@@ -121,13 +118,12 @@ def _histogram_kernel(
 ):  # fmt: skip
     """Histogram, by the byte at `shift`, of the numbers (as ordered integers ≥ 0) that start with the prefix."""
     if tl.load(skip) == 0:
-        row_blocks = tl.cdiv(batch, BLOCK_B)
-        for tile in range(tl.program_id(0), row_blocks * tl.cdiv(d_sae, BLOCK_F), tl.num_programs(0)):
-            rows = (tile % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
-            columns = (tile // row_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
-            pre = product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D, PRECISION)
+        all_tiles = tl.cdiv(batch, BLOCK_B) * tl.cdiv(d_sae, BLOCK_F)
+        for tile in range(tl.program_id(0), all_tiles, tl.num_programs(0)):
+            _, _, inside, pre = product_tile(
+                x, encoder, bias, tile, batch, d_sae, d_in, BLOCK_B, BLOCK_F, BLOCK_D, PRECISION
+            )
             key = ordered(pre).to(tl.int64) + 2147483648
-            inside = (columns < d_sae)[None, :] & (rows < batch)[:, None]
             inside = inside & ((key >> (shift + 8)) == tl.load(prefix))
             byte = ((key >> shift) & 255).to(tl.int32)
             tl.atomic_add(counts + byte, inside.to(tl.int64), mask=inside)
@@ -146,29 +142,26 @@ def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tu
     skip = hit.to(torch.int32)
     bound = _exact_bound(x, encoder, bias, count, skip)
     found.keep_if(hit)
-    found.append_apart(bound, count, skip)
+    found.append(bound, skip=skip, ties_from=count)
     values, places = found.in_order()
     least = values.sort(descending=True).values[count - 1]
     above, equal = values > least, values == least
-    room = count - above.sum()
-    kept = above | (equal & (equal.cumsum(0) <= room)) | values.isnan()
+    kept = above | (equal & (equal.cumsum(0) <= count - above.sum())) | values.isnan()
     to = (kept.cumsum(0) - 1).where(kept, torch.full((), count, device=device)).clamp(max=count)
     chosen_values = values.new_zeros(count + 1).scatter_(0, to, values)[:count]
     chosen_places = places.new_zeros(count + 1).scatter_(0, to, places)[:count]
-    starts = torch.arange(len(x) + 1, device=device) * d_sae
-    return Pattern(chosen_places % d_sae, torch.searchsorted(chosen_places, starts), d_sae), chosen_values
+    return Pattern.from_places(chosen_places, len(x), d_sae), chosen_values
 
 
 def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> tuple[Pattern, Tensor]:
     """Every number above its feature's threshold: counted in a first pass to size the buffer, stored in a second."""
-    d_sae = len(encoder)
+    bound = threshold.float().contiguous()
     counted = _Found(x, encoder, bias, 0)
-    counted.append(threshold.float().contiguous(), strict=True)
+    counted.append(bound, strict=True)
     found = _Found(x, encoder, bias, int(counted.totals[0]))
-    found.append(threshold.float().contiguous(), strict=True)
+    found.append(bound, strict=True)
     values, places = found.in_order()
-    starts = torch.arange(len(x) + 1, device=x.device) * d_sae
-    return Pattern(places % d_sae, torch.searchsorted(places, starts), d_sae), values
+    return Pattern.from_places(places, len(x), len(encoder)), values
 
 
 class _Found:
@@ -181,17 +174,24 @@ class _Found:
         self.values = torch.full((max(capacity, 1),), -torch.inf, device=x.device)
         self.places = torch.full((max(capacity, 1),), self.nowhere, dtype=torch.int64, device=x.device)
 
-    def append(self, bound: Tensor, *, strict: bool = False) -> None:
-        """Add the numbers that reach (`strict`: exceed) the bound, shared or one per feature."""
-        x, encoder, _ = self.operands
-        self._launch(tiles(len(x), len(encoder), tile_sizes(x)), bound, None, 0, strict=strict, ties_apart=False)
+    def append(self, bound: Tensor, *, strict: bool = False, skip: Tensor | None = None, ties_from: int = 0) -> None:
+        """Add the numbers that reach (`strict`: exceed) the bound, shared or one per feature.
 
-    def append_apart(self, bound: Tensor, count: int, skip: Tensor) -> None:
-        """Add the numbers above the bound, fewer than `count`, and ties while there is room; nothing if `skip`."""
-        x, encoder, _ = self.operands
-        self._launch(
-            _few(tiles(len(x), len(encoder), tile_sizes(x))), bound, skip, count, strict=False, ties_apart=True
-        )
+        Args:
+            bound: the bound.
+            strict: numbers must exceed the bound, not only reach it.
+            skip: 1 to add nothing. If given, numbers equal to the bound are kept apart from the others.
+            ties_from: the first place that numbers kept apart may fill.
+        """
+        x, encoder, bias = self.operands
+        programs = tiles(len(x), len(encoder), tile_sizes(x))
+        never = torch.zeros((), dtype=torch.int32, device=x.device)
+        _append_kernel[(programs if skip is None else min(programs, PROGRAMS),)](
+            x, encoder, bias, bound, never if skip is None else skip, self.totals, self.values, self.places,
+            len(x), len(encoder), x.shape[1], ties_from, self.capacity,
+            PER_FEATURE=bound.ndim == 1, STRICT=strict, TIES_APART=skip is not None, PRECISION=precision(),
+            **tile_sizes(x),
+        )  # fmt: skip
 
     def keep_if(self, hit: Tensor) -> None:
         """Drop everything unless `hit`."""
@@ -203,21 +203,6 @@ class _Found:
         """Values and places, sorted by place; unused entries come last."""
         places, order = self.places[: self.capacity].sort()
         return self.values[: self.capacity][order], places
-
-    def _launch(
-        self, grid: tuple[int], bound: Tensor, skip: Tensor | None, ties_from: int, *, strict: bool, ties_apart: bool
-    ) -> None:
-        x, encoder, bias = self.operands
-        skip = torch.zeros((), dtype=torch.int32, device=x.device) if skip is None else skip
-        _append_kernel[grid](
-            x, encoder, bias, bound, skip, self.totals, self.values, self.places,
-            len(x), len(encoder), x.shape[1], ties_from, self.capacity,
-            PER_FEATURE=bound.ndim == 1, STRICT=strict, TIES_APART=ties_apart, PRECISION=precision(), **tile_sizes(x),
-        )  # fmt: skip
-
-
-def _few(grid: tuple[int]) -> tuple[int]:
-    return (min(grid[0], PROGRAMS),)
 
 
 def _guess(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
@@ -239,7 +224,7 @@ def _exact_bound(x: Tensor, encoder: Tensor, bias: Tensor, count: int, skip: Ten
     left = torch.full((), count, dtype=torch.int64, device=device)
     for shift in (24, 16, 8, 0):
         counts = torch.zeros(256, dtype=torch.int64, device=device)
-        _histogram_kernel[_few(tiles(len(x), len(encoder), sizes))](
+        _histogram_kernel[(min(tiles(len(x), len(encoder), sizes), PROGRAMS),)](
             x, encoder, bias, skip, prefix, counts, len(x), len(encoder), x.shape[1], shift,
             PRECISION=precision(), **sizes,
         )  # fmt: skip

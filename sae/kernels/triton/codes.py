@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels.interface import FactoredGradient
@@ -74,41 +75,53 @@ def _dots_kernel(gradient, decoder, features, offsets, out, d_in, BLOCK: tl.cons
             tl.store(out + pair, tl.sum(total, 0))
 
 
-def decode(pattern: Pattern, values: Tensor, decoder: Tensor) -> Tensor:
+def decode(
+    pattern: Pattern, values: Float[Tensor, " pairs"], decoder: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, "batch d_in"]:
     out = values.new_empty(pattern.batch, decoder.shape[1])
-    block = min(power_of_two(decoder.shape[1]), LARGEST_BLOCK)
-    _weighted_sum_kernel[(pattern.batch, triton.cdiv(decoder.shape[1], block))](
-        decoder, pattern.features, pattern.features, pattern.offsets, values, out, decoder.shape[1],
-        ORDERED=False, BLOCK=block, AT_ONCE=at_once(values),
-    )  # fmt: skip
-    return out
+    return _weighted_sums(decoder.contiguous(), None, pattern.features, pattern.offsets, values, out)
 
 
-def sampled_product(pattern: Pattern, gradient: Tensor, decoder: Tensor) -> Tensor:
+def sampled_product(
+    pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, " pairs"]:
     out = gradient.new_empty(pattern.pairs)
     d_in = decoder.shape[1]
     block = min(power_of_two(d_in), LARGEST_BLOCK)
-    _dots_kernel[(pattern.batch,)](
-        gradient, decoder, pattern.features, pattern.offsets, out, d_in, BLOCK=block, BLOCKS=triton.cdiv(d_in, block)
-    )
+    with torch.cuda.device_of(gradient):
+        _dots_kernel[(pattern.batch,)](
+            gradient.contiguous(), decoder.contiguous(), pattern.features, pattern.offsets, out, d_in,
+            BLOCK=block, BLOCKS=triton.cdiv(d_in, block),
+        )  # fmt: skip
     return out
 
 
-def feature_sums(term: FactoredGradient) -> Tensor:
+def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
     return _sums_by_feature(term.pattern, term.coefficients, term.rows.contiguous())
 
 
-def column_sums(pattern: Pattern, values: Tensor) -> Tensor:
+def column_sums(pattern: Pattern, values: Float[Tensor, " pairs"]) -> Float[Tensor, " d_sae"]:
     """`torch.index_add` would use atomics, in a different order each time."""
     return _sums_by_feature(pattern, values, values.new_ones(pattern.batch, 1)).view(-1)
 
 
 def _sums_by_feature(pattern: Pattern, coefficients: Tensor, matrix: Tensor) -> Tensor:
     order, rows, offsets = pattern.by_feature
+    return _weighted_sums(matrix, order, rows, offsets, coefficients, matrix.new_empty(pattern.d_sae, matrix.shape[1]))
+
+
+def _weighted_sums(
+    matrix: Tensor, order: Tensor | None, places: Tensor, offsets: Tensor, coefficients: Tensor, out: Tensor
+) -> Tensor:
+    """out[i] = Σ over the pairs of segment i of coefficient · matrix[place].
+
+    `order` has the position of each pair's coefficient; None if they are in the pairs' order.
+    """
     d_in = matrix.shape[1]
-    out = torch.empty(pattern.d_sae, d_in, dtype=matrix.dtype, device=matrix.device)
     block = min(power_of_two(d_in), LARGEST_BLOCK)
-    _weighted_sum_kernel[(pattern.d_sae, triton.cdiv(d_in, block))](
-        matrix, order, rows, offsets, coefficients, out, d_in, ORDERED=True, BLOCK=block, AT_ONCE=at_once(matrix)
-    )
+    with torch.cuda.device_of(out):
+        _weighted_sum_kernel[(len(out), triton.cdiv(d_in, block))](
+            matrix, places if order is None else order, places, offsets, coefficients, out, d_in,
+            ORDERED=order is not None, BLOCK=block, AT_ONCE=at_once(out),
+        )  # fmt: skip
     return out

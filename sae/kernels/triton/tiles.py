@@ -14,8 +14,17 @@ MISS = 1e-7
 
 
 @triton.jit
-def product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """x[rows] · encoder[columns]ᵀ + bias[columns] in float32."""
+def product_tile(
+    x, encoder, bias, tile, batch, d_sae, d_in,
+    BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of x · encoderᵀ + bias: its rows and columns, which of its places are in the matrix, the float32 numbers.
+
+    Row blocks change fastest, so that a block of the encoder is read once.
+    """
+    row_blocks = tl.cdiv(batch, BLOCK_B)
+    rows = (tile % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
+    columns = (tile // row_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
     of_rows = (rows < batch)[:, None]
     of_columns = (columns < d_sae)[None, :]
     total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
@@ -30,7 +39,8 @@ def product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D: t
             other=0.0,
         )
         total = tl.dot(left, right, total, input_precision=PRECISION)
-    return total + tl.load(bias + columns, mask=columns < d_sae, other=0.0).to(tl.float32)[None, :]
+    pre = total + tl.load(bias + columns, mask=columns < d_sae, other=0.0).to(tl.float32)[None, :]
+    return rows, columns, of_columns & of_rows, pre
 
 
 @triton.jit
@@ -111,9 +121,9 @@ def at_once(x: Tensor) -> int:
     return 2 if x.device.type == "cpu" else 4
 
 
-def tiles(batch: int, d_sae: int, sizes: dict[str, int]) -> tuple[int]:
-    """The grid over all tiles: row blocks change fastest, so that a block of the encoder is read once."""
-    return (triton.cdiv(batch, sizes["BLOCK_B"]) * triton.cdiv(d_sae, sizes["BLOCK_F"]),)
+def tiles(batch: int, d_sae: int, sizes: dict[str, int]) -> int:
+    """Number of tiles of the product."""
+    return triton.cdiv(batch, sizes["BLOCK_B"]) * triton.cdiv(d_sae, sizes["BLOCK_F"])
 
 
 def power_of_two(n: int) -> int:

@@ -80,12 +80,11 @@ def _candidates_kernel(
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Append every number that reaches its row's guess to the row's candidates; also count those beyond capacity."""
-    row_blocks = tl.cdiv(batch, BLOCK_B)
-    rows = (tl.program_id(0) % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
-    columns = (tl.program_id(0) // row_blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
-    pre = product_tile(x, encoder, bias, rows, columns, batch, d_sae, d_in, BLOCK_D, PRECISION)
+    rows, columns, inside, pre = product_tile(
+        x, encoder, bias, tl.program_id(0), batch, d_sae, d_in, BLOCK_B, BLOCK_F, BLOCK_D, PRECISION
+    )
     bound = tl.load(guess + rows, mask=rows < batch, other=float("inf"))
-    chosen = (pre >= bound[:, None]) & (columns < d_sae)[None, :] & (rows < batch)[:, None]
+    chosen = (pre >= bound[:, None]) & inside
     number = chosen.to(tl.int32)
     before = tl.atomic_add(counts + rows, tl.sum(number, 1), mask=rows < batch)
     place = before[:, None] + tl.cumsum(number, 1) - 1
@@ -118,6 +117,7 @@ def _select_kernel(counts, values, features, chosen_values, chosen_features, k, 
 
 @triton.jit
 def _row_block(x, encoder, bias, row, columns, d_sae, d_in, BLOCK_D: tl.constexpr):
+    """x[row] · encoder[columns]ᵀ + bias[columns] in float32."""
     total = tl.zeros((columns.shape[0],), tl.float32)
     for start in range(0, d_in, BLOCK_D):
         inner = start + tl.arange(0, BLOCK_D)
@@ -129,6 +129,19 @@ def _row_block(x, encoder, bias, row, columns, d_sae, d_in, BLOCK_D: tl.constexp
         ).to(tl.float32)
         total += tl.sum(left[None, :] * right, 1)
     return total + tl.load(bias + columns, mask=columns < d_sae, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _reaching(
+    x, encoder, bias, row, bound, d_sae, d_in, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """How many of a row's numbers, as ordered integers, reach the bound."""
+    count = tl.zeros((), tl.int32)
+    for start in range(0, d_sae, BLOCK_F):
+        columns = start + tl.arange(0, BLOCK_F)
+        key = ordered(_row_block(x, encoder, bias, row, columns, d_sae, d_in, BLOCK_D)).to(tl.int64)
+        count += tl.sum(((key >= bound) & (columns < d_sae)).to(tl.int32), 0)
+    return count
 
 
 @triton.jit
@@ -144,19 +157,10 @@ def _exact_row_kernel(
         high = tl.full((), 2147483647, tl.int64)
         for _ in range(32):
             middle = (low + high + 1) >> 1
-            reached = tl.zeros((), tl.int32)
-            for start in range(0, d_sae, BLOCK_F):
-                columns = start + tl.arange(0, BLOCK_F)
-                key = ordered(_row_block(x, encoder, bias, row, columns, d_sae, d_in, BLOCK_D)).to(tl.int64)
-                reached += tl.sum(((key >= middle) & (columns < d_sae)).to(tl.int32), 0)
-            low = tl.where(reached >= k, middle, low)
-            high = tl.where(reached >= k, high, middle - 1)
-        above = tl.zeros((), tl.int32)
-        for start in range(0, d_sae, BLOCK_F):
-            columns = start + tl.arange(0, BLOCK_F)
-            key = ordered(_row_block(x, encoder, bias, row, columns, d_sae, d_in, BLOCK_D)).to(tl.int64)
-            above += tl.sum(((key > low) & (columns < d_sae)).to(tl.int32), 0)
-        ties_left = k - above
+            enough = _reaching(x, encoder, bias, row, middle, d_sae, d_in, BLOCK_F, BLOCK_D) >= k
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        ties_left = k - _reaching(x, encoder, bias, row, low + 1, d_sae, d_in, BLOCK_F, BLOCK_D)
         written = tl.zeros((), tl.int32)
         for start in range(0, d_sae, BLOCK_F):
             columns = start + tl.arange(0, BLOCK_F)
@@ -181,7 +185,7 @@ def largest_of_rows(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[T
     candidates = x.new_empty(batch, scheme.capacity, dtype=torch.float32)
     where = torch.empty(batch, scheme.capacity, dtype=torch.int32, device=x.device)
     sizes = tile_sizes(x)
-    _candidates_kernel[tiles(batch, len(encoder), sizes)](
+    _candidates_kernel[(tiles(batch, len(encoder), sizes),)](
         x, encoder, bias, guesses(x, encoder, bias, scheme), counts, candidates, where,
         batch, len(encoder), d_in, scheme.capacity, PRECISION=precision(), **sizes,
     )  # fmt: skip
@@ -211,10 +215,8 @@ def guesses(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
 def _by_chunks(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """For a k of thousands: dense, some rows at a time, summed in float32 like everything else."""
     whole = encoder.float()
-    values, features = [], []
-    for rows in x.split(max(1, (1 << 26) // len(encoder))):
-        pre = rows.float() @ whole.T + bias
-        of_rows = pre.topk(k, dim=-1, sorted=False)
-        values.append(of_rows.values)
-        features.append(of_rows.indices)
-    return torch.cat(values), torch.cat(features)
+    largest = [
+        (rows.float() @ whole.T + bias).topk(k, dim=-1, sorted=False)
+        for rows in x.split(max(1, (1 << 26) // len(encoder)))
+    ]
+    return torch.cat([chunk.values for chunk in largest]), torch.cat([chunk.indices for chunk in largest])

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels import cpu
@@ -106,49 +107,59 @@ def _squares_kernel(
     tl.store(out + feature, tl.sum(g * g, 0))
 
 
-def gradient_squares(weight: Tensor, gradient: Gradient, unit_rows: bool) -> Tensor:
+def gradient_squares(
+    weight: Float[Tensor, "d_sae d_in"], gradient: Gradient, unit_rows: bool
+) -> Float[Tensor, " d_sae"]:
     if weight.shape[1] > LARGEST_ROW:
         return cpu.gradient_squares(weight, gradient, unit_rows)
     pointers, options = _parts(weight, gradient, unit_rows)
     out = weight.new_empty(len(weight))
-    _squares_kernel[(len(weight),)](*pointers, out, **options)
+    with torch.cuda.device_of(weight):
+        _squares_kernel[(len(weight),)](*pointers, out, **options)
     return out
 
 
-def adam_(weight: Tensor, moments: Moments, gradient: Gradient, step: AdamStep, copy: Tensor | None = None) -> None:
+def adam_(
+    weight: Float[Tensor, "d_sae d_in"],
+    moments: Moments,
+    gradient: Gradient,
+    step: AdamStep,
+    copy: Float[Tensor, "d_sae d_in"] | None = None,
+) -> None:
     if weight.shape[1] > LARGEST_ROW:
         cpu.adam_(weight, moments, gradient, step, copy)
         return
     pointers, options = _parts(weight, gradient, step.unit_rows)
-    _adam_kernel[(len(weight),)](
-        *pointers, moments.first, moments.second, weight if copy is None else copy,
-        weight if step.scale is None else step.scale,
-        step.lr, step.beta1, step.beta2, step.eps, 1 - step.beta1**step.number, 1 - step.beta2**step.number,
-        **options, COPY=copy is not None, SCALED=step.scale is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):
+        _adam_kernel[(len(weight),)](
+            *pointers, moments.first, moments.second, weight if copy is None else copy,
+            weight if step.scale is None else step.scale,
+            step.lr, step.beta1, step.beta2, step.eps, 1 - step.beta1**step.number, 1 - step.beta2**step.number,
+            **options, COPY=copy is not None, SCALED=step.scale is not None,
+        )  # fmt: skip
 
 
 def _parts(weight: Tensor, gradient: Gradient, unit_rows: bool) -> tuple[list[Any], dict[str, Any]]:
-    """The kernels' common arguments: the weight, pointers to the parts of its gradient, and which parts exist."""
+    """The kernels' common arguments: the weight, pointers to the parts of its gradient, and which parts exist.
+
+    The kernels take two terms, one block and one dense matrix. Further terms and blocks, which no architecture has, are
+    added to the dense matrix. The weight stands in for parts that do not exist.
+    """
     d_sae, d_in = weight.shape
-    terms = list(gradient.terms[:2])
-    dense = _sum(gradient.dense, gradient.terms[2:])
-    slots, block = None, None
+    matrices = [] if gradient.dense is None else [gradient.dense]
+    matrices += [feature_sums(term) for term in gradient.terms[2:]]
+    for block in gradient.blocks[1:]:
+        matrices.append(torch.zeros_like(weight).index_add_(0, block.features, block.gradient))
+    dense = functools.reduce(torch.add, matrices).contiguous() if matrices else weight
+    slots = rows = weight
     if gradient.blocks:
-        head, *others = gradient.blocks
+        features, rows = gradient.blocks[0].features, gradient.blocks[0].gradient.contiguous()
         slots = torch.full((d_sae,), -1, dtype=torch.int32, device=weight.device)
-        slots[head.features] = torch.arange(len(head.features), dtype=torch.int32, device=weight.device)
-        block = head.gradient.contiguous()
-        for other in others:
-            dense = torch.zeros_like(weight) if dense is None else dense
-            dense = dense.index_add(0, other.features, other.gradient)
-    of_terms = [_pointers(term) if term else (weight,) * 5 for term in [*terms, None, None][:2]]
-    pointers = [
-        weight, weight if dense is None else dense, weight if slots is None else slots,
-        weight if block is None else block, *of_terms[0], *of_terms[1], d_in,
-    ]  # fmt: skip
+        slots[features] = torch.arange(len(features), dtype=torch.int32, device=weight.device)
+    terms = [pointer for term in gradient.terms[:2] for pointer in _pointers(term)]
+    pointers = [weight, dense, slots, rows, *terms, *[weight] * (10 - len(terms)), d_in]
     options = {
-        "TERMS": len(terms), "DENSE": dense is not None, "SLOTS": slots is not None, "UNIT": unit_rows,
+        "TERMS": len(gradient.terms[:2]), "DENSE": bool(matrices), "SLOTS": bool(gradient.blocks), "UNIT": unit_rows,
         "BLOCK": power_of_two(d_in), "AT_ONCE": at_once(weight), "num_warps": 4 if d_in <= 2048 else 8,
     }  # fmt: skip
     return pointers, options
@@ -157,11 +168,3 @@ def _parts(weight: Tensor, gradient: Gradient, unit_rows: bool) -> tuple[list[An
 def _pointers(term: FactoredGradient) -> tuple[Tensor, ...]:
     order, rows, offsets = term.pattern.by_feature
     return term.rows.contiguous(), order, rows, offsets, term.coefficients
-
-
-def _sum(dense: Tensor | None, terms: Sequence[FactoredGradient]) -> Tensor | None:
-    """Add terms that the kernel has no arguments for to the dense gradient; no architecture has three terms."""
-    for term in terms:
-        part = feature_sums(term)
-        dense = part if dense is None else dense + part
-    return None if dense is None else dense.contiguous()
