@@ -33,6 +33,8 @@ SETTINGS = (
 )  # fmt: skip
 OWN = {"sae_version", "seconds", "key", "identity", "made_by", "bytes", "tokens_per_second"}
 """Entries that name the package or the time, not a result."""
+RENAMED = {"world": "kind"}
+"""Entries that older commits call by another name."""
 LABELLED = 240
 PATIENCE_SECONDS = 300.0
 
@@ -109,7 +111,7 @@ def results(checkout: Checkout) -> dict[str, Any]:
 def plain(content: Any) -> Any:
     """The content without what names the package or the time."""
     if isinstance(content, dict):
-        return {key: plain(value) for key, value in content.items() if key not in OWN}
+        return {RENAMED.get(key, key): plain(value) for key, value in content.items() if key not in OWN}
     return [plain(value) for value in content] if isinstance(content, list) else content
 
 
