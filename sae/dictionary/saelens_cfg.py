@@ -8,7 +8,6 @@ from typing import Any
 
 from sae.dictionary.hook_points import block_of
 
-_ARCHITECTURES = {"relu": "standard_april_update", "matryoshka": "matryoshka_batch_topk"}
 _WEIGHT_PROCESSING: dict[str, dict[str, bool]] = {
     "fold_ln": {"fold_ln": True},
     "center_and_fold": {"fold_ln": True, "center_writing_weights": True, "center_unembed": True},
@@ -68,24 +67,24 @@ class ToolConfig:
         return asdict(self)
 
 
-def tool_config(config: Mapping[str, Any], device: str) -> ToolConfig:
+def tool_config(config: Mapping[str, Any], architecture: str, device: str) -> ToolConfig:
     """Build the `cfg` from the contents of `config.json`.
 
     Args:
         config: result of `Dictionary.config()`.
+        architecture: SAEBench's name of it.
         device: device of the weights.
     """
     metadata: Mapping[str, Any] = config["metadata"]
     model, tokens, data, trained = (_part(metadata, name) for name in ("model", "tokens", "data", "trained"))
-    hook, architecture = metadata.get("hook"), str(config["architecture"])
-    source = data.get("source")
+    hook, source = metadata.get("hook"), data.get("source")
     return ToolConfig(
         model_name=model.get("name"),
         hook_name=hook,
         hook_layer=block_of(hook) if hook else None,
         d_in=config["d_in"],
         d_sae=config["d_sae"],
-        architecture=_ARCHITECTURES.get(architecture, architecture),
+        architecture=architecture,
         dtype=config["dtype"],
         device=device,
         context_size=metadata.get("context_length"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sae.evaluation.pareto import ARCHITECTURE_COLOURS
 from sae.results.figure import (
-    ARCHITECTURE_COLOURS,
     BLUE,
     BROWN,
     GREEN,

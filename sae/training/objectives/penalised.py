@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architectures import Gated, JumpReLU
+from sae.architectures import Gated, JumpReLU, ReLU
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import DENSE_ABOVE
 from sae.kernels.sparse import decode, entries_of, select_above
@@ -20,6 +20,7 @@ from sae.training.objectives.common import (
     firing,
     firing_densely,
     mean_squared_error,
+    objective_of,
     pre_activations_at,
     pre_activations_densely,
     reconstruct,
@@ -27,8 +28,9 @@ from sae.training.objectives.common import (
 )
 
 
+@objective_of(ReLU)
 def relu_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: ReLU, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j f_j ‖W_dec,j‖, with every positive pre-activation firing.
 
@@ -51,15 +53,15 @@ def relu_loss(
     return with_revival(losses, context.aux_coefficient, "revival", revival(dictionary, context))
 
 
+@objective_of(Gated)
 def gated_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: Gated, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j ReLU(π_j) + ‖y − ŷ_gate‖² + α · AuxK, with ŷ_gate from ReLU(π) and a frozen decoder.
 
     Rajamanoharan et al. 2024, §3.2, eq. 8. AuxK trains the direction and magnitude of a dead feature, which needs no
     gate, while `revival` opens its gate: a feature opened without this training would be useless and soon close again.
     """
-    assert isinstance(dictionary, Gated)
     frozen, b_dec = dictionary.W_dec.detach(), dictionary.b_dec.detach()
     if context.density > DENSE_ABOVE:
         pre = pre_activations_densely(dictionary, x)
@@ -88,8 +90,9 @@ def gated_loss(
     return with_revival(losses, context.aux_coefficient, "aux", aux)
 
 
+@objective_of(JumpReLU)
 def jumprelu_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: JumpReLU, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ · L0, or + λ · (L0 / target − 1)²; + α · AuxK. Straight-through gradients reach the thresholds.
 
@@ -98,7 +101,6 @@ def jumprelu_loss(
 
     Rajamanoharan et al. 2024, §3 and appendix G (target L0).
     """
-    assert isinstance(dictionary, JumpReLU)
     threshold, width = dictionary.threshold, context.bandwidth
     lowest = (threshold.detach() - width / 2).clamp(min=0)
     selection = select_above(x, *encoder(dictionary), lowest)
