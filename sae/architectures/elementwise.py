@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae.dictionary.base import Dictionary, checked_k
+from sae.dictionary.base import Dictionary, check_k
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.kernels.sparse import select_above
 
@@ -59,7 +59,8 @@ class OneThreshold(Elementwise):
 
     def __init__(self, d_in: int, d_sae: int, *, k: int, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__(d_in, d_sae, metadata)
-        self.k = checked_k(k, d_sae)
+        check_k(k, d_sae)
+        self.k = k
         self.threshold = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def bounds(self) -> Float[Tensor, " d_sae"]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.dictionary.base import Dictionary, checked_k
+from sae.dictionary.base import Dictionary, check_k
 from sae.kernels.interface import Selection
 from sae.kernels.sparse import select_topk
 
@@ -28,7 +28,8 @@ class TopK(Dictionary):
 
     def __init__(self, d_in: int, d_sae: int, *, k: int, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__(d_in, d_sae, metadata)
-        self.k = checked_k(k, d_sae)
+        check_k(k, d_sae)
+        self.k = k
 
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
         return select_topk(x, self.b_dec, self.W_enc.T, self.b_enc, self.k)

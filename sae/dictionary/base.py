@@ -361,12 +361,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def checked_k(k: int, d_sae: int) -> int:
-    """Return k if 1 ≤ k ≤ d_sae.
+def check_k(k: int, d_sae: int) -> None:
+    """Refuse a number of features that no token can have.
 
     Raises:
-        ValueError: k is out of range.
+        ValueError: 1 ≤ k ≤ d_sae does not hold.
     """
     if not 1 <= k <= d_sae:
         raise ValueError(f"k={k}: expected 1 ≤ k ≤ d_sae={d_sae}")
-    return k

@@ -53,12 +53,12 @@ class FeatureAdam:
         matrices = {id(dictionary.W_enc), id(dictionary.W_dec)}
         rest = {name: p for name, p in dictionary.named_parameters() if p.requires_grad and id(p) not in matrices}
         groups = [{"params": [p], "factor": dictionary.rate_factors.get(name, 1.0)} for name, p in rest.items()]
-        groups = groups or [{"params": [], "factor": 1.0}]  # only matrices are trained
-        self.rest = torch.optim.Adam(groups, betas=(beta1, beta2), eps=_EPSILON, fused=True)
+        no_group = [{"params": [], "factor": 1.0}]  # only matrices are trained
+        self.rest = torch.optim.Adam(groups or no_group, betas=(beta1, beta2), eps=_EPSILON, fused=True)
         self.steps, self.lr = 0, 0.0
-        self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = None
-        if low_precision:
-            self.encoder_bf16 = self.encoder.to(torch.bfloat16)
+        self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = (
+            self.encoder.to(torch.bfloat16) if low_precision else None
+        )
 
     def refresh(self) -> None:
         """Update the copy after the weights were changed from outside."""

@@ -109,7 +109,8 @@ class Trainer:
         context = self._context()
         losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, context)
         losses.total.backward()
-        self.optimizer.step(self._rate())
+        warmup, decay = self.settings.warmup_fraction, self.settings.decay_fraction
+        self.optimizer.step(learning_rate(self.step_number, self.steps, self.rate, warmup, decay))
         self.step_number += 1
         self.firing.record(losses.counts, losses.l0, len(x), self.step_number)
         if self.steered is not None:
@@ -119,9 +120,9 @@ class Trainer:
         elif losses.threshold is not None:
             self._update_old_threshold(losses.threshold)
         self.variance = target.var(0, correction=0).sum()
-        bad = ~losses.total.detach().isfinite()
-        self.bad_input |= bad & (self.first_bad_step < 0) & ~(x.isfinite().all() & target.isfinite().all())
-        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step_number, self.first_bad_step)
+        is_first_bad = ~losses.total.detach().isfinite() & (self.first_bad_step < 0)
+        self.bad_input |= is_first_bad & ~(x.isfinite().all() & target.isfinite().all())
+        self.first_bad_step.masked_fill_(is_first_bad, self.step_number)
         return replace(losses, terms={**losses.terms, **self._also_logged(context)})
 
     def folded(self) -> Dictionary:
@@ -217,14 +218,11 @@ class Trainer:
         step = int(self.first_bad_step)
         if step < 0:
             return None
-        size = self.batch_size
-        rows = f"batch {step - 1} (tokens {(step - 1) * size:,} to {step * size:,})"
+        cause = f"training diverged; lower train.lr (now {self.rate:.2g})"
         if bool(self.bad_input):
-            return (
-                f"NaN at step {step}, {rows}: the activations themselves are not finite; check a cache with "
-                "'sae verify'"
-            )
-        return f"NaN at step {step}, {rows}: training diverged; lower train.lr (now {self.rate:.2g})"
+            cause = "the activations themselves are not finite; check a cache with 'sae verify'"
+        tokens = f"tokens {(step - 1) * self.batch_size:,} to {step * self.batch_size:,}"
+        return f"NaN at step {step}, batch {step - 1} ({tokens}): {cause}"
 
     def feature_metrics(self) -> dict[str, Float[Tensor, " some"]]:
         """Metrics per feature for the log: how often features fire, and how similar they are. Waits for the device.
@@ -263,8 +261,7 @@ class Trainer:
             initialise_(self.dictionary, x, self.generator, target, l0, self.settings.initial_b_dec)
         else:
             start = copy.deepcopy(start).to(x.device, x.dtype)
-            target_normalisation = self.target_normalisation
-            inverse_target = None if target_normalisation is None else target_normalisation.inverse()
+            inverse_target = None if self.target_normalisation is None else self.target_normalisation.inverse()
             fold_(start, self.normalisation.inverse(), inverse_target)
             take_over_(self.dictionary, start, x, l0)
         if self.steered is not None:
@@ -309,10 +306,6 @@ class Trainer:
         if self.dictionary.penalty is not None:
             shown["sparsity_weight"] = torch.as_tensor(context.sparsity)
         return {name: value for name, value in shown.items() if value is not None}
-
-    def _rate(self) -> float:
-        settings = self.settings
-        return learning_rate(self.step_number, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
 
     def _in_bfloat16(self, device: torch.device) -> bool:
         """Whether the large product is computed in bfloat16: if requested, and by default on a GPU.

@@ -67,13 +67,18 @@ class Losses:
     revived: Float[Tensor, ""] | None = None
 
 
-def with_revival(losses: Losses, weight: float, name: str, term: Float[Tensor, ""] | None) -> Losses:
-    """Add a weighted term that revives dead features, if there is one."""
-    if term is None:
-        return losses
-    terms, weighted = {**losses.terms, name: term.detach()}, weight * term
-    revived = weighted.detach() if losses.revived is None else losses.revived + weighted.detach()
-    return replace(losses, total=losses.total + weighted, terms=terms, revived=revived)
+def with_revival(losses: Losses, context: StepInputs, **terms: Float[Tensor, ""] | None) -> Losses:
+    """Add the terms that revive dead features, by their names in the log; None if no feature is dead."""
+    for name, term in terms.items():
+        if term is not None:
+            weighted = context.aux_coefficient * term
+            losses = replace(
+                losses,
+                total=losses.total + weighted,
+                terms={**losses.terms, name: term.detach()},
+                revived=weighted.detach() + (0 if losses.revived is None else losses.revived),
+            )
+    return losses
 
 
 Kind = TypeVar("Kind", bound=Dictionary)

@@ -48,9 +48,8 @@ def relu_loss(
         firings = firing(selection.pattern, values)
         l1 = (values * entries_of(norms, selection.pattern.features)).sum() / len(x)
     mse = mean_squared_error(target, reconstruction)
-    total, terms = mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}
-    losses = Losses(total, terms, *firings)
-    return with_revival(losses, context.aux_coefficient, "revival", revival(dictionary, context))
+    losses = Losses(mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}, *firings)
+    return with_revival(losses, context, revival=revival(dictionary, context))
 
 
 @objective_of(Gated)
@@ -77,17 +76,12 @@ def gated_loss(
         reconstruction = reconstruct(dictionary, pattern, values, context)
         gate_reconstruction = decode(pattern, gate, frozen) + b_dec
         firings = firing(pattern, values)
-    mse, gate_mse, l1 = (
-        mean_squared_error(target, reconstruction),
-        mean_squared_error(target, gate_reconstruction),
-        gate.sum() / len(x),
-    )
-    total = mse + context.sparsity * l1 + gate_mse
+    mse, l1 = mean_squared_error(target, reconstruction), gate.sum() / len(x)
+    gate_mse = mean_squared_error(target, gate_reconstruction)
     terms = {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}
-    losses = Losses(total, terms, *firings)
-    losses = with_revival(losses, context.aux_coefficient, "revival", revival(dictionary, context))
+    losses = Losses(mse + context.sparsity * l1 + gate_mse, terms, *firings)
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    return with_revival(losses, context.aux_coefficient, "aux", aux)
+    return with_revival(losses, context, revival=revival(dictionary, context), aux=aux)
 
 
 @objective_of(JumpReLU)
@@ -112,9 +106,9 @@ def jumprelu_loss(
     reconstruction = reconstruct(dictionary, pattern, values, context)
     mse = mean_squared_error(target, reconstruction)
     penalty = l0 if context.target_l0 is None else (l0 / context.target_l0 - 1).square()
-    total, terms = mse + context.sparsity * penalty, {"mse": mse.detach(), "l0_penalty": penalty.detach()}
-    aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    return with_revival(Losses(total, terms, *firing(pattern, values)), context.aux_coefficient, "aux", aux)
+    terms = {"mse": mse.detach(), "l0_penalty": penalty.detach()}
+    losses = Losses(mse + context.sparsity * penalty, terms, *firing(pattern, values))
+    return with_revival(losses, context, aux=auxk_after(dictionary, x, (target - reconstruction).detach(), context))
 
 
 def revival(dictionary: Dictionary, context: StepInputs) -> Float[Tensor, ""] | None:

@@ -95,8 +95,8 @@ def _with_auxk(
     error: Float[Tensor, ""],
 ) -> Losses:  # fmt: skip
     """The error plus AuxK, on the dead features in the selection."""
-    losses = Losses(error, {"mse": error.detach()}, *firing(selection.pattern, values))
+    aux = None
     if selection.subset_values is not None and selection.subset_places is not None:
         aux = auxk_loss(dictionary, x, residual.detach(), context, selection.subset_values, selection.subset_places)
-        losses = with_revival(losses, context.aux_coefficient, "aux", aux)
-    return losses
+    losses = Losses(error, {"mse": error.detach()}, *firing(selection.pattern, values))
+    return with_revival(losses, context, aux=aux)
