@@ -34,8 +34,9 @@ from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
+from sae.evaluation.pareto import ARCHITECTURE_COLOURS
 from sae.files.writing import write_json
-from sae.results.figure import ARCHITECTURE_COLOURS, Canvas, logarithmic
+from sae.results.figure import Canvas, logarithmic
 from sae.training import Recipe, train_all
 from sae.training.firing import default_dead_after
 from sae.training.schedules import default_learning_rate

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -13,19 +14,20 @@ from sae.architectures.jumprelu import JumpReLU
 from sae.architectures.matryoshka import Matryoshka
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
+from sae.config.settings import Architecture
 from sae.dictionary.base import Dictionary
 from sae.dictionary.saved import read_saved
 from sae.errors import FormatError
 from sae.numerics.modes import defaults
 
-ARCHITECTURES: dict[str, type[Dictionary]] = {
-    "relu": ReLU,
-    "gated": Gated,
-    "topk": TopK,
-    "batch_topk": BatchTopK,
-    "jumprelu": JumpReLU,
-    "matryoshka": Matryoshka,
-}
+
+def _class_of(name: str) -> type[Dictionary]:
+    """The class in the file of this name."""
+    module = import_module(f"{__name__}.{name}")
+    return next(value for value in vars(module).values() if getattr(value, "architecture", None) == name)
+
+
+ARCHITECTURES: dict[str, type[Dictionary]] = {name: _class_of(name) for name in get_args(Architecture)}
 
 
 @torch.inference_mode(False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from sae.architectures.elementwise import OneThreshold
 
 
@@ -16,4 +14,4 @@ class BatchTopK(OneThreshold):
     Bussmann et al. 2024, "BatchTopK Sparse Autoencoders".
     """
 
-    architecture: ClassVar[str] = "batch_topk"
+    architecture = "batch_topk"

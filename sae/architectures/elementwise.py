@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae.dictionary.base import Dictionary, checked_k
+from sae.dictionary.base import Dictionary, check_k
 from sae.kernels.interface import DENSE_ABOVE, Selection
 from sae.kernels.sparse import select_above
 
@@ -24,9 +23,9 @@ class Elementwise(Dictionary):
     sparse, they are computed densely.
     """
 
-    @abstractmethod
     def bounds(self) -> Float[Tensor, " d_sae"]:
-        """The pre-activation that a feature must exceed to fire."""
+        """The pre-activation that a feature must exceed to fire: 0, unless the architecture has thresholds."""
+        return self.b_enc.new_zeros(self.d_sae)
 
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
         return select_above(x, self.b_dec, self.W_enc.T, self.b_enc, self.bounds())
@@ -54,15 +53,15 @@ class OneThreshold(Elementwise):
         threshold: θ, a single number, not trained by gradient; in units of the activations.
     """
 
-    setting_names: ClassVar[tuple[str, ...]] = ("k",)
+    setting_names = ("k",)
+    reads = ("train.k_aux", "train.encoder_dtype")
+    batch_threshold = True
 
     def __init__(self, d_in: int, d_sae: int, *, k: int, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__(d_in, d_sae, metadata)
-        self.k = checked_k(k, d_sae)
+        check_k(k, d_sae)
+        self.k = k
         self.threshold = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    def settings(self) -> dict[str, Any]:
-        return {"k": self.k}
 
     def bounds(self) -> Float[Tensor, " d_sae"]:
         return self.threshold.expand(self.d_sae)
@@ -73,3 +72,7 @@ class OneThreshold(Elementwise):
         super().scale_activations_(factor)
         if not isinstance(factor, Tensor) or factor.ndim == 0:
             self.threshold.mul_(factor)
+
+    @torch.no_grad()
+    def fire_above_(self, bound: Float[Tensor, ""]) -> None:
+        self.threshold.fill_(bound)

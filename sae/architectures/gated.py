@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +24,10 @@ class Gated(Elementwise):
         r_mag: logarithm of the magnitude's gain over the gate, `[d_sae]`.
     """
 
-    architecture: ClassVar[str] = "gated"
-    setting_names: ClassVar[tuple[str, ...]] = ()
-    bias_names: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag")
+    architecture = "gated"
+    bias_names = ("b_gate", "b_mag")
+    penalty = "l1"
+    reads = ("train.l1_coefficient", "train.sparsity_warmup_fraction", "train.k_aux")
 
     b_gate: nn.Parameter
     b_mag: nn.Parameter
@@ -39,11 +40,10 @@ class Gated(Elementwise):
     def b_enc(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.b_gate
 
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-    def bounds(self) -> Float[Tensor, " d_sae"]:
-        return self.b_gate.new_zeros(self.d_sae)
+    def magnitude_encoder(
+        self, rows: Float[Tensor, "some d_in"], features: Int[Tensor, " some"] | slice
+    ) -> tuple[Float[Tensor, "some d_in"], Float[Tensor, " some"]]:
+        return rows * self.r_mag[features].exp()[:, None], self.b_mag[features]
 
     @torch.no_grad()
     def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:

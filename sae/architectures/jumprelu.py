@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,15 +22,17 @@ class JumpReLU(Elementwise):
         threshold: θ ≥ 0, `[d_sae]`, in units of the activations.
     """
 
-    architecture: ClassVar[str] = "jumprelu"
-    setting_names: ClassVar[tuple[str, ...]] = ()
+    architecture = "jumprelu"
+    penalty = "l0"
+    reads = ("train.l0_coefficient", "train.bandwidth", "train.sparsity_warmup_fraction", "train.k_aux")
+    # Thresholds are as large as activations, many times an encoder weight; with the learning rate of the weights they
+    # would not reach their values in time (docs/log.md).
+    rate_factors = MappingProxyType({"threshold": 10.0})
+    non_negative = ("threshold",)
 
     def __init__(self, d_in: int, d_sae: int, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__(d_in, d_sae, metadata)
         self.threshold = nn.Parameter(torch.zeros(d_sae))
-
-    def settings(self) -> dict[str, Any]:
-        return {}
 
     def bounds(self) -> Float[Tensor, " d_sae"]:
         return self.threshold.detach()
@@ -38,3 +41,7 @@ class JumpReLU(Elementwise):
     def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
         super().scale_activations_(factor)
         self.threshold.mul_(factor)
+
+    @torch.no_grad()
+    def fire_above_(self, bound: Float[Tensor, ""]) -> None:
+        self.threshold.fill_(bound)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -25,8 +25,10 @@ class Matryoshka(OneThreshold):
         prefixes: ascending shares of d_sae; the last is 1.
     """
 
-    architecture: ClassVar[str] = "matryoshka"
-    setting_names: ClassVar[tuple[str, ...]] = ("k", "prefixes")
+    architecture = "matryoshka"
+    saebench_name = "matryoshka_batch_topk"
+    setting_names = ("k", "prefixes")
+    reads = (*OneThreshold.reads, "dictionary.prefixes")
 
     prefix_ends: Int[Tensor, " prefixes"]
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-from jaxtyping import Float
-from torch import Tensor
-
 from sae.architectures.elementwise import Elementwise
 
 
@@ -17,12 +12,9 @@ class ReLU(Elementwise):
     Anthropic's April 2024 update: decoder norms are free during training, and the penalty includes them.
     """
 
-    architecture: ClassVar[str] = "relu"
-    setting_names: ClassVar[tuple[str, ...]] = ()
-    unit_decoder: ClassVar[bool] = False
-
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-    def bounds(self) -> Float[Tensor, " d_sae"]:
-        return self.b_enc.new_zeros(self.d_sae)
+    architecture = "relu"
+    saebench_name = "standard_april_update"
+    unit_decoder = False
+    penalty = "l1"
+    falling_l0 = True
+    reads = ("train.l1_coefficient", "train.sparsity_warmup_fraction")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.dictionary.base import Dictionary, checked_k
+from sae.dictionary.base import Dictionary, check_k
 from sae.kernels.interface import Selection
 from sae.kernels.sparse import select_topk
 
@@ -22,15 +22,14 @@ class TopK(Dictionary):
     Gao et al. 2024, "Scaling and evaluating sparse autoencoders", §2.3.
     """
 
-    architecture: ClassVar[str] = "topk"
-    setting_names: ClassVar[tuple[str, ...]] = ("k",)
+    architecture = "topk"
+    setting_names = ("k",)
+    reads = ("train.k_aux", "train.encoder_dtype")
 
     def __init__(self, d_in: int, d_sae: int, *, k: int, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__(d_in, d_sae, metadata)
-        self.k = checked_k(k, d_sae)
-
-    def settings(self) -> dict[str, Any]:
-        return {"k": self.k}
+        check_k(k, d_sae)
+        self.k = k
 
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
         return select_topk(x, self.b_dec, self.W_enc.T, self.b_enc, self.k)

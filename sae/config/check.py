@@ -17,7 +17,7 @@ def check_fit(shape: DictionaryConfig, settings: TrainConfig) -> None:
     """
     if shape.k > shape.d_sae:
         raise ConfigError(f"dictionary.k={shape.k} exceeds dictionary.d_sae={shape.d_sae}: lower k or raise d_sae")
-    if shape.architecture == "matryoshka":
+    if shape.is_nested:
         try:
             nested_sizes(shape.prefixes, shape.d_sae)
         except ValueError as error:

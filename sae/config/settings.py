@@ -19,6 +19,10 @@ PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """Sizes of nested dictionaries as shares of d_sae: each adds twice as many features as the one before."""
 
 
+Architecture = Literal["relu", "gated", "topk", "batch_topk", "jumprelu", "matryoshka"]
+"""Names of the architectures; each is that of a file in `sae/architectures/`, which declares everything else."""
+
+
 def is_pattern(hook: Any) -> bool:
     """Whether an entry that names hook points is a pattern, such as `blocks.*.hook_mlp_out`."""
     return isinstance(hook, str) and any(character in hook for character in "*?[")
@@ -27,7 +31,7 @@ def is_pattern(hook: Any) -> bool:
 class DictionaryConfig(Settings):
     """The architecture and size of the dictionary."""
 
-    architecture: Literal["relu", "gated", "topk", "batch_topk", "jumprelu", "matryoshka"] = Field(
+    architecture: Architecture = Field(
         default="topk",
         description="`topk` (k per token), `batch_topk` (k per token on average), `matryoshka` (the same, nested), "
         "`jumprelu` (learned thresholds), `gated` and `relu` (with an L1 penalty)",
@@ -52,6 +56,11 @@ class DictionaryConfig(Settings):
         default=PREFIXES,
         description="sizes of the nested dictionaries, as ascending shares of d_sae; matryoshka only",
     )
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the architecture reads `prefixes`."""
+        return self.architecture == "matryoshka"
 
     @field_validator("reads", "gives")
     @classmethod

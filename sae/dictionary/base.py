@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sae.dictionary.origin import Origin
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
+from sae.dictionary.traits import Traits
 from sae.errors import ShapeError
 from sae.files.formats import Format
 from sae.files.writing import write_json, write_tensors
@@ -58,7 +59,7 @@ class Codes:
         return zeros.scatter_add(-1, self.indices.expand_as(self.values), self.values)
 
 
-class Dictionary(nn.Module, ABC):
+class Dictionary(Traits, nn.Module, ABC):
     """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
 
     Subclasses define `act`: `select` and `lets_through` decide which features fire, `activate` computes their
@@ -76,13 +77,6 @@ class Dictionary(nn.Module, ABC):
         b_dec: `[d_in]`.
         metadata: JSON-able facts saved with the weights: model, hook point, token policy, training.
     """
-
-    architecture: ClassVar[str]
-    setting_names: ClassVar[tuple[str, ...]]
-    bias_names: ClassVar[tuple[str, ...]] = ("b_enc",)
-    """Bias parameters `[d_sae]`, in units of the pre-activations; they start at 0."""
-    unit_decoder: ClassVar[bool] = True
-    """Whether training keeps decoder rows at norm 1; otherwise they are normalised after training."""
 
     b_enc: nn.Parameter
 
@@ -116,9 +110,20 @@ class Dictionary(nn.Module, ABC):
         """
         return pre.relu()
 
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Constructor arguments other than d_in, d_sae and metadata."""
+        """Constructor arguments other than d_in, d_sae and metadata, as in `config.json`."""
+        return {name: getattr(self, name) for name in self.setting_names}
+
+    def magnitude_encoder(
+        self, rows: Float[Tensor, "some d_in"], features: Int[Tensor, " some"] | slice
+    ) -> tuple[Float[Tensor, "some d_in"], Float[Tensor, " some"]]:
+        """Encoder rows and biases of activations without a gate: these are the ReLU of the encoder's output.
+
+        Args:
+            rows: of W_enc.T, for these features.
+            features: which ones.
+        """
+        return rows, self.b_enc[features]
 
     @without_autocast
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
@@ -273,6 +278,11 @@ class Dictionary(nn.Module, ABC):
         self.scale_activations_(norms)
 
     @torch.no_grad()
+    def fire_above_(self, bound: Float[Tensor, ""]) -> None:
+        """Let a feature fire only if its pre-activation exceeds a bound."""
+        self.b_enc.sub_(bound)
+
+    @torch.no_grad()
     def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:
         """Add a shift to (x − b_dec) W_enc, wherever it is used."""
         self.b_enc.add_(shift)
@@ -338,7 +348,7 @@ class Dictionary(nn.Module, ABC):
         You may change it, as in `dictionary.cfg.model_name = "gpt2"`: this package does not read or save it.
         """
         if self._cfg is None:
-            self._cfg = tool_config(self.config(), str(self.device))
+            self._cfg = tool_config(self.config(), self.saebench_name or self.architecture, str(self.device))
         return self._cfg
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dictionary:
@@ -361,12 +371,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def checked_k(k: int, d_sae: int) -> int:
-    """Return k if 1 ≤ k ≤ d_sae.
+def check_k(k: int, d_sae: int) -> None:
+    """Refuse a number of features that no token can have.
 
     Raises:
-        ValueError: k is out of range.
+        ValueError: 1 ≤ k ≤ d_sae does not hold.
     """
     if not 1 <= k <= d_sae:
         raise ValueError(f"k={k}: expected 1 ≤ k ≤ d_sae={d_sae}")
-    return k

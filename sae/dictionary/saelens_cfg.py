@@ -9,7 +9,6 @@ from typing import Any
 from sae.dictionary.hook_points import block_of
 from sae.dictionary.origin import Origin
 
-_ARCHITECTURES = {"relu": "standard_april_update", "matryoshka": "matryoshka_batch_topk"}
 _WEIGHT_PROCESSING: dict[str, dict[str, bool]] = {
     "fold_ln": {"fold_ln": True},
     "center_and_fold": {"fold_ln": True, "center_writing_weights": True, "center_unembed": True},
@@ -69,16 +68,17 @@ class ToolConfig:
         return asdict(self)
 
 
-def tool_config(config: Mapping[str, Any], device: str) -> ToolConfig:
+def tool_config(config: Mapping[str, Any], architecture: str, device: str) -> ToolConfig:
     """Build the `cfg` from the contents of `config.json`.
 
     Args:
         config: result of `Dictionary.config()`.
+        architecture: SAEBench's name of it.
         device: device of the weights.
     """
     metadata: Mapping[str, Any] = config["metadata"]
     model, tokens, data, trained = (_part(metadata, name) for name in ("model", "tokens", "data", "trained"))
-    reads, architecture = Origin.of(metadata).reads, str(config["architecture"])
+    reads = Origin.of(metadata).reads
     hook = reads.hook if len(reads) == 1 else None
     source = data.get("source")
     return ToolConfig(
@@ -87,7 +87,7 @@ def tool_config(config: Mapping[str, Any], device: str) -> ToolConfig:
         hook_layer=block_of(hook) if hook else None,
         d_in=config["d_in"],
         d_sae=config["d_sae"],
-        architecture=_ARCHITECTURES.get(architecture, architecture),
+        architecture=architecture,
         dtype=config["dtype"],
         device=device,
         context_size=metadata.get("context_length"),

@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sae.architectures import ARCHITECTURES
 from sae.results.estimate import Estimate
-from sae.results.figure import ARCHITECTURE_COLOURS, INK, Canvas, drawing, logarithmic, title
+from sae.results.figure import INK, SERIES, Canvas, drawing, logarithmic, title
+
+ARCHITECTURE_COLOURS = dict(zip(ARCHITECTURES, SERIES, strict=False))
+"""Colours of the architectures in all figures, in the order of the registry; others are drawn in `INK`."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from sae.architectures import ARCHITECTURES
 from sae.evaluation.metrics import Totals, below_noise, difference
 from sae.evaluation.pareto import Point, lines, values_of
 from sae.evaluation.report import HEADINGS
@@ -60,7 +61,7 @@ def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Di
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, point in points.items():
-        fixed = None if point.weight is None else (point.weight, point.architecture == "jumprelu")  # L0, or L1
+        fixed = None if point.weight is None else (point.weight, ARCHITECTURES[point.architecture].penalty)
         groups.setdefault((point.hook, point.k, fixed), []).append(name)
     gaps: dict[str, dict[str, GapToBest]] = {}
     for names in groups.values():

@@ -15,14 +15,8 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, PURPLE, RED = "#2b6ca3", "#d97b29", "#3b8a4f", "#9d3c8a", "#be123c"
 GREY, INK, PALE, TEAL, BROWN = "#6b7280", "#374151", "#e5e7eb", "#0f766e", "#b45309"
-ARCHITECTURE_COLOURS = {
-    "relu": GREY,
-    "gated": BROWN,
-    "jumprelu": PURPLE,
-    "topk": BLUE,
-    "batch_topk": ORANGE,
-    "matryoshka": GREEN,
-}
+SERIES = (GREY, BROWN, BLUE, ORANGE, PURPLE, GREEN, TEAL, RED)
+"""Colours of things that are compared, in their order."""
 MISSING = "Figures are left out: they need matplotlib (`pip install 'sae[figures]'`)."
 """The text in Markdown in place of figures."""
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sae.evaluation.pareto import ARCHITECTURE_COLOURS
 from sae.results.figure import (
-    ARCHITECTURE_COLOURS,
     BLUE,
     BROWN,
     GREEN,

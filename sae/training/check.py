@@ -26,18 +26,17 @@ def common_pass(
         TrainingError: fewer tokens than a batch.
     """
     for name, recipe in recipes.items():
-        for part in (recipe.source, recipe.target):
-            if part is not None and part not in sources:
+        for part in recipe.sources.values():
+            if part not in sources:
                 raise ConfigError(f"{name}: there is no source {part!r}; the sources are {', '.join(sources)}")
-            if part is not None and not hasattr(sources[part], "load_state_dict"):
+            if not hasattr(sources[part], "load_state_dict"):
                 raise ConfigError(
                     f"{part}: a {type(sources[part]).__name__} is not a source of batches: give an ActivationLoader, "
                     "or sae.IterableSource(batches) with a list of tensors [batch, d_in]"
                 )
         if recipe.target is not None:
             _check_transcoder(name, sources[recipe.source], sources[recipe.target])
-    names = [name for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None]
-    used = {name: sources[name] for name in names}
+    used = {name: sources[name] for recipe in recipes.values() for name in recipe.sources.values()}
     _check_sources(used)
     folders = [recipe.folder for recipe in recipes.values() if recipe.folder is not None]
     if len(set(folders)) < len(folders):

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architectures import Gated, JumpReLU, ReLU
 from sae.dictionary.base import Dictionary
-from sae.kernels.sparse import select_batch_topk
+from sae.training.threshold import let_k_fire_
 
 
 @torch.no_grad()
@@ -30,7 +29,7 @@ def initialise_(
     Args:
         sample: inputs, normalised.
         target: the reconstruction target of each input; None: the inputs.
-        k: initial features per token of ReLU, Gated and JumpReLU.
+        k: initial features per token, if the architecture has a penalty; None: as the zeros decide.
         centre: one of `CENTRES`.
     """
     dictionary.W_dec.copy_(torch.randn(dictionary.d_sae, dictionary.d_in, generator=generator))
@@ -41,48 +40,32 @@ def initialise_(
     dictionary.b_dec.copy_(CENTRES[centre](sample if target is None else target))
     if target is not None and target is not sample:
         dictionary.shift_pre_activations_((dictionary.b_dec - CENTRES[centre](sample)) @ dictionary.W_enc)
-    if k is not None:
+    if k is not None and dictionary.penalty is not None:
         let_k_fire_(dictionary, sample, k)
 
 
 @torch.no_grad()
-def take_over_(
-    dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, "sample d_in"], k: int | None = None
-) -> None:
+def take_over_(dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, "sample d_in"], k: int) -> None:
     """Copy the weights of another dictionary of the same shape, in the units of the sample.
 
-    If its architecture differs, the copied weights are encoder (Gated's with its gain), decoder and their biases.
-    JumpReLU's thresholds, or ReLU's and Gated's biases, are then set so that k features fire per token, as in a new
-    dictionary. If training keeps decoder rows at norm 1, they are normalised, and activations take over the norms.
+    If its architecture differs, the copied weights are encoder (without a gate), decoder and their biases. If the
+    architecture has a penalty, k features per token are then let through, as in a new dictionary. If training keeps
+    decoder rows at norm 1, they are normalised, and activations take over the norms.
     """
     same_architecture = start.architecture == dictionary.architecture
     if same_architecture:
-        start_parameters = dict(start.named_parameters())
-        for name, parameter in dictionary.named_parameters():
-            parameter.copy_(start_parameters[name])
+        dictionary.load_state_dict(start.state_dict())
     else:
-        gated = isinstance(start, Gated)
-        dictionary.W_enc.copy_(start.W_enc * start.r_mag.exp() if gated else start.W_enc)
+        encoder, bias = start.magnitude_encoder(start.W_enc.T, slice(None))
+        dictionary.W_enc.copy_(encoder.T)
         dictionary.W_dec.copy_(start.W_dec)
         dictionary.b_dec.copy_(start.b_dec)
         for name in dictionary.bias_names:
-            dictionary.get_parameter(name).copy_(start.b_mag if gated else start.b_enc)
+            dictionary.get_parameter(name).copy_(bias)
     if dictionary.unit_decoder:
         dictionary.normalise_decoder_()
-    if not same_architecture and k is not None:
+    if not same_architecture and dictionary.penalty is not None:
         let_k_fire_(dictionary, sample, k)
-
-
-@torch.no_grad()
-def let_k_fire_(dictionary: Dictionary, sample: Float[Tensor, "sample d_in"], k: int) -> None:
-    """Set JumpReLU's thresholds, or ReLU's and Gated's biases, so that k features fire per token of the sample."""
-    if isinstance(dictionary, (ReLU, Gated, JumpReLU)):
-        selection = select_batch_topk(sample, dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc, k)
-        bound = selection.values.min().clamp_min(0)
-        if isinstance(dictionary, JumpReLU):
-            dictionary.threshold.fill_(bound)
-        else:
-            dictionary.b_enc.sub_(bound)
 
 
 def geometric_median(points: Float[Tensor, "sample d_in"], iterations: int = 50) -> Float[Tensor, " d_in"]:

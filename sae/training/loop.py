@@ -173,7 +173,7 @@ class _Run:
         self, sources: Mapping[str, BatchSource], recipes: Mapping[str, Recipe], device: torch.device,
         callers_mode: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:  # fmt: skip
-        used = {name for recipe in recipes.values() for name in (recipe.source, recipe.target) if name is not None}
+        used = {name for recipe in recipes.values() for name in recipe.sources.values()}
         self.sources = {name: source for name, source in sources.items() if name in used}
         self.device = device
         first = next(iter(recipes.values()))
@@ -276,13 +276,11 @@ class _Run:
     def _drop_failed(self) -> None:
         """Remove members whose loss was not finite. Waits for the device."""
         for name, member in list(self.members.items()):
-            reason = member.trainer.failure()
-            if reason is None:
-                continue
-            paths = member.checkpoints
-            last = f"the last good checkpoint is {str(paths[-1])!r}" if paths else "there is no checkpoint yet"
-            self.failures[name] = f"{reason}; {last}"
-            del self.members[name]
+            if reason := member.trainer.failure():
+                paths = member.checkpoints
+                last = f"the last good checkpoint is {str(paths[-1])!r}" if paths else "there is no checkpoint yet"
+                self.failures[name] = f"{reason}; {last}"
+                del self.members[name]
 
     def _checkpoint(self) -> None:
         """Write all states before deleting older ones: a kill in between leaves a step that all members have."""
@@ -366,9 +364,7 @@ class _Run:
         self, name: str, recipe: Recipe, places: dict[str, Any], first_places: dict[str, tuple[str, Any]]
     ) -> None:
         """Raise TrainingError if a member's sources had another place or order than the same sources of others."""
-        for role, source in (("input", recipe.source), ("target", recipe.target)):
-            if source is None:
-                continue
+        for role, source in recipe.sources.items():
             other, place = first_places.setdefault(source, (name, places[role]))
             if place != places[role]:
                 raise TrainingError(
@@ -382,10 +378,8 @@ class _Run:
         member.trainer.load_state_dict(state)
         if "meter" in state:
             member.meter.load_state_dict(state["meter"], self.device)
-        recipe = member.trainer.recipe
-        for role, name in (("input", recipe.source), ("target", recipe.target)):
-            if name is not None:
-                self.sources[name].load_state_dict(state["sources"][role])
+        for role, name in member.trainer.recipe.sources.items():
+            self.sources[name].load_state_dict(state["sources"][role])
 
     def _interrupted(self) -> str:
         folders = [member.folder for member in self.members.values() if member.folder is not None]

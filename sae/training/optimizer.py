@@ -8,15 +8,10 @@ import torch
 from jaxtyping import BFloat16, Float
 from torch import Tensor
 
-from sae.architectures import JumpReLU
 from sae.dictionary.base import Dictionary
 from sae.kernels import kernels_for
 from sae.kernels.interface import AdamStep, Gradient, Moments
 from sae.kernels.sparse import GradientSink
-
-RATE_FACTORS = {"threshold": 10.0}
-"""Factors of the learning rate by parameter. JumpReLU's thresholds are as large as activations, many times an encoder
-weight; with the rate of the weights they would not reach their values in time (docs/log.md)."""
 
 _EPSILON = 1e-8
 
@@ -57,9 +52,9 @@ class FeatureAdam:
         ]
         matrices = {id(dictionary.W_enc), id(dictionary.W_dec)}
         rest = {name: p for name, p in dictionary.named_parameters() if p.requires_grad and id(p) not in matrices}
-        groups = [{"params": [p], "factor": RATE_FACTORS.get(name, 1.0)} for name, p in rest.items()]
-        groups = groups or [{"params": [], "factor": 1.0}]  # only matrices are trained
-        self.rest = torch.optim.Adam(groups, betas=(beta1, beta2), eps=_EPSILON, fused=True)
+        groups = [{"params": [p], "factor": dictionary.rate_factors.get(name, 1.0)} for name, p in rest.items()]
+        no_group = [{"params": [], "factor": 1.0}]  # only matrices are trained
+        self.rest = torch.optim.Adam(groups or no_group, betas=(beta1, beta2), eps=_EPSILON, fused=True)
         self.steps, self.lr = 0, 0.0
         self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = (
             self.encoder.to(torch.bfloat16) if low_precision else None
@@ -93,8 +88,8 @@ class FeatureAdam:
         for group in self.rest.param_groups:
             group["lr"] = lr * group["factor"]
         self.rest.step()
-        if isinstance(dictionary, JumpReLU):
-            dictionary.threshold.clamp_min_(0)
+        for name in dictionary.non_negative:
+            dictionary.get_parameter(name).clamp_min_(0)
         self.rest.zero_grad(set_to_none=True)
 
     def _clip(self, encoder: Gradient, decoder: Gradient) -> Float[Tensor, ""] | None:

@@ -81,9 +81,8 @@ class Reader:
 
     def places_of(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
         """Places of a recipe's sources, by role: their names differ from pass to pass."""
-        names = {"input": recipe.source, "target": recipe.target}
         places = self._places or self._now()
-        return {role: places[name] for role, name in names.items() if name is not None}
+        return {role: places[name] for role, name in recipe.sources.items()}
 
     def _read(self) -> dict[str, Float[Tensor, "batch d_in"]] | None:
         with self.callers_mode():

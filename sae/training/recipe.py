@@ -42,6 +42,12 @@ class Recipe:
     start: Dictionary | None = None
     purpose: str = "training"
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Names of its sources by role: `input`, and `target` if it has one."""
+        names = {"input": self.source, "target": self.target}
+        return {role: name for role, name in names.items() if name is not None}
+
 
 def build(config: DictionaryConfig, d_in: int) -> Dictionary:
     """An untrained dictionary."""

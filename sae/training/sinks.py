@@ -57,14 +57,13 @@ class JsonLines:
         lines = [line for line in read_metrics(self.path) if line["step"] <= resume_step] if resume_step else []
         write_bytes(self.path, "".join(map(_line, lines)).encode(), hashed=False)  # it grows
         try:
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)  # a line at a time
         except OSError as error:
             raise TrainingError(self._explain(error)) from error
 
     def log(self, metrics: dict[str, float | int]) -> None:
         try:
             self._file.write(_line(metrics))
-            self._file.flush()
         except OSError as error:
             raise TrainingError(self._explain(error)) from error
 

@@ -1,4 +1,4 @@
-"""Sets the threshold of BatchTopK and Matryoshka from the current weights and the next rows."""
+"""Sets the bounds above which features fire, so that k fire per token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architectures.elementwise import OneThreshold
+from sae.dictionary.base import Dictionary
 from sae.kernels.sparse import select_batch_topk
 
 _PAIRS, _LEAST_ROWS, _MOST_ROWS = 65_536, 2048, 4096
@@ -18,12 +18,12 @@ def rows_for_threshold(k: int) -> int:
 
 
 @torch.no_grad()
-def set_threshold_(dictionary: OneThreshold, rows: Float[Tensor, "rows d_in"]) -> None:
-    """Set the threshold to the smallest activation that the batch rule lets through on these rows.
+def let_k_fire_(dictionary: Dictionary, rows: Float[Tensor, "rows d_in"], k: int) -> None:
+    """Let features fire above the smallest activation that is among the k · rows largest ones of these rows.
 
-    Above it, k features fire per row on average. The rows should not come from the last steps: early in training,
+    To set the threshold of a dictionary in training, the rows should not come from the last steps: early in training,
     features fire up to a tenth less on those than on others, and a mean over past steps lags behind changing weights
     (docs/log.md).
     """
-    selection = select_batch_topk(rows, dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc, dictionary.k)
-    dictionary.threshold.copy_(selection.values.min().clamp_min(0))
+    selection = select_batch_topk(rows, dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc, k)
+    dictionary.fire_above_(selection.values.min().clamp_min(0))

@@ -12,8 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architectures.elementwise import OneThreshold
-from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
 from sae.dictionary.neighbours import nearest_neighbours
 from sae.dictionary.saved import weights_sha256
@@ -29,7 +27,6 @@ from sae.training.optimizer import FeatureAdam
 from sae.training.recipe import Recipe, build, chosen_settings, freeze_, setting_of
 from sae.training.schedules import (
     VERSION_1_GAINS,
-    Gains,
     SteeredWeight,
     default_gains,
     default_learning_rate,
@@ -38,8 +35,7 @@ from sae.training.schedules import (
     warmed_up,
 )
 from sae.training.source import BatchSource
-from sae.training.threshold import rows_for_threshold, set_threshold_
-from sae.training.traits import PENALISED, READERS
+from sae.training.threshold import let_k_fire_, rows_for_threshold
 
 COSINES = 512
 """Number of features whose nearest one is computed for the log; for all, it would take as long as steps."""
@@ -61,8 +57,8 @@ class Trainer:
         device: where to train.
 
     Attributes:
-        falls: whether the target L0 falls to k from a larger value. This holds for a ReLU trained from random
-            directions with a steered penalty and trained biases.
+        falls: whether the target L0 falls to k from a larger value, if the architecture is of this kind. This needs
+            random directions, a steered penalty and trained biases.
         variance: variance of the last batch's targets, summed over d_in; its FVU is relative to it.
     """
 
@@ -83,19 +79,22 @@ class Trainer:
             input_source, target_source, settings.center, device
         )
         self.optimizer = FeatureAdam(
-            self.dictionary, settings.beta1, settings.beta2, low_precision=_in_bfloat16(config, settings, device),
+            self.dictionary, settings.beta1, settings.beta2, low_precision=self._in_bfloat16(device),
             max_norm=settings.max_gradient_norm,
         )  # fmt: skip
         self.firing = FiringRecord(config.d_sae, dead_after, device)
-        self.steered = _steered(config, settings, default_gains(self.rate), device)
+        self.steered = None
+        if self.dictionary.penalty == "l1" and settings.l1_coefficient is None:
+            self.steered = SteeredWeight(config.k, 2.0, device, default_gains(self.rate))
         self.falls = (
-            self.steered is not None and config.architecture == "relu"
+            self.steered is not None and self.dictionary.falling_l0
             and recipe.start is None and "b_enc" not in settings.freeze
         )  # fmt: skip
         fraction = settings.sparsity_warmup_fraction
         self.sparsity_warmup = (0.1 if self.falls else 0.05) if fraction is None else fraction
-        has_threshold = isinstance(self.dictionary, OneThreshold)
-        self.batches_ahead = -(-rows_for_threshold(config.k) // self.batch_size) if has_threshold else 0
+        self.batches_ahead = 0
+        if self.dictionary.batch_threshold:
+            self.batches_ahead = -(-rows_for_threshold(config.k) // self.batch_size)
         self.newest: Float[Tensor, "batch d_in"] | None = None
         self.variance = torch.ones((), device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -110,7 +109,8 @@ class Trainer:
         context = self._context()
         losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, context)
         losses.total.backward()
-        self.optimizer.step(self._rate())
+        warmup, decay = self.settings.warmup_fraction, self.settings.decay_fraction
+        self.optimizer.step(learning_rate(self.step_number, self.steps, self.rate, warmup, decay))
         self.step_number += 1
         self.firing.record(losses.counts, losses.l0, len(x), self.step_number)
         if self.steered is not None:
@@ -120,9 +120,9 @@ class Trainer:
         elif losses.threshold is not None:
             self._update_old_threshold(losses.threshold)
         self.variance = target.var(0, correction=0).sum()
-        bad = ~losses.total.detach().isfinite()
-        self.bad_input |= bad & (self.first_bad_step < 0) & ~(x.isfinite().all() & target.isfinite().all())
-        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step_number, self.first_bad_step)
+        is_first_bad = ~losses.total.detach().isfinite() & (self.first_bad_step < 0)
+        self.bad_input |= is_first_bad & ~(x.isfinite().all() & target.isfinite().all())
+        self.first_bad_step.masked_fill_(is_first_bad, self.step_number)
         return replace(losses, terms={**losses.terms, **self._also_logged(context)})
 
     def folded(self) -> Dictionary:
@@ -146,7 +146,7 @@ class Trainer:
         return dictionary
 
     def set_threshold_(self, ahead: Sequence[Float[Tensor, "batch d_in"]]) -> None:
-        """Set the threshold of BatchTopK and Matryoshka for the current weights.
+        """Set the threshold for the current weights, if training sets one.
 
         Args:
             ahead: the next `batches_ahead` batches, raw and not trained on yet; if the source has no more, the newest
@@ -154,9 +154,8 @@ class Trainer:
         """
         if not self.batches_ahead or self.newest is None:
             return
-        assert isinstance(self.dictionary, OneThreshold)
         rows = self.normalisation(torch.cat(list(ahead[: self.batches_ahead]))) if ahead else self.newest
-        set_threshold_(self.dictionary, rows)
+        let_k_fire_(self.dictionary, rows, self.recipe.dictionary.k)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed training needs in addition to its source's place."""
@@ -188,20 +187,16 @@ class Trainer:
         self.sparsity_warmup = state.get("sparsity_warmup", self.sparsity_warmup)
         if self.steered is not None:
             self.steered.load_state_dict(state["steered"])
-        if self.version < 2:
-            self._use_version_1()
+        if self.version < 2:  # continue by its rules; the checkpoint contains its scale
+            self.batches_ahead = 0
+            if self.steered is not None:
+                self.steered.gains = VERSION_1_GAINS
         saved, saved_target = state["normalisations"]
         like = self.normalisation.mean
         self.normalisation = Normalisation(saved["mean"].to(like), saved["scale"])
         if saved_target is not None:
             self.target_normalisation = Normalisation(saved_target["mean"].to(like), saved_target["scale"])
         self.generator.set_state(state["generator"])
-
-    def _use_version_1(self) -> None:
-        """Switch to the rules of version 1; the checkpoint contains its scale."""
-        self.batches_ahead = 0
-        if self.steered is not None:
-            self.steered.gains = VERSION_1_GAINS
 
     def check_identity(self, identity: dict[str, Any], label: str) -> None:
         """Refuse a state that was made with other settings.
@@ -223,14 +218,11 @@ class Trainer:
         step = int(self.first_bad_step)
         if step < 0:
             return None
-        size = self.batch_size
-        rows = f"batch {step - 1} (tokens {(step - 1) * size:,} to {step * size:,})"
+        cause = f"training diverged; lower train.lr (now {self.rate:.2g})"
         if bool(self.bad_input):
-            return (
-                f"NaN at step {step}, {rows}: the activations themselves are not finite; check a cache with "
-                "'sae verify'"
-            )
-        return f"NaN at step {step}, {rows}: training diverged; lower train.lr (now {self.rate:.2g})"
+            cause = "the activations themselves are not finite; check a cache with 'sae verify'"
+        tokens = f"tokens {(step - 1) * self.batch_size:,} to {step * self.batch_size:,}"
+        return f"NaN at step {step}, batch {step - 1} ({tokens}): {cause}"
 
     def feature_metrics(self) -> dict[str, Float[Tensor, " some"]]:
         """Metrics per feature for the log: how often features fire, and how similar they are. Waits for the device.
@@ -252,8 +244,8 @@ class Trainer:
     def metrics_now(self) -> dict[str, float | int]:
         """Metrics of the current step, not averaged, in units of training. Waits for the device."""
         metrics: dict[str, float | int] = {"dead": int(self.firing.dead.sum()), "lr": self.optimizer.lr}
-        if isinstance(self.dictionary, OneThreshold):
-            metrics["threshold"] = float(self.dictionary.threshold)
+        if self.dictionary.batch_threshold:
+            metrics["threshold"] = float(self.dictionary.get_parameter("threshold"))
         return metrics
 
     def bytes(self) -> int:
@@ -269,8 +261,7 @@ class Trainer:
             initialise_(self.dictionary, x, self.generator, target, l0, self.settings.initial_b_dec)
         else:
             start = copy.deepcopy(start).to(x.device, x.dtype)
-            target_normalisation = self.target_normalisation
-            inverse_target = None if target_normalisation is None else target_normalisation.inverse()
+            inverse_target = None if self.target_normalisation is None else self.target_normalisation.inverse()
             fold_(start, self.normalisation.inverse(), inverse_target)
             take_over_(self.dictionary, start, x, l0)
         if self.steered is not None:
@@ -279,27 +270,28 @@ class Trainer:
         self.optimizer.refresh()
 
     def _context(self) -> StepInputs:
-        settings, architecture = self.settings, self.recipe.dictionary.architecture
+        settings, k, penalty = self.settings, self.recipe.dictionary.k, self.dictionary.penalty
         warm = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
-        target_l0 = None
+        aims_at_k = penalty == "l0" and settings.l0_coefficient is None
+        weight: float | Float[Tensor, ""]
         if self.steered is not None:
             self.steered.target = self._target_l0()
-        if architecture == "jumprelu":
-            target_l0 = self.recipe.dictionary.k if settings.l0_coefficient is None else None
-            weight = float(self.dictionary.d_in) if settings.l0_coefficient is None else settings.l0_coefficient
+            weight = self.steered.value
+        elif aims_at_k:
+            weight = float(self.dictionary.d_in)
         else:
-            weight = settings.l1_coefficient or 0.0
+            weight = (settings.l0_coefficient if penalty == "l0" else settings.l1_coefficient) or 0.0
         return StepInputs(
             dead=self.firing.dead,
             dead_candidates=self.firing.candidates,
-            sparsity=warm * (weight if self.steered is None else self.steered.value),
+            sparsity=warm * weight,
             aux_coefficient=settings.aux_coefficient,
-            k_aux=settings.k_aux or self.recipe.dictionary.k,
+            k_aux=settings.k_aux or k,
             density=self.firing.density,
             encoder_sink=self.optimizer.encoder_sink,
             decoder_sink=self.optimizer.decoder_sink,
             encoder_bf16=self.optimizer.encoder_bf16,
-            target_l0=target_l0,
+            target_l0=k if aims_at_k else None,
             bandwidth=settings.bandwidth,
         )
 
@@ -311,43 +303,29 @@ class Trainer:
     def _also_logged(self, context: StepInputs) -> dict[str, Float[Tensor, ""]]:
         """Metrics to log along with the terms of the loss."""
         shown = {"gradient_norm": self.optimizer.norm}
-        if self.dictionary.architecture in PENALISED:
+        if self.dictionary.penalty is not None:
             shown["sparsity_weight"] = torch.as_tensor(context.sparsity)
         return {name: value for name, value in shown.items() if value is not None}
 
-    def _rate(self) -> float:
-        settings = self.settings
-        return learning_rate(self.step_number, self.steps, self.rate, settings.warmup_fraction, settings.decay_fraction)
+    def _in_bfloat16(self, device: torch.device) -> bool:
+        """Whether the large product is computed in bfloat16: if requested, and by default on a GPU.
+
+        Never if features fire above a threshold, because rounding would then decide which do.
+        """
+        chosen = self.settings.encoder_dtype
+        if self.dictionary.penalty is not None:
+            return False
+        if chosen == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+            warnings.warn(
+                "train.encoder_dtype=bfloat16: this processor has no bfloat16 instructions, so float32 is faster",
+                stacklevel=2,
+            )
+        return chosen == "bfloat16" or (chosen == "auto" and device.type == "cuda")
 
     def _update_old_threshold(self, smallest: Float[Tensor, ""]) -> None:
         """Threshold of version 1: a mean over the first steps, then a running mean."""
-        assert isinstance(self.dictionary, OneThreshold)
-        threshold = self.dictionary.threshold
+        threshold = self.dictionary.get_parameter("threshold")
         threshold += (smallest - threshold) * max(1 / self.step_number, _OLD_THRESHOLD_RATE)
-
-
-def _steered(
-    config: DictionaryConfig, settings: TrainConfig, gains: Gains, device: torch.device
-) -> SteeredWeight | None:
-    """The controller of an L1 penalty whose weight is not set."""
-    if config.architecture not in READERS["train.l1_coefficient"] or settings.l1_coefficient is not None:
-        return None
-    return SteeredWeight(config.k, 2.0, device, gains)
-
-
-def _in_bfloat16(config: DictionaryConfig, settings: TrainConfig, device: torch.device) -> bool:
-    """Whether the large product is computed in bfloat16: if requested, and by default on a GPU.
-
-    Never if features fire above a threshold, because rounding would then decide which do.
-    """
-    if config.architecture in PENALISED:
-        return False
-    if settings.encoder_dtype == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
-        warnings.warn(
-            "train.encoder_dtype=bfloat16: this processor has no bfloat16 instructions, so float32 is faster",
-            stacklevel=2,
-        )
-    return settings.encoder_dtype == "bfloat16" or (settings.encoder_dtype == "auto" and device.type == "cuda")
 
 
 def _identity(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import ConfigError
 
-PENALISED = ("relu", "gated", "jumprelu")
-"""Architectures in which a penalty keeps features from firing."""
-SELECTED = ("topk", "batch_topk", "matryoshka")
-"""Architectures in which a rule sets the number of features that fire."""
+PENALISED = tuple(name for name, kind in ARCHITECTURES.items() if kind.penalty is not None)
+"""Architectures in which a penalty keeps features from firing; in the others, a rule sets how many fire."""
+_IN_ORDER = sorted(ARCHITECTURES, key=PENALISED.__contains__)
 READERS: dict[str, tuple[str, ...]] = {
-    "dictionary.prefixes": ("matryoshka",),
-    "train.l1_coefficient": ("relu", "gated"),
-    "train.l0_coefficient": ("jumprelu",),
-    "train.bandwidth": ("jumprelu",),
-    "train.sparsity_warmup_fraction": PENALISED,
-    "train.k_aux": (*SELECTED, "gated", "jumprelu"),
-    "train.encoder_dtype": SELECTED,
+    key: tuple(name for name in _IN_ORDER if key in ARCHITECTURES[name].reads)
+    for kind in ARCHITECTURES.values()
+    for key in kind.reads
 }
 """Architectures that read a setting; settings not listed here are read by all."""
 

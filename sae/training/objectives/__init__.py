@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from sae.training.objectives.common import Losses, Objective, StepInputs
+from sae.training.objectives.common import OBJECTIVES, Losses, Objective, StepInputs
 from sae.training.objectives.penalised import gated_loss, jumprelu_loss, relu_loss
 from sae.training.objectives.selected import batch_topk_loss, matryoshka_loss, topk_loss
-
-OBJECTIVES: dict[str, Objective] = {
-    "relu": relu_loss,
-    "gated": gated_loss,
-    "topk": topk_loss,
-    "batch_topk": batch_topk_loss,
-    "jumprelu": jumprelu_loss,
-    "matryoshka": matryoshka_loss,
-}
 
 __all__ = [
     "OBJECTIVES",

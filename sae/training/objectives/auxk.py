@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.architectures import Gated
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
@@ -44,15 +43,12 @@ def auxk_loss(
 def dead_encoder(
     dictionary: Dictionary, context: StepInputs
 ) -> tuple[Float[Tensor, "candidates d_in"], Float[Tensor, " candidates"]]:
-    """Encoder rows and biases of the dead features; the ReLU of their output is the activation without a gate.
+    """Encoder rows and biases of the dead features.
 
-    Gated's are those of the magnitude. The gate of a dead feature is closed on every row, so it is ignored.
+    If there is a gate, they are those of the magnitude: the gate of a dead feature is closed on every row.
     """
     candidates = context.dead_candidates
-    rows = rows_of(dictionary.W_enc.T, candidates, context.encoder_sink)
-    if isinstance(dictionary, Gated):
-        return rows * dictionary.r_mag[candidates].exp()[:, None], dictionary.b_mag[candidates]
-    return rows, dictionary.b_enc[candidates]
+    return dictionary.magnitude_encoder(rows_of(dictionary.W_enc.T, candidates, context.encoder_sink), candidates)
 
 
 def dead_subset(context: StepInputs, dtype: torch.dtype) -> Subset | None:

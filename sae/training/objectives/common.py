@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,13 +23,13 @@ class StepInputs:
     Attributes:
         dead: features that are dead now.
         dead_candidates: indices of dead features as listed a few steps ago, ascending; only these are revived.
-        sparsity: weight of the penalty on firing at this step; for relu, gated, jumprelu.
+        sparsity: weight of the penalty on firing at this step, if the architecture has one.
         aux_coefficient, k_aux: weight and number of features of the term that revives dead features.
         density: share of features that fired per token a few steps ago; decides how codes are computed.
         encoder_sink, decoder_sink: where the gradients of the matrices go; None: into `.grad`, dense.
         encoder_bf16: the encoder in bfloat16 for the large product; None: the encoder itself is used.
-        target_l0: features per token that JumpReLU's penalty aims at; None: the penalty is L0 itself.
-        bandwidth: width of the window around a JumpReLU's threshold in which the threshold has a gradient.
+        target_l0: features per token that an L0 penalty aims at; None: the penalty is L0 itself.
+        bandwidth: width of the window around a trained threshold in which the threshold has a gradient.
     """
 
     dead: Bool[Tensor, " d_sae"]
@@ -66,17 +67,35 @@ class Losses:
     revived: Float[Tensor, ""] | None = None
 
 
-def with_revival(losses: Losses, weight: float, name: str, term: Float[Tensor, ""] | None) -> Losses:
-    """Add a weighted term that revives dead features, if there is one."""
-    if term is None:
-        return losses
-    terms, weighted = {**losses.terms, name: term.detach()}, weight * term
-    revived = weighted.detach() if losses.revived is None else losses.revived + weighted.detach()
-    return replace(losses, total=losses.total + weighted, terms=terms, revived=revived)
+def with_revival(losses: Losses, context: StepInputs, **terms: Float[Tensor, ""] | None) -> Losses:
+    """Add the terms that revive dead features, by their names in the log; None if no feature is dead."""
+    for name, term in terms.items():
+        if term is not None:
+            weighted = context.aux_coefficient * term
+            losses = replace(
+                losses,
+                total=losses.total + weighted,
+                terms={**losses.terms, name: term.detach()},
+                revived=weighted.detach() + (0 if losses.revived is None else losses.revived),
+            )
+    return losses
 
 
-Objective = Callable[[Dictionary, Tensor, Tensor, StepInputs], Losses]
+Kind = TypeVar("Kind", bound=Dictionary)
+Objective = Callable[[Kind, Tensor, Tensor, StepInputs], Losses]
 """(dictionary, input `[batch, d_in]`, target `[batch, d_in]`, context) → losses; pure."""
+OBJECTIVES: dict[str, Objective[Any]] = {}
+"""Objectives by the names of their architectures."""
+
+
+def objective_of(architecture: type[Kind]) -> Callable[[Objective[Kind]], Objective[Kind]]:
+    """Decorator that makes a function the objective of an architecture."""
+
+    def register(objective: Objective[Kind]) -> Objective[Kind]:
+        OBJECTIVES[architecture.architecture] = objective
+        return objective
+
+    return register
 
 
 def mean_squared_error(

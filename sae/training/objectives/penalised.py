@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.architectures import Gated, JumpReLU
+from sae.architectures import Gated, JumpReLU, ReLU
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import DENSE_ABOVE
 from sae.kernels.sparse import decode, entries_of, select_above
@@ -20,6 +20,7 @@ from sae.training.objectives.common import (
     firing,
     firing_densely,
     mean_squared_error,
+    objective_of,
     pre_activations_at,
     pre_activations_densely,
     reconstruct,
@@ -27,8 +28,9 @@ from sae.training.objectives.common import (
 )
 
 
+@objective_of(ReLU)
 def relu_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: ReLU, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j f_j ‖W_dec,j‖, with every positive pre-activation firing.
 
@@ -46,20 +48,19 @@ def relu_loss(
         firings = firing(selection.pattern, values)
         l1 = (values * entries_of(norms, selection.pattern.features)).sum() / len(x)
     mse = mean_squared_error(target, reconstruction)
-    total, terms = mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}
-    losses = Losses(total, terms, *firings)
-    return with_revival(losses, context.aux_coefficient, "revival", revival(dictionary, context))
+    losses = Losses(mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}, *firings)
+    return with_revival(losses, context, revival=revival(dictionary, context))
 
 
+@objective_of(Gated)
 def gated_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: Gated, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j ReLU(π_j) + ‖y − ŷ_gate‖² + α · AuxK, with ŷ_gate from ReLU(π) and a frozen decoder.
 
     Rajamanoharan et al. 2024, §3.2, eq. 8. AuxK trains the direction and magnitude of a dead feature, which needs no
     gate, while `revival` opens its gate: a feature opened without this training would be useless and soon close again.
     """
-    assert isinstance(dictionary, Gated)
     frozen, b_dec = dictionary.W_dec.detach(), dictionary.b_dec.detach()
     if context.density > DENSE_ABOVE:
         pre = pre_activations_densely(dictionary, x)
@@ -75,21 +76,17 @@ def gated_loss(
         reconstruction = reconstruct(dictionary, pattern, values, context)
         gate_reconstruction = decode(pattern, gate, frozen) + b_dec
         firings = firing(pattern, values)
-    mse, gate_mse, l1 = (
-        mean_squared_error(target, reconstruction),
-        mean_squared_error(target, gate_reconstruction),
-        gate.sum() / len(x),
-    )
-    total = mse + context.sparsity * l1 + gate_mse
+    mse, l1 = mean_squared_error(target, reconstruction), gate.sum() / len(x)
+    gate_mse = mean_squared_error(target, gate_reconstruction)
     terms = {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}
-    losses = Losses(total, terms, *firings)
-    losses = with_revival(losses, context.aux_coefficient, "revival", revival(dictionary, context))
+    losses = Losses(mse + context.sparsity * l1 + gate_mse, terms, *firings)
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    return with_revival(losses, context.aux_coefficient, "aux", aux)
+    return with_revival(losses, context, revival=revival(dictionary, context), aux=aux)
 
 
+@objective_of(JumpReLU)
 def jumprelu_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: JumpReLU, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ · L0, or + λ · (L0 / target − 1)²; + α · AuxK. Straight-through gradients reach the thresholds.
 
@@ -98,7 +95,6 @@ def jumprelu_loss(
 
     Rajamanoharan et al. 2024, §3 and appendix G (target L0).
     """
-    assert isinstance(dictionary, JumpReLU)
     threshold, width = dictionary.threshold, context.bandwidth
     lowest = (threshold.detach() - width / 2).clamp(min=0)
     selection = select_above(x, *encoder(dictionary), lowest)
@@ -110,9 +106,9 @@ def jumprelu_loss(
     reconstruction = reconstruct(dictionary, pattern, values, context)
     mse = mean_squared_error(target, reconstruction)
     penalty = l0 if context.target_l0 is None else (l0 / context.target_l0 - 1).square()
-    total, terms = mse + context.sparsity * penalty, {"mse": mse.detach(), "l0_penalty": penalty.detach()}
-    aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
-    return with_revival(Losses(total, terms, *firing(pattern, values)), context.aux_coefficient, "aux", aux)
+    terms = {"mse": mse.detach(), "l0_penalty": penalty.detach()}
+    losses = Losses(mse + context.sparsity * penalty, terms, *firing(pattern, values))
+    return with_revival(losses, context, aux=auxk_after(dictionary, x, (target - reconstruction).detach(), context))
 
 
 def revival(dictionary: Dictionary, context: StepInputs) -> Float[Tensor, ""] | None:

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.architectures import Matryoshka
+from sae.architectures import BatchTopK, Matryoshka, TopK
+from sae.architectures.elementwise import OneThreshold
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection
 from sae.kernels.pattern import Pattern
@@ -20,26 +21,29 @@ from sae.training.objectives.common import (
     encoder,
     firing,
     mean_squared_error,
+    objective_of,
     pre_activations_at,
     reconstruct,
     with_revival,
 )
 
 
+@objective_of(TopK)
 def topk_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: TopK, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k strongest features.   Gao et al. 2024, §2.3 and appendix A.2."""
-    k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
-    selection = select_topk(x, *encoder(dictionary), k, subset, context.encoder_bf16)
+    subset = dead_subset(context, x.dtype)
+    selection = select_topk(x, *encoder(dictionary), dictionary.k, subset, context.encoder_bf16)
     values = pre_activations_at(dictionary, x, context, selection).relu()
     reconstruction = reconstruct(dictionary, selection.pattern, values, context)
     mse = mean_squared_error(target, reconstruction)
     return _with_auxk(dictionary, x, target - reconstruction, context, selection, values, mse)
 
 
+@objective_of(BatchTopK)
 def batch_topk_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: BatchTopK, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k · batch strongest activations of the batch.   Bussmann et al. 2024, §2."""
     selection, values = _select_over_batch(dictionary, x, context)
@@ -49,15 +53,15 @@ def batch_topk_loss(
     return replace(losses, threshold=values.detach().min())
 
 
+@objective_of(Matryoshka)
 def matryoshka_loss(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: Matryoshka, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
 ) -> Losses:
     """Mean over prefixes m of ‖y − ŷ_m‖², + α · AuxK, with ŷ_m from BatchTopK's activations below feature m.
 
     All prefixes are decoded at once: each group of features decodes into its own part of a row, and prefixes are sums
     over groups.   Bussmann et al. 2025, §3.
     """
-    assert isinstance(dictionary, Matryoshka)
     selection, values = _select_over_batch(dictionary, x, context)
     groups = len(dictionary.prefix_sizes)
     parts = decode(
@@ -79,10 +83,10 @@ def by_groups(pattern: Pattern, ends: Int[Tensor, " groups"]) -> Pattern:
 
 
 def _select_over_batch(
-    dictionary: Dictionary, x: Tensor, context: StepInputs
+    dictionary: OneThreshold, x: Tensor, context: StepInputs
 ) -> tuple[Selection, Float[Tensor, " pairs"]]:
-    k, subset = dictionary.settings()["k"], dead_subset(context, x.dtype)
-    selection = select_batch_topk(x, *encoder(dictionary), k, subset, context.encoder_bf16)
+    subset = dead_subset(context, x.dtype)
+    selection = select_batch_topk(x, *encoder(dictionary), dictionary.k, subset, context.encoder_bf16)
     return selection, pre_activations_at(dictionary, x, context, selection).relu()
 
 
@@ -91,8 +95,8 @@ def _with_auxk(
     error: Float[Tensor, ""],
 ) -> Losses:  # fmt: skip
     """The error plus AuxK, on the dead features in the selection."""
-    losses = Losses(error, {"mse": error.detach()}, *firing(selection.pattern, values))
+    aux = None
     if selection.subset_values is not None and selection.subset_places is not None:
         aux = auxk_loss(dictionary, x, residual.detach(), context, selection.subset_values, selection.subset_places)
-        losses = with_revival(losses, context.aux_coefficient, "aux", aux)
-    return losses
+    losses = Losses(error, {"mse": error.detach()}, *firing(selection.pattern, values))
+    return with_revival(losses, context, aux=aux)
