@@ -54,7 +54,7 @@ def features(
     from sae.console.progress import progress_bars
     from sae.effects import effects_beside
     from sae.features import Features
-    from sae.runs import pipeline
+    from sae.runs.run import Run
     from sae.viewer import print_feature, print_features, write_page
 
     indices, overrides = features_and_overrides(arguments, path)
@@ -64,7 +64,7 @@ def features(
         )
     if stands(path / CONFIG_YAML):
         with beginning_again("it"), progress_bars(quiet=options["quiet"]) as progress:
-            store = pipeline.Run.open(path, overrides, progress).features()
+            store = Run.open(path, overrides, progress).features()
     else:
         if overrides:
             raise click.UsageError(

@@ -19,8 +19,8 @@ def harvest(options: dict[str, bool], settings: RunConfig) -> None:
     stopped.
     """
     from sae.console.progress import progress_bars
-    from sae.runs import pipeline
+    from sae.runs.run import Run
 
     with progress_bars(quiet=options["quiet"]) as progress:
-        cache = pipeline.Run(settings, progress).harvest()
+        cache = Run(settings, progress).harvest()
     say(cache)

@@ -30,7 +30,7 @@ def hooks(options: dict[str, bool], model: str, overrides: tuple[str, ...]) -> N
     setting of 'sae run'. The model is loaded and run on a few tokens; no text is read.
     """
     from sae.console.progress import progress_bars
-    from sae.runs.pipeline import Run
+    from sae.runs.run import Run
 
     for override in overrides:
         if not override.startswith(_READ):

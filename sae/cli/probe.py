@@ -38,8 +38,8 @@ def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> N
     from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE
     from sae.probing.render import letters_table, summary_table
     from sae.probing.settings import read_overrides
-    from sae.runs import pipeline
     from sae.runs.probes import probe_run
+    from sae.runs.run import Run
 
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
     sources = [argument for argument in arguments if argument not in overrides] or [SAE_PROBES]
@@ -47,7 +47,7 @@ def probe(options: dict[str, bool], path: Path, arguments: tuple[str, ...]) -> N
     with_letters = FIRST_LETTERS in sources
     data = find_data([source for source in sources if source != FIRST_LETTERS])
     with progress_bars(quiet=options["quiet"], units={"probes": "data sets"}) as progress:
-        run = pipeline.Run.open(path, settings.of_run, progress)
+        run = Run.open(path, settings.of_run, progress)
         record = probe_run(run, data, settings.probes, letters=settings.letters if with_letters else None)
     console = output()
     if record.results:

@@ -19,9 +19,9 @@ def train(options: dict[str, bool], settings: RunConfig) -> None:
     Interrupted training resumes from the newest checkpoint.
     """
     from sae.console.progress import progress_bars
-    from sae.runs import pipeline
+    from sae.runs.run import Run
 
     say_hook(settings, quiet=options["quiet"])
     with progress_bars(quiet=options["quiet"]) as progress:
-        dictionary = pipeline.Run(settings, progress).train()
+        dictionary = Run(settings, progress).train()
     say(f"{dictionary} in {settings.folder / 'dictionary'}")
