@@ -15,7 +15,8 @@ from sae.console.terminal import say
 def harvest(options: dict[str, bool], settings: RunConfig) -> None:
     """Cache a language model's activations.
 
-    CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. An interrupted harvest resumes where it
+    CONFIG, which is optional, is a YAML file or the name of a configuration that comes with sae: gpt2-small,
+    local-model, quickstart or sweep. KEY=VALUE sets or overrides a setting. An interrupted harvest resumes where it
     stopped.
     """
     from sae.console.progress import progress_bars

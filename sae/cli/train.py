@@ -15,7 +15,8 @@ from sae.console.terminal import say
 def train(options: dict[str, bool], settings: RunConfig) -> None:
     """Train a dictionary on cached activations.
 
-    CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. The activations come from 'sae harvest'.
+    CONFIG, which is optional, is a YAML file or the name of a configuration that comes with sae: gpt2-small,
+    local-model or quickstart. KEY=VALUE sets or overrides a setting. The activations come from 'sae harvest'.
     Interrupted training resumes from the newest checkpoint.
     """
     from sae.console.progress import progress_bars
