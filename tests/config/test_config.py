@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from sae.config.file import describe_keys, load_config, parse_config, shipped_configs
-from sae.config.settings import RunConfig, TrainConfig
+from sae.config.settings import DictionaryConfig, RunConfig, TrainConfig
 from sae.errors import ConfigError
 from sae.files.writing import write_bytes
 from sae.training.recipe import setting_of
@@ -89,6 +93,28 @@ def test_one_hook_needs_no_list(tmp_path: Path) -> None:
 def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "c.yaml") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(batch=3), "unknown setting 'batch': did you mean batch_size?"),
+        (lambda: TrainConfig(zzzz=3), "unknown setting 'zzzz': TrainConfig.model_fields lists every key"),
+        (lambda: DictionaryConfig(d_sae="many"), "setting d_sae='many': input should be a valid integer"),
+        (lambda: RunConfig(dictionary={"kk": 4}), "unknown setting 'dictionary.kk': did you mean dictionary.k?"),
+        (lambda: TrainConfig(products="float32"), "setting 'train.products' is called 'train.encoder_dtype' now"),
+    ],
+)
+def test_wrong_settings_in_python_give_the_same_errors(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
+def test_settings_survive_copies_and_pickles() -> None:
+    config = RunConfig(train=TrainConfig(lr=1e-3), seed=3)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config.model_copy() == config
+    assert RunConfig.model_validate(config.model_dump()) == config
 
 
 def test_the_configuration_is_frozen() -> None:
