@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import harvest as harvest_activations
@@ -29,13 +30,19 @@ from sae.dictionary.saved import identify, weights_sha256
 from sae.errors import ConfigError, FormatError
 from sae.evaluation import Report, evaluate_all, partial, write_report
 from sae.evaluation.budget import announcement
-from sae.evaluation.stored import read_stored
+from sae.evaluation.report import JSON_FILE as REPORT_FILE
+from sae.evaluation.stored import StoredReport, read_stored
 from sae.features import Features, collect
 from sae.features.layout import INDEX
 from sae.features.store import is_store_of
+from sae.files.formats import as_read_back
 from sae.files.hashes import check
+from sae.files.reading import as_object, read_object
+from sae.files.version import __version__
 from sae.files.writing import locked, stands
 from sae.model.language_model import LanguageModel
+from sae.probing.record import JSON_FILE as PROBES_FILE
+from sae.probing.record import ProbeRecord
 from sae.runs.disk import check_disk
 from sae.runs.folder import DICTIONARY, configured, open_config, other_setting
 from sae.training.check import check_recipe
@@ -216,8 +223,51 @@ class Run:
 
     def is_evaluated(self) -> bool:
         """Whether a complete evaluation exists for this dictionary, cache, hook point, settings and package version."""
-        identities = identify(self.dictionary("cpu")), self.cache().manifest.identity(self.config.hook)
-        return read_stored(self.folder, *identities, hook=self.config.hook, settings=self.config.evaluation) is not None
+        return self._stored(self.cache().manifest.identity(self.config.hook)) is not None
+
+    def report(self) -> StoredReport:
+        """The stored report on the run's dictionary. Nothing is evaluated, and the activations may be deleted.
+
+        Raises:
+            FormatError: there is none for this dictionary, hook point, settings and package version: call `evaluate`.
+            DamagedError: a file of it is damaged.
+        """
+        path, stored = self.folder / REPORT_FILE, None
+        if stands(path):
+            stored = self._stored(self._activations() or str(read_object(path).get("activations")))
+        if stored is None:
+            raise FormatError(
+                f"run {str(self.folder)!r}: no evaluation of this dictionary with these settings by sae {__version__} "
+                f"there; make it with 'sae eval {self.folder}'"
+            )
+        return StoredReport(*stored)
+
+    def probes(self) -> ProbeRecord:
+        """The stored probe results of the run's dictionary, as `sae.probe_run` returns them. Nothing is probed.
+
+        Raises:
+            FormatError: there are none for this dictionary and package version; `sae.probe_run` makes them.
+            DamagedError: the file is damaged.
+        """
+        path = self.folder / PROBES_FILE
+        subject = as_object(path, read_object(path).get("subject", {})) if stands(path) else {}
+        record = ProbeRecord.read(self.folder, subject)
+        if not record.entries or subject.get("dictionary") != as_read_back(identify(self.dictionary("cpu"))):
+            raise FormatError(
+                f"run {str(self.folder)!r}: no probe results of this dictionary by sae {__version__} there; make them "
+                f"with 'sae probe {self.folder} DATA'"
+            )
+        return record
+
+    def _stored(self, activations: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The stored report, if it is on these activations."""
+        identity, config = identify(self.dictionary("cpu")), self.config
+        return read_stored(self.folder, identity, activations, hook=config.hook, settings=config.evaluation)
+
+    def _activations(self) -> str | None:
+        """The hash of the activations; None if they have been deleted."""
+        manifest = self.config.cache_folder / MANIFEST
+        return self.cache().manifest.identity(self.config.hook) if stands(manifest) else None
 
     def features(self) -> Features:
         """The feature store; collected if it is missing or of another dictionary, cache or setting.
@@ -313,10 +363,7 @@ class Run:
     def _is_collected(self, folder: Path) -> bool:
         if not stands(folder / INDEX):
             return False
-        activations = None
-        if stands(self.config.cache_folder / MANIFEST):
-            activations = self.cache().manifest.identity(self.config.hook)
-        return is_store_of(folder, weights_sha256(self.dictionary("cpu")), activations, self.config.features)
+        return is_store_of(folder, weights_sha256(self.dictionary("cpu")), self._activations(), self.config.features)
 
     def trained_already(self, cache: ActivationCache) -> Dictionary:
         """The existing dictionary, if its settings are the requested ones.
