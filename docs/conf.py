@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 import click
 from docutils import nodes
@@ -26,7 +25,6 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
 default_role = "code"
 
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 
@@ -78,7 +76,6 @@ class SettingsTable(SphinxDirective):
     """A table of a group of settings: key, default, description. Without an argument: those outside any group."""
 
     optional_arguments = 1
-    headings: ClassVar[tuple[str, ...]] = ("setting", "default", "meaning")
 
     def run(self) -> list[nodes.Node]:
         group = self.arguments[0] if self.arguments else ""
@@ -89,7 +86,7 @@ class SettingsTable(SphinxDirective):
         columns = nodes.tgroup(cols=3)
         columns += [nodes.colspec(colwidth=width) for width in (25, 15, 60)]
         head, body = nodes.thead(), nodes.tbody()
-        head += _row([nodes.Text(heading) for heading in self.headings])
+        head += _row([nodes.Text(heading) for heading in ("setting", "default", "meaning")])
         for key, default, text in rows:
             parts = text.split("`")
             description = [nodes.literal("", part) if at % 2 else nodes.Text(part) for at, part in enumerate(parts)]

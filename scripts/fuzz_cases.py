@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import importlib
 import json
 import os
 import random
@@ -25,22 +24,16 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fuzz_damages import ANY, DAMAGES, UNLISTED
+from fuzz_verbs import CAN_BE_MISSING, UNFINISHED, VERBS, run_verb, share_language_model
+
 ROOT = Path(__file__).parents[1]
-SETTINGS = [
-    "data.tokens=6000", "data.held_out_tokens=2000", "data.context_length=64", "harvest.shard_contexts=32",
-    "dictionary.d_sae=32", "dictionary.k=4", "train.batch_size=256", "train.checkpoint_every=8", "train.log_every=4",
-    "features.tokens=3000", "evaluation.downstream_tokens=256", "evaluation.tokens=512", "evaluation.legacy_tokens=0",
-    "evaluation.frozen_decoder_tokens=0", "evaluation.baseline_tokens=128",
-]  # fmt: skip
 SECONDS, MOST_MEMORY = 120, 2 << 30
-SLOW_IMPORTS = ("datasets", "transformers", "matplotlib.pyplot")
-EFFECTS = ["--positions", "2", "--null-positions", "1", "--window", "2", "--tokens", "512"]
-PROBES = ["k=1", "examples=40", "max_tokens=16", "splits=1"]
 
 
 @dataclass(frozen=True)
@@ -58,227 +51,6 @@ class Outcome:
 
     kind: str
     text: str
-
-
-# --- damage
-
-
-def flip(path: Path, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    if content:
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def truncate(path: Path, rng: random.Random) -> None:
-    os.truncate(path, rng.randrange(max(1, path.stat().st_size)))
-
-
-def empty(path: Path, rng: random.Random) -> None:
-    os.truncate(path, 0)
-
-
-def delete(path: Path, rng: random.Random) -> None:
-    path.unlink()
-
-
-def fifo(path: Path, rng: random.Random) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def folder(path: Path, rng: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def loop(path: Path, rng: random.Random) -> None:
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def swap(path: Path, rng: random.Random) -> None:
-    """With another file of the run, of the same kind if there is one."""
-    run = next(parent for parent in path.parents if parent.name == "run")
-    content = path.read_bytes()
-    others = [other for other in sorted(run.rglob("*")) if other.is_file() and other.read_bytes() != content]
-    alike = [other for other in others if other.suffix == path.suffix and path.suffix]
-    other = rng.choice(alike or others)
-    path.write_bytes(other.read_bytes())
-    other.write_bytes(content)
-
-
-def wrong_number(path: Path, rng: random.Random) -> None:
-    """Another digit in a number."""
-    text = path.read_text(encoding="utf-8")
-    places = [match.start() for match in re.finditer(r"(?<=[\s\[:,.])\d", text)]
-    if not places:
-        flip(path, rng)
-        return
-    place = rng.choice(places)
-    other = rng.choice([digit for digit in "123456789" if digit != text[place]])
-    path.write_text(text[:place] + other + text[place + 1 :], encoding="utf-8")
-
-
-def wrong_type(path: Path, rng: random.Random) -> None:
-    """A value of another type, anywhere in the tree."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    places = list(_places(tree))
-    value = rng.choice([None, "text", [], {}, -1, 1.5, True, 10**30, "../../etc/passwd", float("inf")])
-    if not places:
-        tree = value
-    else:
-        parent, key = rng.choice(places)
-        parent[key] = value
-    path.write_text(json.dumps(tree), encoding="utf-8")
-
-
-def odd_json(path: Path, rng: random.Random) -> None:
-    """Too deep, a number too long, a key twice, not UTF-8, half a surrogate pair."""
-    content = path.read_bytes()
-    odd = [b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b'{"format": 1, "format": 2}', b"\xff" + content]
-    path.write_bytes(rng.choice([*odd, b'{"a": "\\ud800"}', b"null", b"[]", b'"text"', b"NaN"]))
-
-
-def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    for key in list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
-        yield tree, key
-        yield from _places(tree[key])
-
-
-def unlisted(change: Callable[[Path, random.Random], None]) -> Callable[[Path, random.Random], None]:
-    """The change, in a folder without hashes, as older versions wrote them."""
-
-    def changed(path: Path, rng: random.Random) -> None:
-        (path.parent / "SHA256SUMS").unlink(missing_ok=True)
-        change(path, rng)
-
-    return changed
-
-
-ANY = {
-    "bit": flip, "truncated": truncate, "emptied": empty, "deleted": delete, "swapped": swap, "FIFO": fifo,
-    "folder": folder, "link to itself": loop,
-}  # fmt: skip
-OF_JSON = {"number": wrong_number, "type": wrong_type, "odd": odd_json}
-UNLISTED = {f"{name}, no hashes": unlisted(change) for name, change in {"type": wrong_type, "odd": odd_json}.items()}
-DAMAGES = {**ANY, **OF_JSON, **UNLISTED}
-
-# --- verbs
-
-
-def run_verb(verb: str, config: Path) -> None:
-    """In a folder that holds `run`."""
-    if verb == "load":
-        load_in_python()
-        return
-    if verb == "resume":
-        shutil.rmtree("run/dictionary")
-    if verb == "finish eval":
-        report = Path("run/eval.json")
-        report.rmdir() if report.is_dir() else report.unlink(missing_ok=True)
-    if verb == UNFINISHED:
-        leave_evaluation_unfinished()
-        return
-    command = {
-        "verify": ["verify", "run"],
-        "run": ["run", str(config), "out=run", *SETTINGS],
-        "resume": ["train", str(config), "out=run", *SETTINGS],
-        "eval": ["eval", "run"],
-        "finish eval": ["eval", "run"],
-        "features": ["features", "run", "--limit", "5"],
-        "features N": ["features", "run", "3"],
-        "compare": ["compare", "run", "run/checkpoints/step-00000016", "--out", "run/compared"],
-        "effects": ["effects", "run", "3", *EFFECTS],
-        "probe": ["probe", "run", str(config.with_name("labels.csv")), *PROBES],
-    }[verb]
-    from sae.cli import main as cli
-
-    sys.argv = ["sae", "--quiet", *command]
-    cli.main()
-
-
-VERBS = (
-    "verify", "run", "resume", "eval", "finish eval", "features", "features N", "compare", "effects", "probe", "load",
-)  # fmt: skip
-CAN_BE_MISSING = {"metrics.jsonl": ("resume", "eval", "finish eval"), "effects.json": ("features N",)}
-"""Files that a verb does without, and says so."""
-UNFINISHED = "leave an evaluation unfinished"
-
-
-def leave_evaluation_unfinished() -> None:
-    """Beside the report, which is as before: what Ctrl-C keeps of an evaluation after it wrote sums twice."""
-    from sae.evaluation import partial
-    from sae.evaluation.partial import FOLDER, Stage
-    from sae.runs import pipeline
-
-    report, keep, kept = Path("run/eval.json"), Stage.keep, []
-
-    def interrupted(self: Stage) -> None:
-        keep(self)
-        kept.append(self)
-        if len(kept) == 2:
-            raise KeyboardInterrupt
-
-    content = report.read_bytes()
-    report.unlink()
-    Stage.keep, partial.EVERY = interrupted, 0.0
-    with contextlib.suppress(KeyboardInterrupt):
-        pipeline.Run.open("run").evaluate()
-    report.write_bytes(content)
-    assert list(Path("run", FOLDER).rglob("*.safetensors"))
-
-
-def load_in_python() -> None:
-    import torch
-
-    import sae
-    from sae.errors import SaeError
-
-    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
-    try:
-        dictionary = sae.load("run")
-        cache = sae.ActivationCache("run")
-        [hook] = cache.hooks
-        total = sum(float(dictionary(batch.activations).double().sum()) for batch in cache.contexts("held_out", hook))
-        first = next(iter(sae.ActivationLoader(cache, hook, batch_size=64)))
-        print(total, float(first.sum()), len(cache.documents()), sae.Features("run")[3], torch.__version__)
-    except SaeError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def share_language_model(config: Path) -> None:
-    """Import what takes long and load the model of `config` once, for all forks."""
-    for name in (
-        "sae.cli.main",
-        "sae.runs.comparison",
-        "sae.runs.probes",
-        "sae.runs.verification",
-        "sae.viewer",
-        *SLOW_IMPORTS,
-    ):
-        importlib.import_module(name)
-    import torch
-
-    from sae.config.file import load_config
-    from sae.model.language_model import LanguageModel
-    from sae.runs import pipeline
-
-    kept: dict[str, LanguageModel] = {}
-
-    def shared(settings: Any, device: Any) -> LanguageModel:
-        key = f"{settings.model_dump_json()} {device}"
-        if key not in kept:
-            kept[key] = LanguageModel(settings, device)
-        return kept[key]
-
-    pipeline.LanguageModel = shared  # pyright: ignore[reportAttributeAccessIssue]
-    torch.set_num_threads(1)  # a fork has no others
-    assert pipeline.Run(load_config(config, SETTINGS)).language_model in kept.values()
-
-
-# --- cases
 
 
 class Fuzzer:

@@ -124,6 +124,17 @@ def test_the_house_stays_small() -> None:
     assert len(entries) <= 26, sorted(entries)
 
 
+@pytest.mark.parametrize("folder", ["sae", "tests", "scripts", "benchmarks"])
+def test_no_file_is_longer_than_400_lines(folder: str) -> None:
+    lengths = {
+        path.relative_to(ROOT.parent).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT.parent / folder).rglob("*")
+        if path.suffix in (".py", ".pyi", ".js", ".css", ".html", "") and path.is_file()
+    }
+    assert len(lengths) > 10
+    assert {path: length for path, length in lengths.items() if length > 400} == {}
+
+
 def test_the_training_core_needs_few_libraries() -> None:
     allowed = CORE_LIBRARIES | set(sys.stdlib_module_names)
     wrong = [

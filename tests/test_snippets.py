@@ -27,7 +27,7 @@ SMALL = {
     "train": {"tokens": 200_000, "dead_after_tokens": 20_000},
     "features": {"tokens": 20_000},
 }
-"""Settings of `configs/quickstart.yaml` in the workplace."""
+"""Settings of `quickstart.yaml` in the workplace, which comes before the configuration of that name."""
 WITH_OUTPUT = {"docs/guides/model.md"}
 """Pages that show lines of what the command before them prints."""
 WRITTEN = {
@@ -77,11 +77,10 @@ PAGES = [
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the configurations (a small quickstart), `runs/quickstart`, texts, labels and a model folder."""
+    """A folder with a small `quickstart.yaml`, `runs/quickstart`, texts, labels and a model folder."""
     folder = tmp_path_factory.mktemp("snippets")
-    shutil.copytree(ROOT / "configs", folder / "configs")
-    path = folder / "configs" / "quickstart.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path = folder / "quickstart.yaml"
+    settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     small = {key: {**settings.get(key, {}), **values} for key, values in SMALL.items()}
     path.write_text(yaml.safe_dump({**settings, **small}), encoding="utf-8")
     sae.run(sae.load_config(path, [f"out={folder / 'runs' / 'quickstart'}"]))

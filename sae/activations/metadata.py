@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sae.activations.cache import ActivationCache
+from sae.dictionary.base import Dictionary
 from sae.dictionary.origin import Origin, Place
 from sae.dictionary.sites import Sites
 from sae.errors import CacheError, ConfigError
@@ -13,6 +15,25 @@ from sae.errors import CacheError, ConfigError
 def place_of(cache: ActivationCache) -> Place:
     """The cache as a place where a dictionary is used."""
     return Place(f"cache {str(cache.path)!r}", cache.manifest.model, CacheError, cache.d_in)
+
+
+def common_hook(dictionaries: Mapping[str, object], cache: ActivationCache) -> str:
+    """The hook point that all dictionaries give by their metadata; if none states it, the cache's only one.
+
+    Raises:
+        ConfigError: they give different ones, or none states it and the cache has several.
+    """
+    own = {entry.origin.gives.hook for entry in dictionaries.values() if isinstance(entry, Dictionary)} - {None}
+    hooks = own or set(cache.hooks)
+    if len(hooks) > 1:
+        names = ", ".join(sorted(map(repr, hooks)))
+        start = (
+            "the dictionaries are of the hook points" if own else "nothing says which hook point it is: the cache has"
+        )
+        raise ConfigError(f"{start} {names}; give hook=, and only dictionaries of that one")
+    [hook] = hooks
+    assert hook is not None
+    return hook
 
 
 def dictionary_metadata(cache: ActivationCache, hook: str, target_hook: str | None = None) -> dict[str, Any]:

@@ -73,13 +73,13 @@ OfConfiguration = with_keys("Settings, in CONFIG or as KEY=VALUE", describe_keys
 
 
 def configured(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Pass `settings` to a command, read from a YAML file, KEY=VALUE arguments, or both."""
+    """Pass `settings` to a command, read from a YAML file or shipped configuration, KEY=VALUE arguments, or both."""
 
     @functools.wraps(command)
     def with_settings(*positional: Any, arguments: tuple[str, ...], **options: Any) -> Any:
         first, *overrides = arguments
         no_file = "=" in first and not stands(expanded(first))
-        settings = load_config(None, arguments) if no_file else named_config(Path(first), overrides)
+        settings = load_config(None, arguments) if no_file else named_config(first, overrides)
         return command(*positional, settings=settings, **options)
 
     return click.argument("arguments", nargs=-1, required=True, metavar="[CONFIG] [KEY=VALUE]...")(with_settings)

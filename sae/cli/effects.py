@@ -76,13 +76,13 @@ def effects(
     from sae.effects import EffectSettings, measure_effects
     from sae.effects.effects import check_column
     from sae.effects.view import effects_table, summary_lines, table_note
-    from sae.runs import pipeline
+    from sae.runs.run import Run
 
     check_column(sort)
     indices, overrides = features_and_overrides(arguments, path)
     settings = EffectSettings(scale, positions, null_positions, window, tokens)
     with options.progress({"effects": "changes"}) as progress:
-        run = pipeline.Run.open(path, overrides, progress)
+        run = Run.open(path, overrides, progress)
         results = measure_effects(
             run.dictionary(),
             run.cache(),

@@ -20,14 +20,15 @@ def evaluate(options: Options, arguments: tuple[str, ...]) -> None:
     language model's passes, so evaluating them together costs less than one by one. KEY=VALUE overrides settings of the
     runs: evaluation.*, model.*, harvest.cache, device.
     """
-    from sae.runs import pipeline
+    from sae.runs.evaluation import evaluate_runs
+    from sae.runs.run import Run
 
     overrides, paths = evaluation_overrides(arguments)
     if not paths:
         raise click.UsageError("name at least one run folder before the overrides")
     with options.progress() as progress:
-        runs = {Path(path).resolve(): pipeline.Run.open(path, overrides, progress) for path in paths}
-        reports = pipeline.evaluate_runs(list(runs.values()))
+        runs = {Path(path).resolve(): Run.open(path, overrides, progress) for path in paths}
+        reports = evaluate_runs(list(runs.values()))
     for run, report in zip(runs.values(), reports, strict=True):
         if len(runs) > 1:
             say(run.folder)

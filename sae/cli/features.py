@@ -53,7 +53,7 @@ def features(
     """
     from sae.effects import effects_beside
     from sae.features import Features
-    from sae.runs import pipeline
+    from sae.runs.run import Run
     from sae.viewer import print_feature, print_features, write_page
 
     indices, overrides = features_and_overrides(arguments, path)
@@ -63,7 +63,7 @@ def features(
         )
     if stands(path / CONFIG_YAML):
         with beginning_again("it"), options.progress() as progress:
-            store = pipeline.Run.open(path, overrides, progress).features()
+            store = Run.open(path, overrides, progress).features()
     elif overrides:
         raise click.UsageError(f"{overrides[0]}: {str(path)!r} is not a run folder, and only a run folder has settings")
     else:

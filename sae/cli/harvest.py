@@ -15,11 +15,12 @@ from sae.console.terminal import say
 def harvest(options: Options, settings: RunConfig) -> None:
     """Cache a language model's activations.
 
-    CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. An interrupted harvest resumes where it
+    CONFIG, which is optional, is a YAML file or the name of a configuration that comes with sae: gpt2-small,
+    local-model, quickstart or sweep. KEY=VALUE sets or overrides a setting. An interrupted harvest resumes where it
     stopped.
     """
-    from sae.runs import pipeline
+    from sae.runs.run import Run
 
     with options.progress() as progress:
-        cache = pipeline.Run(settings, progress).harvest()
+        cache = Run(settings, progress).harvest()
     say(cache)

@@ -29,7 +29,7 @@ def hooks(options: Options, model: str, overrides: tuple[str, ...]) -> None:
     MODEL is the name of a model on the hub, a folder, a .gguf file, or 'demo'. KEY=VALUE sets 'device' or a 'model.'
     setting of 'sae run'. The model is loaded and run on a few tokens; no text is read.
     """
-    from sae.runs.pipeline import Run
+    from sae.runs.run import Run
 
     for override in overrides:
         if not override.startswith(_READ):

@@ -37,15 +37,15 @@ def probe(options: Options, path: Path, arguments: tuple[str, ...]) -> None:
     from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE
     from sae.probing.render import letters_table, summary_table
     from sae.probing.settings import read_overrides
-    from sae.runs import pipeline
     from sae.runs.probes import probe_run
+    from sae.runs.run import Run
 
     overrides, sources = split_overrides(arguments)
     sources = sources or [SAE_PROBES]
     settings = read_overrides(overrides)
     data = find_data([source for source in sources if source != FIRST_LETTERS])
     with options.progress({"probes": "data sets"}) as progress:
-        run = pipeline.Run.open(path, settings.of_run, progress)
+        run = Run.open(path, settings.of_run, progress)
         record = probe_run(run, data, settings.probes, letters=settings.letters if FIRST_LETTERS in sources else None)
     console = output()
     if record.results:

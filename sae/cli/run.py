@@ -15,8 +15,9 @@ from sae.console.terminal import output
 def run(options: Options, settings: RunConfig) -> None:
     """Harvest, train, evaluate, collect features.
 
-    CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. Completed steps are skipped. An interrupted
-    run resumes where it stopped.
+    CONFIG, which is optional, is a YAML file or the name of a configuration that comes with sae: gpt2-small,
+    local-model or quickstart. KEY=VALUE sets or overrides a setting. Completed steps are skipped. An interrupted run
+    resumes where it stopped.
     """
     from rich.text import Text
 

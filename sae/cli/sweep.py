@@ -16,7 +16,8 @@ from sae.errors import SaeError
 def sweep(options: Options, settings: RunConfig) -> None:
     """Train and compare many dictionaries in one pass.
 
-    CONFIG is a YAML file with lists of values under 'sweep'. One dictionary is trained for every combination, all in
+    CONFIG is a YAML file with lists of values under 'sweep', or the name of a configuration that comes with sae, such
+    as sweep. One dictionary is trained for every combination, all in
     one pass over the activations. sweep.md, sweep.json and pareto.png compare them; each has its own run folder. An
     interrupted sweep resumes where it stopped.
     """

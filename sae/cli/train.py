@@ -15,12 +15,13 @@ from sae.console.terminal import say
 def train(options: Options, settings: RunConfig) -> None:
     """Train a dictionary on cached activations.
 
-    CONFIG is an optional YAML file; KEY=VALUE sets or overrides a setting. The activations come from 'sae harvest'.
+    CONFIG, which is optional, is a YAML file or the name of a configuration that comes with sae: gpt2-small,
+    local-model or quickstart. KEY=VALUE sets or overrides a setting. The activations come from 'sae harvest'.
     Interrupted training resumes from the newest checkpoint.
     """
-    from sae.runs import pipeline
+    from sae.runs.run import Run
 
     options.say_hook(settings)
     with options.progress() as progress:
-        dictionary = pipeline.Run(settings, progress).train()
+        dictionary = Run(settings, progress).train()
     say(f"{dictionary} in {settings.folder / 'dictionary'}")

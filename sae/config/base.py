@@ -6,12 +6,12 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
-from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 from yaml.composer import ComposerError
 
 from sae.config.yaml_text import LONGEST, parsed
@@ -36,8 +36,26 @@ RENAMED = (Renamed("train", "products", "encoder_dtype"), Renamed("dictionary", 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
-class Settings(BaseModel):
-    """A group of settings. Subclasses declare each setting as a pydantic `Field` with a default and a description."""
+if TYPE_CHECKING:  # type checkers take the arguments of a class of settings from its fields
+    from pydantic._internal._model_construction import ModelMetaclass as _Explaining
+else:
+
+    class _Explaining(type(BaseModel)):
+        """The type of all classes of settings: wrong settings in Python give the same errors as in a file."""
+
+        def __call__(cls, *args: Any, **settings: Any) -> Any:
+            try:
+                return super().__call__(*args, **settings)
+            except ValidationError as error:
+                raise ConfigError(_explained(cls, error, f"{cls.__name__}.model_fields")) from error
+
+
+class Settings(BaseModel, metaclass=_Explaining):
+    """A group of settings. Subclasses declare each setting as a pydantic `Field` with a default and a description.
+
+    Raises:
+        ConfigError: a key does not exist (the most similar one is suggested), or a value is invalid.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
 
@@ -183,12 +201,13 @@ def validated(kind: type[Kind], settings: Mapping[str, Any], all_keys: str) -> K
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_explained(kind, error.errors(include_url=False)[0], all_keys)) from error
+        raise ConfigError(_explained(kind, error, all_keys)) from error
     except RecursionError as error:
         raise ConfigError("the settings are too deep") from error
 
 
-def _explained(kind: type[Settings], error: ErrorDetails, all_keys: str) -> str:
+def _explained(kind: type[Settings], refusal: ValidationError, all_keys: str) -> str:
+    error = refusal.errors(include_url=False)[0]
     parts = [str(part) for part in error["loc"]]
     key = ".".join(parts)
     if error["type"] == "extra_forbidden":

@@ -10,6 +10,9 @@ import torch
 
 from sae.errors import ConfigError
 
+_CHECKOUT = Path(__file__).parents[2]
+"""The folder that holds the package: of the checkout, or of installed packages."""
+
 
 def choose_device(name: str) -> torch.device:
     """The device with a name; `auto` is a GPU if there is one.
@@ -37,10 +40,11 @@ def memory_of(device: torch.device) -> int:
 
 
 def git_commit() -> str | None:
-    """The commit of this package; None if it does not run from a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of this package; None if it is installed, even if it is installed inside a git checkout."""
+    command = ["git", "-C", str(_CHECKOUT), "rev-parse", "--show-prefix", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    prefix, commit = answer.stdout.splitlines()
+    return None if prefix else commit

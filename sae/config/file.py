@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,30 +24,67 @@ MOST_YAML_BYTES = 1 << 20
 READ_BY_RUN = ("model.", "harvest.cache", "device")
 """Settings of an existing run that commands can override, by the beginnings of their keys."""
 TRUST_SETTING = "model.trust_remote_code"
+_SUFFIX = ".yaml"
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply overrides.
 
     Args:
-        path: the file; None: only defaults and overrides.
+        path: the file, or the name of a shipped configuration, such as `quickstart`; None: only defaults and overrides.
+            A file in the current folder comes first. Relative paths in settings start from the current folder.
         overrides: such as `train.lr=1e-3`. Values are YAML, except for settings that hold text, whose values are taken
             literally.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key does not exist, or a value is invalid.
     """
-    settings = _read_yaml(Path(path)) if path is not None else {}
+    settings = _read_yaml(find_config(path)) if path is not None else {}
     read_words(RunConfig, overrides, settings, "dictionary.k=64")
     return parse_config(settings)
 
 
-def named_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a file that a user named. A file in a run folder only records what was permitted.
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name: of an installed package, or of a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    folder = installed if installed.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob(f"*{_SUFFIX}"))}
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a configuration.
+
+    Args:
+        name: a path, or the name of a file in the current folder or of a shipped configuration, with or without
+            `.yaml`. Files of the user come first.
+
+    Raises:
+        ConfigError: there is no such file; the most similar name of a shipped configuration is suggested.
+    """
+    path, shipped = Path(name), shipped_configs()
+    if path.exists():
+        return path
+    stem = path.name.removesuffix(_SUFFIX)
+    if len(path.parts) > 1:
+        hint = f"; {stem!r} is the configuration that comes with sae" if stem in shipped else ""
+        raise ConfigError(f"config {str(path)!r}: no such file{hint}")
+    if Path(f"{stem}{_SUFFIX}").exists():
+        return Path(f"{stem}{_SUFFIX}")
+    if stem in shipped:
+        return shipped[stem]
+    near = difflib.get_close_matches(stem, shipped, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"config {str(path)!r}: no such file; {hint}sae comes with {', '.join(shipped)}")
+
+
+def named_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a user named (see `find_config`). A file in a run folder only records what was permitted.
 
     Raises:
         ConfigError: as `load_config`; or the file is a run folder's and permits code that `overrides` do not permit.
     """
+    path = find_config(name)
     config = load_config(path, overrides)
     if _is_record(path):
         check_permission(config, f"run {str(path.parent)!r}", overrides)
@@ -98,8 +136,6 @@ def _check_together(config: RunConfig) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise ConfigError(f"config {str(path)!r}: no such file")
     try:
         content = read_checked(path, most=MOST_YAML_BYTES, remedy=_remedy(path), announce=False)
         settings = parse_file(path, content)

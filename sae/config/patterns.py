@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sae.config.file import parse_config
 from sae.config.settings import RunConfig, is_pattern
 from sae.errors import ConfigError
+
+_SIDES = ("reads", "gives")
+
+
+def has_patterns(config: RunConfig) -> bool:
+    """Whether the configuration has patterns of hook points."""
+    swept = config.sweep.get("dictionary", {})
+    named = (config.harvest.hooks, config.dictionary.reads, config.dictionary.gives, *map(swept.get, _SIDES))
+    return any(is_pattern(hook) for hooks in named for hook in _listed(hooks))
 
 
 def with_hook_points(config: RunConfig, names: Callable[[], Iterable[str]]) -> RunConfig:
@@ -29,12 +38,15 @@ def with_hook_points(config: RunConfig, names: Callable[[], Iterable[str]]) -> R
     if any(map(is_pattern, harvested)):
         harvested = settings["harvest"]["hooks"] = _matching("harvest.hooks", harvested, list(names()))
     for prefix, section in (("", settings["dictionary"]), ("sweep.", settings["sweep"].get("dictionary", {}))):
-        for key in ("reads", "gives"):
-            hooks = section.get(key)
-            entries = hooks if isinstance(hooks, list) else [hooks]
+        for key in _SIDES:
+            entries = _listed(section.get(key))
             if any(map(is_pattern, entries)):
                 section[key] = _matching(f"{prefix}dictionary.{key}", entries, harvested)
     return parse_config(settings)
+
+
+def _listed(hooks: Any) -> Sequence[Any]:
+    return hooks if isinstance(hooks, list | tuple) else [hooks]
 
 
 def _matching(key: str, entries: Iterable[Any], names: Iterable[str]) -> list[Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import warnings
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -23,6 +26,16 @@ def within(progress: Progress, stage: str) -> StageProgress:
 def under(progress: Progress, prefix: str) -> Progress:
     """Progress whose stages begin with a prefix."""
     return lambda stage, done, total: progress(f"{prefix}: {stage}", done, total)
+
+
+def import_tqdm() -> None:
+    """Import tqdm as other libraries do, but without its warning in notebooks that ipywidgets is not installed.
+
+    Bars of these libraries are text there. Called before the libraries are imported.
+    """
+    with warnings.catch_warnings(), contextlib.suppress(ImportError):
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        importlib.import_module("tqdm.auto")
 
 
 @runtime_checkable

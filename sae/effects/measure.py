@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sae.activations.cache import ActivationCache
-from sae.activations.metadata import place_of
+from sae.activations.metadata import common_hook, place_of
 from sae.activations.same_model import check_same_model
 from sae.config.progress import Progress, silent, within
 from sae.dictionary.base import Dictionary
@@ -43,7 +43,7 @@ def measure_effects(
     cache: ActivationCache,
     language_model: LanguageModel,
     *,
-    hook: str,
+    hook: str | None = None,
     features: Sequence[int] | None = None,
     sample: int | None = None,
     settings: EffectSettings | None = None,
@@ -66,7 +66,7 @@ def measure_effects(
         dictionary: takes raw activations; it is not modified, and copied if it is not on `device`.
         cache: its held-out text is read.
         language_model: the model that the cache was harvested from.
-        hook: hook point.
+        hook: hook point; None: the one the dictionary was trained on, or the cache's only one.
         features: features to measure; None: those that fire in the text.
         sample: if `features` is None, the number of features drawn at random from those that fire; None: all.
         settings: how to measure; None: the defaults, ablation.
@@ -88,6 +88,7 @@ def measure_effects(
         UnknownFeatureError: the dictionary has no such feature.
     """
     settings, report = settings or EffectSettings(), progress or silent
+    hook = hook or common_hook({"dictionary": dictionary}, cache)
     tail = _checked(dictionary, cache, language_model, hook, features)
     if dictionary.W_dec.device != torch.empty(0, device=device).device:
         dictionary = copy.deepcopy(dictionary).to(device)

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from sae.evaluation.candidate import Autoencoder
-from sae.evaluation.comparison import Comparison, compare
+from sae.evaluation.comparison import Compared, Comparison, compare
 from sae.evaluation.comparison_view import comparison_tables
+from sae.evaluation.recovery import Detection, Labelled, Recovery, detection, measure_recovery
 from sae.evaluation.report import Report, Scores
 from sae.evaluation.report_view import report_table
 from sae.evaluation.scoring import evaluate, evaluate_all
-from sae.evaluation.stored import write_comparison, write_report
+from sae.evaluation.stored import StoredReport, read_comparison, write_comparison, write_report
 from sae.results.estimate import Estimate
 
 __all__ = [
     "Autoencoder",
+    "Compared",
     "Comparison",
+    "Detection",
     "Estimate",
+    "Labelled",
+    "Recovery",
     "Report",
     "Scores",
+    "StoredReport",
     "compare",
     "comparison_tables",
+    "detection",
     "evaluate",
     "evaluate_all",
+    "measure_recovery",
+    "read_comparison",
     "report_table",
     "write_comparison",
     "write_report",

@@ -68,25 +68,6 @@ class Candidate:
         return {"features": trained["dead"], "tokens": trained["dead_after_tokens"]}
 
 
-def common_hook(dictionaries: Mapping[str, Evaluated], cache: ActivationCache) -> str:
-    """The hook point that all dictionaries give by their metadata; if none states it, the cache's only one.
-
-    Raises:
-        ConfigError: they give different ones, or none states it and the cache has several.
-    """
-    own = {entry.origin.gives.hook for entry in dictionaries.values() if isinstance(entry, Dictionary)} - {None}
-    hooks = own or set(cache.hooks)
-    if len(hooks) > 1:
-        names = ", ".join(sorted(map(repr, hooks)))
-        start = (
-            "the dictionaries are of the hook points" if own else "nothing says which hook point it is: the cache has"
-        )
-        raise ConfigError(f"{start} {names}; give hook=, and only dictionaries of that one")
-    [hook] = hooks
-    assert hook is not None
-    return hook
-
-
 def candidate(
     name: str, thing: Evaluated, cache: ActivationCache, hook: str, device: str | torch.device
 ) -> Candidate:  # fmt: skip

@@ -14,7 +14,7 @@ from sae.config.settings import EvaluationConfig
 from sae.errors import ConfigError
 from sae.evaluation.candidate import Evaluated
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
-from sae.evaluation.report import HEADINGS, fewest_of_baselines
+from sae.evaluation.report import fewest_of_baselines
 from sae.evaluation.scoring import evaluate_all
 from sae.files import version
 from sae.files.formats import HEAD, Format, as_read_back
@@ -25,12 +25,14 @@ from sae.results.estimate import Estimate
 FORMAT = Format("sae-comparison", 1)
 COMMON = ("ce_clean", "ce_zero", "ce_mean")
 """Metrics of the language model alone, the same for all dictionaries."""
+NEAR_L0 = 1.1
+"""Of baselines that differ only in L0, by no more than this factor, one is shown."""
 JSON_FILE, MARKDOWN_FILE = "compare.json", "compare.md"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A dictionary, or a baseline, in a comparison.
+    """A dictionary, or a baseline, in a comparison or in a stored report.
 
     Attributes:
         description: what it is, in a line.
@@ -56,6 +58,20 @@ class Compared:
         return {**asdict(self), "metrics": metrics, "differences": differences}
 
     @staticmethod
+    def of(record: Mapping[str, Any], differences: dict[str, Estimate] | None = None) -> Compared:
+        """From the content of `eval.json`, or from one of its baselines."""
+        metrics = {name: record[name] for name in METRICS if record.get(name) is not None}
+        dead, dense = record.get("dead"), record.get("dense")
+        return Compared(
+            description=record["description"],
+            metrics={name: Estimate.from_json(estimate) for name, estimate in metrics.items()},
+            features=record.get("features") or 0,
+            dead=dead["features"] if dead else None,
+            dense=dense["features"] if dense else None,
+            differences=differences or {},
+        )
+
+    @staticmethod
     def from_json(record: Mapping[str, Any]) -> Compared:
         estimates = {
             part: {name: Estimate.from_json(estimate) for name, estimate in record[part].items()}
@@ -75,7 +91,8 @@ class Comparison:
         evaluated: numbers of tokens and documents, by the names in `eval.json`; `baseline_tokens` and
             `baseline_positions` are the smallest numbers that a baseline, and its losses, are measured on.
         dictionaries: by name; the others are compared with the first.
-        baselines: those of all dictionaries, each once, by name.
+        baselines: those of all dictionaries by their kind, as in a report, and by their L0 if there are several of a
+            kind: `pca, L0 16`. Of those that differ only in an L0 that is nearly the same, the first is kept.
     """
 
     key: dict[str, Any]
@@ -119,7 +136,7 @@ class Comparison:
             own = [metric for metric in METRICS if metric not in COMMON] if number else []
             pairs = {metric: difference(metric, totals, first_totals) for metric in own}
             differences = {metric: estimate for metric, estimate in pairs.items() if estimate is not None}
-            dictionaries[name] = _compared(record, record["description"], differences)
+            dictionaries[name] = Compared.of(record, differences)
         identities = {name: record["dictionary"] for name, record in records.items()}
         settings = EvaluationConfig.model_validate(reference["settings"])
         return Comparison(
@@ -195,32 +212,32 @@ def comparison_key(
     return as_read_back(facts)
 
 
-def _compared(record: Mapping[str, Any], description: str, differences: dict[str, Estimate]) -> Compared:
-    metrics = {name: record[name] for name in METRICS if record.get(name) is not None}
-    dead, dense = record.get("dead"), record.get("dense")
-    return Compared(
-        description=description,
-        metrics={name: Estimate.from_json(estimate) for name, estimate in metrics.items()},
-        features=record.get("features") or 0,
-        dead=dead["features"] if dead else None,
-        dense=dense["features"] if dense else None,
-        differences=differences,
-    )
-
-
 def _baselines(records: Iterable[Mapping[str, Any]]) -> dict[str, Compared]:
     """Each baseline once, by its kind, and by its L0 if there are several of a kind."""
-    by_kind: dict[str, dict[str, Compared]] = {}
+    by_kind: dict[str, list[Compared]] = {}
     for record in records:
         for kind, baseline in record["baselines"].items():
-            description = baseline["description"]
-            by_kind.setdefault(kind, {})[description] = _compared(baseline, description, {})
+            entry, variants = Compared.of(baseline), by_kind.setdefault(kind, [])
+            if not any(_alike(kind, entry, other) for other in variants):
+                variants.append(entry)
     named: dict[str, Compared] = {}
     for kind, variants in by_kind.items():
-        for entry in variants.values():
-            l0 = entry.metrics.get("l0")
-            size = f", L0 {l0.value:.3g}" if len(variants) > 1 and l0 is not None and l0.value is not None else ""
-            name = f"{HEADINGS[kind]}{size}"
+        for entry in variants:
+            l0 = _l0(entry)
+            name = kind if len(variants) == 1 or l0 is None else f"{kind}, L0 {l0:.3g}"
             duplicates = sum(other == name or other.startswith(f"{name} (") for other in named)
             named[f"{name} ({duplicates + 1})" if duplicates else name] = entry
     return named
+
+
+def _alike(kind: str, one: Compared, other: Compared) -> bool:
+    """Whether two baselines of a kind are the same, or differ only in an L0 that is nearly the same."""
+    if one.description == other.description:
+        return True
+    subjects = [(entry.features, entry.description.partition(",")[0]) for entry in (one, other)]
+    l0s = [l0 for entry in (one, other) if (l0 := _l0(entry)) is not None]
+    return (kind == "pca" or subjects[0] == subjects[1]) and len(l0s) == 2 and max(l0s) <= NEAR_L0 * min(l0s)
+
+
+def _l0(entry: Compared) -> float | None:
+    return entry.metrics["l0"].value if "l0" in entry.metrics else None

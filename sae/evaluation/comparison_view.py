@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.comparison import Compared, Comparison
 from sae.evaluation.metrics import below_noise
+from sae.evaluation.report import HEADINGS
 from sae.evaluation.report_view import (
     COUNTS,
     DOWNSTREAM,
@@ -55,9 +56,15 @@ def comparison_tables(comparison: Comparison, width: int | None = None) -> list[
     baselines = comparison.baselines.values()
     shown = [metric for metric in _BASELINE_METRICS if any(metric in entry.metrics for entry in baselines)]
     metric_columns = [Column(metric, [_cell(entry, metric)[0] for entry in baselines]) for metric in shown]
-    names_column = Column("baseline", list(comparison.baselines), is_text=True)
+    names_column = Column("baseline", list(map(_heading, comparison.baselines)), is_text=True)
     baseline_table = Table([names_column, *metric_columns], notes=[_fewer_tokens(comparison)])
     return [table.in_terminal(width), baseline_table.in_terminal(width)]
+
+
+def _heading(baseline: str) -> str:
+    """The name of a baseline with the heading of its kind."""
+    kind = next((kind for kind in HEADINGS if baseline.startswith(kind)), "")
+    return HEADINGS.get(kind, "") + baseline.removeprefix(kind)
 
 
 def _broken(label: str) -> str:
@@ -76,7 +83,7 @@ def comparison_markdown(comparison: Comparison) -> str:
         f"Values are means over tokens, {error_note(comparison.evaluated)}. "
         f"{_sentence(plain(_second_lines(comparison)))}",
         "## Baselines",
-        _table(baselines),
+        _table({_heading(name): entry for name, entry in baselines.items()}),
         _sentence("; ".join(plain(entry.description) for entry in baselines.values())),
     ]
     note = _fewer_tokens(comparison)

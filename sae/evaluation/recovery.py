@@ -73,7 +73,7 @@ class Recovery:
 
 @torch.no_grad()
 @in_own_modes
-def recovery(
+def measure_recovery(
     learned: Float[Tensor, "d_sae d_in"],
     true: Float[Tensor, "true _"],
     live: Bool[Tensor, " d_sae"] | None = None,

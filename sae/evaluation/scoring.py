@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sae.activations.cache import ActivationCache
+from sae.activations.metadata import common_hook
 from sae.activations.same_model import check_same_model
 from sae.architectures import ARCHITECTURES
 from sae.config.progress import Progress, silent, within
@@ -19,7 +20,7 @@ from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
 from sae.evaluation.budget import settled, settled_tokens
-from sae.evaluation.candidate import Candidate, Evaluated, candidate, common_hook
+from sae.evaluation.candidate import Candidate, Evaluated, candidate
 from sae.evaluation.downstream import measure_downstream
 from sae.evaluation.frozen_decoder import train_frozen_decoders
 from sae.evaluation.held_out import BLOCK_TOKENS, ActivationSummary, HeldOut, held_out_blocks, summarise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from sae.config.settings import EvaluationConfig
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DamagedError
 from sae.evaluation import comparison as compared
-from sae.evaluation.comparison import Comparison
+from sae.evaluation.comparison import Compared, Comparison
 from sae.evaluation.comparison_view import comparison_markdown
 from sae.evaluation.figures import draw_figures
 from sae.evaluation.report import DOCUMENTS_FILE, FIGURE_FOLDER, FORMAT, JSON_FILE, MARKDOWN_FILE, Report
@@ -89,6 +90,25 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
         write_bytes(path, content)
     write_json(index, record)  # last: if it exists, the rest does
     return [index, *contents]
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """A report as its files keep it: all metrics and their sums over documents, but no densities of single features.
+
+    Attributes:
+        record: the content of `eval.json`.
+        totals: that of `eval-documents.safetensors`.
+    """
+
+    record: dict[str, Any]
+    totals: dict[str, Tensor]
+
+    @property
+    def columns(self) -> dict[str, Compared]:
+        """The metrics of the dictionary and its baselines, in the order of the tables."""
+        baselines = {name: Compared.of(baseline) for name, baseline in self.record["baselines"].items()}
+        return {"dictionary": Compared.of(self.record), **baselines}
 
 
 def read_stored(
@@ -167,8 +187,12 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     return [folder / compared.JSON_FILE, folder / compared.MARKDOWN_FILE]
 
 
-def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | None:
-    """A stored comparison, if it has this key and all its dictionaries have a hash.
+def read_comparison(folder: str | Path, key: Mapping[str, Any] | None = None) -> Comparison | None:
+    """A stored comparison; None if there is none.
+
+    Args:
+        folder: where `write_comparison` wrote.
+        key: only a comparison with this key, all of whose dictionaries have a hash; None: whatever is stored.
 
     Raises:
         DamagedError: the file is damaged.
@@ -178,8 +202,8 @@ def read_comparison(folder: str | Path, key: Mapping[str, Any]) -> Comparison | 
     if not stands(path) or not stands(folder / compared.MARKDOWN_FILE):
         return None
     record = read_object(path)
-    all_hashed = all(identity["weights_sha256"] for _, identity in key["dictionaries"])
-    if not all_hashed or not compared.FORMAT.holds(record, key=key):
+    all_hashed = key is None or all(identity["weights_sha256"] for _, identity in key["dictionaries"])
+    if not all_hashed or not compared.FORMAT.holds(record, **({} if key is None else {"key": key})):
         return None
     with taken_apart(path):
         return conforming(Comparison.from_json(record))

@@ -97,9 +97,12 @@ class HookedModel:
 
     @torch.no_grad()
     def activations(
-        self, tokens: Int[Tensor, "context seq"], hooks: Sequence[str]
+        self, tokens: Int[Tensor, "context seq"], hooks: str | Sequence[str]
     ) -> dict[str, Float[Tensor, "context seq d_in"]]:
-        """Activations at several hook points, from one pass that stops at the last one. Heads are concatenated."""
+        """Activations at one or several hook points, by name, from one pass that stops at the last one.
+
+        Heads are concatenated.
+        """
         hooks = (hooks,) if isinstance(hooks, str) else hooks
         activations: dict[str, Tensor] = {}
 

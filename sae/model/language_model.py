@@ -23,6 +23,7 @@ from sae.model.hooked import HookedModel
 from sae.model.info import ModelInfo
 from sae.model.loading import code_sha256, load_pretrained
 from sae.model.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
+from sae.model.vocabulary import Vocabulary
 from sae.numerics.modes import in_own_modes
 
 
@@ -153,6 +154,22 @@ class LanguageModel(HookedModel):
         if least < most:
             raise ModelError(f"the texts have {least} to {most} tokens: pass texts of equal length together")
         return torch.tensor(rows, device=self.device)
+
+    def to_texts(self, tokens: Int[Tensor, "*context"] | Sequence[int]) -> list[Any]:
+        """The text of each token, spaces and line ends included, in lists nested like `tokens`.
+
+        A character that spans several tokens is given to the token that completes it, and the others are empty.
+
+        Args:
+            tokens: ids: `[context, seq]`, as `to_tokens` gives them, or of one context.
+        """
+        if isinstance(tokens, Tensor) and tokens.ndim > 1:
+            return [self.to_texts(context) for context in tokens]
+        return self._vocabulary_texts.pieces(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
+
+    @functools.cached_property
+    def _vocabulary_texts(self) -> Vocabulary:
+        return Vocabulary.of(self.tokenizer)
 
     def tail(self, hook: str) -> Tail:
         """The model from a hook point on; checked on this model when first used.

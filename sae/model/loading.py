@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sae.config.progress import import_tqdm
 from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import DEMO, DEMO_FOLDER, hash_ids, model_label
 from sae.errors import ModelError
@@ -59,6 +60,7 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
     """
     os.environ.setdefault("USE_HUB_KERNELS", "NO")  # they are code from the hub, chosen by the installed libraries
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # it is a service of the hub
+    import_tqdm()
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:

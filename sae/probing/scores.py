@@ -41,6 +41,11 @@ class SplitEstimate:
     standard_error: float | None
     deviation: float | None
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval over test examples, value ± 1.96 · standard_error; None if the error is unknown."""
+        return Estimate(self.value, self.standard_error).interval
+
     def to_json(self) -> dict[str, float | None]:
         return {"value": self.value, "standard_error": self.standard_error, "split_deviation": self.deviation}
 

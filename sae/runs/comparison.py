@@ -23,7 +23,7 @@ from sae.evaluation.partial import discard
 from sae.evaluation.stored import read_comparison, read_stored
 from sae.files.paths import expanded
 from sae.files.writing import locked, stands
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 
 READ = "read dictionaries"
 """The stage that counts dictionaries instead of tokens."""

@@ -31,7 +31,7 @@ from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE, Entry, ProbeRecord
 from sae.probing.render import markdown
 from sae.probing.settings import LetterConfig, ProbeConfig
 from sae.probing.sparse_probes import probe_examples
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 
 FOLDER = "probing"
 _MODEL_KEYS = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256")

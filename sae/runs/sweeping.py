@@ -28,8 +28,9 @@ from sae.evaluation.sweep_view import Differences, behind_best, sweep_markdown
 from sae.files.reading import load_tensors, read_object, taken_apart
 from sae.files.writing import locked, stands, write_bytes, write_json
 from sae.results.markdown import code, plain
+from sae.runs.evaluation import evaluate_runs
 from sae.runs.folder import DICTIONARY, configured
-from sae.runs.pipeline import Run, evaluate_runs
+from sae.runs.run import Run
 from sae.training.check import common_pass
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import train_all

@@ -16,7 +16,7 @@ from sae.evaluation.recovery import (
     by_group,
     detection,
     firing_density,
-    recovery,
+    measure_recovery,
 )
 from sae.numerics.modes import in_own_modes
 from sae.superposition.synthetic import (
@@ -208,7 +208,7 @@ def score(
     validation, test = (features.sample(rows, stream=stream).labelled() for stream in (VALIDATION, TEST))
     density = firing_density(dictionary, test.activations)
     live = density > 0
-    recovered = recovery(dictionary.W_dec, features.directions, live, seed=seed)
+    recovered = measure_recovery(dictionary.W_dec, features.directions, live, seed=seed)
     detected = detection(dictionary, recovered.matching, validation, test, seed=seed)
     hit = (recovered.matching.cosine >= COSINE).double()
     correct = torch.zeros(dictionary.d_sae, dtype=torch.float64)

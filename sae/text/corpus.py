@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sae.config.progress import import_tqdm
 from sae.errors import DataError
 from sae.files.hub_errors import explain_hub_error, first_line
 from sae.files.paths import expanded, name_of
@@ -160,6 +161,7 @@ def _read_source(path: Path) -> str:
 
 
 def _saved_dataset(path: Path, split: str, column: str) -> Iterator[tuple[str, Document]]:
+    import_tqdm()
     import datasets
 
     begin = f"data source {str(path)!r}: "
@@ -176,6 +178,7 @@ def _saved_dataset(path: Path, split: str, column: str) -> Iterator[tuple[str, D
 def _hub_dataset(
     source: str, split: str, subset: str | None, column: str, streaming: bool, revision: str | None
 ) -> Iterator[tuple[str, Document]]:
+    import_tqdm()
     import datasets
     from datasets import packaged_modules
 

@@ -327,7 +327,7 @@ def test_nan_in_the_activations(config_file: Path, tiny_model: Path, tmp_path: P
 def test_memory_that_does_not_suffice(
     error: Exception, config_file: Path, tmp_path: Path, command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sae.runs.pipeline.Run.harvest", mock.Mock(side_effect=error))
+    monkeypatch.setattr("sae.runs.run.Run.harvest", mock.Mock(side_effect=error))
     outcome = command("harvest", config_file, f"out={tmp_path / 'r'}")
     assert_refused(outcome, "Error: not enough memory", str(error), "lower harvest.batch_contexts, train.batch_size or")
     assert "unexpected" not in outcome.err

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from sae.cli import main as cli
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 from tests.conftest import make_tiny_config
 
 
@@ -65,10 +65,10 @@ def test_hooks_compare_and_verify_say_what_they_do(trained: Path, tiny_model: Pa
         ("sae.runs.verification._checked", ["verify", "RUN"], "interrupted; run the same command again to restart it"),
         ("sae.model.language_model.LanguageModel.__init__", ["hooks", "demo"],
          "interrupted; run the same command again to restart it"),
-        ("sae.runs.pipeline.collect", ["features", "RUN"], "interrupted; run the same command again to restart it"),
+        ("sae.runs.run.collect", ["features", "RUN"], "interrupted; run the same command again to restart it"),
         ("sae.superposition.runner._run", ["superposition", "--out", "OUT", "geometry"],
          "interrupted; run the same command again to restart the experiment that was running"),
-        ("sae.runs.pipeline.evaluate_all", ["eval", "RUN"], "interrupted; run the same command again to continue"),
+        ("sae.runs.run.evaluate_all", ["eval", "RUN"], "interrupted; run the same command again to continue"),
         ("sae.runs.comparison.evaluate_all", ["compare", "RUN", "OTHER"],
          "interrupted; run the same command again to continue"),
     ],

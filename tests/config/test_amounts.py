@@ -15,6 +15,7 @@ from sae.errors import CacheError, ConfigError
 from sae.model.language_model import LanguageModel
 from sae.probing.settings import ProbeConfig
 from sae.runs import pipeline
+from sae.runs.run import Run
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ from sae.runs import pipeline
     ],
 )
 def test_amounts_that_cannot_work(settings: dict[str, Any], message: str, tiny_config: Any) -> None:
-    run = pipeline.Run(tiny_config(**settings))
+    run = Run(tiny_config(**settings))
     with pytest.raises(ConfigError, match=message):
         run.check()
     assert not run.folder.exists()
@@ -87,8 +88,8 @@ def test_a_source_is_known_by_what_it_holds(
     assert cache.manifest.data["source"] == "texts"
     before = cache.manifest.identity(cache.hooks[0])
 
-    def asked(source: Path) -> pipeline.Run:
-        return pipeline.Run(config.model_copy(update={"data": config.data.model_copy(update={"source": str(source)})}))
+    def asked(source: Path) -> Run:
+        return Run(config.model_copy(update={"data": config.data.model_copy(update={"source": str(source)})}))
 
     assert asked(texts).harvest().manifest.identity(cache.hooks[0]) == before
     texts.rename(tmp_path / "moved")
@@ -99,5 +100,5 @@ def test_a_source_is_known_by_what_it_holds(
     (tmp_path / "moved").rename(texts)
     (texts / "3.txt").write_text("4 the river keeps a stone house " * 20)
     with pytest.raises(CacheError, match=r"the text of data.source='texts' has changed since it was made; set"):
-        pipeline.Run(config).harvest()
-    pipeline.Run(config).cache()
+        Run(config).harvest()
+    Run(config).cache()

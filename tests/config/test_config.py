@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from sae.config.file import describe_keys, load_config, parse_config
-from sae.config.settings import RunConfig, TrainConfig
+from sae.config.file import describe_keys, load_config, parse_config, shipped_configs
+from sae.config.settings import DictionaryConfig, RunConfig, TrainConfig
 from sae.errors import ConfigError
 from sae.files.writing import write_bytes
 from sae.training.recipe import setting_of
@@ -89,6 +93,28 @@ def test_one_hook_needs_no_list(tmp_path: Path) -> None:
 def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "c.yaml") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(batch=3), "unknown setting 'batch': did you mean batch_size?"),
+        (lambda: TrainConfig(zzzz=3), "unknown setting 'zzzz': TrainConfig.model_fields lists every key"),
+        (lambda: DictionaryConfig(d_sae="many"), "setting d_sae='many': input should be a valid integer"),
+        (lambda: RunConfig(dictionary={"kk": 4}), "unknown setting 'dictionary.kk': did you mean dictionary.k?"),
+        (lambda: TrainConfig(products="float32"), "setting 'train.products' is called 'train.encoder_dtype' now"),
+    ],
+)
+def test_wrong_settings_in_python_give_the_same_errors(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
+def test_settings_survive_copies_and_pickles() -> None:
+    config = RunConfig(train=TrainConfig(lr=1e-3), seed=3)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config.model_copy() == config
+    assert RunConfig.model_validate(config.model_dump()) == config
 
 
 def test_the_configuration_is_frozen() -> None:
@@ -170,6 +196,44 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
     assert "cannot be read" in of_file(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"config .*nothing\.yaml': no such file"):
         load_config(tmp_path / "nothing.yaml")
+
+
+def test_a_shipped_configuration_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {path.stem: path for path in (Path(__file__).parents[2] / "configs").iterdir()}
+    assert shipped_configs() == files and len(files) == 4
+    for name, path in files.items():
+        assert load_config(name) == load_config(f"{name}.yaml") == load_config(Path(name)) == load_config(path)
+    assert load_config("quickstart", ["train.lr=1e-3"]).train.lr == 1e-3
+    assert load_config("quickstart").folder == Path("runs/quickstart"), "relative to the current folder"
+
+
+def test_the_users_files_come_before_shipped_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart.yaml").write_text("seed: 1")
+    assert load_config("quickstart").seed == load_config("quickstart.yaml").seed == 1
+    Path("quickstart").write_text("seed: 2")
+    assert (load_config("quickstart").seed, load_config("quickstart.yaml").seed) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("quikstart", "no such file; did you mean 'quickstart'? sae comes with gpt2-small, local-model, quickstart, "),
+        ("gpt2-smal.yaml", "no such file; did you mean 'gpt2-small'? sae comes with gpt2-small, "),
+        ("zzz", "no such file; sae comes with gpt2-small, local-model, quickstart, sweep"),
+        ("configs/quickstart.yaml", "no such file; 'quickstart' is the configuration that comes with sae"),
+        ("configs/zzz.yaml", "no such file"),
+    ],
+)
+def test_an_unknown_configuration_is_refused_with_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(name)
+    assert str(caught.value).startswith(f"config {name!r}: {message}")
+    assert str(caught.value) == f"config {name!r}: {message}" or message.endswith(", ")
 
 
 @pytest.mark.parametrize("kind", ["folder", "FIFO", "large", "unreadable", "of a run"])

@@ -18,6 +18,18 @@ from sae.model.language_model import LanguageModel
 from tests.support.effect_case import MLP, RESID, make_dictionary, measure
 
 
+def test_the_hook_point_is_that_of_the_dictionary(held_out: ActivationCache, language_model: LanguageModel) -> None:
+    dictionary = make_dictionary(held_out, RESID)
+    settings = EffectSettings(positions=2, null_positions=1, window=0)
+    named, unnamed_hook = (
+        measure_effects(dictionary, held_out, language_model, features=[1], settings=settings, **hook).to_json()
+        for hook in ({"hook": RESID}, {})
+    )
+    assert named == unnamed_hook
+    with pytest.raises(ConfigError, match="nothing says which hook point it is: the cache has"):
+        measure_effects(unnamed(held_out), held_out, language_model, features=[1])
+
+
 def test_refusals(held_out: ActivationCache, language_model: LanguageModel, tiny_model: Path) -> None:
     with pytest.raises(UnknownFeatureError, match="feature 48: the dictionary has features 0 to 47"):
         measure(held_out, language_model, features=[3, 48])

@@ -15,11 +15,12 @@ from sae.architectures import TopK
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.saved import identify
 from sae.errors import ConfigError, DamagedError, FormatError
-from sae.evaluation import Comparison, comparison_tables, evaluate, write_comparison
-from sae.evaluation.comparison import comparison_key
+from sae.evaluation import Comparison, comparison_tables, evaluate, read_comparison, write_comparison
+from sae.evaluation.comparison import _baselines, comparison_key
+from sae.evaluation.comparison_view import _heading
 from sae.evaluation.metrics import METRICS, below_noise
-from sae.evaluation.stored import read_comparison
 from sae.model.language_model import LanguageModel
+from sae.results.estimate import Estimate
 from tests.support.evaluation_cache import make_cache, random_rows
 from tests.support.fake_cache import HOOK
 
@@ -91,10 +92,69 @@ def test_any_object_that_encodes_and_decodes_is_measured_alike(comparison: Compa
 def test_baselines_stand_there_once(comparison: Comparison) -> None:
     names = list(comparison.baselines)
     assert names == [
-        "PCA, L0 4", "PCA, L0 6", "random, L0 4", "random, L0 6", "frozen decoder, L0 4", "frozen decoder, L0 6",
+        "pca, L0 4", "pca, L0 6", "random, L0 4", "random, L0 6", "frozen_decoder, L0 4", "frozen_decoder, L0 6",
         "identity",
     ]  # fmt: skip
     assert comparison.baselines["identity"].metrics["fvu"].value == 0
+
+
+def test_baselines_have_the_names_of_a_report(comparison: Comparison) -> None:
+    kinds = dict.fromkeys(name.partition(",")[0] for name in comparison.baselines)
+    assert list(kinds) == ["pca", "random", "frozen_decoder", "identity"]
+    headings = [_heading(name) for name in comparison.baselines]
+    assert headings[0] == "PCA, L0 4" and headings[4:] == ["frozen decoder, L0 4", "frozen decoder, L0 6", "identity"]
+    assert _heading("PCA, L0 4") == "PCA, L0 4", "as earlier versions wrote them"
+
+
+def record_of(l0: float, *, k: int, d_sae: int = 64, architecture: str = "topk") -> dict[str, Any]:
+    """What `eval.json` says about baselines of a dictionary with this L0."""
+
+    def part(description: str, features: int, l0: float) -> dict[str, Any]:
+        return {"description": description, "features": features, "l0": Estimate(float(l0), 0.0).to_json()}
+
+    return {
+        "baselines": {
+            "pca": part(f"PCA: {k} principal components, fitted on 741 tokens", k, k),
+            "random": part(f"random: {d_sae:,} random directions, top {k}, one fitted gain ({l0})", d_sae, k),
+            "frozen_decoder": part(f"frozen decoder: {architecture}, {d_sae:,} random directions, k = {k}", d_sae, l0),
+            "identity": {"description": "identity: x̂ = x", "features": None},
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("records", "names"),
+    [
+        ([record_of(16, k=16), record_of(16.8, k=17)], ["pca", "random", "frozen_decoder", "identity"]),
+        (
+            [record_of(16, k=16), record_of(17, k=17), record_of(18, k=18)],
+            ["pca, L0 16", "pca, L0 18", "random, L0 16", "random, L0 18", "frozen_decoder, L0 16",
+             "frozen_decoder, L0 18", "identity"],
+        ),
+        (
+            [record_of(16, k=16), record_of(16, k=16, d_sae=128)],
+            ["pca", "random, L0 16", "random, L0 16 (2)", "frozen_decoder, L0 16", "frozen_decoder, L0 16 (2)",
+             "identity"],
+        ),
+        (
+            [record_of(16, k=16), record_of(16.5, k=17, architecture="jumprelu")],
+            ["pca", "random", "frozen_decoder, L0 16", "frozen_decoder, L0 16.5", "identity"],
+        ),
+    ],
+    ids=["near", "chain", "other width", "other architecture"],
+)  # fmt: skip
+def test_of_baselines_with_nearly_the_same_l0_the_first_stays(records: list[dict[str, Any]], names: list[str]) -> None:
+    baselines = _baselines(records)
+    assert list(baselines) == names
+    for name, entry in baselines.items():
+        if "L0" in name:
+            assert f", L0 {entry.metrics['l0'].value:.3g}" in name, "its own number"
+
+
+def test_a_stored_comparison_is_read_by_its_folder(comparison: Comparison, tmp_path: Path) -> None:
+    assert read_comparison(tmp_path) is None
+    write_comparison(comparison, tmp_path)
+    assert read_comparison(tmp_path) == comparison
 
 
 def test_json_and_back(comparison: Comparison, tmp_path: Path) -> None:
@@ -127,7 +187,7 @@ def test_terminal_tables(comparison: Comparison) -> None:
         console.print(table)
     console.file.close()
     text = console.export_text()
-    for name in (*METRICS, "dead", "dense", "PCA, L0 4", "identity", "theirs"):
+    for name in (*METRICS, "dead", "dense", "PCA, L0 4", "frozen decoder, L0 6", "identity", "theirs"):
         assert name in text, name
     assert "second lines: difference to a ±" in " ".join(text.split())
 

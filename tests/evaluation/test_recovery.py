@@ -23,7 +23,7 @@ from sae.evaluation.recovery import (
     detection,
     firing_density,
     match,
-    recovery,
+    measure_recovery,
 )
 
 
@@ -47,7 +47,7 @@ def test_random_directions_score_what_chance_gives(count: int, d: int, known: fl
     assert exact == pytest.approx(known, abs=0.01)
     worlds = 10 if count > 100 else 200
     nulls = [
-        recovery(normal(count, d), normal(count, d, seed=seed), null_draws=1, seed=seed).null
+        measure_recovery(normal(count, d), normal(count, d, seed=seed), null_draws=1, seed=seed).null
         for seed in range(1, worlds + 1)
     ]
     for name in ("mean_max_cosine_true", "mean_max_cosine_learned"):
@@ -61,7 +61,7 @@ def test_the_null_is_not_what_is_scored() -> None:
     """Whatever seed the true directions are from, the null's are others."""
     for seed in range(3):
         true = normal(30, 20, seed=seed)
-        scored = recovery(true, true, seed=seed)
+        scored = measure_recovery(true, true, seed=seed)
         assert scored.scores.matched_cosine == pytest.approx(1)
         assert scored.null.matched_cosine < 0.6
 
@@ -69,7 +69,7 @@ def test_the_null_is_not_what_is_scored() -> None:
 def test_the_same_directions_in_another_order_and_length_are_recovered() -> None:
     true = normal(20, 12)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    found = recovery(torch.rand(20, 1) * true[order] + 0, true)
+    found = measure_recovery(torch.rand(20, 1) * true[order] + 0, true)
     assert found.matching.learned.tolist() == order.argsort().tolist()
     for number in (
         found.scores.mean_max_cosine_true,
@@ -83,7 +83,7 @@ def test_the_same_directions_in_another_order_and_length_are_recovered() -> None
 
 def test_the_opposite_direction_is_another_one() -> None:
     true = torch.eye(6)
-    found = recovery(-true, true)
+    found = measure_recovery(-true, true)
     assert found.scores.mean_max_cosine_true == 0
     assert not any(found.scores.recall.values())
 
@@ -92,7 +92,7 @@ def test_copies_count_once() -> None:
     """Four learned features on two of three true ones: recall 2/3, precision 2/4."""
     true = torch.eye(3)
     learned = torch.stack([true[0], true[0], 3 * true[1], true[1]])
-    found = recovery(learned, true)
+    found = measure_recovery(learned, true)
     assert found.scores.recall[0.9] == pytest.approx(2 / 3)
     assert found.scores.precision[0.9] == pytest.approx(2 / 4)
     assert found.scores.mean_max_cosine_learned == pytest.approx(1)
@@ -104,11 +104,11 @@ def test_features_that_do_not_count_are_left_out() -> None:
     true = torch.eye(4)
     learned = torch.cat([true, torch.zeros(1, 4), -torch.ones(1, 4)])
     live = torch.tensor([True, False, True, True, True, False])
-    found = recovery(learned, true, live)
+    found = measure_recovery(learned, true, live)
     assert (found.true, found.live) == (4, 3)
     assert found.matching.learned.tolist() == [0, UNMATCHED, 2, 3]
     assert found.scores.precision[0.9] == 1 and found.scores.recall[0.9] == 3 / 4
-    none = recovery(torch.zeros(2, 4), true)
+    none = measure_recovery(torch.zeros(2, 4), true)
     assert none.live == 0 and none.scores == none.null and none.scores.matched_cosine == 0
 
 
@@ -180,7 +180,7 @@ class Case:
 def test_detection() -> None:
     case = Case()
     validation, test = case.sample(0), case.sample(1)
-    matching = recovery(case.dictionary.W_dec, torch.eye(6)).matching
+    matching = measure_recovery(case.dictionary.W_dec, torch.eye(6)).matching
     assert [case.order[j] for j in matching.learned.tolist()] == list(range(6))
     told = detection(case.dictionary, matching, validation, test)
     assert told.occurrences.tolist() == test.present.sum(0).tolist()
@@ -200,7 +200,7 @@ def test_detection_by_another_features_latent_is_chance() -> None:
     """At best it fires on a share s of rows whatever is there: F1 = 2ps/(p + s), at most 2p/(1 + p)."""
     case = Case()
     told = detection(
-        case.dictionary, recovery(case.dictionary.W_dec, torch.eye(6)).matching, case.sample(0), case.sample(1)
+        case.dictionary, measure_recovery(case.dictionary.W_dec, torch.eye(6)).matching, case.sample(0), case.sample(1)
     )
     assert (told.null_f1[[0, 1, 2, 3, 5]] < 2 * 0.2 / 1.2 + 0.05).all(), told.null_f1
     assert told.mean(told.null_f1) > 0.05
@@ -208,7 +208,7 @@ def test_detection_by_another_features_latent_is_chance() -> None:
 
 def test_unmatched_features_are_not_detected() -> None:
     case = Case()
-    matching = recovery(case.dictionary.W_dec[:3], torch.eye(6)).matching
+    matching = measure_recovery(case.dictionary.W_dec[:3], torch.eye(6)).matching
     told = detection(case.dictionary, matching, case.sample(0), case.sample(1))
     assert told.f1.tolist() == pytest.approx([1, 1, 1, 0, 0, 0], abs=0.005)
     one = Matching(torch.tensor([0, -1]), torch.ones(2, dtype=torch.float64))
@@ -233,9 +233,9 @@ def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(
         ShapeError, match=r"learned directions \[3, 4\], true ones \[3, 5\]: expected some of one width"
     ):
-        recovery(normal(3, 4), normal(3, 5))
+        measure_recovery(normal(3, 4), normal(3, 5))
     with pytest.raises(ShapeError, match=r"true ones \[0, 4\]"):
-        recovery(normal(3, 4), normal(0, 4))
+        measure_recovery(normal(3, 4), normal(0, 4))
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ConfigError, match=r"matching features needs scipy: pip install 'sae\[evaluation\]'"):
-        recovery(normal(3, 4), normal(3, 4))
+        measure_recovery(normal(3, 4), normal(3, 4))

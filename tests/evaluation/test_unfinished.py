@@ -17,7 +17,7 @@ from sae.errors import ConfigError
 from sae.evaluation import evaluate, partial
 from sae.evaluation.budget import announcement, losses_read, pca_tokens, settled, spread_contexts
 from sae.evaluation.partial import FOLDER, Unfinished
-from sae.runs import pipeline
+from sae.runs.run import Run
 
 STAGES = ("reconstruction", "baselines", "language model", "legacy formulas", "frozen decoder")
 
@@ -29,13 +29,13 @@ def run_of(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPat
 
     folder = tmp_path_factory.mktemp("runs")
 
-    def make(name: str) -> pipeline.Run:
+    def make(name: str) -> Run:
         overrides = {
             "harvest.cache": str(folder / "cache"), "data.held_out_tokens": 3000, "data.tokens": 3000,
             "evaluation.batch_contexts": 4, "evaluation.downstream_tokens": 1000, "evaluation.baseline_tokens": 300,
             "evaluation.legacy_tokens": 700, "evaluation.frozen_decoder_tokens": 1000,
         }  # fmt: skip
-        run = pipeline.Run(make_tiny_config(tiny_model, text_folder, folder / name, overrides))
+        run = Run(make_tiny_config(tiny_model, text_folder, folder / name, overrides))
         run.harvest()
         run.train()
         return run
@@ -61,7 +61,7 @@ def stop_in(stage: str, calls: int) -> Any:
     return progress
 
 
-def results(run: pipeline.Run) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def results(run: Run) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     record = json.loads((run.folder / "eval.json").read_text())
     return {key: value for key, value in record.items() if key != "seconds"}, load_file(
         run.folder / "eval-documents.safetensors"
@@ -95,7 +95,7 @@ def test_a_resumed_evaluation_is_the_uninterrupted_one(
         run.evaluate()
     assert not (run.folder / "eval.json").exists()
     begun: dict[str, int] = {}
-    again = pipeline.Run.open(run.folder, progress=lambda name, done, total: begun.setdefault(name, done) and None)
+    again = Run.open(run.folder, progress=lambda name, done, total: begun.setdefault(name, done) and None)
     again.evaluate()
     assert begun[f"evaluate: {stage}"] > 0, "what was done counts as done"
     assert "evaluate: frozen decoder" not in begun or stage == "reconstruction", "it is trained once"

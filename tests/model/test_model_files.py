@@ -17,7 +17,7 @@ from sae.dictionary.model_identity import fingerprint, has_fingerprint
 from sae.errors import ModelError
 from sae.files.writing import write_json
 from sae.model.language_model import LanguageModel
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 from tests.conftest import TinyConfig
 
 INDEX = "model.safetensors.index.json"

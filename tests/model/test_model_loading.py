@@ -22,6 +22,7 @@ from sae.config.sources import ModelConfig
 from sae.errors import ConfigError, ModelError
 from sae.model.language_model import LanguageModel
 from sae.runs import pipeline
+from sae.runs.run import Run
 
 WAY_OUT = "model.trust_remote_code=true (in Python ModelConfig(trust_remote_code=True))"
 # Entries of config.json and of tokenizer_config.json, and whether the library has classes of its own for them.
@@ -120,7 +121,7 @@ def test_a_run_folder_cannot_allow_code(
     """Every verb that opens a run folder stops, and says what to add; with it, the verb goes on."""
     folder, marker = hostile({}, {"auto_map": TOKENIZER_MAP, "tokenizer_class": "OwnTokenizer"})
     config = tiny_config(model__name=str(folder), model__trust_remote_code=True)
-    run = pipeline.Run(config)
+    run = Run(config)
     run.harvest()
     run.train()
     assert marker.is_file()

@@ -19,7 +19,7 @@ from sae import superposition
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.config.settings import FeaturesConfig, RunConfig
-from sae.evaluation.recovery import recovery
+from sae.evaluation.recovery import measure_recovery
 from sae.features import collect
 from sae.model.language_model import LanguageModel
 from sae.probing import ProbeConfig
@@ -158,7 +158,7 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
     "LanguageModel": lambda case: sae.LanguageModel(case.config.model.name).info,
     "hooks": lambda case: sae.LanguageModel(case.config.model.name).hooks(),
     "run": a_run,
-    "recovery": lambda case: recovery(case.dictionary.W_dec, case.x).scores,
+    "recovery": lambda case: measure_recovery(case.dictionary.W_dec, case.x).scores,
     "superposition": lambda case: toy_results(),
 }
 WITHIN = {"harvest", "collect_features", "probe_run", "verify", "train_all"}  # others of these call them

@@ -10,6 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from sae.probing.scores import (
     BinaryScores,
+    SplitEstimate,
     auc,
     binary_scores,
     majority_scores,
@@ -127,3 +128,8 @@ def test_averages_over_splits_and_classes() -> None:
     assert both.f1.standard_error == pytest.approx(0.02)
     assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
     assert mean_and_error([1.0]) == (1.0, None)
+
+
+def test_an_interval_is_that_of_a_known_error() -> None:
+    assert SplitEstimate(0.8, 0.1, 0.02).interval == pytest.approx((0.8 - 0.1959964, 0.8 + 0.1959964), abs=1e-6)
+    assert SplitEstimate(0.8, None, None).interval is None

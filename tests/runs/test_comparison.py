@@ -16,7 +16,7 @@ from sae.evaluation import Comparison, partial
 from sae.files.writing import write_json
 from sae.runs import comparison
 from sae.runs.comparison import compare_folders
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 from tests.conftest import make_tiny_config
 
 

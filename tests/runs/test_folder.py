@@ -17,7 +17,7 @@ from sae.config.file import named_config
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import CacheError, ConfigError, FormatError
 from sae.files.writing import locked, write_bytes
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 from sae.runs.sweeping import sweep
 from sae.runs.verification import verify
 from sae.training import train

@@ -19,7 +19,8 @@ from sae.config.settings import RunConfig
 from sae.errors import ConfigError
 from sae.runs.comparison import compare_folders
 from sae.runs.folder import check_run
-from sae.runs.pipeline import Run, run
+from sae.runs.pipeline import run
+from sae.runs.run import Run
 from sae.runs.sweeping import sweep
 from sae.training.loop import train
 

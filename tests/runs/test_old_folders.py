@@ -14,7 +14,7 @@ import torch
 
 import sae
 from sae.files.hashes import UnhashedWarning
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 
 FOLDERS = Path(__file__).with_name("folders")
 WITHOUT_HASHES = "d0ee045"

@@ -22,8 +22,8 @@ from sae.files.writing import write_json
 from sae.probing.render import letters_table, markdown
 from sae.probing.scores import SplitEstimate
 from sae.probing.settings import LetterConfig, ProbeConfig, describe_keys
-from sae.runs import pipeline
 from sae.runs import probes as of_run
+from sae.runs.run import Run
 
 QUICK = ProbeConfig(k=(1, 2), splits=1, examples=60, pca=False)
 FILLER = "winter garden engine mother number silver road window question".split()
@@ -54,7 +54,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dictionary": {"d_sae": 256, "k": 8},
         "train": {"batch_size": 256, "tokens": 8192},
     })  # fmt: skip
-    run = pipeline.Run(config)
+    run = Run(config)
     run.harvest()
     run.train()
     return folder
@@ -77,7 +77,7 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch, demo_model: sae.LanguageModel) 
     def load(config: sae.ModelConfig, *arguments: object) -> sae.LanguageModel:
         return demo_model if config.name == "demo" else sae.LanguageModel(config, "cpu")
 
-    monkeypatch.setattr(pipeline, "LanguageModel", load)
+    monkeypatch.setattr("sae.runs.run.LanguageModel", load)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_results_are_reused_only_where_nothing_differs(
         raise AssertionError("the language model was loaded")
 
     with monkeypatch.context() as without_model:
-        without_model.setattr(pipeline, "LanguageModel", refuse)
+        without_model.setattr("sae.runs.run.LanguageModel", refuse)
         assert sae.probe_run(own_run, [folder], QUICK) == first
         assert counted == []
         other = sae.probe_run(own_run, [folder], QUICK.model_copy(update={"k": (1,)}))
@@ -174,7 +174,7 @@ def test_results_are_reused_only_where_nothing_differs(
     dictionary = sae.load(own_run)
     torch.nn.init.normal_(dictionary.W_enc)
     dictionary.save(own_run / "dictionary")
-    monkeypatch.setattr(pipeline, "LanguageModel", refuse)
+    monkeypatch.setattr("sae.runs.run.LanguageModel", refuse)
     stale = sae.probe_run(own_run, [folder], QUICK)
     assert sorted(counted) == ["set0", "set1"], "another dictionary, the same activations"
     for name in ("set0", "set1"):
@@ -348,7 +348,7 @@ def test_first_letters_of_the_demo_model(own_run: Path, sets: Path) -> None:
 
 
 def test_another_model_is_refused(own_run: Path, sets: Path, tiny_model: Path) -> None:
-    run = pipeline.Run.open(own_run, (f"model.name={tiny_model}",))
+    run = Run.open(own_run, (f"model.name={tiny_model}",))
     with pytest.raises(ModelError, match="its weights are not those that the dictionary was trained on"):
         sae.probe_run(run, [sets], QUICK)
 

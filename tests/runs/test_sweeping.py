@@ -19,7 +19,7 @@ import sae
 from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES, load
 from sae.errors import ConfigError, FormatError, SaeError
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 from sae.runs.sweeping import sweep, variants
 from sae.training import TrainingInterrupted
 from sae.training.checkpoint import list_checkpoints
@@ -185,7 +185,7 @@ def test_a_sweep_cut_short_in_its_evaluation_goes_on_after_what_was_written(
 ) -> None:
     config = swept(tiny_config, dictionary={"d_sae": [48, 64], "k": [2, 4]}).model_copy(update={"sweep_at_once": 2})
     evaluated: list[int] = []
-    original = sae.runs.pipeline.evaluate_all
+    original = sae.runs.run.evaluate_all
 
     def cut_short(dictionaries: dict[str, object], *arguments: object, **others: object) -> object:
         evaluated.append(len(dictionaries))
@@ -193,7 +193,7 @@ def test_a_sweep_cut_short_in_its_evaluation_goes_on_after_what_was_written(
             raise KeyboardInterrupt
         return original(dictionaries, *arguments, **others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("sae.runs.pipeline.evaluate_all", cut_short)
+    monkeypatch.setattr("sae.runs.run.evaluate_all", cut_short)
     with pytest.raises(KeyboardInterrupt):
         sweep(config)
     done = sweep(config)
@@ -232,9 +232,7 @@ def test_a_start_that_several_share_is_read_once(tiny_config: TinyConfig, monkey
     axes = {"train": {"start_from": [start.config.out], "freeze": [["W_dec"], ["b_dec"], []]}}
     config = swept(tiny_config, **axes).model_copy(update={"harvest": start.config.harvest})
     read: list[str] = []
-    monkeypatch.setattr(
-        "sae.runs.pipeline.load", lambda place, **options: read.append(str(place)) or load(place, **options)
-    )
+    monkeypatch.setattr("sae.runs.run.load", lambda place, **options: read.append(str(place)) or load(place, **options))
     for _ in range(2):
         read.clear()
         sweep(config)

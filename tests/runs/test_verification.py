@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 from sae.runs.verification import record_hashes, verify
 from tests.conftest import Command, make_tiny_config
 

@@ -71,8 +71,8 @@ def write_fake_cache(
     write(DOCUMENTS, json.dumps({"held_out": [], **names, **(document_names or {})}).encode(), 0)
     manifest = Manifest(
         complete=True,
-        model=dict(model or {"name": "none", "weights_sha256": "0", "weight_processing": "none"}),
-        data=dict(data or {"source": "numbers"}),
+        model={"name": "none", "weights_sha256": "0", "weight_processing": "none"} if model is None else dict(model),
+        data={"source": "numbers"} if data is None else dict(data),
         tokens=policy.to_json(),
         context_length=context_length,
         shard_contexts=shard_contexts,

@@ -22,7 +22,7 @@ from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, FormatError, TrainingError
 from sae.files.writing import write_json
 from sae.numerics.seeding import torch_generator
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.initialise import geometric_median
 from sae.training.threshold import rows_for_threshold

@@ -16,7 +16,7 @@ import sae
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.config.splits import HELD_OUT
 from sae.errors import TrainingError
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 from sae.training import IterableSource, TrainingInterrupted, train
 from sae.training.checkpoint import list_checkpoints
 from tests.support.planted_rows import PlantedRows

@@ -11,7 +11,7 @@ import sae
 from sae.architectures import ARCHITECTURES, TopK
 from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, FormatError
-from sae.runs.pipeline import Run
+from sae.runs.run import Run
 from sae.training import IterableSource, train
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
 from sae.training.traits import READERS, unread
