@@ -6,9 +6,9 @@ import dataclasses
 import time
 from pathlib import Path
 
-from sae.effects.effects import Effects, FeatureEffect
+from sae.effects.effects import Effects, FeatureEffect, stem
 from sae.effects.interventions import Changes
-from sae.effects.store import resume, save_effects, stem, write_effects
+from sae.effects.store import resume, save_effects, write_effects
 from sae.effects.summarise import over_features, over_positions
 from sae.files.writing import stands
 

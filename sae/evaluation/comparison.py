@@ -18,14 +18,16 @@ from sae.evaluation.report import HEADINGS, fewest_of_baselines
 from sae.evaluation.scoring import evaluate_all
 from sae.files import version
 from sae.files.formats import HEAD, Format, as_read_back
+from sae.files.kept import KeptResult
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.results.estimate import Estimate
 
-FORMAT = Format("sae-comparison", 1)
 COMMON = ("ce_clean", "ce_zero", "ce_mean")
 """Metrics of the language model alone, the same for all dictionaries."""
-JSON_FILE, MARKDOWN_FILE = "compare.json", "compare.md"
+COMPARISON_TEXT = "compare.md"
+COMPARISON = KeptResult(Format("sae-comparison", 1), "compare.json", (COMPARISON_TEXT,), of_version=False)
+"""Its key has the version."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Comparison:
             for part in ("dictionaries", "baselines")
         }
         plain = {name: getattr(self, name) for name in ("key", "hook", "model", "data", "token_policy", "evaluated")}
-        return {**FORMAT.head(), **plain, **parts}
+        return COMPARISON.headed({**plain, **parts})
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Comparison:
