@@ -23,8 +23,6 @@ from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.results.estimate import Estimate
 
-COMMON = ("ce_clean", "ce_zero", "ce_mean")
-"""Metrics of the language model alone, the same for all dictionaries."""
 COMPARISON_TEXT = "compare.md"
 COMPARISON = KeptResult(Format("sae-comparison", 1), "compare.json", (COMPARISON_TEXT,), of_version=False)
 """Its key has the version."""
@@ -118,7 +116,7 @@ class Comparison:
         reference, first_totals = next(iter(evaluations.values()))
         dictionaries = {}
         for number, (name, (record, totals)) in enumerate(evaluations.items()):
-            own = [metric for metric in METRICS if metric not in COMMON] if number else []
+            own = [name for name in record if name in METRICS and not METRICS[name].is_common] if number else []
             pairs = {metric: difference(metric, totals, first_totals) for metric in own}
             differences = {metric: estimate for metric, estimate in pairs.items() if estimate is not None}
             dictionaries[name] = _compared(record, record["description"], differences)
@@ -198,7 +196,7 @@ def comparison_key(
 
 
 def _compared(record: Mapping[str, Any], description: str, differences: dict[str, Estimate]) -> Compared:
-    metrics = {name: record[name] for name in METRICS if record.get(name) is not None}
+    metrics = {name: value for name, value in record.items() if name in METRICS and value is not None}
     dead, dense = record.get("dead"), record.get("dense")
     return Compared(
         description=description,

@@ -16,7 +16,7 @@ from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
 from sae.evaluation.held_out import NormHistogram
 from sae.evaluation.published import PublishedScores
 from sae.evaluation.reconstruction import ReconstructionScores
-from sae.evaluation.sparsity import SparsityScores
+from sae.evaluation.sparsity import SPARSITY_NAMES, SparsityScores
 from sae.files.formats import Format
 from sae.files.kept import KeptResult
 from sae.files.writing import tensors_content
@@ -66,9 +66,6 @@ class Scores:
         downstream: dict[str, Any] = self.downstream.to_json() if self.downstream else dict.fromkeys(DOWNSTREAM_NAMES)
         features = len(self.sparsity.firings) if self.sparsity else None
         return {"features": features, **self.reconstruction.to_json(), **sparsity, **downstream}
-
-
-SPARSITY_NAMES = ("l0", "l0_quantiles", "l1", "density", "dead", "dense")
 
 
 @dataclass(frozen=True)
