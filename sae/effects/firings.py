@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from sae.activations.cache import ActivationCache, ContextBatch
+from sae.activations.cache import ActivationCache
 from sae.config.progress import StageProgress
 from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError
 from sae.features.block import Block
 from sae.features.collection import random_keys
+from sae.features.scan import Fired, scan_contexts
 
-_ENCODED_AT_ONCE = 1 << 26
 _KEPT_AT_ONCE = 1 << 22
 
 
@@ -62,7 +62,6 @@ class Firings:
         return self.count / max(1, self.tokens)
 
 
-@torch.no_grad()
 def scan_firings(
     dictionary: Dictionary,
     cache: ActivationCache,
@@ -94,16 +93,8 @@ def scan_firings(
     if dictionary.W_dec.device != torch.empty(0, device=device).device:
         dictionary = copy.deepcopy(dictionary).to(device)
     collector = _Collector(dictionary.d_sae, positions, seed, features)
-    total = min(cache.rows(HELD_OUT), tokens or cache.rows(HELD_OUT))
-    at_once = max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
-    if progress is not None:
-        progress(0, total)
-    for batch in cache.contexts(HELD_OUT, hook, batch_contexts=at_once, max_tokens=tokens):
-        assert batch.activations is not None
-        values, indices = dictionary.encode_sparse(batch.activations[batch.eligible].to(device))
-        collector.add_(batch, values.float().cpu().numpy(), indices.cpu().numpy())
-        if progress is not None:
-            progress(batch.first_row + batch.tokens.numel(), total)
+    for fired in scan_contexts(dictionary, cache, HELD_OUT, hook, tokens=tokens, progress=progress):
+        collector.add_(fired)
     if not sum(map(len, collector.rows)):
         scope = "all held-out tokens" if tokens is None else f"the first {tokens:,} held-out tokens"
         raise ConfigError(
@@ -158,17 +149,13 @@ class _Collector:
         self.documents: list[np.ndarray] = []
         self.waiting: list[Places] = []
 
-    def add_(self, batch: ContextBatch, values: np.ndarray, indices: np.ndarray) -> None:
-        """Add the codes `[t, k]` of a batch's eligible rows."""
-        eligible, documents = batch.eligible.flatten().numpy(), batch.documents.flatten().numpy()
-        counts = measurable(batch.eligible).flatten().numpy()
-        offsets = np.flatnonzero(eligible)
-        fires = values > 0
-        offset = np.repeat(offsets, fires.sum(1))
-        feature = indices[fires].astype(np.int64)
-        self.tokens += len(offsets)
+    def add_(self, fired: Fired) -> None:
+        """Add the firings in a few contexts."""
+        batch, feature, offset = fired.batch, fired.feature.astype(np.int64), fired.offset
+        documents, counts = batch.documents.flatten().numpy(), measurable(batch.eligible).flatten().numpy()
+        self.tokens += fired.tokens
         self.count += np.bincount(feature, minlength=len(self.count))
-        self.sum += np.bincount(feature, weights=values[fires], minlength=len(self.sum))
+        self.sum += np.bincount(feature, weights=fired.value, minlength=len(self.sum))
         self.rows.append(batch.first_row + np.flatnonzero(counts))
         self.documents.append(documents)
         chosen = counts[offset] & self.selected[feature]
