@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +22,33 @@ from sae.features.scan import Fired, scan_contexts
 _KEPT_AT_ONCE = 1 << 22
 
 
+Rows = TypeVar("Rows", bound="Columns")
+
+
 @dataclass(frozen=True)
-class Places:
+class Columns:
+    """Columns of one length."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns().values())))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """All columns by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def at(self: Rows, index: np.ndarray) -> Rows:
+        """The entries selected by an index or a mask."""
+        return type(self)(**{name: column[index] for name, column in self.columns().items()})
+
+    @classmethod
+    def joined(cls: type[Rows], parts: Sequence[Rows]) -> Rows:
+        """The parts concatenated in order; at least one."""
+        columns = [part.columns() for part in parts]
+        return cls(**{name: np.concatenate([part[name] for part in columns]) for name in columns[0]})
+
+
+@dataclass(frozen=True)
+class Places(Columns):
     """Firings, sorted by feature; those of a feature in the order in which they are drawn."""
 
     feature: Int[np.ndarray, " n"]
@@ -71,27 +96,23 @@ def scan_firings(
     seed: int,
     tokens: int | None = None,
     features: Sequence[int] | None = None,
-    device: str | torch.device = "cpu",
     progress: StageProgress | None = None,
 ) -> Firings:
     """Encode held-out activations once and keep at most `positions` firing places per feature.
 
     Args:
-        dictionary: takes raw activations.
+        dictionary: takes raw activations; tokens are encoded on its device.
         cache: its held-out split is read.
         hook: hook point.
         positions: maximum number of places kept per feature; see `spread`.
         seed: seed of the draw. The draw of a firing depends only on the seed, the feature and the row.
         tokens: held-out tokens to read, in whole contexts; None: all.
         features: features whose places are kept; None: all.
-        device: where tokens are encoded.
         progress: called with the number of tokens done and the total.
 
     Raises:
         ConfigError: `tokens` is less than one context, or no row can be measured.
     """
-    if dictionary.W_dec.device != torch.empty(0, device=device).device:
-        dictionary = copy.deepcopy(dictionary).to(device)
     collector = _Collector(dictionary.d_sae, positions, seed, features)
     for fired in scan_contexts(dictionary, cache, HELD_OUT, hook, tokens=tokens, progress=progress):
         collector.add_(fired)
@@ -161,7 +182,7 @@ class _Collector:
         chosen = counts[offset] & self.selected[feature]
         feature, offset = feature[chosen], offset[chosen]
         self.waiting.append(Places(feature, batch.first_row + offset, documents[offset]))
-        if sum(len(places.row) for places in self.waiting) > max(_KEPT_AT_ONCE, 2 * self.positions * len(self.count)):
+        if sum(map(len, self.waiting)) > max(_KEPT_AT_ONCE, 2 * self.positions * len(self.count)):
             self.waiting = [self._kept()]
 
     def firings(self) -> Firings:
@@ -171,10 +192,5 @@ class _Collector:
         return Firings(self.tokens, self.count, mean, self._kept(), rows, documents)
 
     def _kept(self) -> Places:
-        columns = (
-            np.concatenate([getattr(places, name) for places in self.waiting])
-            for name in ("feature", "row", "document")
-        )
-        feature, row, document = columns
-        index = spread(feature, row, document, self.seed, self.positions)
-        return Places(feature[index], row[index], document[index])
+        places = Places.joined(self.waiting)
+        return places.at(spread(places.feature, places.row, places.document, self.seed, self.positions))
