@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from sae.config.base import LARGEST
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.files.formats import Format
+from sae.files.kept import KeptResult
 from sae.files.reading import conforming
 from sae.results.estimate import Estimate
 
@@ -218,7 +219,8 @@ class Effects:
         record = {name: getattr(self, name) for name in _names(Effects) if name != "features"}
         for name in ("settings", "over_features", "over_positions"):
             record[name] = None if record[name] is None else dataclasses.asdict(record[name])
-        return {**FORMAT.result_head(), **record, "features": [effect.to_json() for effect in self.features.values()]}
+        record["features"] = [effect.to_json() for effect in self.features.values()]
+        return kept_effects(self.settings.scale).headed(record)
 
     @staticmethod
     def from_json(record: Any) -> Effects:
@@ -238,6 +240,16 @@ class Effects:
             return conforming(Effects(**values))
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise FormatError(f"effects: damaged ({' '.join(str(error).split())})") from error
+
+
+def stem(scale: float) -> str:
+    """Name of the files of a factor without suffix: `effects` for ablation, `effects-2` for doubling."""
+    return "effects" if scale == 0 else f"effects-{scale:g}"
+
+
+def kept_effects(scale: float) -> KeptResult:
+    """The files of a factor: effects in JSON, and every single change next to it."""
+    return KeptResult(FORMAT, f"{stem(scale)}.json", (f"{stem(scale)}.safetensors",), grows=True)
 
 
 def check_column(column: str) -> None:

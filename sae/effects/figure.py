@@ -51,12 +51,12 @@ def _panel(axes: Axes, dots: _Dots, null: _Dots, correlation: Correlation | None
     linear = 10.0 ** round(math.log10(max(float(np.median(sizes)), most * 1e-4)))  # keeps ticks apart
     for axis in ("x", "y"):
         getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear, linscale=1.0)
-        getattr(axes, f"set_{axis}lim")(-1.4 * most, 1.4 * most)
     axes.plot([-most, 0, most], [-most, 0, most], color=GREY, linewidth=0.8, linestyle="--")
     for points, colour, label in ((null, ORANGE, "random direction"), (dots, BLUE, "feature")):
         axes.scatter(points.direct, points.loss, s=9, linewidths=0, alpha=0.55, color=colour, label=label)
-    axes.set_xlabel("direct change of the loss, nats")
-    axes.set_ylabel("measured change of the loss, nats")
+    limits = -1.4 * most, 1.4 * most
+    labels = {"xlabel": "direct change of the loss, nats", "ylabel": "measured change of the loss, nats"}
+    axes.set(xlim=limits, ylim=limits, **labels)
     note = "" if correlation is None or correlation.value is None else f", r = {correlation.value:.2f}"
     title(axes, f"{name}{note}")
     axes.legend(

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from sae.activations.cache import ActivationCache, ContextBatch
+from sae.activations.cache import ActivationCache
 from sae.config.progress import StageProgress
 from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError
 from sae.features.block import Block
 from sae.features.collection import random_keys
+from sae.features.scan import Fired, scan_contexts
 
-_ENCODED_AT_ONCE = 1 << 26
 _KEPT_AT_ONCE = 1 << 22
 
 
+Rows = TypeVar("Rows", bound="Columns")
+
+
 @dataclass(frozen=True)
-class Places:
+class Columns:
+    """Columns of one length."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns().values())))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """All columns by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def at(self: Rows, index: np.ndarray) -> Rows:
+        """The entries selected by an index or a mask."""
+        return type(self)(**{name: column[index] for name, column in self.columns().items()})
+
+    @classmethod
+    def joined(cls: type[Rows], parts: Sequence[Rows]) -> Rows:
+        """The parts concatenated in order; at least one."""
+        columns = [part.columns() for part in parts]
+        return cls(**{name: np.concatenate([part[name] for part in columns]) for name in columns[0]})
+
+
+@dataclass(frozen=True)
+class Places(Columns):
     """Firings, sorted by feature; those of a feature in the order in which they are drawn."""
 
     feature: Int[np.ndarray, " n"]
@@ -62,7 +87,6 @@ class Firings:
         return self.count / max(1, self.tokens)
 
 
-@torch.no_grad()
 def scan_firings(
     dictionary: Dictionary,
     cache: ActivationCache,
@@ -72,38 +96,26 @@ def scan_firings(
     seed: int,
     tokens: int | None = None,
     features: Sequence[int] | None = None,
-    device: str | torch.device = "cpu",
     progress: StageProgress | None = None,
 ) -> Firings:
     """Encode held-out activations once and keep at most `positions` firing places per feature.
 
     Args:
-        dictionary: takes raw activations.
+        dictionary: takes raw activations; tokens are encoded on its device.
         cache: its held-out split is read.
         hook: hook point.
         positions: maximum number of places kept per feature; see `spread`.
         seed: seed of the draw. The draw of a firing depends only on the seed, the feature and the row.
         tokens: held-out tokens to read, in whole contexts; None: all.
         features: features whose places are kept; None: all.
-        device: where tokens are encoded.
         progress: called with the number of tokens done and the total.
 
     Raises:
         ConfigError: `tokens` is less than one context, or no row can be measured.
     """
-    if dictionary.W_dec.device != torch.empty(0, device=device).device:
-        dictionary = copy.deepcopy(dictionary).to(device)
     collector = _Collector(dictionary.d_sae, positions, seed, features)
-    total = min(cache.rows(HELD_OUT), tokens or cache.rows(HELD_OUT))
-    at_once = max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
-    if progress is not None:
-        progress(0, total)
-    for batch in cache.contexts(HELD_OUT, hook, batch_contexts=at_once, max_tokens=tokens):
-        assert batch.activations is not None
-        values, indices = dictionary.encode_sparse(batch.activations[batch.eligible].to(device))
-        collector.add_(batch, values.float().cpu().numpy(), indices.cpu().numpy())
-        if progress is not None:
-            progress(batch.first_row + batch.tokens.numel(), total)
+    for fired in scan_contexts(dictionary, cache, HELD_OUT, hook, tokens=tokens, progress=progress):
+        collector.add_(fired)
     if not sum(map(len, collector.rows)):
         scope = "all held-out tokens" if tokens is None else f"the first {tokens:,} held-out tokens"
         raise ConfigError(
@@ -158,23 +170,19 @@ class _Collector:
         self.documents: list[np.ndarray] = []
         self.waiting: list[Places] = []
 
-    def add_(self, batch: ContextBatch, values: np.ndarray, indices: np.ndarray) -> None:
-        """Add the codes `[t, k]` of a batch's eligible rows."""
-        eligible, documents = batch.eligible.flatten().numpy(), batch.documents.flatten().numpy()
-        counts = measurable(batch.eligible).flatten().numpy()
-        offsets = np.flatnonzero(eligible)
-        fires = values > 0
-        offset = np.repeat(offsets, fires.sum(1))
-        feature = indices[fires].astype(np.int64)
-        self.tokens += len(offsets)
+    def add_(self, fired: Fired) -> None:
+        """Add the firings in a few contexts."""
+        batch, feature, offset = fired.batch, fired.feature.astype(np.int64), fired.offset
+        documents, counts = batch.documents.flatten().numpy(), measurable(batch.eligible).flatten().numpy()
+        self.tokens += fired.tokens
         self.count += np.bincount(feature, minlength=len(self.count))
-        self.sum += np.bincount(feature, weights=values[fires], minlength=len(self.sum))
+        self.sum += np.bincount(feature, weights=fired.value, minlength=len(self.sum))
         self.rows.append(batch.first_row + np.flatnonzero(counts))
         self.documents.append(documents)
         chosen = counts[offset] & self.selected[feature]
         feature, offset = feature[chosen], offset[chosen]
         self.waiting.append(Places(feature, batch.first_row + offset, documents[offset]))
-        if sum(len(places.row) for places in self.waiting) > max(_KEPT_AT_ONCE, 2 * self.positions * len(self.count)):
+        if sum(map(len, self.waiting)) > max(_KEPT_AT_ONCE, 2 * self.positions * len(self.count)):
             self.waiting = [self._kept()]
 
     def firings(self) -> Firings:
@@ -184,10 +192,5 @@ class _Collector:
         return Firings(self.tokens, self.count, mean, self._kept(), rows, documents)
 
     def _kept(self) -> Places:
-        columns = (
-            np.concatenate([getattr(places, name) for places in self.waiting])
-            for name in ("feature", "row", "document")
-        )
-        feature, row, document = columns
-        index = spread(feature, row, document, self.seed, self.positions)
-        return Places(feature[index], row[index], document[index])
+        places = Places.joined(self.waiting)
+        return places.at(spread(places.feature, places.row, places.document, self.seed, self.positions))

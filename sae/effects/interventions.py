@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae.effects.firings import Firings
+from sae.effects.firings import Columns, Firings
 from sae.numerics.seeding import numpy_generator
 
 FIRING, RANDOM, ELSEWHERE = 0, 1, 2
@@ -17,23 +17,16 @@ FIRING, RANDOM, ELSEWHERE = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Columns):
     """Planned changes: the feature, the row of the held-out split and the kind of each."""
 
     feature: Int[np.ndarray, " n"]
     row: Int[np.ndarray, " n"]
     kind: Int[np.ndarray, " n"]
 
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def at(self, index: np.ndarray) -> Plan:
-        """The entries selected by an index or a mask."""
-        return Plan(self.feature[index], self.row[index], self.kind[index])
-
 
 @dataclass(frozen=True)
-class Changes:
+class Changes(Columns):
     """Changes that were made and their effects in nats, one entry per change.
 
     Attributes:
@@ -58,25 +51,6 @@ class Changes:
     kl_after: Float[np.ndarray, " n"]
     direct: Float[np.ndarray, " n"]
 
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def at(self, index: np.ndarray) -> Changes:
-        """The entries selected by an index or a mask."""
-        return Changes(**{name: column[index] for name, column in self.columns().items()})
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """All columns by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    @staticmethod
-    def joined(parts: Iterable[Changes]) -> Changes:
-        """The parts concatenated in order."""
-        columns = [part.columns() for part in parts]
-        if not columns:
-            return NO_CHANGES
-        return Changes(**{name: np.concatenate([part[name] for part in columns]) for name in columns[0]})
-
 
 _INTEGERS = ("feature", "row", "kind", "document")
 NO_CHANGES = Changes(**{
@@ -98,8 +72,8 @@ def plan_changes(features: Sequence[int], firings: Firings, *, null_positions: i
         null_positions: maximum number of places for each null.
         seed: seed of the row draw, which depends only on the seed and the feature.
     """
-    feature: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    row, kind = list(feature), list(feature)
+    nothing = np.zeros(0, dtype=np.int64)
+    plans = [Plan(nothing, nothing, nothing)]
     for index in features:
         places = firings.places.rows_of(index)
         if not len(places):
@@ -107,7 +81,6 @@ def plan_changes(features: Sequence[int], firings: Firings, *, null_positions: i
         draw = numpy_generator("effects: rows elsewhere", seed, index)
         elsewhere = draw.choice(firings.rows, min(null_positions, len(firings.rows)), replace=False)
         for change_kind, rows in ((FIRING, places), (RANDOM, places[:null_positions]), (ELSEWHERE, elsewhere)):
-            feature.append(np.full(len(rows), index, dtype=np.int64))
-            row.append(rows.astype(np.int64))
-            kind.append(np.full(len(rows), change_kind, dtype=np.int64))
-    return Plan(np.concatenate(feature), np.concatenate(row), np.concatenate(kind))
+            feature, kind = (np.full(len(rows), number, dtype=np.int64) for number in (index, change_kind))
+            plans.append(Plan(feature, rows.astype(np.int64), kind))
+    return Plan.joined(plans)

@@ -6,9 +6,9 @@ import dataclasses
 import time
 from pathlib import Path
 
-from sae.effects.effects import Effects, FeatureEffect
-from sae.effects.interventions import Changes
-from sae.effects.store import resume, save_effects, stem, write_effects
+from sae.effects.effects import Effects, FeatureEffect, stem
+from sae.effects.interventions import NO_CHANGES, Changes
+from sae.effects.store import resume, save_effects, write_effects
 from sae.effects.summarise import over_features, over_positions
 from sae.files.writing import stands
 
@@ -27,7 +27,8 @@ class Known:
         self.folder, self._last = folder, time.perf_counter()
         self._took = 0.0
         previous = None if folder is None else resume(folder, blank.key, blank.settings.scale)
-        self._blank, self._parts = (blank, []) if previous is None else (previous[0], [previous[1]])
+        self._blank, changes = previous or (blank, NO_CHANGES)
+        self._parts = [changes]
         self.features = dict(self._blank.features)
 
     def add_(self, effects: dict[int, FeatureEffect], changes: Changes, tokens: int) -> None:

@@ -99,7 +99,7 @@ def measure_effects(
             return (results.effects() if results.is_written() else results.write()).only(features)
         firings = scan_firings(
             dictionary, cache, hook, positions=settings.positions, seed=settings.seed, tokens=settings.tokens,
-            features=features, device=device, progress=within(report, "firings"),
+            features=features, progress=within(report, "firings"),
         )  # fmt: skip
         chosen = sorted(set(features)) if features is not None else draw_features(firings, sample, settings.seed)
         meter = ChangeMeter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
 from sae.effects.direct import DirectPath
 from sae.effects.firings import measurable
-from sae.effects.interventions import ELSEWHERE, FIRING, RANDOM, Changes, Plan
+from sae.effects.interventions import ELSEWHERE, FIRING, NO_CHANGES, RANDOM, Changes, Plan
 from sae.errors import ConfigError
 from sae.model.tail import Start, Tail
 from sae.numerics.seeding import numpy_generator
@@ -119,7 +119,7 @@ class ChangeMeter:
             progress: called with the number of changes made since the last call.
         """
         plan = plan.at(np.lexsort((plan.kind, plan.feature, plan.row)))
-        parts: list[Changes] = []
+        parts = [NO_CHANGES]
         token_sums: dict[int, TokenSums] = {}
         for clean, sites in self._batches(plan):
             parts.append(self._measure(clean, sites, token_sums))
@@ -198,15 +198,7 @@ class ChangeMeter:
     def _with_clean_pass(self, clean: _Clean) -> _Clean:
         everywhere = torch.arange(clean.tokens.shape[1], device=clean.tokens.device).expand(clean.tokens.shape)
         readout = self.tail.read_out(clean.start, clean.x, everywhere)
-        return _Clean(
-            clean.tokens,
-            clean.documents,
-            clean.counts,
-            clean.start,
-            clean.x,
-            readout.logits.log_softmax(-1),
-            readout.final,
-        )
+        return replace(clean, log_p=readout.logits.log_softmax(-1), final=readout.final)
 
     def _changed(self, clean: _Clean, sites: _Sites) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 2"]]:
         """Loss differences and divergences: at the position, and summed over the following ones."""

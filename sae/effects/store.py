@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sae.dictionary.model_identity import NOT_OF_ACTIVATIONS
-from sae.effects.effects import FORMAT, Effects, EffectSettings
+from sae.effects.effects import FORMAT, Effects, EffectSettings, kept_effects, stem
 from sae.effects.figure import FIGURE_FOLDER, draw_effects
 from sae.effects.interventions import NO_CHANGES, Changes
 from sae.effects.view import markdown
@@ -18,18 +18,15 @@ from sae.errors import FormatError
 from sae.features.store import Features
 from sae.files import version
 from sae.files.damage import way_out
-from sae.files.formats import fingerprint_of, made_by_this_version
+from sae.files.formats import fingerprint_of
 from sae.files.hashes import announce_missing
+from sae.files.kept import NO_FILES
 from sae.files.paths import expanded
-from sae.files.reading import load_tensors, read_json, read_object, taken_apart
-from sae.files.writing import delete, stands, write_bytes, write_json, write_tensors
+from sae.files.reading import load_tensors, read_json, taken_apart
+from sae.files.writing import delete, stands, tensors_content, write_bytes
 
 _KEY = "key"
-
-
-def stem(scale: float) -> str:
-    """Name of the files without suffix: `effects` for ablation, `effects-2` for doubling."""
-    return "effects" if scale == 0 else f"effects-{scale:g}"
+ABLATION = kept_effects(0.0)
 
 
 def effects_key(
@@ -50,24 +47,21 @@ def effects_key(
     return fingerprint_of(facts)
 
 
-def write_effects(effects: Effects, changes: Changes, folder: Path) -> list[Path]:
+def write_effects(effects: Effects, changes: Changes, folder: Path) -> None:
     """Write everything: JSON and the changes, and Markdown with a figure for reading.
 
     Raises:
         CacheError: the folder cannot be written.
     """
-    name = stem(effects.settings.scale)
-    png = draw_effects(effects, changes)
-    figure = f"{FIGURE_FOLDER}/{name}.png"
-    if png is not None:
-        write_bytes(folder / figure, png)
-    save_effects(effects, changes, folder)
-    write_bytes(folder / f"{name}.md", markdown(effects, figure if png is not None else None).encode())
-    endings = (f"{name}.json", f"{name}.safetensors", f"{name}.md", *([figure] if png is not None else []))
-    return [folder / ending for ending in endings]
+    name, png = stem(effects.settings.scale), draw_effects(effects, changes)
+    figures = {} if png is None else {f"{FIGURE_FOLDER}/{name}.png": png}
+    save_effects(effects, changes, folder, figures)
+    write_bytes(folder / f"{name}.md", markdown(effects, next(iter(figures), None)).encode())
 
 
-def save_effects(effects: Effects, changes: Changes, folder: Path) -> None:
+def save_effects(
+    effects: Effects, changes: Changes, folder: Path, figures: Mapping[str, bytes] = NO_FILES
+) -> None:  # fmt: skip
     """Write what is needed to continue: the changes first, so that the JSON never lists a feature without its changes.
 
     An older Markdown file with fewer features is deleted; `write_effects` writes it again.
@@ -78,8 +72,8 @@ def save_effects(effects: Effects, changes: Changes, folder: Path) -> None:
     name = stem(effects.settings.scale)
     delete(folder / f"{name}.md")
     tensors = {column: torch.from_numpy(np.ascontiguousarray(values)) for column, values in changes.columns().items()}
-    write_tensors(folder / f"{name}.safetensors", {**tensors, _KEY: _as_tensor(effects.key)})
-    write_json(folder / f"{name}.json", effects.to_json())
+    columns = {f"{name}.safetensors": tensors_content({**tensors, _KEY: _as_tensor(effects.key)})}
+    kept_effects(effects.settings.scale).write(folder, effects.to_json(), {**figures, **columns})
 
 
 def read_effects(path: str | Path) -> Effects:
@@ -89,10 +83,13 @@ def read_effects(path: str | Path) -> Effects:
         FormatError: there are none, or they are damaged or have a newer version.
     """
     path = expanded(path)
-    file = path if stands(path) and not path.is_dir() else path / f"{stem(0.0)}.json"
+    file = path if stands(path) and not path.is_dir() else path / ABLATION.index
     if not stands(file):
         raise FormatError(f"effects {str(path)!r}: no {file.name} there; make it with 'sae effects RUN'")
-    record = read_json(file)
+    return _from_json(file, read_json(file))
+
+
+def _from_json(file: Path, record: Any) -> Effects:
     try:
         return Effects.from_json(record)
     except FormatError as error:
@@ -107,15 +104,14 @@ def resume(folder: Path, key: str, scale: float) -> tuple[Effects, Changes] | No
     Raises:
         FormatError: a file is damaged.
     """
-    name = stem(scale)
-    index, columns = folder / f"{name}.json", folder / f"{name}.safetensors"
-    if not stands(index) or not stands(columns):
+    kept = kept_effects(scale)
+    record = kept.find(folder, key=key)
+    if record is None:
         return None
-    if not made_by_this_version(read_object(index)):
-        return None
-    effects, tensors = read_effects(index), load_tensors(columns)
+    columns = folder / kept.beside[0]
+    effects, tensors = _from_json(folder / kept.index, record), load_tensors(columns)
     changes_key = tensors.pop(_KEY, None)
-    if effects.key != key or changes_key is None or changes_key.tolist() != _as_tensor(key).tolist():
+    if changes_key is None or changes_key.tolist() != _as_tensor(key).tolist():
         return None
     if tensors.keys() != NO_CHANGES.columns().keys():
         return None
@@ -131,7 +127,7 @@ def effects_beside(features: Features) -> Effects | None:
         FormatError: they are damaged, or have a newer version.
     """
     folder = features.path.parent
-    file = folder / f"{stem(0.0)}.json"
+    file = folder / ABLATION.index
     if not stands(file):
         announce_missing(file, "effects are left out until 'sae effects' measures them again")
         return None

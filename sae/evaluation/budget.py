@@ -98,15 +98,15 @@ def spread_contexts(cache: ActivationCache, settings: EvaluationConfig) -> Itera
             continue
         group = pending[place in with_baselines]
         if group and group[0].tokens.shape != context.tokens.shape:  # the last context may be shorter
-            yield _joined(group), place in with_baselines
+            yield joined(group), place in with_baselines
             group.clear()
         group.append(context)
         if len(group) == settings.batch_contexts:
-            yield _joined(group), place in with_baselines
+            yield joined(group), place in with_baselines
             group.clear()
     for kind, group in pending.items():
         if group:
-            yield _joined(group), kind
+            yield joined(group), kind
 
 
 def losses_read(settings: EvaluationConfig, cache: ActivationCache) -> int:
@@ -124,7 +124,11 @@ def _spread(contexts: Sequence[int], tokens: int | None, length: int, *, round_u
     return [contexts[place * len(contexts) // count] for place in range(count)]
 
 
-def _joined(batches: list[ContextBatch]) -> ContextBatch:
+def joined(batches: Sequence[ContextBatch]) -> ContextBatch:
+    """Contexts of one length as one batch, with activations if all have them; without sections."""
     parts = [(batch.tokens, batch.documents, batch.eligible) for batch in batches]
     tokens, documents, eligible = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return ContextBatch(batches[0].first_row, tokens, documents, eligible, None)
+    activations = [batch.activations for batch in batches if batch.activations is not None]
+    return ContextBatch(
+        batches[0].first_row, tokens, documents, eligible, torch.cat(activations) if activations else None
+    )  # fmt: skip

@@ -18,16 +18,16 @@ from sae.evaluation.report import fewest_of_baselines
 from sae.evaluation.scoring import evaluate_all
 from sae.files import version
 from sae.files.formats import HEAD, Format, as_read_back
+from sae.files.kept import KeptResult
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.results.estimate import Estimate
 
-FORMAT = Format("sae-comparison", 1)
-COMMON = ("ce_clean", "ce_zero", "ce_mean")
-"""Metrics of the language model alone, the same for all dictionaries."""
 NEAR_L0 = 1.1
 """Of baselines that differ only in L0, by no more than this factor, one is shown."""
-JSON_FILE, MARKDOWN_FILE = "compare.json", "compare.md"
+COMPARISON_TEXT = "compare.md"
+COMPARISON = KeptResult(Format("sae-comparison", 1), "compare.json", (COMPARISON_TEXT,), of_version=False)
+"""Its key has the version."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Compared:
     @staticmethod
     def of(record: Mapping[str, Any], differences: dict[str, Estimate] | None = None) -> Compared:
         """From the content of `eval.json`, or from one of its baselines."""
-        metrics = {name: record[name] for name in METRICS if record.get(name) is not None}
+        metrics = {name: value for name, value in record.items() if name in METRICS and value is not None}
         dead, dense = record.get("dead"), record.get("dense")
         return Compared(
             description=record["description"],
@@ -115,7 +115,7 @@ class Comparison:
             for part in ("dictionaries", "baselines")
         }
         plain = {name: getattr(self, name) for name in ("key", "hook", "model", "data", "token_policy", "evaluated")}
-        return {**FORMAT.head(), **plain, **parts}
+        return COMPARISON.headed({**plain, **parts})
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Comparison:
@@ -133,7 +133,7 @@ class Comparison:
         reference, first_totals = next(iter(evaluations.values()))
         dictionaries = {}
         for number, (name, (record, totals)) in enumerate(evaluations.items()):
-            own = [metric for metric in METRICS if metric not in COMMON] if number else []
+            own = [name for name in record if name in METRICS and not METRICS[name].is_common] if number else []
             pairs = {metric: difference(metric, totals, first_totals) for metric in own}
             differences = {metric: estimate for metric, estimate in pairs.items() if estimate is not None}
             dictionaries[name] = Compared.of(record, differences)

@@ -11,13 +11,12 @@ from sae.evaluation.metrics import below_noise
 from sae.evaluation.report import HEADINGS
 from sae.evaluation.report_view import (
     COUNTS,
-    DOWNSTREAM,
-    RECONSTRUCTION,
-    SPARSITY,
     baselines_have_fewer,
     describe_masks,
     describe_text,
+    sections,
     share_of,
+    table_rows,
 )
 from sae.results.estimate import Estimate, error_note
 from sae.results.markdown import code, document, pipe_table, plain
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 _LABEL = 20
-_LOSSES = {"ce_clean": "loss with nothing replaced", "ce_zero": "with 0 in place of x", "ce_mean": "with x̄"}
-_MEANINGS = {**RECONSTRUCTION, **SPARSITY, **COUNTS, **_LOSSES, **DOWNSTREAM}
-_SECTIONS = {"l0", "ce_clean"}
 _BASELINE_METRICS = ("l0", "fvu", "delta_ce", "kl")
 
 
@@ -51,7 +47,7 @@ def comparison_tables(comparison: Comparison, width: int | None = None) -> list[
         [Column("metric", names, is_text=True), *columns],
         title=f"{comparison.hook}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
         notes=[error_note(counts), _second_lines(comparison)],
-        sections={number for number, name in enumerate(names) if name in _SECTIONS},
+        sections=sections(names),
     )
     baselines = comparison.baselines.values()
     shown = [metric for metric in _BASELINE_METRICS if any(metric in entry.metrics for entry in baselines)]
@@ -100,7 +96,7 @@ def _table(columns: Mapping[str, Compared]) -> str:
 def _rows(columns: Mapping[str, Compared]) -> Iterator[tuple[str, str, list[list[str]]]]:
     """Name, meaning, and the lines of a cell for every column; metrics that no column has are left out."""
     measured = {name for entry in columns.values() for name in entry.metrics}
-    for metric, meaning in _MEANINGS.items():
+    for metric, meaning in table_rows().items():
         if metric in COUNTS:
             yield metric, meaning, [_counted(entry, metric) for entry in columns.values()]
         elif metric in measured:

@@ -16,14 +16,10 @@ from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline
 from sae.evaluation.budget import losses_read, spread_contexts
 from sae.evaluation.held_out import HeldOut
-from sae.evaluation.metrics import estimate
+from sae.evaluation.metrics import estimates
 from sae.evaluation.reconstruction import Reconstructor
 from sae.model.tail import Replacement
-from sae.results.estimate import TOKENS, DocumentSums, Estimate, double, row_sums, to_json
-
-DOWNSTREAM_NAMES = (
-    "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "delta_ce", "ce_recovered_zero", "ce_recovered_mean", "kl"
-)  # fmt: skip
+from sae.results.estimate import TOKENS, DocumentSums, Estimate, double, estimate_names, row_sums, to_json
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,10 @@ class DownstreamScores:
     totals: dict[str, Tensor] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        return to_json(self, DOWNSTREAM_NAMES)
+        return to_json(self)
+
+
+DOWNSTREAM_NAMES = estimate_names(DownstreamScores)
 
 
 def measure_downstream(
@@ -200,8 +199,7 @@ def _scores(sums: DocumentSums, spliced: str, kl: str | None) -> DownstreamScore
     totals = sums.totals(positions=TOKENS, clean="clean", zero="zero", mean="mean", spliced=spliced, kl=kl or "clean")
     if kl is None:
         totals["kl"] = torch.zeros_like(totals["clean"])
-    estimates = {name: estimate(name, totals) for name in DOWNSTREAM_NAMES}
-    return DownstreamScores(sums.tokens, sums.documents, **estimates, totals=totals)
+    return DownstreamScores(sums.tokens, sums.documents, **estimates(DownstreamScores, totals), totals=totals)
 
 
 def _ce(key: Hashable) -> str:

@@ -91,9 +91,7 @@ def draw_training_curves(lines: list[dict[str, Any]]) -> Figure | None:
         axes.set_visible(False)
     unit = "tokens" if all("tokens" in line for line in lines) else "steps"
     for axes in canvas.axes[max(0, len(series) - columns) : len(series)]:
-        axes.set_xlabel(
-            f"training {unit}",
-        )
+        axes.set_xlabel(f"training {unit}")
     return Figure("training.png", "Training curves", "What training logged, on training activations.", canvas.png())
 
 
@@ -103,13 +101,13 @@ def _density(sparsity: SparsityScores) -> Figure:
     axes = canvas.axes[0]
     axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.9)
     axes.axvline(math.log10(DENSE_ABOVE), color=ORANGE, linewidth=1.2, linestyle="--")
-    axes.set_xlim(edges[0], 0)
     axes.yaxis.set_major_locator(whole_numbers())
     axes.yaxis.set_major_formatter(thousands())
-    axes.set_ylim(0, max(*counts, 1) * 1.18)
     axes.set_xticks(range(int(edges[0]), 1), [_power_of_ten(power) for power in range(int(edges[0]), 1)])
-    axes.set_xlabel("share of tokens a feature fires on")
-    axes.set_ylabel("features")
+    axes.set(
+        xlim=(edges[0], 0), ylim=(0, max(*counts, 1) * 1.18),
+        xlabel="share of tokens a feature fires on", ylabel="features",
+    )  # fmt: skip
     features = len(sparsity.firings)
     axes.text(
         0.02, 0.96, f"{sparsity.dead:,} of {features:,} never fire\nin {sparsity.tokens:,} tokens",
@@ -147,9 +145,7 @@ def _l0(sparsity: SparsityScores) -> Figure:
         axes.set_xlim(max(-1, first - 6), last + 6)
     axes.xaxis.set_major_locator(whole_numbers())
     axes.yaxis.set_major_formatter(percent())
-    axes.set_ylim(0, max(heights) * 1.18)
-    axes.set_xlabel("features that fire on a token (L0)")
-    axes.set_ylabel("tokens")
+    axes.set(ylim=(0, max(heights) * 1.18), xlabel="features that fire on a token (L0)", ylabel="tokens")
     axes.text(
         0.985, 0.96, f"mean {mean:.4g}, median {median:,}", transform=axes.transAxes, va="top", ha="right", fontsize=9,
         color=ORANGE,
@@ -170,11 +166,10 @@ def _norms(report: Report) -> Figure:
             heights = (counts[first:last].double() / counts.max()).tolist()
             axes.stairs(heights, edges, fill=True, color=color, alpha=0.75, label=f"{label} ({tokens:,} tokens)")
     logarithmic(axes, "x", (edges[0], edges[-1]))
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(0, 1.28)
-    axes.set_yticks([0, 0.5, 1])
-    axes.set_xlabel("norm of the activation")
-    axes.set_ylabel("tokens, against the peak of their kind")
+    axes.set(
+        xlim=(edges[0], edges[-1]), ylim=(0, 1.28), yticks=[0, 0.5, 1],
+        xlabel="norm of the activation", ylabel="tokens, against the peak of their kind",
+    )  # fmt: skip
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper center", ncols=2)
     caption = "Norms of the tokens evaluated and of those the token policy leaves out; each kind has its own height."
     return Figure("norms.png", "Activation norms", caption, canvas.png())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.results.estimate import TOKENS, Estimate, jackknife, left_out, ratio
+from sae.results.estimate import TOKENS, Estimate, estimate_names, jackknife, left_out, ratio
 
 POSITIONS = "positions"
 """Counts the tokens whose language-model losses were measured; `tokens` counts those of all other metrics."""
@@ -19,40 +20,74 @@ Totals = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Σ numerator / Σ denominator over documents.
+class Metric:
+    """Σ numerator / Σ denominator over documents, and its place in tables and figures.
 
     Attributes:
+        group: the part of a table that it stands in.
+        meaning: what it is, in the tables of a report and a comparison.
         numerator: a sum's name, or `a-b` for the difference of two.
         denominator: likewise.
         complement: the metric is 1 minus the ratio.
-        count: the sum that tells which documents have a token.
+        better: which values are better; None: neither lower nor higher ones.
+        is_common: it is of the language model alone, the same for all dictionaries.
+        heading: of its column in the tables of a sweep; empty: it has none.
+        axis: label of its axis in the Pareto figure; empty: it is not drawn.
     """
 
+    group: Literal["reconstruction", "sparsity", "losses"]
+    meaning: str
     numerator: str
     denominator: str
     complement: bool = False
-    count: str = TOKENS
+    better: Literal["lower", "higher"] | None = None
+    is_common: bool = False
+    heading: str = ""
+    axis: str = ""
+
+    @property
+    def count(self) -> str:
+        """The sum that tells which documents have a token."""
+        return POSITIONS if self.group == "losses" else TOKENS
 
 
 METRICS = {
-    "mse": Ratio("error", TOKENS),
-    "fvu": Ratio("error", "deviation"),
-    "explained_variance": Ratio("error", "deviation", complement=True),
-    "cosine": Ratio("cosine", "nonzero"),
-    "l2_ratio": Ratio("l2_ratio", "nonzero"),
-    "relative_reconstruction_bias": Ratio("power", "product"),
-    "l0": Ratio("l0", TOKENS),
-    "l1": Ratio("l1", TOKENS),
-    "ce_clean": Ratio("clean", POSITIONS, count=POSITIONS),
-    "ce_spliced": Ratio("spliced", POSITIONS, count=POSITIONS),
-    "ce_zero": Ratio("zero", POSITIONS, count=POSITIONS),
-    "ce_mean": Ratio("mean", POSITIONS, count=POSITIONS),
-    "delta_ce": Ratio("spliced-clean", POSITIONS, count=POSITIONS),
-    "ce_recovered_zero": Ratio("zero-spliced", "zero-clean", count=POSITIONS),
-    "ce_recovered_mean": Ratio("mean-spliced", "mean-clean", count=POSITIONS),
-    "kl": Ratio("kl", POSITIONS, count=POSITIONS),
-}
+    "fvu": Metric(
+        "reconstruction", "fraction of variance unexplained", "error", "deviation", better="lower",
+        heading="FVU", axis="fraction of variance unexplained",
+    ),
+    "explained_variance": Metric(
+        "reconstruction", "1 − fvu", "error", "deviation", complement=True, better="higher"
+    ),
+    "mse": Metric("reconstruction", "mean ‖x − x̂‖²", "error", TOKENS, better="lower"),
+    "cosine": Metric("reconstruction", "mean cos(x, x̂)", "cosine", "nonzero", better="higher"),
+    "l2_ratio": Metric("reconstruction", "mean ‖x̂‖ / ‖x‖", "l2_ratio", "nonzero"),
+    "relative_reconstruction_bias": Metric("reconstruction", "E‖x̂‖² / E[x·x̂]", "power", "product"),
+    "l0": Metric("sparsity", "features per token", "l0", TOKENS, heading="L0"),
+    "l1": Metric("sparsity", "mean Σ|f|", "l1", TOKENS),
+    "ce_clean": Metric("losses", "loss with nothing replaced", "clean", POSITIONS, is_common=True),
+    "ce_zero": Metric("losses", "with 0 in place of x", "zero", POSITIONS, is_common=True),
+    "ce_mean": Metric("losses", "with x̄", "mean", POSITIONS, is_common=True),
+    "ce_spliced": Metric("losses", "loss with x̂ in place of x", "spliced", POSITIONS, better="lower"),
+    "delta_ce": Metric(
+        "losses", "spliced − clean", "spliced-clean", POSITIONS, better="lower",
+        heading="ΔCE", axis="ΔCE, nats per token",
+    ),
+    "ce_recovered_zero": Metric(
+        "losses", "share of the loss of 0 recovered", "zero-spliced", "zero-clean", better="higher"
+    ),
+    "ce_recovered_mean": Metric(
+        "losses", "share of the loss of x̄ recovered", "mean-spliced", "mean-clean", better="higher"
+    ),
+    "kl": Metric("losses", "KL(clean ‖ spliced)", "kl", POSITIONS, better="lower"),
+}  # fmt: skip
+"""Every metric, in the order of the tables. Adding one takes an entry here and its sums in the module of its group."""
+
+
+def swept() -> dict[str, Metric]:
+    """The metrics in the tables of a sweep: first those that are given, such as L0, then those to compare."""
+    shown = {name: metric for name, metric in METRICS.items() if metric.heading}
+    return dict(sorted(shown.items(), key=lambda item: item[1].better is not None))
 
 
 def estimate(metric: str, totals: Totals) -> Estimate:
@@ -62,6 +97,11 @@ def estimate(metric: str, totals: Totals) -> Estimate:
     if METRICS[metric].complement and quotient.value is not None:
         return Estimate(1 - quotient.value, quotient.standard_error, quotient.degrees_of_freedom)
     return quotient
+
+
+def estimates(scores: type, totals: Totals) -> dict[str, Estimate]:
+    """The metrics that a class of scores has fields for."""
+    return {metric: estimate(metric, totals) for metric in estimate_names(scores)}
 
 
 def difference(metric: str, totals: Totals, reference: Totals) -> Estimate | None:
@@ -93,12 +133,12 @@ def below_noise(difference: Estimate) -> bool:
     return difference.value == 0 or difference.interval[0] < 0 < difference.interval[1]
 
 
-def _has(kind: Ratio, totals: Totals) -> bool:
+def _has(kind: Metric, totals: Totals) -> bool:
     names = (*kind.numerator.split("-"), *kind.denominator.split("-"), kind.count)
     return all(name in totals for name in names)
 
 
-def _terms(kind: Ratio, totals: Totals) -> tuple[Float[Tensor, " documents"], Float[Tensor, " documents"]]:
+def _terms(kind: Metric, totals: Totals) -> tuple[Float[Tensor, " documents"], Float[Tensor, " documents"]]:
     """Numerator and denominator of the documents that have a token."""
     present = totals[kind.count] > 0
     return _term(kind.numerator, totals)[present], _term(kind.denominator, totals)[present]

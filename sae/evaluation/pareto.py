@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sae.architectures import ARCHITECTURES
+from sae.evaluation.metrics import METRICS, swept
 from sae.results.estimate import Estimate
 from sae.results.figure import INK, SERIES, Canvas, drawing, logarithmic, title
 
@@ -23,7 +24,7 @@ class Point:
         architecture, hook, d_sae, k, seed: what it is.
         weight: the fixed weight of the penalty, if L0 is not steered to k.
         variant: the other settings that differ in the sweep.
-        l0, fvu, delta_ce: with standard errors over documents; `delta_ce` is None without a language model.
+        metrics: those of a sweep's tables that were measured, with standard errors over documents.
         dead: share of the features that never fired on the evaluated tokens.
         seconds: spent in its own training steps; None if unknown.
         bytes: of weights and optimiser during training; None if unknown.
@@ -36,9 +37,7 @@ class Point:
     d_sae: int
     k: int
     seed: int
-    l0: Estimate
-    fvu: Estimate
-    delta_ce: Estimate | None
+    metrics: dict[str, Estimate]
     dead: float
     seconds: float | None = None
     bytes: int | None = None
@@ -57,20 +56,41 @@ class Point:
         def estimate(name: str, of: Mapping[str, Any] = report) -> Estimate:
             return Estimate.from_json(of[name])
 
+        metrics = {
+            name: estimate(name) for name, metric in swept().items() if metric.group != "losses" or report.get(name)
+        }
         return Point(
-            architecture, hook, d_sae, k, seed, estimate("l0"), estimate("fvu"),
-            estimate("delta_ce") if report.get("delta_ce") else None, report["dead"]["share"],
+            architecture, hook, d_sae, k, seed, metrics, report["dead"]["share"],
             cost.get("seconds"), cost.get("bytes"), cost.get("tokens"), weight, variant,
             {name: estimate("fvu", baseline) for name, baseline in report["baselines"].items()},
         )  # fmt: skip
 
+    @property
+    def l0(self) -> Estimate:
+        """Features that fire per token."""
+        return self.metrics["l0"]
+
+    @property
+    def fvu(self) -> Estimate:
+        """The fraction of variance unexplained."""
+        return self.metrics["fvu"]
+
+    @property
+    def delta_ce(self) -> Estimate | None:
+        """The language model's loss above the clean one; None without a language model."""
+        return self.metrics.get("delta_ce")
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields, with the metrics among them; null for those not measured."""
+        record = {}
+        for name, value in asdict(self).items():
+            record |= dict.fromkeys(swept()) | value if name == "metrics" else {name: value}
+        return record
 
 
 @drawing
 def draw_pareto(points: Sequence[Point]) -> bytes | None:
-    """FVU, and ΔCE if it was measured, against L0, as PNG.
+    """The metrics with an axis, FVU and ΔCE, against L0, as PNG.
 
     There is a line for each architecture and for each setting that differs, except k, the penalty's fixed weight and
     the seed; it shows means over seeds. Error bars are standard deviations over seeds if there are several, else
@@ -78,11 +98,14 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
     """
     if not points:
         return None
-    metrics = ["fvu", *(["delta_ce"] if any(point.delta_ce is not None for point in points) else [])]
-    labels = {"fvu": "fraction of variance unexplained", "delta_ce": "ΔCE, nats per token"}
-    canvas = Canvas(1, len(metrics), (4.6 * len(metrics), 3.9))
+    labels = {
+        name: metric.axis
+        for name, metric in METRICS.items()
+        if metric.axis and any(name in point.metrics for point in points)
+    }
+    canvas = Canvas(1, len(labels), (4.6 * len(labels), 3.9))
     groups = lines(points)
-    for axes, metric in zip(canvas.axes, metrics, strict=True):
+    for axes, metric in zip(canvas.axes, labels, strict=True):
         values: list[float] = []
         positions: list[float] = []
         for number, (label, series) in enumerate(groups.items()):
@@ -127,12 +150,12 @@ def _average(seeds: list[Point], metric: str) -> tuple[float, float, float] | No
     values, l0 = values_of(seeds, metric), [value for value in values_of(seeds, "l0") if value]
     if not values or not l0:
         return None
-    errors = [estimate.standard_error for point in seeds if (estimate := getattr(point, metric)) is not None]
+    errors = [point.metrics[metric].standard_error for point in seeds if metric in point.metrics]
     spread = statistics.stdev(values) if len(values) > 1 else errors[0] or 0.0
     return statistics.mean(l0), statistics.mean(values), spread
 
 
 def values_of(points: Sequence[Point], metric: str) -> list[float]:
     """Values of the points for which the metric was measured."""
-    estimates = [getattr(point, metric) for point in points]
-    return [estimate.value for estimate in estimates if estimate is not None and estimate.value is not None]
+    estimates = [point.metrics[metric] for point in points if metric in point.metrics]
+    return [estimate.value for estimate in estimates if estimate.value is not None]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config.splits import HELD_OUT
-from sae.evaluation.budget import settled_tokens
+from sae.evaluation.budget import joined, settled_tokens
 from sae.evaluation.held_out import HeldOut
 from sae.evaluation.published_formulas import (
     CONTEXTS_PER_BATCH,
@@ -178,23 +178,12 @@ def _whole_contexts(cache: ActivationCache, hook: str, tokens: int) -> Iterator[
     for batch in cache.contexts(HELD_OUT, hook, batch_contexts=CONTEXTS_PER_BATCH, max_tokens=tokens):
         if batch.tokens.shape[1] < cache.context_length:
             continue
-        pending = batch if pending is None else _joined(pending, batch)
+        pending = batch if pending is None else joined([pending, batch])
         if len(pending.tokens) >= CONTEXTS_PER_BATCH:
             yield pending.contexts(0, CONTEXTS_PER_BATCH)
             pending = pending.contexts(CONTEXTS_PER_BATCH, len(pending.tokens))
     if pending is not None and len(pending.tokens):
         yield pending
-
-
-def _joined(first: ContextBatch, second: ContextBatch) -> ContextBatch:
-    assert first.activations is not None and second.activations is not None
-    return ContextBatch(
-        first.first_row,
-        torch.cat([first.tokens, second.tokens]),
-        torch.cat([first.documents, second.documents]),
-        torch.cat([first.eligible, second.eligible]),
-        torch.cat([first.activations, second.activations]),
-    )
 
 
 def _mean_predictor(mean: Float[Tensor, " d_in"]) -> Reconstructor:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.dictionary.base import Codes, Dictionary
-from sae.evaluation.metrics import estimate
+from sae.evaluation.metrics import estimates
 from sae.results.estimate import DocumentSums, Estimate, double, to_json
 
 
@@ -53,9 +53,6 @@ def from_dictionary(dictionary: Dictionary, description: str, reads: str | None 
     return Reconstructor(description, dictionary.d_sae, reconstruct, reads)
 
 
-_NAMES = ("mse", "fvu", "explained_variance", "cosine", "l2_ratio", "relative_reconstruction_bias")
-
-
 @dataclass(frozen=True)
 class ReconstructionScores:
     """Scores over the evaluated tokens, with x̂ the reconstruction of x and x̄ the mean of x.
@@ -81,7 +78,7 @@ class ReconstructionScores:
     totals: dict[str, Tensor] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        return to_json(self, _NAMES)
+        return to_json(self)
 
 
 @dataclass(frozen=True)
@@ -136,4 +133,4 @@ class ReconstructionSums:
     def scores(self) -> ReconstructionScores:
         """The scores of everything added."""
         totals = self.sums.totals()
-        return ReconstructionScores(**{name: estimate(name, totals) for name in _NAMES}, totals=totals)
+        return ReconstructionScores(**estimates(ReconstructionScores, totals), totals=totals)

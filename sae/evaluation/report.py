@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from safetensors.torch import save
 from torch import Tensor
 
 from sae.config.settings import EvaluationConfig
@@ -17,13 +16,15 @@ from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
 from sae.evaluation.held_out import NormHistogram
 from sae.evaluation.published import PublishedScores
 from sae.evaluation.reconstruction import ReconstructionScores
-from sae.evaluation.sparsity import SparsityScores
+from sae.evaluation.sparsity import SPARSITY_NAMES, SparsityScores
 from sae.files.formats import Format
+from sae.files.kept import KeptResult
+from sae.files.writing import tensors_content
 from sae.model.tail import Road
 
-FORMAT = Format("sae-evaluation", 2)
 JSON_FILE, MARKDOWN_FILE, FIGURE_FOLDER = "eval.json", "eval.md", "figures"
 DOCUMENTS_FILE = "eval-documents.safetensors"
+REPORT = KeptResult(Format("sae-evaluation", 2), JSON_FILE, (MARKDOWN_FILE, DOCUMENTS_FILE))
 HEADINGS = {
     "dictionary": "dictionary", "pca": "PCA", "random": "random", "frozen_decoder": "frozen decoder",
     "identity": "identity",
@@ -65,9 +66,6 @@ class Scores:
         downstream: dict[str, Any] = self.downstream.to_json() if self.downstream else dict.fromkeys(DOWNSTREAM_NAMES)
         features = len(self.sparsity.firings) if self.sparsity else None
         return {"features": features, **self.reconstruction.to_json(), **sparsity, **downstream}
-
-
-SPARSITY_NAMES = ("l0", "l0_quantiles", "l1", "density", "dead", "dense")
 
 
 @dataclass(frozen=True)
@@ -121,48 +119,49 @@ class Report:
 
     def documents_content(self) -> bytes:
         """The content of `eval-documents.safetensors`."""
-        return save(dict(sorted(self.scores.totals.items())))
+        return tensors_content(dict(sorted(self.scores.totals.items())))
 
     def to_json(self) -> dict[str, Any]:
         """The content of `eval.json`: the dictionary's metrics at the top, the baselines' under `baselines`."""
         downstream = self.scores.downstream
         metrics = self.scores.to_json()
         metrics["dead"] = {**metrics["dead"], "in_training": self.dead_in_training}
-        return {
-            **FORMAT.result_head(),
-            "dictionary": self.dictionary,
-            "description": self.scores.description.removeprefix("dictionary: "),
-            "hook": self.hook,
-            "model": self.model,
-            "data": self.data,
-            "activations": self.activations,
-            "settings": self.settings.model_dump(mode="json"),
-            "token_policy": self.policy.to_json(),
-            "training_token_policy": self.training_policy.to_json() if self.training_policy else None,
-            "evaluated": {
-                "tokens": self.tokens,
-                "masked_tokens": self.masked,
-                "documents": self.documents,
-                "downstream_tokens": downstream.tokens if downstream else None,
-                "downstream_documents": downstream.documents if downstream else None,
-            },
-            **metrics,
-            "baselines": {
-                name: {
-                    "description": scores.description,
-                    "tokens": scores.tokens,
-                    "downstream_tokens": scores.downstream.tokens if scores.downstream else None,
-                    "downstream_documents": scores.downstream.documents if scores.downstream else None,
-                    **scores.to_json(),
-                }
-                for name, scores in self.baselines.items()
-            },
-            "legacy": self.legacy.to_json() if self.legacy else None,
-            "road": dataclasses.asdict(self.road) if self.road else None,
-            "activation_norms": self.norms.to_json(),
-            "documents_sha256": hashlib.sha256(self.documents_content()).hexdigest(),
-            "seconds": round(self.seconds, 3),
-        }
+        return REPORT.headed(
+            {
+                "dictionary": self.dictionary,
+                "description": self.scores.description.removeprefix("dictionary: "),
+                "hook": self.hook,
+                "model": self.model,
+                "data": self.data,
+                "activations": self.activations,
+                "settings": self.settings.model_dump(mode="json"),
+                "token_policy": self.policy.to_json(),
+                "training_token_policy": self.training_policy.to_json() if self.training_policy else None,
+                "evaluated": {
+                    "tokens": self.tokens,
+                    "masked_tokens": self.masked,
+                    "documents": self.documents,
+                    "downstream_tokens": downstream.tokens if downstream else None,
+                    "downstream_documents": downstream.documents if downstream else None,
+                },
+                **metrics,
+                "baselines": {
+                    name: {
+                        "description": scores.description,
+                        "tokens": scores.tokens,
+                        "downstream_tokens": scores.downstream.tokens if scores.downstream else None,
+                        "downstream_documents": scores.downstream.documents if scores.downstream else None,
+                        **scores.to_json(),
+                    }
+                    for name, scores in self.baselines.items()
+                },
+                "legacy": self.legacy.to_json() if self.legacy else None,
+                "road": dataclasses.asdict(self.road) if self.road else None,
+                "activation_norms": self.norms.to_json(),
+                "documents_sha256": hashlib.sha256(self.documents_content()).hexdigest(),
+                "seconds": round(self.seconds, 3),
+            }
+        )
 
 
 def fewest_of_baselines(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sae.dictionary.token_policy import TokenPolicy
+from sae.evaluation.metrics import METRICS
 from sae.evaluation.published_formulas import CONTEXTS_PER_BATCH
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines
 from sae.model.tail import NO_ROAD, Road
@@ -20,23 +21,20 @@ if TYPE_CHECKING:
 
     from sae.evaluation.figures import Figure
 
-RECONSTRUCTION = {
-    "fvu": "fraction of variance unexplained",
-    "explained_variance": "1 − fvu",
-    "mse": "mean ‖x − x̂‖²",
-    "cosine": "mean cos(x, x̂)",
-    "l2_ratio": "mean ‖x̂‖ / ‖x‖",
-    "relative_reconstruction_bias": "E‖x̂‖² / E[x·x̂]",
-}
-SPARSITY = {"l0": "features per token", "l1": "mean Σ|f|"}
 COUNTS = {"dead": "features that never fire", "dense": "features on > 10 % of tokens"}
-DOWNSTREAM = {
-    "ce_spliced": "loss with x̂ in place of x",
-    "delta_ce": "spliced − clean",
-    "ce_recovered_zero": "share of the loss of 0 recovered",
-    "ce_recovered_mean": "share of the loss of x̄ recovered",
-    "kl": "KL(clean ‖ spliced)",
-}
+
+
+def table_rows() -> dict[str, str]:
+    """Names and meanings of a table's rows: the metrics, with the counts of features before the losses."""
+    meanings = {name: metric.meaning for name, metric in METRICS.items()}
+    losses = {name: meanings.pop(name) for name, metric in METRICS.items() if metric.group == "losses"}
+    return {**meanings, **COUNTS, **losses}
+
+
+def sections(names: Sequence[str]) -> set[int]:
+    """The rows of a table at which a group of metrics begins."""
+    groups = ["sparsity" if name in COUNTS else METRICS[name].group for name in names]
+    return {number for number in range(1, len(groups)) if groups[number] != groups[number - 1]}
 
 
 def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
@@ -85,27 +83,24 @@ def report_table(report: Report | Mapping[str, Any], width: int | None = None) -
         )
         for number, name in enumerate(("dictionary", *record["baselines"]))
     ]
-    section = len(RECONSTRUCTION)
     return Table(
         [metrics, *columns],
         title=f"{record['hook']}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
         notes=[error_note(counts), fewer_tokens(record), _without_losses(record)],
         short_note=f"standard errors of the baselines are in {MARKDOWN_FILE}",
-        sections=(section, section + len(SPARSITY) + len(COUNTS)),
+        sections=sections([metric for metric, _ in rows]),
     ).in_terminal(width)
 
 
 def _metric_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Estimate | _Count | str]]]:
     """The name of each metric, and its values for the dictionary and every baseline."""
     records = [record, *record["baselines"].values()]
-    for metric in (*RECONSTRUCTION, *SPARSITY):
-        yield metric, [_recorded(entry, metric) for entry in records]
-    for metric in COUNTS:
-        yield metric, [NONE if not entry["features"] else _Count(entry[metric]["features"], entry["features"])
-                       for entry in records]  # fmt: skip
-    if _has_losses(record):
-        for metric in DOWNSTREAM:
-            yield metric, [_recorded(entry, metric) for entry in records]
+    for name in table_rows():
+        if name in COUNTS:
+            yield name, [NONE if not entry["features"] else _Count(entry[name]["features"], entry["features"])
+                         for entry in records]  # fmt: skip
+        elif not METRICS[name].is_common and (METRICS[name].group != "losses" or _has_losses(record)):
+            yield name, [_recorded(entry, name) for entry in records]
 
 
 def _has_losses(record: Mapping[str, Any]) -> bool:
@@ -136,7 +131,7 @@ def _shortened(cell: Estimate | _Count | str) -> str:
 
 def _rows(report: Report) -> Iterator[list[str]]:
     """Label, meaning, and a cell for every column."""
-    meanings = {**RECONSTRUCTION, **SPARSITY, **COUNTS, **DOWNSTREAM}
+    meanings = table_rows()
     for metric, cells in _metric_rows(report.to_json()):
         yield [f"`{metric}`", meanings[metric], *map(str, cells)]
 

@@ -12,12 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.dictionary.base import Codes
-from sae.evaluation.metrics import estimate
+from sae.evaluation.metrics import estimates
 from sae.results.estimate import DocumentSums, Estimate, double
 
 DENSE_ABOVE = 0.1
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS_PER_DECADE = 4
+SPARSITY_NAMES = ("l0", "l0_quantiles", "l1", "density", "dead", "dense")
 
 
 @dataclass(frozen=True)
@@ -124,5 +125,7 @@ class SparsityCounts:
     def scores(self) -> SparsityScores:
         """The scores of everything added."""
         totals = self.sums.totals()
-        l0, l1 = estimate("l0", totals), estimate("l1", totals)
-        return SparsityScores(self.sums.tokens, l0, self.l0_counts, l1, self.firings, totals)
+        return SparsityScores(
+            self.sums.tokens, l0_counts=self.l0_counts, firings=self.firings, totals=totals,
+            **estimates(SparsityScores, totals),
+        )  # fmt: skip

@@ -13,20 +13,17 @@ from torch import Tensor
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DamagedError
-from sae.evaluation import comparison as compared
-from sae.evaluation.comparison import Compared, Comparison
+from sae.evaluation.comparison import COMPARISON, COMPARISON_TEXT, Compared, Comparison
 from sae.evaluation.comparison_view import comparison_markdown
 from sae.evaluation.figures import draw_figures
-from sae.evaluation.report import DOCUMENTS_FILE, FIGURE_FOLDER, FORMAT, JSON_FILE, MARKDOWN_FILE, Report
+from sae.evaluation.report import DOCUMENTS_FILE, FIGURE_FOLDER, JSON_FILE, MARKDOWN_FILE, REPORT, Report
 from sae.evaluation.report_view import markdown
 from sae.files.damage import damaged
 from sae.files.digest import sha256_of
-from sae.files.formats import as_read_back
 from sae.files.hashes import check
 from sae.files.paths import expanded
 from sae.files.reading import conforming, load_tensors, read_object, taken_apart, validated
 from sae.files.sums import recorded
-from sae.files.writing import delete, stands, write_bytes, write_json
 from sae.results.estimate import Estimate
 
 
@@ -76,20 +73,13 @@ def write_report(report: Report, folder: str | Path, metrics_path: str | Path | 
     Raises:
         CacheError: the folder cannot be written.
     """
-    folder = expanded(folder)
     figures = draw_figures(report, expanded(metrics_path) if metrics_path is not None else None)
-    index = folder / JSON_FILE
-    contents = {
-        folder / MARKDOWN_FILE: markdown(report, figures).encode(),
-        folder / DOCUMENTS_FILE: report.documents_content(),
-        **{folder / FIGURE_FOLDER / figure.file: figure.png for figure in figures or []},
+    files = {
+        MARKDOWN_FILE: markdown(report, figures).encode(),
+        DOCUMENTS_FILE: report.documents_content(),
+        **{f"{FIGURE_FOLDER}/{figure.file}": figure.png for figure in figures or []},
     }
-    record = report.to_json()
-    delete(index)
-    for path, content in contents.items():
-        write_bytes(path, content)
-    write_json(index, record)  # last: if it exists, the rest does
-    return [index, *contents]
+    return REPORT.write(expanded(folder), report.to_json(), files)
 
 
 @dataclass(frozen=True)
@@ -131,11 +121,10 @@ def read_stored(
         DamagedError: a file is damaged.
     """
     folder = expanded(folder)
-    if not all(stands(folder / name) for name in (JSON_FILE, MARKDOWN_FILE, DOCUMENTS_FILE)):
-        return None
-    record = read_object(folder / JSON_FILE)
-    expected = {"dictionary": as_read_back(dictionary), "settings": settings.model_dump(mode="json")}
-    if not FORMAT.is_current(record, activations=activations, hook=hook, **expected):
+    record = REPORT.find(
+        folder, dictionary=dictionary, settings=settings.model_dump(mode="json"), activations=activations, hook=hook
+    )
+    if record is None:
         return None
     validated(folder / JSON_FILE, _Stored, record)
     with taken_apart(folder / JSON_FILE):
@@ -179,12 +168,8 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
     Raises:
         CacheError: the folder cannot be written.
     """
-    folder = expanded(folder)
-    text, record = comparison_markdown(comparison).encode(), comparison.to_json()
-    delete(folder / compared.JSON_FILE)
-    write_bytes(folder / compared.MARKDOWN_FILE, text)
-    write_json(folder / compared.JSON_FILE, record)  # last: if it exists, the rest does
-    return [folder / compared.JSON_FILE, folder / compared.MARKDOWN_FILE]
+    files = {COMPARISON_TEXT: comparison_markdown(comparison).encode()}
+    return COMPARISON.write(expanded(folder), comparison.to_json(), files)
 
 
 def read_comparison(folder: str | Path, key: Mapping[str, Any] | None = None) -> Comparison | None:
@@ -198,12 +183,10 @@ def read_comparison(folder: str | Path, key: Mapping[str, Any] | None = None) ->
         DamagedError: the file is damaged.
     """
     folder = expanded(folder)
-    path = folder / compared.JSON_FILE
-    if not stands(path) or not stands(folder / compared.MARKDOWN_FILE):
+    record = COMPARISON.find(folder, **({} if key is None else {"key": key}))
+    if record is None:
         return None
-    record = read_object(path)
-    all_hashed = key is None or all(identity["weights_sha256"] for _, identity in key["dictionaries"])
-    if not all_hashed or not compared.FORMAT.holds(record, **({} if key is None else {"key": key})):
+    if key is not None and not all(identity["weights_sha256"] for _, identity in key["dictionaries"]):
         return None
-    with taken_apart(path):
+    with taken_apart(folder / COMPARISON.index):
         return conforming(Comparison.from_json(record))

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sae.architectures import ARCHITECTURES
-from sae.evaluation.metrics import Totals, below_noise, difference
+from sae.evaluation.metrics import METRICS, Metric, Totals, below_noise, difference, swept
 from sae.evaluation.pareto import Point, lines, values_of
 from sae.evaluation.report import HEADINGS
 from sae.results.estimate import Estimate, error_note
@@ -20,8 +20,6 @@ from sae.results.table import BEST, NONE, SAME, Column, Table
 if TYPE_CHECKING:
     from rich.console import Group
 
-_METRICS = {"l0": "L0", "fvu": "FVU", "delta_ce": "ΔCE"}
-_COMPARED = ("fvu", "delta_ce")
 _UNKNOWN = Estimate(None, None)
 
 
@@ -30,8 +28,8 @@ class GapToBest:
     """How far a dictionary is behind the best of its group, from `behind_best`.
 
     Attributes:
-        best: name of the dictionary with the lowest value.
-        difference: to that, at least 0, with its paired standard error over documents.
+        best: name of the dictionary with the best value.
+        difference: to that, with its paired standard error over documents; at least 0 if lower values are better.
     """
 
     best: str
@@ -46,7 +44,7 @@ _NOTHING: Differences = MappingProxyType({})
 
 
 def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Differences:
-    """How far FVU and ΔCE of each dictionary are above the lowest of the same k, with paired standard errors.
+    """How far FVU and ΔCE of each dictionary are behind the best of the same k, with paired standard errors.
 
     Dictionaries are compared if they have the same hook point, the same k, and the same penalty and weight if that is
     fixed; width, seed and other settings may differ.
@@ -63,13 +61,14 @@ def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Di
     for name, point in points.items():
         fixed = None if point.weight is None else (point.weight, ARCHITECTURES[point.architecture].penalty)
         groups.setdefault((point.hook, point.k, fixed), []).append(name)
+    compared = {name: metric.better for name, metric in swept().items() if metric.better}
     gaps: dict[str, dict[str, GapToBest]] = {}
     for names in groups.values():
-        for metric in _COMPARED:
+        for metric, better in compared.items():
             measured = {
                 name: value for name in names for value in values_of([points[name]], metric) if math.isfinite(value)
             }
-            best = min(measured, key=lambda name: measured[name], default="")
+            best = (min if better == "lower" else max)(measured, key=lambda name: measured[name], default="")
             for name in measured:
                 gap = None if name == best else difference(metric, totals[name], totals[best])
                 if gap is not None:
@@ -124,9 +123,7 @@ def _tables(points: Mapping[str, Point], differences: Differences) -> list[Table
     if not points:
         return []
     metrics = {
-        metric: heading
-        for metric, heading in _METRICS.items()
-        if metric != "delta_ce" or any(point.delta_ce is not None for point in points.values())
+        name: metric for name, metric in swept().items() if any(name in point.metrics for point in points.values())
     }
     tables = [
         _dictionaries(points, metrics, differences),
@@ -136,18 +133,18 @@ def _tables(points: Mapping[str, Point], differences: Differences) -> list[Table
     return [table for table in tables if table is not None]
 
 
-def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, str], differences: Differences) -> Table:
+def _dictionaries(points: Mapping[str, Point], metrics: Mapping[str, Metric], differences: Differences) -> Table:
     """A row for each dictionary."""
     columns = [_names(list(points), "dictionary")]
-    for metric, heading in metrics.items():
-        estimates = [_estimate(point, metric) for point in points.values()]
-        behind = {name: gaps[metric] for name, gaps in differences.items() if metric in gaps}
+    for name, metric in metrics.items():
+        estimates = [point.metrics.get(name, _UNKNOWN) for point in points.values()]
+        behind = {dictionary: gaps[name] for dictionary, gaps in differences.items() if name in gaps}
         best = {gap.best for gap in behind.values()}
-        same = {name for name, gap in behind.items() if below_noise(gap.difference)}
+        same = {dictionary for dictionary, gap in behind.items() if below_noise(gap.difference)}
         cells = [str(estimate) for estimate in estimates]
-        short = [estimate.short() for estimate in estimates] if metric == "l0" else cells
-        marks = [BEST if name in best else SAME if name in same else "" for name in points]
-        columns.append(Column(heading, cells, short, marks=marks))
+        short = cells if metric.better else [estimate.short() for estimate in estimates]
+        marks = [BEST if dictionary in best else SAME if dictionary in same else "" for dictionary in points]
+        columns.append(Column(metric.heading, cells, short, marks=marks))
     dead = [f"{point.dead:.1%}" for point in points.values()]
     columns += [
         Column("never fire", dead, dead),
@@ -170,7 +167,8 @@ def _on_marks(points: Sequence[Point], differences: Differences) -> list[str]:
         return []
     shared = ["hook point"] if len({point.hook for point in points}) > 1 else []
     shared += ["k", *(["fixed weight of the penalty"] if any(point.weight is not None for point in points) else [])]
-    best = f"{{best}}: the lowest of its {' and '.join(shared)}."
+    lowest = {METRICS[name].better for gaps in differences.values() for name in gaps} == {"lower"}
+    best = f"{{best}}: the {'lowest' if lowest else 'best'} of its {' and '.join(shared)}."
     if all(difference.interval is None for difference in values):
         return [f"{best} One document cannot show what is noise."]
     return [
@@ -178,7 +176,7 @@ def _on_marks(points: Sequence[Point], differences: Differences) -> list[str]:
     ]
 
 
-def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> Table | None:
+def _over_seeds(points: Sequence[Point], metrics: Mapping[str, Metric]) -> Table | None:
     """Means and spreads over seeds, for dictionaries that were trained with several; None if there are none."""
     several = [(label, seeds) for label, series in lines(points).items() for seeds in series if len(seeds) > 1]
     if not several:
@@ -189,9 +187,9 @@ def _over_seeds(points: Sequence[Point], metrics: Mapping[str, str]) -> Table | 
     ]
     counts = [str(len(seeds)) for _, seeds in several]
     columns = [_names(names, "dictionary"), Column("seeds", counts, counts)]
-    for metric, heading in metrics.items():
-        cells = [str(_spread(values_of(seeds, metric))) for _, seeds in several]
-        columns.append(Column(heading, cells, cells))
+    for name, metric in metrics.items():
+        cells = [str(_spread(values_of(seeds, name))) for _, seeds in several]
+        columns.append(Column(metric.heading, cells, cells))
     return Table(columns, "Over seeds", ["± is the standard deviation over seeds."])
 
 
@@ -214,11 +212,6 @@ def _names(names: list[str], heading: str) -> Column:
 
 def _estimates(heading: str, estimates: Sequence[Estimate]) -> Column:
     return Column(heading, [str(estimate) for estimate in estimates], [estimate.short() for estimate in estimates])
-
-
-def _estimate(point: Point, metric: str) -> Estimate:
-    value: Estimate | None = getattr(point, metric)
-    return _UNKNOWN if value is None else value
 
 
 def _spread(values: Sequence[float]) -> Estimate:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from sae.activations.cache import ActivationCache, ContextBatch
+from sae.activations.cache import ActivationCache
 from sae.activations.metadata import place_of
 from sae.config.progress import StageProgress
 from sae.config.settings import FeaturesConfig
@@ -25,6 +25,7 @@ from sae.features.examples import pick_examples, reservoir_size
 from sae.features.groups import ExampleGroups
 from sae.features.histogram import FINE_BINS, LARGEST_BITS, bin_edges, coarsen, fine_bins, float_bits
 from sae.features.logits import LogitEffects, logit_effects
+from sae.features.scan import Fired, scan_contexts
 from sae.features.store import Features
 from sae.features.write import Collected, write_store
 from sae.model.vocabulary import Vocabulary
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
 
 BLOCK_FIRINGS = 1 << 21
-_ENCODED_AT_ONCE = 1 << 26
 
 
 @in_own_modes
@@ -114,29 +114,15 @@ def scan(
     scale = cache.statistics(hook).mean_squared_norm ** 0.5 or 1.0
     groups = ExampleGroups.of(cache, settings)
     collector = _Collector(dictionary.d_sae, settings, cache.context_length, scale, seed, groups)
-    total = min(cache.rows(TRAIN), settings.tokens or cache.rows(TRAIN))
-    at_once = batch_contexts or max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
-    if progress:
-        progress(0, total)
-    for batch in cache.contexts(TRAIN, hook, batch_contexts=at_once, max_tokens=settings.tokens):
-        collector.add(batch, *_encode(dictionary, batch))
-        if progress:
-            progress(batch.first_row + batch.tokens.numel(), total)
+    for fired in scan_contexts(
+        dictionary, cache, TRAIN, hook, tokens=settings.tokens, batch_contexts=batch_contexts, progress=progress
+    ):
+        collector.add(fired)
     if collector.rows == 0:
         raise ConfigError(
             f"features.tokens={settings.tokens}: less than one context of {cache.context_length} tokens; raise it"
         )
     return collector.finish()
-
-
-@torch.no_grad()
-def _encode(dictionary: Dictionary, batch: ContextBatch) -> tuple[Int[np.ndarray, " t"], np.ndarray, np.ndarray]:
-    """The batch's eligible rows and their codes `[t, k]`."""
-    assert batch.activations is not None
-    eligible = batch.eligible.flatten()
-    x = batch.activations.flatten(0, 1)[eligible].to(dictionary.W_enc.device)
-    values, indices = dictionary.encode_sparse(x)
-    return eligible.nonzero().flatten().numpy(), values.float().cpu().numpy(), indices.int().cpu().numpy()
 
 
 def _logits(
@@ -168,17 +154,16 @@ class _Collector:
         self.runs: list[tuple[np.ndarray, np.ndarray]] = []
         self.last_document = -1
 
-    def add(self, batch: ContextBatch, offsets: np.ndarray, values: np.ndarray, indices: np.ndarray) -> None:
-        """Add the codes `[t, k]` of a batch's eligible rows `offsets`; padding and zeros are dropped."""
-        fires = values > 0
-        rows = np.repeat(batch.first_row + offsets, fires.sum(1))
-        self.firings.append((indices[fires], rows, values[fires]))
+    def add(self, fired: Fired) -> None:
+        """Add the firings in a few contexts."""
+        batch = fired.batch
+        self.firings.append((fired.feature, batch.first_row + fired.offset, fired.value))
         documents = batch.documents.flatten().numpy()
         self._note_documents(documents)
         self.group_of_row.append(self.groups.number(batch))
         self.rows += len(documents)
-        self.tokens += len(offsets)
-        self.waiting += len(rows)
+        self.tokens += fired.tokens
+        self.waiting += len(fired.value)
         if self.waiting >= BLOCK_FIRINGS:
             self._flush()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from sae.files.formats import Format
-
-FORMAT = Format("sae-features", 1)
+from sae.files.kept import KeptResult
 
 INDEX = "features.json"
 COLUMNS = "features.safetensors"
 TOKENS = "tokens.safetensors"
 DOCUMENTS = "documents.json"
 VOCABULARY = "vocabulary.json"
+STORE = KeptResult(Format("sae-features", 1), INDEX, of_version=False)
 
 MEANINGS = {
     COLUMNS: {

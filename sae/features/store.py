@@ -273,8 +273,6 @@ def _find_store(path: str | Path) -> Path:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / layout.INDEX
-    info = read_object(path)
-    layout.FORMAT.check(info, f"features {str(folder)!r}", layout.INDEX)
-    validated(path, _Index, info)
+    info = layout.STORE.read(folder, f"features {str(folder)!r}")
+    validated(folder / layout.INDEX, _Index, info)
     return info

@@ -23,7 +23,7 @@ from sae.features import layout
 from sae.features.examples import Examples
 from sae.features.logits import LogitEffects
 from sae.features.store import Features
-from sae.files.writing import delete, write_chunks, write_json, write_tensors
+from sae.files.writing import json_content, tensors_content
 from sae.model.vocabulary import Vocabulary
 
 
@@ -76,14 +76,14 @@ def write_store(
     Raises:
         CacheError: the folder cannot be written.
     """
-    delete(folder / layout.INDEX)
-    write_tensors(folder / layout.COLUMNS, _columns(collected, logits, neighbours))
-    _write_tokens(folder / layout.TOKENS, cache, collected)
     used = int(collected.document.max(initial=-1)) + 1
-    write_json(folder / layout.DOCUMENTS, cache.documents(TRAIN)[:used])
-    write_json(folder / layout.VOCABULARY, vocabulary.to_json())
+    files = {
+        layout.COLUMNS: tensors_content(_columns(collected, logits, neighbours)),
+        layout.TOKENS: _tokens(cache, collected),
+        layout.DOCUMENTS: json_content(cache.documents(TRAIN)[:used]),
+        layout.VOCABULARY: json_content(vocabulary.to_json()),
+    }
     record = {
-        **layout.FORMAT.head(),
         "d_sae": dictionary.d_sae,
         "hook": hook,
         "model": cache.manifest.model.get("name"),
@@ -98,7 +98,7 @@ def write_store(
         "histogram_edges": [float(f"{edge:.6g}") for edge in collected.edges],
         "columns": layout.MEANINGS,
     }
-    write_json(folder / layout.INDEX, record)
+    layout.STORE.write(folder, record, files)
     return Features(folder)
 
 
@@ -145,8 +145,8 @@ def _narrow(column: np.ndarray, *, small: bool = False) -> np.ndarray:
     return column.astype(np.int32 if largest < 1 << 31 else np.int64)
 
 
-def _write_tokens(path: Path, cache: ActivationCache, collected: Collected) -> None:
-    """A safetensors file written piece by piece: the scanned text need not fit into memory."""
+def _tokens(cache: ActivationCache, collected: Collected) -> Iterator[bytes]:
+    """The content of a safetensors file, piece by piece: the scanned text need not fit into memory."""
     runs, end, header = len(collected.document), 0, {}
     for name, kind, size, length in (
         ("document_start", "I64", 8, runs), ("document", "I32", 4, runs), ("tokens", "I32", 4, collected.rows)
@@ -155,12 +155,8 @@ def _write_tokens(path: Path, cache: ActivationCache, collected: Collected) -> N
         end += size * length
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-
-    def chunks() -> Iterator[bytes]:
-        yield struct.pack("<Q", len(text)) + text
-        yield collected.document_start.astype("<i8").tobytes()
-        yield collected.document.astype("<i4").tobytes()
-        for batch in cache.contexts(TRAIN, batch_contexts=4096, max_tokens=collected.rows):
-            yield batch.tokens.numpy().astype("<i4").tobytes()
-
-    write_chunks(path, chunks())
+    yield struct.pack("<Q", len(text)) + text
+    yield collected.document_start.astype("<i8").tobytes()
+    yield collected.document.astype("<i4").tobytes()
+    for batch in cache.contexts(TRAIN, batch_contexts=4096, max_tokens=collected.rows):
+        yield batch.tokens.numpy().astype("<i4").tobytes()

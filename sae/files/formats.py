@@ -35,14 +35,6 @@ class Format:
         """As `head`, with the package's version: for results, which another version might compute differently."""
         return {**self.head(), _PACKAGE: version.__version__}
 
-    def holds(self, record: Mapping[str, Any], **expected: Any) -> bool:
-        """Whether a record has this format and version, and the expected values."""
-        return all(record.get(key) == value for key, value in (self.head() | expected).items())
-
-    def is_current(self, record: Mapping[str, Any], **expected: Any) -> bool:
-        """As `holds`, and made by this version of the package; other results are computed again."""
-        return made_by_this_version(record) and self.holds(record, **expected)
-
     def version_of(self, record: Mapping[str, Any]) -> Any:
         """The version of this format that a record states; None if it is of another format."""
         return record.get(_VERSION) if record.get(_NAME) == self.name else None
@@ -77,11 +69,6 @@ class Format:
                 f"{place}: format version {recorded} is newer than this package reads ({self.version}); "
                 f"{way_out or 'update the package'}"
             )
-
-
-def made_by_this_version(record: Mapping[str, Any]) -> bool:
-    """Whether a result was made by the present version of the package."""
-    return record.get(_PACKAGE) == version.__version__
 
 
 def fingerprint_of(facts: object, **options: Any) -> str:

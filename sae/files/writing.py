@@ -72,18 +72,28 @@ def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) ->
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, indented, atomically."""
-    write_bytes(path, (json_text(content, indent=2) + "\n").encode())
+    write_bytes(path, json_content(content))
+
+
+def json_content(content: Any) -> bytes:
+    """The content of a JSON file."""
+    return (json_text(content, indent=2) + "\n").encode()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file atomically. The same tensors give the same bytes.
+    """Write a safetensors file atomically.
 
     Returns:
         Its SHA-256.
     """
+    return write_bytes(path, tensors_content(tensors))
+
+
+def tensors_content(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file; the same tensors give the same bytes."""
     from safetensors.torch import save  # imported here because it takes seconds, which would delay the command line
 
-    return write_bytes(path, save(dict(tensors)))
+    return save(dict(tensors))
 
 
 def delete(path: Path) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from sae.activations.harvest import model_not_finite
 from sae.config.progress import StageProgress
 from sae.errors import DataError, ShapeError
+from sae.files.kept import KeptResult
 from sae.files.paths import short_name
 from sae.files.reading import load_tensors, read_object, taken_apart
-from sae.files.writing import stands, write_json, write_tensors
+from sae.files.writing import tensors_content
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.probing.examples import Examples
@@ -144,10 +145,10 @@ def save_activations(activations: LabelledActivations, folder: Path, name: str, 
         key: hash of everything that determines the activations; file names end with its prefix, the .json has all of
             it.
     """
-    index, rows = _files(folder, name, key)
-    write_tensors(rows, {part: getattr(activations, part).contiguous() for part in ("rows", "example", "groups")})
+    kept = _kept(name, key)
+    tensors = {part: getattr(activations, part).contiguous() for part in ("rows", "example", "groups")}
     record = {"labels": activations.labels, "left_out": activations.left_out, "equal": activations.equal}
-    write_json(index, {"key": key, **record})
+    kept.write(folder, {"key": key, **record}, {kept.beside[0]: tensors_content(tensors)})
 
 
 def load_activations(folder: Path, name: str, key: str) -> LabelledActivations | None:
@@ -158,9 +159,10 @@ def load_activations(folder: Path, name: str, key: str) -> LabelledActivations |
     Raises:
         DamagedError: a file is damaged.
     """
-    index, rows = _files(folder, name, key)
-    if not stands(index) or not stands(rows):
+    kept = _kept(name, key)
+    if not kept.stands(folder):
         return None
+    index, rows = folder / kept.index, folder / kept.beside[0]
     record = read_object(index)
     if "key" not in record:
         warnings.warn(
@@ -182,9 +184,9 @@ def load_activations(folder: Path, name: str, key: str) -> LabelledActivations |
         return data
 
 
-def _files(folder: Path, name: str, key: str) -> tuple[Path, Path]:
+def _kept(name: str, key: str) -> KeptResult:
     stem = f"{short_name(name)}-{key[:16]}"
-    return folder / f"{stem}.json", folder / f"{stem}.safetensors"
+    return KeptResult(None, f"{stem}.json", (f"{stem}.safetensors",))
 
 
 def _padded(context: tuple[int, ...], length: int) -> list[int]:

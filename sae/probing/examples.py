@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,9 @@ def choose_examples(
     check_classes(data.name, data.labels)
     chosen = _balanced(data.labels, settings)
     texts = [data.texts[number] for number in chosen]
-    opening = _opening(policy, bos)
+    begin = opening(policy, bos)
     contexts = [
-        (*opening, *places[:, 2].tolist())
-        for places in last_tokens(tokenizer, texts, settings.max_tokens - len(opening))
+        (*begin, *places[:, 2].tolist()) for places in last_tokens(tokenizer, texts, settings.max_tokens - len(begin))
     ]
     rows: list[tuple[int, int, int]] = []
     sources: list[int] = []
@@ -118,16 +117,16 @@ def _tokens_of_spans(
     """Draw from all labelled tokens; only the texts of the drawn tokens are read by the model."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"data {data.name!r}: spans need a fast tokenizer, which gives the positions of its tokens")
-    opening = _opening(policy, bos)
+    begin = opening(policy, bos)
     contexts: list[tuple[int, ...]] = []
     candidates: list[tuple[int, int]] = []
     labels: list[str] = []
-    for number, places in enumerate(last_tokens(tokenizer, data.texts, settings.max_tokens - len(opening))):
-        contexts.append((*opening, *places[:, 2].tolist()))
+    for number, places in enumerate(last_tokens(tokenizer, data.texts, settings.max_tokens - len(begin))):
+        contexts.append((*begin, *places[:, 2].tolist()))
         for position in _eligible(contexts[-1], policy):
-            if position < len(opening):
+            if position < len(begin):
                 continue
-            start, end = places[position - len(opening), :2].tolist()
+            start, end = places[position - len(begin), :2].tolist()
             label = _label_of(data.texts[number], start, end, data.spans[number], settings.outside)
             if label is not None:
                 candidates.append((number, position))
@@ -162,7 +161,13 @@ def _balanced(labels: Sequence[str], settings: ProbeConfig) -> list[int]:
     return sorted(int(number) for numbers in drawn for number in numbers)
 
 
-def _opening(policy: TokenPolicy, bos: int | None) -> tuple[int, ...]:
+def numbered(values: Iterable[Hashable]) -> tuple[int, ...]:
+    """Numbers from 0 on in place of values, in the order of their first appearance; equal values share one."""
+    numbers: dict[Hashable, int] = {}
+    return tuple(numbers.setdefault(value, len(numbers)) for value in values)
+
+
+def opening(policy: TokenPolicy, bos: int | None) -> tuple[int, ...]:
     """The tokens before a text's last tokens: BOS if contexts have one."""
     return (bos,) if policy.prepend_bos and bos is not None else ()
 
@@ -181,11 +186,10 @@ def _examples(
         raise DataError(f"data {name!r}: every token is masked by the token policy; give longer texts")
     check_classes(name, labels)
     text_groups = _dependent(contexts, texts)
-    numbers: dict[int, int] = {}
-    groups = tuple(numbers.setdefault(text_groups[number], len(numbers)) for number in context_of)
+    groups = numbered(text_groups[number] for number in context_of)
     return Examples(
         tuple(contexts), *(tuple(row[part] for row in rows) for part in range(3)),
-        labels=tuple(labels), groups=groups, left_out=left_out, equal=len(set(context_of)) - len(numbers),
+        labels=tuple(labels), groups=groups, left_out=left_out, equal=len(set(context_of)) - len(set(groups)),
     )  # fmt: skip
 
 

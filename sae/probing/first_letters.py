@@ -8,7 +8,7 @@ from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import DataError
 from sae.model.vocabulary import Vocabulary
 from sae.numerics.seeding import numpy_generator
-from sae.probing.examples import Examples
+from sae.probing.examples import Examples, numbered, opening
 from sae.probing.settings import LetterConfig
 
 LEAST_WORDS, LEAST_LENGTH, LEAST_LETTERS = 20, 3, 2
@@ -46,10 +46,10 @@ def letter_examples(tokenizer: Any, policy: TokenPolicy, bos: int | None, settin
             f"{len(enough)} letters; {LEAST_LETTERS} letters are needed: this model's tokens are too short for this"
         )
     prompt = tokenizer(settings.prompt, add_special_tokens=False)["input_ids"] if settings.prompt else []
-    opening = [*([bos] if policy.prepend_bos and bos is not None else []), *prompt]
-    if len(opening) < policy.masked_positions:
+    begin = (*opening(policy, bos), *prompt)
+    if len(begin) < policy.masked_positions:
         raise DataError(
-            f"letters.prompt={settings.prompt!r}: the word is at position {len(opening)}, and the first "
+            f"letters.prompt={settings.prompt!r}: the word is at position {len(begin)}, and the first "
             f"{policy.masked_positions} are masked; give a longer prompt"
         )
     rng = numpy_generator("first letters: words", settings.seed)
@@ -57,16 +57,10 @@ def letter_examples(tokenizer: Any, policy: TokenPolicy, bos: int | None, settin
     labels: list[str] = []
     for letter, tokens in enough.items():
         for token in sorted(rng.permutation(tokens)[: settings.words].tolist()):
-            contexts.append((*opening, token))
+            contexts.append((*begin, token))
             labels.append(letter)
     count = len(contexts)
     return Examples(
-        tuple(contexts), tuple(range(count)), (len(opening),) * count, tuple(range(count)), tuple(labels),
-        _by_word([words[context[-1]] for context in contexts]), 0,
+        tuple(contexts), tuple(range(count)), (len(begin),) * count, tuple(range(count)), tuple(labels),
+        numbered(words[context[-1]] for context in contexts), 0,  # `The` and `the` are on one side of a split
     )  # fmt: skip
-
-
-def _by_word(words: list[str]) -> tuple[int, ...]:
-    """One group per word, whatever its case: `The` and `the` are never on different sides of a split."""
-    numbers: dict[str, int] = {}
-    return tuple(numbers.setdefault(word, len(numbers)) for word in words)

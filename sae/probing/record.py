@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sae.files.formats import Format
-from sae.files.reading import conforming, read_object, taken_apart
-from sae.files.writing import stands, write_json
+from sae.files.kept import KeptResult
+from sae.files.reading import conforming, taken_apart
 from sae.probing.sparse_probes import ProbeResult
 
-FORMAT = Format("sae-probes", 2)
-_WITHOUT_KEYS = 1
-"""The version whose results may use another data set's activations, or have copies on both sides of a split."""
-JSON_FILE, MARKDOWN_FILE = "probe.json", "probe.md"
+MARKDOWN_FILE = "probe.md"
+PROBES = KeptResult(
+    Format("sae-probes", 2),
+    "probe.json",
+    grows=True,
+    outdated={
+        1: "written by an earlier version, which could confuse data sets with dots in their names and put copies on "
+        "both sides of a split; everything is probed again"
+    },
+)
 FIRST_LETTERS = "first-letters"
 
 
@@ -118,17 +123,13 @@ class ProbeRecord:
         rest = [(name, entry) for name, entry in candidates if entry.failure is None and inside.get(name) is not entry]
         return ProbeRecord(self.subject, inside, tuple(rest))
 
-    def write(self, folder: Path) -> None:
-        """Write `probe.json`, atomically."""
-        write_json(
-            folder / JSON_FILE,
-            {
-                **FORMAT.result_head(),
-                "subject": self.subject,
-                "data_sets": {name: entry.to_json() for name, entry in self.entries.items()},
-                "others": [{"name": name, **entry.to_json()} for name, entry in self.others],
-            },
-        )
+    def to_json(self) -> dict[str, Any]:
+        """The content of `probe.json`."""
+        return {
+            "subject": self.subject,
+            "data_sets": {name: entry.to_json() for name, entry in self.entries.items()},
+            "others": [{"name": name, **entry.to_json()} for name, entry in self.others],
+        }
 
     @staticmethod
     def read(folder: Path, subject: dict[str, Any]) -> ProbeRecord:
@@ -137,19 +138,10 @@ class ProbeRecord:
         Raises:
             DamagedError: the file is damaged.
         """
-        empty, path = ProbeRecord(subject), folder / JSON_FILE
-        if not stands(path):
-            return empty
-        record = read_object(path)
-        if FORMAT.version_of(record) == _WITHOUT_KEYS:
-            warnings.warn(
-                f"{str(path)!r}: written by an earlier version, which could confuse data sets with dots in their names "
-                "and put copies on both sides of a split; everything is probed again",
-                stacklevel=2,
-            )
-        if not FORMAT.is_current(record, subject=subject):
-            return empty
-        with taken_apart(path):
+        record = PROBES.find(folder, subject=subject)
+        if record is None:
+            return ProbeRecord(subject)
+        with taken_apart(folder / PROBES.index):
             entries = {name: conforming(Entry.from_json(entry)) for name, entry in record["data_sets"].items()}
             others = tuple((entry["name"], conforming(Entry.from_json(entry))) for entry in record["others"])
             return ProbeRecord(subject, entries, others)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.files.printable import printable
 from sae.probing.record import MARKDOWN_FILE, ProbeRecord
-from sae.probing.scores import METRICS
+from sae.probing.scores import METRICS, plus_minus
 from sae.probing.sparse_probes import MAJORITY
 from sae.probing.summary import duels, heading, method_order, shown, summarise
 from sae.results.markdown import code, document, plain
@@ -220,17 +220,11 @@ def _letters_text(letters: dict[str, Any]) -> str:
 
 
 def _estimate(record: dict[str, float | None], decimals: int = 3) -> str:
-    value, error = record["value"], record["standard_error"]
-    if value is None:
-        return NONE
-    return f"{value:.{decimals}f} ± " + (NONE if error is None else f"{error:.{decimals}f}")
+    return plus_minus(record["value"], record["standard_error"], decimals)
 
 
 def _pair(pair: Sequence[float | None] | None, *, sign: bool = False) -> str:
-    if pair is None or pair[0] is None:
-        return NONE
-    value = f"{pair[0]:+.3f}" if sign else f"{pair[0]:.3f}"
-    return f"{value} ± " + (NONE if pair[1] is None else f"{pair[1]:.3f}")
+    return NONE if pair is None else plus_minus(pair[0], pair[1], sign=sign)
 
 
 def _natural(name: str) -> list[Any]:

@@ -55,7 +55,7 @@ class SplitEstimate:
 
     def __str__(self) -> str:
         """`0.87 ± 0.03`: the value and its standard error over test examples."""
-        return f"{self.value:.3f} ± " + (NONE if self.standard_error is None else f"{self.standard_error:.3f}")
+        return plus_minus(self.value, self.standard_error)
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,14 @@ def over_classes(scores: Sequence[SplitScores]) -> SplitScores:
     is an upper bound, exact if their errors are perfectly correlated.
     """
     return SplitScores(*(_over_classes([getattr(label, name) for label in scores]) for name in METRICS))
+
+
+def plus_minus(value: float | None, error: float | None, decimals: int = 3, *, sign: bool = False) -> str:
+    """A value and its standard error as text, such as `0.870 ± 0.030`."""
+    if value is None:
+        return NONE
+    shown = f"{value:{'+' if sign else ''}.{decimals}f}"
+    return f"{shown} ± {NONE if error is None else f'{error:.{decimals}f}'}"
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

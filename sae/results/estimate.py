@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -229,9 +230,14 @@ def row_sums(tensor: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).sum(-1, dtype=torch.float64)
 
 
-def to_json(scores: Any, names: Sequence[str]) -> dict[str, Any]:
-    """The named estimates of a result, for JSON."""
-    return {name: getattr(scores, name).to_json() for name in names}
+def estimate_names(scores: type) -> list[str]:
+    """The fields of a class of results that are estimates."""
+    return [field.name for field in dataclasses.fields(scores) if field.type in (Estimate, Estimate.__name__)]
+
+
+def to_json(scores: Any) -> dict[str, Any]:
+    """The estimates of a result, for JSON."""
+    return {name: getattr(scores, name).to_json() for name in estimate_names(type(scores))}
 
 
 def _short(value: float) -> str:

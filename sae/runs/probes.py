@@ -17,7 +17,7 @@ from sae.dictionary.saved import identify
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, DataError, ModelError
 from sae.files.formats import as_read_back, fingerprint_of
-from sae.files.writing import locked, write_bytes
+from sae.files.writing import locked
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import numpy_generator
@@ -27,7 +27,7 @@ from sae.probing.data import DataFile, each_name_once, find_data
 from sae.probing.examples import Examples, choose_examples
 from sae.probing.first_letters import letter_examples
 from sae.probing.linear import require_sklearn
-from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE, Entry, ProbeRecord
+from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE, PROBES, Entry, ProbeRecord
 from sae.probing.render import markdown
 from sae.probing.settings import LetterConfig, ProbeConfig
 from sae.probing.sparse_probes import probe_examples
@@ -154,8 +154,7 @@ class _Probing:
         return record.arranged(belongs)
 
     def _write(self, record: ProbeRecord) -> ProbeRecord:
-        write_bytes(self.run_folder / MARKDOWN_FILE, markdown(record).encode())
-        record.write(self.run_folder)
+        PROBES.write(self.run_folder, record.to_json(), {MARKDOWN_FILE: markdown(record).encode()})
         return record
 
     def _probe(self, file: DataFile) -> Entry:

@@ -42,8 +42,7 @@ from sae.files.reading import as_object, read_object
 from sae.files.version import __version__
 from sae.files.writing import locked, stands
 from sae.model.language_model import LanguageModel
-from sae.probing.record import JSON_FILE as PROBES_FILE
-from sae.probing.record import ProbeRecord
+from sae.probing.record import PROBES, ProbeRecord
 from sae.runs.disk import check_disk
 from sae.runs.folder import DICTIONARY, configured, open_config, other_setting
 from sae.training.check import check_recipe
@@ -259,7 +258,7 @@ class Run:
             FormatError: there are none for this dictionary and package version; `sae.probe_run` makes them.
             DamagedError: the file is damaged.
         """
-        path = self.folder / PROBES_FILE
+        path = self.folder / PROBES.index
         subject = as_object(path, read_object(path).get("subject", {})) if stands(path) else {}
         record = ProbeRecord.read(self.folder, subject)
         if not record.entries or subject.get("dictionary") != as_read_back(identify(self.dictionary("cpu"))):

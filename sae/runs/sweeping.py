@@ -25,8 +25,9 @@ from sae.evaluation.pareto import Point, draw_pareto
 from sae.evaluation.report import DOCUMENTS_FILE
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.evaluation.sweep_view import Differences, behind_best, sweep_markdown
+from sae.files.kept import KeptResult
 from sae.files.reading import load_tensors, read_object, taken_apart
-from sae.files.writing import locked, stands, write_bytes, write_json
+from sae.files.writing import locked
 from sae.results.markdown import code, plain
 from sae.runs.evaluation import evaluate_runs
 from sae.runs.folder import DICTIONARY, configured
@@ -34,13 +35,13 @@ from sae.runs.run import Run
 from sae.training.check import common_pass
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import train_all
-from sae.training.member import Cost
 from sae.training.recipe import Recipe
 from sae.training.sinks import Wandb
 from sae.training.traits import no_reader, unread
 
-JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "sweep.json", "sweep.md", "pareto.png"
-COST_FILE = "cost.json"
+MARKDOWN_FILE, FIGURE_FILE = "sweep.md", "pareto.png"
+SWEEP = KeptResult(None, "sweep.json")
+COST = KeptResult(None, "cost.json")
 _SHARED = ("tokens", "batch_size", "pool_tokens", "log_every", "checkpoint_every", "shuffle_seed")
 _WEIGHTS = ("train.l1_coefficient", "train.l0_coefficient")
 MOST_VARIANTS = 1000
@@ -278,7 +279,7 @@ def _train_together(
                 progress=show,
             )
         for name, dictionary in outcome.dictionaries.items():
-            _write_cost(runs[name].folder, outcome.costs[name], base.device.type)
+            COST.write(runs[name].folder, {**vars(outcome.costs[name]), "device": base.device.type})
             dictionary.save(runs[name].folder / DICTIONARY)
             finished.add(name)
     finally:
@@ -286,13 +287,6 @@ def _train_together(
             for sink in run_sinks:
                 sink.close(failed=name not in finished)
     return outcome.failures
-
-
-def _write_cost(folder: Path, cost: Cost, device: str) -> None:
-    write_json(
-        folder / COST_FILE,
-        {"seconds": cost.seconds, "tokens": cost.tokens, "bytes": cost.bytes, "device": device},
-    )
 
 
 def _variant(config: RunConfig, variant: RunConfig) -> str:
@@ -310,7 +304,6 @@ def _variant(config: RunConfig, variant: RunConfig) -> str:
 def _point(run: Run, variant: str) -> Point:
     """A dictionary's point in the comparison, from its files."""
     settings = run.config.train
-    cost_path = run.folder / COST_FILE
     with taken_apart(run.folder / REPORT_FILE):
         return Point.of(
             run.config.dictionary.architecture,
@@ -320,7 +313,7 @@ def _point(run: Run, variant: str) -> Point:
             k=run.config.dictionary.k,
             seed=run.config.seed,
             weight=settings.l0_coefficient if settings.l1_coefficient is None else settings.l1_coefficient,
-            cost=read_object(cost_path) if stands(cost_path) else {},
+            cost=COST.find(run.folder) or {},
             variant=variant,
         )
 
@@ -338,22 +331,18 @@ def _description(base: Run, cache: ActivationCache, configs: Collection[RunConfi
 
 
 def _write(result: Sweep) -> None:
-    write_json(
-        result.folder / JSON_FILE,
-        {
-            "points": {name: point.to_json() for name, point in result.points.items()},
-            "behind": {
-                name: {metric: gap.to_json() for metric, gap in gaps.items()} for name, gaps in result.behind.items()
-            },
-            "failures": result.failures,
-            "of": result.of,
+    content = {
+        "points": {name: point.to_json() for name, point in result.points.items()},
+        "behind": {
+            name: {metric: gap.to_json() for metric, gap in gaps.items()} for name, gaps in result.behind.items()
         },
-    )
+        "failures": result.failures,
+        "of": result.of,
+    }
     figure = draw_pareto(list(result.points.values()))
-    if figure:
-        write_bytes(result.folder / FIGURE_FILE, figure)
-    text = sweep_markdown(result.points, result.failures, FIGURE_FILE if figure else None, result.behind, result.of)
-    write_bytes(result.folder / MARKDOWN_FILE, text.encode())
+    figures = {FIGURE_FILE: figure} if figure else {}
+    text = sweep_markdown(result.points, result.failures, next(iter(figures), None), result.behind, result.of)
+    SWEEP.write(result.folder, content, {**figures, MARKDOWN_FILE: text.encode()})
 
 
 def _axes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:

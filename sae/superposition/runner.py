@@ -15,17 +15,18 @@ from sae.config.progress import Progress, silent, within
 from sae.errors import ConfigError, FormatError, SaeError, TrainingInterrupted
 from sae.files import version
 from sae.files.formats import Format, as_read_back, fingerprint_of
+from sae.files.kept import KeptResult
 from sae.files.paths import expanded
-from sae.files.reading import read_object, validated
+from sae.files.reading import validated
 from sae.files.temporary import is_leftover
-from sae.files.writing import locked, stands, write_bytes, write_json
+from sae.files.writing import locked, write_bytes
 from sae.numerics.modes import in_own_modes
 from sae.superposition import dictionaries, experiments
 from sae.superposition.figures import draw
 from sae.superposition.report import Finished, markdown
 
-FORMAT = Format("sae-superposition", 1)
-JSON_FILE, MARKDOWN_FILE = "superposition.json", "superposition.md"
+MARKDOWN_FILE = "superposition.md"
+_KEPT = KeptResult(Format("sae-superposition", 1), "superposition.json", of_version=False, grows=True)
 
 
 @dataclass(frozen=True)
@@ -152,23 +153,21 @@ def _chosen(names: Iterable[str]) -> list[str]:
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out={str(folder)!r} is a file: choose a folder with --out")
-    if not folder.is_dir() or stands(folder / JSON_FILE):
+    if not folder.is_dir() or _KEPT.stands(folder):
         return
     others = sorted(path.name for path in folder.iterdir() if not is_leftover(path.name))
     if others:
         raise ConfigError(
-            f"folder {str(folder)!r} holds {others[0]!r} and no {JSON_FILE}: it is not from 'sae superposition'; "
+            f"folder {str(folder)!r} holds {others[0]!r} and no {_KEPT.index}: it is not from 'sae superposition'; "
             "choose another with --out"
         )
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / JSON_FILE
-    if not stands(path):
+    if not _KEPT.stands(folder):
         return {}
-    content = read_object(path)
-    FORMAT.check(content, f"folder {str(folder)!r}", JSON_FILE, way_out="choose another with --out", oldest=1)
-    experiments = validated(path, dict[str, dict[str, Any]], content.get("experiments"))
+    content = _KEPT.read(folder, f"folder {str(folder)!r}", way_out="choose another with --out", oldest=1)
+    experiments = validated(folder / _KEPT.index, dict[str, dict[str, Any]], content.get("experiments"))
     return {name: _with_new_names(name, entry) for name, entry in experiments.items() if name in EXPERIMENTS}
 
 
@@ -241,7 +240,7 @@ def _restore(folder: Path, name: str, entry: Mapping[str, Any]) -> Finished:
         seed, seconds = int(entry["seed"]), float(entry["seconds"])
     except (ValidationError, KeyError, TypeError, ValueError, SaeError) as error:
         raise FormatError(
-            f"experiment {name!r} in {str(folder / JSON_FILE)!r} cannot be read; choose another folder with --out"
+            f"experiment {name!r} in {str(folder / _KEPT.index)!r} cannot be read; choose another folder with --out"
         ) from error
     path = folder / f"{name}.png"
     if not path.is_file() and (png := draw(result)) is not None:
@@ -252,6 +251,6 @@ def _restore(folder: Path, name: str, entry: Mapping[str, Any]) -> Finished:
 def _write(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write all entries in the order of `EXPERIMENTS`; the JSON file is first, since it identifies the folder."""
     ordered = {name: entries[name] for name in EXPERIMENTS if name in entries}
-    write_json(folder / JSON_FILE, {**FORMAT.head(), "experiments": ordered})
+    _KEPT.write(folder, {"experiments": ordered})
     text = markdown([_restore(folder, name, entry) for name, entry in ordered.items()])
     write_bytes(folder / MARKDOWN_FILE, text.encode())

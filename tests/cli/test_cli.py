@@ -254,7 +254,7 @@ def test_an_evaluation_killed_while_it_is_written_is_made_again(
     config_file: Path, own_run: Path, command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("sae.evaluation.stored.write_json", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("sae.files.kept.write_json", mock.Mock(side_effect=KeyboardInterrupt))
         assert command("eval", own_run, "evaluation.tokens=300").status == 130
     assert command("verify", own_run).status == 0
     assert command("run", config_file, f"out={own_run}").status == 0

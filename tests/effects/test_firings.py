@@ -67,7 +67,7 @@ def test_what_is_kept_of_parts_is_what_is_kept_at_once() -> None:
 
 
 def test_counts_and_places_are_those_of_dense_codes(held_out: ActivationCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ENCODED_AT_ONCE", 48 * 16 * 3)  # three contexts at a time
+    monkeypatch.setattr("sae.features.scan._ENCODED_AT_ONCE", 48 * 16 * 3)  # three contexts at a time
     monkeypatch.setattr(module, "_KEPT_AT_ONCE", 50)
     dictionary = make_dictionary(held_out, RESID)
     found = scan_firings(dictionary, held_out, RESID, positions=1000, seed=0)

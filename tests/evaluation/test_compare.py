@@ -269,7 +269,7 @@ def test_killed_while_a_comparison_is_written_there_is_none(
     import dataclasses
 
     write_comparison(dataclasses.replace(comparison, key=_key()), tmp_path)
-    monkeypatch.setattr("sae.evaluation.stored.write_json", lambda *_: pytest.fail("killed"))
+    monkeypatch.setattr("sae.files.kept.write_json", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
         write_comparison(dataclasses.replace(comparison, key={"another": 1}), tmp_path)
     assert read_comparison(tmp_path, _key()) is None, "compare.md is of the other"

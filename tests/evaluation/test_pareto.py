@@ -12,9 +12,16 @@ from sae.results.estimate import Estimate
 
 def point(architecture: str, k: int, fvu: float, seed: int = 0) -> Point:
     return Point(
-        architecture, "blocks.0.hook_resid_pre", 64, k, seed, Estimate(float(k), 0.1), Estimate(fvu, 0.01),
-        Estimate(fvu / 10, 0.001), 0.02, 12.0, 5_000_000, 4000,
+        architecture, "blocks.0.hook_resid_pre", 64, k, seed,
+        {"l0": Estimate(float(k), 0.1), "fvu": Estimate(fvu, 0.01), "delta_ce": Estimate(fvu / 10, 0.001)},
+        0.02, 12.0, 5_000_000, 4000,
     )  # fmt: skip
+
+
+def measured(made: Point, **metrics: Estimate | None) -> Point:
+    """The point with other values; None: not measured."""
+    changed = {name: value for name, value in {**made.metrics, **metrics}.items() if value is not None}
+    return dataclasses.replace(made, metrics=changed)
 
 
 def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +47,7 @@ def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypa
     assert losses["topk"][1] == pytest.approx((0.035, 0.02))
     assert losses["topk"][2] == pytest.approx((0.00707107, 0.001), rel=1e-4)
     assert draw_pareto([]) is None
-    nothing = dataclasses.replace(point("relu", 8, 0.5), l0=Estimate(0.0, 0.0))
+    nothing = measured(point("relu", 8, 0.5), l0=Estimate(0.0, 0.0))
     assert draw_pareto([nothing])
     drawn.clear(), losses.clear()
     wide = [point("topk", 8, 0.2), dataclasses.replace(point("topk", 8, 0.1), d_sae=128)]

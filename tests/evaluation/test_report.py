@@ -18,9 +18,9 @@ from sae.architectures import ReLU, TopK
 from sae.config.settings import EvaluationConfig
 from sae.errors import ConfigError, DamagedError
 from sae.evaluation import Report, evaluate, evaluate_all, report_table, write_report
-from sae.evaluation import stored as module
 from sae.evaluation.metrics import METRICS, estimate
 from sae.evaluation.stored import read_stored
+from sae.files import kept as module
 from sae.files.writing import write_bytes, write_json
 from sae.model.language_model import LanguageModel
 from sae.runs.verification import verify
@@ -308,7 +308,7 @@ def test_killed_while_a_report_is_written_there_is_none(
         return act
 
     with monkeypatch.context() as patch:
-        for name in ("write_bytes", "write_json"):
+        for name in ("write_chunks", "write_json"):
             patch.setattr(module, name, killed(getattr(module, name)))
         patch.setattr("sae.evaluation.figures.draw_figures", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):

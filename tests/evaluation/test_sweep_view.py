@@ -14,7 +14,7 @@ from rich.console import Console
 from sae.evaluation.metrics import Totals, estimate
 from sae.evaluation.sweep_view import GapToBest, behind_best, sweep_markdown, sweep_tables
 from sae.results.estimate import Estimate
-from tests.evaluation.test_pareto import point
+from tests.evaluation.test_pareto import measured, point
 
 
 def test_the_table_gives_time_for_a_thousand_tokens_and_memory() -> None:
@@ -53,7 +53,7 @@ def compared() -> dict[str, Totals]:
 
 def test_the_best_of_a_k_is_bold_and_what_is_no_different_from_it_is_marked(compared: dict[str, Totals]) -> None:
     points = {
-        name: dataclasses.replace(point("topk", 8, 1.0), **{of: estimate(of, made) for of in ("fvu", "delta_ce")})
+        name: measured(point("topk", 8, 1.0), **{of: estimate(of, made) for of in ("fvu", "delta_ce")})
         for name, made in compared.items()
     }
     found = behind_best(points, compared)
@@ -71,7 +71,7 @@ def test_the_best_of_a_k_is_bold_and_what_is_no_different_from_it_is_marked(comp
     )
     assert [found[name]["fvu"].to_json()["below_noise"] for name in ("a", "c")] == [False, True]
     assert "≈" not in sweep_markdown(points, {}, None)
-    without = {name: dataclasses.replace(made, delta_ce=None) for name, made in points.items()}
+    without = {name: measured(made, delta_ce=None) for name, made in points.items()}
     assert set(behind_best(without, compared)["a"]) == {"fvu"}, "nobody measured the loss"
 
 
@@ -100,7 +100,7 @@ def test_only_what_is_alike_is_compared(compared: dict[str, Totals], change: dic
 
 def test_what_is_not_a_number_is_not_the_best(compared: dict[str, Totals]) -> None:
     points = {name: point("topk", 8, float(made["error"].sum())) for name, made in compared.items()}
-    points["a"] = dataclasses.replace(points["a"], fvu=Estimate(float("nan"), None))
+    points["a"] = measured(points["a"], fvu=Estimate(float("nan"), None))
     found = behind_best(points, compared)
     assert "fvu" not in found.get("a", {})
     assert found["c"]["fvu"].best == "b"
