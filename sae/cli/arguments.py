@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from sae.config.file import READ_BY_RUN, describe_keys, load_config, named_config
+from sae.config.file import READ_BY_RUN, describe_keys, load_config
 from sae.config.progress import Progress
 from sae.config.settings import RunConfig
 from sae.console.terminal import complain, output
@@ -79,7 +79,7 @@ def configured(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_settings(*positional: Any, arguments: tuple[str, ...], **options: Any) -> Any:
         first, *overrides = arguments
         no_file = "=" in first and not stands(expanded(first))
-        settings = load_config(None, arguments) if no_file else named_config(first, overrides)
+        settings = load_config(None, arguments) if no_file else load_config(first, overrides)
         return command(*positional, settings=settings, **options)
 
     return click.argument("arguments", nargs=-1, required=True, metavar="[CONFIG] [KEY=VALUE]...")(with_settings)

@@ -37,11 +37,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             literally.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key does not exist, or a value is invalid.
+        ConfigError: the file is missing or not YAML, a key does not exist, or a value is invalid; or it is the record
+            of a run folder, which permits code of the model to run, and `overrides` do not: the author of the folder
+            does not decide that.
     """
-    settings = _read_yaml(find_config(path)) if path is not None else {}
+    file = None if path is None else find_config(path)
+    settings = {} if file is None else _read_yaml(file)
     read_words(RunConfig, overrides, settings, "dictionary.k=64")
-    return parse_config(settings)
+    config = parse_config(settings)
+    if file is not None and _is_record(file):
+        check_permission(config, f"run {str(file.parent)!r}", overrides)
+    return config
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -76,19 +82,6 @@ def find_config(name: str | Path) -> Path:
     near = difflib.get_close_matches(stem, shipped, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(f"config {str(path)!r}: no such file; {hint}sae comes with {', '.join(shipped)}")
-
-
-def named_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration that a user named (see `find_config`). A file in a run folder only records what was permitted.
-
-    Raises:
-        ConfigError: as `load_config`; or the file is a run folder's and permits code that `overrides` do not permit.
-    """
-    path = find_config(name)
-    config = load_config(path, overrides)
-    if _is_record(path):
-        check_permission(config, f"run {str(path.parent)!r}", overrides)
-    return config
 
 
 def check_permission(config: RunConfig, place: str, overrides: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from sae.architectures import load
 from sae.config.environment import git_commit
-from sae.config.file import CONFIG_YAML, MOST_YAML_BYTES, check_permission, load_config
+from sae.config.file import CONFIG_YAML, MOST_YAML_BYTES, TRUST_SETTING, check_permission, load_config
 from sae.config.settings import RunConfig
 from sae.config.yaml_text import parse_file
 from sae.dictionary.base import CONFIG_FILE
@@ -91,7 +91,7 @@ def check_run(folder: Path) -> None:
         FormatError: a part is intact but belongs to another run.
         SaeError: a part cannot be read.
     """
-    config = load_config(folder / CONFIG_YAML)
+    config = load_config(folder / CONFIG_YAML, [f"{TRUST_SETTING}=false"])
     if not stands(folder / DICTIONARY / CONFIG_FILE):
         return
     if contradiction := _other_settings(folder, config):

@@ -50,7 +50,7 @@ from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_misse
 from sae.training.loop import train_one
 from sae.training.meter import falling
 from sae.training.recipe import Recipe
-from sae.training.sinks import METRICS_FILE, Wandb, check_wandb
+from sae.training.sinks import METRICS_FILE, Wandb, check_wandb, closing
 from sae.training.traits import check_read
 
 
@@ -182,7 +182,12 @@ class Run:
             if self.is_trained():  # by another process in the meantime
                 return self.trained_already(cache)
             with configured(self.config):
-                dictionary = self._train(cache)
+                recipe, sources = self.recipe(cache), {hook: self.loader(cache, hook) for hook in self.config.hooks}
+                self.progress("train", *self.trained_tokens(sources[recipe.source]))
+                with closing(self.sinks()) as sinks:
+                    dictionary = train_one(
+                        sources, recipe, device=self.device, sinks=sinks, progress=self._show_training
+                    )
                 dictionary.save(self.folder / DICTIONARY)
         return dictionary
 
@@ -344,18 +349,6 @@ class Run:
             return []
         resumes = bool(list_checkpoints(self.folder / CHECKPOINTS))
         return [Wandb(self.config.wandb, self.folder, self.config.model_dump(), resume=resumes)]
-
-    def _train(self, cache: ActivationCache) -> Dictionary:
-        recipe, sinks, failed = self.recipe(cache), self.sinks(), True
-        sources = {hook: self.loader(cache, hook) for hook in self.config.hooks}
-        self.progress("train", *self.trained_tokens(sources[recipe.source]))
-        try:
-            dictionary = train_one(sources, recipe, device=self.device, sinks=sinks, progress=self._show_training)
-            failed = False
-        finally:
-            for sink in sinks:
-                sink.close(failed=failed)
-        return dictionary
 
     def trained_tokens(self, loader: ActivationLoader) -> tuple[int, int]:
         """Tokens that earlier processes trained on, and tokens in total."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from sae.activations.manifest import MANIFEST, read_manifest, shard_problem
 from sae.activations.tokens import THREADS
 from sae.architectures import load
-from sae.config.file import CONFIG_YAML, load_config
+from sae.config.file import CONFIG_YAML, TRUST_SETTING, load_config
 from sae.config.progress import Progress, announce, silent
 from sae.dictionary.base import CONFIG_FILE, WEIGHTS_FILE
 from sae.errors import CacheError, SaeError
@@ -161,7 +161,7 @@ def _caches_elsewhere(parts: Iterable[_Part], progress: Progress) -> Iterator[Pa
         if CONFIG_YAML not in part.names or not (part.folder / CONFIG_YAML).is_file():
             continue
         with contextlib.suppress(SaeError):  # problems with the configuration are found when it is checked
-            config = load_config(part.folder / CONFIG_YAML)
+            config = load_config(part.folder / CONFIG_YAML, [f"{TRUST_SETTING}=false"])
             if config.harvest.cache and config.cache_folder.is_dir():
                 yield config.cache_folder
             elif config.harvest.cache:

@@ -183,14 +183,13 @@ class _Run:
         self.step = 0
         self.threshold_step = 0
         self.reader = Reader(self.sources, device, callers_mode)
-        self.members = {name: Member(self._trainer(recipe, sources)) for name, recipe in recipes.items()}
+        self.members: dict[str, Member] = {}
+        for name, recipe in recipes.items():
+            source, target = sources[recipe.source], None if recipe.target is None else sources[recipe.target]
+            metadata = in_current_form({**metadata_of(source, target), **recipe.metadata})
+            trainer = Trainer(replace(recipe, metadata=metadata), source, target, self.steps, device)
+            self.members[name] = Member(trainer)
         self.failures: dict[str, str] = {}
-
-    def _trainer(self, recipe: Recipe, sources: Mapping[str, BatchSource]) -> Trainer:
-        target = None if recipe.target is None else sources[recipe.target]
-        metadata = {**metadata_of(sources[recipe.source], target), **recipe.metadata}
-        recipe = replace(recipe, metadata=in_current_form(metadata))
-        return Trainer(recipe, sources[recipe.source], target, self.steps, self.device)
 
     def train(
         self,

@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -161,6 +161,18 @@ class Wandb:
     def _give_up(self, event: str, error: Exception) -> None:
         self._run = None
         _warn(f"wandb: {event} ({_reason(error)}); training continues, and {METRICS_FILE} has every number")
+
+
+@contextlib.contextmanager
+def closing(sinks: Sequence[Wandb]) -> Iterator[Sequence[Wandb]]:
+    """Close the sinks at the end, and tell them whether the training failed."""
+    failed = True
+    try:
+        yield sinks
+        failed = False
+    finally:
+        for sink in sinks:
+            sink.close(failed=failed)
 
 
 def check_wandb(settings: WandbConfig) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import sae
 from sae.architectures import TopK
-from sae.config.file import named_config
+from sae.config.file import load_config
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.errors import CacheError, ConfigError, FormatError
 from sae.files.writing import locked, write_bytes
@@ -191,11 +191,11 @@ def test_the_record_of_a_run_folder_is_no_permission_where_it_is_named(run: Path
         outcome = command(verb, path, f"out={run.parent / 'elsewhere'}")
         assert outcome.status == 1 and "only a record" in outcome.err
     with pytest.raises(ConfigError, match="only a record"):
-        named_config(path)
-    assert named_config(path, ("model.trust_remote_code=true",)).model.trust_remote_code
+        load_config(path)
+    assert load_config(path, ("model.trust_remote_code=true",)).model.trust_remote_code
     copied = run.parent / "mine.yaml"
     shutil.copy(path, copied)
-    assert named_config(copied).model.trust_remote_code, "a file that somebody names is their word"
+    assert load_config(copied).model.trust_remote_code, "a file that somebody names is their word"
 
 
 @pytest.mark.parametrize("d_sae", [10**12, 4 * 10**18])
