@@ -49,7 +49,7 @@ def test_a_stored_report_has_the_numbers_of_the_evaluation(folder: Path, evaluat
     for name, scores in report.columns.items():
         assert stored.columns[name].metrics["fvu"] == scores.reconstruction.fvu, name
     ours = stored.columns["dictionary"]
-    assert list(ours.metrics) == list(METRICS) and ours.features == 64 and report.scores.sparsity is not None
+    assert ours.metrics.keys() == METRICS.keys() and ours.features == 64 and report.scores.sparsity is not None
     assert ours.dead == report.scores.sparsity.dead
     assert stored.totals.keys() == report.scores.totals.keys()
     assert all(torch.equal(column, report.scores.totals[name]) for name, column in stored.totals.items())
