@@ -16,12 +16,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import get_args
 
 import sae
-from sae.architectures import ARCHITECTURES
+from sae.config.settings import Architecture
 from sae.config.splits import HELD_OUT
 from sae.dictionary.model_identity import DEMO_FOLDER
-from sae.files.writing import write_json
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 CONTEXTS, LENGTH = 64, 128
@@ -29,7 +29,7 @@ SETTINGS = [
     "data.tokens=200000", f"data.held_out_tokens={CONTEXTS * LENGTH}", f"data.context_length={LENGTH}",
     "harvest.dtype=float32", "dictionary.d_sae=1024", "train.tokens=200000", "train.dead_after_tokens=50000",
     "evaluation.frozen_decoder_tokens=0", f"evaluation.legacy_tokens={CONTEXTS * LENGTH}",
-    f"sweep.dictionary.architecture=[{', '.join(ARCHITECTURES)}]",
+    f"sweep.dictionary.architecture=[{', '.join(get_args(Architecture))}]",
 ]  # fmt: skip
 COMMIT = "0" * 40
 
@@ -46,7 +46,7 @@ def write_model(folder: Path) -> None:
     """The demo model's folder, with the one key of GPT-2's own configuration that transformer-lens 3 reads beside."""
     shutil.copytree(DEMO_FOLDER, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", {**config, "n_ctx": config["n_positions"]})
+    (folder / "config.json").write_text(json.dumps({**config, "n_ctx": config["n_positions"]}))
 
 
 def write_texts(folder: Path, cache: sae.ActivationCache) -> None:
@@ -60,7 +60,9 @@ def write_texts(folder: Path, cache: sae.ActivationCache) -> None:
     write_lines(folder / "tokens", [{"tokens": tokens} for tokens in contexts])
     write_lines(folder / "roneneldan" / "TinyStories", [{"text": text} for text in texts])
     note = folder / "hub" / "hub" / "datasets--tokens"
-    write_json(note / "snapshots" / COMMIT / "sae_lens.json", {"tokenizer_name": "gpt2"})
+    settings = note / "snapshots" / COMMIT / "sae_lens.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps({"tokenizer_name": "gpt2"}))
     (note / "refs").mkdir(exist_ok=True)
     (note / "refs" / "main").write_text(COMMIT, encoding="utf-8")
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from family_configs import FAMILIES, SMALL
 
+import sae
 from sae.config.sources import ModelConfig
 from sae.dictionary.hook_points import KINDS
 from sae.dictionary.model_identity import DEMO_FOLDER
-from sae.errors import ModelError
 from sae.model.language_model import LanguageModel
 from sae.model.tail import SHORT
 
@@ -79,7 +79,7 @@ def family_row(family: str, folder: Path, blocks: tuple[int, ...] = (1, 2)) -> F
         try:
             road = model.tail(hook.name).road
             cell, reason = (SHORT_ROAD if road.name == SHORT else WHOLE_ROAD), road.reason
-        except ModelError as error:
+        except sae.SaeError as error:
             cell = READ if hook.refusal else REFUSED
             reason = None if hook.refusal else str(error).partition(": ")[2]
         cells[hook.kind] = min(cell, cells.get(hook.kind, cell), key=_WORST.index)

@@ -87,7 +87,6 @@ def load_in_python() -> None:
     import torch
 
     import sae
-    from sae.errors import SaeError
 
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
@@ -97,7 +96,7 @@ def load_in_python() -> None:
         total = sum(float(dictionary(batch.activations).double().sum()) for batch in cache.contexts("held_out", hook))
         first = next(iter(sae.ActivationLoader(cache, hook, batch_size=64)))
         print(total, float(first.sum()), len(cache.documents()), sae.Features("run")[3], torch.__version__)
-    except SaeError as error:
+    except sae.SaeError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -27,10 +27,11 @@ def common_hook(dictionaries: Mapping[str, object], cache: ActivationCache) -> s
     hooks = own or set(cache.hooks)
     if len(hooks) > 1:
         names = ", ".join(sorted(map(repr, hooks)))
-        start = (
-            "the dictionaries are of the hook points" if own else "nothing says which hook point it is: the cache has"
+        if not own:
+            raise ConfigError(f"nothing says which hook point it is: the cache has {names}; give hook=")
+        raise ConfigError(
+            f"the dictionaries are of the hook points {names}; give hook=, and only dictionaries of that one"
         )
-        raise ConfigError(f"{start} {names}; give hook=, and only dictionaries of that one")
     [hook] = hooks
     assert hook is not None
     return hook
@@ -51,12 +52,17 @@ def dictionary_metadata(cache: ActivationCache, hook: str, target_hook: str | No
     origin = origin_of(cache, hook)
     if target_hook is not None:
         origin = origin.giving(origin_of(cache, target_hook))
-        if origin.gives.width != origin.reads.width:
-            raise ConfigError(
-                f"target hook {target_hook!r}: its activations have width {origin.gives.width:,} and those of "
-                f"{hook!r} have {origin.reads.width:,}; a transcoder's input and output have the same width"
-            )
+        check_same_width(hook, target_hook, {name: cache.d_in(name) for name in (hook, target_hook)})
     return origin.to_json()
+
+
+def check_same_width(hook: str, target_hook: str, widths: Mapping[str, int]) -> None:
+    """Raise ConfigError if the hook points that a transcoder reads and gives have different widths."""
+    if widths[target_hook] != widths[hook]:
+        raise ConfigError(
+            f"target hook {target_hook!r}: its activations have width {widths[target_hook]:,} and those of {hook!r} "
+            f"have {widths[hook]:,}; a transcoder's input and output have the same width"
+        )
 
 
 def origin_of(cache: ActivationCache, hook: str) -> Origin:

@@ -1,4 +1,4 @@
-"""The tokens of a cache on disk: their documents, and which of them count. Activations can be missing."""
+"""The tokens of a cache on disk: their documents, and which of them count. No activations are read."""
 
 from __future__ import annotations
 

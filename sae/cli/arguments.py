@@ -14,8 +14,7 @@ import click
 
 from sae.config.file import READ_BY_RUN, describe_keys, load_config
 from sae.config.progress import Progress
-from sae.config.settings import RunConfig
-from sae.console.terminal import complain, output
+from sae.console.terminal import output
 from sae.errors import ConfigError
 from sae.files.paths import expanded
 from sae.files.printable import one_line
@@ -43,11 +42,6 @@ class Options:
         from sae.console.progress import progress_bars
 
         return progress_bars(quiet=self.quiet, units=units)
-
-    def say_hook(self, settings: RunConfig) -> None:
-        """Say which hook point is trained on, if several are harvested and none is named."""
-        if settings.hook_note and not self.quiet:
-            complain(settings.hook_note)
 
 
 def with_keys(title: str, keys: Keys) -> type[click.Command]:

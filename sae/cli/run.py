@@ -25,7 +25,6 @@ def run(options: Options, settings: RunConfig) -> None:
     from sae.files.reading import read_object
     from sae.runs import pipeline
 
-    options.say_hook(settings)
     with options.progress() as progress:
         pipeline_run = pipeline.run(settings, progress, features=False)
         with beginning_again("the collection of features"):

@@ -25,7 +25,6 @@ def sweep(options: Options, settings: RunConfig) -> None:
     from sae.runs.sweeping import MARKDOWN_FILE
     from sae.runs.sweeping import sweep as run_sweep
 
-    options.say_hook(settings)
     with options.progress() as progress:
         result = run_sweep(settings, progress)
     console = output()

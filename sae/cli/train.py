@@ -21,7 +21,8 @@ def train(options: Options, settings: RunConfig) -> None:
     """
     from sae.runs.run import Run
 
-    options.say_hook(settings)
     with options.progress() as progress:
-        dictionary = Run(settings, progress).train()
+        run = Run(settings, progress)
+        run.say_hook()
+        dictionary = run.train()
     say(f"{dictionary} in {settings.folder / 'dictionary'}")

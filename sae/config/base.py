@@ -179,6 +179,8 @@ def _value(key: str, text: str, field: FieldInfo | None) -> Any:
         if not (text.startswith("[") and field.annotation in _TEXTS) and not quoted:
             return None if not text or (text == "null" and type(None) in get_args(field.annotation)) else text
         hint = f"; text that itself begins with '[' goes in quotes into a list: {key}=['[…']"
+    if any(character in text for character in "*?["):
+        hint = hint or f"; a pattern of hook points goes in quotes into a list: {key}=['*…']"
     try:
         return parsed(text)
     except ComposerError as error:

@@ -46,5 +46,5 @@ def git_commit() -> str | None:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
-    prefix, commit = answer.stdout.splitlines()
+    prefix, _, commit = answer.stdout.rstrip("\n").rpartition("\n")
     return None if prefix else commit

@@ -12,7 +12,7 @@ from sae.config.check import check_fit
 from sae.config.settings import RunConfig, is_pattern
 from sae.config.yaml_text import parse_file
 from sae.errors import ConfigError, DamagedError, UnreadableError
-from sae.files.damage import PARTS, SUMS
+from sae.files.damage import PARTS, WAYS_OUT
 from sae.files.hashes import read_checked
 from sae.files.paths import expanded
 from sae.files.sums import recorded
@@ -46,7 +46,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     read_words(RunConfig, overrides, settings, "dictionary.k=64")
     config = parse_config(settings)
     if file is not None and _is_record(file):
-        check_permission(config, f"run {str(file.parent)!r}", overrides)
+        check_permission(config, f"run {str(expanded(file).resolve().parent)!r}", overrides)
     return config
 
 
@@ -69,9 +69,10 @@ def find_config(name: str | Path) -> Path:
         ConfigError: there is no such file; the most similar name of a shipped configuration is suggested.
     """
     path, shipped = Path(name), shipped_configs()
-    if path.exists():
-        return path
     stem = path.name.removesuffix(_SUFFIX)
+    is_shipped_name = len(path.parts) == 1 and stem in shipped
+    if path.exists() and not (path.is_dir() and is_shipped_name):  # a run's folder may have the name too
+        return path
     if len(path.parts) > 1:
         hint = f"; {stem!r} is the configuration that comes with sae" if stem in shipped else ""
         raise ConfigError(f"config {str(path)!r}: no such file{hint}")
@@ -144,7 +145,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _is_record(path: Path) -> bool:
     """Whether the file is a run folder's record of its configuration."""
     place = expanded(path).resolve()
-    return place.name == CONFIG_YAML and any(stands(place.parent / name) for name in (SUMS, *PARTS))
+    others = (*PARTS, *(name for name in WAYS_OUT if name != CONFIG_YAML))
+    return place.name == CONFIG_YAML and any(stands(place.parent / name) for name in others)
 
 
 def _remedy(path: Path) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sae.config.file import parse_config
@@ -15,8 +15,8 @@ _SIDES = ("reads", "gives")
 
 def has_patterns(config: RunConfig) -> bool:
     """Whether the configuration has patterns of hook points."""
-    swept = config.sweep.get("dictionary", {})
-    named = (config.harvest.hooks, config.dictionary.reads, config.dictionary.gives, *map(swept.get, _SIDES))
+    settings = config.model_dump(mode="json")
+    named = (settings["harvest"]["hooks"], *(section.get(key) for _, section in _sections(settings) for key in _SIDES))
     return any(is_pattern(hook) for hooks in named for hook in _listed(hooks))
 
 
@@ -37,12 +37,20 @@ def with_hook_points(config: RunConfig, names: Callable[[], Iterable[str]]) -> R
     harvested = config.harvest.hooks
     if any(map(is_pattern, harvested)):
         harvested = settings["harvest"]["hooks"] = _matching("harvest.hooks", harvested, list(names()))
-    for prefix, section in (("", settings["dictionary"]), ("sweep.", settings["sweep"].get("dictionary", {}))):
+    for prefix, section in _sections(settings):
         for key in _SIDES:
             entries = _listed(section.get(key))
             if any(map(is_pattern, entries)):
                 section[key] = _matching(f"{prefix}dictionary.{key}", entries, harvested)
     return parse_config(settings)
+
+
+def _sections(settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The sections whose `reads` and `gives` name hook points, each after the beginning of its key."""
+    yield "", settings["dictionary"]
+    swept = settings["sweep"].get("dictionary")
+    if isinstance(swept, dict):  # anything else is refused where the sweep is read
+        yield "sweep.", swept
 
 
 def _listed(hooks: Any) -> Sequence[Any]:
@@ -51,7 +59,7 @@ def _listed(hooks: Any) -> Sequence[Any]:
 
 def _matching(key: str, entries: Iterable[Any], names: Iterable[str]) -> list[Any]:
     """Entries, with the names that match in place of each pattern; each name once."""
-    hooks: dict[Any, None] = {}
+    hooks: list[Any] = []
     for entry in entries:
         matches = [name for name in names if fnmatch.fnmatchcase(name, entry)] if is_pattern(entry) else [entry]
         if not matches:
@@ -59,5 +67,5 @@ def _matching(key: str, entries: Iterable[Any], names: Iterable[str]) -> list[An
                 f"{key}: no hook point matches {entry!r}; "
                 + ("'sae hooks MODEL' lists them" if key == "harvest.hooks" else f"there are {', '.join(names)}")
             )
-        hooks |= dict.fromkeys(matches)
-    return list(hooks)
+        hooks += [match for match in matches if match not in hooks]
+    return hooks

@@ -1,4 +1,4 @@
-"""The settings of a run: frozen, typed, each with a default and a description."""
+"""The settings of a run: frozen, typed, each with a default and a description; the names of architectures."""
 
 from __future__ import annotations
 
@@ -62,11 +62,17 @@ class DictionaryConfig(Settings):
         """Whether the architecture reads `prefixes`."""
         return self.architecture == "matryoshka"
 
-    @field_validator("reads", "gives")
+    @field_validator("reads", "gives", mode="before")
     @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        """Return a list of one hook point as that one."""
-        return value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    def _hook_points(cls, value: Any) -> Any:
+        """Return one text as it is, several as a tuple, and a list of one as that one."""
+        entries = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if value is not None and not (entries and all(isinstance(entry, str) for entry in entries)):
+            raise ConfigError(
+                f"dictionary.reads or dictionary.gives is {value!r}: expected a hook point, such as "
+                "blocks.2.hook_resid_pre"
+            )
+        return entries[0] if len(entries) == 1 else entries
 
 
 class TrainConfig(Settings):

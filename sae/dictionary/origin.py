@@ -145,6 +145,19 @@ def in_current_form(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {**others, **Origin.of(metadata).to_json()} if metadata else {}
 
 
+def dead_in_training(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How many features were dead when training ended, and after how many tokens a feature counts as dead.
+
+    Returns:
+        `features` and `tokens`; None if it is unknown, or if training was too short for a feature to count as dead.
+    """
+    trained = _part(metadata, "trained")
+    dead, after, tokens = (trained.get(key) for key in ("dead", "dead_after_tokens", "tokens"))
+    if not (isinstance(dead, int) and isinstance(after, int) and isinstance(tokens, int)) or tokens < after:
+        return None
+    return {"features": dead, "tokens": after}
+
+
 def _part(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     part = metadata.get(key)
     return part if isinstance(part, Mapping) else {}

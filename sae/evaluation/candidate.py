@@ -57,16 +57,6 @@ class Candidate:
     settings: Mapping[str, Any]
     metadata: Mapping[str, Any]
 
-    def dead_in_training(self) -> dict[str, Any] | None:
-        """Dead features when training ended; None if it was too short for a feature to count as dead."""
-        trained = self.metadata.get("trained", {})
-        if (
-            not {"dead", "dead_after_tokens", "tokens"} <= trained.keys()
-            or trained["tokens"] < trained["dead_after_tokens"]
-        ):
-            return None
-        return {"features": trained["dead"], "tokens": trained["dead_after_tokens"]}
-
 
 def candidate(
     name: str, thing: Evaluated, cache: ActivationCache, hook: str, device: str | torch.device

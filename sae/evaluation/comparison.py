@@ -26,7 +26,7 @@ from sae.results.estimate import Estimate
 NEAR_L0 = 1.1
 """Of baselines that differ only in L0, by no more than this factor, one is shown."""
 COMPARISON_TEXT = "compare.md"
-COMPARISON = KeptResult(Format("sae-comparison", 1), "compare.json", (COMPARISON_TEXT,), of_version=False)
+COMPARISON = KeptResult(Format("sae-comparison", 2), "compare.json", (COMPARISON_TEXT,), of_version=False)
 """Its key has the version."""
 
 

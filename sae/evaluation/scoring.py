@@ -16,6 +16,7 @@ from sae.activations.same_model import check_same_model
 from sae.architectures import ARCHITECTURES
 from sae.config.progress import Progress, silent, within
 from sae.config.settings import EvaluationConfig
+from sae.dictionary.origin import dead_in_training
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
@@ -46,7 +47,7 @@ def evaluate(
 ) -> Report:
     """Score a dictionary, PCA, a random dictionary, a frozen decoder and the identity on a cache's held-out tokens.
 
-    A transcoder (`target_hook` in its metadata) is evaluated at the hook point that it gives, from the activations at
+    A transcoder is evaluated at the hook point that it gives, from the activations at
     the one that it reads, both of the cache.
 
     Only tokens that the cache's token policy keeps are evaluated. Everything is streamed, summed per document in
@@ -187,7 +188,7 @@ def _report(
         scores=scores,
         baselines=baselines,
         legacy=legacy,
-        dead_in_training=subject.dead_in_training(),
+        dead_in_training=dead_in_training(subject.metadata),
         norms=summary.norms,
         seconds=seconds,
         road=road,

@@ -78,7 +78,7 @@ def write_store(
     """
     used = int(collected.document.max(initial=-1)) + 1
     files = {
-        layout.COLUMNS: tensors_content(_columns(collected, logits, neighbours)),
+        layout.COLUMNS: (tensors_content(part) for part in [_columns(collected, logits, neighbours)]),
         layout.TOKENS: _tokens(cache, collected),
         layout.DOCUMENTS: json_content(cache.documents(TRAIN)[:used]),
         layout.VOCABULARY: json_content(vocabulary.to_json()),

@@ -106,7 +106,8 @@ class KeptResult:
         if not self.stands(folder):
             return None
         record = read_object(folder / self.index)
-        if self.format and (reason := self.outdated.get(self.format.version_of(record))):
+        stored_version = self.format.version_of(record) if self.format else None
+        if isinstance(stored_version, int) and (reason := self.outdated.get(stored_version)):
             warnings.warn(f"{str(folder / self.index)!r}: {reason}", stacklevel=3)
         wanted = as_read_back(self.headed(expected))
         return record if all(record.get(key) == value for key, value in wanted.items()) else None

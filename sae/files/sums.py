@@ -200,7 +200,8 @@ def write_sums(folder: Path, sums: dict[str, tuple[str, ...]]) -> None:
 def _alone(folder: Path) -> Iterator[dict[str, tuple[str, ...]] | None]:
     """A folder's list, as `own_sums` gives it, which no other process changes meanwhile.
 
-    If the folder cannot be locked, or the process that holds the lock hangs, nobody waits.
+    If the folder cannot be locked, nobody waits; if the process that holds the lock hangs, others go on after ten
+    seconds.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)

@@ -27,6 +27,7 @@ def run(config: RunConfig, progress: Progress = silent, *, features: bool = True
         TrainingInterrupted: Ctrl-C while training; the state is saved, and the same call resumes.
     """
     pipeline_run = Run(config, progress)
+    pipeline_run.say_hook()
     pipeline_run.check()
     pipeline_run.check_space()
     pipeline_run.harvest()

@@ -16,7 +16,7 @@ from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.harvest import hook_widths
 from sae.activations.loader import ActivationLoader
 from sae.activations.manifest import MANIFEST, read_manifest
-from sae.activations.metadata import dictionary_metadata
+from sae.activations.metadata import check_same_width, dictionary_metadata
 from sae.activations.same_model import check_same_model
 from sae.activations.same_request import check_same_request
 from sae.architectures import load
@@ -28,7 +28,8 @@ from sae.config.settings import RunConfig
 from sae.dictionary.base import CONFIG_FILE, Dictionary
 from sae.dictionary.model_identity import model_label
 from sae.dictionary.saved import identify, weights_sha256
-from sae.errors import ConfigError, FormatError
+from sae.dictionary.sites import Sites, check_order
+from sae.errors import ConfigError, FormatError, ModelError
 from sae.evaluation import Report, evaluate_all, partial, write_report
 from sae.evaluation.budget import announcement
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
@@ -58,8 +59,8 @@ class Run:
     """A run folder and its configuration. The language model is loaded once, when a step needs it.
 
     Args:
-        config: the configuration. Patterns of hook points in it are replaced by the hook points of the cache, or if
-            there is none, of the model.
+        config: the configuration. Patterns of hook points in it are replaced by the model's hook points, for which the
+            model is loaded.
         progress: called with (stage, tokens done, tokens in total).
     """
 
@@ -112,10 +113,20 @@ class Run:
             ) from error
 
     def _hook_points(self) -> list[str]:
+        """The model's hook points; if it cannot be loaded, those of the existing cache."""
         folder = self.config.cache_folder
-        if stands(folder / MANIFEST):
+        try:
+            return [hook.name for hook in self.language_model.hooks()]
+        except ModelError as error:
+            if not stands(folder / MANIFEST):
+                raise
+            announce(self.progress, f"patterns stand for hook points of cache {str(folder)!r}, since {error}")
             return list(read_manifest(folder).hooks)
-        return [hook.name for hook in self.language_model.hooks()]
+
+    def say_hook(self) -> None:
+        """Say which hook point is trained on, if several are harvested and none is named."""
+        if self.config.hook_note is not None:
+            announce(self.progress, self.config.hook_note)
 
     def harvest(self) -> ActivationCache:
         """The activation cache; missing parts are harvested."""
@@ -145,13 +156,14 @@ class Run:
 
         Raises:
             ConfigError: the settings name several dictionaries, a setting has no effect, amounts of tokens cannot work
-                (see `sae.config.check.check_amounts`), parameters to freeze do not exist, or the dictionary to start
-                from has another d_sae (its d_in is checked once there are activations).
+                (see `sae.config.check.check_amounts`), a transcoder's target comes before its input, parameters to
+                freeze do not exist, or the dictionary to start from has another d_sae (d_in is checked later).
             FormatError: there is no dictionary at `train.start_from`.
         """
         if self.config.sweep:
             raise ConfigError("sweep names several dictionaries: train them with 'sae sweep', or remove sweep")
         check_amounts(self.config)
+        check_order(Sites.one(self.config.hook), Sites.one(self.config.gives))
         if self.is_trained():
             return
         check_wandb(self.config.wandb)
@@ -165,11 +177,14 @@ class Run:
 
         Raises:
             CacheError: activations, checkpoints and dictionary need more than the free space.
+            ConfigError: a transcoder's target has another width than its input.
         """
         config, folder = self.config, self.config.cache_folder
         if stands(folder / MANIFEST) and read_manifest(folder).complete:
             return  # the harvest checks files to restore, and training checks the rest
-        check_disk(config, hook_widths(config, self.language_model), is_trained=self.is_trained())
+        widths = hook_widths(config, self.language_model)
+        check_same_width(config.hook, config.gives, widths)
+        check_disk(config, widths, is_trained=self.is_trained())
 
     def train(self) -> Dictionary:
         """The dictionary; trained, or its training finished, if it does not exist yet."""
@@ -185,9 +200,7 @@ class Run:
                 recipe, sources = self.recipe(cache), {hook: self.loader(cache, hook) for hook in self.config.hooks}
                 self.progress("train", *self.trained_tokens(sources[recipe.source]))
                 with closing(self.sinks()) as sinks:
-                    dictionary = train_one(
-                        sources, recipe, device=self.device, sinks=sinks, progress=self._show_training
-                    )
+                    dictionary = train_one(sources, recipe, self.device, sinks, self._show_training)
                 dictionary.save(self.folder / DICTIONARY)
         return dictionary
 

@@ -150,6 +150,7 @@ def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
         SaeError: a step of a run fails.
     """
     base = Run(config, progress)
+    base.say_hook()
     config = base.config
     configs = variants(config)
     check_amounts(config)
@@ -291,7 +292,7 @@ def _train_together(
 
 def _variant(config: RunConfig, variant: RunConfig) -> str:
     """The swept settings that a point does not name itself."""
-    named = ("seed", *(f"dictionary.{name}" for name in ("architecture", "reads", "d_sae", "k")), *_WEIGHTS)
+    named = ("seed", *(f"dictionary.{name}" for name in ("architecture", "reads", "gives", "d_sae", "k")), *_WEIGHTS)
     settings = variant.model_dump(mode="json")
     parts = []
     for key, _ in _axes(config.sweep):
@@ -363,7 +364,7 @@ def _axes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list
 def _label(key: str, value: Any) -> str:
     name = key.rpartition(".")[2]
     text = re.sub(r"[^\w.+]+", "_", str(value)).strip("_")
-    return text if name in ("architecture", "reads") else f"{name}{text}"
+    return text if name in ("architecture", "reads", "gives") else f"{name}{text}"
 
 
 def _put(settings: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -22,7 +22,7 @@ _OPENING = re.compile(rf"[\[({{]|(?:\w+\.)*(?:{_NAMES})\(|<tf\.Tensor:")
 _CLOSING = {"[": "]", "(": ")", "{": "}", "<": ">"}
 _ITEM = re.compile(
     r"""
-    \s* (?:
+    (?:
     (?P<text> [bBuU]? (?: '[^'\\]*(?:\\.[^'\\]*)*' | "[^"\\]*(?:\\.[^"\\]*)*" ) )
   | (?P<number> [-+]? (?: 0[xX][0-9a-fA-F]+ | (?: \d[\d_]*(?:\.\d*)? | \.\d+ ) (?: [eE][-+]?\d+ )? | inf | nan
       | Infinity )
@@ -38,6 +38,7 @@ _ITEM = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+_SPACES = re.compile(r"\s*")
 _DATA_KEYS = {
     "input_ids", "ids", "token_ids", "tokens", "attention_mask", "labels", "messages", "conversations", "conversation",
     "role", "from",
@@ -135,7 +136,7 @@ class _Scan:
     def read(self, text: str) -> bool:
         """Scan the text; False if it is not a list as a whole."""
         place = 0
-        while match := _ITEM.match(text, place):
+        while match := _ITEM.match(text, _SPACES.match(text, place).end()):  # pyright: ignore[reportOptionalMemberAccess]
             kind = str(match.lastgroup)
             if not self._takes(kind, match[kind]):
                 return False

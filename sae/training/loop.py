@@ -108,12 +108,12 @@ def train(
         dictionary, settings or TrainConfig(), seed, "input", None if target is None else "target",
         None if folder is None else expanded(folder), metadata or {}, start,
     )  # fmt: skip
-    return train_one(sources, recipe, device=device, sinks=sinks, progress=progress)
+    return train_one(sources, recipe, device, sinks, progress)
 
 
 def train_one(
-    sources: Mapping[str, BatchSource], recipe: Recipe, *, device: str | torch.device = "cpu",
-    sinks: Sequence[Sink] = (), progress: Progress | None = None,
+    sources: Mapping[str, BatchSource], recipe: Recipe, device: str | torch.device, sinks: Sequence[Sink] = (),
+    progress: Progress | None = None,
 ) -> Dictionary:  # fmt: skip
     """`train` with a recipe, which names one or two of the sources.
 

@@ -12,11 +12,10 @@ import torch
 import yaml
 
 import sae
-from sae.activations import ActivationCache
 from sae.config.file import load_config
-from sae.config.patterns import with_hook_points
+from sae.config.patterns import has_patterns, with_hook_points
 from sae.config.settings import RunConfig
-from sae.errors import ConfigError
+from sae.errors import CacheError, ConfigError, ModelError
 from sae.runs.comparison import compare_folders
 from sae.runs.folder import check_run
 from sae.runs.pipeline import run
@@ -74,21 +73,49 @@ def test_a_finished_transcoder_is_not_another_dictionary(transcoder: RunConfig) 
 def test_a_target_before_its_input_is_refused(tiny_config: TinyConfig) -> None:
     sides = {"dictionary__reads": GIVES, "dictionary__gives": READS}
     backwards = Run(tiny_config(**settings(harvest__hooks=[READS, GIVES], **sides)))
-    backwards.harvest()
     with pytest.raises(ConfigError, match=f"target hook '{READS}' comes before '{GIVES}'.*swap them"):
-        backwards.train()
+        backwards.check()
 
 
-def test_patterns_stand_for_the_model_s_hook_points_or_the_cache_s(tiny_config: TinyConfig) -> None:
+def test_a_target_of_another_width_is_refused_before_the_harvest(tiny_config: TinyConfig) -> None:
+    wider = "blocks.2.mlp.hook_post"
+    sides = {"dictionary__reads": READS, "dictionary__gives": wider}
+    unequal = Run(tiny_config(**settings(harvest__hooks=[READS, wider], **sides)))
+    unequal.check()
+    with pytest.raises(ConfigError, match=f"target hook '{wider}': its activations have width .* have 32; a transcod"):
+        unequal.check_space()
+
+
+def test_patterns_stand_for_the_model_s_hook_points_or_the_cache_s(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pattern = "blocks.[12].hook_resid_pre"
     config = tiny_config(**settings(harvest__hooks=[pattern], sweep={"dictionary": {"reads": [pattern]}}))
     done = sweep(config)
     hooks = {"blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"}
     assert {point.hook for point in done.points.values()} == hooks == set(done.points)
+    assert set(Run(config).config.harvest.hooks) == hooks
+    wider = config.model_copy(
+        update={"harvest": config.harvest.model_copy(update={"hooks": ("blocks.*.hook_resid_pre",)})}
+    )
+    with pytest.raises(CacheError, match="made with harvest.hooks="):
+        Run(wider).harvest()
+    notes: list[str] = []
+
+    def no_model(*_: object) -> None:
+        raise ModelError("transformer-lens is not installed")
+
+    monkeypatch.setattr("sae.runs.run.LanguageModel", no_model)
+    monkeypatch.setattr("sae.runs.run.announce", lambda _, *lines: notes.extend(lines))
     cached = Run(config)
-    assert "language_model" not in vars(cached)  # the cache says which hook points there are
     assert set(cached.config.harvest.hooks) == hooks
-    assert isinstance(cached.cache(), ActivationCache)
+    assert notes == [
+        f"patterns stand for hook points of cache '{config.cache_folder}', since transformer-lens is not installed"
+    ]
+    cached.say_hook()
+    assert notes[1:] == []
+    Run(config.model_copy(update={"sweep": {}})).say_hook()
+    assert "training on blocks.1.hook_resid_pre, the first of 2 hook points in harvest.hooks" in notes[-1]
     recorded = load_config(Path(config.out) / "blocks.2.hook_resid_pre" / "config.yaml")
     assert recorded.dictionary.reads == "blocks.2.hook_resid_pre"
 
@@ -132,6 +159,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "dictionary.gives names 3 hook points",
     ),
     "not harvested": ([f"dictionary.gives={NAMES[5]}"], "dictionary.gives='blocks.2.hook_mlp_out' is not harvested"),
+    "an empty list": (["dictionary.reads=[]"], r"dictionary.reads or dictionary.gives is \[\]: expected a hook point"),
+    "a number": (["dictionary.gives=[3]"], r"dictionary.reads or dictionary.gives is \[3\]: expected a hook point"),
+    "a pattern without quotes": (["harvest.hooks=[*.hook_mlp_out]"], "a pattern of hook points goes in quotes"),
     "the old key": ([f"dictionary.hook={NAMES[0]}"], "'dictionary.hook' is called 'dictionary.reads' now"),
 }
 
@@ -141,6 +171,23 @@ def test_hook_points_that_cannot_be_trained_on_are_refused(case: str) -> None:
     words, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message):
         with_hook_points(load_config(None, words), lambda: NAMES)
+
+
+@pytest.mark.parametrize("swept", [None, 5, [1]])
+def test_a_sweep_that_is_no_section_is_refused_as_before(swept: Any) -> None:
+    config = load_config(None, ["harvest.hooks=blocks.2.hook_mlp_out"]).model_copy(
+        update={"sweep": {"dictionary": swept}}
+    )
+    assert not has_patterns(config)
+    assert with_hook_points(config, lambda: NAMES).sweep == {"dictionary": swept}
+
+
+def test_lists_of_hook_points_in_a_sweep_stay_lists() -> None:
+    lists = [[NAMES[1], NAMES[3]], "blocks.2.*"]
+    config = load_config(None, ["harvest.hooks=blocks.*.hook_mlp_out"]).model_copy(
+        update={"sweep": {"dictionary": {"reads": lists}}}
+    )
+    assert with_hook_points(config, lambda: NAMES).sweep["dictionary"]["reads"] == [lists[0], NAMES[5]]
 
 
 def test_a_list_of_one_is_that_one(tmp_path: Path) -> None:
