@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from sae.dictionary.origin import Origin
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
 from sae.dictionary.traits import Traits
-from sae.errors import ShapeError
+from sae.errors import ConfigError, ShapeError
 from sae.files.formats import Format
 from sae.files.writing import write_json, write_tensors
 from sae.kernels.interface import DENSE_ABOVE, Selection
@@ -117,7 +118,7 @@ class Dictionary(Traits, nn.Module, ABC):
     def magnitude_encoder(
         self, rows: Float[Tensor, "some d_in"], features: Int[Tensor, " some"] | slice
     ) -> tuple[Float[Tensor, "some d_in"], Float[Tensor, " some"]]:
-        """Encoder rows and biases of activations without a gate: these are the ReLU of the encoder's output.
+        """Encoder rows and biases whose output, after a ReLU, is the activation if no gate is closed.
 
         Args:
             rows: of W_enc.T, for these features.
@@ -230,7 +231,9 @@ class Dictionary(Traits, nn.Module, ABC):
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1:] != (self.d_in,):
-            hook = self.origin.reads.sites[0].hook
+            hook = None
+            with contextlib.suppress(ConfigError):  # metadata that cannot be read is not the problem here
+                hook = self.origin.reads.sites[0].hook
             raise ShapeError(
                 f"activations of shape {list(x.shape)}: this dictionary takes [..., {self.d_in}]; give it those of the "
                 f"model and hook point it was trained on{f' ({hook})' if hook else ''}"
@@ -279,7 +282,7 @@ class Dictionary(Traits, nn.Module, ABC):
 
     @torch.no_grad()
     def fire_above_(self, bound: Float[Tensor, ""]) -> None:
-        """Let a feature fire only if its pre-activation exceeds a bound."""
+        """Raise what a feature needs to fire by `bound`: lower the biases, or set the threshold to it if there is one."""
         self.b_enc.sub_(bound)
 
     @torch.no_grad()

@@ -53,7 +53,7 @@ class Origin:
         """The origin that a dictionary's metadata states.
 
         `hook` and `target_hook` are a short form for a single site each. They are read if they are given, and are all
-        that version 1 has.
+        that version 1 has: without `origin_version`, entries called `reads` and `gives` are a user's own.
 
         Args:
             metadata: the metadata.
@@ -62,17 +62,19 @@ class Origin:
         Raises:
             ConfigError: the version is newer than this package, or an entry is of another form.
         """
-        version = metadata.get("origin_version", 1)
+        version, has_sites = metadata.get("origin_version", 1), "origin_version" in metadata
         if type(version) is not int or not 1 <= version <= VERSION:
             raise ConfigError(
-                f"metadata has origin_version={version!r}, but this version of sae knows 1 to {VERSION}: update sae"
+                f"metadata has origin_version={version!r}, but this version of sae knows 1 to {VERSION}: update sae, or "
+                "correct the number"
             )
         try:
-            reads = Sites.from_json(metadata["reads"]) if "reads" in metadata else Sites.one(None)
-            gives = Sites.from_json(metadata["gives"]) if "gives" in metadata else reads
-        except (AttributeError, TypeError, ValueError) as error:
+            reads = Sites.from_json(metadata["reads"]) if has_sites and "reads" in metadata else Sites.one(None)
+            gives = Sites.from_json(metadata["gives"]) if has_sites and "gives" in metadata else reads
+        except ValueError as error:
             raise ConfigError(f"metadata has reads or gives of another form: {error}") from error
-        models = {"": metadata.get("model"), _TARGET: metadata.get("target_model"), **_part(metadata, "models")}
+        models = {"": metadata.get("model"), _TARGET: metadata.get("target_model")}
+        models |= _part(metadata, "models") if has_sites else {}
         origin = Origin(
             reads,
             gives,

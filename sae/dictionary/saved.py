@@ -1,4 +1,4 @@
-"""Reads and checks a dictionary's folder, without knowing its class."""
+"""Reads and checks a dictionary's folder for `sae.architectures.load`; identity and hash of a dictionary."""
 
 from __future__ import annotations
 

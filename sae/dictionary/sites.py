@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,12 +49,14 @@ class Sites:
         return Sites((Site(hook, width, model),))
 
     @staticmethod
-    def from_json(record: Sequence[Mapping[str, Any]]) -> Sites:
+    def from_json(record: Any) -> Sites:
         """The inverse of `to_json`.
 
         Raises:
             ValueError: there is no site, or an entry is of another type.
         """
+        if not isinstance(record, list) or not all(isinstance(site, dict) for site in record):
+            raise ValueError(f"{record!r}: expected a list such as [{{'hook': 'blocks.0.hook_resid_pre'}}]")
         sites = tuple(Site(site.get("hook"), site.get("width"), site.get("model", "")) for site in record)
         for site in sites:
             known = (isinstance(site.hook, str | None), isinstance(site.width, int | None), isinstance(site.model, str))

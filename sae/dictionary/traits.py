@@ -1,4 +1,4 @@
-"""What an architecture declares about itself: its name, the settings it reads, and how it is trained."""
+"""What the class of an architecture declares: its name, the settings it reads, and how it is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics as ratios of sums over documents: their estimates, and differences between two dictionaries."""
+"""The metrics, each declared once as a ratio of sums over documents: meaning, direction, place in tables and figures."""
 
 from __future__ import annotations
 

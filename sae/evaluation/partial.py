@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import DamagedError
+from sae.evaluation.metrics import METRICS
 from sae.files import version
 from sae.files.formats import fingerprint_of
 from sae.files.reading import load_tensors
@@ -50,7 +51,7 @@ class Unfinished:
     ) -> None:
         self.every = EVERY if every is None else every
         software = {"sae": version.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        facts = {**decides, **software}
+        facts = {**decides, **software, "metrics": list(METRICS)}
         key = fingerprint_of(facts, default=str)[:32]
         self.folder = None if folder is None else folder / key
         if folder is not None and folder.is_dir():

@@ -44,7 +44,7 @@ _NOTHING: Differences = MappingProxyType({})
 
 
 def behind_best(points: Mapping[str, Point], totals: Mapping[str, Totals]) -> Differences:
-    """How far FVU and ΔCE of each dictionary are behind the best of the same k, with paired standard errors.
+    """How far each dictionary is behind the best of the same k, by metric, with paired standard errors.
 
     Dictionaries are compared if they have the same hook point, the same k, and the same penalty and weight if that is
     fixed; width, seed and other settings may differ.
@@ -114,7 +114,7 @@ def sweep_tables(
         points: the dictionaries to compare.
         differences: as for `sweep_markdown`.
         width: of the terminal, in characters; below 120, time and memory are left out, and, if they do not fit,
-            standard errors other than those of FVU and ΔCE. None: wide enough.
+            standard errors of what is not compared, such as L0. None: wide enough.
     """
     return [table.in_terminal(width) for table in _tables(points, differences)]
 

@@ -74,10 +74,7 @@ class Run:
     def open(folder: str | Path, overrides: tuple[str, ...] = (), progress: Progress = silent) -> Run:
         """Open an existing run folder by its `config.yaml`; the folder may have been moved.
 
-        Raises:
-            ConfigError: the folder is not a run folder, or its configuration allows code of the model to run and
-                `overrides` do not: the author of the folder does not decide that.
-            FormatError: the dictionary in it was made with other settings.
+        Raises SaeError for the reasons of `sae.runs.folder.open_config`.
         """
         return Run(open_config(folder, overrides), progress)
 
@@ -334,14 +331,10 @@ class Run:
     def loader(self, cache: ActivationCache, hook: str) -> ActivationLoader:
         """The batches of a hook point, in the order in which the run's dictionary is trained on them."""
         settings = self.config.train
+        seed = self.config.seed if settings.shuffle_seed is None else settings.shuffle_seed
         return ActivationLoader(
-            cache,
-            hook,
-            batch_size=settings.batch_size,
-            seed=self.config.seed if settings.shuffle_seed is None else settings.shuffle_seed,
-            pool_tokens=settings.pool_tokens,
-            device=self.device,
-        )
+            cache, hook, batch_size=settings.batch_size, seed=seed, pool_tokens=settings.pool_tokens, device=self.device,
+        )  # fmt: skip
 
     def recipe(self, cache: ActivationCache) -> Recipe:
         """The recipe of the run's dictionary.

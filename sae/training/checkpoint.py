@@ -102,7 +102,9 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    paths = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and stands(path / STATE_FILE)]
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and stands(path / STATE_FILE)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 

@@ -29,7 +29,7 @@ def initialise_(
     Args:
         sample: inputs, normalised.
         target: the reconstruction target of each input; None: the inputs.
-        k: initial features per token, if the architecture has a penalty; None: as the zeros decide.
+        k: initial features per token, if the architecture has a penalty; None: biases and thresholds stay 0.
         centre: one of `CENTRES`.
     """
     dictionary.W_dec.copy_(torch.randn(dictionary.d_sae, dictionary.d_in, generator=generator))
@@ -48,9 +48,9 @@ def initialise_(
 def take_over_(dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, "sample d_in"], k: int) -> None:
     """Copy the weights of another dictionary of the same shape, in the units of the sample.
 
-    If its architecture differs, the copied weights are encoder (without a gate), decoder and their biases. If the
-    architecture has a penalty, k features per token are then let through, as in a new dictionary. If training keeps
-    decoder rows at norm 1, they are normalised, and activations take over the norms.
+    If its architecture differs, the copied weights are the encoder (Gated's with its gain), the decoder, and their
+    biases. If the architecture has a penalty, k features per token are then let through, as in a new dictionary. If
+    training keeps decoder rows at norm 1, they are normalised, and activations take over the norms.
     """
     same_architecture = start.architecture == dictionary.architecture
     if same_architecture:

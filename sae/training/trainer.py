@@ -57,8 +57,8 @@ class Trainer:
         device: where to train.
 
     Attributes:
-        falls: whether the target L0 falls to k from a larger value, if the architecture is of this kind. This needs
-            random directions, a steered penalty and trained biases.
+        falls: whether the target L0 falls to k from a larger value. The architecture must have `falling_l0`, start from
+            random directions, and have a steered penalty and trained biases.
         variance: variance of the last batch's targets, summed over d_in; its FVU is relative to it.
     """
 

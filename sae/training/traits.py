@@ -1,4 +1,4 @@
-"""Which architectures read which settings; settings without effect are refused."""
+"""Refuses settings without effect: those that the classes of the architectures do not declare to read."""
 
 from __future__ import annotations
 

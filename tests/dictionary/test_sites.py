@@ -94,6 +94,14 @@ def test_version_1_is_read_as_the_current_one(case: str) -> None:
     assert Origin.of(json.loads(json.dumps(current))) == origin
 
 
+def test_a_user_s_own_entries_of_the_same_names_are_left_alone() -> None:
+    metadata = {"hook": RESID, "reads": "paper X", "gives": 3, "models": ["a"]}
+    assert Origin.of(metadata) == Origin(Sites.one(RESID), Sites.one(RESID))
+    dictionary = sae.TopK(6, 12, k=2, metadata={"origin_version": 2, "reads": 3})
+    with pytest.raises(sae.errors.ShapeError, match=r"this dictionary takes \[..., 6\]; give it those"):
+        dictionary(torch.zeros(2, 5))
+
+
 def test_a_transcoder_s_origin_is_that_of_both_sides() -> None:
     source = Origin(Sites.one(RESID, 3), Sites.one(RESID, 3), {"": BASE}, activations="r")
     target = Origin(Sites.one(MLP, 3), Sites.one(MLP, 3), {"": BASE}, activations="m")

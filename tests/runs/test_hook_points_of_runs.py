@@ -98,7 +98,7 @@ def test_patterns_stand_for_the_model_s_hook_points_or_the_cache_s(
     wider = config.model_copy(
         update={"harvest": config.harvest.model_copy(update={"hooks": ("blocks.*.hook_resid_pre",)})}
     )
-    with pytest.raises(CacheError, match="made with harvest.hooks="):
+    with pytest.raises(CacheError, match=r"made with harvest\.hooks="):
         Run(wider).harvest()
     notes: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Building blocks of all objectives: context, losses, error, encoding, firing."""
+"""Building blocks of all objectives, and their registry, which each enters by `@objective_of`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Losses:
 
 
 def with_revival(losses: Losses, context: StepInputs, **terms: Float[Tensor, ""] | None) -> Losses:
-    """Add the terms that revive dead features, by their names in the log; None if no feature is dead."""
+    """Add the terms that revive dead features, by their names in the log. A term is None if no feature is dead."""
     for name, term in terms.items():
         if term is not None:
             weighted = context.aux_coefficient * term
