@@ -282,7 +282,7 @@ class Dictionary(Traits, nn.Module, ABC):
 
     @torch.no_grad()
     def fire_above_(self, bound: Float[Tensor, ""]) -> None:
-        """Raise what a feature needs to fire by `bound`: lower the biases, or set the threshold to it if there is one."""
+        """Raise what a feature needs to fire: lower the biases by `bound`, or set a threshold to it if there is one."""
         self.b_enc.sub_(bound)
 
     @torch.no_grad()

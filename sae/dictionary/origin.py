@@ -65,8 +65,8 @@ class Origin:
         version, has_sites = metadata.get("origin_version", 1), "origin_version" in metadata
         if type(version) is not int or not 1 <= version <= VERSION:
             raise ConfigError(
-                f"metadata has origin_version={version!r}, but this version of sae knows 1 to {VERSION}: update sae, or "
-                "correct the number"
+                f"metadata has origin_version={version!r}, but this version of sae knows 1 to {VERSION}: update sae, "
+                "or correct the number"
             )
         try:
             reads = Sites.from_json(metadata["reads"]) if has_sites and "reads" in metadata else Sites.one(None)

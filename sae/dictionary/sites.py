@@ -57,11 +57,12 @@ class Sites:
         """
         if not isinstance(record, list) or not all(isinstance(site, dict) for site in record):
             raise ValueError(f"{record!r}: expected a list such as [{{'hook': 'blocks.0.hook_resid_pre'}}]")
+        for site in record:
+            width, kinds = site.get("width"), (str | None, int | None, str)
+            facts = (site.get("hook"), width, site.get("model", ""))
+            if isinstance(width, bool) or not all(map(isinstance, facts, kinds)):
+                raise ValueError(f"{site!r} is not a hook point with a width")
         sites = tuple(Site(site.get("hook"), site.get("width"), site.get("model", "")) for site in record)
-        for site in sites:
-            known = (isinstance(site.hook, str | None), isinstance(site.width, int | None), isinstance(site.model, str))
-            if not all(known) or isinstance(site.width, bool):
-                raise ValueError(f"{site.to_json()!r} is not a hook point with a width")
         if not sites:
             raise ValueError("there is no hook point")
         return Sites(sites)

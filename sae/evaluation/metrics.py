@@ -1,4 +1,4 @@
-"""The metrics, each declared once as a ratio of sums over documents: meaning, direction, place in tables and figures."""
+"""The metrics, each declared once, as a ratio of sums over documents with its place in tables and figures."""
 
 from __future__ import annotations
 

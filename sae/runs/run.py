@@ -333,15 +333,12 @@ class Run:
         settings = self.config.train
         seed = self.config.seed if settings.shuffle_seed is None else settings.shuffle_seed
         return ActivationLoader(
-            cache, hook, batch_size=settings.batch_size, seed=seed, pool_tokens=settings.pool_tokens, device=self.device,
+            cache, hook, batch_size=settings.batch_size, seed=seed,
+            pool_tokens=settings.pool_tokens, device=self.device,
         )  # fmt: skip
 
     def recipe(self, cache: ActivationCache) -> Recipe:
-        """The recipe of the run's dictionary.
-
-        Raises:
-            FormatError: there is no dictionary at `train.start_from`.
-        """
+        """The recipe of the run's dictionary; FormatError if there is no dictionary at `train.start_from`."""
         config = self.config
         target = None if config.gives == config.hook else config.gives
         return Recipe(
