@@ -16,6 +16,7 @@ import sae
 from sae.architectures import ARCHITECTURES
 
 ROOT = Path(sae.__file__).parent
+LAST = list(ARCHITECTURES)[-1]
 CLASSES = {kind.__name__ for kind in ARCHITECTURES.values()}
 WORDS = re.compile(rf"\b({'|'.join((*ARCHITECTURES, *CLASSES))})\b")
 DECLARED = ("architectures/", "training/objectives/", "config/settings.py")
@@ -70,7 +71,7 @@ def test_a_mention_would_be_found(tmp_path: Path, line: str) -> None:
     assert mentions(tmp_path / "file.py") in ({"gated"}, {"Gated"}, {"topk"})
 
 
-ARCHITECTURE = '''"""Leaky: a seventh architecture, for this test: TopK whose decoder is free."""
+ARCHITECTURE = '''"""Leaky: another architecture, for this test: TopK whose decoder is free."""
 
 from __future__ import annotations
 
@@ -120,17 +121,17 @@ for settings, message in (
 try:
     load_config(None, ["dictionary.architecture=leeky"])
 except ConfigError as error:
-    assert str(error).endswith("'jumprelu', 'matryoshka' or 'leaky'"), error
-assert len(set(ARCHITECTURE_COLOURS.values())) == 7
+    assert str(error).endswith("{last!r} or 'leaky'"), error
+assert len(set(ARCHITECTURE_COLOURS.values())) == len(ARCHITECTURE_COLOURS) == {count} + 1
 """
 
 
-def test_a_seventh_architecture_takes_three_files(tmp_path: Path) -> None:
+def test_another_architecture_takes_three_files(tmp_path: Path) -> None:
     copy = tmp_path / "sae"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__", "demo"))
     (copy / "architectures" / "leaky.py").write_text(ARCHITECTURE, encoding="utf-8")
     for name, before, after in (
-        ("config/settings.py", '"matryoshka"]', '"matryoshka", "leaky"]'),
+        ("config/settings.py", f'"{LAST}"]', f'"{LAST}", "leaky"]'),
         (
             "training/objectives/selected.py",
             "from sae.architectures.elementwise import OneThreshold\n",
@@ -142,7 +143,7 @@ def test_a_seventh_architecture_takes_three_files(tmp_path: Path) -> None:
         (copy / name).write_text(text.replace(before, after), encoding="utf-8")
     with (copy / "training/objectives/selected.py").open("a", encoding="utf-8") as file:
         file.write(OBJECTIVE)
-    code = USE.format(root=str(tmp_path))
+    code = USE.format(root=str(tmp_path), last=LAST, count=len(ARCHITECTURES))
     done = subprocess.run(
         [sys.executable, "-c", code], check=False, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True,
         text=True, timeout=120,
