@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
+import pkgutil
 import sys
 import traceback
 import warnings
@@ -11,20 +13,7 @@ from typing import NoReturn
 
 import click
 
-from sae.cli import (
-    compare,
-    effects,
-    evaluate,
-    features,
-    harvest,
-    hooks,
-    probe,
-    run,
-    superposition,
-    sweep,
-    train,
-    verify,
-)
+import sae.cli
 from sae.cli.arguments import Options
 from sae.console.terminal import close, complain, complain_at_length, prepare, show_warning, unwritable
 from sae.errors import SaeError, TrainingInterrupted
@@ -48,11 +37,9 @@ def cli(context: click.Context, quiet: bool) -> None:
     context.obj = Options(quiet)
 
 
-for command in (
-    run.run, harvest.harvest, train.train, sweep.sweep, evaluate.evaluate, features.features, verify.verify,
-    compare.compare, effects.effects, hooks.hooks, superposition.superposition, probe.probe,
-):  # fmt: skip
-    cli.add_command(command)
+for module in pkgutil.iter_modules(sae.cli.__path__):
+    if module.name not in ("main", "arguments"):  # every other file is a command
+        cli.add_command(getattr(importlib.import_module(f"sae.cli.{module.name}"), module.name))
 
 
 def main() -> None:

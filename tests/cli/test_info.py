@@ -1,0 +1,136 @@
+"""`sae info` shows what a dictionary's files say, at any width, and nothing that they do not say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sae
+from sae.files.hashes import UnhashedWarning
+from tests.conftest import Command, assert_refused
+
+FOLDERS = Path(__file__).parents[1] / "runs" / "folders"
+LABELS = (
+    "architecture", "d_in → d_sae", "number type", "reads", "gives", "language model", "weight processing",
+    "training tokens", "dead features", "sae version",
+)  # fmt: skip
+HOOK = "blocks.2.hook_resid_pre"
+TRAINED = {"tokens": 1_000_000_000, "dead": 3, "dead_after_tokens": 10_000_000}
+BETWEEN_MODELS: dict[str, Any] = {
+    "origin_version": 2,
+    "reads": [{"hook": "blocks.0.hook_mlp_in", "width": 4}, {"hook": "blocks.1.hook_mlp_in", "width": 4}],
+    "gives": [{"hook": "blocks.1.hook_mlp_out", "width": 8, "model": "target"}],
+    "model": {"name": "gpt2", "weight_processing": "center_and_fold"},
+    "models": {"target": {"name": "tuned", "weight_processing": "none"}},
+    "trained": TRAINED,
+}
+
+
+def rows(text: str, dictionaries: int = 1) -> dict[str, list[str]]:
+    """The cells of each row of a table that has a word or a number in every cell."""
+    lines = [line for line in text.splitlines() if line.startswith(LABELS)]
+    labels = [next(label for label in LABELS if line.startswith(label)) for line in lines]
+    cells = [
+        line.removeprefix(label).replace(", ", ",").replace(" → ", "→").split()
+        for label, line in zip(labels, lines, strict=True)
+    ]
+    return {label: row for label, row in zip(labels, cells, strict=True) if len(row) == dictionaries}
+
+
+def test_runs_of_two_versions_stand_side_by_side(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those in the folders' `config.json`; the older one says `hook` and has no hashes."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(FOLDERS)
+    warnings.simplefilter("ignore", UnhashedWarning)
+    outcome = command("info", "d0ee045/run", "e192fda/run/dictionary")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.splitlines()[0].split() == ["d0ee045/run", "e192fda/run/dictionary"]
+    assert rows(outcome.out, dictionaries=2) == {
+        "architecture": ["batch_topk,k=2"] * 2,
+        "d_in → d_sae": ["256→16"] * 2,
+        "number type": ["float32"] * 2,
+        "reads": [HOOK] * 2,
+        "gives": [HOOK] * 2,
+        "language model": ["demo"] * 2,
+        "weight processing": ["none"] * 2,
+        "training tokens": ["3,072"] * 2,
+        "dead features": ["0"] * 2,
+        "sae version": ["0.1.0", "0.2.0"],
+    }
+
+
+def test_what_is_not_recorded_is_a_dash(command: Command, tmp_path: Path) -> None:
+    """A file may hold anything under a known name; training too short for a feature to be dead says nothing of it."""
+    odd = {"model": {"name": 7}, "sae_version": ["0.2.0"], "trained": {**TRAINED, "tokens": 9_999_999}}
+    sae.ReLU(8, 16).save(tmp_path / "bare")
+    sae.ReLU(8, 16, metadata=odd).bfloat16().save(tmp_path / "odd")
+    bare, strange = (rows(command("info", tmp_path / name).out) for name in ("bare", "odd"))
+    known = {"architecture": ["relu"], "d_in → d_sae": ["8→16"]}
+    assert bare == {**{label: ["–"] for label in LABELS}, **known, "number type": ["float32"]}
+    assert strange == {**bare, "number type": ["bfloat16"], "training tokens": ["9,999,999"]}
+
+
+def test_several_hook_points_and_models_are_all_named(command: Command, tmp_path: Path) -> None:
+    sae.TopK(8, 2048, k=3, metadata=BETWEEN_MODELS).save(tmp_path)
+    lines = command("info", tmp_path).out.splitlines()
+    words = [line.split() for line in lines]
+    assert ["architecture", "topk,", "k=3"] in words and ["d_in", "→", "d_sae", "8", "→", "2,048"] in words
+    assert ["training", "tokens", "1,000,000,000"] in words and ["dead", "features", "3"] in words
+    at = words.index(["reads", "blocks.0.hook_mlp_in"])
+    assert words[at + 1] == ["blocks.1.hook_mlp_in"]
+    assert words[at + 2] == ["gives", "target:", "blocks.1.hook_mlp_out"]
+    assert words[at + 3 : at + 5] == [["language", "model", "gpt2"], ["target:", "tuned"]]
+    assert words[at + 5 : at + 7] == [["weight", "processing", "center_and_fold"], ["target:", "none"]]
+
+
+@pytest.mark.parametrize("width", [48, 80, 120, 200])
+def test_the_table_fits_and_cuts_no_number(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    model = {"name": "an-organisation/" + "long-name-" * 5, "weight_processing": "none"}
+    folders = [tmp_path / f"{'a-long-name-' * 3}{number}" for number in range(5)]
+    for folder in folders:
+        sae.TopK(8, 16, k=2, metadata={"hook": HOOK, "model": model, "trained": TRAINED}).save(folder)
+    out = command("info", *folders).out
+    assert max(map(len, out.splitlines())) <= width
+    assert out.count("1,000,000,000") == 5 and out.count(HOOK) == 10
+    tables = [line for line in out.splitlines() if line.startswith("d_in → d_sae")]
+    assert len(tables) == {48: 5, 80: 3, 120: 2, 200: 1}[width]
+
+
+def test_a_folder_without_a_dictionary_is_one_line(command: Command, tmp_path: Path) -> None:
+    sae.TopK(8, 16, k=2).save(tmp_path / "there")
+    missing = "no config.json there; give a dictionary folder or a run folder"
+    assert_refused(command("info", tmp_path), f"dictionary {str(tmp_path)!r}: {missing}")
+    assert_refused(command("info", tmp_path / "there", tmp_path / "nowhere"), "nowhere", missing)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    warnings.simplefilter("ignore", UnhashedWarning)
+    assert_refused(command("info", tmp_path), "config.json is not of this toolkit")
+
+
+def test_it_is_in_the_help(command: Command) -> None:
+    assert "info           Show what dictionaries are." in command("--help").out
+    text = " ".join(command("info", "--help").out.split())
+    assert "FOLDER..." in text and "No language model is loaded." in text
+    assert command("info").status == 2
+
+
+def test_it_needs_no_library_of_language_models() -> None:
+    code = """
+import sys
+for name in ("transformer_lens", "transformers", "tokenizers", "datasets"):
+    sys.modules[name] = None
+from sae.cli.main import main
+main()
+"""
+    command = [sys.executable, "-c", code, "info", str(FOLDERS / "e192fda" / "run")]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert rows(done.stdout)["language model"] == ["demo"]
