@@ -1,13 +1,13 @@
 """Whether a training step, a harvest and an evaluation take as long as in another checkout.
 
-    python scripts/same_speed.py OTHER [--pairs 20] [--jobs step harvest evaluation]
+    python scripts/same_speed.py OTHER [--pairs 20] [--jobs harvest evaluation]
 
 OTHER is another checkout, such as one made by `git worktree add ../before COMMIT`; it is compared with this one, both
 run by this Python. Each has a process of its own, which stays open; the two do each job in turns, and begin in turns.
 Printed are the median of the ratios (this checkout to the other) and its 95 % interval, from 10,000 resamples of the
 pairs, and the same for the other checkout against itself, which shows what the machine contributes.
 
-The jobs: a step of TopK and of BatchTopK, 768 → 6,144, k 32, 2,048 rows; a harvest of 60,000 tokens by the demo model;
+The jobs: a step of TopK, BatchTopK and ReLU, 768 → 6,144, k 32, 2,048 rows; a harvest of 60,000 tokens by the demo model;
 the evaluation of a dictionary on 20,000 held-out tokens, with losses of the language model.
 """
 
@@ -33,7 +33,7 @@ SETTINGS = (
     "data.source=stdlib", "data.tokens=40000", "data.held_out_tokens=20000", "data.context_length=128", "device=cpu",
     "dictionary.d_sae=1024", "dictionary.k=16", "train.batch_size=512", "train.pool_tokens=8192",
 )  # fmt: skip
-JOBS = ("step", "step of BatchTopK", "harvest", "evaluation")
+JOBS = ("step of TopK", "step of BatchTopK", "step of ReLU", "harvest", "evaluation")
 
 
 def main() -> None:
@@ -122,8 +122,9 @@ def serve(work: Path) -> None:
 
     print(json.dumps({"package": str(Path(sae.__file__).parent)}), flush=True)
     jobs: dict[str, Callable[[], float]] = {
-        "step": lambda: steps("topk"),
+        "step of TopK": lambda: steps("topk"),
         "step of BatchTopK": lambda: steps("batch_topk"),
+        "step of ReLU": lambda: steps("relu"),
         "harvest": lambda: harvest(work),
         "evaluation": lambda: evaluation(work),
     }
