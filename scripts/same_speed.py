@@ -7,8 +7,8 @@ run by this Python. Each has a process of its own, which stays open; the two do 
 Printed are the median of the ratios (this checkout to the other) and its 95 % interval, from 10,000 resamples of the
 pairs, and the same for the other checkout against itself, which shows what the machine contributes.
 
-The jobs: a step of TopK, BatchTopK and ReLU, 768 → 6,144, k 32, 2,048 rows; a harvest of 60,000 tokens by the demo model;
-the evaluation of a dictionary on 20,000 held-out tokens, with losses of the language model.
+The jobs: a step of TopK, BatchTopK and ReLU, 768 → 6,144, k 32, 2,048 rows; a harvest of 60,000 tokens by the demo
+model; the evaluation of a dictionary on 20,000 held-out tokens, with losses of the language model.
 """
 
 from __future__ import annotations
