@@ -19,9 +19,8 @@ from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
 from sae.files.damage import damaged
-from sae.files.paths import expanded
+from sae.files.paths import resolve
 from sae.files.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
-from sae.files.writing import stands
 from sae.model.vocabulary import CONTEXT_BEFORE, Vocabulary
 
 SORT_COLUMNS = ("density", "max", "count", "index", "mean")
@@ -265,11 +264,10 @@ def is_store_of(folder: Path, dictionary: str, activations: str | None, settings
 
 
 def _find_store(path: str | Path) -> Path:
-    folder = expanded(path)
-    for candidate in (folder, folder / "features"):
-        if stands(candidate / layout.INDEX):
-            return candidate
-    raise FormatError(f"features {str(path)!r}: no {layout.INDEX} there; make them with 'sae run CONFIG out=...'")
+    folder = resolve(path, "features", layout.INDEX)
+    if folder is None:
+        raise FormatError(f"features {str(path)!r}: no {layout.INDEX} there; make them with 'sae run CONFIG out=...'")
+    return folder
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
