@@ -139,10 +139,11 @@ def steps(architecture: str) -> float:
     import sae
 
     rows = torch.randn(4, ROWS, D_IN, generator=torch.Generator().manual_seed(0))
+    dictionary = sae.DictionaryConfig.model_validate({"architecture": architecture, "d_sae": D_SAE, "k": K})
     moments: list[float] = []
     settings = sae.TrainConfig(tokens=STEPS * ROWS, batch_size=ROWS, log_every=1)
     sae.train(
-        sae.IterableSource(list(rows)), sae.DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K), settings,
+        sae.IterableSource(list(rows)), dictionary, settings,
         progress=lambda done, total, metrics: moments.append(time.perf_counter()),
     )  # fmt: skip
     return statistics.median(after - before for before, after in pairwise(moments[2:]))
