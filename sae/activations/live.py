@@ -15,6 +15,7 @@ from sae.activations.harvest import not_finite
 from sae.activations.metadata import dictionary_metadata
 from sae.activations.order import PoolPlan, ShuffledSource, TokenOrder
 from sae.activations.tokens import TokenStore
+from sae.config.progress import StageProgress
 from sae.errors import CacheError, ConfigError, TrainingInterrupted
 from sae.numerics.modes import in_own_modes
 from sae.numerics.statistics import Statistics
@@ -70,6 +71,7 @@ class LivePass:
         pool_tokens: tokens shuffled together, at least a context.
         batch_contexts: contexts per forward pass of the model.
         device: device of the pool and of the batches.
+        progress: called with (tokens in the pool that is being filled, tokens it will have).
 
     Raises:
         CacheError: a hook point is not in the cache, or no token is eligible.
@@ -91,7 +93,9 @@ class LivePass:
         pool_tokens: int = 262_144,
         batch_contexts: int = 32,
         device: str | torch.device = "cpu",
+        progress: StageProgress | None = None,
     ) -> None:
+        self.progress = progress
         self.cache, self.language_model, self.hooks = cache, language_model, tuple(dict.fromkeys(hooks))
         self.store, self.device = TokenStore(cache.path), torch.device(device)
         self.batch_size, self.batch_contexts = batch_size, batch_contexts
@@ -195,7 +199,7 @@ class LivePass:
         """
         places, filled = plan.places.to(self.device), 0
         finite = {hook: torch.ones((), dtype=torch.bool, device=self.device) for hook in self.hooks}
-        for tokens, rows in self._contexts(plan):
+        for tokens, rows in self.contexts(plan):
             if self.stopped():
                 raise TrainingInterrupted("stopped while the language model filled the pool")
             activations = self.language_model.activations(tokens.to(self.language_model.device), self.hooks)
@@ -204,13 +208,15 @@ class LivePass:
                 chosen = x.flatten(0, 1).index_select(0, rows.to(x.device)).to(self.device, self.dtype)
                 pool[hook].index_copy_(0, there, chosen)
                 finite[hook] &= chosen.isfinite().all()
+            if self.progress is not None:
+                self.progress(filled, len(places))
             yield
         for hook, is_finite in finite.items():
             if not bool(is_finite):
                 is_nan = bool(pool[hook][: len(places)].isnan().any())
                 raise CacheError(not_finite(hook, self.cache.manifest, is_nan))
 
-    def _contexts(self, plan: PoolPlan) -> Iterator[tuple[Int[Tensor, "context seq"], Int[Tensor, " rows"]]]:
+    def contexts(self, plan: PoolPlan) -> Iterator[tuple[Int[Tensor, "context seq"], Int[Tensor, " rows"]]]:
         """Tokens of a few contexts, and which of them, counted through the batch, are eligible; in text order."""
         length, split = self.store.context_length, self.order.split
         contexts: list[Tensor] = []

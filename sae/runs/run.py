@@ -329,9 +329,14 @@ class Run:
         """The trained dictionary, on `device` or the run's device."""
         return load(self.folder, device=device or self.device)
 
-    def sources(self, cache: ActivationCache, hooks: Sequence[str]) -> Sources:
-        """Batches of hook points, in the order in which the run's dictionary is trained on them."""
-        return training_sources(self.config, cache, hooks, lambda: self.language_model, self.device)
+    def sources(self, cache: ActivationCache, hooks: Sequence[str], stage: str = "train") -> Sources:
+        """Batches of hook points, in the order in which the run's dictionary is trained on them, in this stage."""
+
+        def fill(done: int, total: int) -> None:
+            if isinstance(self.progress, Notes):
+                self.progress.beside(stage, f"fills the pool: {done / total:.0%}")
+
+        return training_sources(self.config, cache, hooks, lambda: self.language_model, self.device, fill)
 
     def recipe(self, cache: ActivationCache) -> Recipe:
         """The recipe of the run's dictionary; FormatError if there is no dictionary at `train.start_from`."""

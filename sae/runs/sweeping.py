@@ -244,7 +244,12 @@ def _share_starts(runs: Iterable[Run]) -> None:
 
 def _sources(base: Run, runs: Mapping[str, Run], cache: ActivationCache) -> Sources:
     """Sources of the activations that the runs are trained on, by hook point."""
-    return base.sources(cache, list(dict.fromkeys(hook for run in runs.values() for hook in run.config.hooks)))
+    hooks = dict.fromkeys(hook for run in runs.values() for hook in run.config.hooks)
+    return base.sources(cache, list(hooks), _stage(runs))
+
+
+def _stage(runs: Mapping[str, Run]) -> str:
+    return f"train {len(runs)}"
 
 
 def _train_together(
@@ -257,7 +262,7 @@ def _train_together(
     sinks: dict[str, list[Wandb]] = {}
     finished: set[str] = set()
     first = next(iter(runs.values()))
-    stage = f"train {len(runs)}"
+    stage = _stage(runs)
     progress(stage, *first.trained_tokens(sources[first.config.hook]))
 
     def show(done: int, total: int, metrics: Mapping[str, Mapping[str, float | int]]) -> None:

@@ -152,6 +152,16 @@ def test_stopping_keeps_the_place(live_cache: ActivationCache, language_model: L
     assert torch.equal(drawn(source, 30 - done), expected[done * 50 :])
 
 
+def test_filling_the_pool_is_shown(live_cache: ActivationCache, language_model: LanguageModel) -> None:
+    live = made(live_cache, language_model, batch_contexts=30)
+    shown: list[tuple[int, int]] = []
+    live.progress = lambda done, total: shown.append((done, total))
+    drawn(live.sources[HOOKS[0]], 1)
+    [size] = {total for _, total in shown}
+    assert 400 < size <= 500
+    assert [done for done, _ in shown] == sorted({min(450, size), size})
+
+
 @pytest.mark.parametrize(("dtype", "pool"), [("float16", torch.float16), ("int8", torch.bfloat16)])
 def test_batches_have_the_number_type_of_the_cache(
     tiny_config: TinyConfig, language_model: LanguageModel, dtype: str, pool: torch.dtype

@@ -48,6 +48,30 @@ def test_a_live_run_takes_every_step_and_stores_a_sample(tiny_config: TinyConfig
     assert run(config).folder == finished.folder  # nothing is trained again
 
 
+class _Notes:
+    """Progress that keeps what stands beside a stage."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, str]] = []
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+    def beside(self, stage: str, text: str) -> None:
+        self.notes.append((stage, text))
+
+    def announce(self, text: str) -> None: ...
+
+
+def test_progress_says_that_the_pool_is_filled(tiny_config: TinyConfig) -> None:
+    notes = _Notes()
+    started = Run(tiny_config(**settings(train__tokens=64)), notes)
+    started.harvest()
+    started.train()
+    assert notes.notes[0][0] == "train"
+    assert notes.notes[0][1].startswith("fills the pool: ")
+    assert ("train", "fills the pool: 100%") in notes.notes
+
+
 def test_a_transcoder_is_trained_live(tiny_config: TinyConfig) -> None:
     sides = {"dictionary__reads": READS, "dictionary__gives": GIVES}
     finished = run(tiny_config(**settings(harvest__hooks=[READS, GIVES], **sides)), features=False)
@@ -94,7 +118,7 @@ def test_one_pass_of_the_model_trains_every_dictionary_of_a_sweep(
 
     monkeypatch.setattr(LivePass, "__init__", counted)
     seen = 0
-    fill = LivePass._contexts
+    fill = LivePass.contexts
 
     def contexts(self: LivePass, plan: Any) -> Any:
         nonlocal seen
@@ -102,7 +126,7 @@ def test_one_pass_of_the_model_trains_every_dictionary_of_a_sweep(
             seen += tokens.numel()
             yield tokens, rows
 
-    monkeypatch.setattr(LivePass, "_contexts", contexts)
+    monkeypatch.setattr(LivePass, "contexts", contexts)
     chosen = {"dictionary": {"reads": [READS, GIVES], "k": [4, 8]}}
     one_epoch = settings(harvest__hooks=[READS, GIVES], sweep=chosen, train__tokens=None, train__pool_tokens=5000)
     result = sweep(tiny_config(**one_epoch))
