@@ -134,12 +134,12 @@ def _write_text(
     ):
         name = shard_name("tokens", split, counts[split])
         tensors = {column: torch.from_numpy(getattr(packed, column)) for column in columns}
-        files[name] = write_entry(folder, name, save(tensors), len(packed.tokens), expected.get(name))
+        files[name] = write_entry(folder, name, [save(tensors)], len(packed.tokens), expected.get(name))
         counts[split] += 1
         document_rows[split].update(packed.documents.tolist())
     names = {split: packer.names for split, packer in packers.items()}
     content = (json.dumps(names, indent=1, ensure_ascii=False) + "\n").encode()
-    files[DOCUMENTS] = write_entry(folder, DOCUMENTS, content, sum(map(len, names.values())), expected.get(DOCUMENTS))
+    files[DOCUMENTS] = write_entry(folder, DOCUMENTS, [content], sum(map(len, names.values())), expected.get(DOCUMENTS))
     several = SPLITS if len(data.sources) > 1 else ()
     source_tokens = {split: tokens_by_source(data.labels, names[split], document_rows[split]) for split in several}
     return _Text(dict(sorted(files.items())), source_tokens, tuple(census))

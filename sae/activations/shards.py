@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
-from safetensors.torch import save
 from torch import Tensor
 
 from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, Manifest, shard_name
 from sae.activations.same_model import load_shard
-from sae.activations.tokens import eligible_rows
+from sae.activations.shard_memory import ShardMemory
+from sae.activations.tokens import batch_ranges, eligible_rows
 from sae.config.progress import StageProgress
 from sae.config.splits import SPLITS, TRAIN
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import CacheError
 from sae.files.printable import json_text
-from sae.files.writing import write_bytes
+from sae.files.tensor_pieces import tensor_pieces
+from sae.files.writing import write_bytes, write_chunks
 from sae.model.language_model import LanguageModel
 
-_SHARDS_IN_FLIGHT = 2
+_SHARDS_IN_FLIGHT, _WRITERS = 2, 4
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard to compute: its split, its number, and the names of its missing files, by hook point."""
+
+    split: str
+    number: int
+    missing: dict[str, str]
 
 
 class Harvester:
     """Second stage: run the model on one shard after another, and write files in the background.
 
-    A shard is recorded in the manifest, in order, only after its files are on disk, so sums and files always agree.
+    While a shard is computed, the one or two before it are written. A shard is recorded in the manifest, in order, only
+    after its files are on disk, so sums and files always agree.
     """
 
     def __init__(
@@ -48,95 +59,92 @@ class Harvester:
         self.done = 0
 
     def run(self) -> None:
-        self._advance(self._rows_on_disk())
-        writing: deque[tuple[list[tuple[str, Future[FileEntry]]], dict[str, tuple[Tensor, float, int]]]] = deque()
-        with ThreadPoolExecutor(2) as pool:
-            for split, number in self._shards():
-                columns = load_shard(self.folder, self.manifest, shard_name("tokens", split, number))
-                tokens = columns["tokens"].long()
-                names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
-                missing = {hook: name for hook, name in names.items() if not self.manifest.is_whole(self.folder, name)}
-                if not missing:
-                    continue
-                stored, sums = self._forward(tokens, columns.get("counted"), split)
-                futures = [(name, pool.submit(self._write, name, stored[hook])) for hook, name in missing.items()]
-                writing.append((futures, sums))
-                if len(writing) > _SHARDS_IN_FLIGHT:
-                    self._record(*writing.popleft())
-            while writing:
-                self._record(*writing.popleft())
+        shards = list(self._incomplete_shards())
+        self._advance(self.total - sum(self._rows(shard) for shard in shards))
+        widths = {hook: entry.d_in for hook, entry in self.manifest.hooks.items()}
+        rows = max(map(self._rows, shards), default=0)
+        unused: list[ShardMemory] = []
+        recording: deque[Future[ShardMemory]] = deque()
+        with ThreadPoolExecutor(_WRITERS) as writers, ThreadPoolExecutor(1) as recorder:
+            for shard in shards:
+                while recording and (recording[0].done() or len(recording) > _SHARDS_IN_FLIGHT):
+                    unused.append(recording.popleft().result())
+                memory = unused.pop() if unused else ShardMemory(rows, widths, self.manifest.dtype, self.model.device)
+                self._compute(shard, memory)
+                files = {name: writers.submit(self._write, hook, name, memory) for hook, name in shard.missing.items()}
+                before = recording[-1] if recording else None
+                recording.append(recorder.submit(self._record, files, memory, before))
+            for recorded in recording:
+                recorded.result()
         if not self.manifest.complete:
             self.manifest.complete = True
             write_manifest(self.folder, self.manifest)
 
-    def _rows_on_disk(self) -> int:
-        """Rows of shards that an earlier process wrote."""
-        size = self.manifest.shard_contexts * self.manifest.context_length
-        return sum(
-            min(size, self.manifest.rows[split] - number * size)
-            for split, number in self._shards()
-            if all(self.manifest.is_whole(self.folder, shard_name(h, split, number)) for h in self.manifest.hooks)
-        )
-
-    def _shards(self) -> Iterator[tuple[str, int]]:
-        shard_rows = self.manifest.shard_contexts * self.manifest.context_length
+    def _incomplete_shards(self) -> Iterator[_Shard]:
         for split in SPLITS:
-            for number in range(-(-self.manifest.rows[split] // shard_rows)):
-                yield split, number
+            for number in range(self.manifest.shards(split)):
+                names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
+                missing = {hook: name for hook, name in names.items() if not self.manifest.is_whole(self.folder, name)}
+                if missing:
+                    yield _Shard(split, number, missing)
 
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> FileEntry:
-        rows = len(tensors["activations"])
-        return write_entry(self.folder, name, save(tensors), rows, self.manifest.files.get(name))
+    def _rows(self, shard: _Shard) -> int:
+        return self.manifest.shard_rows(shard.split, shard.number)
 
-    def _forward(
-        self, tokens: Tensor, counted: Tensor | None, split: str
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[Tensor, float, int]]]:
-        """A shard's activations in stored form, and each hook point's sums over eligible training tokens."""
-        hooks, length = list(self.manifest.hooks), self.manifest.context_length
-        eligible = eligible_rows(tokens, self.policy, length, counted)
-        stored = {hook: _empty(len(tokens), self.manifest.hooks[hook].d_in, self.manifest.dtype) for hook in hooks}
-        sums = {hook: (torch.zeros(self.manifest.hooks[hook].d_in, dtype=torch.float64), 0.0, 0) for hook in hooks}
-        step = self.batch_contexts * length
-        full = len(tokens) // length * length
-        ranges = [(start, min(start + step, full)) for start in range(0, full, step)]
-        ranges += [(full, len(tokens))] if full < len(tokens) else []
-        for start, stop in ranges:
-            batch = tokens[start:stop].view(-1, min(length, stop - start)).to(self.model.device)
+    def _compute(self, shard: _Shard, memory: ShardMemory) -> None:
+        """Have the model compute a shard's activations, and the sums of those that count in training."""
+        columns = load_shard(self.folder, self.manifest, shard_name("tokens", shard.split, shard.number))
+        hooks, length, tokens = list(self.manifest.hooks), self.manifest.context_length, columns["tokens"].long()
+        counted = eligible_rows(tokens, self.policy, length, columns.get("counted")).nonzero().flatten()
+        ranges = list(batch_ranges(len(tokens), length, self.batch_contexts))
+        ends = torch.searchsorted(counted, torch.tensor([stop for _, stop in ranges])).tolist()
+        tokens, counted = self._on_device(tokens), self._on_device(counted)
+        memory.begin(len(tokens))
+        for (start, stop), first, last in zip(ranges, [0, *ends], ends, strict=False):
+            batch = tokens[start:stop].view(-1, min(length, stop - start))
+            summed = counted[first:last] - start if shard.split == TRAIN else None
             for hook, x in self.model.activations(batch, hooks).items():
-                rows = x.flatten(0, 1)
-                self._store(stored[hook], start, rows, hook)
-                if split == TRAIN:
-                    sums[hook] = _add_sums(sums[hook], rows, eligible[start:stop])
+                memory.add(hook, start, x.flatten(0, 1), summed)
             self._advance(stop - start)
-        return stored, sums
+        memory.end()
 
-    def _store(self, stored: dict[str, Tensor], start: int, rows: Float[Tensor, "rows d_in"], hook: str) -> None:
-        stop = start + len(rows)
-        if "scale" in stored:
-            scale = (rows.abs().amax(-1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
-            stored["scale"][start:stop] = scale
-            finite = bool(scale.isfinite().all())
-            rows = (rows / scale[:, None]).round() if finite else rows
-        else:
-            converted = rows.to(stored["activations"].dtype)
-            finite, rows = bool(converted.isfinite().all()), converted
-        if not finite:
-            raise CacheError(_not_finite(hook, self.manifest, bool(rows.float().isnan().any())))
-        stored["activations"][start:stop] = rows
+    def _on_device(self, numbers: Tensor) -> Tensor:
+        device = self.model.device
+        return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
-    def _record(self, futures: list[tuple[str, Future[FileEntry]]], sums: dict[str, tuple[Tensor, float, int]]) -> None:
-        """Record a written shard in the manifest, unless it was already recorded and only its files were restored."""
-        recorded = all(name in self.manifest.files for name, _ in futures)
-        written = {name: future.result() for name, future in futures}
+    def _write(self, hook: str, name: str, memory: ShardMemory) -> FileEntry:
+        memory.wait()
+        tensors = memory.tensors(hook)
+        stored = tensors["activations"]
+        if not memory.is_finite(hook):
+            raise CacheError(_not_finite(hook, self.manifest, bool(stored.isnan().any())))
+        expected = self.manifest.files.get(name)
+        return write_entry(self.folder, name, tensor_pieces(tensors), len(stored), expected)
+
+    def _record(
+        self, files: dict[str, Future[FileEntry]], memory: ShardMemory, before: Future[ShardMemory] | None
+    ) -> ShardMemory:
+        """Record a shard in the manifest, unless it was already recorded and only its files were restored.
+
+        Args:
+            files: its files, by name.
+            memory: its activations; returned, for another shard.
+            before: the shard before it, which is recorded first.
+        """
+        if before is not None:
+            before.result()
+        recorded = all(name in self.manifest.files for name in files)
+        written = {name: file.result() for name, file in files.items()}
         if not recorded:
             self.manifest.files |= written
-            for hook, (total, squares, count) in sums.items():
-                entry = self.manifest.hooks[hook]
+            for hook, entry in self.manifest.hooks.items():
+                total, squares, count = memory.sums(hook)
                 previous = torch.tensor(entry.sum, dtype=torch.float64) if entry.sum else torch.zeros_like(total)
                 entry.sum = (previous + total).tolist()
                 entry.sum_of_squares += squares
                 entry.tokens += count
             write_manifest(self.folder, self.manifest)
+        return memory
 
     def _advance(self, tokens: int) -> None:
         self.done += tokens
@@ -144,23 +152,12 @@ class Harvester:
             self.progress(self.done, self.total)
 
 
-def _add_sums(
-    sums: tuple[Tensor, float, int], rows: Float[Tensor, "rows d_in"], eligible: Bool[Tensor, " rows"]
-) -> tuple[Tensor, float, int]:
-    total, squares, count = sums
-    x = rows[eligible.to(rows.device)].double()
-    return total + x.sum(0).cpu(), squares + float(x.square().sum()), count + len(x)
-
-
-def _empty(rows: int, d_in: int, dtype: str) -> dict[str, Tensor]:
-    tensors = {"activations": torch.empty(rows, d_in, dtype=getattr(torch, dtype))}
-    return {**tensors, "scale": torch.empty(rows)} if dtype == "int8" else tensors
-
-
-def write_entry(folder: Path, name: str, content: bytes, rows: int, expected: FileEntry | None) -> FileEntry:
-    """Write a file of the cache. A restored file must equal the lost one."""
-    entry = FileEntry(rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    if expected is not None and entry != expected:
+def write_entry(
+    folder: Path, name: str, pieces: Sequence[bytes | memoryview], rows: int, expected: FileEntry | None
+) -> FileEntry:
+    """Write a file of the cache, given in pieces. A restored file must equal the lost one."""
+    size = sum(map(len, pieces))
+    if expected is not None and FileEntry(rows=rows, bytes=size, sha256=_sha256(pieces)) != expected:
         cause = (
             "the text has changed, or this version reads it differently"
             if is_text(name)
@@ -170,8 +167,15 @@ def write_entry(folder: Path, name: str, content: bytes, rows: int, expected: Fi
             f"cache {str(folder)!r}: {name} was made again and differs from its checksum ({cause}); "
             "delete the cache and harvest it again"
         )
-    write_bytes(folder / name, content, hashed=False)  # its hash is in the manifest
-    return entry
+    sha256 = write_chunks(folder / name, pieces, hashed=False)  # its hash is in the manifest
+    return FileEntry(rows=rows, bytes=size, sha256=sha256)
+
+
+def _sha256(pieces: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def is_text(name: str) -> bool:
