@@ -25,7 +25,7 @@ from sae.activations.manifest import (
     read_manifest,
     shard_name,
 )
-from sae.activations.same_model import check_same_as_before
+from sae.activations.same_model import READER, check_same_as_before
 from sae.activations.same_request import (
     TEXT_READING,
     TEXT_STREAMS,
@@ -162,7 +162,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, width
             complain(line)
     text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
     manifest = Manifest(
-        model=language_model.info.to_json(),
+        model={**language_model.info.to_json(), READER: language_model.reader(harvest_config.hooks)},
         data={
             **data_identity(data),
             **({TEXT_STREAMS: STREAMS} if data.shuffle_documents else {}),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, Manifest, shard_name
-from sae.activations.same_model import load_shard
+from sae.activations.same_model import load_shard, reading_as_before
 from sae.activations.shard_memory import ShardMemory
 from sae.activations.tokens import batch_ranges, eligible_rows
 from sae.config.progress import StageProgress
@@ -55,6 +55,7 @@ class Harvester:
         self.folder, self.manifest, self.model = folder, manifest, model
         self.batch_contexts, self.progress = batch_contexts, progress
         self.policy = TokenPolicy.from_json(manifest.tokens)
+        self.activations = model.activations
         self.total = sum(manifest.rows.values())
         self.done = 0
 
@@ -65,6 +66,8 @@ class Harvester:
         rows = max(map(self._rows, shards), default=0)
         unused: list[ShardMemory] = []
         recording: deque[Future[ShardMemory]] = deque()
+        if shards:
+            self.activations = reading_as_before(self.folder, self.manifest, self.model)
         with ThreadPoolExecutor(_WRITERS) as writers, ThreadPoolExecutor(1) as recorder:
             for shard in shards:
                 while recording and (recording[0].done() or len(recording) > _SHARDS_IN_FLIGHT):
@@ -103,7 +106,7 @@ class Harvester:
         for (start, stop), first, last in zip(ranges, [0, *ends], ends, strict=False):
             batch = tokens[start:stop].view(-1, min(length, stop - start))
             summed = counted[first:last] - start if shard.split == TRAIN else None
-            for hook, x in self.model.activations(batch, hooks).items():
+            for hook, x in self.activations(batch, hooks).items():
                 memory.add(hook, start, x.flatten(0, 1), summed)
             self._advance(stop - start)
         memory.end()
