@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.activations.cache import NUMBER_TYPES, ActivationCache
-from sae.activations.harvest import not_finite
 from sae.activations.metadata import dictionary_metadata
 from sae.activations.order import PoolPlan, ShuffledSource, TokenOrder
+from sae.activations.shards import not_finite
 from sae.activations.tokens import TokenStore
 from sae.config.progress import StageProgress
 from sae.errors import CacheError, ConfigError, TrainingInterrupted

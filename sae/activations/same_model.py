@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +15,11 @@ from sae.config.splits import HELD_OUT, SPLITS, TRAIN
 from sae.dictionary.model_identity import differs
 from sae.errors import CacheError, DamagedError
 from sae.files.reading import load_tensors, taken_apart
+from sae.model.hooked import BRIDGE
 from sae.model.language_model import LanguageModel
 
+READER = "reader"
+"""Entry of a manifest's `model` with the library that read the activations; transformer-lens if there is none."""
 _ALWAYS = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256", "code_sha256")
 _IF_RECORDED = ("tokenizer_ids_sha256", "config_sha256")
 """Older caches do not record these."""
@@ -77,6 +81,27 @@ def check_same_as_before(folder: Path, manifest: Manifest, language_model: Langu
             context = tokens["tokens"][:seq].long()[None]
             _check_activations(folder, manifest, language_model, hook, context, x[None])
             return
+
+
+def reading_as_before(
+    folder: Path, manifest: Manifest, language_model: LanguageModel
+) -> Callable[[Tensor, Sequence[str]], dict[str, Tensor]]:
+    """The function that reads activations as those in a cache were read, since libraries round differently.
+
+    Raises:
+        CacheError: they cannot be read so here.
+    """
+    hooks = list(manifest.hooks)
+    before, here = manifest.model.get(READER, BRIDGE), language_model.reader(hooks)
+    if before == here:
+        return language_model.activations
+    if before == BRIDGE and language_model.has_bridge:
+        return language_model.bridge_activations
+    raise CacheError(
+        f"cache {str(folder)!r}: its activations were read through {before}, and here they can only be read through "
+        f"{here}, which rounds differently: use the libraries that it was started with, or set harvest.cache to "
+        "another folder"
+    )
 
 
 def load_shard(folder: Path, manifest: Manifest, name: str) -> dict[str, Tensor]:

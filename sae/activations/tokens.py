@@ -188,7 +188,7 @@ class TokenStore:
             tokens, documents, sections = columns["tokens"], columns["documents"], columns.get("sections")
             eligible = eligible_rows(tokens, self.policy, length, columns.get("counted"))
             activations = self._activations(hook, split, number)
-            for start, batch_stop in _batch_ranges(len(tokens), length, batch_contexts):
+            for start, batch_stop in batch_ranges(len(tokens), length, batch_contexts):
                 cut_short = left < batch_stop - start
                 stop = start + left // length * length if cut_short else batch_stop
                 if stop <= start:
@@ -283,7 +283,8 @@ def eligible_rows(
     return eligible if counted is None else eligible & counted
 
 
-def _batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple[int, int]]:
+def batch_ranges(rows: int, length: int, batch_contexts: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each batch of contexts; a last context that is shorter is a batch of its own."""
     full = rows // length * length
     for start in range(0, full, batch_contexts * length):
         yield start, min(start + batch_contexts * length, full)

@@ -20,7 +20,7 @@ DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _INDEX = "model.safetensors.index.json"
 _WHOLE_BYTES = 256_000_000
-NOT_OF_ACTIVATIONS = ("name", "fingerprint", "library")
+NOT_OF_ACTIVATIONS = ("name", "fingerprint", "library", "reader")
 """Entries that may differ between models with equal activations."""
 _NOT_COMPUTED = {
     "_name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map", "model_type", "dtype",

@@ -43,7 +43,7 @@ def write_bytes(path: Path, content: bytes, *, hashed: bool = True) -> str:
     return write_chunks(path, [content], hashed=hashed)
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes], *, hashed: bool = True) -> str:
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], *, hashed: bool = True) -> str:
     """As `write_bytes`, for content that comes in pieces and need not fit into memory.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,11 @@ from sae.model.guard import NEEDS_CODE, CodeRefusedError, guarded, quiet, replac
 _UNPROCESSED = "set model.weight_processing=none"
 
 
+def has_bridge() -> bool:
+    """Whether transformer-lens is installed."""
+    return importlib.util.find_spec("transformer_lens") is not None
+
+
 def boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
     """Bridge a model with transformer-lens, with its weights processed as `config` asks.
 
@@ -23,8 +29,13 @@ def boot(model: Any, tokenizer: Any, label: str, config: ModelConfig) -> Any:
     own way and changes the model in place.
 
     Raises:
-        ModelError: transformer-lens has no adapter for the model, or turns it into another model.
+        ModelError: transformer-lens is not installed, has no adapter for the model, or turns it into another model.
     """
+    if not has_bridge():
+        raise ModelError(
+            f"model {config.name!r}: without transformer-lens, a {type(model).__name__} with model.weight_processing="
+            f"{config.weight_processing} cannot be read: pip install 'sae[lm]'"
+        )
     with quiet():  # the import changes the messages of transformers
         from transformer_lens.model_bridge import TransformerBridge
         from transformer_lens.model_bridge.sources.transformers import source

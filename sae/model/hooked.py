@@ -16,28 +16,62 @@ from sae.errors import ModelError
 from sae.files.hub_errors import first_line
 from sae.model.hook_probe import Hook, probe_tokens, read_hooks
 from sae.model.info import ModelInfo
+from sae.model.native import NativeModel, Site
+from sae.model.native_sites import MatchingSites, residual_hooks, residual_sites
 from sae.model.passes import Pass, Passes
 
+NATIVE, BRIDGE = "transformers", "transformer-lens"
 _CAUSAL_TOLERANCE = 1e-3
+_PROBE_CONTEXTS, _PROBE_LENGTH = 2, 24
 
 
 class HookedModel:
     """A transformer-lens bridge and its hook points.
 
+    Activations are read from transformers' own modules where these have the bridge's activations. Everything else needs
+    the bridge.
+
     Args:
-        bridge: transformer-lens's `TransformerBridge`.
+        bridge: transformer-lens's `TransformerBridge`; None if it is not installed.
+        native: the same model as transformers runs it; None if it cannot be read.
         tokenizer: the Hugging Face tokenizer.
         info: the model's identity.
-        device: the bridge's device.
+        device: the model's device.
+        rows: number of tokens that the model has embeddings for.
 
-    The arguments are kept as attributes.
+    The arguments other than `native` are kept as attributes.
     """
 
-    def __init__(self, bridge: Any, tokenizer: Any, info: ModelInfo, device: torch.device) -> None:
-        self.bridge, self.tokenizer, self.info, self.device = bridge, tokenizer, info, device
+    def __init__(
+        self, bridge: Any, native: NativeModel | None, tokenizer: Any, info: ModelInfo, device: torch.device, rows: int
+    ) -> None:
+        self._bridge, self._native = bridge, native
+        self.tokenizer, self.info, self.device, self.rows = tokenizer, info, device, rows
+
+    @property
+    def has_bridge(self) -> bool:
+        """Whether there is a bridge, without which activations can only be read."""
+        return self._bridge is not None
+
+    @property
+    def bridge(self) -> Any:
+        """transformer-lens's bridge.
+
+        Raises:
+            NoBridgeError: (a ModelError) transformer-lens is not installed.
+        """
+        if self._bridge is None:
+            raise NoBridgeError(
+                f"model {self.info.name!r}: this replaces activations or reads logits, which needs transformer-lens: "
+                "pip install 'sae[lm]' (without it, harvesting and training work)"
+            )
+        return self._bridge
 
     @functools.cached_property
     def _hooks(self) -> dict[str, Hook]:
+        if self._bridge is None:
+            assert self._native is not None
+            return residual_hooks(self._native, self._residual_sites)
         try:
             return read_hooks(self.bridge, self._vocabulary, self.device)
         except (MemoryError, torch.OutOfMemoryError):
@@ -52,11 +86,6 @@ class HookedModel:
     def _vocabulary(self) -> int:
         """Number of ids that both the model's embedding and the tokenizer have."""
         return max(1, min(self.rows, len(self.tokenizer)))
-
-    @property
-    def rows(self) -> int:
-        """Number of tokens that the model has embeddings for."""
-        return int(self.bridge.original_model.get_input_embeddings().weight.shape[0])
 
     def check_id(self, token: int) -> None:
         """Raise ModelError if the model has no embedding for a token."""
@@ -85,9 +114,10 @@ class HookedModel:
             raise ModelError(f"hook {hook!r}: {self.info.name} has blocks 0 to {self.info.n_layers - 1}")
         if hook not in self._hooks:
             kinds = [other.kind for other in self._hooks.values() if other.block == block]
+            more = "" if self.has_bridge else "; others may need transformer-lens: pip install 'sae[lm]'"
             raise ModelError(
                 f"hook {hook!r}: block {block} of {self.info.name} has no {kind}; it has {', '.join(kinds)}"
-                + hook_points.nearest(kind, kinds, block)
+                + (more or hook_points.nearest(kind, kinds, block))
             )
         return block, kind
 
@@ -95,14 +125,63 @@ class HookedModel:
         """Whether activations at `hook` are in the space of the residual stream, which the unembedding reads."""
         return self.check_hook(hook)[1] in hook_points.RESIDUAL
 
-    @torch.no_grad()
     def activations(
         self, tokens: Int[Tensor, "context seq"], hooks: str | Sequence[str]
     ) -> dict[str, Float[Tensor, "context seq d_in"]]:
         """Activations at one or several hook points, by name, from one pass that stops at the last one.
 
-        Heads are concatenated.
+        Heads are concatenated. The pass is that of `reader`.
         """
+        hooks = (hooks,) if isinstance(hooks, str) else hooks
+        sites = self._sites(hooks)
+        if sites is None or self._native is None:
+            return self.bridge_activations(tokens, hooks)
+        return self._native.read(tokens, sites)
+
+    def reader(self, hooks: str | Sequence[str]) -> str:
+        """The library whose pass gives the activations at these hook points: `transformers` or `transformer-lens`.
+
+        transformers' pass is faster, since it computes attention in one operation. It is used if its activations are
+        those of transformer-lens on some tokens (see `MatchingSites`), unless the bridge has hooks, which may change
+        activations.
+        """
+        return BRIDGE if self._sites((hooks,) if isinstance(hooks, str) else hooks) is None else NATIVE
+
+    def _sites(self, hooks: Sequence[str]) -> dict[str, Site] | None:
+        """Sites of hook points in transformers' modules; None if activations are to be read from the bridge."""
+        for hook in hooks:
+            self.check_hook(hook)
+        if self._bridge is None:
+            return {hook: self._residual_sites[hook] for hook in hooks}
+        if self._matching_sites is None or self._has_hooks():
+            return None
+        return self._matching_sites.of(hooks)
+
+    def _has_hooks(self) -> bool:
+        """Whether the bridge has hooks other than its own."""
+        return any(not handle.is_permanent for point in self._points for handle in point.fwd_hooks)
+
+    @functools.cached_property
+    def _points(self) -> list[Any]:
+        return list({id(point): point for point in self.bridge.hook_dict.values()}.values())
+
+    @functools.cached_property
+    def _matching_sites(self) -> MatchingSites | None:
+        if self._native is None:
+            return None
+        tokens = self.probe_tokens(_PROBE_CONTEXTS, _PROBE_LENGTH)
+        return MatchingSites(self._native, self.bridge, self._hooks, tokens)
+
+    @functools.cached_property
+    def _residual_sites(self) -> dict[str, Site]:
+        assert self._native is not None
+        return residual_sites(self._native, self.probe_tokens(_PROBE_CONTEXTS, _PROBE_LENGTH))
+
+    @torch.no_grad()
+    def bridge_activations(
+        self, tokens: Int[Tensor, "context seq"], hooks: str | Sequence[str]
+    ) -> dict[str, Float[Tensor, "context seq d_in"]]:
+        """As `activations`, from a pass of the bridge."""
         hooks = (hooks,) if isinstance(hooks, str) else hooks
         activations: dict[str, Tensor] = {}
 
@@ -204,7 +283,11 @@ class HookedModel:
         """Raise ModelError if the hook point cannot be replaced."""
         self.check_hook(hook)
         if refusal := self._hooks[hook].refusal:
-            raise ModelError(f"hook {hook!r}: {refusal}")
+            raise (ModelError if self.has_bridge else NoBridgeError)(f"hook {hook!r}: {refusal}")
+
+
+class NoBridgeError(ModelError):
+    """transformer-lens, which is not installed, would be needed."""
 
 
 class _AllReadError(Exception):

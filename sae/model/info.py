@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sae.model.native import NativeModel
+
+_LENGTHS = (
+    "n_positions", "max_position_embeddings", "max_context_length", "max_length", "seq_length", "max_seq_len",
+    "max_sequence_length",
+)  # fmt: skip
+"""Names of the number of tokens that a model reads, in the order in which transformer-lens looks for them."""
+_NO_LIMIT = 2048
+"""What transformer-lens takes for models that do not state it."""
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -45,3 +55,18 @@ class ModelInfo:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def model_shape(bridge: Any, native: NativeModel | None, config: Any) -> tuple[int, int, int]:
+    """Width of the residual stream, number of blocks, and number of tokens that a model reads.
+
+    Args:
+        bridge: transformer-lens's bridge; None if it is not installed.
+        native: the model as transformers runs it; needed without a bridge.
+        config: the Hugging Face configuration.
+    """
+    if bridge is not None:
+        return bridge.cfg.d_model, bridge.cfg.n_layers, bridge.cfg.n_ctx
+    assert native is not None
+    lengths = (getattr(config, name, None) for name in _LENGTHS)
+    return native.width, len(native.blocks), next((length for length in lengths if length), _NO_LIMIT)

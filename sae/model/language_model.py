@@ -18,11 +18,12 @@ from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, ModelError
-from sae.model.bridging import boot
+from sae.model.bridging import boot, has_bridge
 from sae.model.hook_probe import Hook
-from sae.model.hooked import HookedModel
-from sae.model.info import ModelInfo
+from sae.model.hooked import HookedModel, NoBridgeError
+from sae.model.info import ModelInfo, model_shape
 from sae.model.loading import code_sha256, load_pretrained
+from sae.model.native import native_model
 from sae.model.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
 from sae.model.vocabulary import Vocabulary
 from sae.numerics.modes import in_own_modes
@@ -40,9 +41,10 @@ class LanguageModel(HookedModel):
         ModelError: the model cannot be found, downloaded or read.
 
     Attributes:
-        bridge: transformer-lens's `TransformerBridge`.
         tokenizer: the Hugging Face tokenizer.
         info: the model's identity.
+        device: the device it runs on.
+        rows: number of tokens that it has embeddings for.
     """
 
     @in_own_modes
@@ -52,10 +54,11 @@ class LanguageModel(HookedModel):
         if model.config.bos_token_id is None and tokenizer.bos_token_id is None:
             model.config.bos_token_id = tokenizer.eos_token_id
         weights_sha256, code = hash_weights(model), code_sha256(model, model.config, tokenizer)
-        device = choose_device(config.device or str(device))
-        bridge = boot(model.to(device).eval(), copy.deepcopy(tokenizer), label, config)
+        device, rows = choose_device(config.device or str(device)), int(model.get_input_embeddings().weight.shape[0])
+        native = native_model(model.to(device).eval(), min(rows, len(tokenizer)), config)
+        bridge = boot(model, copy.deepcopy(tokenizer), label, config) if native is None or has_bridge() else None
         self._tails: dict[str, Tail] = {}
-        cfg = bridge.cfg
+        d_model, n_layers, max_context = model_shape(bridge, native, model.config)
         info = ModelInfo(
             name=label,
             revision=revision,
@@ -65,16 +68,16 @@ class LanguageModel(HookedModel):
             weight_processing=config.weight_processing,
             dtype=config.dtype,
             tokenizer_sha256=hash_tokenizer(tokenizer),
-            d_model=cfg.d_model,
-            n_layers=cfg.n_layers,
-            max_context=cfg.n_ctx,
+            d_model=d_model,
+            n_layers=n_layers,
+            max_context=max_context,
             trust_remote_code=config.trust_remote_code,
             code_sha256=code,
             config_sha256=hash_config(model.config),
             tokenizer_ids_sha256=hash_ids(tokenizer),
             library=f"transformers {version('transformers')}",
         )
-        super().__init__(bridge, tokenizer, info, device)
+        super().__init__(bridge, native, tokenizer, info, device, rows)
 
     @property
     def bos(self) -> int | None:
@@ -133,7 +136,7 @@ class LanguageModel(HookedModel):
 
     @functools.cached_property
     def _checked_hooks(self) -> dict[str, Hook]:
-        return without_inexact(self, self._hooks)
+        return self._hooks if self._bridge is None else without_inexact(self, self._hooks)
 
     def to_tokens(self, text: str | Sequence[str], *, prepend_bos: bool = True) -> Int[Tensor, "context seq"]:
         """Token ids of one text, or of several texts with the same number of tokens, on the model's device.
@@ -186,11 +189,13 @@ class LanguageModel(HookedModel):
         """How replacements at a hook point become logits; `none`, with the reason, if it can only be read.
 
         Raises:
-            ModelError: the model has no such hook point.
+            ModelError: the model has no such hook point, or transformer-lens is not installed.
         """
         self.check_hook(hook)
         try:
             return self.tail(hook).road
+        except NoBridgeError:
+            raise
         except ModelError as error:
             return Road(NO_ROAD, str(error))
 

@@ -127,7 +127,7 @@ class Tail:
         if start.output is not None and self._leaves_block:
             return start.hidden
         with self._without_earlier_blocks(start):
-            return self.language_model.activations(start.tokens, [self.hook])[self.hook]
+            return self.language_model.bridge_activations(start.tokens, [self.hook])[self.hook]
 
     @torch.no_grad()
     def logits(self, start: Start, replacement: Replacement) -> Float[Tensor, "context seq vocab"]:

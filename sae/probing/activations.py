@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations.harvest import model_not_finite
+from sae.activations.shards import model_not_finite
 from sae.config.progress import StageProgress
 from sae.errors import DataError, ShapeError
 from sae.files.kept import KeptResult

@@ -132,9 +132,13 @@ def test_one_pass_for_many_hooks_equals_one_for_each(language_model: LanguageMod
     close(language_model.logits(tokens), language_model.bridge(tokens))
 
 
-def test_a_pass_stops_at_the_last_hook_asked_for(language_model: LanguageModel, tokens: Tensor) -> None:
+@pytest.mark.parametrize("road", ["activations", "bridge_activations"])
+def test_a_pass_stops_at_the_last_hook_asked_for(language_model: LanguageModel, tokens: Tensor, road: str) -> None:
     ran: list[int] = []
-    blocks = language_model.bridge.original_model.transformer.h
+    native = language_model._native
+    assert native is not None
+    blocks = native.blocks if road == "activations" else language_model.bridge.original_model.transformer.h
+    language_model.reader(ALL_HOOKS)  # the proof runs whole blocks
     handles = [
         block.ln_1.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
         for number, block in enumerate(blocks)
@@ -145,7 +149,7 @@ def test_a_pass_stops_at_the_last_hook_asked_for(language_model: LanguageModel, 
         (["blocks.0.hook_mlp_out", "blocks.1.hook_attn_out"], [0, 1]),
     ):
         ran.clear()
-        language_model.activations(tokens, hooks)
+        getattr(language_model, road)(tokens, hooks)
         assert ran == expected
     for handle in handles:
         handle.remove()
