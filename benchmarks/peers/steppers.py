@@ -69,6 +69,9 @@ def saelens(shape: Shape, *, sparse: bool = False, autocast: bool = False, compi
     )  # fmt: skip
     trainer = SAETrainer(cfg=settings, sae=made, data_provider=iter(()))
     if compiled:  # on a CPU the graph is only captured: compiling it takes minutes
+        # as in a process that trains one shape alone, which several of them here are not to slow down
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = 64
         made.training_forward_pass = torch.compile(
             made.training_forward_pass, backend="inductor" if shape.on_gpu else "eager"
         )
