@@ -76,8 +76,10 @@ def write_model(context: Context) -> Path:
 
 
 def write_text(context: Context, tokens: int) -> Path:
-    """Documents of 500 random token ids, one a line, some more than asked for."""
+    """Documents of 500 random token ids, one a line, some more than asked for; written once."""
     path = context.folder / "ids.jsonl"
+    if path.is_file():
+        return path
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, IDS, (tokens // 500 + 64, 500), generator=generator)
     path.write_text("".join(f'{{"ids": {row}}}\n' for row in ids.tolist()), encoding="utf-8")
@@ -146,11 +148,13 @@ def bare_rate(context: Context, dtype: str) -> float:
     return best_rate(context, lambda ids: model(input_ids=ids, use_cache=False))
 
 
-def best_rate(context: Context, forward: Callable[[torch.Tensor], object]) -> float:
-    """Tokens per second with the best of the batch sizes."""
+def best_rate(
+    context: Context, forward: Callable[[torch.Tensor], object], batches: Sequence[int] | None = None
+) -> float:
+    """Tokens per second with the best of some numbers of contexts in a batch."""
     sizes, found = sizes_of(context), []
     generator = torch.Generator().manual_seed(0)
-    for contexts in sizes.contexts:
+    for contexts in batches or sizes.contexts:
         shape = (contexts, sizes.length)
         inputs = [torch.randint(10, IDS, shape, generator=generator).to(context.device) for _ in range(4)]
         with torch.inference_mode():

@@ -7,16 +7,20 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import gpu_model
 import gpu_parts
+import torch
 from ceilings import synchronise
 from gpu_parts import Context, PartSkipped, Row
 from harvest import HOOK, write_synthetic_cache
 
 from sae import ActivationCache, ActivationLoader, IterableSource, train
 from sae.config.settings import DictionaryConfig, TrainConfig
-from sae.config.sources import HarvestConfig
+from sae.errors import SaeError
+from sae.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -102,35 +106,43 @@ def loader_alone(batches: ActivationLoader, device: str, seconds: float) -> floa
 
 
 def live(context: Context) -> None:
-    """`Run.train` on random weights in GPT-2 small's shape, with no cache; compared with nothing."""
-    if "live" not in HarvestConfig.model_fields:
-        raise PartSkipped("this version trains from caches alone (it has no setting harvest.live)")
-    from gpu_model import model_config
+    """`Run.train` from a running model, compared with the model's passes alone and then the steps alone.
 
-    from sae.runs.run import Run
-
+    The model has random weights in GPT-2 small's shape; what is stored for a live training is stored before.
+    """
     sizes = DRY if context.dry else REAL
     d_sae, batch = sizes.shapes[0]
-    config = model_config(
+    contexts = 4 if context.dry else 128
+    config = gpu_model.model_config(
         context, context.folder / "live",
-        harvest={"live": True},
+        model={"dtype": "bfloat16" if context.on_gpu else "float32"},
+        harvest={"live": True, "batch_contexts": contexts},
         dictionary={"d_sae": d_sae, "k": sizes.k},
         train={"batch_size": batch, "log_every": sizes.every, "tokens": 10**9},
     )  # fmt: skip
-    lines: list[tuple[float, int]] = []
-    seconds = 1.0 if context.dry else context.seconds - 20
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage.startswith("train") and done > (lines[-1][1] if lines else 0):
-            lines.append((time.perf_counter(), done))
-            if len(lines) > 2 and lines[-1][0] - lines[0][0] >= seconds:
-                raise EnoughRead
-
+    share = 0.3 if context.dry else context.seconds / 4
+    lines: list[float] = []
+    noted = stopping(share, lines)
+    run = Run(config, lambda stage, done, total: noted() if stage == "train" and done else None)
+    try:
+        model = run.language_model
+    except (ImportError, SaeError) as error:
+        raise PartSkipped(f"the language model cannot be loaded: {error}") from None
+    run.harvest()
+    passes = gpu_model.best_rate(context, partial(model.activations, hooks=config.harvest.hooks), [contexts])
+    inputs = [torch.randn(batch, sizes.d_in, device=context.device) for _ in range(8)]
+    steps = rate(IterableSource(inputs), d_sae, batch, sizes, context.device, share)
     with contextlib.suppress(EnoughRead):
-        Run(config, progress).train()
-    speed = (lines[-1][1] - lines[0][1]) / (lines[-1][0] - lines[0][0])
-    what = f"model to step, block 8 of GPT-2 small's shape, → {d_sae:,}, batch {batch:,}, k {sizes.k}"
-    context.emit("live", {"what": what, "tokens_per_second": speed})
+        run.train()
+    context.emit(
+        "live",
+        {
+            "what": f"model to step, {sizes.d_in:,} → {d_sae:,}, batch {batch:,}, k {sizes.k}",
+            "tokens_per_second": (len(lines) - 1) * sizes.every * batch / (lines[-1] - lines[0]),
+            "beside": "passes alone, then steps alone",
+            "beside_tokens_per_second": 1 / (1 / passes + 1 / steps),
+        },
+    )
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -35,16 +35,10 @@ def dry_run(out: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_dry_run_finds_something_in_every_part(tmp_path: Path) -> None:
-    from sae.config.sources import HarvestConfig
-
     found = dry_run(tmp_path, "--minutes", "20")["parts"]
     states = {name: part["state"] for name, part in found.items()}
-    expected = dict.fromkeys(
-        ("tests", "steps", "selection", "cached", "live", "harvest", "features", "evaluation"), "done"
-    )
-    if "live" not in HarvestConfig.model_fields:
-        expected["live"] = "skipped: this version trains from caches alone (it has no setting harvest.live)"
-    assert states == expected
+    parts = ("tests", "steps", "selection", "cached", "live", "harvest", "features", "evaluation")
+    assert states == dict.fromkeys(parts, "done")
     rows = {name: list(part["rows"].values()) for name, part in found.items()}
     assert (rows["tests"][0]["passed"] > 0, rows["tests"][0]["failed"]) == (True, 0)
     timed = [row for row in rows["steps"] if row.get("toolkit") == "sae" and "floor" in row]
@@ -62,7 +56,7 @@ def test_a_dry_run_finds_something_in_every_part(tmp_path: Path) -> None:
     assert [row["rule"] for row in rows["selection"]] == [
         "TopK", "BatchTopK", "TopK and AuxK", "BatchTopK and AuxK",
     ]  # fmt: skip
-    for name, count in (("cached", 2), ("harvest", 6), ("features", 1), ("evaluation", 2)):
+    for name, count in (("cached", 2), ("live", 1), ("harvest", 6), ("features", 1), ("evaluation", 2)):
         assert len(rows[name]) == count, name
         assert all(row["tokens_per_second"] > 0 for row in rows[name])
     page = (tmp_path / "gpu-dry-run.md").read_text(encoding="utf-8")
