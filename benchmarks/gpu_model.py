@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gpu_parts
 import torch
 from ceilings import synchronise
 from evaluation import dictionary
-from gpu_parts import Context, PartSkipped, Row
+from gpu_parts import Context, PartSkipped
 from gpu_timing import medians
 from harvest import HOOK, timed_harvest, write_random_gpt2, write_synthetic_cache
 
@@ -228,7 +227,3 @@ def evaluation(context: Context) -> None:
         speed = sizes.held_out / (time.perf_counter() - start)
         shape = f"{cache.d_in(hook)} → {sizes.d_sae:,}, {sizes.held_out:,} held-out tokens"
         context.emit(what, {"what": f"{what}, {shape}", "tokens_per_second": speed})
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    return gpu_parts.rates(rows)

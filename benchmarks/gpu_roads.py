@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any
 
 import gpu_model
-import gpu_parts
 import torch
 from ceilings import synchronise
-from gpu_parts import Context, PartSkipped, Row
+from gpu_parts import Context, PartSkipped
 from harvest import HOOK, write_synthetic_cache
 
 from sae import ActivationCache, ActivationLoader, IterableSource, train
@@ -143,7 +142,3 @@ def live(context: Context) -> None:
             "beside_tokens_per_second": 1 / (1 / passes + 1 / steps),
         },
     )
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    return gpu_parts.rates(rows)
