@@ -17,7 +17,7 @@ from gpu_tests_plugin import RECORD
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PROCESSES = 8
-QUIET = ["-q", "-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:cov"]
+QUIET = ["-q", "-W", "default", "-p", "no:cacheprovider", "-p", "xdist.plugin"]
 """A warning of another version of a library is no failure here, and plugins that happen to be installed stay out."""
 DRY = ["tests/kernels/test_back_ends.py", "-k", "test_sums_of_columns", "-n", "0"]
 
@@ -32,7 +32,7 @@ def tests(context: Context) -> None:
     paths = os.pathsep.join(filter(None, [str(HERE), str(ROOT), os.getenv("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *QUIET, "-p", "gpu_tests_plugin", *chosen], cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths, RECORD: str(record)},
+        env={**os.environ, "PYTHONPATH": paths, RECORD: str(record), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )  # fmt: skip
     begun, status = time.monotonic(), None
     while status is None:
