@@ -24,15 +24,16 @@ class Ceilings:
     bytes_per_second: float
 
 
-def measure(device: str, dtype: torch.dtype = torch.float32) -> Ceilings:
-    """Both, with products of `dtype`."""
-    n = 4096 if device == "cpu" else 16384
+def measure(device: str, dtype: torch.dtype = torch.float32, *, small: bool = False) -> Ceilings:
+    """Both, with products of `dtype`; `small` ones take no time, to try what uses them."""
+    n = 512 if small else 4096 if device == "cpu" else 16384
     left, right = (torch.randn(n, n if device != "cpu" else 1024, device=device).to(dtype) for _ in range(2))
     out = torch.empty(len(left), len(right), dtype=dtype, device=device)
     flops = 2 * left.numel() * len(right) / best(lambda: product(left, right, out), device)
     if device == "cpu":  # the faster of two BLAS libraries counts
         flops = max(flops, 2 * left.numel() * len(right) / best(lambda: torch.mm(left, right.T, out=out), device))
-    source = torch.ones(1 << 28 if device == "cpu" else 1 << 30, dtype=torch.uint8, device=device).view(torch.float32)
+    size = 1 << (20 if small else 26 if device == "cpu" else 28)
+    source = torch.rand(size, device=device)
     target = torch.empty_like(source)
     return Ceilings(flops, 2 * source.numel() * 4 / best(lambda: target.copy_(source), device))
 

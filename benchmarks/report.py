@@ -52,10 +52,19 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 def write(name: str, title: str, text: str, numbers: dict[str, Any], described: dict[str, str | int]) -> None:
     """Print the report, and keep it as `docs/results/NAME.md` and `docs/results/NAME.json`."""
+    print(save(name, title, text, numbers, described))
+
+
+def save(
+    name: str, title: str, text: str, numbers: dict[str, Any], described: dict[str, str | int], folder: Path = RESULTS
+) -> str:
+    """Keep the report as `FOLDER/NAME.md` and `FOLDER/NAME.json`, each replaced as a whole, and return the former."""
     head = ", ".join(f"{key} {value}" for key, value in described.items())
     report = f"# {title}\n\n{head}\n\n{text}"
-    print(report)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(report, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"machine": described, **numbers}, indent=2)
-    (RESULTS / f"{name}.json").write_text(content + "\n", encoding="utf-8")
+    for ending, whole in (("md", report), ("json", content + "\n")):
+        unfinished = folder / f"{name}.{ending}.tmp"
+        unfinished.write_text(whole, encoding="utf-8")
+        unfinished.replace(folder / f"{name}.{ending}")
+    return report

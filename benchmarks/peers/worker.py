@@ -18,9 +18,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from data import activations  # pyright: ignore[reportMissingImports]
+from steppers import (  # pyright: ignore[reportMissingImports]
+    Shape,
+    Stepper,
+    dictionary_learning,
+    saelens,
+    sparsify,
+)
 
 GPU_BLOCK = 20
 
@@ -100,98 +108,25 @@ def ours_bfloat16(task: Task, data: list[torch.Tensor]) -> list[float]:
     return ours(task, data, "bfloat16")
 
 
-def saelens(task: Task, data: list[torch.Tensor]) -> list[float]:
-    """`SAETrainer._train_step`."""
-    from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
-    from sae_lens.saes.batchtopk_sae import (  # pyright: ignore[reportMissingImports]
-        BatchTopKTrainingSAE,
-        BatchTopKTrainingSAEConfig,
-    )
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig  # pyright: ignore[reportMissingImports]
-    from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
+def peer(make: Callable[[Shape], Stepper]) -> Callable[[Task, list[torch.Tensor]], list[float]]:
+    """Another toolkit's step, with schedules of ten thousand steps."""
 
-    shape = {"d_in": task.d_in, "d_sae": task.d_sae, "k": task.k, "device": task.device, "dtype": "float32"}
-    if task.architecture == "topk":
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(**shape))
-    else:
-        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape))
-    settings = SAETrainerConfig(
-        total_training_samples=1000 * task.batch, train_batch_size_samples=task.batch, device=task.device, lr_end=3e-5
-    )
-    trainer = SAETrainer(cfg=settings, sae=sae.to(task.device), data_provider=iter(()))
-    return task.time(lambda number, x: trainer._train_step(sae=trainer.sae, sae_in=x), data)
+    def timed(task: Task, data: list[torch.Tensor]) -> list[float]:
+        shape = Shape(task.architecture, task.d_in, task.d_sae, task.k, task.batch, 10_000, task.device)
+        return task.time(make(shape).step, data)
 
-
-def dictionary_learning(task: Task, data: list[torch.Tensor]) -> list[float]:
-    """`TopKTrainer.update`, `BatchTopKTrainer.update`."""
-    from dictionary_learning.trainers import batch_top_k, top_k  # pyright: ignore[reportMissingImports]
-
-    trainers = {"topk": top_k.TopKTrainer, "batch_topk": batch_top_k.BatchTopKTrainer}
-    trainer = trainers[task.architecture](
-        steps=10_000, activation_dim=task.d_in, dict_size=task.d_sae, k=task.k, layer=0, lm_name="none",
-        device=task.device,
-    )  # fmt: skip
-    return task.time(trainer.update, data)
-
-
-def sparsify(
-    task: Task, data: list[torch.Tensor], *, products: torch.dtype = torch.bfloat16, adam: bool = False
-) -> list[float]:  # fmt: skip
-    """What `sparsify.Trainer` does to one coder, by default with signum and autocast; it has no BatchTopK.
-
-    On a CPU its kernels fall back to `embedding_bag`.
-    """
-    from schedulefree import ScheduleFreeWrapper  # pyright: ignore[reportMissingImports]
-    from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
-    from sparsify.sign_sgd import SignSGD  # pyright: ignore[reportMissingImports]
-
-    coder = SparseCoder(task.d_in, SparseCoderConfig(num_latents=task.d_sae, k=task.k), device=task.device)
-    scale = (task.d_sae / 2**14) ** 0.5
-    if adam:
-        optimizer = torch.optim.Adam(coder.parameters(), lr=2e-4 / scale)
-    else:
-        optimizer = ScheduleFreeWrapper(SignSGD(coder.parameters(), lr=5e-3 / scale), momentum=0.95)
-        optimizer.train()
-    silent = torch.zeros(task.d_sae, dtype=torch.long, device=task.device)
-
-    def step(number: int, x: torch.Tensor) -> None:
-        coder.set_decoder_norm_to_unit_norm()
-        with torch.autocast(task.device, dtype=torch.bfloat16, enabled=products is torch.bfloat16):
-            out = coder(x)
-        out.fvu.backward()
-        coder.remove_gradient_parallel_to_decoder_directions()
-        optimizer.step()
-        optimizer.zero_grad()
-        fired = torch.zeros(task.d_sae, dtype=torch.bool, device=task.device)
-        fired[out.latent_indices.flatten()] = True
-        silent.add_(len(x)).masked_fill_(fired, 0)
-
-    return task.time(step, data)
-
-
-def sparsify_float32(task: Task, data: list[torch.Tensor]) -> list[float]:
-    """The same without autocast, as sparsify trains where the hardware has no bfloat16."""
-    return sparsify(task, data, products=torch.float32)
-
-
-def sparsify_adam(task: Task, data: list[torch.Tensor]) -> list[float]:
-    """With Adam in place of signum."""
-    return sparsify(task, data, adam=True)
-
-
-def sparsify_adam_float32(task: Task, data: list[torch.Tensor]) -> list[float]:
-    return sparsify(task, data, products=torch.float32, adam=True)
+    return timed
 
 
 TOOLKITS = {
     "sae": (ours, "sae"),
     "sae, bfloat16 products": (ours_bfloat16, "sae"),
-    "saelens": (saelens, "sae-lens"),
-    "dictionary_learning": (dictionary_learning, "dictionary-learning"),
-    "sparsify": (sparsify, "eai-sparsify"),
-    "sparsify, float32": (sparsify_float32, "eai-sparsify"),
-    "sparsify, Adam": (sparsify_adam, "eai-sparsify"),
-    "sparsify, Adam, float32": (sparsify_adam_float32, "eai-sparsify"),
+    "saelens": (peer(saelens), "sae-lens"),
+    "dictionary_learning": (peer(dictionary_learning), "dictionary-learning"),
+    "sparsify": (peer(sparsify), "eai-sparsify"),
+    "sparsify, float32": (peer(partial(sparsify, products=torch.float32)), "eai-sparsify"),
+    "sparsify, Adam": (peer(partial(sparsify, adam=True)), "eai-sparsify"),
+    "sparsify, Adam, float32": (peer(partial(sparsify, products=torch.float32, adam=True)), "eai-sparsify"),
 }
 
 
