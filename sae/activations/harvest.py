@@ -17,8 +17,10 @@ from safetensors.torch import save
 from sae.activations.cache import ActivationCache
 from sae.activations.manifest import (
     DOCUMENTS,
+    FORMAT,
     MANIFEST,
     PLAIN_COLUMNS,
+    WHOLE_VERSION,
     FileEntry,
     HookEntry,
     Manifest,
@@ -161,7 +163,9 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, width
         for line in census.lines(label, chose_unit=data.holdout_by is not None):
             complain(line)
     text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
+    stored = stored_shards(config)
     manifest = Manifest(
+        format_version=WHOLE_VERSION if stored is None else FORMAT.version,
         model={**language_model.info.to_json(), READER: language_model.reader(harvest_config.hooks)},
         data={
             **data_identity(data),
@@ -177,7 +181,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, width
         shard_contexts=harvest_config.shard_contexts,
         dtype=harvest_config.dtype,
         rows={TRAIN: data.tokens, HELD_OUT: data.held_out_tokens},
-        stored=stored_shards(config),
+        stored=stored,
         text_sha256=text_sha256,
         hooks={hook: HookEntry(d_in=widths[hook]) for hook in harvest_config.hooks},
         files=text.files,

@@ -20,8 +20,8 @@ from sae.files.paths import resolve
 from sae.files.reading import read_object, validated
 
 FORMAT = Format("sae-activations", 2)
-_OLDER = 1
-"""The version of caches with all activations, which older packages read."""
+WHOLE_VERSION = 1
+"""The version of caches that store all activations, which older packages read."""
 MANIFEST, DOCUMENTS = "manifest.json", "documents.json"
 RESTORE = "delete it and run the same 'sae harvest' to restore it"
 COLUMN_TYPES = {
@@ -59,7 +59,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     format: str = FORMAT.name
-    format_version: int = _OLDER
+    format_version: int = WHOLE_VERSION
     complete: bool = False
     model: dict[str, Any]
     data: dict[str, Any]
@@ -117,9 +117,8 @@ class Manifest(BaseModel):
         return min(most, self.rows[split] - number * most)
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as it is written: of the oldest version that can hold it."""
-        content = self.model_dump(exclude={"stored"} if self.stored is None else None)
-        return {**content, "format_version": _OLDER if self.stored is None else FORMAT.version}
+        """The manifest as it is written."""
+        return self.model_dump(exclude={"stored"} if self.stored is None else None)
 
     def contradiction(self) -> str | None:
         """A part of the manifest that contradicts the rest; None if there is none."""
