@@ -1,4 +1,4 @@
-"""Memory for batches, which is used again once nobody holds the batch that lay in it."""
+"""Memory for batches, which is used again when nobody holds the batch that lay in it."""
 
 from __future__ import annotations
 
@@ -45,13 +45,9 @@ class BatchMemory:
 
     def _new_piece(self) -> list[np.ndarray]:
         """A piece of memory, cut into batches, that is free again when all of them are gone."""
-        memory = self._free.popleft() if self._free else self._map()
+        size = self._together * self._bytes
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = self._free.popleft() if self._free else mmap.mmap(-1, size, flags=private)
         piece = np.frombuffer(memory, dtype=np.uint8)
         weakref.finalize(piece, self._free.append, memory).atexit = False
-        return [piece[start : start + self._bytes] for start in range(0, len(piece), self._bytes)]
-
-    def _map(self) -> mmap.mmap:
-        memory = mmap.mmap(-1, self._together * self._bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return memory
+        return [piece[start : start + self._bytes] for start in range(0, size, self._bytes)]

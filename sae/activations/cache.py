@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
+from functools import partial
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.activations.manifest import (
-    RESTORE,
     HookEntry,
     shard_name,
 )
+from sae.activations.shard_rows import ShardRows
 from sae.activations.tokens import ContextBatch, TokenStore
 from sae.config.splits import TRAIN
 from sae.errors import CacheError
-from sae.files.damage import damaged, unreadable
-from sae.files.digest import TIMES_READ, identity_of, open_regular
-from sae.files.reading import tensor_start
-from sae.files.scattered import read_rows
 from sae.numerics.modes import in_own_modes
 from sae.numerics.statistics import Statistics
 
@@ -75,40 +70,10 @@ class ActivationCache(TokenStore):
         scale = self._tensor(name, "scale", torch.float32, (rows,)) if self.manifest.dtype == "int8" else None
         return self._tensor(name, "activations", self.stored_dtype, (rows, d_in)), scale
 
-    def copy_rows(
-        self, hook: str, split: str, number: int, rows: Int[np.ndarray, " rows"], addresses: Int[np.ndarray, " rows"]
-    ) -> None:
-        """Read rows of a shard, as stored, straight to their places in memory.
-
-        Args:
-            hook: hook point.
-            split: split of the shard.
-            number: the shard.
-            rows: numbers of the rows within the shard, ascending.
-            addresses: where each goes: addresses of memory that the caller owns and keeps.
-
-        Raises:
-            DamagedError: the shard is damaged, or is written to meanwhile.
-            UnreadableError: the machine cannot read it.
-        """
-        name, row_bytes = shard_name(hook, split, number), self.d_in(hook) * self.stored_dtype.itemsize
-        path = self.path / name
-        for _ in range(TIMES_READ):
-            identity = self._check(name)
-            with os.fdopen(open_regular(path, RESTORE), "rb", buffering=0) as file:
-                if identity_of(os.fstat(file.fileno())) != identity:
-                    continue
-                try:
-                    read_rows(
-                        file.fileno(), tensor_start(file, "activations", path, RESTORE), row_bytes, rows, addresses
-                    )
-                except OSError as error:
-                    raise unreadable(path, error, RESTORE) from error
-                except EOFError as error:
-                    raise damaged(path, f"damaged ({error})", RESTORE) from error
-                if identity_of(os.fstat(file.fileno())) == identity:
-                    return
-        raise damaged(path, "changes while it is read; wait for the process that writes it", RESTORE)
+    def shard_rows(self, hook: str, split: str, number: int) -> ShardRows:
+        """The stored rows of a shard, to be copied to other places in memory."""
+        name = shard_name(hook, split, number)
+        return ShardRows(self.path / name, partial(self._check, name), *self.activation_shard(hook, split, number))
 
     @in_own_modes
     def contexts(

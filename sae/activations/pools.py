@@ -1,4 +1,4 @@
-"""Pools of a cache's rows, each read by several threads while the one before is used, and given as batches."""
+"""Pools of a cache's rows, each read while the one before is used, and given as batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import queue
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,69 +19,117 @@ from torch import Tensor
 from sae.activations.background import background
 from sae.activations.batch_memory import BatchMemory
 from sae.activations.cache import ActivationCache, dequantise
+from sae.activations.joined_rows import JoinedRows
 from sae.activations.order import PoolPlan, TokenOrder
+from sae.activations.shard_rows import ShardRows, as_rows, until_unchanged
 from sae.numerics.transfer import Event, Transfer
 
 READERS = 8
-"""Threads that read: disks reach their speed with several requests at a time."""
-PIECE_BYTES = 8 << 20
-"""What a thread reads in one go."""
+"""Threads that read: a disk reaches its speed with several requests at a time."""
+_HOST_PIECE, _DEVICE_PIECE = 1 << 20, 8 << 20
+"""Bytes that a thread reads in one go: on the host the next copy finds them in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that a pool needs of a shard, and the number of the first among all rows of the pool, as stored."""
+
+    shard: ShardRows
+    rows: Int[np.ndarray, " rows"]
+    first: int
+
+
+@dataclass
+class _Lent:
+    """A buffer, and when what was in it is copied."""
+
+    buffer: Tensor
+    copied: Event | None = None
 
 
 class Pools(ABC):
-    """Batches of the rows of one pool after the other, as stored; int8 is converted to float32.
+    """Batches of the rows of one pool after the other, as stored; only int8 is converted, to float32.
 
     Args:
         cache: the cache that holds the rows.
         hook: hook point.
         order: the order of its tokens.
+        transfer: copies to the device that the pools are on.
+        piece_bytes: what a thread reads in one go.
     """
 
-    def __init__(self, cache: ActivationCache, hook: str, order: TokenOrder) -> None:
-        self.cache, self.hook, self.order = cache, hook, order
+    def __init__(
+        self, cache: ActivationCache, hook: str, order: TokenOrder, transfer: Transfer, piece_bytes: int
+    ) -> None:
+        self.cache, self.hook, self.order, self.transfer = cache, hook, order, transfer
         self.width, self.dtype = cache.d_in(hook), cache.stored_dtype
-        self.row_bytes = self.width * self.dtype.itemsize
-        self.piece_rows = max(1, PIECE_BYTES // self.row_bytes)
+        self._piece = min(max(1, piece_bytes // (self.width * self.dtype.itemsize)), order.pool_tokens)
+        self._buffers: queue.SimpleQueue[_Lent] = queue.SimpleQueue()
+        self._shards: dict[int, ShardRows] = {}
 
     @abstractmethod
     def batches(self, plans: Iterator[PoolPlan], rows: int) -> Generator[Shaped[Tensor, "batch d_in"], None, None]:
-        """Batches of `rows` rows."""
-
-    def read(
-        self, plan: PoolPlan, readers: ThreadPoolExecutor, copy: Callable[[int, Int[np.ndarray, " rows"], int], None]
-    ) -> Float[Tensor, " rows"] | None:
-        """Read the rows of a pool that have not been used, in the order in which they are stored.
-
-        Args:
-            plan: the pool.
-            readers: the threads that read.
-            copy: called by them with a shard's number, some of its rows, and the number of the first among all that
-                are read.
-
-        Returns:
-            The scale of each row, for int8.
+        """Batches of `rows` rows.
 
         Raises:
             CacheError: a shard is damaged or cannot be read.
         """
-        fresh, used, read = plan.places.numpy() >= plan.skip, 0, 0
-        scales, copies = [], []
+
+    def _parts(self, plan: PoolPlan) -> Iterator[_Part]:
+        """What a pool needs of each shard, in the order of the text, without rows that have been used already."""
+        used = first = 0
         with self.cache.checking(self.hook, self.order.split) as begin:
-            checks = {number: begin(number) for number in self.order.shards_of(plan)}
-            for number, check in checks.items():
-                check.result()
-                eligible = self.order.rows_of(plan, number).numpy()
-                rows = eligible[fresh[used : used + len(eligible)]]
-                _, scale = self.cache.activation_shard(self.hook, self.order.split, number)
-                if scale is not None:
-                    scales.append(scale[torch.from_numpy(rows)])
-                copies += [
-                    readers.submit(copy, number, rows[start : start + self.piece_rows], read + start)
-                    for start in range(0, len(rows), self.piece_rows)
-                ]
-                used, read = used + len(eligible), read + len(rows)
-        for begun in copies:
+            checks = {n: begin(n) for n in self.order.shards_of(plan) if n not in self._shards}
+            for number, rows in self.order.reads(plan):
+                if number in checks:
+                    checks[number].result()
+                    self._shards[number] = self.cache.shard_rows(self.hook, self.order.split, number)
+                places = plan.places[used : used + len(rows)].numpy()
+                used += len(rows)
+                left = rows[places >= plan.skip] if plan.skip else rows
+                if len(left):
+                    yield _Part(self._shards[number], left, first)
+                first += len(left)
+
+    def _read(
+        self, parts: Sequence[_Part], readers: ThreadPoolExecutor, take: Callable[[Tensor, int], Event | None]
+    ) -> None:
+        """Read rows in the order of the text, by several threads.
+
+        Args:
+            parts: what to read.
+            readers: the threads.
+            take: called by them with rows that have been read and the number of the first; returns when they are
+                copied, if it only begins to copy them.
+        """
+        while self._buffers.qsize() < READERS:
+            self._buffers.put(_Lent(self.transfer.host_memory(self._piece, self.width, dtype=self.dtype)))
+
+        def read(part: _Part, start: int) -> None:
+            rows = part.rows[start : start + self._piece]
+            with self._lent() as lent:
+                part.shard.read(rows, as_rows(lent.buffer)[: len(rows)])
+                lent.copied = take(lent.buffer[: len(rows)], part.first + start)
+
+        pieces = [(part, start) for part in parts for start in range(0, len(part.rows), self._piece)]
+        for begun in [readers.submit(read, *piece) for piece in pieces]:
             begun.result()
+
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[_Lent]:
+        """A buffer that no other thread uses, and that nothing is copied from any more."""
+        lent = self._buffers.get()
+        try:
+            if lent.copied is not None:
+                lent.copied.synchronize()
+            yield lent
+        finally:
+            self._buffers.put(lent)
+
+    @staticmethod
+    def _scale(parts: Sequence[_Part]) -> Float[Tensor, " rows"] | None:
+        """The scale of each row, for int8."""
+        scales = [part.shard.scale[torch.from_numpy(part.rows)] for part in parts if part.shard.scale is not None]
         return torch.cat(scales) if scales else None
 
 
@@ -101,7 +149,14 @@ class _Batches:
 
 
 class HostPools(Pools):
-    """Pools in the memory of the host: each row is read straight to its place in its batch."""
+    """Pools in the memory of the host, made of batches in which each row is put in its place once.
+
+    Rows in the page cache are copied from where they are mapped, batch after batch. If some are not, all are read in
+    the order in which they are stored.
+    """
+
+    def __init__(self, cache: ActivationCache, hook: str, order: TokenOrder) -> None:
+        super().__init__(cache, hook, order, Transfer(torch.device("cpu")), _HOST_PIECE)
 
     def batches(self, plans: Iterator[PoolPlan], rows: int) -> Generator[Shaped[Tensor, "batch d_in"], None, None]:
         memory = BatchMemory(rows, self.width, self.dtype)
@@ -125,17 +180,20 @@ class HostPools(Pools):
     ) -> _Batches:
         """Read the next pool into batches, of which the first may have been begun with the end of the pool before."""
         plan = next(plans)
+        parts = list(self._parts(plan))
         places = plan.places.numpy()
-        places = places[places >= plan.skip] - plan.skip + begun.rows
-        total = begun.rows + len(places)
+        places = begun.rows + (places[places >= plan.skip] - plan.skip if plan.skip else places)
+        total = begun.rows + len(plan.places) - plan.skip
         stored = begun.stored
         while len(stored) * memory.rows < total:
             stored.append(memory.take())
-        number, row = np.divmod(places, memory.rows)
-        addresses = np.array([batch.data_ptr() for batch in stored])[number] + row * self.row_bytes
-        scale = self.read(plan, readers, partial(self._copy, stored, addresses))
+        if all(part.shard.is_cached(part.rows) for part in parts):
+            until_unchanged([part.shard for part in parts], lambda: self._gather(parts, places, stored, begun.rows))
+        else:
+            target = JoinedRows(stored)
+            self._read(parts, readers, partial(self._scatter, target, target.all_places(memory.rows)[places]))
         scales = deque[Tensor]()
-        if scale is not None:
+        if (scale := self._scale(parts)) is not None:
             by_row = torch.empty(len(stored), memory.rows, dtype=torch.float32)
             for first in begun.scales:
                 by_row[0] = first
@@ -143,17 +201,31 @@ class HostPools(Pools):
             scales.extend(by_row.unbind())
         return _Batches(stored, scales, total)
 
-    def _copy(
-        self, owners: deque[Tensor], addresses: Int[np.ndarray, " pool"], shard: int, rows: Int[np.ndarray, " rows"],
-        first: int,
+    @staticmethod
+    def _gather(
+        parts: Sequence[_Part], places: Int[np.ndarray, " pool"], stored: Sequence[Tensor], begun: int
     ) -> None:  # fmt: skip
-        """Read rows of a shard to their addresses; as long as a thread does, it holds the memory's owners."""
-        self.cache.copy_rows(self.hook, self.order.split, shard, rows, addresses[first : first + len(rows)])
+        """Copy rows from where they are mapped: to batches, of which the first already has `begun` rows."""
+        source = JoinedRows([part.shard.activations for part in parts])
+        order = np.empty_like(places)
+        order[places - begun] = np.concatenate([source.places(n, part.rows) for n, part in enumerate(parts)])
+        chosen, size = torch.from_numpy(order), len(stored[0])
+        for number, batch in enumerate(stored):
+            first, stop = max(number * size - begun, 0), (number + 1) * size - begun
+            out = batch[max(begun - number * size, 0) :][: len(chosen[first:stop])]
+            torch.index_select(source.tensor, 0, chosen[first:stop], out=out)
+
+    @staticmethod
+    def _scatter(
+        target: JoinedRows, slots: Int[np.ndarray, " pool"], rows: Shaped[Tensor, "rows d_in"], first: int
+    ) -> None:
+        """Copy rows to their batches: all of them at once, as one array."""
+        target.items[slots[first : first + len(rows)]] = as_rows(rows)
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """Rows on the device as they were read, and the order in which they are used.
+    """Rows on the device in the order in which they were read, and the order in which they are used.
 
     Attributes:
         memory: holds the rows, and perhaps others behind them.
@@ -173,7 +245,7 @@ class _Pool:
 
 
 class DevicePools(Pools):
-    """Pools in the memory of a device: rows are copied there once, as read, and gathered there by index.
+    """Pools in the memory of a device: rows are copied there once, in the order of the text, and gathered by index.
 
     Args:
         cache, hook, order: as for `Pools`.
@@ -181,82 +253,50 @@ class DevicePools(Pools):
     """
 
     def __init__(self, cache: ActivationCache, hook: str, order: TokenOrder, transfer: Transfer) -> None:
-        super().__init__(cache, hook, order)
-        self.transfer = transfer
+        super().__init__(cache, hook, order, transfer, _DEVICE_PIECE)
 
     def batches(self, plans: Iterator[PoolPlan], rows: int) -> Generator[Shaped[Tensor, "batch d_in"], None, None]:
         parts: list[Tensor] = []
         missing = rows
-        for pool in self._pools(plans):
-            start = 0
-            while start < len(pool.order):
-                chosen = pool.order[start : start + missing]
-                gathered = pool.memory.index_select(0, chosen)
-                parts.append(gathered if pool.scale is None else dequantise(gathered, pool.scale[chosen]))
-                missing -= len(chosen)
-                start += len(chosen)
-                if missing == 0:
-                    yield parts[0] if len(parts) == 1 else torch.cat(parts)
-                    parts, missing = [], rows
+        with contextlib.closing(self._pools(plans)) as pools:
+            for pool in pools:
+                start = 0
+                while start < len(pool.order):
+                    chosen = pool.order[start : start + missing]
+                    gathered = pool.memory.index_select(0, chosen)
+                    parts.append(gathered if pool.scale is None else dequantise(gathered, pool.scale[chosen]))
+                    missing -= len(chosen)
+                    start += len(chosen)
+                    if missing == 0:
+                        yield parts[0] if len(parts) == 1 else torch.cat(parts)
+                        parts, missing = [], rows
 
-    def _pools(self, plans: Iterator[PoolPlan]) -> Iterator[_Pool]:
-        size = self.order.pool_tokens
-        memory, other = (self.transfer.device_memory(size, self.width, dtype=self.dtype) for _ in range(2))
-        buffers = _Buffers(self.transfer, min(self.piece_rows, size), self.width, self.dtype)
+    def _pools(self, plans: Iterator[PoolPlan]) -> Generator[_Pool, None, None]:
+        memory, other = (
+            self.transfer.device_memory(self.order.pool_tokens, self.width, dtype=self.dtype) for _ in range(2)
+        )
         with background(1) as filler, background(READERS) as readers:
-            filling = filler.submit(self._fill, plans, memory, buffers, readers)
+            filling = filler.submit(self._fill, plans, memory, readers)
             while True:
                 pool = filling.result()
                 self.transfer.follow()  # the batches of the pool before are gathered before its memory is filled again
                 memory, other = other, memory
-                filling = filler.submit(self._fill, plans, memory, buffers, readers)
+                filling = filler.submit(self._fill, plans, memory, readers)
                 self.transfer.receive(pool.filled, *pool.tensors)
                 yield pool
 
-    def _fill(self, plans: Iterator[PoolPlan], memory: Tensor, buffers: _Buffers, readers: ThreadPoolExecutor) -> _Pool:
+    def _fill(self, plans: Iterator[PoolPlan], memory: Tensor, readers: ThreadPoolExecutor) -> _Pool:
         plan = next(plans)
-        scale = self.read(plan, readers, partial(self._copy, memory, buffers))
+        parts = list(self._parts(plan))
+        self._read(parts, readers, lambda rows, first: self.transfer.copy(rows, memory[first : first + len(rows)]))
         places = plan.places[plan.places >= plan.skip] - plan.skip
         order = torch.empty_like(places)
         order[places] = torch.arange(len(places))
         order, filled = self._send(order)
-        if scale is not None:
+        if (scale := self._scale(parts)) is not None:
             scale, filled = self._send(scale)
         return _Pool(memory, order, scale, filled)
-
-    def _copy(self, memory: Tensor, buffers: _Buffers, shard: int, rows: Int[np.ndarray, " rows"], first: int) -> None:
-        """Read rows of a shard into a buffer, and begin to copy them to their place on the device."""
-        with buffers.borrowed() as lent:
-            addresses = lent.buffer.data_ptr() + np.arange(len(rows)) * self.row_bytes
-            self.cache.copy_rows(self.hook, self.order.split, shard, rows, addresses)
-            lent.copied = self.transfer.copy(lent.buffer[: len(rows)], memory[first : first + len(rows)])
 
     def _send(self, numbers: Tensor) -> tuple[Tensor, Event]:
         target = self.transfer.device_memory(len(numbers), dtype=numbers.dtype)
         return target, self.transfer.copy(numbers, target)
-
-
-@dataclass
-class _Lent:
-    buffer: Tensor
-    copied: Event | None = None
-
-
-class _Buffers:
-    """Memory of the host that threads read into, one buffer each, and that is copied from."""
-
-    def __init__(self, transfer: Transfer, rows: int, width: int, dtype: torch.dtype) -> None:
-        self._free: queue.SimpleQueue[_Lent] = queue.SimpleQueue()
-        for _ in range(READERS):
-            self._free.put(_Lent(transfer.host_memory(rows, width, dtype=dtype)))
-
-    @contextlib.contextmanager
-    def borrowed(self) -> Iterator[_Lent]:
-        """A buffer that no thread reads into, and that nothing is copied from any more."""
-        lent = self._free.get()
-        try:
-            if lent.copied is not None:
-                lent.copied.synchronize()
-            yield lent
-        finally:
-            self._free.put(lent)

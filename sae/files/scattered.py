@@ -1,103 +1,100 @@
-"""Rows of a file, read by the system straight to their places in memory."""
+"""Rows from many places of a file, read together in few requests."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
-_MOST_PIECES = 1024
-"""`IOV_MAX` of Linux and macOS."""
-_BRIDGED = 1 << 14
-"""Gaps up to this size are read too, and dropped: another read would cost more."""
-_DROPPED = np.empty(_BRIDGED, dtype=np.uint8)
-_PIECE_BYTES = 2 * np.dtype(np.intp).itemsize
-
-_preadv = ctypes.CDLL(None, use_errno=True).preadv
-_preadv.restype = ctypes.c_ssize_t
-_preadv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+_BRIDGED_BYTES = 1 << 14
+"""Gaps up to this size are read too, and dropped: another request would cost more."""
+_DROPPED = memoryview(bytearray(_BRIDGED_BYTES))
+_MOST_PIECES = 1000
+"""Pieces of memory that one request fills; systems allow 1024."""
+_NO_WAITING = getattr(os, "RWF_NOWAIT", None)
+_BYTE = bytearray(1)
 
 
-def read_rows(
-    descriptor: int, start: int, row_bytes: int, rows: Int[np.ndarray, " rows"], addresses: Int[np.ndarray, " rows"]
-) -> None:
-    """Copy rows of a file to memory, without a copy in between.
+@dataclass(frozen=True)
+class RowFile:
+    """An open file that holds rows of bytes.
 
-    Rows that follow each other in the file are read by one call, which puts each in its place. Other threads run
-    meanwhile.
-
-    Args:
+    Attributes:
         descriptor: the open file.
         start: byte at which row 0 begins.
         row_bytes: size of a row.
-        rows: numbers of the rows, ascending.
-        addresses: where each goes: addresses of memory that the caller owns and keeps.
-
-    Raises:
-        OSError: the system cannot read the file.
-        EOFError: the file ends before the last row.
     """
-    if len(rows) == 0:
-        return
-    pieces, offsets = _pieces(start, row_bytes, rows, addresses)
-    begins = _begins_of_reads(pieces, offsets)
-    ends = [*begins[1:].tolist(), len(pieces)]
-    sums = np.add.reduceat(pieces[:, 1], begins).tolist()
-    first = pieces.ctypes.data
-    for begin, end, size, offset in zip(begins.tolist(), ends, sums, offsets[begins].tolist(), strict=True):
-        count = _preadv(descriptor, first + begin * _PIECE_BYTES, end - begin, offset)
-        if count != size:
-            _finish(descriptor, pieces[begin:end], offset, count)
+
+    descriptor: int
+    start: int
+    row_bytes: int
+
+    def read(self, rows: Int[np.ndarray, " rows"], out: Shaped[np.ndarray, " rows"]) -> None:
+        """Read rows into memory, one after the other.
+
+        Args:
+            rows: their numbers, ascending.
+            out: contiguous items of `row_bytes` bytes.
+
+        Raises:
+            OSError: the system cannot read the file.
+            EOFError: the file ends before the last row.
+        """
+        memory = out.view(np.uint8).data
+        pieces: list[memoryview] = []
+        begin = end = 0
+        for first, stop, row in _runs(rows):
+            offset = row * self.row_bytes
+            gap = offset - end
+            if pieces and (gap > _BRIDGED_BYTES or len(pieces) > _MOST_PIECES):
+                _fill(self.descriptor, pieces, self.start + begin)
+                pieces = []
+            if not pieces:
+                begin = offset
+            elif gap:
+                pieces.append(_DROPPED[:gap])
+            pieces.append(memory[first * self.row_bytes : stop * self.row_bytes])
+            end = offset + (stop - first) * self.row_bytes
+        if pieces:
+            _fill(self.descriptor, pieces, self.start + begin)
+
+    def is_cached(self, rows: Int[np.ndarray, " rows"]) -> bool:
+        """Whether rows are in the page cache, as far as one byte of each run tells; False if the system does not say.
+
+        Args:
+            rows: numbers of rows, ascending.
+        """
+        if _NO_WAITING is None:
+            return False
+        try:
+            for first, stop, row in _runs(rows):  # in the middle, because runs share pages with their neighbours
+                offset = self.start + row * self.row_bytes + (stop - first) * self.row_bytes // 2
+                os.preadv(self.descriptor, [_BYTE], offset, _NO_WAITING)
+        except OSError:
+            return False
+        return True
 
 
-def _pieces(
-    start: int, row_bytes: int, rows: Int[np.ndarray, " rows"], addresses: Int[np.ndarray, " rows"]
-) -> tuple[Int[np.ndarray, "pieces 2"], Int[np.ndarray, " pieces"]]:
-    """Address and length of each piece of memory, and the place of its content in the file."""
-    joined = (np.diff(rows) == 1) & (np.diff(addresses) == row_bytes)
-    firsts = np.flatnonzero(np.concatenate(([True], ~joined)))
-    offsets = start + rows[firsts] * row_bytes
-    pieces = np.stack([addresses[firsts], np.diff(firsts, append=len(rows)) * row_bytes], axis=1)
-    ends = offsets + pieces[:, 1]
-    gaps = offsets[1:] - ends[:-1]
-    bridged = np.flatnonzero((gaps > 0) & (gaps <= _BRIDGED))
-    if len(bridged):
-        dropped = np.stack([np.full(len(bridged), _DROPPED.ctypes.data), gaps[bridged]], axis=1)
-        pieces = np.insert(pieces, bridged + 1, dropped, axis=0)
-        offsets = np.insert(offsets, bridged + 1, ends[bridged])
-    return np.ascontiguousarray(pieces, dtype=np.intp), offsets
+def _runs(rows: Int[np.ndarray, " rows"]) -> Iterator[tuple[int, int, int]]:
+    """Ranges of `rows` whose numbers follow each other, and the first of the numbers."""
+    if len(rows):
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        bounds = [0, *breaks.tolist(), len(rows)]
+        for (first, stop), row in zip(pairwise(bounds), rows[bounds[:-1]].tolist(), strict=True):
+            yield first, stop, row
 
 
-def _begins_of_reads(
-    pieces: Int[np.ndarray, "pieces 2"], offsets: Int[np.ndarray, " pieces"]
-) -> Int[np.ndarray, " reads"]:
-    """The first piece of each read: its pieces follow each other in the file, and are not too many."""
-    apart = offsets[1:] != (offsets + pieces[:, 1])[:-1]
-    runs = np.flatnonzero(np.concatenate(([True], apart)))
-    number = np.arange(len(pieces))
-    in_run = number - np.repeat(runs, np.diff(runs, append=len(pieces)))
-    return np.flatnonzero(in_run % _MOST_PIECES == 0)
-
-
-def _finish(descriptor: int, pieces: Int[np.ndarray, "pieces 2"], offset: int, count: int) -> None:
-    """Go on with a read that failed or gave less than it was asked for."""
-    while True:
-        if count < 0:
-            code = ctypes.get_errno()
-            if code != errno.EINTR:
-                raise OSError(code, os.strerror(code))
-        elif count == 0:
+def _fill(descriptor: int, pieces: list[memoryview], offset: int) -> None:
+    """Fill pieces of memory with what follows in a file."""
+    left = sum(map(len, pieces))
+    while (count := os.preadv(descriptor, pieces, offset)) < left:
+        if count == 0:
             raise EOFError(f"it ends at byte {offset:,}")
-        else:
-            offset += count
-            ends = pieces[:, 1].cumsum()
-            done = int(np.searchsorted(ends, count, side="right"))
-            if done == len(pieces):
-                return
-            pieces = pieces[done:].copy()
-            left = int(ends[done]) - count
-            pieces[0] += (pieces[0, 1] - left, left - pieces[0, 1])
-        count = _preadv(descriptor, pieces.ctypes.data, len(pieces), offset)
+        left, offset = left - count, offset + count
+        while count >= len(pieces[0]):
+            count -= len(pieces.pop(0))
+        pieces[0] = pieces[0][count:]
