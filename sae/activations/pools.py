@@ -47,6 +47,12 @@ class _Lent:
     copied: Event | None = None
 
 
+def _fresh(plan: PoolPlan) -> Int[np.ndarray, " rows"]:
+    """The place of each row that has not been used, among those that have not."""
+    places = plan.places.numpy()
+    return places[places >= plan.skip] - plan.skip if plan.skip else places
+
+
 class Pools(ABC):
     """Batches of the rows of one pool after the other, as stored; only int8 is converted, to float32.
 
@@ -181,25 +187,24 @@ class HostPools(Pools):
         """Read the next pool into batches, of which the first may have been begun with the end of the pool before."""
         plan = next(plans)
         parts = list(self._parts(plan))
-        places = plan.places.numpy()
-        places = begun.rows + (places[places >= plan.skip] - plan.skip if plan.skip else places)
-        total = begun.rows + len(plan.places) - plan.skip
+        places = _fresh(plan)
         stored = begun.stored
-        while len(stored) * memory.rows < total:
+        while len(stored) * memory.rows < begun.rows + len(places):
             stored.append(memory.take())
         if all(part.shard.is_cached(part.rows) for part in parts):
             until_unchanged([part.shard for part in parts], lambda: self._gather(parts, places, stored, begun.rows))
         else:
             target = JoinedRows(stored)
-            self._read(parts, readers, partial(self._scatter, target, target.all_places(memory.rows)[places]))
+            slots = target.all_places(memory.rows)[begun.rows :][places]
+            self._read(parts, readers, partial(self._scatter, target, slots))
         scales = deque[Tensor]()
         if (scale := self._scale(parts)) is not None:
             by_row = torch.empty(len(stored), memory.rows, dtype=torch.float32)
             for first in begun.scales:
                 by_row[0] = first
-            by_row.view(-1)[torch.from_numpy(places)] = scale
+            by_row.view(-1)[begun.rows :][torch.from_numpy(places)] = scale
             scales.extend(by_row.unbind())
-        return _Batches(stored, scales, total)
+        return _Batches(stored, scales, begun.rows + len(places))
 
     @staticmethod
     def _gather(
@@ -208,7 +213,8 @@ class HostPools(Pools):
         """Copy rows from where they are mapped: to batches, of which the first already has `begun` rows."""
         source = JoinedRows([part.shard.activations for part in parts])
         order = np.empty_like(places)
-        order[places - begun] = np.concatenate([source.places(n, part.rows) for n, part in enumerate(parts)])
+        for number, part in enumerate(parts):
+            order[places[part.first : part.first + len(part.rows)]] = source.places(number, part.rows)
         chosen, size = torch.from_numpy(order), len(stored[0])
         for number, batch in enumerate(stored):
             first, stop = max(number * size - begun, 0), (number + 1) * size - begun
@@ -289,7 +295,7 @@ class DevicePools(Pools):
         plan = next(plans)
         parts = list(self._parts(plan))
         self._read(parts, readers, lambda rows, first: self.transfer.copy(rows, memory[first : first + len(rows)]))
-        places = plan.places[plan.places >= plan.skip] - plan.skip
+        places = torch.from_numpy(_fresh(plan))
         order = torch.empty_like(places)
         order[places] = torch.arange(len(places))
         order, filled = self._send(order)

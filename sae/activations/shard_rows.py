@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,13 +93,13 @@ class ShardRows:
             yield RowFile(file.fileno(), self._start, self.activations.shape[1] * self.activations.element_size())
 
 
-def until_unchanged(shards: Iterable[ShardRows], copy: Callable[[], None]) -> None:
+def until_unchanged(shards: Sequence[ShardRows], copy: Callable[[], None]) -> None:
     """Copy rows of shards, and do so again if a shard was written to before the end.
 
     Raises:
         DamagedError: a shard differs from its hash, or is written to again and again.
     """
-    shards = list(shards)
+    changed = list(shards)
     for _ in range(TIMES_READ):
         copy()
         changed = [shard for shard in shards if not shard.is_unchanged()]
