@@ -47,7 +47,7 @@ class BatchMemory:
         """A piece of memory, cut into batches, that is free again when all of them are gone."""
         size = self._together * self._bytes
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = self._free.popleft() if self._free else mmap.mmap(-1, size, flags=private)
+        memory = self._free.pop() if self._free else mmap.mmap(-1, size, flags=private)
         piece = np.frombuffer(memory, dtype=np.uint8)
         weakref.finalize(piece, self._free.append, memory).atexit = False
         return [piece[start : start + self._bytes] for start in range(0, size, self._bytes)]

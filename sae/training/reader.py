@@ -127,7 +127,8 @@ class Reader:
         if parts is None:
             return None
         places = self._now() if self._prefetches else None
-        batch = {name: x.to(self.device, torch.float32) for name, x in parts.items()}
+        copy = self._prefetches  # the source may use its memory again for the next batch
+        batch = {name: x.to(self.device, torch.float32, copy=copy) for name, x in parts.items()}
         self._prefetches = self._prefetches and self._can_be_read_in_a_thread(parts)
         if self._prefetches:
             self._prefetch()
