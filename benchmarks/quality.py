@@ -96,7 +96,7 @@ def activations(cache: ActivationCache, hook: str, split: str, count: int | None
     """The cache's eligible activations `[rows, d_in]`, `count` of them or all, rounded down to whole batches of 512."""
     loader = ActivationLoader(cache, hook, batch_size=512, split=split)
     wanted = min(count or loader.tokens_per_epoch, loader.tokens_per_epoch)
-    return torch.cat(list(itertools.islice(loader, wanted // 512)))
+    return torch.cat(list(itertools.islice(loader, wanted // 512))).float()
 
 
 def export(cache: ActivationCache, hook: str, held_out_rows: int, path: Path) -> Data:

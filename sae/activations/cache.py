@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae.activations.manifest import HookEntry
+from sae.activations.shard_rows import ShardRows
 from sae.activations.tokens import ContextBatch, TokenStore
 from sae.config.splits import TRAIN
 from sae.errors import CacheError
@@ -52,6 +54,11 @@ class ActivationCache(TokenStore):
         """Width of the activations at `hook`."""
         return self._hook(hook).d_in
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Type of the stored numbers."""
+        return NUMBER_TYPES[self.manifest.dtype]
+
     def statistics(self, hook: str) -> Statistics:
         """Mean and mean squared norm of the stored training activations at `hook`.
 
@@ -68,7 +75,12 @@ class ActivationCache(TokenStore):
         """Stored activations `[rows, d_in]` of a shard, mapped into memory, and the scale of each row for int8."""
         name, rows, d_in = self._name(hook, split, number), self._shard_rows(split, number), self.d_in(hook)
         scale = self._tensor(name, "scale", torch.float32, (rows,)) if self.manifest.dtype == "int8" else None
-        return self._tensor(name, "activations", NUMBER_TYPES[self.manifest.dtype], (rows, d_in)), scale
+        return self._tensor(name, "activations", self.stored_dtype, (rows, d_in)), scale
+
+    def shard_rows(self, hook: str, split: str, number: int) -> ShardRows:
+        """The stored rows of a shard, to be copied to other places in memory."""
+        name = self._name(hook, split, number)
+        return ShardRows(self.path / name, partial(self._check, name), *self.activation_shard(hook, split, number))
 
     @in_own_modes
     def contexts(

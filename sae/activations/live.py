@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.activations.cache import NUMBER_TYPES, ActivationCache
+from sae.activations.cache import ActivationCache
 from sae.activations.metadata import dictionary_metadata
 from sae.activations.order import PoolPlan, ShuffledSource, TokenOrder
 from sae.activations.shards import not_finite
@@ -119,7 +119,7 @@ class LivePass:
     @property
     def dtype(self) -> torch.dtype:
         """Number type of the pool."""
-        dtype = NUMBER_TYPES[self.cache.manifest.dtype]
+        dtype = self.cache.stored_dtype
         return torch.bfloat16 if dtype == torch.int8 else dtype
 
     def pool_bytes(self, hook: str) -> int:

@@ -100,6 +100,16 @@ class TokenOrder:
         """The shards that a pool needs."""
         return np.unique(self._shard[plan.blocks]).tolist()
 
+    def reads(self, plan: PoolPlan) -> Iterator[tuple[int, Int[np.ndarray, " rows"]]]:
+        """The rows that a pool needs of each shard, both ascending: `shards_of` with `rows_of`."""
+        shards, firsts = np.unique(self._shard[plan.blocks], return_index=True)
+        in_block = np.arange(self.block_tokens)
+        for number, blocks in zip(shards.tolist(), np.split(plan.blocks, firsts[1:]), strict=True):
+            eligible = self._eligible_rows[number].numpy()
+            rows = (self._start[blocks][:, None] + in_block).ravel()
+            rows = rows[: np.searchsorted(rows, len(eligible))]
+            yield number, rows[eligible[rows]]
+
     def rows_of(self, plan: PoolPlan, shard: int) -> Int[Tensor, " rows"]:
         """The eligible rows within a shard that a pool needs, ascending."""
         eligible = self._eligible_rows[shard]

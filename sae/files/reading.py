@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -172,6 +172,27 @@ def tensor_of(file: Any, name: str, path: Path, remedy: str | None = None) -> Te
         raise unreadable(path, error, remedy) from error
     except (SafetensorError, ValueError) as error:
         raise damaged(path, f"damaged ({_short(error)})", remedy) from error
+
+
+def tensor_start(file: BinaryIO, name: str, path: Path, remedy: str | None = None) -> int:
+    """The byte of a safetensors file at which a tensor begins.
+
+    Args:
+        file: the open file, whose content was checked.
+        name: the tensor.
+        path: where it lies, for errors.
+        remedy: what to do if it is damaged; by default depends on its name.
+
+    Raises:
+        DamagedError: there is no tensor with this name.
+    """
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > MOST_JSON_BYTES:
+        raise damaged(path, f"damaged (a header of {length:,} bytes)", remedy)
+    header = parse_json(path, file.read(length), remedy)
+    with taken_apart(path, remedy):
+        return 8 + length + header[name]["data_offsets"][0]
 
 
 def _opened(path: Path, opener: Callable[[Path], Parsed], expected: str | None, remedy: str | None) -> Parsed:

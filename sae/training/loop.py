@@ -210,7 +210,7 @@ class _Run:
                     lines = JsonLines(member.folder, self.step)
                     stack.callback(lines.close)
                     member.sinks.insert(0, lines)
-            self.reader.begin(self.step)
+            stack.enter_context(self.reader.reading(self.step, self.steps))
             clock = CheckpointClock(self.checkpoint_every, sum(map(checkpoint_bytes, self.members.values())))
             self.reader.stop_when(stop.is_set)
             while self.step < self.steps and self.members:

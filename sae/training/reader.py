@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,41 +14,73 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import TrainingError
+from sae.numerics.transfer import Event, Transfer
 from sae.training.recipe import Recipe
 from sae.training.source import BatchSource, IterableSource, StoppableSource
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A batch of every source, and the sources' places after it."""
+    """A batch of every source, and the sources' places after it; None: the places that they have now."""
 
     batch: dict[str, Float[Tensor, "batch d_in"]]
-    places: dict[str, dict[str, Any]]
+    places: dict[str, dict[str, Any]] | None
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A batch on its way to the device."""
+
+    target: Tensor
+    copied: Event
 
 
 class Reader:
     """Reads batches of several sources, in which equal rows belong to the same tokens.
 
+    On a GPU, batches that sources give on the CPU are read one step ahead, in a thread, and copied from pinned memory
+    while the GPU computes. Sources that give batches on the GPU, perhaps because they run a model there, are read by
+    the calling thread when the step is due.
+
     Args:
         sources: sources by name.
         device: where batches go.
         callers_mode: the caller's PyTorch modes, which apply to the sources, because one may run a language model.
+        ahead: read ahead what comes on the CPU; None: if the device is a GPU.
     """
 
     def __init__(
         self, sources: Mapping[str, BatchSource], device: torch.device,
-        callers_mode: Callable[[], contextlib.AbstractContextManager[None]],
+        callers_mode: Callable[[], contextlib.AbstractContextManager[None]], ahead: bool | None = None,
     ) -> None:  # fmt: skip
         self.sources, self.device, self.callers_mode = sources, device, callers_mode
-        self._count = 0
+        self._prefetches = device.type == "cuda" if ahead is None else ahead
+        self._transfer = Transfer(device)
+        self._count, self._last = 0, 0
         self._ahead: deque[_Read] = deque()
         self._places: dict[str, dict[str, Any]] | None = None  # at the newest step; None: the sources' own
         self._unreadable: Exception | None = None
         self._batches: Iterator[tuple[Tensor, ...]] = iter(())
+        self._thread: ThreadPoolExecutor | None = None
+        self._coming: Future[tuple[dict[str, _Sent], dict[str, dict[str, Any]]] | None] | None = None
+        self._buffers: dict[str, deque[tuple[Tensor, Event]]] = {name: deque() for name in sources}
 
-    def begin(self, steps_done: int) -> None:
-        """Start reading at the sources' places."""
-        self._count, self._batches = steps_done, self._rows()
+    @contextlib.contextmanager
+    def reading(self, steps_done: int, steps: int) -> Iterator[None]:
+        """Start reading at the sources' places; at the end, no thread uses the sources any more.
+
+        Args:
+            steps_done: number of steps before.
+            steps: number of steps in all; nothing is read ahead for later ones.
+        """
+        self._count, self._last, self._batches = steps_done, steps, self._rows()
+        try:
+            yield
+        finally:
+            if self._thread is not None:
+                wait([] if self._coming is None else [self._coming])
+                self._thread.shutdown()
+                self._thread, self._coming = None, None
 
     def stop_when(self, stopped: Callable[[], bool]) -> None:
         """Let sources that compute for long ask whether to stop."""
@@ -65,22 +98,19 @@ class Reader:
         Raises:
             TrainingError: the batches do not fit together.
         """
-        if self._ahead:
-            read = self._ahead.popleft()
-            self._places = read.places
-            return read.batch
-        if self._unreadable is not None:
+        if not self._ahead and self._unreadable is not None:
             raise self._unreadable
-        self._places = None
-        return self._read()
+        read = self._ahead.popleft() if self._ahead else self._read()
+        self._places = None if read is None else read.places
+        return None if read is None else read.batch
 
     def look_ahead(self, count: int) -> list[dict[str, Float[Tensor, "batch d_in"]]]:
         """The next `count` batches, or fewer at the end; `next` still returns them."""
         self._places = self._places or self._now()
         try:
-            while self._unreadable is None and len(self._ahead) < count and (batch := self._read()) is not None:
-                copies = {name: x.clone() for name, x in batch.items()}  # an iterable may reuse its buffer
-                self._ahead.append(_Read(copies, self._now()))
+            while self._unreadable is None and len(self._ahead) < count and (read := self._read()) is not None:
+                copies = {name: x.clone() for name, x in read.batch.items()}  # an iterable may reuse its buffer
+                self._ahead.append(_Read(copies, read.places or self._now()))
         except Exception as error:  # raised when its step is due, if ever
             self._unreadable = error
         return [read.batch for read in self._ahead]
@@ -90,12 +120,33 @@ class Reader:
         places = self._places or self._now()
         return {role: places[name] for role, name in recipe.sources.items()}
 
-    def _read(self) -> dict[str, Float[Tensor, "batch d_in"]] | None:
+    def _read(self) -> _Read | None:
+        """The batches of the next step that was not read yet; the step after it is begun to be read."""
+        if self._coming is not None:
+            coming, self._coming = self._coming, None
+            sent = coming.result()
+            if sent is None:
+                return None
+            self._prefetch()
+            return _Read({name: self._received(x) for name, x in sent[0].items()}, sent[1])
+        parts = self._parts()
+        if parts is None:
+            return None
+        places = self._now() if self._prefetches else None
+        copy = self._prefetches  # the source may use its memory again for the next batch
+        batch = {name: x.to(self.device, torch.float32, copy=copy) for name, x in parts.items()}
+        self._prefetches = self._prefetches and self._can_be_read_in_a_thread(parts)
+        if self._prefetches:
+            self._prefetch()
+        return _Read(batch, places)
+
+    def _parts(self) -> dict[str, Tensor] | None:
+        """A batch of every source, as the source gives it."""
         with self.callers_mode():
             parts = next(self._batches, None)
         if parts is None:
             return None
-        batch = dict(zip(self.sources, parts, strict=True))
+        batch = {name: x.detach() for name, x in zip(self.sources, parts, strict=True)}
         self._count += 1
         for name, x in batch.items():
             if x.ndim != 2 or x.shape[1] != self.sources[name].d_in:
@@ -106,7 +157,43 @@ class Reader:
                 f"at step {self._count} {' and '.join(self.sources)} differ in length: one has started again and the "
                 "other has not; give them the same number of batches, with rows of the same tokens"
             )
-        return {name: x.detach().to(self.device, torch.float32) for name, x in batch.items()}
+        return batch
+
+    def _can_be_read_in_a_thread(self, parts: Mapping[str, Tensor]) -> bool:
+        """Whether no source uses the device, and none needs another default type, which all threads share."""
+        with self.callers_mode():
+            same_type = torch.get_default_dtype() == torch.float32
+        return same_type and all(x.device.type == "cpu" for x in parts.values())
+
+    def _prefetch(self) -> None:
+        if self._count < self._last:
+            self._thread = self._thread or ThreadPoolExecutor(1)
+            self._coming = self._thread.submit(self._send)
+
+    def _send(self) -> tuple[dict[str, _Sent], dict[str, dict[str, Any]]] | None:
+        """Read a batch of every source, and begin to copy it to the device."""
+        parts = self._parts()
+        if parts is None:
+            return None
+        return {name: self._send_one(name, x) for name, x in parts.items()}, self._now()
+
+    def _send_one(self, name: str, x: Tensor) -> _Sent:
+        """Begin to copy a batch from one of two buffers, so that the source may use its own memory again."""
+        buffers = self._buffers[name]
+        buffer, copied = buffers.popleft() if len(buffers) == 2 else (None, None)
+        if copied is not None:
+            copied.synchronize()
+        if buffer is None or buffer.shape != x.shape or buffer.dtype != x.dtype:
+            buffer = self._transfer.host_memory(*x.shape, dtype=x.dtype)
+        buffer.copy_(x)
+        target = self._transfer.device_memory(*x.shape, dtype=x.dtype)
+        copied = self._transfer.copy(buffer, target)
+        buffers.append((buffer, copied))
+        return _Sent(target, copied)
+
+    def _received(self, sent: _Sent) -> Float[Tensor, "batch d_in"]:
+        self._transfer.receive(sent.copied, sent.target)
+        return sent.target.float()
 
     def _now(self) -> dict[str, dict[str, Any]]:
         return {name: source.state_dict() for name, source in self.sources.items()}

@@ -33,7 +33,11 @@ class BatchSource(Protocol):
         ...
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Batches from the current place. To set a threshold, the loop reads a few before their step is due."""
+        """Batches from the current place, of any type that float32 can be made of, and on any device.
+
+        To set a threshold, the loop reads a few before their step is due. Training on a GPU, it reads batches that are
+        on the CPU one step ahead, in a thread; those on the GPU only in its own.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

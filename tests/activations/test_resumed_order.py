@@ -68,7 +68,7 @@ def test_it_goes_on_in_the_order_it_was_begun_with(
     cache: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("sae.activations.loader.STREAMS", 1)
+        patch.setattr("sae.activations.order.STREAMS", 1)
         whole = train(loader(cache), SHAPE, SETTINGS)
         begin(cache, tmp_path / "run")
     forget_version(tmp_path / "run")
@@ -84,7 +84,7 @@ def test_two_orders_are_not_read_in_one_pass(
 ) -> None:
     begin(cache, tmp_path / "new")
     with monkeypatch.context() as patch:
-        patch.setattr("sae.activations.loader.STREAMS", 1)
+        patch.setattr("sae.activations.order.STREAMS", 1)
         begin(cache, tmp_path / "old")
     forget_version(tmp_path / "old")
     recipes = {name: Recipe(SHAPE, SETTINGS, folder=tmp_path / name) for name in ("new", "old")}

@@ -1,0 +1,284 @@
+"""Pools on the host and on a device: the same batches by every way, no row of a damaged shard, memory used again."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.activations import ActivationCache
+from sae.activations.batch_memory import BatchMemory
+from sae.activations.joined_rows import JoinedRows
+from sae.activations.loader import ActivationLoader
+from sae.activations.pools import DevicePools, HostPools
+from sae.activations.shard_rows import ShardRows, as_rows
+from sae.errors import DamagedError
+from tests.support.late_transfer import LateTransfer
+
+HOOK = "blocks.0.hook_resid_pre"
+ROWS, CONTEXT = 1003, 8
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+WriteCache = Callable[..., ActivationCache]
+
+
+def cache_of(write_cache: WriteCache, dtype: torch.dtype, width: int = 5, **options: Any) -> ActivationCache:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 5, (ROWS,), generator=generator)
+    if dtype == torch.int8:
+        x = torch.randint(-127, 128, (ROWS, width), generator=generator, dtype=dtype)
+        options["scale"] = torch.rand(ROWS, generator=generator) + 0.1
+    else:
+        x = torch.randn(ROWS, width, generator=generator).to(dtype)
+    return write_cache(x, tokens, context_length=CONTEXT, **options)
+
+
+def loader_of(cache: ActivationCache, **options: Any) -> ActivationLoader:
+    return ActivationLoader(cache, HOOK, **{"batch_size": 20, "pool_tokens": 90, "block_tokens": 16, **options})
+
+
+def batches(loader: ActivationLoader, count: int = 90) -> Tensor:
+    """More than two epochs."""
+    return torch.stack(list(itertools.islice(loader, count)))
+
+
+def expected(loader: ActivationLoader, count: int = 90) -> Tensor:
+    """The same, from all activations in memory."""
+    shards, starts = [], [0]
+    for number in range(loader.cache.shards()):
+        x, scale = loader.cache.activation_shard(HOOK, "train", number)
+        shards.append(x if scale is None else x.float() * scale[:, None])
+        starts.append(starts[-1] + len(x))
+    order, found, everything = loader.order, [], torch.cat(shards)
+    for plan in order.plans(loader.position, loader.streams):
+        rows = torch.cat([order.rows_of(plan, number) + starts[number] for number in order.shards_of(plan)])
+        found.append(everything[rows[plan.places.argsort()]][plan.skip :])
+        if sum(map(len, found)) >= count * loader.batch_size:
+            break
+    return torch.cat(found)[: count * loader.batch_size].view(count, loader.batch_size, -1)
+
+
+def from_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardRows, "is_cached", lambda self, rows: False)
+
+
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device memory is that of the host, and copies to it are made as late as possible."""
+    monkeypatch.setattr(
+        ActivationLoader, "_pools", lambda self: DevicePools(self.cache, self.hook, self.order, LateTransfer())
+    )
+
+
+def from_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardRows, "is_cached", lambda self, rows: True)
+
+
+WAYS = [from_page_cache, from_disk, on_device]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch_size", "pool_tokens", "width"), [(20, 90, 5), (7, 10**6, 1), (130, 64, 9)])
+def test_every_way_gives_the_same_batches(
+    write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, way: Callable[[pytest.MonkeyPatch], None],
+    dtype: torch.dtype, batch_size: int, pool_tokens: int, width: int,
+) -> None:  # fmt: skip
+    way(monkeypatch)
+    loader = loader_of(cache_of(write_cache, dtype, width), batch_size=batch_size, pool_tokens=pool_tokens)
+    wanted = expected(loader)
+    given = batches(loader)
+    assert given.dtype == (torch.float32 if dtype == torch.int8 else dtype)
+    assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("position", [20, 500, 740])
+def test_every_way_goes_on_inside_a_pool(
+    write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, way: Callable[[pytest.MonkeyPatch], None], position: int
+) -> None:
+    way(monkeypatch)
+    loader = loader_of(cache_of(write_cache, torch.int8))
+    loader.load_state_dict({"position": position, "streams": 2})
+    wanted = expected(loader, 40)
+    assert torch.equal(batches(loader, 40), wanted)
+    assert loader.state_dict() == {"position": position + 800, "streams": 2}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_row_of_a_damaged_shard_is_given(
+    write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, way: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """A shard is written to in place after it was checked and used; its inode and its size stay."""
+    way(monkeypatch)
+    cache = cache_of(write_cache, torch.float32)
+    loader = loader_of(cache)
+    wanted = expected(loader)
+    reader, given = iter(loader), 0
+    for batch in itertools.islice(reader, 3):
+        assert torch.equal(batch, wanted[given])
+        given += 1
+    path = cache.path / HOOK / "train-00007.safetensors"
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        file.write(content[:100] + bytes(byte ^ 255 for byte in content[100:]))
+    with pytest.raises(DamagedError, match=r"train-00007.safetensors': damaged or changed"):
+        for batch in reader:
+            assert torch.equal(batch, wanted[given])
+            given += 1
+    assert given < 50
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_shard_replaced_by_an_equal_one_is_read_on(
+    write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, way: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    way(monkeypatch)
+    cache = cache_of(write_cache, torch.float16)
+    loader = loader_of(cache)
+    wanted = expected(loader)
+    reader = iter(loader)
+    first = [next(reader) for _ in range(3)]
+    path = cache.path / HOOK / "train-00007.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert torch.equal(torch.stack([*first, *itertools.islice(reader, 87)]), wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_shard_is_hashed_once(
+    write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, way: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    way(monkeypatch)
+    cache = cache_of(write_cache, torch.float16)
+    checked: list[str] = []
+    original = ActivationCache._check
+
+    def counting(self: ActivationCache, name: str) -> Any:
+        checked.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(ActivationCache, "_check", counting)
+    loader = loader_of(cache)
+    reader = iter(loader)
+    for _ in range(45):
+        next(reader)
+    assert {name for name in checked if HOOK in name} == {f"{HOOK}/train-{n:05}.safetensors" for n in range(32)}
+    checked.clear()
+    for _ in range(90):
+        next(reader)
+    assert checked == [], "later epochs look at times and sizes alone"
+
+
+def test_pools_take_the_memory_that_they_say(write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host two pools, rounded up to batches, however long it is read; on a device exactly two."""
+    cache = cache_of(write_cache, torch.float16)
+    loader = loader_of(cache, batch_size=10, pool_tokens=100)
+    assert loader.pool_bytes == 2 * 100 * 5 * 2
+    taken: list[int] = []
+    original = BatchMemory.take
+
+    def counting(self: BatchMemory) -> Tensor:
+        batch = original(self)
+        taken.append(batch.data_ptr())
+        return batch
+
+    monkeypatch.setattr(BatchMemory, "_new_piece", one_batch_a_piece(BatchMemory._new_piece))
+    monkeypatch.setattr(BatchMemory, "take", counting)
+    for _ in itertools.islice(loader, 300):
+        pass
+    assert len(taken) >= 300
+    assert len(set(taken)) * 100 <= loader.pool_bytes + 4 * 100
+    on_device(monkeypatch)
+    made: list[int] = []
+    monkeypatch.setattr(
+        LateTransfer, "device_memory", lambda self, *shape, dtype: noted(torch.empty(shape, dtype=dtype), made)
+    )
+    for _ in itertools.islice(loader, 100):
+        pass
+    assert sum(size for size in made if size == 1000) == loader.pool_bytes
+    int8 = loader_of(cache_of(write_cache, torch.int8), pool_tokens=100)
+    assert int8.pool_bytes == 2 * 100 * (5 + 4)
+
+
+def one_batch_a_piece(original: Callable[..., Any]) -> Callable[..., Any]:
+    def new_piece(self: BatchMemory) -> Any:
+        self._together = 1
+        return original(self)
+
+    return new_piece
+
+
+def noted(memory: Tensor, sizes: list[int]) -> Tensor:
+    sizes.append(memory.nbytes)
+    return memory
+
+
+def test_memory_is_given_again_when_nobody_holds_it() -> None:
+    memory = BatchMemory(600, 1000, torch.float16)
+    first, second = memory.take(), memory.take()
+    place, part = first.data_ptr(), first[5:7]
+    assert first.untyped_storage().nbytes() == 600 * 1000 * 2, "saving a batch saves no other"
+    assert place % 64 == 0
+    del first
+    assert memory.take().data_ptr() not in (place, second.data_ptr()), "a part of it is still held"
+    del part
+    assert memory.take().data_ptr() == place
+
+
+def test_small_batches_share_a_piece_of_memory_and_nothing_else() -> None:
+    memory = BatchMemory(3, 5, torch.float16)
+    taken = [memory.take().fill_(number) for number in range(40)]
+    assert all((batch == number).all() for number, batch in enumerate(taken))
+    assert all(batch.data_ptr() % 64 == 0 for batch in taken)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 3, 64])
+def test_rows_of_several_tensors_are_one_array(dtype: torch.dtype, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randint(-9, 9, (size, width), generator=generator).to(dtype) for size in (7, 1, 20)]
+    joined = JoinedRows([*tensors, tensors[2][3:]])
+    rows = [torch.tensor([0, 6, 2]), torch.tensor([0]), torch.tensor([19, 4]), torch.tensor([0, 16])]
+    places = torch.cat([torch.from_numpy(joined.places(n, part.numpy())) for n, part in enumerate(rows)])
+    wanted = torch.cat([tensor[part] for tensor, part in zip([*tensors, tensors[2][3:]], rows, strict=True)])
+    assert torch.equal(joined.tensor.index_select(0, places), wanted)
+    joined.items[places[:4].numpy()] = as_rows(torch.full((4, width), 5).to(dtype))
+    assert (tensors[0][[0, 6, 2]] == 5).all() and (tensors[1] == 5).all() and not (tensors[0][1] == 5).all()
+    targets = [torch.zeros(4, width, dtype=dtype) for _ in range(3)]
+    target = JoinedRows(targets)
+    source = torch.arange(12 * width).view(12, width).to(dtype)
+    target.items[target.all_places(4)] = as_rows(source)
+    assert torch.equal(torch.cat(targets), source)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in the page cache")
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_are_gathered_where_they_are_mapped_if_the_system_has_them_in_memory(
+    write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    ways: set[str] = set()
+    for name in ("_gather", "_scatter"):
+        original = getattr(HostPools, name)
+
+        def noting(*given: Any, name: str = name, original: Any = original) -> None:
+            ways.add(name)
+            original(*given)
+
+        monkeypatch.setattr(HostPools, name, staticmethod(noting))
+    real = os.preadv
+
+    def preadv(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags and not cached:
+            raise BlockingIOError
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    loader = loader_of(cache_of(write_cache, torch.bfloat16))
+    wanted = expected(loader)
+    assert torch.equal(batches(loader), wanted)
+    assert ways == {"_gather" if cached else "_scatter"}

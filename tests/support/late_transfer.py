@@ -1,0 +1,40 @@
+"""Copies to a device without one: made as late as a stream of its own could make them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from sae.numerics.transfer import Event, Transfer
+
+
+class LateTransfer(Transfer):
+    """Copies only when somebody waits for them, after those begun before: who does not wait finds other numbers."""
+
+    def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+        super().__init__(device)
+        self.begun: deque[tuple[int, Tensor, Tensor]] = deque()
+        self.count = 0
+        self.lock = threading.Lock()
+
+    def copy(self, source: Tensor, target: Tensor) -> Event:
+        with self.lock:
+            self.count += 1
+            self.begun.append((self.count, source, target))
+            return _Late(self, self.count)
+
+
+class _Late:
+    def __init__(self, transfer: LateTransfer, number: int) -> None:
+        self.transfer, self.number = transfer, number
+
+    def synchronize(self) -> None:
+        with self.transfer.lock:
+            while self.transfer.begun and self.transfer.begun[0][0] <= self.number:
+                _, source, target = self.transfer.begun.popleft()
+                target.copy_(source)
+
+    wait = synchronize
