@@ -11,9 +11,6 @@ from sae.features.ordering import lowest_in_runs, place_in_run, places_of, run_s
 WORST = (1 << 31) - 1
 """Largest key."""
 
-FIRST_FULL = 1 << 17
-"""Firings before the first selection."""
-
 _MOVED_AT_ONCE = 1 << 18
 
 
@@ -82,13 +79,13 @@ class Kept:
     """Firings kept because one of two rules selects them: the strongest, or a random sample.
 
     Firings are added to a buffer. Whenever it is full, both rules select from it, and the others are dropped, so that
-    memory does not grow with the stream. At first it counts as full early, because every selection lowers the limits.
+    memory does not grow with the stream.
 
     Args:
         strongest: the rule for keys −1 − (bits of the value).
         sample: the rule for random keys.
         width: number of tokens in a window.
-        room: firings that can be added between selections in the end.
+        room: firings that can be added before the rules select again.
 
     Attributes:
         feature, key: int32; the key is the random one.
@@ -103,7 +100,6 @@ class Kept:
         self.strongest, self.sample = strongest, sample
         device, self.count = strongest.limit.device, 0
         capacity = strongest.d_sae * (strongest.n + sample.n) + room
-        self._full = min(capacity, FIRST_FULL)
         self.feature = torch.empty(capacity, dtype=torch.int32, device=device)
         self.row = torch.empty(capacity, dtype=torch.int64, device=device)
         self.value = torch.empty(capacity, dtype=torch.float32, device=device)
@@ -113,8 +109,8 @@ class Kept:
 
     @property
     def room(self) -> int:
-        """How many firings can be added before the next selection."""
-        return self._full - self.count
+        """How many firings can be added."""
+        return len(self.row) - self.count
 
     def places(self, number: int) -> slice:
         """Places for some more firings, which the caller fills with all of their columns, in the order of rows."""
@@ -135,7 +131,6 @@ class Kept:
         ):  # fmt: skip
             _move(column, left)
         self.count = len(left)
-        self._full = min(len(self.row), 2 * self.count + FIRST_FULL)
 
 
 def _select(rule: Lowest, selected: Bool[Tensor, " n"], *columns: Int[Tensor, " n"]) -> None:

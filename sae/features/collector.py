@@ -21,7 +21,7 @@ from sae.features.scan import Fired
 from sae.features.windows import Reach, Windows
 from sae.features.write import Collected
 
-ROOM = 1 << 19
+ROOM = 1 << 16
 """Smallest number of firings added before the best are selected again."""
 
 
@@ -174,7 +174,7 @@ class Collector:
         column = candidates.column.index_select(0, fired.token)
         left = candidates.places()
         while len(left):
-            if kept.room < len(left):
+            if not kept.room:
                 kept.select()
             chosen, left = left[: kept.room], left[kept.room :]
             added, token = kept.places(len(chosen)), fired.token.index_select(0, chosen)

@@ -62,7 +62,6 @@ def test_a_store_is_what_enumerating_all_firings_gives(
     assert firings > 5 * reservoir_size(SETTINGS)
     if tight:
         monkeypatch.setattr("sae.features.collector.ROOM", 1)
-        monkeypatch.setattr("sae.features.best.FIRST_FULL", 30)
         monkeypatch.setattr("sae.features.windows.GRID_NUMBERS", 1500)
         monkeypatch.setattr("sae.features.examples._PICKED_AT_ONCE", 100)
         monkeypatch.setattr("sae.features.best._MOVED_AT_ONCE", 10)
