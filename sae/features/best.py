@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.features.ordering import lowest_in_runs, place_in_run, places_of, run_starts, sort_, stable_order
+from sae.features.ordering import lowest_in_runs, place_in_run, places_of, run_starts, sort_, stable_sort
 
 WORST = (1 << 31) - 1
 """Largest key."""
@@ -57,21 +57,20 @@ class Lowest:
         if not len(feature):
             return torch.zeros_like(feature, dtype=torch.bool)
         order = sort_(_pair(feature, key))
-        bounds = torch.searchsorted(order, torch.arange(self.d_sae + 1, device=order.device) << 32)
+        features = torch.arange(self.d_sae + 1, device=order.device)
+        bounds = torch.searchsorted(order, (features << 32) - (1 << 31))
         last, end = bounds[:-1] + (self.n - 1), bounds[1:]
         nth, next_one = (order[(last + more).clamp_max_(len(order) - 1)] for more in (0, 1))
         full, crowded = last < end, (last + 1 < end) & (nth == next_one)
         nth = _low(nth)
         self.limit = (nth - 1).clamp_min_(-1 << 31).int().where(full, self.limit)
         nth = nth.int().where(full, torch.full_like(self.limit, WORST))
-        bound = nth.index_select(0, feature)
-        selected = key <= bound
-        ties = places_of((key == bound).logical_and_(crowded.index_select(0, feature)))
-        if len(ties):
-            ties = ties[stable_order(feature[ties])]
-            tied = feature[ties].long()
+        selected = key <= nth.index_select(0, feature)
+        if crowded.any():
+            ties = places_of(crowded.index_select(0, feature).logical_and_(key == nth.index_select(0, feature)))
+            tied, tie_order = stable_sort(feature[ties])
             below = torch.searchsorted(order, _pair(tied, nth[tied])) - bounds[tied]
-            selected[ties] = place_in_run(tied) < self.n - below
+            selected[ties[tie_order]] = place_in_run(tied) < self.n - below
         return selected
 
 
@@ -149,19 +148,19 @@ def _best_of_groups(
 ) -> Int[Tensor, " best"]:
     """Places of the firing with the lowest key of each feature and group, the earliest if there are several."""
     member = (feature.long() * (int(group.max()) + 1)).add_(group)
-    order = stable_order(member)
-    starts = run_starts(member.index_select(0, order))
+    member, order = stable_sort(member)
+    starts = run_starts(member)
     ranked = _pair(key.index_select(0, order), torch.arange(len(order), device=order.device))
-    return sort_(order[_low(lowest_in_runs(ranked, starts))])
+    return sort_(order.index_select(0, _low(lowest_in_runs(ranked, starts))))
 
 
 def _pair(high: Int[Tensor, " n"], low: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Two int32 as one int64, in their order; the lower half is shifted by 2³¹, to be ≥ 0."""
-    return (high.long() << 32).add_(low).add_(1 << 31)
+    """high · 2³² + low, of numbers that fit into an int32: in their order."""
+    return (high.long() << 32).add_(low)
 
 
 def _low(pair: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    return (pair & ((1 << 32) - 1)) - (1 << 31)
+    return ((pair + (1 << 31)) & ((1 << 32) - 1)) - (1 << 31)
 
 
 def _move(column: Tensor, places: Int[Tensor, " n"]) -> None:

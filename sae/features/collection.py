@@ -62,7 +62,7 @@ def collect(
         language_model: for the logits each feature raises and lowers; None: the store has no logits.
         seed: seed of the random samples.
         device: where tokens are encoded.
-        batch_contexts: number of contexts encoded at once; None: about 2²⁶ / d_sae tokens.
+        batch_contexts: number of contexts encoded at once; None: about 2²⁶ / d_sae tokens, at most 4,096.
         split: the split that is scanned; the histograms' scale is that of the training split.
         progress: called with the number of tokens done and the total.
 
@@ -110,7 +110,9 @@ def scan(
     """
     scale = cache.statistics(hook).mean_squared_norm ** 0.5 or 1.0
     groups = ExampleGroups.of(cache, settings, split)
-    collector = Collector(dictionary.d_sae, settings, cache.context_length, scale, seed, groups, dictionary.device)
+    collector = Collector(
+        dictionary.d_sae, settings, cache.context_length, scale, seed, groups, cache.rows(split), dictionary.device
+    )
     for fired in scan_contexts(
         dictionary, cache, split, hook, tokens=settings.tokens, batch_contexts=batch_contexts, progress=progress
     ):

@@ -21,7 +21,7 @@ from sae.features.scan import Fired
 from sae.features.windows import Reach, Windows
 from sae.features.write import Collected
 
-ROOM = 1 << 16
+ROOM = 1 << 19
 """Smallest number of firings added before the best are selected again."""
 
 
@@ -73,6 +73,7 @@ class Collector:
         scale: scale of the histograms.
         seed: seed of the random samples.
         groups: groups that give one of the strongest examples each.
+        rows: the most rows that will be added.
         device: device of the firings.
     """
 
@@ -84,6 +85,7 @@ class Collector:
         scale: float,
         seed: int,
         groups: ExampleGroups,
+        rows: int,
         device: str | torch.device = "cpu",
     ) -> None:
         self.d_sae, self.settings, self.scale, self.seed, self.groups = d_sae, settings, scale, seed, groups
@@ -95,7 +97,8 @@ class Collector:
         room = max(ROOM, d_sae * (self.strongest.n + self.sample.n) // 2)
         self.kept = Kept(self.strongest, self.sample, self.windows.reach.width, room)
         self.sum = torch.zeros(d_sae, dtype=torch.float64, device=device)
-        self.histogram = torch.zeros(d_sae * FINE_BINS, dtype=torch.int64, device=device)
+        counts = torch.int32 if rows < 1 << 31 else torch.int64
+        self.histogram = torch.zeros(d_sae * FINE_BINS, dtype=counts, device=device)
         self.rows = self.tokens = 0
         self.waiting: list[_Candidates] = []
         self.runs: list[tuple[np.ndarray, np.ndarray]] = []
@@ -120,7 +123,7 @@ class Collector:
         while self.waiting:
             self._keep(self.waiting.pop(0))
         self.kept.select()
-        histogram = self.histogram.view(self.d_sae, FINE_BINS).cpu()
+        histogram = self.histogram.view(self.d_sae, FINE_BINS).cpu().long()
         count = histogram.sum(1).numpy()
         examples = pick_examples(self.kept, histogram, self.scale, self.settings, self.reach)
         starts, documents = (np.concatenate(parts) for parts in zip(*self.runs, strict=True))
@@ -147,7 +150,7 @@ class Collector:
         self, feature: Int[Tensor, " firings"], value: Float[Tensor, " firings"], fires: Bool[Tensor, " firings"]
     ) -> None:
         cell = (feature * FINE_BINS).add_(fine_bins(value, self.scale))
-        self.histogram.scatter_add_(0, cell, fires.long())
+        self.histogram.scatter_add_(0, cell, fires.to(self.histogram.dtype))
         self.sum.index_add_(0, feature, value.double())
 
     def _candidates(
@@ -171,17 +174,17 @@ class Collector:
     def _keep(self, candidates: _Candidates) -> None:
         """Put the candidates into the buffer, with their windows."""
         fired, kept = candidates.fired, self.kept
-        column = candidates.column.index_select(0, fired.token)
+        grid_column = candidates.column.index_select(0, fired.token)
         left = candidates.places()
         while len(left):
-            if not kept.room:
+            if kept.room < len(left):
                 kept.select()
             chosen, left = left[: kept.room], left[kept.room :]
             added, token = kept.places(len(chosen)), fired.token.index_select(0, chosen)
             rows = fired.batch.tokens.numel()
-            self.windows.cut(fired.feature, column, candidates.value, rows, chosen, kept.window[added])
-            for kept_column, source, index in (
-                (kept.feature, fired.feature, chosen),
+            self.windows.cut(fired.feature, grid_column, candidates.value, rows, chosen, kept.window[added])
+            kept.feature[added] = fired.feature.index_select(0, chosen)
+            for column, source, index in (
                 (kept.row, candidates.row, token),
                 (kept.value, candidates.value, chosen),
                 (kept.group, candidates.group, token),
@@ -189,7 +192,7 @@ class Collector:
                 (kept.is_strong, candidates.strong, chosen),
                 (kept.is_sampled, candidates.sampled, chosen),
             ):
-                kept_column[added] = source.index_select(0, index)
+                torch.index_select(source, 0, index, out=column[added])
 
 
 def _batches_behind(device: torch.device) -> int:

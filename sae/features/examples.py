@@ -14,7 +14,7 @@ from torch import Tensor
 from sae.config.settings import FeaturesConfig
 from sae.features.best import Kept
 from sae.features.histogram import fine_bins
-from sae.features.ordering import place_in_run, places_of, stable_order
+from sae.features.ordering import place_in_run, places_of, stable_order, stable_sort
 from sae.features.windows import Reach
 
 _SPREAD = 4.0
@@ -67,19 +67,19 @@ def pick_examples(
         reach: size of the examples' windows.
     """
     d_sae, count = len(histogram), kept.count
-    order = stable_order(kept.feature[:count])
-    feature, value, key, is_strong, is_sampled = (
-        column.index_select(0, order).cpu()
-        for column in (kept.feature, kept.value, kept.key, kept.is_strong, kept.is_sampled)
+    feature, order = stable_sort(kept.feature[:count])
+    value, key, is_strong, is_sampled = (
+        column.index_select(0, order).cpu() for column in (kept.value, kept.key, kept.is_strong, kept.is_sampled)
     )
+    feature = feature.cpu().long()
     at_once = max(1, _PICKED_AT_ONCE // (kept.strongest.n + kept.sample.n))
     firsts = range(0, d_sae, at_once)
-    bounds = torch.searchsorted(feature, torch.tensor([*firsts, d_sae], dtype=torch.int32)).tolist()
+    bounds = torch.searchsorted(feature, torch.tensor([*firsts, d_sae])).tolist()
     picked = []
     for first, (start, end) in zip(firsts, pairwise(bounds), strict=True):
         part, counts = slice(start, end), histogram[first : first + at_once]
         slot, place = _pick(
-            feature[part].long() - first, value[part], key[part], is_strong[part], is_sampled[part],
+            feature[part] - first, value[part], key[part], is_strong[part], is_sampled[part],
             counts, scale, settings,
         )  # fmt: skip
         picked.append((slot + first * (settings.quantiles + 1), place + start))
@@ -116,15 +116,16 @@ def _pick(
     slot = owner * (settings.quantiles + 1) + settings.quantiles
     slot -= _shares(owner, values, histogram, scale, settings.quantiles)
     order = stable_order((owner << 32).add_(key.index_select(0, sampled)).add_(1 << 31))
-    order = order.index_select(0, stable_order(slot.index_select(0, order)))
-    order = order[place_in_run(slot.index_select(0, order)) < settings.per_quantile]
+    slot, by_slot = stable_sort(slot.index_select(0, order))
+    shown = place_in_run(slot) < settings.per_quantile
+    slot, order = slot[shown], order[by_slot[shown]]
 
     place = torch.cat([strongest, sampled[order]])
-    slot = torch.cat([feature[strongest] * (settings.quantiles + 1), slot[order]])
+    slot = torch.cat([feature[strongest] * (settings.quantiles + 1), slot])
     final = stable_order(place)
     final = final[stable_order((1 << 31) - 1 - value[place[final]].view(torch.int32).long())]
-    final = final[stable_order(slot[final])]
-    return slot[final], place[final]
+    slot, by_slot = stable_sort(slot[final])
+    return slot, place[final[by_slot]]
 
 
 def _shares(

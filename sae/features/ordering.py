@@ -27,17 +27,23 @@ def sort_(numbers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     return numbers.copy_(numbers.sort().values)
 
 
-def stable_order(numbers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Places of the numbers from the smallest to the largest, equal ones in their order; numbers are ≥ 0.
+def stable_sort(numbers: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """The numbers, all ≥ 0, from the smallest to the largest, and their places; equal numbers stay in their order.
 
     On a CPU, number and place are sorted as one integer if they fit into 63 bits.
     """
     if numbers.device.type == "cpu" and len(numbers):
         bits = len(numbers).bit_length()
         if int(numbers.max()).bit_length() + bits <= _BITS:
-            pairs = (numbers.long() << bits).add_(torch.arange(len(numbers)))
-            return sort_(pairs).bitwise_and_((1 << bits) - 1)
-    return numbers.sort(stable=True).indices
+            pairs = sort_((numbers.long() << bits).add_(torch.arange(len(numbers))))
+            return pairs >> bits, pairs.bitwise_and_((1 << bits) - 1)
+    numbers, places = numbers.sort(stable=True)
+    return numbers, places
+
+
+def stable_order(numbers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Places of the numbers, all ≥ 0, from the smallest to the largest; equal numbers stay in their order."""
+    return stable_sort(numbers)[1]
 
 
 def run_starts(sorted_numbers: Int[Tensor, " n"]) -> Int[Tensor, " runs"]:
