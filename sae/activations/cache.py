@@ -84,21 +84,32 @@ class ActivationCache(TokenStore):
 
     @in_own_modes
     def contexts(
-        self, split: str = TRAIN, hook: str | None = None, *, batch_contexts: int = 64, max_tokens: int | None = None
+        self,
+        split: str = TRAIN,
+        hook: str | None = None,
+        *,
+        batch_contexts: int = 64,
+        max_tokens: int | None = None,
+        device: str | torch.device = "cpu",
     ) -> Iterator[ContextBatch]:
         """A split in text order, a few contexts at a time, without the contexts that would exceed `max_tokens`.
 
-        If the last context is shorter than the others, it forms a batch of its own.
+        If the last context is shorter than the others, it forms a batch of its own. Activations are copied to `device`
+        as stored and then converted to float32; everything else stays on the CPU.
         """
         if hook:
             self._hook(hook)
-        yield from self._contexts(split, hook, batch_contexts, max_tokens)
+        yield from self._contexts(split, hook, batch_contexts, max_tokens, torch.device(device))
 
-    def _activations(self, hook: str | None, split: str, number: int) -> Callable[[slice], Tensor | None]:
+    def _activations(
+        self, hook: str | None, split: str, number: int, device: torch.device
+    ) -> Callable[[slice], Tensor | None]:
         if hook is None:
-            return super()._activations(hook, split, number)
+            return super()._activations(hook, split, number, device)
         activations, scale = self.activation_shard(hook, split, number)
-        return lambda rows: dequantise(activations[rows], None if scale is None else scale[rows])
+        return lambda rows: dequantise(
+            uploaded(activations[rows], device), None if scale is None else uploaded(scale[rows], device)
+        )
 
     def _numbers(self, split: str) -> Sequence[int]:
         return self.manifest.stored_shards(split)
@@ -118,3 +129,10 @@ class ActivationCache(TokenStore):
 def dequantise(activations: Tensor, scale: Tensor | None) -> Float[Tensor, "rows d_in"]:
     """Convert stored activations to float32."""
     return activations.float() if scale is None else activations.float() * scale[:, None]
+
+
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`, without waiting for what the device is computing."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -175,10 +175,10 @@ class TokenStore:
 
         If the last context is shorter than the others, it forms a batch of its own.
         """
-        yield from self._contexts(split, None, batch_contexts, max_tokens)
+        yield from self._contexts(split, None, batch_contexts, max_tokens, torch.device("cpu"))
 
     def _contexts(
-        self, split: str, hook: str | None, batch_contexts: int, max_tokens: int | None
+        self, split: str, hook: str | None, batch_contexts: int, max_tokens: int | None, device: torch.device
     ) -> Iterator[ContextBatch]:
         length, left = self.context_length, self.rows(split) if max_tokens is None else max_tokens
         first_row = 0
@@ -187,7 +187,7 @@ class TokenStore:
             columns = self.token_columns(split, number)
             tokens, documents, sections = columns["tokens"], columns["documents"], columns.get("sections")
             eligible = eligible_rows(tokens, self.policy, length, columns.get("counted"))
-            activations = self._activations(hook, split, number)
+            activations = self._activations(hook, split, number, device)
             for start, batch_stop in batch_ranges(len(tokens), length, batch_contexts):
                 cut_short = left < batch_stop - start
                 stop = start + left // length * length if cut_short else batch_stop
@@ -208,8 +208,10 @@ class TokenStore:
                 left -= stop - start
             first_row += len(tokens)
 
-    def _activations(self, hook: str | None, split: str, number: int) -> Callable[[slice], Tensor | None]:
-        """Returns rows of a shard's activations, if a hook point is given."""
+    def _activations(
+        self, hook: str | None, split: str, number: int, device: torch.device
+    ) -> Callable[[slice], Tensor | None]:
+        """Returns rows of a shard's activations on a device, if a hook point is given."""
         return lambda _: None
 
     def _checked(self, numbers: Sequence[int], folder: str, split: str) -> Iterator[int]:

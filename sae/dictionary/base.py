@@ -155,6 +155,14 @@ class Dictionary(Traits, nn.Module, ABC):
         return Codes(rows_values.reshape(shape), rows_indices.reshape(shape))
 
     @without_autocast
+    def encode_pairs(
+        self, x: Float[Tensor, "rows d_in"]
+    ) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+        """Row, feature and activation ≥ 0 of every feature that may fire, by rows; without sorting them by strength."""
+        pattern, values = Pattern.of_nonzeros(self._encode_densely(x)) if self._is_dense(x) else self._encode_rows(x)
+        return pattern.rows, pattern.features, values
+
+    @without_autocast
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Feature activations, dense: zero where a feature does not fire."""
         if self._is_dense(x):

@@ -15,8 +15,7 @@ from sae.config.progress import StageProgress
 from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError
-from sae.features.block import Block
-from sae.features.collection import random_keys
+from sae.features.keys import random_keys
 from sae.features.scan import Fired, scan_contexts
 
 _KEPT_AT_ONCE = 1 << 22
@@ -140,8 +139,7 @@ def spread(
     Each document contributes one firing before any contributes a second, so long documents do not crowd out the
     others. Selecting from parts and then from the selected firings gives the same result as selecting from all at once.
     """
-    blank = np.zeros(len(row), dtype=np.float32)
-    key = random_keys(Block(feature, row, blank, document, row), "effects: places", seed)
+    key = random_keys(torch.from_numpy(feature), torch.from_numpy(row), "effects: places", seed).numpy()
     order = np.lexsort((row, key, document, feature))
     turn = _place_in_run(feature[order], document[order])
     order = order[np.lexsort((row[order], key[order], turn, feature[order]))]
@@ -172,11 +170,11 @@ class _Collector:
 
     def add_(self, fired: Fired) -> None:
         """Add the firings in a few contexts."""
-        batch, feature, offset = fired.batch, fired.feature.astype(np.int64), fired.offset
+        batch, (feature, offset, value) = fired.batch, fired.on_host()
         documents, counts = batch.documents.flatten().numpy(), measurable(batch.eligible).flatten().numpy()
         self.tokens += fired.tokens
         self.count += np.bincount(feature, minlength=len(self.count))
-        self.sum += np.bincount(feature, weights=fired.value, minlength=len(self.sum))
+        self.sum += np.bincount(feature, weights=value, minlength=len(self.sum))
         self.rows.append(batch.first_row + np.flatnonzero(counts))
         self.documents.append(documents)
         chosen = counts[offset] & self.selected[feature]

@@ -36,7 +36,7 @@ class Example:
     Attributes:
         value: the activation there.
         document: name of the document.
-        row: the token's row in the training split.
+        row: the token's row in the split that was scanned.
         tokens: text of the tokens around it; a character made of several tokens is in the token that completes it.
         activations: the feature's activation on each token; 0 on masked tokens.
         position: index of the token that fired.

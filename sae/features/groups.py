@@ -34,11 +34,11 @@ class ExampleGroups:
     stretch: int
 
     @staticmethod
-    def of(cache: ActivationCache, settings: FeaturesConfig) -> ExampleGroups:
-        """The groups for the scanned part of the cache."""
-        left, documents, enough = settings.tokens or cache.rows(TRAIN), 0, 2 * settings.top
-        for number in range(cache.shards(TRAIN)):
-            part = cache.token_columns(TRAIN, number)["documents"][:left]
+    def of(cache: ActivationCache, settings: FeaturesConfig, split: str = TRAIN) -> ExampleGroups:
+        """The groups for the scanned part of a split."""
+        left, documents, enough = settings.tokens or cache.rows(split), 0, 2 * settings.top
+        for number in range(cache.shards(split)):
+            part = cache.token_columns(split, number)["documents"][:left]
             documents, left = max(documents, int(part.max()) + 1), left - len(part)
             if documents >= enough or left <= 0:
                 break

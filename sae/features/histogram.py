@@ -6,25 +6,21 @@ A bin is the exponent and the leading bits of value / scale: it costs one shift 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 LOWEST_OCTAVE, OCTAVES = -12, 16
 FINE_PER_OCTAVE, PER_OCTAVE = 16, 4
 FINE_BINS, BINS = OCTAVES * FINE_PER_OCTAVE, OCTAVES * PER_OCTAVE
-LARGEST_BITS = 0xFFFFFFFF
 _SHIFT = 23 - 4
 _LOWEST = (127 + LOWEST_OCTAVE) * FINE_PER_OCTAVE
 
 
-def fine_bins(value: Float[np.ndarray, " n"], scale: float) -> Int[np.ndarray, " n"]:
-    """The fine bin of each positive value; values outside the range fall into the first or the last bin."""
-    bits = (value.astype(np.float32) * np.float32(1 / scale)).view(np.int32)
-    return np.clip((bits >> _SHIFT) - _LOWEST, 0, FINE_BINS - 1).astype(np.int64)
-
-
-def float_bits(value: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """An integer in [0, 2³²) that increases with the positive float32 `value`."""
-    return value.view(np.uint32).astype(np.int64)
+def fine_bins(value: Float[Tensor, " n"], scale: float) -> Int[Tensor, " n"]:
+    """The fine bin of each positive float32 value; values outside the range fall into the first or the last bin."""
+    bits = (value * (1 / scale)).view(torch.int32)
+    return (bits >> _SHIFT).sub_(_LOWEST).clamp_(0, FINE_BINS - 1)
 
 
 def coarsen(histogram: Int[np.ndarray, "d_sae fine"]) -> Int[np.ndarray, "d_sae bins"]:

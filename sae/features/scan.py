@@ -8,31 +8,45 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
-from sae.activations.cache import ActivationCache, ContextBatch
+from sae.activations.cache import ActivationCache, ContextBatch, uploaded
 from sae.config.progress import StageProgress
 from sae.dictionary.base import Dictionary
+from sae.features.ordering import places_of
 
-_ENCODED_AT_ONCE = 1 << 26
+_ENCODED_AT_ONCE, _TOKENS_AT_ONCE = 1 << 26, 4096
 
 
 @dataclass(frozen=True)
 class Fired:
-    """The firings in a few contexts, in the order of their rows.
+    """The firings in a few contexts, on the dictionary's device, in the order of their rows.
 
     Attributes:
-        batch: the contexts.
-        tokens: number of eligible tokens in them.
-        feature: the feature that fired.
-        offset: its row in the batch.
-        value: the activation, > 0.
+        batch: the contexts; its activations are on that device, the rest on the CPU.
+        offset: row in the batch of each eligible token.
+        token: the eligible token on which the feature may have fired, an index into `offset`.
+        feature: the feature; it occurs at most once a token.
+        value: the activation, float32. The feature fired if it is > 0.
     """
 
     batch: ContextBatch
-    tokens: int
-    feature: Int[np.ndarray, " firings"]
-    offset: Int[np.ndarray, " firings"]
-    value: Float[np.ndarray, " firings"]
+    offset: Int[Tensor, " tokens"]
+    token: Int[Tensor, " firings"]
+    feature: Int[Tensor, " firings"]
+    value: Float[Tensor, " firings"]
+
+    @property
+    def tokens(self) -> int:
+        """Number of eligible tokens."""
+        return len(self.offset)
+
+    def on_host(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Feature, row in the batch and activation of each firing, as arrays."""
+        fires = places_of(self.value > 0)
+        columns = self.feature[fires], self.offset[self.token[fires]], self.value[fires]
+        feature, offset, value = (column.cpu().numpy() for column in columns)
+        return feature, offset, value
 
 
 def scan_contexts(
@@ -53,21 +67,19 @@ def scan_contexts(
         split: the split that is read.
         hook: hook point.
         tokens: number of tokens to read, in whole contexts; None: all.
-        batch_contexts: number of contexts encoded at once; None: about 2²⁶ / d_sae tokens.
+        batch_contexts: number of contexts encoded at once; None: about 2²⁶ / d_sae tokens, at most 4,096.
         progress: called with the number of tokens done and the total.
     """
-    total = min(cache.rows(split), tokens or cache.rows(split))
-    at_once = batch_contexts or max(1, _ENCODED_AT_ONCE // (dictionary.d_sae * cache.context_length))
+    total, device = min(cache.rows(split), tokens or cache.rows(split)), dictionary.device
+    most = min(_ENCODED_AT_ONCE // dictionary.d_sae, _TOKENS_AT_ONCE)
+    at_once = batch_contexts or max(1, most // cache.context_length)
     if progress is not None:
         progress(0, total)
-    for batch in cache.contexts(split, hook, batch_contexts=at_once, max_tokens=tokens):
+    for batch in cache.contexts(split, hook, batch_contexts=at_once, max_tokens=tokens, device=device):
         assert batch.activations is not None
-        x = batch.activations[batch.eligible].to(dictionary.W_enc.device)
+        offset = uploaded(places_of(batch.eligible.flatten()), device)
         with torch.no_grad():
-            codes = dictionary.encode_sparse(x)
-        values, indices = codes.values.float().cpu().numpy(), codes.indices.int().cpu().numpy()
-        fires = values > 0
-        offset = np.repeat(np.flatnonzero(batch.eligible.numpy()), fires.sum(1))
-        yield Fired(batch, len(x), indices[fires], offset, values[fires])
+            token, feature, value = dictionary.encode_pairs(batch.activations.flatten(0, 1).index_select(0, offset))
+        yield Fired(batch, offset, token, feature, value.float())
         if progress is not None:
             progress(batch.first_row + batch.tokens.numel(), total)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 from torch import Tensor
 
 from sae.config.settings import MOST_EXAMPLES, FeaturesConfig
+from sae.config.splits import TRAIN
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
@@ -243,7 +244,7 @@ class _Index(BaseModel):
 
 
 def is_store_of(folder: Path, dictionary: str, activations: str | None, settings: FeaturesConfig) -> bool:
-    """Whether the store in a folder was collected from this dictionary, these activations and settings.
+    """Whether the store in a folder was collected from this dictionary, these training activations and settings.
 
     Args:
         folder: the store's folder, with `features.json`.
@@ -257,9 +258,13 @@ def is_store_of(folder: Path, dictionary: str, activations: str | None, settings
     """
     record = read_object(folder / layout.INDEX)
     same_weights = record.get("dictionary_sha256") == dictionary
-    return same_weights and (
-        activations is None
-        or (record.get("activations") == activations and record.get("settings") == settings.model_dump())
+    return (
+        same_weights
+        and record.get("split", TRAIN) == TRAIN
+        and (
+            activations is None
+            or (record.get("activations") == activations and record.get("settings") == settings.model_dump())
+        )
     )
 
 

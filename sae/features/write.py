@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.config.settings import FeaturesConfig
-from sae.config.splits import TRAIN
 from sae.dictionary.base import Dictionary
 from sae.dictionary.neighbours import Neighbours
 from sae.dictionary.saved import weights_sha256
@@ -65,6 +64,7 @@ def write_store(
     collected: Collected,
     settings: FeaturesConfig,
     *,
+    split: str,
     hook: str,
     seed: int,
     vocabulary: Vocabulary,
@@ -79,13 +79,14 @@ def write_store(
     used = int(collected.document.max(initial=-1)) + 1
     files = {
         layout.COLUMNS: (tensors_content(part) for part in [_columns(collected, logits, neighbours)]),
-        layout.TOKENS: _tokens(cache, collected),
-        layout.DOCUMENTS: json_content(cache.documents(TRAIN)[:used]),
+        layout.TOKENS: _tokens(cache, split, collected),
+        layout.DOCUMENTS: json_content(cache.documents(split)[:used]),
         layout.VOCABULARY: json_content(vocabulary.to_json()),
     }
     record = {
         "d_sae": dictionary.d_sae,
         "hook": hook,
+        "split": split,
         "model": cache.manifest.model.get("name"),
         "dictionary_sha256": weights_sha256(dictionary),
         "activations": cache.manifest.identity(hook),
@@ -145,7 +146,7 @@ def _narrow(column: np.ndarray, *, small: bool = False) -> np.ndarray:
     return column.astype(np.int32 if largest < 1 << 31 else np.int64)
 
 
-def _tokens(cache: ActivationCache, collected: Collected) -> Iterator[bytes]:
+def _tokens(cache: ActivationCache, split: str, collected: Collected) -> Iterator[bytes]:
     """The content of a safetensors file, piece by piece: the scanned text need not fit into memory."""
     runs, end, header = len(collected.document), 0, {}
     for name, kind, size, length in (
@@ -158,5 +159,5 @@ def _tokens(cache: ActivationCache, collected: Collected) -> Iterator[bytes]:
     yield struct.pack("<Q", len(text)) + text
     yield collected.document_start.astype("<i8").tobytes()
     yield collected.document.astype("<i4").tobytes()
-    for batch in cache.contexts(TRAIN, batch_contexts=4096, max_tokens=collected.rows):
+    for batch in cache.contexts(split, batch_contexts=4096, max_tokens=collected.rows):
         yield batch.tokens.numpy().astype("<i4").tobytes()

@@ -4,14 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from sae.activations import ActivationCache
 from sae.config.splits import HELD_OUT
 from sae.effects import firings as module
 from sae.effects.firings import scan_firings, spread
 from sae.errors import ConfigError
-from sae.features.block import Block
-from sae.features.collection import random_keys
+from sae.features.keys import random_keys
 from tests.support.effect_case import DEAD, RESID, contexts, make_dictionary
 
 
@@ -25,8 +25,7 @@ def random_firings(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def slow_spread(feature: np.ndarray, row: np.ndarray, document: np.ndarray, seed: int, most: int) -> list[list[int]]:
     """Rows drawn for each feature, one turn after another: the next by key from each document, these in key order."""
-    blank = np.zeros(len(row), dtype=np.float32)
-    key = random_keys(Block(feature, row, blank, document, row), "effects: places", seed).tolist()
+    key = random_keys(torch.from_numpy(feature), torch.from_numpy(row), "effects: places", seed).tolist()
     drawn = []
     for one in range(4):
         waiting: dict[int, list[tuple[int, int]]] = {}

@@ -10,10 +10,7 @@ from sae.architectures import ReLU, TopK
 from sae.config.settings import FeaturesConfig
 from sae.errors import CacheError, ConfigError
 from sae.features import Features, collect
-from sae.features.block import Block
-from sae.features.collection import random_keys
 from sae.features.examples import reservoir_size
-from sae.numerics import seeding
 from tests.support.fake_cache import HOOK
 from tests.support.feature_cache import FakeTokenizer
 from tests.support.feature_case import CONTEXT, D_SAE, DEAD, SETTINGS, Case, build_case
@@ -139,7 +136,7 @@ def test_histograms_count_every_activation(case: Case, features: Features) -> No
 def test_result_does_not_depend_on_the_batch_size(case: Case, tmp_path: Path, batch_contexts: int, monkeypatch) -> None:
 
     whole = case.collect(tmp_path / "whole")
-    monkeypatch.setattr("sae.features.collection.BLOCK_FIRINGS", 50)
+    monkeypatch.setattr("sae.features.collector.ROOM", 1)
     parts = case.collect(tmp_path / "parts", batch_contexts=batch_contexts)
     assert list(whole) == list(parts)
 
@@ -147,7 +144,7 @@ def test_result_does_not_depend_on_the_batch_size(case: Case, tmp_path: Path, ba
 def test_blocks_that_cut_documents_keep_one_example_of_each(tmp_path: Path, monkeypatch) -> None:
 
     case = build_case(tmp_path / "activations", document_length=100)
-    monkeypatch.setattr("sae.features.collection.BLOCK_FIRINGS", 1)
+    monkeypatch.setattr("sae.features.collector.ROOM", 1)
     for feature in case.collect(tmp_path / "store", batch_contexts=1):
         expected = case.reference.top(feature.index, SETTINGS.top)
         assert [(example.value, example.row) for example in feature.top] == [(f.value, f.row) for f in expected]
@@ -158,25 +155,6 @@ def test_seed_changes_the_samples_and_nothing_else(case: Case, features: Feature
     assert features[0].quantiles != other[0].quantiles
     assert features[0].top == other[0].top
     assert [feature.count for feature in features] == [feature.count for feature in other]
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2, 12345, (1 << 32) - 1])
-def test_keys_of_firings_are_arithmetic_modulo_powers_of_two(seed: int) -> None:
-    """In plain Python; warnings are errors, and a product of two numpy scalars that overflows is one."""
-
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 16)) * 0x85EBCA6B % (1 << 32)
-        x = (x ^ (x >> 13)) * 0xC2B2AE35 % (1 << 32)
-        return x ^ (x >> 16)
-
-    key = seeding.number("some purpose", seed)
-    row, feature = np.array([0, 7, 1 << 33]), np.array([3, 1, 24_575])
-    expected = []
-    for r, f in zip(row.tolist(), feature.tolist(), strict=True):
-        spread = (r + key) % (1 << 64)
-        expected.append(mix(mix((spread ^ (spread >> 32)) % (1 << 32)) ^ (key >> 32) ^ f * 0x9E3779B1 % (1 << 32)))
-    blank = np.zeros(3, dtype=np.float32)
-    assert random_keys(Block(feature, row, blank, row, row), "some purpose", seed).tolist() == expected
 
 
 def test_padding_of_relu_codes_does_not_fire(case: Case, features: Features) -> None:

@@ -10,6 +10,7 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.architectures import ReLU
 from sae.config.settings import FeaturesConfig
+from sae.dictionary.base import Dictionary
 from sae.features import Features, collect
 from tests.support.fake_cache import HOOK
 from tests.support.feature_cache import FakeTokenizer, eligible_rows, make_cache
@@ -24,7 +25,7 @@ class Case:
     """A cache, a dictionary that copies its numbers, and the reference made from the same numbers."""
 
     cache: ActivationCache
-    dictionary: ReLU
+    dictionary: Dictionary
     reference: Reference
     tokens: list[int]
 
