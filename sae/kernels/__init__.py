@@ -1,8 +1,9 @@
-"""Back ends of the sparse core, one interface (`interface.Kernels`): plain reference, CPU, Triton."""
+"""Back ends of the sparse core, one interface (`interface.Kernels`): plain reference, CPU, Numba, Triton."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from functools import cache
 from typing import cast
 
@@ -11,23 +12,45 @@ from torch import Tensor
 
 from sae.kernels.interface import Kernels
 
-BACK_ENDS = {"reference": "sae.kernels.reference", "cpu": "sae.kernels.cpu", "triton": "sae.kernels.triton"}
+BACK_ENDS = {
+    "reference": "sae.kernels.reference",
+    "cpu": "sae.kernels.cpu",
+    "numba": "sae.kernels.numba",
+    "triton": "sae.kernels.triton",
+}
+NUMBA_TYPES = (torch.float32, torch.float64)
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernels_for(weights: Tensor) -> Kernels:
-    """The fastest back end for weights like these: Triton on a GPU if it is installed, else PyTorch's own operators."""
+    """The fastest back end for weights like these: Triton on a GPU, Numba on a CPU, else PyTorch's own operators."""
     return back_end(fastest(weights.device.type, weights.dtype))
 
 
 @cache
 def fastest(device: str, dtype: torch.dtype) -> str:
-    """Name of the fastest back end that is exact for a dtype; Triton's kernels sum in float32."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    return "triton" if device == "cuda" and dtype in TRITON_TYPES and has_triton else "cpu"
+    """Name of the fastest installed back end that is exact for a dtype; Triton's kernels sum in float32."""
+    if device == "cuda" and dtype in TRITON_TYPES and importlib.util.find_spec("triton") is not None:
+        return "triton"
+    return "numba" if device == "cpu" and dtype in NUMBA_TYPES and _has_numba() else "cpu"
+
+
+@cache
+def _has_numba() -> bool:
+    """Whether Numba is installed and fits the installed NumPy."""
+    try:
+        importlib.import_module("numba")
+    except ImportError:
+        return False
+    return True
 
 
 @cache
 def back_end(name: str) -> Kernels:
     """A back end by its name."""
     return cast(Kernels, importlib.import_module(BACK_ENDS[name]))
+
+
+def rounds_products(kernels: Kernels) -> bool:
+    """Whether a product of bfloat16 numbers is rounded to bfloat16. Triton's kernels keep sums in float32."""
+    return kernels is not sys.modules.get(BACK_ENDS["triton"])
