@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from functools import cache
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae.kernels.interface import Kernels
+from sae.kernels.threads import operators_in_one_thread
 
 BACK_ENDS = {
     "reference": "sae.kernels.reference",
@@ -43,6 +45,12 @@ def _has_numba() -> bool:
     except ImportError:
         return False
     return True
+
+
+def operators_beside(weights: Tensor) -> contextlib.AbstractContextManager[None]:
+    """A context for a step whose large computations all are the back end's: other operators leave it the cores."""
+    with_numba = fastest(weights.device.type, weights.dtype) == "numba"
+    return operators_in_one_thread() if with_numba else contextlib.nullcontext()
 
 
 @cache

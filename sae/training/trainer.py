@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from sae.dictionary.neighbours import nearest_neighbours
 from sae.dictionary.saved import weights_sha256
 from sae.errors import TrainingError
 from sae.files import version
+from sae.kernels import operators_beside
 from sae.kernels.products import cpu_has_bfloat16
 from sae.numerics.seeding import torch_generator
 from sae.training.firing import FiringRecord, default_dead_after
@@ -102,6 +104,11 @@ class Trainer:
 
     def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
         """Take a step on raw activations."""
+        selects = self.dictionary.penalty is None  # all that is large is a selection, products with codes, or Adam
+        with operators_beside(self.dictionary.W_dec) if selects else contextlib.nullcontext():
+            return self._step(raw, raw_target)
+
+    def _step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
         x = self.normalisation(raw)
         target = x if raw_target is None or self.target_normalisation is None else self.target_normalisation(raw_target)
         if self.step_number == 0:

@@ -8,7 +8,7 @@ from torch import Tensor, bfloat16, int16
 
 from sae.kernels.numba import loops
 
-SPARE = 32
+SPARE = 8
 """Entries that are kept in addition to twice the number that is asked for."""
 
 
