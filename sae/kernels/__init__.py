@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 from functools import cache
 from typing import cast
@@ -31,10 +32,14 @@ def kernels_for(weights: Tensor) -> Kernels:
 
 @cache
 def fastest(device: str, dtype: torch.dtype) -> str:
-    """Name of the fastest installed back end that is exact for a dtype; Triton's kernels sum in float32."""
+    """Name of the fastest installed back end that is exact for a dtype; Triton's kernels sum in float32.
+
+    `SAE_KERNELS=cpu` in the environment leaves Numba out.
+    """
     if device == "cuda" and dtype in TRITON_TYPES and importlib.util.find_spec("triton") is not None:
         return "triton"
-    return "numba" if device == "cpu" and dtype in NUMBA_TYPES and _has_numba() else "cpu"
+    wanted = device == "cpu" and dtype in NUMBA_TYPES and os.environ.get("SAE_KERNELS") != "cpu"
+    return "numba" if wanted and _has_numba() else "cpu"
 
 
 @cache

@@ -25,10 +25,9 @@ from sae.kernels.numba.largest import Largest
 
 
 @pytest.fixture(autouse=True)
-def torch_s_threads_stay(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def torch_s_threads_stay() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
-    monkeypatch.undo()
     torch.set_num_threads(before)
 
 
@@ -121,7 +120,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(update, "MOST_FEATURES", 40)
 
     def results(count: int) -> list[Tensor]:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+        torch.set_num_threads(count)
         residual, products = codes.residual(pattern, values, start, x[0], x)
         weight, copy, moments = start.clone(), start.bfloat16(), Moments(start * 0, start * 0)
         gradient = Gradient((FactoredGradient(pattern, values, residual),), (block,))
@@ -135,15 +134,14 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
             assert torch.equal(found, expected)
 
 
-def test_parts_cover_the_whole_once_and_use_one_thread_of_torch_s_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.get_num_threads
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+def test_parts_cover_the_whole_once_and_use_one_thread_of_torch_s_each() -> None:
+    torch.set_num_threads(3)
     for length, most in ((0, None), (1, None), (10, None), (10, 2), (3, 100)):
         times, torch_s = torch.zeros(length), set()
 
         def part(start: int, stop: int, times: Tensor = times, torch_s: set[int] = torch_s) -> None:
             times[start:stop] += 1
-            torch_s.add(real())
+            torch_s.add(torch.get_num_threads())
 
         threads.in_parts(part, length, most)
         assert times.eq(1).all()
@@ -170,17 +168,34 @@ def test_terms_of_half_precision_and_of_other_strides_are_taken() -> None:
     assert torch.equal(codes.decode(pattern, values.half(), matrix), expected)
 
 
-def test_without_numba_pytorch_s_operators_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "numba", None)
-    for cached in (kernels.fastest, kernels._has_numba):
-        cached.cache_clear()
-    try:
-        assert kernels.kernels_for(torch.zeros(1)) is back_end("cpu")
-    finally:
+@pytest.mark.parametrize("reason", ["not installed", "not wanted"])
+def test_without_numba_pytorch_s_operators_compute(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    def chosen() -> object:
         for cached in (kernels.fastest, kernels._has_numba):
             cached.cache_clear()
+        return kernels.kernels_for(torch.zeros(1))
+
+    if reason == "not installed":
+        monkeypatch.setitem(sys.modules, "numba", None)
+    else:
+        monkeypatch.setenv("SAE_KERNELS", "cpu")
+    assert chosen() is back_end("cpu")
     monkeypatch.undo()
-    assert kernels.kernels_for(torch.zeros(1)) is back_end("numba")
+    assert chosen() is back_end("numba")
+
+
+def test_a_step_leaves_the_cores_to_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(3)
+    sizes: list[int] = []
+    with kernels.operators_beside(torch.zeros(1)):
+        assert torch.get_num_threads() == 1
+        threads.in_parts(lambda start, stop: sizes.append(stop - start), 9)
+        assert torch.get_num_threads() == 1
+    assert sizes == [3, 3, 3]
+    assert torch.get_num_threads() == 3
+    monkeypatch.setattr(kernels, "fastest", lambda *_: "cpu")
+    with kernels.operators_beside(torch.zeros(1)):
+        assert torch.get_num_threads() == 3
 
 
 def test_loops_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
