@@ -29,9 +29,10 @@ def measure(device: str, dtype: torch.dtype = torch.float32, *, small: bool = Fa
     n = 512 if small else 4096 if device == "cpu" else 16384
     left, right = (torch.randn(n, n if device != "cpu" else 1024, device=device).to(dtype) for _ in range(2))
     out = torch.empty(len(left), len(right), dtype=dtype, device=device)
-    flops = 2 * left.numel() * len(right) / best(lambda: product(left, right, out), device)
-    if device == "cpu":  # the faster of two BLAS libraries counts
-        flops = max(flops, 2 * left.numel() * len(right) / best(lambda: torch.mm(left, right.T, out=out), device))
+    operations = 2 * left.numel() * len(right)
+    flops = operations / best(lambda: torch.mm(left, right.T, out=out), device)
+    if device == "cpu":  # the fastest library counts
+        flops = max(flops, operations / best(lambda: product(left, right), device))
     size = 1 << (20 if small else 26 if device == "cpu" else 28)
     source = torch.rand(size, device=device)
     target = torch.empty_like(source)

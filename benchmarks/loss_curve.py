@@ -66,7 +66,7 @@ def compare(architecture: str, data: list[torch.Tensor], arguments: argparse.Nam
     tokens = arguments.steps * arguments.batch
     settings = TrainConfig(
         tokens=tokens, batch_size=arguments.batch, log_every=1, dead_after_tokens=2 * tokens,
-        warmup_fraction=1, decay_fraction=0,
+        warmup_fraction=1, decay_fraction=0, encoder_dtype="float32",
     )  # fmt: skip
     source = sae.IterableSource(data)
     sparse: list[float] = []

@@ -166,7 +166,7 @@ class TrainConfig(Settings):
     encoder_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="precision of the encoder's large product, for topk, batch_topk and matryoshka; weights stay "
-        "float32; `auto`: bfloat16 on a GPU",
+        "float32; `auto`: bfloat16 on a GPU, and on a CPU that has bfloat16 instructions",
     )
     shuffle_seed: int | None = Field(
         default=None, ge=0, description="seed for the order of the activations; null: `seed`"

@@ -26,10 +26,10 @@ from sae.kernels.interface import (
     Subset,
 )
 from sae.kernels.pattern import Pattern
-from sae.kernels.products import product
+from sae.kernels.products import affine, makes_its_own, product
 
-CHUNK_NUMBERS, CHUNK_ROWS = 1 << 25, 512
-"""Largest size of a buffer: in numbers, and in rows if it has more than `KEPT_NUMBERS`."""
+CHUNK_NUMBERS, CHUNK_ROWS, LEAST_ROWS = 1 << 25, 512, 256
+"""Largest size of a buffer: in numbers, and in rows if it has more than `KEPT_NUMBERS`; the same for new memory."""
 KEPT_NUMBERS = (1 << 23) - 4096
 """Largest float32 buffer that malloc keeps for the next call; from 32 MiB up, it gets new, cleared pages each time."""
 GROUP_SIZE = 8
@@ -74,7 +74,7 @@ def select_batch_topk(
         guesses.append((rows, guess))
         found.append(_find(pre, rows.start, guess, torch.lt))
         in_subset += _largest_in_subset(pre, subset)
-    bound = _least(torch.cat([values for _, values in found]).topk(count, sorted=False).values)
+    bound = least(torch.cat([values for _, values in found]).topk(count, sorted=False).values)
     for number, (rows, guess) in enumerate(guesses):
         if guess > bound:
             for _, pre in _chunks(x[rows], encoder, bias):
@@ -119,6 +119,19 @@ def sampled_product(
         check_invariants=False,
     )
     return torch.sparse.sampled_addmm(places, left, right.T, beta=0.0).values().to(gradient.dtype)
+
+
+def residual(
+    pattern: Pattern,
+    values: Float[Tensor, " pairs"],
+    decoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_in"] | None,
+    target: Float[Tensor, "batch d_in"],
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " pairs"]]:
+    left = target - decode(pattern, values, decoder)
+    if bias is not None:
+        left -= bias
+    return left, sampled_product(pattern, left, decoder)
 
 
 def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
@@ -183,13 +196,14 @@ def largest(pre: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k
 
 def _chunks(x: Tensor, encoder: Tensor, bias: Tensor) -> Iterator[tuple[slice, Float[Tensor, "rows d_sae"]]]:
     """x · encoderᵀ + bias, some rows at a time; each is overwritten by the next."""
-    most = max(1, min(CHUNK_NUMBERS // len(encoder), max(CHUNK_ROWS, KEPT_NUMBERS // len(encoder))))
+    own = makes_its_own(x, encoder)
+    least_rows = LEAST_ROWS if own else CHUNK_ROWS
+    most = max(1, min(CHUNK_NUMBERS // len(encoder), max(least_rows, KEPT_NUMBERS // len(encoder))))
     size = -(-len(x) // -(-len(x) // most)) if len(x) else 1
-    buffer = bias.new_empty(min(size, len(x)), len(encoder))
+    buffer = None if own else bias.new_empty(min(size, len(x)), len(encoder))
     for start in range(0, max(len(x), 1), size):
         rows = slice(start, min(start + size, len(x)))
-        pre = product(x[rows], encoder, buffer[: rows.stop - start])
-        yield rows, pre.add_(bias)
+        yield rows, affine(x[rows], encoder, bias, None if buffer is None else buffer[: rows.stop - start])
 
 
 def _largest_in_subset(pre: Float[Tensor, "rows d_sae"], subset: Subset | None) -> list[tuple[Tensor, Tensor]]:
@@ -236,10 +250,10 @@ def _guess(pre: Float[Tensor, "rows d_sae"], count: int) -> float:
     n, numbers = pre.shape[1], pre.numel()
     size = next((size for size in BATCH_GROUP_SIZES if n % size == 0 and 2 * count * size <= numbers), 1)
     maxima = pre.view(-1, size).amax(-1) if size > 1 else pre.flatten()
-    return _least(maxima.topk(min(count, len(maxima)), sorted=False).values)
+    return least(maxima.topk(min(count, len(maxima)), sorted=False).values)
 
 
-def _least(values: Float[Tensor, " n"]) -> float:
+def least(values: Float[Tensor, " n"]) -> float:
     """The smallest value; a NaN exceeds everything."""
     return float(values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).min())
 

@@ -152,6 +152,17 @@ class Kernels(Protocol):
         """Pair (i, j): gradient[i] · decoder[j], the gradient of `decode` with respect to its values."""
         ...
 
+    def residual(
+        self,
+        pattern: Pattern,
+        values: Float[Tensor, " pairs"],
+        decoder: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, " d_in"] | None,
+        target: Float[Tensor, "batch d_in"],
+    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " pairs"]]:
+        """target − `decode` − bias, and `sampled_product` of this residual."""
+        ...
+
     def feature_sums(self, term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
         """The dense matrix of a factored gradient."""
         ...

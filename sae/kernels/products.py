@@ -24,12 +24,57 @@ def product(
     out: Float[Tensor, "batch d_sae"] | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """x · encoderᵀ, in `out` if given. Not differentiable."""
+    if makes_its_own(x, encoder):
+        result = tile_product(x.detach(), encoder.detach())
+        return result if out is None else out.copy_(result)
     if out is None:
         out = x.new_empty(len(x), len(encoder))
     if _numpy_is_faster(x, encoder):
         _numpy_product(x.detach(), encoder.detach(), out)
         return out
     return torch.mm(x, encoder.T, out=out) if out.dtype == x.dtype else out.copy_(x @ encoder.T)
+
+
+def affine(
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    memory: Float[Tensor, "batch d_sae"] | None = None,
+) -> Float[Tensor, "batch d_sae"]:
+    """x · encoderᵀ + bias in the bias's type. Not differentiable.
+
+    Args:
+        memory: overwritten by the result, unless the product `makes_its_own`.
+    """
+    if makes_its_own(x, encoder):
+        return tile_product(x.detach(), encoder.detach(), bias.detach())
+    return product(x, encoder, bias.new_empty(len(x), len(encoder)) if memory is None else memory).add_(bias)
+
+
+def tile_product(
+    x: Float[Tensor, "rows d_in"],
+    encoder: Float[Tensor, "columns d_in"],
+    bias: Float[Tensor, " columns"] | None = None,
+) -> Float[Tensor, "rows columns"]:
+    """x · encoderᵀ (+ bias) in the type of x, by the routine that is fastest for few rows or columns."""
+    if (x.dtype == torch.bfloat16 or makes_its_own(x, encoder)) and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), encoder.contiguous(), bias, "none", [], "")
+    result = x @ encoder.T
+    return result if bias is None else result.add_(bias)
+
+
+def makes_its_own(x: Tensor, encoder: Tensor) -> bool:
+    """Whether oneDNN takes the product, in memory of its own.
+
+    On AMD processors with AVX-512 it is twice as fast in float32 as torch's MKL and the OpenBLAS of NumPy's wheel,
+    which do not use those instructions there.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == encoder.dtype == torch.float32
+        and x.numel() * len(encoder) >= _WORTH_IT
+        and _onednn_beats_mkl()
+    )
 
 
 def processor() -> str:
@@ -75,6 +120,11 @@ def _numpy_product(x: Tensor, encoder: Tensor, out: Tensor) -> None:
             return
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(multiply, bounds, bounds[1:]))
+
+
+@cache
+def _onednn_beats_mkl() -> bool:
+    return "AuthenticAMD" in _cpu_info() and " avx512f " in _cpu_info() and torch.backends.mkldnn.is_available()
 
 
 @cache

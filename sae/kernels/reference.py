@@ -72,6 +72,19 @@ def sampled_product(
     return (gradient @ decoder.T)[pattern.rows, pattern.features]
 
 
+def residual(
+    pattern: Pattern,
+    values: Float[Tensor, " pairs"],
+    decoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_in"] | None,
+    target: Float[Tensor, "batch d_in"],
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " pairs"]]:
+    left = target - decode(pattern, values, decoder)
+    if bias is not None:
+        left -= bias
+    return left, sampled_product(pattern, left, decoder)
+
+
 def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
     return term.pattern.dense(term.coefficients).T @ term.rows
 

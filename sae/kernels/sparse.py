@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae.kernels import back_end, kernels_for
+from sae.kernels import back_end, kernels_for, rounds_products
 from sae.kernels.interface import FactoredGradient, Gradient, Kernels, RowGradient, Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.numerics.modes import is_mapped, without_autocast
@@ -48,6 +48,22 @@ def decode(
     Differentiable in `values` and `decoder`.
     """
     return cast(Tensor, _Decode.apply(values, decoder, pattern, sink))
+
+
+def squared_error(
+    pattern: Pattern,
+    values: Float[Tensor, " pairs"],
+    decoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_in"] | None,
+    target: Float[Tensor, "batch d_in"],
+    sink: GradientSink | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"]]:
+    """Mean over rows of ‖target − `decode` − bias‖², and the residual inside the norm, which has no gradient.
+
+    Differentiable once in `values`, `decoder` and `bias`. Gradients are computed from the residual while its row and
+    those of the decoder are at hand, and only scaled in the backward pass.
+    """
+    return cast("tuple[Tensor, Tensor]", _SquaredError.apply(values, decoder, bias, target, pattern, sink))
 
 
 def encode_at(
@@ -158,10 +174,10 @@ def _operands(x: Tensor, encoder: Tensor, low: Tensor | None) -> tuple[Tensor, T
 def _exact(selection: Selection, x: Tensor, encoder: Tensor, b_enc: Tensor, subset: Subset | None) -> Selection:
     """Recompute, at the selected pairs, the values that a bfloat16 product rounded.
 
-    Triton sums and stores products in float32, so its selections are returned unchanged.
+    A back end that keeps float32 sums returns selections that need no such change.
     """
     kernels = kernels_for(encoder)
-    if kernels is not back_end("cpu"):
+    if not rounds_products(kernels):
         return selection
     pattern = selection.pattern
     values = kernels.sampled_product(pattern, x, encoder) + b_enc[pattern.features]
@@ -192,6 +208,32 @@ class _Decode(torch.autograd.Function):
         term = FactoredGradient(ctx.pattern, values, gradient)
         of_decoder = _matrix_gradient(kernels, term, ctx.sink) if ctx.needs_input_grad[1] else None
         return of_values, of_decoder, None, None
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, decoder: Tensor, bias: Tensor | None, target: Tensor, pattern: Pattern,
+        sink: GradientSink | None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"]]:  # fmt: skip
+        residual, products = kernels_for(decoder).residual(pattern, values, decoder, bias, target)
+        ctx.save_for_backward(values, decoder, residual, products)
+        ctx.pattern, ctx.sink = pattern, sink
+        ctx.mark_non_differentiable(residual)
+        return torch.linalg.vector_norm(residual, dim=-1).square().mean(), residual
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        values, decoder, residual, products = ctx.saved_tensors
+        scale = gradient * (-2 / len(residual))
+        of_decoder = None
+        if ctx.needs_input_grad[1]:
+            term = FactoredGradient(ctx.pattern, values * scale, residual)
+            of_decoder = _matrix_gradient(kernels_for(decoder), term, ctx.sink)
+        of_bias = residual.sum(0) * scale if ctx.needs_input_grad[2] else None
+        return products * scale, of_decoder, of_bias, None, None, None
 
 
 class _EncodeAt(torch.autograd.Function):

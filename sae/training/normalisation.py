@@ -22,7 +22,7 @@ class Normalisation:
     scale: float
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        return (x - self.mean) * self.scale
+        return (x - self.mean).mul_(self.scale)
 
     def inverse(self) -> Normalisation:
         """x ↦ x / scale + mean."""

@@ -56,9 +56,12 @@ class FeatureAdam:
         no_group = [{"params": [], "factor": 1.0}]  # only matrices are trained
         self.rest = torch.optim.Adam(groups or no_group, betas=(beta1, beta2), eps=_EPSILON, fused=True)
         self.steps, self.lr = 0, 0.0
-        self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = (
-            self.encoder.to(torch.bfloat16) if low_precision else None
-        )
+        self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = None
+        self.keep_bfloat16(low_precision)
+
+    def keep_bfloat16(self, wanted: bool) -> None:
+        """Keep a bfloat16 copy of the encoder from now on, or none."""
+        self.encoder_bf16 = self.encoder.to(torch.bfloat16) if wanted else None
 
     def refresh(self) -> None:
         """Update the copy after the weights were changed from outside."""

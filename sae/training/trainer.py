@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from sae.dictionary.neighbours import nearest_neighbours
 from sae.dictionary.saved import weights_sha256
 from sae.errors import TrainingError
 from sae.files import version
+from sae.kernels import operators_beside
 from sae.kernels.products import cpu_has_bfloat16
 from sae.numerics.seeding import torch_generator
 from sae.training.firing import FiringRecord, default_dead_after
@@ -102,6 +104,11 @@ class Trainer:
 
     def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
         """Take a step on raw activations."""
+        selects = self.dictionary.penalty is None  # all that is large is a selection, products with codes, or Adam
+        with operators_beside(self.dictionary.W_dec) if selects else contextlib.nullcontext():
+            return self._step(raw, raw_target)
+
+    def _step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
         x = self.normalisation(raw)
         target = x if raw_target is None or self.target_normalisation is None else self.target_normalisation(raw_target)
         if self.step_number == 0:
@@ -119,9 +126,10 @@ class Trainer:
             self.newest = x
         elif losses.threshold is not None:
             self._update_old_threshold(losses.threshold)
-        self.variance = target.var(0, correction=0).sum()
+        self.variance = _variance(target)
         is_first_bad = ~losses.total.detach().isfinite() & (self.first_bad_step < 0)
-        self.bad_input |= is_first_bad & ~(x.isfinite().all() & target.isfinite().all())
+        if x.device.type != "cpu" or bool(is_first_bad):  # on a CPU, asking costs less than the search
+            self.bad_input |= is_first_bad & ~(x.isfinite().all() & target.isfinite().all())
         self.first_bad_step.masked_fill_(is_first_bad, self.step_number)
         return replace(losses, terms={**losses.terms, **self._also_logged(context)})
 
@@ -166,6 +174,7 @@ class Trainer:
             "dictionary": self.dictionary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "firing": self.firing.state_dict(),
+            "encoder_dtype": "float32" if self.optimizer.encoder_bf16 is None else "bfloat16",
             "rate": self.rate,
             "sparsity_warmup": self.sparsity_warmup,
             "steered": None if self.steered is None else self.steered.state_dict(),
@@ -180,6 +189,7 @@ class Trainer:
         """Continue from a state of the same recipe, with the defaults that it started with."""
         self.step_number = state["step"]
         self.dictionary.load_state_dict(state["dictionary"])
+        self.optimizer.keep_bfloat16(self._was_in_bfloat16(state))
         self.optimizer.load_state_dict(state["optimizer"])
         self.firing.load_state_dict(state["firing"])
         self.version = state.get("version", 1)
@@ -308,24 +318,41 @@ class Trainer:
         return {name: value for name, value in shown.items() if value is not None}
 
     def _in_bfloat16(self, device: torch.device) -> bool:
-        """Whether the large product is computed in bfloat16: if requested, and by default on a GPU.
+        """Whether the large product is computed in bfloat16: if requested, and by default where it is faster.
 
         Never if features fire above a threshold, because rounding would then decide which do.
         """
         chosen = self.settings.encoder_dtype
         if self.dictionary.penalty is not None:
             return False
-        if chosen == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+        faster = device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())
+        if chosen == "bfloat16" and device.type == "cpu" and not faster:
             warnings.warn(
                 "train.encoder_dtype=bfloat16: this processor has no bfloat16 instructions, so float32 is faster",
                 stacklevel=2,
             )
-        return chosen == "bfloat16" or (chosen == "auto" and device.type == "cuda")
+        return chosen == "bfloat16" or (chosen == "auto" and faster)
+
+    def _was_in_bfloat16(self, state: dict[str, Any]) -> bool:
+        """Whether the training that a state is of did so. Before states recorded it, only a GPU did by default."""
+        if self.dictionary.penalty is not None:
+            return False
+        old = self.settings.encoder_dtype
+        if old == "auto":
+            old = "bfloat16" if self.dictionary.b_dec.device.type == "cuda" else "float32"
+        return state.get("encoder_dtype", old) == "bfloat16"
 
     def _update_old_threshold(self, smallest: Float[Tensor, ""]) -> None:
         """Threshold of version 1: a mean over the first steps, then a running mean."""
         threshold = self.dictionary.get_parameter("threshold")
         threshold += (smallest - threshold) * max(1 / self.step_number, _OLD_THRESHOLD_RATE)
+
+
+def _variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """Variance, summed over d_in."""
+    if x.device.type != "cpu":
+        return x.var(0, correction=0).sum()
+    return torch.linalg.vector_norm(x - x.mean(0), dim=-1).square().mean()  # var down columns takes ten times as long
 
 
 def _identity(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.kernels.triton.batch import above, largest_of_batch
-from sae.kernels.triton.codes import column_sums, decode, feature_sums, sampled_product
+from sae.kernels.triton.codes import column_sums, decode, feature_sums, residual, sampled_product
 from sae.kernels.triton.topk import largest_of_rows
 from sae.kernels.triton.update import adam_, gradient_squares
 
@@ -34,6 +34,7 @@ __all__ = [
     "decode",
     "feature_sums",
     "gradient_squares",
+    "residual",
     "sampled_product",
     "select_above",
     "select_batch_topk",

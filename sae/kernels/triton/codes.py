@@ -96,6 +96,19 @@ def sampled_product(
     return out
 
 
+def residual(
+    pattern: Pattern,
+    values: Float[Tensor, " pairs"],
+    decoder: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_in"] | None,
+    target: Float[Tensor, "batch d_in"],
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " pairs"]]:
+    left = target - decode(pattern, values, decoder)
+    if bias is not None:
+        left -= bias
+    return left, sampled_product(pattern, left, decoder)
+
+
 def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:
     return _sums_by_feature(term.pattern, term.coefficients, term.rows.contiguous())
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
-from sae.kernels.sparse import decode, encode_at, rows_of, select_topk
-from sae.training.objectives.common import StepInputs, mean_squared_error
+from sae.kernels.sparse import encode_at, rows_of, select_topk, squared_error
+from sae.training.objectives.common import StepInputs
 
 
 def auxk_loss(
@@ -35,9 +35,11 @@ def auxk_loss(
     candidates = context.dead_candidates
     pattern = Pattern.from_indices(places, len(candidates))
     pre = encode_at(x, dictionary.b_dec, *dead_encoder(dictionary, context), Selection(pattern, values.flatten()))
-    guess = decode(pattern, pre.relu(), rows_of(dictionary.W_dec, candidates, context.decoder_sink))
+    error, _ = squared_error(
+        pattern, pre.relu(), rows_of(dictionary.W_dec, candidates, context.decoder_sink), None, residual
+    )
     share = (context.dead[candidates].sum() / context.k_aux).clamp(max=1.0)
-    return share * mean_squared_error(residual, guess)
+    return share * error
 
 
 def dead_encoder(

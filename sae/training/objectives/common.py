@@ -13,7 +13,7 @@ from torch import Tensor
 from sae.dictionary.base import Dictionary
 from sae.kernels.interface import Selection
 from sae.kernels.pattern import Pattern
-from sae.kernels.sparse import GradientSink, decode, encode_at
+from sae.kernels.sparse import GradientSink, decode, encode_at, squared_error
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,17 @@ def reconstruct(
 ) -> Float[Tensor, "batch d_in"]:
     """Σ of values · decoder rows, plus b_dec."""
     return decode(pattern, values, dictionary.W_dec, context.decoder_sink) + dictionary.b_dec
+
+
+def reconstruction_error(
+    dictionary: Dictionary,
+    pattern: Pattern,
+    values: Float[Tensor, " pairs"],
+    target: Float[Tensor, "batch d_in"],
+    context: StepInputs,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"]]:
+    """`mean_squared_error` of `reconstruct`, and y − ŷ without a gradient."""
+    return squared_error(pattern, values, dictionary.W_dec, dictionary.b_dec, target, context.decoder_sink)
 
 
 def firing(pattern: Pattern, values: Float[Tensor, " pairs"]) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, ""]]:

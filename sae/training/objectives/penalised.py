@@ -24,6 +24,7 @@ from sae.training.objectives.common import (
     pre_activations_at,
     pre_activations_densely,
     reconstruct,
+    reconstruction_error,
     with_revival,
 )
 
@@ -39,15 +40,14 @@ def relu_loss(
     norms = dictionary.W_dec.norm(dim=-1)
     if context.density > DENSE_ABOVE:
         features = pre_activations_densely(dictionary, x).relu()
-        reconstruction, firings = dictionary.decode(features), firing_densely(features)
+        mse, firings = mean_squared_error(target, dictionary.decode(features)), firing_densely(features)
         l1 = (features @ norms).mean()
     else:
         selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae))
         values = pre_activations_at(dictionary, x, context, selection).relu()
-        reconstruction = reconstruct(dictionary, selection.pattern, values, context)
+        mse, _ = reconstruction_error(dictionary, selection.pattern, values, target, context)
         firings = firing(selection.pattern, values)
         l1 = (values * entries_of(norms, selection.pattern.features)).sum() / len(x)
-    mse = mean_squared_error(target, reconstruction)
     losses = Losses(mse + context.sparsity * l1, {"mse": mse.detach(), "l1": l1.detach()}, *firings)
     return with_revival(losses, context, revival=revival(dictionary, context))
 
@@ -103,12 +103,11 @@ def jumprelu_loss(
     bounds = entries_of(threshold, pattern.features)
     values = jump(pre, bounds, width)
     l0 = step(pre, bounds, width).sum() / len(x)
-    reconstruction = reconstruct(dictionary, pattern, values, context)
-    mse = mean_squared_error(target, reconstruction)
+    mse, residual = reconstruction_error(dictionary, pattern, values, target, context)
     penalty = l0 if context.target_l0 is None else (l0 / context.target_l0 - 1).square()
     terms = {"mse": mse.detach(), "l0_penalty": penalty.detach()}
     losses = Losses(mse + context.sparsity * penalty, terms, *firing(pattern, values))
-    return with_revival(losses, context, aux=auxk_after(dictionary, x, (target - reconstruction).detach(), context))
+    return with_revival(losses, context, aux=auxk_after(dictionary, x, residual, context))
 
 
 def revival(dictionary: Dictionary, context: StepInputs) -> Float[Tensor, ""] | None:

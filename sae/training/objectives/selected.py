@@ -20,10 +20,9 @@ from sae.training.objectives.common import (
     StepInputs,
     encoder,
     firing,
-    mean_squared_error,
     objective_of,
     pre_activations_at,
-    reconstruct,
+    reconstruction_error,
     with_revival,
 )
 
@@ -36,9 +35,8 @@ def topk_loss(
     subset = dead_subset(context, x.dtype)
     selection = select_topk(x, *encoder(dictionary), dictionary.k, subset, context.encoder_bf16)
     values = pre_activations_at(dictionary, x, context, selection).relu()
-    reconstruction = reconstruct(dictionary, selection.pattern, values, context)
-    mse = mean_squared_error(target, reconstruction)
-    return _with_auxk(dictionary, x, target - reconstruction, context, selection, values, mse)
+    mse, residual = reconstruction_error(dictionary, selection.pattern, values, target, context)
+    return _with_auxk(dictionary, x, residual, context, selection, values, mse)
 
 
 @objective_of(BatchTopK)
@@ -47,9 +45,8 @@ def batch_topk_loss(
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k · batch strongest activations of the batch.   Bussmann et al. 2024, §2."""
     selection, values = _select_over_batch(dictionary, x, context)
-    reconstruction = reconstruct(dictionary, selection.pattern, values, context)
-    mse = mean_squared_error(target, reconstruction)
-    losses = _with_auxk(dictionary, x, target - reconstruction, context, selection, values, mse)
+    mse, residual = reconstruction_error(dictionary, selection.pattern, values, target, context)
+    losses = _with_auxk(dictionary, x, residual, context, selection, values, mse)
     return replace(losses, threshold=values.detach().min())
 
 
