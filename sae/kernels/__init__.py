@@ -27,6 +27,15 @@ def fastest(device: str, dtype: torch.dtype) -> str:
     return "triton" if device == "cuda" and dtype in TRITON_TYPES and has_triton else "cpu"
 
 
+def is_replayable(device: torch.device, d_in: int) -> bool:
+    """Whether a training step on rows of d_in numbers never waits for the device, so that it can be replayed."""
+    if fastest(device.type, torch.float32) != "triton":
+        return False
+    from sae.kernels.triton.update import LARGEST_ROW
+
+    return d_in <= LARGEST_ROW
+
+
 @cache
 def back_end(name: str) -> Kernels:
     """A back end by its name."""

@@ -17,6 +17,8 @@ from sae.dictionary.neighbours import nearest_neighbours
 from sae.dictionary.saved import weights_sha256
 from sae.errors import TrainingError
 from sae.files import version
+from sae.kernels import is_replayable
+from sae.kernels.interface import DENSE_ABOVE, Room
 from sae.kernels.products import cpu_has_bfloat16
 from sae.numerics.seeding import torch_generator
 from sae.training.firing import FiringRecord, default_dead_after
@@ -60,6 +62,7 @@ class Trainer:
         falls: whether the target L0 falls to k from a larger value. The architecture must have `falling_l0`, start from
             random directions, and have a steered penalty and trained biases.
         variance: variance of the last batch's targets, summed over d_in; its FVU is relative to it.
+        is_replayable: whether the device's part of a step can be recorded and replayed.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Trainer:
         config, settings = recipe.dictionary, recipe.settings
         self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
         self.batch_size, self.version = input_source.batch_size, STATE_VERSION
+        self.is_replayable = is_replayable(device, input_source.d_in)
         self.identity = _identity(recipe, input_source, target_source)
         self.generator = torch_generator(f"initial weights: {recipe.purpose}", recipe.seed)
         self.dictionary = build(config, input_source.d_in).to(device)
@@ -80,9 +84,9 @@ class Trainer:
         )
         self.optimizer = FeatureAdam(
             self.dictionary, settings.beta1, settings.beta2, low_precision=self._in_bfloat16(device),
-            max_norm=settings.max_gradient_norm,
+            max_norm=settings.max_gradient_norm, is_replayable=self.is_replayable,
         )  # fmt: skip
-        self.firing = FiringRecord(config.d_sae, dead_after, device)
+        self.firing = FiringRecord(config.d_sae, dead_after, device, is_replayable=self.is_replayable)
         self.steered = None
         if self.dictionary.penalty == "l1" and settings.l1_coefficient is None:
             self.steered = SteeredWeight(config.k, 2.0, device, default_gains(self.rate))
@@ -97,33 +101,64 @@ class Trainer:
             self.batches_ahead = -(-rows_for_threshold(config.k) // self.batch_size)
         self.newest: Float[Tensor, "batch d_in"] | None = None
         self.variance = torch.ones((), device=device)
+        self.warmth: float | Float[Tensor, ""] = 1.0
+        self.target_l0: float | Float[Tensor, ""] = float(config.k)
+        self.numbers = torch.zeros(2, device=device) if self.is_replayable else None
+        self.steps_done = torch.zeros((), dtype=torch.int64, device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
 
     def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
-        """Take a step on raw activations."""
-        x = self.normalisation(raw)
-        target = x if raw_target is None or self.target_normalisation is None else self.target_normalisation(raw_target)
+        """Take a step on raw activations of any floating-point dtype."""
+        self.prepare(raw, raw_target)
+        losses = self.compute(raw, raw_target)
+        self.finish()
+        return losses
+
+    def prepare(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> None:
+        """What comes before the device's part of a step: initial weights, and numbers that differ from step to step."""
         if self.step_number == 0:
-            self._begin(x, target)
-        context = self._context()
+            self._begin(*self._normalised(raw, raw_target))
+        warmup, decay = self.settings.warmup_fraction, self.settings.decay_fraction
+        self.optimizer.begin_step(learning_rate(self.step_number, self.steps, self.rate, warmup, decay))
+        warmth = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
+        self.warmth, self.target_l0 = warmth, self._target_l0()
+        if self.numbers is not None:
+            self.numbers.copy_(torch.tensor([self.warmth, self.target_l0]), non_blocking=True)
+            self.warmth, self.target_l0 = self.numbers.unbind()
+
+    def compute(
+        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None, room: Room | None = None
+    ) -> Losses:
+        """The device's part of a step. If it is replayable, it reads from the host only what `variant` names."""
+        x, target = self._normalised(raw, raw_target)
+        context = self._context(room)
         losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, context)
         losses.total.backward()
-        warmup, decay = self.settings.warmup_fraction, self.settings.decay_fraction
-        self.optimizer.step(learning_rate(self.step_number, self.steps, self.rate, warmup, decay))
-        self.step_number += 1
-        self.firing.record(losses.counts, losses.l0, len(x), self.step_number)
+        self.optimizer.update()
+        self.steps_done += 1
+        self.firing.add(losses.counts, losses.l0, len(x))
         if self.steered is not None:
             self.steered.observe(losses.l0)
         if self.batches_ahead:
-            self.newest = x
+            self._keep(x)
         elif losses.threshold is not None:
             self._update_old_threshold(losses.threshold)
         self.variance = target.var(0, correction=0).sum()
         is_first_bad = ~losses.total.detach().isfinite() & (self.first_bad_step < 0)
         self.bad_input |= is_first_bad & ~(x.isfinite().all() & target.isfinite().all())
-        self.first_bad_step.masked_fill_(is_first_bad, self.step_number)
+        self.first_bad_step.copy_(torch.where(is_first_bad, self.steps_done, self.first_bad_step))
         return replace(losses, terms={**losses.terms, **self._also_logged(context)})
+
+    @property
+    def variant(self) -> tuple[int | bool, ...]:
+        """What decides which operations the device's part of the next step has."""
+        return len(self.firing.candidates), self.firing.density > DENSE_ABOVE
+
+    def finish(self) -> None:
+        """What comes after the device's part of a step. Waits for the device every sixteen steps."""
+        self.step_number += 1
+        self.firing.after_step(self.batch_size, self.step_number)
 
     def folded(self) -> Dictionary:
         """A copy that takes raw activations and has decoder rows of norm 1; its threshold is the one set last."""
@@ -179,6 +214,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state of the same recipe, with the defaults that it started with."""
         self.step_number = state["step"]
+        self.steps_done.fill_(self.step_number)
         self.dictionary.load_state_dict(state["dictionary"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.firing.load_state_dict(state["firing"])
@@ -189,6 +225,7 @@ class Trainer:
             self.steered.load_state_dict(state["steered"])
         if self.version < 2:  # continue by its rules; the checkpoint contains its scale
             self.batches_ahead = 0
+            self.is_replayable = self.is_replayable and not self.dictionary.batch_threshold
             if self.steered is not None:
                 self.steered.gains = VERSION_1_GAINS
         saved, saved_target = state["normalisations"]
@@ -269,13 +306,21 @@ class Trainer:
         self.firing.density = l0 / self.dictionary.d_sae  # an estimate, until features are counted
         self.optimizer.refresh()
 
-    def _context(self) -> StepInputs:
+    def _normalised(
+        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None
+    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
+        """Input and target of a step, in float32."""
+        x = self.normalisation(raw)
+        if raw_target is None or self.target_normalisation is None:
+            return x, x
+        return x, self.target_normalisation(raw_target)
+
+    def _context(self, room: Room | None = None) -> StepInputs:
         settings, k, penalty = self.settings, self.recipe.dictionary.k, self.dictionary.penalty
-        warm = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
         aims_at_k = penalty == "l0" and settings.l0_coefficient is None
         weight: float | Float[Tensor, ""]
         if self.steered is not None:
-            self.steered.target = self._target_l0()
+            self.steered.target = self.target_l0
             weight = self.steered.value
         elif aims_at_k:
             weight = float(self.dictionary.d_in)
@@ -284,7 +329,7 @@ class Trainer:
         return StepInputs(
             dead=self.firing.dead,
             dead_candidates=self.firing.candidates,
-            sparsity=warm * weight,
+            sparsity=self.warmth * weight,
             aux_coefficient=settings.aux_coefficient,
             k_aux=settings.k_aux or k,
             density=self.firing.density,
@@ -293,7 +338,15 @@ class Trainer:
             encoder_bf16=self.optimizer.encoder_bf16,
             target_l0=k if aims_at_k else None,
             bandwidth=settings.bandwidth,
+            room=room,
         )
+
+    def _keep(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Keep the newest batch; if steps are replayable, always in the same place."""
+        if self.is_replayable and self.newest is not None:
+            self.newest.copy_(x)
+        else:
+            self.newest = x
 
     def _target_l0(self) -> float:
         """Target L0 at this step."""
@@ -325,7 +378,7 @@ class Trainer:
     def _update_old_threshold(self, smallest: Float[Tensor, ""]) -> None:
         """Threshold of version 1: a mean over the first steps, then a running mean."""
         threshold = self.dictionary.get_parameter("threshold")
-        threshold += (smallest - threshold) * max(1 / self.step_number, _OLD_THRESHOLD_RATE)
+        threshold += (smallest - threshold) * max(1 / (self.step_number + 1), _OLD_THRESHOLD_RATE)
 
 
 def _identity(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
