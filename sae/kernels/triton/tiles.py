@@ -1,5 +1,7 @@
 """Shared parts of the kernels: a tile of the encoder's product, and numbers as integers of the same order."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import math
@@ -45,9 +47,9 @@ def product_tile(
 
 @triton.jit
 def ordered(values):
-    """float32 as int32 of the same order; a NaN comes after infinity."""
+    """float32 as int32 of the same order; a NaN, of either sign, comes after infinity."""
     bits = values.to(tl.float32).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(values == values, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)  # noqa: PLR0124
 
 
 @triton.jit
@@ -60,13 +62,13 @@ def claim(counter, chosen):
 
 
 @triton.jit
-def kth_largest(keys, valid, k):
-    """The largest t with at least k valid keys ≥ t, by bisection; the smallest integer if there are fewer."""
-    low = tl.full((), -2147483648, tl.int64)
-    high = tl.full((), 2147483647, tl.int64)
-    for _ in range(32):
+def kth_largest(keys, valid, k, BITS: tl.constexpr = 32):
+    """The largest t with at least k valid keys ≥ t, by bisection; the smallest integer of BITS if there are fewer."""
+    low = tl.full((), -(1 << (BITS - 1)), tl.int64)
+    high = tl.full((), (1 << (BITS - 1)) - 1, tl.int64)
+    for _ in range(BITS):
         middle = (low + high + 1) >> 1
-        enough = tl.sum((valid & (keys.to(tl.int64) >= middle)).to(tl.int32), 0) >= k
+        enough = tl.sum((valid & (keys >= middle.to(tl.int32))).to(tl.int32), 0) >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
     return low
