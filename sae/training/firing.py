@@ -108,6 +108,7 @@ class FiringRecord:
         self.dead_after = state.get("dead_after", self.dead_after)
         self.silent_tokens.copy_(state["silent_tokens"])
         self.candidates = state["candidates"].to(self.silent_tokens.device)
+        self._lists = {len(self.candidates): self.candidates}
         self.density = state["density"]
         if "counts" in state:  # missing in checkpoints older than their logging
             self.counts.copy_(state["counts"])
