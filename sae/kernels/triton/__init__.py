@@ -2,7 +2,7 @@
 
 The encoder's product is computed some rows at a time, and kernels select from the buffer that has it. For TopK, a bound
 from the maxima of groups of features leaves a few candidates; for BatchTopK, one from a sample of the features, and if
-it misses, the product is computed again and searched exactly, on the device. `strategy.py` has, by shape, the choice
+it misses, the product is computed again and searched exactly, on the device. `strategies.py` has, by shape, the choice
 between this and a kernel that computes the product itself and selects before it leaves the registers.
 Decoding and the gradient of the codes use one program per row. The update uses one program per feature: it sums the
 feature's gradient from the pairs in which it fires, projects, steps, renormalises and writes the weight; the gradient
@@ -27,7 +27,7 @@ from sae.kernels.pattern import Pattern
 from sae.kernels.triton.batch import above, largest_of_batch
 from sae.kernels.triton.codes import column_sums, decode, feature_sums, sampled_product
 from sae.kernels.triton.rows import LARGEST_K, largest_from_buffer
-from sae.kernels.triton.strategy import FUSED, strategy
+from sae.kernels.triton.strategies import FUSED, strategy
 from sae.kernels.triton.topk import largest_of_rows
 from sae.kernels.triton.update import adam_, gradient_squares
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.kernels.interface import NOTHING
 from sae.kernels.pattern import Pattern
 from sae.kernels.triton.rows import products
-from sae.kernels.triton.strategy import FUSED, strategy
+from sae.kernels.triton.strategies import FUSED, is_interpreted, strategy
 from sae.kernels.triton.tiles import (
     MISS,
     binomial_below,
@@ -144,7 +144,7 @@ def _append_from_buffer_kernel(
             chosen = (ordered(pre) >= ordered(least)) & there
         count = tl.sum(chosen.to(tl.int32), 0)
         if count > 0:
-            before = tl.atomic_add(totals, count.to(tl.int64))
+            before = tl.atomic_add(totals, count.to(tl.int64), sem="relaxed")
             at = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
             kept = chosen & (at < capacity)
             tl.store(values + at, pre, mask=kept)
@@ -196,7 +196,7 @@ def _histogram_kernel(
             key = ordered(pre).to(tl.int64) + 2147483648
             inside = inside & ((key >> (shift + 8)) == tl.load(prefix))
             byte = ((key >> shift) & 255).to(tl.int32)
-            tl.atomic_add(counts + byte, inside.to(tl.int64), mask=inside)
+            tl.atomic_add(counts + byte, inside.to(tl.int64), mask=inside, sem="relaxed")
 
 
 def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tuple[Pattern, Tensor]:
@@ -280,7 +280,7 @@ class _Found:
 
     def _append_from_buffer(self, bound: Tensor, *, strict: bool) -> None:
         x, encoder, bias = self.operands
-        rows, block = (2, 64) if x.device.type == "cpu" else (4, 2048)
+        rows, block = (2, 64) if is_interpreted(x) else (4, 2048)
         for start, product in products(x, encoder):
             _append_from_buffer_kernel[(triton.cdiv(len(product), rows), triton.cdiv(len(encoder), block))](
                 product, bias, bound, self.totals, self.values, self.places, start, len(product), len(encoder),
@@ -304,7 +304,7 @@ def _guess(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
     """A bound that the largest numbers very likely reach, and few others, from some features in every row."""
     d_sae, sampled = len(encoder), scheme.sampled
     values = x.new_empty(len(x) * sampled, dtype=torch.float32)
-    sizes = {"BLOCK_D": 16} if x.device.type == "cpu" else {"BLOCK_D": 64, "num_warps": 4}
+    sizes = {"BLOCK_D": 16} if is_interpreted(x) else {"BLOCK_D": 64, "num_warps": 4}
     _sample_kernel[(triton.cdiv(len(x), SAMPLE_ROWS),)](
         x, encoder, bias, values, len(x), d_sae, x.shape[1], sampled, d_sae // sampled,
         ROWS=SAMPLE_ROWS, BLOCK_F=power_of_two(sampled), PRECISION=precision(), **sizes,

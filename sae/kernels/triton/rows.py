@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae.kernels.triton.strategy import rows_at_once
+from sae.kernels.triton.strategies import is_interpreted, rows_at_once
 from sae.kernels.triton.tiles import kth_largest, ordered, power_of_two
 from sae.kernels.triton.topk import select_candidates
 
@@ -120,13 +120,18 @@ def products(x: Tensor, encoder: Tensor) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(x), rows):
         part = x[start : start + rows]
         out = buffer[: len(part)]
-        if x.dtype == torch.float32:
-            torch.mm(part, encoder.T, out=out)
-        elif x.device.type == "cpu":
-            torch.mm(part.float(), encoder.T.float(), out=out)
-        else:
-            torch.mm(part, encoder.T, out_dtype=torch.float32, out=out)
+        multiply(part, encoder, out)
         yield start, out
+
+
+def multiply(x: Tensor, encoder: Tensor, out: Tensor) -> None:
+    """Store x · encoderᵀ, summed in float32 and not rounded."""
+    if x.dtype == torch.float32:
+        torch.mm(x, encoder.T, out=out)
+    elif x.device.type == "cpu":  # which has no such product
+        torch.mm(x.float(), encoder.T.float(), out=out)
+    else:
+        torch.mm(x, encoder.T, out_dtype=torch.float32, out=out)
 
 
 def largest_from_buffer(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -157,13 +162,13 @@ def largest_from_buffer(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tup
 
 def number_of_groups(x: Tensor, k: int) -> int:
     """Groups of features in a row: several times k, so that few groups have two of the k largest. Fewer in tests."""
-    if x.device.type == "cpu":
+    if is_interpreted(x):
         return max(16, power_of_two(2 * k))
     return min(MOST_GROUPS, max(1024, power_of_two(8 * k)))
 
 
 def _features_in_registers(x: Tensor) -> int:
-    return 64 if x.device.type == "cpu" else MOST_GROUPS
+    return 64 if is_interpreted(x) else MOST_GROUPS
 
 
 def _warps(block: int) -> int:

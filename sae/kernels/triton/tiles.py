@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels.triton.strategies import is_interpreted
+
 MISS = 1e-7
 """Chance that a guess gives too few candidates, and that it gives too many."""
 
@@ -57,7 +59,7 @@ def claim(counter, chosen):
     """A place for each of a tile's chosen numbers, from one addition to the counter."""
     number = chosen.to(tl.int32)
     of_rows = tl.sum(number, 1)
-    before = tl.atomic_add(counter, tl.sum(of_rows, 0).to(tl.int64))
+    before = tl.atomic_add(counter, tl.sum(of_rows, 0).to(tl.int64), sem="relaxed")
     return before + (tl.cumsum(of_rows, 0) - of_rows)[:, None] + tl.cumsum(number, 1) - 1
 
 
@@ -111,16 +113,22 @@ def tile_sizes(x: Tensor) -> dict[str, int]:
 
     Not tuned on a GPU yet. Larger tiles read less, but the steps after the product then spill out of registers.
     """
-    if x.device.type == "cpu":
+    if is_interpreted(x):
         return {"BLOCK_B": 16, "BLOCK_F": 32, "BLOCK_D": 16}
+    stages = 3 if major(x) >= 8 else 2  # before Ampere, a program has 64 KiB of shared memory at most
     if x.dtype == torch.float32:
-        return {"BLOCK_B": 64, "BLOCK_F": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_B": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_B": 64, "BLOCK_F": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK_B": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": stages}
+
+
+def major(x: Tensor) -> int:
+    """The first number of the GPU's compute capability."""
+    return torch.cuda.get_device_capability(x.device)[0]
 
 
 def at_once(x: Tensor) -> int:
     """Number of pairs whose rows a program requests from memory before it waits for the first. Fewer in tests."""
-    return 2 if x.device.type == "cpu" else 4
+    return 2 if is_interpreted(x) else 4
 
 
 def tiles(batch: int, d_sae: int, sizes: dict[str, int]) -> int:

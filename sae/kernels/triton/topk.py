@@ -86,7 +86,7 @@ def _candidates_kernel(
     bound = tl.load(guess + rows, mask=rows < batch, other=float("inf"))
     chosen = ((pre >= bound[:, None]) | (pre != pre)) & inside  # noqa: PLR0124  not a number
     number = chosen.to(tl.int32)
-    before = tl.atomic_add(counts + rows, tl.sum(number, 1), mask=rows < batch)
+    before = tl.atomic_add(counts + rows, tl.sum(number, 1), mask=rows < batch, sem="relaxed")
     place = before[:, None] + tl.cumsum(number, 1) - 1
     at = rows.to(tl.int64)[:, None] * capacity + place
     chosen = chosen & (place < capacity)

@@ -28,12 +28,16 @@ def strategy(selection: str, d_sae: int) -> str:
     return next(name for least, name in reversed(STRATEGIES[selection]) if d_sae >= least)
 
 
+def is_interpreted(x: Tensor) -> bool:
+    """Whether kernels run in Triton's interpreter, for tests, which get small tiles."""
+    return x.device.type == "cpu"
+
+
 def rows_at_once(x: Tensor, d_sae: int) -> int:
-    """Number of rows in a buffer for products with d_sae features. CPU tensors (tests) get a few."""
-    if x.device.type == "cpu":
+    """Number of rows in a buffer for products with d_sae features, a multiple of 128."""
+    if is_interpreted(x):
         return 7
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size
-    rows = int(BUFFER_PER_L2 * cache) // (4 * d_sae)
-    most = max(LEAST_ROWS, rows // 128 * 128)
-    chunks = -(-len(x) // most)
-    return min(most, -(-len(x) // chunks // 128) * 128) if chunks else most
+    most = max(LEAST_ROWS, int(BUFFER_PER_L2 * cache) // (4 * d_sae) // 128 * 128)
+    buffers = max(1, -(-len(x) // most))
+    return -(-len(x) // (128 * buffers)) * 128
