@@ -15,6 +15,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,11 +27,15 @@ from triton.runtime.jit import JITFunction
 from sae.architectures import ARCHITECTURES
 from sae.dictionary.base import Dictionary
 from sae.kernels import back_end, sparse
+from sae.kernels.triton import rows as rows_kernels
+from sae.kernels.triton import strategies
 from sae.training import optimizer as optimizer_module
 from sae.training.firing import FiringRecord
 from sae.training.objectives import OBJECTIVES, StepInputs
 from sae.training.optimizer import FeatureAdam
 
+L2_CACHE = 50 * 1024**2
+"""An H100's, which decides the size of the buffer for the encoder's product."""
 _EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
 
 
@@ -43,13 +48,12 @@ class _Zeros(TorchDispatchMode):
 
 
 def _launch(self: JITFunction, *args: Any, **kwargs: Any) -> None:
-    """Instead of a kernel: BatchTopK's finds as many places as there is room for."""
-    if self.fn.__name__ == "_append_kernel":
-        x, encoder, *_ = args
-        totals, values, places = args[5:8]
+    """Instead of a kernel: BatchTopK's finds as many places as there is room for, in the last buffer of rows."""
+    if self.fn.__name__ == "_append_from_buffer_kernel":
+        totals, values, places, first_row, rows, d_sae = args[3:9]
         totals.fill_(len(places))
         values.zero_()
-        torch.arange(len(places), out=places).mul_(len(x) * len(encoder) // len(places))
+        torch.arange(len(places), out=places).mul_((first_row + rows) * d_sae // len(places))
 
 
 def count(architecture: str, dead_share: float, arguments: argparse.Namespace) -> dict[str, float]:
@@ -104,6 +108,9 @@ def main() -> None:
         mock.patch.object(sparse, "kernels_for", lambda weights: back_end("triton")),
         mock.patch.object(optimizer_module, "kernels_for", lambda weights: back_end("triton")),
         mock.patch.object(JITFunction, "run", _launch),
+        mock.patch.object(strategies, "is_interpreted", lambda x: False),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=L2_CACHE)),
+        mock.patch.object(rows_kernels, "multiply", lambda *args: None),
     ):
         for architecture in ("topk", "batch_topk"):
             for share in arguments.dead:

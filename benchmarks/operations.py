@@ -2,18 +2,23 @@
 
     python benchmarks/operations.py
     python benchmarks/operations.py --device cuda --batch 8192
+    python benchmarks/operations.py --device cuda --shapes --name selections-cuda
 
-On a CPU there is a last table, the crossover between sparse and dense products, from which
-`kernels.interface.DENSE_ABOVE` comes. Results go to `docs/results/`.
+On a GPU, selections are timed with each strategy of `sae/kernels/triton/strategies.py`, and with `--shapes` at many
+shapes and sizes of the buffer, to choose between them; replayed as a CUDA graph, as in training. On a CPU
+there is a last table, the crossover between sparse and dense products, from which `kernels.interface.DENSE_ABOVE`
+comes. Results go to `docs/results/`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from unittest import mock
 
 import report
 import torch
@@ -58,12 +63,21 @@ class Operands:
 
 
 class Clock:
-    """Times on a device; the median over the repeats, after one to warm up."""
+    """Times on a device; the median over the repeats, after one to warm up.
 
-    def __init__(self, device: str, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
+    On a GPU, `is_replayed` times the replay of a CUDA graph, as training does, so that launches do not count.
+    """
+
+    def __init__(self, device: str, repeats: int, *, is_replayed: bool = False) -> None:
+        self.device, self.repeats, self.is_replayed = device, repeats, is_replayed and device != "cpu"
 
     def milliseconds(self, function: Callable[[], object]) -> float:
+        if self.is_replayed:
+            graph = torch.cuda.CUDAGraph()
+            function()
+            with torch.cuda.graph(graph):
+                function()
+            function = graph.replay
         times = []
         for _ in range(self.repeats + 1):
             synchronise(self.device)
@@ -77,7 +91,34 @@ class Clock:
         return Row(name, self.milliseconds(ours), self.milliseconds(other), other_is)
 
 
+@contextlib.contextmanager
+def using(strategy: str | None, buffer_per_l2: float | None = None) -> Iterator[None]:
+    """Select with a strategy of Triton's back end, and with a buffer of this size; None: as the package does."""
+    if strategy is None:
+        yield
+        return
+    from sae.kernels.triton import strategies
+
+    chosen = dict.fromkeys(strategies.STRATEGIES, ((0, strategy),))
+    size = strategies.BUFFER_PER_L2 if buffer_per_l2 is None else buffer_per_l2
+    with (
+        mock.patch.object(strategies, "STRATEGIES", chosen),
+        mock.patch.object(strategies, "BUFFER_PER_L2", size),
+    ):
+        yield
+
+
 def selections(operands: Operands, clock: Clock) -> list[Row]:
+    """Selections; on a GPU with each strategy."""
+    rows = []
+    for strategy in (None,) if clock.device == "cpu" else ("buffered", "fused"):
+        with using(strategy):
+            found = selections_as_chosen(operands, clock)
+        rows += [replace(row, operation=row.operation + (f" ({strategy})" if strategy else "")) for row in found]
+    return rows
+
+
+def selections_as_chosen(operands: Operands, clock: Clock) -> list[Row]:
     """The encoder's product and what is selected from it; AuxK's selection among a tenth of the features beside it."""
     kernels = kernels_for(operands.encoder)
     bias, k, count = operands.bias, operands.k, operands.k * len(operands.x)
@@ -109,6 +150,61 @@ def selections(operands: Operands, clock: Clock) -> list[Row]:
             "mm, topk twice",
         ),
     ]
+
+
+SHAPES = [
+    (512, 6144, 2048, 16),
+    (768, 6144, 2048, 32),
+    (768, 24576, 2048, 32),
+    (768, 24576, 8192, 32),
+    (768, 24576, 8192, 128),
+    (768, 131072, 4096, 32),
+    (2048, 16384, 4096, 64),
+    (2048, 65536, 8192, 64),
+    (4096, 32768, 4096, 64),
+    (4096, 131072, 16384, 128),
+]
+"""d_in, d_sae, batch, k."""
+BUFFERS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Sizes of the buffer relative to the L2 cache."""
+
+
+def by_shape(clock: Clock) -> tuple[str, list[dict[str, float | str]]]:
+    """Every strategy and size of the buffer at every shape, beside the product and topk of it."""
+    records = [record for shape in SHAPES for record in of_shape(clock, *shape)]
+    cells = [[value if isinstance(value, str) else f"{value:.2f}" for value in record.values()] for record in records]
+    return report.table(list(records[0]), cells), records
+
+
+def of_shape(clock: Clock, d_in: int, d_sae: int, batch: int, k: int) -> list[dict[str, float | str]]:
+    """Milliseconds of TopK's and BatchTopK's selections."""
+    operands = Operands.random(argparse.Namespace(device=clock.device, d_in=d_in, d_sae=d_sae, batch=batch, k=k))
+    kernels, low = kernels_for(operands.encoder), operands.low
+    x, count = operands.x.to(low.dtype), k * batch
+    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "TopK": (
+            lambda: kernels.select_topk(x, low, operands.bias, k),
+            lambda: (x @ low.T).topk(k, sorted=False),
+        ),
+        "BatchTopK": (
+            lambda: kernels.select_batch_topk(x, low, operands.bias, count),
+            lambda: (x @ low.T).flatten().topk(count, sorted=False),
+        ),
+    }
+    records = []
+    for name, (ours, other) in calls.items():
+        record: dict[str, float | str] = {
+            "shape": f"{name}, {d_in} → {d_sae:,}, batch {batch:,}, k {k}",
+            "product": clock.milliseconds(lambda: x @ low.T),
+            "product, topk": clock.milliseconds(other),
+        }
+        with using("fused"):
+            record["fused"] = clock.milliseconds(ours)
+        for size in BUFFERS:
+            with using("buffered", size):
+                record[f"buffered, {size:g} · L2"] = clock.milliseconds(ours)
+        records.append(record)
+    return records
 
 
 def products_with_codes(operands: Operands, pattern: Pattern, values: Tensor, clock: Clock) -> list[Row]:
@@ -208,14 +304,23 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--columns", type=int, default=2048, help="features in the table of the crossover")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shapes", action="store_true", help="only selections, at many shapes; on a GPU")
     parser.add_argument("--name", help="of the files in docs/results/; default: operations-DEVICE")
     arguments = parser.parse_args()
-    operands, clock = Operands.random(arguments), Clock(arguments.device, arguments.repeats)
+    clock = Clock(arguments.device, arguments.repeats)
+    replaying = Clock(arguments.device, arguments.repeats, is_replayed=True)
+    if arguments.shapes:
+        with torch.no_grad():
+            text, records = by_shape(replaying)
+        name = arguments.name or f"selections-{arguments.device}"
+        report.write(name, "Selections by shape, ms", text, {"rows": records}, report.machine(arguments.device))
+        return
+    operands = Operands.random(arguments)
     with torch.no_grad():
         selection = kernels_for(operands.encoder).select_topk(
             operands.x.to(operands.low.dtype), operands.low, operands.bias, operands.k
         )
-        first = selections(operands, clock)
+        first = selections(operands, replaying)
         first += products_with_codes(operands, selection.pattern, selection.values, clock)
         first.append(update(operands, selection.pattern, selection.values, clock))
     shape = f"d_in {arguments.d_in}, d_sae {arguments.d_sae:,}, batch {arguments.batch:,}, k {arguments.k}"

@@ -60,11 +60,11 @@ from sae.cli import main as cli
 from sae.config.file import parse_config
 from sae.config.settings import RunConfig
 from sae.config.sources import ModelConfig
+from sae.kernels import products
 from sae.model.language_model import LanguageModel
-from sae.training import trainer
 
 torch.set_num_threads(1)  # with tensors this small, threads only wait for each other
-trainer.cpu_has_bfloat16 = lambda: False  # results do not depend on the processor, except in tests of this
+products.cpu_has_bfloat16 = lambda: False  # results do not depend on the processor, except in tests of this
 
 SPECIAL = "<|endoftext|>"
 WORDS = """

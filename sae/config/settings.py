@@ -168,6 +168,10 @@ class TrainConfig(Settings):
         description="precision of the encoder's large product, for topk, batch_topk and matryoshka; weights stay "
         "float32; `auto`: bfloat16 on a GPU, and on a CPU that has bfloat16 instructions",
     )
+    cuda_graph: bool = Field(
+        default=True,
+        description="record steps on a GPU and replay them, which saves the time of their launches; false: to debug",
+    )
     shuffle_seed: int | None = Field(
         default=None, ge=0, description="seed for the order of the activations; null: `seed`"
     )

@@ -58,6 +58,15 @@ def operators_beside(weights: Tensor) -> contextlib.AbstractContextManager[None]
     return operators_in_one_thread() if with_numba else contextlib.nullcontext()
 
 
+def is_replayable(device: torch.device, d_in: int) -> bool:
+    """Whether a training step on rows of d_in numbers never waits for the device, so that it can be replayed."""
+    if fastest(device.type, torch.float32) != "triton":
+        return False
+    from sae.kernels.triton.update import LARGEST_ROW
+
+    return d_in <= LARGEST_ROW
+
+
 @cache
 def back_end(name: str) -> Kernels:
     """A back end by its name."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -38,12 +39,34 @@ class Selection(NamedTuple):
         values: their pre-activations, whatever their sign.
         subset_values: pre-activations selected in the subset; None without a subset.
         subset_places: their positions in `Subset.features`.
+        total: number of entries to select, if they were selected for a capacity, which it may exceed.
     """
 
     pattern: Pattern
     values: Float[Tensor, " pairs"]
     subset_values: Float[Tensor, "batch k"] | None = None
     subset_places: Int[Tensor, "batch k"] | None = None
+    total: Int[Tensor, ""] | None = None
+
+
+@dataclass
+class Room:
+    """Room for the pairs above thresholds, whose number depends on the data.
+
+    Attributes:
+        capacity: number of pairs that there is room for; None: as many as there are; to know, the device is waited for.
+        enter: called with the number of pairs on the device when they have been selected for a capacity; those beyond
+            it are lost.
+        pairs: number of pairs that were selected without a capacity; None: none were.
+    """
+
+    capacity: int | None = None
+    enter: Callable[[Int[Tensor, ""]], None] | None = None
+    pairs: int | None = None
+
+
+NOTHING = -1e30
+"""Pre-activation of padding: no feature fires at it, and every gradient is 0 there."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +104,8 @@ class AdamStep:
         unit_rows: the weights' rows are kept at norm 1: the gradient loses its part along each row before it enters the
             moments, and rows are renormalised after the step.
         scale: factor applied to the gradient first; None: 1.
+        numbers: lr, 1 − beta1^number and 1 − beta2^number in float32 on the device, which Triton's kernel reads from
+            there if they are given, so that a recorded launch takes those of its step.
     """
 
     lr: float
@@ -90,6 +115,13 @@ class AdamStep:
     number: int
     unit_rows: bool = False
     scale: Float[Tensor, ""] | None = None
+    numbers: Float[Tensor, 3] | None = None
+
+
+def adam_numbers(step: AdamStep) -> Float[Tensor, 3]:
+    """`AdamStep.numbers` on the CPU."""
+    corrections = (1 - beta**step.number for beta in (step.beta1, step.beta2))
+    return torch.tensor([step.lr, *corrections], dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -137,7 +169,11 @@ class Kernels(Protocol):
         bias: Float[Tensor, " d_sae"],
         threshold: Float[Tensor, " d_sae"],
     ) -> Selection:
-        """All entries of x · encoderᵀ + bias above their feature's threshold, and all NaNs."""
+        """All entries of x · encoderᵀ + bias above their feature's threshold, and all NaNs.
+
+        Triton's has another argument `capacity`: with it, the result has this many pairs, whatever the data, with
+        padding at the end (`Pattern.is_padded`) whose values are `NOTHING`, and `total` says how many there are.
+        """
         ...
 
     def decode(

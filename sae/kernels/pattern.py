@@ -36,12 +36,15 @@ class Pattern:
         offsets: the features of row i are `features[offsets[i]:offsets[i + 1]]`; int64.
         d_sae: number of features in the dictionary.
         k: number of features per row if it is the same for all rows, else None.
+        is_padded: whether pairs from `offsets[-1]` on, with feature 0, are padding: they belong to no row and to no
+            feature, and only Triton's back end and what works on pairs alone takes them.
     """
 
     features: Int[Tensor, " pairs"]
     offsets: Int[Tensor, " batch_plus_1"]
     d_sae: int
     k: int | None = None
+    is_padded: bool = False
 
     @staticmethod
     def from_indices(indices: Int[Tensor, "batch k"], d_sae: int) -> Pattern:
@@ -51,10 +54,10 @@ class Pattern:
         return Pattern(indices.reshape(-1), offsets, d_sae, k)
 
     @staticmethod
-    def from_places(places: Int[Tensor, " pairs"], batch: int, d_sae: int) -> Pattern:
-        """The pattern of ascending places row · d_sae + feature; places from batch · d_sae on must not occur."""
+    def from_places(places: Int[Tensor, " pairs"], batch: int, d_sae: int, *, is_padded: bool = False) -> Pattern:
+        """The pattern of ascending places row · d_sae + feature; a place batch · d_sae is padding."""
         starts = torch.arange(batch + 1, device=places.device) * d_sae
-        return Pattern(places % d_sae, torch.searchsorted(places, starts), d_sae)
+        return Pattern(places % d_sae, torch.searchsorted(places, starts), d_sae, is_padded=is_padded)
 
     @staticmethod
     def of_nonzeros(matrix: Float[Tensor, "batch d_sae"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
@@ -79,17 +82,24 @@ class Pattern:
 
     @cached_property
     def rows(self) -> Int[Tensor, " pairs"]:
-        """The row of each pair."""
+        """The row of each pair; of padding, the last."""
         device = self.features.device
         if self.k:
             return torch.arange(self.pairs, device=device) // self.k
+        if self.is_padded:
+            places = torch.arange(self.pairs, device=device)
+            return torch.searchsorted(self.offsets[1:], places, right=True).clamp(max=self.batch - 1)
         return torch.arange(self.batch, device=device).repeat_interleave(self.offsets.diff(), output_size=self.pairs)
 
     @cached_property
     def by_feature(self) -> ByFeature:
         """The pairs sorted by feature; computed once, without waiting for the device."""
-        features, order = torch.sort(self.features, stable=True)
-        if features.device.type == "cpu":  # quicker there; on a GPU, bincount waits
+        features = self.features
+        if self.is_padded:
+            is_padding = torch.arange(self.pairs, device=features.device) >= self.offsets[-1]
+            features = features.masked_fill(is_padding, self.d_sae)
+        features, order = torch.sort(features, stable=True)
+        if features.device.type == "cpu" and not self.is_padded:  # quicker there; on a GPU, bincount waits
             offsets = features.new_zeros(self.d_sae + 1)
             torch.cumsum(torch.bincount(features, minlength=self.d_sae), 0, out=offsets[1:])
         else:

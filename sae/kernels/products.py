@@ -89,6 +89,13 @@ def cpu_has_bfloat16() -> bool:
     return any(flag in flags for flag in _BF16_FLAGS)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware: GPUs do from Ampere (compute capability 8.0) on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "cpu" or cpu_has_bfloat16()
+
+
 def _numpy_is_faster(x: Tensor, encoder: Tensor) -> bool:
     """Whether NumPy's OpenBLAS takes the product: on AMD processors it is up to half again as fast as torch's MKL.
 

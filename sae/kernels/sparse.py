@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae.kernels import back_end, kernels_for, rounds_products
-from sae.kernels.interface import FactoredGradient, Gradient, Kernels, RowGradient, Selection, Subset
+from sae.kernels.interface import FactoredGradient, Gradient, Kernels, Room, RowGradient, Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.numerics.modes import is_mapped, without_autocast
 
@@ -162,9 +162,19 @@ def select_above(
     encoder: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
+    room: Room | None = None,
 ) -> Selection:
-    """The pre-activations above their feature's threshold. Waits for the device."""
-    return kernels_for(encoder).select_above(x - b_dec, encoder, b_enc, threshold)
+    """The pre-activations above their feature's threshold. Waits for the device, except in a `room` of fixed size."""
+    kernels: Any = kernels_for(encoder)
+    if room is None or room.capacity is None:
+        selection = kernels.select_above(x - b_dec, encoder, b_enc, threshold)
+        if room is not None:
+            room.pairs = selection.pattern.pairs
+        return selection
+    selection = kernels.select_above(x - b_dec, encoder, b_enc, threshold, room.capacity)
+    if room.enter is not None:
+        room.enter(selection.total)
+    return selection
 
 
 def _operands(x: Tensor, encoder: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor]:

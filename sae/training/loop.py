@@ -35,6 +35,7 @@ from sae.training.checkpoint import (
 from sae.training.member import Cost, Member, checkpoint_bytes, weights_bytes
 from sae.training.reader import Reader
 from sae.training.recipe import Recipe
+from sae.training.replay import Batches, Recorder
 from sae.training.signals import stop_flag
 from sae.training.sinks import FeatureSink, JsonLines, Sink
 from sae.training.source import BatchSource, metadata_of
@@ -190,6 +191,11 @@ class _Run:
             metadata = in_current_form({**metadata_of(source, target), **recipe.metadata})
             trainer = Trainer(replace(recipe, metadata=metadata), source, target, self.steps, device)
             self.members[name] = Member(trainer)
+        self.batches: Batches | None = None
+        if any(member.is_replayed for member in self.members.values()):
+            self.batches, recorder = Batches(), Recorder(device)
+            for member in self.members.values():
+                member.recorder = recorder
         self.failures: dict[str, str] = {}
 
     def train(
@@ -218,8 +224,11 @@ class _Run:
                 if batch is None:
                     raise TrainingError(f"the source ended after {self.step} steps of {self.steps}; lower train.tokens")
                 self.step += 1
+                if self.batches is not None:
+                    batch = self.batches.keep(batch)
                 for member in self.members.values():
-                    self._step(member, batch)
+                    recipe = member.trainer.recipe
+                    member.step(batch[recipe.source], None if recipe.target is None else batch[recipe.target])
                 last = self.step == self.steps
                 if self.step % self.log_every == 0 or last:
                     self._drop_failed()
@@ -245,14 +254,6 @@ class _Run:
                 raise
             self._checkpoint()
             raise TrainingInterrupted(self._interrupted()) from None
-
-    def _step(self, member: Member, batch: dict[str, Tensor]) -> None:
-        recipe = member.trainer.recipe
-        raw = batch[recipe.source]
-        with member.stopwatch:
-            losses = member.trainer.step(raw, None if recipe.target is None else batch[recipe.target])
-        member.meter.add(losses, member.trainer.variance)
-        member.tokens += len(raw)
 
     def _set_thresholds(self) -> None:
         """Set thresholds for the current weights from the next batches, if an architecture has one; once a step."""

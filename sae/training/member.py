@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.kernels.interface import Room
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.meter import Meter, Stopwatch
+from sae.training.replay import Recorder, Replay
 from sae.training.sinks import Sink
 from sae.training.trainer import Trainer
 
@@ -28,14 +33,46 @@ class Cost:
 
 @dataclass
 class Member:
-    """One trainer with its sinks, meter and stopwatch."""
+    """One trainer with its sinks, meter and stopwatch.
+
+    Attributes:
+        recorder: the pass's; None if no member's steps are replayed.
+    """
 
     trainer: Trainer
     sinks: list[Sink] = field(default_factory=list)
     tokens: int = 0
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         self.meter, self.stopwatch = Meter(self.trainer.batch_size), Stopwatch(self.trainer.dictionary.W_dec.device)
+        self._replay: Replay | None = None
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether steps are recorded and replayed."""
+        return self.trainer.is_replayable and self.trainer.settings.cuda_graph
+
+    def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> None:
+        """Take a step; with a recorder, from tensors that are at the same place each time."""
+        trainer = self.trainer
+        with self.stopwatch:
+            trainer.prepare(raw, raw_target)
+            if self.recorder is not None and self.is_replayed:
+                if self._replay is None:
+                    self._replay = Replay(
+                        self.recorder, self._compute, lambda: trainer.variant, trainer.optimizer.discard
+                    )
+                names = self._replay.step(raw, raw_target)
+            else:
+                names = self._compute(raw, raw_target)
+            trainer.finish()
+        self.meter.count(names)
+        self.tokens += len(raw)
+
+    def _compute(self, raw: Tensor, raw_target: Tensor | None, room: Room | None = None) -> tuple[str, ...]:
+        losses = self.trainer.compute(raw, raw_target, room)
+        return self.meter.sum(losses, self.trainer.variance)
 
     @property
     def folder(self) -> Path | None:

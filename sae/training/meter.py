@@ -22,34 +22,49 @@ class Meter:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self._sums: dict[str, Tensor] = {}
+        self._seen: dict[str, None] = {}
         self._steps = self._timed = 0
         self._since = time.perf_counter()
 
-    @torch.no_grad()
     def add(self, losses: Losses, variance: Float[Tensor, ""]) -> None:
         """Add a step; `variance` is the variance of its targets."""
+        self.count(self.sum(losses, variance))
+
+    @torch.no_grad()
+    def sum(self, losses: Losses, variance: Float[Tensor, ""]) -> tuple[str, ...]:
+        """The part of `add` that is the device's; sums stay where they are. Returns the names of what was added."""
         fvu = losses.terms["mse"] / variance.clamp_min(torch.finfo(variance.dtype).tiny)
         objective = losses.total.detach()
         loss = objective if losses.revived is None else objective - losses.revived
         metrics = {"loss": loss, "objective": objective, **losses.terms, "fvu": fvu, "l0": losses.l0}
         for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(value)
+            self._sums[name] += value
+        return tuple(metrics)
+
+    def count(self, names: tuple[str, ...]) -> None:
+        """The rest of `add`."""
+        self._seen.update(dict.fromkeys(names))
         self._steps, self._timed = self._steps + 1, self._timed + 1
 
     def read(self) -> dict[str, float]:
-        means = {name: float(value) / self._steps for name, value in self._sums.items()}
+        means = {name: float(self._sums[name]) / self._steps for name in self._seen}
+        for value in self._sums.values():
+            value.zero_()
         now = time.perf_counter()
         means["tokens_per_second"] = self._timed * self.batch_size / max(now - self._since, 1e-9)
-        self._sums, self._steps, self._timed, self._since = {}, 0, 0, now
+        self._seen, self._steps, self._timed, self._since = {}, 0, 0, now
         return means
 
     def state_dict(self) -> dict[str, Any]:
         """The sums since the last reading, so that a resumed training logs the same as an uninterrupted one."""
-        return {"sums": dict(self._sums), "steps": self._steps}
+        return {"sums": {name: self._sums[name].clone() for name in self._seen}, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue with the sums of an earlier process; the time counts from now."""
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
+        self._seen = dict.fromkeys(self._sums)
         self._steps, self._timed, self._since = state["steps"], 0, time.perf_counter()
 
 

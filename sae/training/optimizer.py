@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sae.dictionary.base import Dictionary
 from sae.kernels import kernels_for
-from sae.kernels.interface import AdamStep, Gradient, Moments
+from sae.kernels.interface import AdamStep, Gradient, Moments, adam_numbers
 from sae.kernels.sparse import GradientSink
 
 _EPSILON = 1e-8
@@ -29,6 +30,7 @@ class FeatureAdam:
         low_precision: keep a bfloat16 copy of the encoder for the large product; the weights keep their precision.
         max_norm: a gradient whose norm over all parameters is larger is scaled down to it (Pascanu et al. 2013), after
             decoder gradients have lost the part along their rows; None: gradients are not scaled.
+        is_replayable: whether steps can be recorded and replayed, so that what differs between them is on the device.
 
     Attributes:
         encoder_sink: receives the gradient of W_enc.T from the sparse core.
@@ -40,7 +42,7 @@ class FeatureAdam:
 
     def __init__(
         self, dictionary: Dictionary, beta1: float, beta2: float, *, low_precision: bool = False,
-        max_norm: float | None = None,
+        max_norm: float | None = None, is_replayable: bool = False,
     ) -> None:  # fmt: skip
         self.dictionary, self.beta1, self.beta2, self.max_norm = dictionary, beta1, beta2, max_norm
         self.norm: Float[Tensor, ""] | None = None
@@ -54,8 +56,12 @@ class FeatureAdam:
         rest = {name: p for name, p in dictionary.named_parameters() if p.requires_grad and id(p) not in matrices}
         groups = [{"params": [p], "factor": dictionary.rate_factors.get(name, 1.0)} for name, p in rest.items()]
         no_group = [{"params": [], "factor": 1.0}]  # only matrices are trained
-        self.rest = torch.optim.Adam(groups or no_group, betas=(beta1, beta2), eps=_EPSILON, fused=True)
+        self.is_replayable = is_replayable
+        self.rest = torch.optim.Adam(
+            groups or no_group, betas=(beta1, beta2), eps=_EPSILON, fused=True, capturable=is_replayable
+        )
         self.steps, self.lr = 0, 0.0
+        self.numbers: Float[Tensor, 3] | None = torch.zeros(3, device=self.encoder.device) if is_replayable else None
         self.encoder_bf16: BFloat16[Tensor, "d_sae d_in"] | None = None
         self.keep_bfloat16(low_precision)
 
@@ -68,32 +74,49 @@ class FeatureAdam:
         if self.encoder_bf16 is not None:
             self.encoder_bf16.copy_(self.encoder)
 
-    @torch.no_grad()
     def step(self, lr: float) -> None:
         """Take one step with all gradients collected since the last."""
+        self.begin_step(lr)
+        self.update()
+
+    def begin_step(self, lr: float) -> None:
+        """The part of `step` that is not the device's."""
         self.steps, self.lr = self.steps + 1, lr
+        if self.numbers is not None:
+            self.numbers.copy_(adam_numbers(self._adam_step()), non_blocking=True)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """The rest of `step`."""
         dictionary, kernels = self.dictionary, kernels_for(self.encoder)
         encoder_grad, decoder_grad = dictionary.W_enc.grad, dictionary.W_dec.grad
         gradients = (
             self.encoder_sink.take(None if encoder_grad is None else encoder_grad.T),
             self.decoder_sink.take(decoder_grad),
         )
-        scale = self._clip(*gradients)
-        common = {
-            "lr": lr, "beta1": self.beta1, "beta2": self.beta2, "eps": _EPSILON, "number": self.steps, "scale": scale,
-        }  # fmt: skip
+        step = replace(self._adam_step(), scale=self._clip(*gradients), numbers=self.numbers)
         if dictionary.W_enc.requires_grad:
-            kernels.adam_(self.encoder, self.moments[0], gradients[0], AdamStep(**common), self.encoder_bf16)
+            kernels.adam_(self.encoder, self.moments[0], gradients[0], step, self.encoder_bf16)
         if dictionary.W_dec.requires_grad:
-            decoder_step = AdamStep(**common, unit_rows=dictionary.unit_decoder)
+            decoder_step = replace(step, unit_rows=dictionary.unit_decoder)
             kernels.adam_(self.decoder, self.moments[1], gradients[1], decoder_step)
         dictionary.W_enc.grad = dictionary.W_dec.grad = None
+        lr = self.lr if self.numbers is None else self.numbers[0]
         for group in self.rest.param_groups:
             group["lr"] = lr * group["factor"]
         self.rest.step()
         for name in dictionary.non_negative:
             dictionary.get_parameter(name).clamp_min_(0)
         self.rest.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        """Drop the gradients collected since the last step."""
+        self.encoder_sink.take()
+        self.decoder_sink.take()
+        self.dictionary.zero_grad(set_to_none=True)
+
+    def _adam_step(self) -> AdamStep:
+        return AdamStep(self.lr, self.beta1, self.beta2, _EPSILON, self.steps)
 
     def _clip(self, encoder: Gradient, decoder: Gradient) -> Float[Tensor, ""] | None:
         """Scale the other gradients, and return the factor for those of the matrices. Waits for nothing."""
@@ -115,7 +138,10 @@ class FeatureAdam:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs in addition to the weights."""
         moments = [{"first": moments.first, "second": moments.second} for moments in self.moments]
-        return {"steps": self.steps, "moments": moments, "rest": self.rest.state_dict()}
+        rest = self.rest.state_dict()
+        for group in rest["param_groups"]:
+            group["lr"] = self.lr * group["factor"]  # not a tensor of a recorded step
+        return {"steps": self.steps, "moments": moments, "rest": rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; the weights must have been loaded before."""
@@ -124,4 +150,6 @@ class FeatureAdam:
             moments.first.copy_(saved["first"])
             moments.second.copy_(saved["second"])
         self.rest.load_state_dict(state["rest"])
+        for group in self.rest.param_groups:
+            group["capturable"] = self.is_replayable
         self.refresh()

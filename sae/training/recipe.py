@@ -57,7 +57,9 @@ def build(config: DictionaryConfig, d_in: int) -> Dictionary:
 
 def chosen_settings(config: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
     """The settings that decide the weights. The initial weights are not among them; their hash identifies them."""
-    others = {"reads", "gives", "log_every", "checkpoint_every", "keep_checkpoints", "snapshots", "start_from"}
+    others = {
+        "reads", "gives", "log_every", "checkpoint_every", "keep_checkpoints", "snapshots", "start_from", "cuda_graph",
+    }  # fmt: skip
     unread = {key.partition(".")[2] for key, readers in READERS.items() if config.architecture not in readers}
     chosen = {**config.model_dump(mode="json"), **settings.model_dump(mode="json")}
     return {key: value for key, value in chosen.items() if key not in others | unread}

@@ -88,12 +88,14 @@ class SteeredWeight:
     and is constant only when L0 equals the target. Everything stays on the device.
 
     Args:
-        target: target L0, in features per token.
+        target: target L0, in features per token; a tensor if recorded steps read it from the device.
         start: initial λ, unless `begin` sets a better one.
         gains: how strongly λ responds.
     """
 
-    def __init__(self, target: float | int, start: float, device: torch.device, gains: Gains) -> None:
+    def __init__(
+        self, target: float | int | Float[Tensor, ""], start: float, device: torch.device, gains: Gains
+    ) -> None:
         self.target, self.gains = target, gains
         self.integral: Float[Tensor, ""] = torch.full((), start, device=device).log()
         self.l0: Float[Tensor, ""] = torch.full((), float("nan"), device=device)
@@ -105,8 +107,8 @@ class SteeredWeight:
 
     def observe(self, l0: Float[Tensor, ""]) -> None:
         """Update λ with a batch's L0."""
-        self.l0 = torch.where(self.l0.isnan(), l0, self.l0.lerp(l0.to(self.l0), 1 / self.gains.horizon))
-        self.integral = self.integral + self.gains.rate * self._error()
+        self.l0.copy_(torch.where(self.l0.isnan(), l0, self.l0.lerp(l0.to(self.l0), 1 / self.gains.horizon)))
+        self.integral.add_(self.gains.rate * self._error())
 
     def begin(self, b_enc: Float[Tensor, " d_sae"]) -> None:
         """Start with the λ that the biases correspond to, if their mean is negative: λ/2 = −b.
@@ -115,14 +117,14 @@ class SteeredWeight:
         norm 1 away from its value.
         """
         weight = -2 * b_enc.detach().mean()
-        self.integral = torch.where(weight > 0, weight.log(), self.integral)
+        self.integral.copy_(torch.where(weight > 0, weight.log(), self.integral))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"integral": self.integral, "l0": self.l0}
+        return {"integral": self.integral.clone(), "l0": self.l0.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.integral = state["integral"].to(self.integral)
-        self.l0 = state["l0"].to(self.l0)
+        self.integral.copy_(state["integral"])
+        self.l0.copy_(state["l0"])
 
     def _error(self) -> Float[Tensor, ""]:
         """log(L0 / target), clamped to ±1; −1 if nothing fires."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,14 +17,15 @@ from sae.dictionary.neighbours import nearest_neighbours
 from sae.dictionary.saved import weights_sha256
 from sae.errors import TrainingError
 from sae.files import version
-from sae.kernels import operators_beside
-from sae.kernels.products import cpu_has_bfloat16
+from sae.kernels import is_replayable, operators_beside
+from sae.kernels.interface import DENSE_ABOVE, Room
 from sae.numerics.seeding import torch_generator
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisations_of
 from sae.training.objectives import OBJECTIVES, Losses, StepInputs
 from sae.training.optimizer import FeatureAdam
+from sae.training.precision import in_bfloat16, was_in_bfloat16
 from sae.training.recipe import Recipe, build, chosen_settings, freeze_, setting_of
 from sae.training.schedules import (
     VERSION_1_GAINS,
@@ -62,6 +62,7 @@ class Trainer:
         falls: whether the target L0 falls to k from a larger value. The architecture must have `falling_l0`, start from
             random directions, and have a steered penalty and trained biases.
         variance: variance of the last batch's targets, summed over d_in; its FVU is relative to it.
+        is_replayable: whether the device's part of a step can be recorded and replayed.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Trainer:
         config, settings = recipe.dictionary, recipe.settings
         self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
         self.batch_size, self.version = input_source.batch_size, STATE_VERSION
+        self.is_replayable = is_replayable(device, input_source.d_in)
         self.identity = _identity(recipe, input_source, target_source)
         self.generator = torch_generator(f"initial weights: {recipe.purpose}", recipe.seed)
         self.dictionary = build(config, input_source.d_in).to(device)
@@ -81,10 +83,11 @@ class Trainer:
             input_source, target_source, settings.center, device
         )
         self.optimizer = FeatureAdam(
-            self.dictionary, settings.beta1, settings.beta2, low_precision=self._in_bfloat16(device),
-            max_norm=settings.max_gradient_norm,
+            self.dictionary, settings.beta1, settings.beta2, max_norm=settings.max_gradient_norm,
+            low_precision=in_bfloat16(self.dictionary, settings.encoder_dtype, device),
+            is_replayable=self.is_replayable,
         )  # fmt: skip
-        self.firing = FiringRecord(config.d_sae, dead_after, device)
+        self.firing = FiringRecord(config.d_sae, dead_after, device, is_replayable=self.is_replayable)
         self.steered = None
         if self.dictionary.penalty == "l1" and settings.l1_coefficient is None:
             self.steered = SteeredWeight(config.k, 2.0, device, default_gains(self.rate))
@@ -99,39 +102,70 @@ class Trainer:
             self.batches_ahead = -(-rows_for_threshold(config.k) // self.batch_size)
         self.newest: Float[Tensor, "batch d_in"] | None = None
         self.variance = torch.ones((), device=device)
+        self.warmth: float | Float[Tensor, ""] = 1.0
+        self.target_l0: float | Float[Tensor, ""] = float(config.k)
+        self.numbers = torch.zeros(2, device=device) if self.is_replayable else None
+        self.steps_done = torch.zeros((), dtype=torch.int64, device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
 
     def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
-        """Take a step on raw activations."""
+        """Take a step on raw activations of any floating-point dtype."""
+        self.prepare(raw, raw_target)
+        losses = self.compute(raw, raw_target)
+        self.finish()
+        return losses
+
+    def prepare(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> None:
+        """What comes before the device's part of a step: initial weights, and numbers that differ from step to step."""
+        if self.step_number == 0:
+            self._begin(*self._normalised(raw, raw_target))
+        warmup, decay = self.settings.warmup_fraction, self.settings.decay_fraction
+        self.optimizer.begin_step(learning_rate(self.step_number, self.steps, self.rate, warmup, decay))
+        warmth = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
+        self.warmth, self.target_l0 = warmth, self._target_l0()
+        if self.numbers is not None:
+            self.numbers.copy_(torch.tensor([self.warmth, self.target_l0]), non_blocking=True)
+            self.warmth, self.target_l0 = self.numbers.unbind()
+
+    def compute(
+        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None, room: Room | None = None
+    ) -> Losses:
+        """The device's part of a step. If it is replayable, it reads from the host only what `variant` names."""
         selects = self.dictionary.penalty is None  # all that is large is a selection, products with codes, or Adam
         with operators_beside(self.dictionary.W_dec) if selects else contextlib.nullcontext():
-            return self._step(raw, raw_target)
+            return self._compute(raw, raw_target, room)
 
-    def _step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
-        x = self.normalisation(raw)
-        target = x if raw_target is None or self.target_normalisation is None else self.target_normalisation(raw_target)
-        if self.step_number == 0:
-            self._begin(x, target)
-        context = self._context()
+    def _compute(self, raw: Tensor, raw_target: Tensor | None, room: Room | None) -> Losses:
+        x, target = self._normalised(raw, raw_target)
+        context = self._context(room)
         losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, context)
         losses.total.backward()
-        warmup, decay = self.settings.warmup_fraction, self.settings.decay_fraction
-        self.optimizer.step(learning_rate(self.step_number, self.steps, self.rate, warmup, decay))
-        self.step_number += 1
-        self.firing.record(losses.counts, losses.l0, len(x), self.step_number)
+        self.optimizer.update()
+        self.steps_done += 1
+        self.firing.add(losses.counts, losses.l0, len(x))
         if self.steered is not None:
             self.steered.observe(losses.l0)
         if self.batches_ahead:
-            self.newest = x
+            self._keep(x)
         elif losses.threshold is not None:
             self._update_old_threshold(losses.threshold)
         self.variance = _variance(target)
         is_first_bad = ~losses.total.detach().isfinite() & (self.first_bad_step < 0)
         if x.device.type != "cpu" or bool(is_first_bad):  # on a CPU, asking costs less than the search
             self.bad_input |= is_first_bad & ~(x.isfinite().all() & target.isfinite().all())
-        self.first_bad_step.masked_fill_(is_first_bad, self.step_number)
+        self.first_bad_step.copy_(torch.where(is_first_bad, self.steps_done, self.first_bad_step))
         return replace(losses, terms={**losses.terms, **self._also_logged(context)})
+
+    @property
+    def variant(self) -> tuple[int | bool, ...]:
+        """What decides which operations the device's part of the next step has."""
+        return len(self.firing.candidates), self.firing.density > DENSE_ABOVE
+
+    def finish(self) -> None:
+        """What comes after the device's part of a step. Waits for the device every sixteen steps."""
+        self.step_number += 1
+        self.firing.after_step(self.batch_size, self.step_number)
 
     def folded(self) -> Dictionary:
         """A copy that takes raw activations and has decoder rows of norm 1; its threshold is the one set last."""
@@ -188,8 +222,9 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state of the same recipe, with the defaults that it started with."""
         self.step_number = state["step"]
+        self.steps_done.fill_(self.step_number)
         self.dictionary.load_state_dict(state["dictionary"])
-        self.optimizer.keep_bfloat16(self._was_in_bfloat16(state))
+        self.optimizer.keep_bfloat16(was_in_bfloat16(self.dictionary, self.settings.encoder_dtype, state))
         self.optimizer.load_state_dict(state["optimizer"])
         self.firing.load_state_dict(state["firing"])
         self.version = state.get("version", 1)
@@ -199,6 +234,7 @@ class Trainer:
             self.steered.load_state_dict(state["steered"])
         if self.version < 2:  # continue by its rules; the checkpoint contains its scale
             self.batches_ahead = 0
+            self.is_replayable = self.is_replayable and not self.dictionary.batch_threshold
             if self.steered is not None:
                 self.steered.gains = VERSION_1_GAINS
         saved, saved_target = state["normalisations"]
@@ -279,13 +315,21 @@ class Trainer:
         self.firing.density = l0 / self.dictionary.d_sae  # an estimate, until features are counted
         self.optimizer.refresh()
 
-    def _context(self) -> StepInputs:
+    def _normalised(
+        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None
+    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
+        """Input and target of a step, in float32."""
+        x = self.normalisation(raw)
+        if raw_target is None or self.target_normalisation is None:
+            return x, x
+        return x, self.target_normalisation(raw_target)
+
+    def _context(self, room: Room | None = None) -> StepInputs:
         settings, k, penalty = self.settings, self.recipe.dictionary.k, self.dictionary.penalty
-        warm = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
         aims_at_k = penalty == "l0" and settings.l0_coefficient is None
         weight: float | Float[Tensor, ""]
         if self.steered is not None:
-            self.steered.target = self._target_l0()
+            self.steered.target = self.target_l0
             weight = self.steered.value
         elif aims_at_k:
             weight = float(self.dictionary.d_in)
@@ -294,7 +338,7 @@ class Trainer:
         return StepInputs(
             dead=self.firing.dead,
             dead_candidates=self.firing.candidates,
-            sparsity=warm * weight,
+            sparsity=self.warmth * weight,
             aux_coefficient=settings.aux_coefficient,
             k_aux=settings.k_aux or k,
             density=self.firing.density,
@@ -303,7 +347,15 @@ class Trainer:
             encoder_bf16=self.optimizer.encoder_bf16,
             target_l0=k if aims_at_k else None,
             bandwidth=settings.bandwidth,
+            room=room,
         )
+
+    def _keep(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Keep the newest batch; if steps are replayable, always in the same place."""
+        if self.is_replayable and self.newest is not None:
+            self.newest.copy_(x)
+        else:
+            self.newest = x
 
     def _target_l0(self) -> float:
         """Target L0 at this step."""
@@ -317,35 +369,10 @@ class Trainer:
             shown["sparsity_weight"] = torch.as_tensor(context.sparsity)
         return {name: value for name, value in shown.items() if value is not None}
 
-    def _in_bfloat16(self, device: torch.device) -> bool:
-        """Whether the large product is computed in bfloat16: if requested, and by default where it is faster.
-
-        Never if features fire above a threshold, because rounding would then decide which do.
-        """
-        chosen = self.settings.encoder_dtype
-        if self.dictionary.penalty is not None:
-            return False
-        faster = device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())
-        if chosen == "bfloat16" and device.type == "cpu" and not faster:
-            warnings.warn(
-                "train.encoder_dtype=bfloat16: this processor has no bfloat16 instructions, so float32 is faster",
-                stacklevel=2,
-            )
-        return chosen == "bfloat16" or (chosen == "auto" and faster)
-
-    def _was_in_bfloat16(self, state: dict[str, Any]) -> bool:
-        """Whether the training that a state is of did so. Before states recorded it, only a GPU did by default."""
-        if self.dictionary.penalty is not None:
-            return False
-        old = self.settings.encoder_dtype
-        if old == "auto":
-            old = "bfloat16" if self.dictionary.b_dec.device.type == "cuda" else "float32"
-        return state.get("encoder_dtype", old) == "bfloat16"
-
     def _update_old_threshold(self, smallest: Float[Tensor, ""]) -> None:
         """Threshold of version 1: a mean over the first steps, then a running mean."""
         threshold = self.dictionary.get_parameter("threshold")
-        threshold += (smallest - threshold) * max(1 / self.step_number, _OLD_THRESHOLD_RATE)
+        threshold += (smallest - threshold) * max(1 / (self.step_number + 1), _OLD_THRESHOLD_RATE)
 
 
 def _variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sae.dictionary.saved import weights_sha256
-from sae.training import IterableSource, train, trainer
+from sae.kernels import products
+from sae.training import IterableSource, train
 from sae.training.checkpoint import STATE_FILE, list_checkpoints
 from tests.support.states import save_state
 from tests.training.test_loop import BATCH, SHAPE, planted, settings
@@ -19,7 +20,7 @@ STEPS = 50
 
 def processor(monkeypatch: pytest.MonkeyPatch, *, bfloat16: bool) -> None:
     """Train as on a processor that has bfloat16 instructions, or has not."""
-    monkeypatch.setattr(trainer, "cpu_has_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(products, "cpu_has_bfloat16", lambda: bfloat16)
 
 
 def trained(steps: int = STEPS, folder: Path | None = None, **changes: object) -> str:

@@ -115,7 +115,7 @@ def test_batch_topk_has_a_threshold_from_the_first_checkpoint_on(tmp_path: Path)
 
 
 def test_bfloat16_products_leave_float32_weights_and_the_same_quality(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.training.trainer.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("sae.kernels.products.cpu_has_bfloat16", lambda: True)
     data = planted(100)
     exact, rounded = (
         train(IterableSource(data), SHAPE, settings(250, lr=3e-3, encoder_dtype=products))
@@ -127,7 +127,7 @@ def test_bfloat16_products_leave_float32_weights_and_the_same_quality(monkeypatc
 
 
 def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sae.training.trainer.cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("sae.kernels.products.cpu_has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match="no bfloat16 instructions, so float32 is faster"):
         train(IterableSource(planted(2)), SHAPE, settings(2, encoder_dtype="bfloat16"))
 

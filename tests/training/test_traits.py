@@ -48,7 +48,7 @@ READ_BY_SOME = {
 def test_settings_are_read_by_those_that_they_are_said_to_be_for(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sae.training.trainer.cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("sae.kernels.products.cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr("sae.training.check.check_read", lambda *_: None)
 
     def made(key: str = "", value: object = None) -> tuple[str, bool]:

@@ -1,16 +1,17 @@
 """The back end for a GPU, in Triton.
 
-The encoder's product keeps the numbers of each row that reach a guess, and drops the rest while they are still in
-registers. The k largest are then found among some hundreds of candidates. The guess comes from a sample of the
-features. If it misses, about once in millions of rows, the row is computed again and searched exactly, on the device.
+The encoder's product is computed some rows at a time, and kernels select from the buffer that has it. For TopK, a bound
+from the maxima of groups of features leaves a few candidates; for BatchTopK, one from a sample of the features, and if
+it misses, the product is computed again and searched exactly, on the device. `strategies.py` has, by shape, the choice
+between this and a kernel that computes the product itself and selects before it leaves the registers.
 Decoding and the gradient of the codes use one program per row. The update uses one program per feature: it sums the
 feature's gradient from the pairs in which it fires, projects, steps, renormalises and writes the weight; the gradient
 is never stored.
 
 In float32, a step moves at least 24 · 2 · d_in · d_sae bytes for Adam, and four times 4 · d_in bytes for each of the
-batch · k pairs (decode, gradient of the codes, both matrices), most of these from the cache. `[batch, d_sae]` is never
-written, except as candidates in small dictionaries and in chunks for a k of thousands. Only `select_above` and updates
-of rows above 8,192 numbers wait for the device. Atomics only count and never add values, so sums repeat bit for bit.
+batch · k pairs (decode, gradient of the codes, both matrices), most of these from the cache. `[batch, d_sae]` exists a
+buffer at a time. Only `select_above` without a capacity and updates of rows above 8,192 numbers wait for the device.
+Atomics only count and never add values, so sums repeat bit for bit.
 
 Triton launches on the current device, which may differ from the tensors' device: hence every `torch.cuda.device_of`.
 """
@@ -25,6 +26,8 @@ from sae.kernels.interface import Selection, Subset
 from sae.kernels.pattern import Pattern
 from sae.kernels.triton.batch import above, largest_of_batch
 from sae.kernels.triton.codes import column_sums, decode, feature_sums, residual, sampled_product
+from sae.kernels.triton.rows import LARGEST_K, largest_from_buffer
+from sae.kernels.triton.strategies import FUSED, strategy
 from sae.kernels.triton.topk import largest_of_rows
 from sae.kernels.triton.update import adam_, gradient_squares
 
@@ -51,7 +54,7 @@ def select_topk(
 ) -> Selection:
     x, encoder = x.contiguous(), encoder.contiguous()
     with torch.cuda.device_of(x):
-        values, features = largest_of_rows(x, encoder, bias, k)
+        values, features = _largest(x, encoder, bias, k)
         pattern = Pattern.from_indices(features, len(encoder))
         return Selection(pattern, values.flatten(), *_in_subset(x, encoder, bias, subset))
 
@@ -74,9 +77,11 @@ def select_above(
     encoder: Float[Tensor, "d_sae d_in"],
     bias: Float[Tensor, " d_sae"],
     threshold: Float[Tensor, " d_sae"],
+    capacity: int | None = None,
 ) -> Selection:
     with torch.cuda.device_of(x):
-        return Selection(*above(x.contiguous(), encoder.contiguous(), bias, threshold))
+        pattern, values, total = above(x.contiguous(), encoder.contiguous(), bias, threshold, capacity)
+        return Selection(pattern, values, total=total)
 
 
 def _in_subset(
@@ -86,4 +91,10 @@ def _in_subset(
     if subset is None:
         return None, None
     rows, features = encoder[subset.features], bias[subset.features] + subset.penalty
-    return largest_of_rows(x, rows, features, subset.k)
+    return _largest(x, rows, features, subset.k)
+
+
+def _largest(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if k > LARGEST_K or strategy("topk", len(encoder)) == FUSED:
+        return largest_of_rows(x, encoder, bias, k)
+    return largest_from_buffer(x, encoder, bias, k)

@@ -1,6 +1,6 @@
-"""Selections over the whole batch in the encoder's epilogue: BatchTopK's, and everything above a threshold."""
+"""Selections over the whole batch: BatchTopK's, and everything above a threshold."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels.interface import NOTHING
 from sae.kernels.pattern import Pattern
-from sae.kernels.triton.codes import sampled_product
+from sae.kernels.triton.rows import products
+from sae.kernels.triton.strategies import FUSED, is_interpreted, strategy
 from sae.kernels.triton.tiles import (
     MISS,
     binomial_below,
     claim,
     ordered,
+    power_of_two,
     precision,
     product_tile,
     tile_sizes,
@@ -29,6 +32,12 @@ from sae.kernels.triton.tiles import (
 
 SAMPLED = 64
 """Number of features per row in the sample for the guess."""
+
+SAMPLE_ROWS = 16
+"""Rows that share the features of their samples, so that the sample is a product of matrices."""
+
+PAIRS_PER_ROW = 128
+"""Pairs per row for which there is room before the number above a threshold is known."""
 
 PROGRAMS = 1024
 """Programs that share the tiles of a pass that usually has nothing to do; this few cost almost nothing."""
@@ -57,7 +66,8 @@ def plan(batch: int, d_sae: int, count: int) -> Plan:
 
     If the sample is independent of the values, Bin(count − 1, share) of the count − 1 largest numbers are in it. Fewer
     than `count` numbers reach the guess only if that count is at least `rank`. More than `capacity` do only if
-    Bin(capacity, share) is below `rank`.
+    Bin(capacity, share) is below `rank`. Features that fire on most rows make misses more frequent, because
+    `SAMPLE_ROWS` rows share theirs; a miss costs time and changes no result.
     """
     sampled = min(SAMPLED, d_sae)
     share, numbers = sampled / d_sae, batch * d_sae
@@ -112,6 +122,66 @@ def _append_kernel(
 
 
 @triton.jit
+def _append_from_buffer_kernel(
+    product, bias, bound, totals, values, places, first_row, rows, d_sae, capacity,
+    PER_FEATURE: tl.constexpr, STRICT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `_append_kernel` without TIES_APART, from the product of some rows."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < d_sae
+    offset = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if PER_FEATURE:
+        least = tl.load(bound + columns, mask=inside, other=float("inf"))
+    else:
+        least = tl.load(bound) + tl.zeros((BLOCK,), tl.float32)
+    for number in tl.static_range(ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+        row = tl.program_id(0) * ROWS + number
+        there = columns < tl.where(row < rows, d_sae, 0)
+        pre = tl.load(product + row.to(tl.int64) * d_sae + columns, mask=there, other=0.0) + offset
+        if STRICT:  # noqa: SIM108
+            chosen = ((pre > least) | (pre != pre)) & there  # noqa: PLR0124  not a number
+        else:
+            chosen = (ordered(pre) >= ordered(least)) & there
+        count = tl.sum(chosen.to(tl.int32), 0)
+        if count > 0:
+            before = tl.atomic_add(totals, count.to(tl.int64), sem="relaxed")
+            at = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            kept = chosen & (at < capacity)
+            tl.store(values + at, pre, mask=kept)
+            tl.store(places + at, (first_row + row).to(tl.int64) * d_sae + columns, mask=kept)
+
+
+@triton.jit
+def _sample_kernel(
+    x, encoder, bias, out, batch, d_sae, d_in, sampled, stride,
+    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some numbers of ROWS rows, at features that differ from program to program, `[batch, sampled]`."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lanes = tl.arange(0, BLOCK_F)
+    features = (lanes * stride + tl.program_id(0) * 7919) % d_sae
+    total = tl.zeros((ROWS, BLOCK_F), tl.float32)
+    for start in range(0, d_in, BLOCK_D):
+        inner = start + tl.arange(0, BLOCK_D)
+        left = tl.load(
+            x + rows.to(tl.int64)[:, None] * d_in + inner[None, :],
+            mask=(rows < batch)[:, None] & (inner < d_in)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            encoder + features.to(tl.int64)[None, :] * d_in + inner[:, None],
+            mask=(lanes < sampled)[None, :] & (inner < d_in)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    pre = total + tl.load(bias + features).to(tl.float32)[None, :]
+    tl.store(
+        out + rows.to(tl.int64)[:, None] * sampled + lanes[None, :], pre,
+        mask=(rows < batch)[:, None] & (lanes < sampled)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
 def _histogram_kernel(
     x, encoder, bias, skip, prefix, counts, batch, d_sae, d_in, shift,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -126,7 +196,7 @@ def _histogram_kernel(
             key = ordered(pre).to(tl.int64) + 2147483648
             inside = inside & ((key >> (shift + 8)) == tl.load(prefix))
             byte = ((key >> shift) & 255).to(tl.int32)
-            tl.atomic_add(counts + byte, inside.to(tl.int64), mask=inside)
+            tl.atomic_add(counts + byte, inside.to(tl.int64), mask=inside, sem="relaxed")
 
 
 def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tuple[Pattern, Tensor]:
@@ -153,25 +223,37 @@ def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tu
     return Pattern.from_places(chosen_places, len(x), d_sae), chosen_values
 
 
-def above(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> tuple[Pattern, Tensor]:
-    """Every number above its feature's threshold: counted in a first pass to size the buffer, stored in a second."""
-    bound = threshold.float().contiguous()
-    counted = _Found(x, encoder, bias, 0)
-    counted.append(bound, strict=True)
-    found = _Found(x, encoder, bias, int(counted.totals[0]))
+def above(
+    x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor, capacity: int | None = None
+) -> tuple[Pattern, Tensor, Tensor]:
+    """Every number above its feature's threshold: pattern, values, and how many there are.
+
+    With a capacity, the pattern has this many pairs: those that are there, and padding. Without one, it has as many as
+    there are, and if they are more than `PAIRS_PER_ROW` on average, they are found in a second pass.
+    """
+    bound, shape = threshold.float().contiguous(), (len(x), len(encoder))
+    room = min(PAIRS_PER_ROW * len(x), len(x) * len(encoder)) if capacity is None else capacity
+    found = _Found(x, encoder, bias, room, NOTHING)
     found.append(bound, strict=True)
-    values, places = found.in_order()
-    return Pattern.from_places(places, len(x), len(encoder)), values
+    if capacity is not None:
+        values, places = found.in_order()
+        return Pattern.from_places(places, *shape, is_padded=True), values, found.totals[0]
+    count = int(found.totals[0])
+    if count > room:
+        found = _Found(x, encoder, bias, count)
+        found.append(bound, strict=True)
+    values, places = found.in_order(count)
+    return Pattern.from_places(places, *shape), values, found.totals[0]
 
 
 class _Found:
-    """Numbers found so far, in the arbitrary order in which programs add them."""
+    """Numbers found so far, in the arbitrary order in which programs add them; `unused` is the value of the others."""
 
-    def __init__(self, x: Tensor, encoder: Tensor, bias: Tensor, capacity: int) -> None:
+    def __init__(self, x: Tensor, encoder: Tensor, bias: Tensor, capacity: int, unused: float = -torch.inf) -> None:
         self.operands, self.capacity = (x, encoder, bias), capacity
         self.nowhere = len(x) * len(encoder)
         self.totals = torch.zeros(2, dtype=torch.int64, device=x.device)
-        self.values = torch.full((max(capacity, 1),), -torch.inf, device=x.device)
+        self.values = torch.full((max(capacity, 1),), unused, device=x.device)
         self.places = torch.full((max(capacity, 1),), self.nowhere, dtype=torch.int64, device=x.device)
 
     def append(self, bound: Tensor, *, strict: bool = False, skip: Tensor | None = None, ties_from: int = 0) -> None:
@@ -184,6 +266,9 @@ class _Found:
             ties_from: the first place that numbers kept apart may fill.
         """
         x, encoder, bias = self.operands
+        if skip is None and strategy("above" if strict else "batch_topk", len(encoder)) != FUSED:
+            self._append_from_buffer(bound, strict=strict)
+            return
         programs = tiles(len(x), len(encoder), tile_sizes(x))
         never = torch.zeros((), dtype=torch.int32, device=x.device)
         _append_kernel[(programs if skip is None else min(programs, PROGRAMS),)](
@@ -193,24 +278,37 @@ class _Found:
             **tile_sizes(x),
         )  # fmt: skip
 
+    def _append_from_buffer(self, bound: Tensor, *, strict: bool) -> None:
+        x, encoder, bias = self.operands
+        rows, block = (2, 64) if is_interpreted(x) else (4, 2048)
+        for start, product in products(x, encoder):
+            _append_from_buffer_kernel[(triton.cdiv(len(product), rows), triton.cdiv(len(encoder), block))](
+                product, bias, bound, self.totals, self.values, self.places, start, len(product), len(encoder),
+                self.capacity, PER_FEATURE=bound.ndim == 1, STRICT=strict, ROWS=rows, BLOCK=block, num_warps=8,
+            )  # fmt: skip
+
     def keep_if(self, hit: Tensor) -> None:
         """Drop everything unless `hit`."""
         self.totals.mul_(hit)
         self.values.masked_fill_(~hit, -torch.inf)
         self.places.masked_fill_(~hit, self.nowhere)
 
-    def in_order(self) -> tuple[Tensor, Tensor]:
-        """Values and places, sorted by place; unused entries come last."""
-        places, order = self.places[: self.capacity].sort()
-        return self.values[: self.capacity][order], places
+    def in_order(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Values and places, of the first `count` or all, sorted by place; unused entries come last."""
+        count = self.capacity if count is None else count
+        places, order = self.places[:count].sort()
+        return self.values[:count][order], places
 
 
 def _guess(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
     """A bound that the largest numbers very likely reach, and few others, from some features in every row."""
     d_sae, sampled = len(encoder), scheme.sampled
-    rows, lanes = torch.arange(len(x), device=x.device)[:, None], torch.arange(sampled, device=x.device)[None, :]
-    pattern = Pattern.from_indices((lanes * (d_sae // sampled) + rows * 7919) % d_sae, d_sae)
-    values = sampled_product(pattern, x, encoder).float() + bias[pattern.features]
+    values = x.new_empty(len(x) * sampled, dtype=torch.float32)
+    sizes = {"BLOCK_D": 16} if is_interpreted(x) else {"BLOCK_D": 64, "num_warps": 4}
+    _sample_kernel[(triton.cdiv(len(x), SAMPLE_ROWS),)](
+        x, encoder, bias, values, len(x), d_sae, x.shape[1], sampled, d_sae // sampled,
+        ROWS=SAMPLE_ROWS, BLOCK_F=power_of_two(sampled), PRECISION=precision(), **sizes,
+    )  # fmt: skip
     return values.topk(scheme.rank, sorted=False).values.min()
 
 

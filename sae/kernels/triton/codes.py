@@ -85,7 +85,7 @@ def decode(
 def sampled_product(
     pattern: Pattern, gradient: Float[Tensor, "batch d_in"], decoder: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, " pairs"]:
-    out = gradient.new_empty(pattern.pairs)
+    out = gradient.new_zeros(pattern.pairs) if pattern.is_padded else gradient.new_empty(pattern.pairs)
     d_in = decoder.shape[1]
     block = min(power_of_two(d_in), LARGEST_BLOCK)
     with torch.cuda.device_of(gradient):

@@ -1,5 +1,7 @@
 """Shared parts of the kernels: a tile of the encoder's product, and numbers as integers of the same order."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import math
@@ -8,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sae.kernels.triton.strategies import is_interpreted
 
 MISS = 1e-7
 """Chance that a guess gives too few candidates, and that it gives too many."""
@@ -45,9 +49,9 @@ def product_tile(
 
 @triton.jit
 def ordered(values):
-    """float32 as int32 of the same order; a NaN comes after infinity."""
+    """float32 as int32 of the same order; a NaN, of either sign, comes after infinity."""
     bits = values.to(tl.float32).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(values == values, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)  # noqa: PLR0124
 
 
 @triton.jit
@@ -55,18 +59,18 @@ def claim(counter, chosen):
     """A place for each of a tile's chosen numbers, from one addition to the counter."""
     number = chosen.to(tl.int32)
     of_rows = tl.sum(number, 1)
-    before = tl.atomic_add(counter, tl.sum(of_rows, 0).to(tl.int64))
+    before = tl.atomic_add(counter, tl.sum(of_rows, 0).to(tl.int64), sem="relaxed")
     return before + (tl.cumsum(of_rows, 0) - of_rows)[:, None] + tl.cumsum(number, 1) - 1
 
 
 @triton.jit
-def kth_largest(keys, valid, k):
-    """The largest t with at least k valid keys ≥ t, by bisection; the smallest integer if there are fewer."""
-    low = tl.full((), -2147483648, tl.int64)
-    high = tl.full((), 2147483647, tl.int64)
-    for _ in range(32):
+def kth_largest(keys, valid, k, BITS: tl.constexpr = 32):
+    """The largest t with at least k valid keys ≥ t, by bisection; the smallest integer of BITS if there are fewer."""
+    low = tl.full((), -(1 << (BITS - 1)), tl.int64)
+    high = tl.full((), (1 << (BITS - 1)) - 1, tl.int64)
+    for _ in range(BITS):
         middle = (low + high + 1) >> 1
-        enough = tl.sum((valid & (keys.to(tl.int64) >= middle)).to(tl.int32), 0) >= k
+        enough = tl.sum((valid & (keys >= middle.to(tl.int32))).to(tl.int32), 0) >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
     return low
@@ -109,16 +113,22 @@ def tile_sizes(x: Tensor) -> dict[str, int]:
 
     Not tuned on a GPU yet. Larger tiles read less, but the steps after the product then spill out of registers.
     """
-    if x.device.type == "cpu":
+    if is_interpreted(x):
         return {"BLOCK_B": 16, "BLOCK_F": 32, "BLOCK_D": 16}
+    stages = 3 if major(x) >= 8 else 2  # before Ampere, a program has 64 KiB of shared memory at most
     if x.dtype == torch.float32:
-        return {"BLOCK_B": 64, "BLOCK_F": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_B": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_B": 64, "BLOCK_F": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK_B": 128, "BLOCK_F": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": stages}
+
+
+def major(x: Tensor) -> int:
+    """The first number of the GPU's compute capability."""
+    return torch.cuda.get_device_capability(x.device)[0]
 
 
 def at_once(x: Tensor) -> int:
     """Number of pairs whose rows a program requests from memory before it waits for the first. Fewer in tests."""
-    return 2 if x.device.type == "cpu" else 4
+    return 2 if is_interpreted(x) else 4
 
 
 def tiles(batch: int, d_sae: int, sizes: dict[str, int]) -> int:

@@ -84,9 +84,9 @@ def _candidates_kernel(
         x, encoder, bias, tl.program_id(0), batch, d_sae, d_in, BLOCK_B, BLOCK_F, BLOCK_D, PRECISION
     )
     bound = tl.load(guess + rows, mask=rows < batch, other=float("inf"))
-    chosen = (pre >= bound[:, None]) & inside
+    chosen = ((pre >= bound[:, None]) | (pre != pre)) & inside  # noqa: PLR0124  not a number
     number = chosen.to(tl.int32)
-    before = tl.atomic_add(counts + rows, tl.sum(number, 1), mask=rows < batch)
+    before = tl.atomic_add(counts + rows, tl.sum(number, 1), mask=rows < batch, sem="relaxed")
     place = before[:, None] + tl.cumsum(number, 1) - 1
     at = rows.to(tl.int64)[:, None] * capacity + place
     chosen = chosen & (place < capacity)
@@ -179,7 +179,7 @@ def largest_of_rows(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[T
     """The k largest of every row of x · encoderᵀ + bias, `[batch, k]`, and their features, ascending."""
     scheme = plan(len(encoder), k)
     if scheme is None:
-        return _by_chunks(x, encoder, bias, k)
+        return by_chunks(x, encoder, bias, k)
     batch, d_in = x.shape
     counts = torch.zeros(batch, dtype=torch.int32, device=x.device)
     candidates = x.new_empty(batch, scheme.capacity, dtype=torch.float32)
@@ -191,14 +191,32 @@ def largest_of_rows(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[T
     )  # fmt: skip
     values = x.new_empty(batch, k, dtype=torch.float32)
     features = torch.empty(batch, k, dtype=torch.int64, device=x.device)
-    _select_kernel[(batch,)](
-        counts, candidates, where, values, features, k, scheme.capacity, BLOCK=power_of_two(scheme.capacity)
-    )
+    select_candidates(counts, candidates, where, values, features)
     _exact_row_kernel[(batch,)](
         x, encoder, bias, counts, values, features, len(encoder), d_in, k, scheme.capacity, BLOCK_F=64, BLOCK_D=64
     )
     features, order = features.sort(dim=-1)
     return values.gather(-1, order), features
+
+
+def select_candidates(
+    counts: Tensor, candidates: Tensor, where: Tensor, values: Tensor, features: Tensor
+) -> None:  # fmt: skip
+    """Store the k largest of each row's candidates, and their features, in the order of the candidates.
+
+    Args:
+        counts: number of candidates; rows with fewer than k or more than there is room for are left out.
+        candidates: their values, `[batch, capacity]`.
+        where: their features.
+        values: receives the largest, `[batch, k]`.
+        features: receives their features.
+    """
+    capacity = candidates.shape[1]
+    block = power_of_two(capacity)
+    _select_kernel[(len(counts),)](
+        counts, candidates, where, values, features, values.shape[1], capacity,
+        BLOCK=block, num_warps=1 if block <= 128 else 4,
+    )  # fmt: skip
 
 
 def guesses(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
@@ -212,7 +230,7 @@ def guesses(x: Tensor, encoder: Tensor, bias: Tensor, scheme: Plan) -> Tensor:
     return guess
 
 
-def _by_chunks(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def by_chunks(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """For a k of thousands: dense, some rows at a time, summed in float32 like everything else."""
     whole = encoder.float()
     largest = [

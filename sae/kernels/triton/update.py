@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels import cpu
-from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments
+from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, adam_numbers
 from sae.kernels.triton.codes import feature_sums, segment_sum
 from sae.kernels.triton.tiles import at_once, power_of_two
 
@@ -57,7 +57,7 @@ def _adam_kernel(
     weight, dense, slots, block,
     rows_0, order_0, places_0, offsets_0, coefficients_0,
     rows_1, order_1, places_1, offsets_1, coefficients_1,
-    d_in, first, second, copy, scale, lr, beta1, beta2, eps, correction1, correction2,
+    d_in, first, second, copy, scale, numbers, beta1, beta2, eps,
     TERMS: tl.constexpr, DENSE: tl.constexpr, SLOTS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, COPY: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -73,6 +73,7 @@ def _adam_kernel(
     )  # fmt: skip
     if SCALED:
         g *= tl.load(scale)
+    lr, correction1, correction2 = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
     m = tl.load(first + at, mask=inside, other=0.0)
     v = tl.load(second + at, mask=inside, other=0.0)
     m = m + (1 - beta1) * (g - m)
@@ -130,11 +131,11 @@ def adam_(
         cpu.adam_(weight, moments, gradient, step, copy)
         return
     pointers, options = _parts(weight, gradient, step.unit_rows)
+    numbers = adam_numbers(step).to(weight.device) if step.numbers is None else step.numbers
     with torch.cuda.device_of(weight):
         _adam_kernel[(len(weight),)](
             *pointers, moments.first, moments.second, weight if copy is None else copy,
-            weight if step.scale is None else step.scale,
-            step.lr, step.beta1, step.beta2, step.eps, 1 - step.beta1**step.number, 1 - step.beta2**step.number,
+            weight if step.scale is None else step.scale, numbers, step.beta1, step.beta2, step.eps,
             **options, COPY=copy is not None, SCALED=step.scale is not None,
         )  # fmt: skip
 

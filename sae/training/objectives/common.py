@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.dictionary.base import Dictionary
-from sae.kernels.interface import Selection
+from sae.kernels.interface import Room, Selection
 from sae.kernels.pattern import Pattern
 from sae.kernels.sparse import GradientSink, decode, encode_at, squared_error
 
@@ -30,6 +30,7 @@ class StepInputs:
         encoder_bf16: the encoder in bfloat16 for the large product; None: the encoder itself is used.
         target_l0: features per token that an L0 penalty aims at; None: the penalty is L0 itself.
         bandwidth: width of the window around a trained threshold in which the threshold has a gradient.
+        room: room for the pairs above thresholds; None: as many as there are.
     """
 
     dead: Bool[Tensor, " d_sae"]
@@ -43,6 +44,7 @@ class StepInputs:
     encoder_bf16: Tensor | None = None
     target_l0: int | None = None
     bandwidth: float = 1.0
+    room: Room | None = None
 
 
 @dataclass(frozen=True)

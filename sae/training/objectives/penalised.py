@@ -43,7 +43,7 @@ def relu_loss(
         mse, firings = mean_squared_error(target, dictionary.decode(features)), firing_densely(features)
         l1 = (features @ norms).mean()
     else:
-        selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae))
+        selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae), context.room)
         values = pre_activations_at(dictionary, x, context, selection).relu()
         mse, _ = reconstruction_error(dictionary, selection.pattern, values, target, context)
         firings = firing(selection.pattern, values)
@@ -69,7 +69,7 @@ def gated_loss(
         reconstruction, gate_reconstruction = dictionary.decode(features), gate @ frozen + b_dec
         firings = firing_densely(features)
     else:
-        selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae))
+        selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae), context.room)
         pattern = selection.pattern
         pre = pre_activations_at(dictionary, x, context, selection)
         gate, values = pre.relu(), dictionary.activate(pre, pattern.features)
@@ -97,7 +97,7 @@ def jumprelu_loss(
     """
     threshold, width = dictionary.threshold, context.bandwidth
     lowest = (threshold.detach() - width / 2).clamp(min=0)
-    selection = select_above(x, *encoder(dictionary), lowest)
+    selection = select_above(x, *encoder(dictionary), lowest, context.room)
     pattern = selection.pattern
     pre = pre_activations_at(dictionary, x, context, selection)
     bounds = entries_of(threshold, pattern.features)
