@@ -108,7 +108,7 @@ def main() -> None:
 def time_harvest(folder: Path, arguments: argparse.Namespace, model_type: str, stored_type: str) -> HarvestSpeed:
     """Bare model and harvest in turns, over the same batches of the same text."""
     model = arguments.model or str(write_random_gpt2(folder / "gpt2-shape", arguments.tokenizer))
-    language_model = LanguageModel(ModelConfig(name=model, dtype=model_type), arguments.device)
+    language_model = LanguageModel(ModelConfig.model_validate({"name": model, "dtype": model_type}), arguments.device)
     bare = bare_model(model, model_type, arguments.device)
     config = harvest_config(model, arguments, folder / "run", model_type=model_type, stored_type=stored_type)
     bare_rates, harvest_rates = [], []
@@ -182,7 +182,7 @@ def time_bare_model(cache: ActivationCache, model: Any, config: RunConfig, argum
         for tokens in batches:
             with contextlib.suppress(ReachedError):
                 model(tokens, use_cache=False)
-        if tokens.is_cuda:
+        if batches[0].is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - begun
 
