@@ -78,10 +78,8 @@ class NativeModel:
         twin = copy.deepcopy(model, shared)
         self._base: nn.Module = getattr(twin, "base_model", twin)
         parameters = inspect.signature(self._base.forward).parameters.values()
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        named = {"use_cache": False, "return_dict": True}
-        known = {parameter.name for parameter in parameters}
-        self._arguments = {name: value for name, value in named.items() if takes_all or name in known}
+        takes_use_cache = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)
+        self._arguments = {"use_cache": False} if takes_use_cache else {}
         self.blocks, self.width = self._find_blocks(tokens)
 
     @torch.no_grad()

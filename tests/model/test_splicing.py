@@ -68,7 +68,7 @@ def test_without_a_policy_every_position_is_replaced(language_model: LanguageMod
 
 def test_masked_positions_keep_their_activation(language_model: LanguageModel, tokens: Tensor) -> None:
     dictionary = make_dictionary(language_model)
-    clean = language_model.activations(tokens, [HOOK])[HOOK]
+    clean = language_model.bridge_activations(tokens, [HOOK])[HOOK]
     seen: list[Tensor] = []
     with splice(language_model, dictionary):
         language_model.bridge.run_with_hooks(tokens, fwd_hooks=[(HOOK, lambda x, hook: seen.append(x.clone()))])

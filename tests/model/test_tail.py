@@ -73,7 +73,7 @@ def test_read_outs_are_those_logits_at_the_positions_asked_for(
         tail = model.tail(hook)
         start = tail.start(tokens)
         x = tail.activations(start)
-        torch.testing.assert_close(x, model.activations(tokens, [hook])[hook], rtol=0, atol=0)
+        torch.testing.assert_close(x, model.bridge_activations(tokens, [hook])[hook], rtol=0, atol=0)
         for new in (x, 0.5 * x.flip(-1) + 0.1):
             readout = tail.read_out(start, new, POSITIONS)
             expected = next(model.replaced_logits(tokens, hook, [lambda _, new=new: new]))
