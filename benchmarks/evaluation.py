@@ -1,10 +1,6 @@
-"""What evaluation and the feature pass cost on this machine.
+"""What evaluation costs on this machine.
 
     python benchmarks/evaluation.py
-
-The feature pass over all features of a dictionary, beside encoding the same tokens and doing nothing with the codes: a
-cache of random activations in GPT-2 small's width, every token eligible but the first of each context. Target: at most
-1.3 times.
 
 Evaluation of four dictionaries at one hook point, with baselines and language-model losses, beside that of one: of one
 size, so that they share baselines, and of four different k. Target: at most 2.5 times. The dictionaries have random
@@ -31,16 +27,14 @@ from typing import Any
 
 import report
 import torch
-from harvest import HOOK, harvest_config, write_random_gpt2, write_synthetic_cache
+from harvest import harvest_config, write_random_gpt2
 
-from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.architectures import TopK
-from sae.config.settings import EvaluationConfig, FeaturesConfig
+from sae.config.settings import EvaluationConfig
 from sae.config.sources import ModelConfig
-from sae.config.splits import HELD_OUT, TRAIN
+from sae.config.splits import HELD_OUT
 from sae.evaluation import evaluate_all, write_report
-from sae.features.collection import scan
 from sae.model.language_model import LanguageModel
 from sae.training.initialise import initialise_
 
@@ -88,23 +82,6 @@ def in_turns(
             if turn >= warm_up:
                 kept.append(clock() - start)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
-
-
-def feature_pass(folder: Path, arguments: argparse.Namespace) -> Row:
-    """`scan` against a loop that encodes."""
-    cache = ActivationCache(write_synthetic_cache(folder / "synthetic", arguments.tokens))
-    made = dictionary(cache.d_in(HOOK), arguments.d_sae, arguments.k)
-    at_once = max(1, (1 << 26) // (arguments.d_sae * cache.context_length))  # as the pass itself does
-
-    @torch.no_grad()
-    def encode() -> None:
-        for batch in cache.contexts(TRAIN, HOOK, batch_contexts=at_once):
-            assert batch.activations is not None
-            made.encode_sparse(batch.activations.flatten(0, 1)[batch.eligible.flatten()])
-
-    seconds, alone = in_turns(lambda: scan(made, cache, FeaturesConfig(), HOOK), encode, arguments.turns)
-    shape = f"{arguments.tokens:,} tokens, {cache.d_in(HOOK)} → {arguments.d_sae:,}, k {arguments.k}"
-    return Row(f"feature pass, {shape}", seconds, "encoding alone", alone, 1.3)
 
 
 def evaluations(folder: Path, arguments: argparse.Namespace) -> list[Row]:
@@ -172,19 +149,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d-sae", type=int, default=24576)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=131_072, help="of the feature pass")
     parser.add_argument("--model", choices=("demo", "gpt2-shape"), default="demo", help="evaluated on")
     parser.add_argument("--held-out", type=int, default=32_768, help="held-out tokens of the evaluation")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--cost-tokens", type=int, default=1_000_000, help="held-out tokens of --only cost")
     parser.add_argument("--documents", type=Path, help="keep its report there, for scripts/interval_coverage.py")
-    parser.add_argument("--only", choices=("features", "evaluation", "cost"))
+    parser.add_argument("--only", choices=("evaluation", "cost"))
     parser.add_argument("--name", default="evaluation-cpu", help="of the files in docs/results/")
     arguments = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.only in (None, "features"):
-            rows.append(feature_pass(Path(folder), arguments))
         if arguments.only in (None, "evaluation"):
             rows += evaluations(Path(folder), arguments)
         if arguments.only == "cost":
@@ -198,7 +172,7 @@ def main() -> None:
     ]  # fmt: skip
     text = report.table(["what", "s", "beside", "s", "ratio", "target"], cells)
     numbers = {"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
-    report.write(arguments.name, "Evaluation and feature pass, CPU", text, numbers, report.machine())
+    report.write(arguments.name, "Evaluation, CPU", text, numbers, report.machine())
 
 
 if __name__ == "__main__":

@@ -195,7 +195,19 @@ def main() -> None:
                     medians = {name: statistics.median(values) for name, values in seconds.items()}
                     rows.append({**asdict(job), "d_in": d_in, "tokens": tokens, "seconds": medians})
                     print(rows[-1], file=sys.stderr, flush=True)
-    head = ["dictionary", "what", "tokens", *(f"{name}, s" for name in workers), "tokens/s", "before ÷ after"]
+    title = f"The feature pass, {'CPU' if arguments.device == 'cpu' else 'GPU'}"
+    report.write(arguments.name, title, table(rows), {"rows": rows}, report.machine(arguments.device))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = [
+        "dictionary",
+        "what",
+        "tokens",
+        *(f"{name}, s" for name in rows[0]["seconds"]),
+        "tokens/s",
+        "before ÷ after",
+    ]
     cells = []
     for row in rows:
         after, before = row["seconds"]["after"], row["seconds"].get("before")
@@ -204,9 +216,7 @@ def main() -> None:
             f"{row['tokens']:,}", *(f"{value:.2f}" for value in row["seconds"].values()),
             f"{row['tokens'] / after:,.0f}", "–" if before is None else f"{before / after:.2f}",
         ])  # fmt: skip
-    text = report.table(head, cells, left=2)
-    title = f"The feature pass, {'CPU' if arguments.device == 'cpu' else 'GPU'}"
-    report.write(arguments.name, title, text, {"rows": rows}, report.machine(arguments.device))
+    return report.table(head, cells, left=2)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Kept:
     """Firings kept because one of two rules selects them: the strongest, or a random sample.
 
     Firings are added to a buffer. Whenever it is full, both rules select from it, and the others are dropped, so that
-    memory does not grow with the stream.
+    memory does not grow with the stream. The first selection is early: it lowers the limits.
 
     Args:
         strongest: the rule for keys −1 − (bits of the value).
@@ -99,6 +99,7 @@ class Kept:
         self.strongest, self.sample = strongest, sample
         device, self.count = strongest.limit.device, 0
         capacity = strongest.d_sae * (strongest.n + sample.n) + room
+        self._full = -(-capacity // 3)
         self.feature = torch.empty(capacity, dtype=torch.int32, device=device)
         self.row = torch.empty(capacity, dtype=torch.int64, device=device)
         self.value = torch.empty(capacity, dtype=torch.float32, device=device)
@@ -108,8 +109,8 @@ class Kept:
 
     @property
     def room(self) -> int:
-        """How many firings can be added."""
-        return len(self.row) - self.count
+        """How many firings can be added before the next selection."""
+        return self._full - self.count
 
     def places(self, number: int) -> slice:
         """Places for some more firings, which the caller fills with all of their columns, in the order of rows."""
@@ -129,7 +130,7 @@ class Kept:
             self.feature, self.row, self.value, self.group, self.key, self.is_strong, self.is_sampled, self.window
         ):  # fmt: skip
             _move(column, left)
-        self.count = len(left)
+        self.count, self._full = len(left), len(self.row)
 
 
 def _select(rule: Lowest, selected: Bool[Tensor, " n"], *columns: Int[Tensor, " n"]) -> None:

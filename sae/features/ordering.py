@@ -12,7 +12,7 @@ _BITS = 63
 
 def places_of(mask: Bool[Tensor, " n"], count: int | None = None) -> Int[Tensor, " places"]:
     """Places at which the mask is True, ascending. Waits for the device unless their number is given."""
-    if mask.device.type == "cpu":
+    if _is_numpys(mask):
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     if count is None:
         return mask.nonzero()[:, 0]
@@ -21,7 +21,7 @@ def places_of(mask: Bool[Tensor, " n"], count: int | None = None) -> Int[Tensor,
 
 def sort_(numbers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """Sort the numbers in place; returns them."""
-    if numbers.device.type == "cpu":
+    if _is_numpys(numbers):
         numbers.numpy().sort()
         return numbers
     return numbers.copy_(numbers.sort().values)
@@ -32,7 +32,7 @@ def stable_sort(numbers: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tens
 
     On a CPU, number and place are sorted as one integer if they fit into 63 bits.
     """
-    if numbers.device.type == "cpu" and len(numbers):
+    if _is_numpys(numbers) and len(numbers):
         bits = len(numbers).bit_length()
         if int(numbers.max()).bit_length() + bits <= _BITS:
             pairs = sort_((numbers.long() << bits).add_(torch.arange(len(numbers))))
@@ -62,7 +62,7 @@ def place_in_run(sorted_numbers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
 
 def lowest_in_runs(numbers: Int[Tensor, " n"], starts: Int[Tensor, " runs"]) -> Int[Tensor, " runs"]:
     """The smallest number of each run, given where runs start; there is at least one."""
-    if numbers.device.type == "cpu":
+    if _is_numpys(numbers):
         return torch.from_numpy(np.minimum.reduceat(numbers.numpy(), starts.numpy()))
     run = _over_runs(torch.arange(len(starts), device=starts.device), starts, len(numbers))
     return numbers[starts].scatter_reduce_(0, run, numbers, "amin")
@@ -71,3 +71,7 @@ def lowest_in_runs(numbers: Int[Tensor, " n"], starts: Int[Tensor, " runs"]) -> 
 def _over_runs(one_each: Int[Tensor, " runs"], starts: Int[Tensor, " runs"], n: int) -> Int[Tensor, " n"]:
     """A number for each run, repeated over it."""
     return one_each.repeat_interleave(starts.diff(append=starts.new_full((1,), n)), output_size=n)
+
+
+def _is_numpys(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -65,6 +65,10 @@ def test_sparse_and_dense_agree(dictionary: Dictionary) -> None:
     rebuilt = torch.zeros_like(features).scatter_add_(1, codes.indices, codes.values)
     assert torch.equal(rebuilt, features)
     assert (codes.values[:, :-1] >= codes.values[:, 1:]).all(), "strongest first"
+    row, feature, value = dictionary.encode_pairs(x)
+    assert torch.equal(torch.zeros_like(features).index_put_((row, feature), value), features)
+    assert (row[1:] >= row[:-1]).all()
+    assert len(set(zip(row.tolist(), feature.tolist(), strict=True))) == len(row), "a pair comes twice"
 
 
 def test_topk_is_the_k_largest_positive_pre_activations() -> None:

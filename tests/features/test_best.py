@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae.features.best import Kept, Lowest, strength_keys
-from sae.features.ordering import lowest_in_runs, place_in_run, run_starts, stable_order
+from sae.features.ordering import lowest_in_runs, place_in_run, places_of, run_starts, stable_order, stable_sort
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,28 @@ def test_only_firings_up_to_the_limit_can_be_selected() -> None:
     assert int((may_enter & later).sum()) < 100, "the limit keeps almost nothing out"
 
 
+@pytest.fixture(params=[True, False], ids=["numpy", "torch"])
+def numpys(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By NumPy as on a CPU, and by PyTorch as on a GPU."""
+    monkeypatch.setattr("sae.features.ordering._is_numpys", lambda _: request.param)
+
+
+@pytest.mark.usefixtures("numpys")
 @pytest.mark.parametrize("largest", [1, 50, 1 << 40, 1 << 62])
 def test_orders_are_stable_however_large_the_numbers(largest: int) -> None:
     numbers = torch.randint(0, 20, (1000,), generator=torch.Generator().manual_seed(0)) * largest // 19
     expected = sorted(range(1000), key=lambda place: (int(numbers[place]), place))
     assert stable_order(numbers).tolist() == expected
+    assert stable_sort(numbers)[0].tolist() == sorted(numbers.tolist())
     assert stable_order(numbers[:0]).tolist() == []
 
 
+@pytest.mark.usefixtures("numpys")
 def test_runs() -> None:
     numbers = torch.tensor([2, 2, 2, 5, 7, 7])
     assert run_starts(numbers).tolist() == [0, 3, 4]
     assert place_in_run(numbers).tolist() == [0, 1, 2, 0, 0, 1]
     assert place_in_run(numbers[:0]).tolist() == []
+    mask = torch.tensor([False, True, True, False])
+    assert places_of(mask).tolist() == places_of(mask, 2).tolist() == [1, 2]
     assert lowest_in_runs(torch.tensor([3, 1, 2, -5, 9, 8]), run_starts(numbers)).tolist() == [1, -5, 8]

@@ -11,9 +11,11 @@ from sae.config.settings import FeaturesConfig
 from sae.errors import CacheError, ConfigError
 from sae.features import Features, collect
 from sae.features.examples import reservoir_size
-from tests.support.fake_cache import HOOK
-from tests.support.feature_cache import FakeTokenizer
+from sae.features.store import is_store_of
+from tests.support.fake_cache import HOOK, Rows, write_fake_cache
+from tests.support.feature_cache import FakeTokenizer, eligible_rows
 from tests.support.feature_case import CONTEXT, D_SAE, DEAD, SETTINGS, Case, build_case
+from tests.support.feature_reference import Reference
 
 
 def all_examples(features: Features):
@@ -234,3 +236,31 @@ def test_errors(case: Case, tmp_path: Path) -> None:
         collect(narrow, case.cache, tmp_path / "store", SETTINGS, hook=HOOK, tokenizer=FakeTokenizer())
     with pytest.raises(CacheError, match=r"hook 'blocks.9.hook_resid_pre' is not in it"):
         collect(case.dictionary, case.cache, tmp_path, SETTINGS, hook="blocks.9.hook_resid_pre", tokenizer=None)
+
+
+def test_the_held_out_split_can_be_scanned(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, D_SAE, generator=generator)
+    tokens, documents = torch.arange(120) % 40, torch.arange(120) // 15
+    split = {"train": Rows(torch.randn(60, D_SAE, generator=generator), tokens[:60], documents[:60])}
+    cache = write_fake_cache(
+        tmp_path / "cache", {**split, "held_out": Rows(x, tokens, documents)}, context_length=CONTEXT,
+        document_names={"train": [f"train/{n}" for n in range(4)], "held_out": [f"other/{n}" for n in range(8)]},
+    )  # fmt: skip
+    dictionary = ReLU(D_SAE, D_SAE)
+    with torch.no_grad():
+        dictionary.W_enc.copy_(torch.eye(D_SAE))
+        dictionary.W_dec.copy_(torch.eye(D_SAE))
+    arguments = {"hook": HOOK, "tokenizer": FakeTokenizer()}
+    store = collect(dictionary, cache, tmp_path / "store", SETTINGS, split="held_out", **arguments)
+    reference = Reference(x.tolist(), documents.tolist(), eligible_rows(tokens, CONTEXT).tolist(), CONTEXT)
+    assert (store.info["split"], store.info["rows"], store.info["tokens"]) == ("held_out", 120, reference.tokens)
+    assert store.documents == [f"other/{n}" for n in range(8)]
+    for feature in store:
+        expected = reference.top(feature.index, SETTINGS.top)
+        assert [(example.value, example.row) for example in feature.top] == [(f.value, f.row) for f in expected]
+    identity, activations = store.info["dictionary_sha256"], cache.manifest.identity(HOOK)
+    assert not is_store_of(store.path, identity, activations, SETTINGS), "a run's store is of the training split"
+    trained = collect(dictionary, cache, tmp_path / "store", SETTINGS, **arguments)
+    assert trained.info["split"] == "train"
+    assert is_store_of(trained.path, identity, activations, SETTINGS)

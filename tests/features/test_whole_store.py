@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,16 +12,17 @@ import torch
 
 from sae.architectures import TopK
 from sae.features import Features
+from sae.features.collector import Collector
 from sae.features.examples import reservoir_size
+from sae.features.groups import ExampleGroups
 from sae.features.keys import random_keys
 from sae.features.scan import scan_contexts
 from sae.numerics import seeding
 from tests.support.fake_cache import HOOK
-from tests.support.feature_case import D_SAE, SETTINGS, Case, build_case
+from tests.support.feature_case import CONTEXT, D_SAE, SETTINGS, Case, build_case
 from tests.support.feature_reference import random_key
 
 SEED = 3
-COLUMNS = ("features.safetensors", "tokens.safetensors", "documents.json", "vocabulary.json")
 
 
 @pytest.fixture(scope="module")
@@ -68,31 +70,43 @@ def test_a_store_is_what_enumerating_all_firings_gives(
     check(long_case.collect(tmp_path / "store", seed=SEED, batch_contexts=batch_contexts), long_case)
 
 
-def test_contexts_that_are_counted_one_batch_late_change_nothing(
-    long_case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tight", [False, True])
+def test_the_steps_of_a_gpu_collect_the_same_store(
+    long_case: Case, tmp_path: Path, tight: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, which encodes the next contexts meanwhile."""
-    now = long_case.collect(tmp_path / "now", batch_contexts=5)
+    """Candidates are kept one batch later, and nothing is sorted by NumPy."""
+    if tight:
+        monkeypatch.setattr("sae.features.collector.ROOM", 1)
     monkeypatch.setattr("sae.features.collector._batches_behind", lambda _: 1)
-    late = long_case.collect(tmp_path / "late", batch_contexts=5)
-    assert all((now.path / name).read_bytes() == (late.path / name).read_bytes() for name in COLUMNS)
+    monkeypatch.setattr("sae.features.ordering._is_numpys", lambda _: False)
+    check(long_case.collect(tmp_path / "store", seed=SEED, batch_contexts=5), long_case)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_collects_the_same_store_without_waiting(long_case: Case, tmp_path: Path) -> None:
+def test_a_gpu_collects_the_same_store(long_case: Case, tmp_path: Path) -> None:
     check(long_case.collect(tmp_path / "store", seed=SEED, device="cuda", batch_contexts=11), long_case)
     dictionary = TopK(D_SAE, D_SAE, k=3)
     dictionary.load_state_dict(long_case.dictionary.state_dict())
-    case = Case(long_case.cache, dictionary, long_case.reference, long_case.tokens)
+    case = replace(long_case, dictionary=dictionary)
     stores = [case.collect(tmp_path / device, device=device, batch_contexts=11) for device in ("cpu", "cuda")]
     assert list(stores[0]) == list(stores[1])
-    scanned = scan_contexts(dictionary.cuda(), case.cache, "train", HOOK, batch_contexts=11)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_is_not_waited_for(long_case: Case) -> None:
+    """Up to the first selection from a full buffer."""
+    dictionary, groups = TopK(D_SAE, D_SAE, k=3).cuda(), ExampleGroups.of(long_case.cache, SETTINGS)
+    dictionary.load_state_dict(long_case.dictionary.state_dict())
+    collector = Collector(D_SAE, SETTINGS, CONTEXT, 1.0, SEED, groups, rows=1507, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        assert sum(fired.tokens for fired in scanned) == case.reference.tokens
+        for fired in scan_contexts(dictionary, long_case.cache, "train", HOOK, batch_contexts=11):
+            collector.add(fired)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert collector.finish().tokens == long_case.reference.tokens
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 12345, (1 << 32) - 1])
