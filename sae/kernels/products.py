@@ -56,8 +56,12 @@ def tile_product(
     encoder: Float[Tensor, "columns d_in"],
     bias: Float[Tensor, " columns"] | None = None,
 ) -> Float[Tensor, "rows columns"]:
-    """x · encoderᵀ (+ bias) in the type of x, by the routine that is fastest for few rows or columns."""
-    if (x.dtype == torch.bfloat16 or makes_its_own(x, encoder)) and torch.backends.mkldnn.is_available():
+    """x · encoderᵀ (+ bias) in the type of x, by the routine that is fastest in one thread. Not differentiable.
+
+    It is oneDNN in bfloat16, and on AMD processors, where even without AVX-512 it is a little faster than MKL.
+    """
+    by_onednn = x.dtype == torch.bfloat16 or (_is_large(x, encoder) and _on_amd())
+    if by_onednn and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), encoder.contiguous(), bias, "none", [], "")
     result = x @ encoder.T
     return result if bias is None else result.add_(bias)
@@ -69,12 +73,7 @@ def makes_its_own(x: Tensor, encoder: Tensor) -> bool:
     On AMD processors with AVX-512 it is twice as fast in float32 as torch's MKL and the OpenBLAS of NumPy's wheel,
     which do not use those instructions there.
     """
-    return (
-        x.device.type == "cpu"
-        and x.dtype == encoder.dtype == torch.float32
-        and x.numel() * len(encoder) >= _WORTH_IT
-        and _onednn_beats_mkl()
-    )
+    return _is_large(x, encoder) and _onednn_beats_openblas()
 
 
 def processor() -> str:
@@ -86,7 +85,7 @@ def processor() -> str:
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices in hardware; elsewhere they are slower than float32."""
     flags = _cpu_info().split()
-    return any(flag in flags for flag in _BF16_FLAGS)
+    return any(flag in flags for flag in _BF16_FLAGS) and torch.backends.mkldnn.is_available()
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -101,12 +100,13 @@ def _numpy_is_faster(x: Tensor, encoder: Tensor) -> bool:
 
     Timing does not decide this, only facts that do not change between a run and its resumption.
     """
-    return (
-        x.device.type == "cpu"
-        and x.dtype == encoder.dtype == torch.float32
-        and x.numel() * len(encoder) >= _WORTH_IT
-        and _openblas_beats_mkl()
-    )
+    return _is_large(x, encoder) and _openblas_beats_mkl()
+
+
+def _is_large(x: Tensor, encoder: Tensor) -> bool:
+    """Whether a product in float32 on a CPU is worth a call of another library than torch's."""
+    is_float32 = x.device.type == "cpu" and x.dtype == encoder.dtype == torch.float32
+    return is_float32 and x.numel() * len(encoder) >= _WORTH_IT
 
 
 def _numpy_product(x: Tensor, encoder: Tensor, out: Tensor) -> None:
@@ -130,13 +130,18 @@ def _numpy_product(x: Tensor, encoder: Tensor, out: Tensor) -> None:
 
 
 @cache
-def _onednn_beats_mkl() -> bool:
-    return "AuthenticAMD" in _cpu_info() and " avx512f " in _cpu_info() and torch.backends.mkldnn.is_available()
+def _on_amd() -> bool:
+    return "AuthenticAMD" in _cpu_info()
+
+
+@cache
+def _onednn_beats_openblas() -> bool:
+    return _on_amd() and "avx512f" in _cpu_info().split() and torch.backends.mkldnn.is_available()
 
 
 @cache
 def _openblas_beats_mkl() -> bool:
-    return "AuthenticAMD" in _cpu_info() and torch.backends.mkl.is_available() and len(_openblas().info()) == 1
+    return _on_amd() and torch.backends.mkl.is_available() and len(_openblas().info()) == 1
 
 
 @cache

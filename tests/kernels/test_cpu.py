@@ -57,6 +57,7 @@ def test_a_chunk_that_holds_more_than_its_share_is_made_again(monkeypatch: pytes
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_numpy_s_product_is_torch_s(monkeypatch: pytest.MonkeyPatch, transposed: bool, threads: int) -> None:
+    monkeypatch.setattr(products, "_onednn_beats_openblas", lambda: False)
     monkeypatch.setattr(products, "_openblas_beats_mkl", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, encoder = torch.randn(96, 400), torch.randn(1000, 400)
@@ -72,6 +73,29 @@ def test_numpy_s_product_is_torch_s(monkeypatch: pytest.MonkeyPatch, transposed:
     torch.testing.assert_close(products.product(x, encoder).double(), expected, rtol=1e-4, atol=1e-3)
     by_column = x.T.contiguous().T
     torch.testing.assert_close(products.product(by_column, encoder).double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_onednn_s_product_is_torch_s(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    for condition in ("_onednn_beats_openblas", "_on_amd"):
+        monkeypatch.setattr(products, condition, lambda: True)
+    x, encoder, bias = torch.randn(96, 400), torch.randn(1000, 400, requires_grad=True), torch.randn(1000)
+    if transposed:
+        encoder = encoder.T.contiguous().T
+    assert products.makes_its_own(x, encoder)
+    assert not products.makes_its_own(x.double(), encoder.double())
+    out = torch.empty(96, 1000)
+    assert products.product(x, encoder, out) is out
+    exact = (x.double() @ encoder.double().T).detach()
+    for found in (out, products.product(x, encoder), products.tile_product(x, encoder.detach())):
+        assert not found.requires_grad
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-3)
+    for found in (products.affine(x, encoder, bias), products.tile_product(x, encoder.detach(), bias)):
+        torch.testing.assert_close(found.double(), exact + bias, rtol=1e-4, atol=1e-3)
+    rounded = products.tile_product(x.bfloat16(), encoder.detach().bfloat16())
+    assert rounded.dtype is torch.bfloat16
+    torch.testing.assert_close(rounded.double(), exact, rtol=0.01, atol=0.5)
 
 
 def test_the_openblas_that_multiplies_is_numpy_s_own() -> None:

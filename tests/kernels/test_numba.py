@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae import kernels
 from sae.kernels import back_end, threads
-from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, RowGradient
+from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, RowGradient, Subset
 from sae.kernels.pattern import Pattern
 from tests.support.kernel_cases import CASES, check_selection
 
@@ -148,6 +148,21 @@ def test_parts_cover_the_whole_once_and_use_one_thread_of_torch_s_each() -> None
         assert torch_s <= {1} or length < 2, "threads of threads wait for each other"
     with pytest.raises(ZeroDivisionError):
         threads.in_parts(lambda start, stop: 1 // start, 9)
+
+
+def test_threads_compute_in_the_caller_s_inference_mode_too() -> None:
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(0)
+    x, encoder = torch.randn(9, 8, generator=generator), torch.randn(64, 8, generator=generator, requires_grad=True)
+    subset = Subset(torch.arange(0, 64, 3), torch.zeros(22), 2)
+    with torch.inference_mode():
+        inside = x.clone(), encoder.clone()
+        for chosen in (select.select_topk, select.select_batch_topk):
+            selection = chosen(*inside, inside[1][:, 0].clone(), 3, subset)
+            codes.decode(selection.pattern, selection.values, inside[1])
+            codes.residual(selection.pattern, selection.values, inside[1], x[0], inside[0])
+    expected = select.select_batch_topk(x, encoder, encoder[:, 0], 3, subset)
+    assert torch.equal(selection.values, expected.values)
 
 
 def test_the_copy_is_rounded_as_pytorch_rounds() -> None:

@@ -77,7 +77,7 @@ def select_topk(
     def part(start: int, stop: int) -> None:
         largest, in_subset = Largest(stop - start, k, _dtype(bias)), among.begin(start, stop)
         operands.feed(start, stop, largest, in_subset, shared=False)
-        values[start:stop], features[start:stop] = map(torch.from_numpy, largest.cut())
+        values.numpy()[start:stop], features.numpy()[start:stop] = largest.cut()
         among.end(start, stop, in_subset)
 
     in_parts(part, len(x), MOST_ROWS)
@@ -144,7 +144,7 @@ class _Among:
 
     def end(self, start: int, stop: int, largest: Largest | None) -> None:
         if largest is not None and self.values is not None and self.places is not None:
-            self.values[start:stop], self.places[start:stop] = map(torch.from_numpy, largest.cut())
+            self.values.numpy()[start:stop], self.places.numpy()[start:stop] = largest.cut()
 
 
 def _dtype(like: Tensor) -> np.dtype:
