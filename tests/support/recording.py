@@ -149,7 +149,7 @@ class Recording(TorchDispatchMode):
     def forget(self) -> None:
         """Overwrite what was created, as the next step of another graph with the same memory does."""
         for storage in self._memory:
-            storage.fill_(255)
+            storage.fill_(255)  # pyright: ignore[reportAttributeAccessIssue]
 
     def signature(self) -> list[tuple[Any, ...]]:
         """The calls with all their numbers; tensors by place, or by the order in which they were created."""
