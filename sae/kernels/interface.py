@@ -137,7 +137,8 @@ class Kernels(Protocol):
     """A back end. Matrices are by feature: `encoder[j]` reads feature j, `decoder[j]` writes it; both `[d_sae, d_in]`.
 
     Nothing here takes part in autograd; `sae.kernels.sparse` adds it. On a GPU with Triton, only two functions wait for
-    the device: `select_above`, because the size of its result depends on the data, and `adam_` for rows above 8,192.
+    the device: `select_above` without a capacity, because the size of its result depends on the data, and `adam_` for
+    rows above 8,192.
     """
 
     def select_topk(

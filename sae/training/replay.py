@@ -155,7 +155,8 @@ class Replay:
             self._capacity = needed
 
     def _record(self, raw: Tensor, raw_target: Tensor | None) -> _Recording | None:
-        """Record a step without taking it; None if that is impossible, with a warning.
+        """Record a step without taking it; None if that is impossible, with a warning: also if memory is short, since
+        plain steps need less.
 
         What enters the room for pairs is a part by itself, after which nothing has changed yet: whether they fit is
         found out before the second part is replayed.
@@ -175,9 +176,7 @@ class Replay:
                     recording.names = self.compute(raw, raw_target, Room(self._capacity or None, enter))
                 finally:
                     recording.parts[-1].capture_end()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
             self._failed = True
             self.discard()
             warnings.warn(

@@ -93,8 +93,8 @@ def test_candidates_fit_into_their_room(k: int, d_sae: int) -> None:
 
 
 def test_the_strategy_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategies, "STRATEGIES", {"topk": ((0, "fused"), (1000, "buffered"))})
-    assert [strategies.strategy("topk", d_sae) for d_sae in (1, 999, 1000, 50_000)] == ["fused"] * 2 + ["buffered"] * 2
+    monkeypatch.setattr(strategies, "STRATEGIES", {"rows": ((0, "fused"), (1000, "buffered"))})
+    assert [strategies.strategy("rows", d_sae) for d_sae in (1, 999, 1000, 50_000)] == ["fused"] * 2 + ["buffered"] * 2
 
 
 @pytest.mark.parametrize("capacity", [400, 20])

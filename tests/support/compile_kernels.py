@@ -35,6 +35,7 @@ class Launches:
     """Compiles what is launched, each combination of a kernel, types, divisibilities and options once."""
 
     def __init__(self, capability: int) -> None:
+        self.capability = capability
         self.target = GPUTarget("cuda", capability, 32)
         self.backend = make_backend(self.target)
         self.most = SHARED[capability] * 1024
@@ -114,7 +115,7 @@ def main() -> None:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(rows, "rows_at_once", lambda x, d_sae: 128),
         mock.patch.object(rows, "multiply", lambda *args: None),
-        mock.patch.object(tiles, "major", lambda x: launches.target.arch // 10),
+        mock.patch.object(tiles, "major", lambda x: launches.capability // 10),
     ]
     for patch in patches:
         patch.start()

@@ -79,6 +79,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.calls: list[_Call] = []
         self._created: dict[int, int] = {}
+        self._memory: list[torch.UntypedStorage] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,8 +113,9 @@ class Recording(TorchDispatchMode):
     def _add(self, call: _Call) -> None:
         known = {_place(tensor) for tensor in _tensors(call.args, call.kwargs)}
         for tensor in _tensors(call.result):
-            if _place(tensor) not in known:
-                self._created.setdefault(_place(tensor), len(self._created))
+            if _place(tensor) not in known and _place(tensor) not in self._created:
+                self._created[_place(tensor)] = len(self._created)
+                self._memory.append(tensor.untyped_storage())
         self.calls.append(call)
 
     def _remember(self, *trees: Any) -> None:
@@ -143,6 +145,11 @@ class Recording(TorchDispatchMode):
                     again = call.run(*call.args, **call.kwargs)
                     for old, new in zip(_tensors(call.result), _tensors(again), strict=True):
                         old.copy_(new)
+
+    def forget(self) -> None:
+        """Overwrite what was created, as the next step of another graph with the same memory does."""
+        for storage in self._memory:
+            storage.fill_(255)  # pyright: ignore[reportAttributeAccessIssue]
 
     def signature(self) -> list[tuple[Any, ...]]:
         """The calls with all their numbers; tensors by place, or by the order in which they were created."""

@@ -7,7 +7,7 @@ import torch
 
 from sae.architectures import ARCHITECTURES
 from sae.config.settings import DictionaryConfig, TrainConfig
-from sae.training import IterableSource, train
+from sae.training import IterableSource, train, train_all
 from sae.training.recipe import Recipe
 from sae.training.trainer import Trainer
 
@@ -78,3 +78,30 @@ def test_a_step_does_not_wait_for_the_device(architecture: str) -> None:
             run.step(on_device[step % 4], None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_replayed_steps_are_the_plain_ones(architecture: str) -> None:
+    """CUDA's own graphs: the same weights, bit for bit, and no warning that steps could not be recorded."""
+    shape = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K)  # type: ignore[arg-type]
+    settings = TrainConfig(tokens=60 * BATCH, batch_size=BATCH, dead_after_tokens=2 * BATCH, log_every=7)
+    results = []
+    for is_replayed in (True, False):
+        chosen = settings.model_copy(update={"cuda_graph": is_replayed})
+        results.append(train(IterableSource(batches(10)), shape, chosen, device="cuda"))
+    for (name, ours), theirs in zip(results[0].named_parameters(), results[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_many_dictionaries_share_the_memory_of_their_graphs() -> None:
+    """Each equals the one trained alone, though their recorded steps overwrite each other's memory."""
+    settings = TrainConfig(tokens=40 * BATCH, batch_size=BATCH, dead_after_tokens=2 * BATCH, log_every=7)
+    recipes = {
+        name: Recipe(DictionaryConfig(architecture=name, d_sae=D_SAE, k=K), settings)  # type: ignore[arg-type]
+        for name in ARCHITECTURES
+    }
+    together = train_all({"activations": IterableSource(batches(10))}, recipes, device="cuda").dictionaries
+    for name, recipe in recipes.items():
+        alone = train(IterableSource(batches(10)), recipe.dictionary, settings, device="cuda")
+        for ours, theirs in zip(together[name].parameters(), alone.parameters(), strict=True):
+            assert torch.equal(ours, theirs), name

@@ -54,6 +54,15 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(firing, "_SMALLEST_LIST", 4)
     monkeypatch.setattr(loop, "Recorder", Simulated)
     Simulated.graphs = []
+    take = replay.Replay.step
+
+    def forgotten(self: replay.Replay, raw: Tensor, raw_target: Tensor | None) -> tuple[str, ...]:
+        names = take(self, raw, raw_target)
+        for graph in Simulated.graphs:
+            graph.recording.forget()
+        return names
+
+    monkeypatch.setattr(replay.Replay, "step", forgotten)
     plain = firing.FiringRecord.__init__
     monkeypatch.setattr(
         firing.FiringRecord, "__init__", lambda self, *args, **kwargs: plain(self, *args, refresh_every=5, **kwargs)
@@ -142,6 +151,21 @@ def test_a_step_with_more_pairs_than_there_is_room_for_is_taken_plainly(
     replayed, _ = trained(architecture, data, chosen, tmp_path / "replayed")
     assert True in fell_back and False in fell_back
     check_equal(replayed, plain)
+
+
+class Ending(IterableSource):
+    """Ends after its batches."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self._batches
+
+
+def test_the_threshold_at_the_end_of_the_source_is_that_of_the_newest_batch() -> None:
+    data = batches(24)
+    plain = train(Ending(data), shape("batch_topk"), plainly(settings(24)))
+    check_equal(train(Ending(data), shape("batch_topk"), settings(24)), plain)
+    assert float(plain.get_parameter("threshold")) > 0
+    assert replays() > 10
 
 
 def test_room_has_few_sizes() -> None:
@@ -233,10 +257,16 @@ def test_if_steps_cannot_be_recorded_training_continues_and_says_so(
     assert other_lines == lines
 
 
-def test_too_little_memory_to_record_a_step_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Simulated) -> SimulatedGraph:
+def test_if_memory_is_too_short_to_record_a_step_training_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little for a plain step is an error, which the command line explains."""
+
+    def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    expected = train(IterableSource(batches(7)), shape("topk"), plainly(settings(20)))
     monkeypatch.setattr(Simulated, "begin", full)
+    with pytest.warns(UserWarning, match="CUDA out of memory"):
+        check_equal(train(IterableSource(batches(7)), shape("topk"), settings(20)), expected)
+    monkeypatch.setattr(fixed_kernels, "decode", full)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         train(IterableSource(batches(7)), shape("topk"), settings(20))

@@ -95,6 +95,6 @@ def _in_subset(
 
 
 def _largest(x: Tensor, encoder: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    if k > LARGEST_K or strategy("topk", len(encoder)) == FUSED:
+    if k > LARGEST_K or strategy("rows", len(encoder)) == FUSED:
         return largest_of_rows(x, encoder, bias, k)
     return largest_from_buffer(x, encoder, bias, k)

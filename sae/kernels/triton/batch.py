@@ -266,7 +266,7 @@ class _Found:
             ties_from: the first place that numbers kept apart may fill.
         """
         x, encoder, bias = self.operands
-        if skip is None and strategy("above" if strict else "batch_topk", len(encoder)) != FUSED:
+        if skip is None and strategy("above" if strict else "batch", len(encoder)) != FUSED:
             self._append_from_buffer(bound, strict=strict)
             return
         programs = tiles(len(x), len(encoder), tile_sizes(x))

@@ -10,8 +10,8 @@ BUFFERED = "buffered"
 FUSED = "fused"
 """Triton's product, from whose registers the same kernel selects, so that the product is never in memory."""
 STRATEGIES: dict[str, tuple[tuple[int, str], ...]] = {
-    "topk": ((0, BUFFERED),),
-    "batch_topk": ((0, BUFFERED),),
+    "rows": ((0, BUFFERED),),
+    "batch": ((0, BUFFERED),),
     "above": ((0, BUFFERED),),
 }
 """For each selection, ascending, the strategy from this d_sae on. Chosen by estimate (docs/performance.md), since the
@@ -24,7 +24,7 @@ LEAST_ROWS = 256
 
 
 def strategy(selection: str, d_sae: int) -> str:
-    """The strategy of a selection (`topk`, `batch_topk`, `above`) among d_sae features."""
+    """The strategy of a selection (`rows`, `batch`, `above`) among d_sae features."""
     return next(name for least, name in reversed(STRATEGIES[selection]) if d_sae >= least)
 
 
