@@ -32,10 +32,9 @@ from sae.training.checkpoint import (
     training_bytes,
     warn_of_missed_snapshots,
 )
-from sae.training.member import Cost, Member, checkpoint_bytes, weights_bytes
+from sae.training.member import Cost, Member, checkpoint_bytes, share_recorder, weights_bytes
 from sae.training.reader import Reader
 from sae.training.recipe import Recipe
-from sae.training.replay import Batches, Recorder
 from sae.training.signals import stop_flag
 from sae.training.sinks import FeatureSink, JsonLines, Sink
 from sae.training.source import BatchSource, metadata_of
@@ -191,11 +190,7 @@ class _Run:
             metadata = in_current_form({**metadata_of(source, target), **recipe.metadata})
             trainer = Trainer(replace(recipe, metadata=metadata), source, target, self.steps, device)
             self.members[name] = Member(trainer)
-        self.batches: Batches | None = None
-        if any(member.is_replayed for member in self.members.values()):
-            self.batches, recorder = Batches(), Recorder(device)
-            for member in self.members.values():
-                member.recorder = recorder
+        self.batches = share_recorder(self.members.values(), device)
         self.failures: dict[str, str] = {}
 
     def train(

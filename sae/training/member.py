@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels.interface import Room
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.meter import Meter, Stopwatch
-from sae.training.replay import Recorder, Replay
+from sae.training.replay import Batches, Recorder, Replay
 from sae.training.sinks import Sink
 from sae.training.trainer import Trainer
 
@@ -88,6 +90,16 @@ class Member:
 
     def cost(self) -> Cost:
         return Cost(self.stopwatch.seconds(), self.tokens, self.trainer.bytes())
+
+
+def share_recorder(members: Collection[Member], device: torch.device) -> Batches | None:
+    """Let the members of a pass replay their steps; returns where batches must be. None: no member's can be."""
+    if not any(member.is_replayed for member in members):
+        return None
+    recorder = Recorder(device)
+    for member in members:
+        member.recorder = recorder
+    return Batches()
 
 
 def weights_bytes(member: Member) -> int:

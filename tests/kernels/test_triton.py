@@ -13,8 +13,8 @@ from tests.support.quick import quick_for
 pytest.importorskip("triton")
 
 from sae.kernels import back_end
-from sae.kernels.triton import batch, select_batch_topk, select_topk, strategies, topk
-from tests.support.kernel_cases import DEVICE, Case, check_selection, rows
+from sae.kernels.triton import batch, select_above, select_batch_topk, select_topk, strategies, topk
+from tests.support.kernel_cases import CASES, DEVICE, Case, check_selection, rows
 
 REFERENCE = back_end("reference")
 
@@ -71,6 +71,23 @@ def test_the_selection_is_exact_whether_a_guess_hits_or_misses(monkeypatch: pyte
     check_selection(selection, case, 2e-6)
     for row, other in zip(rows(selection), pre.topk(case.k).values.tolist(), strict=True):
         assert row == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", quick_for(["odd sizes"], ["odd sizes", "nothing but ties", "one feature", "zero rows"])
+)
+def test_the_fused_kernels_select_what_the_others_do(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    use(monkeypatch, strategies.FUSED)
+    case = CASES[name].to(torch.empty(0, device=DEVICE))
+    operands = case.x, case.encoder, case.bias
+    threshold = torch.linspace(0, 1, len(case.bias), device=DEVICE)
+    for ours, expected in (
+        (select_topk(*operands, case.k), REFERENCE.select_topk(*operands, case.k)),
+        (select_above(*operands, threshold), REFERENCE.select_above(*operands, threshold)),
+    ):
+        check_selection(ours, case, 2e-6)
+        for row, other in zip(rows(ours), rows(expected), strict=True):
+            assert row == pytest.approx(other, rel=2e-6, abs=2e-4)
 
 
 def test_the_order_of_features_is_fixed_and_ties_go_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

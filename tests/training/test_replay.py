@@ -15,7 +15,7 @@ from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
 from sae.errors import TrainingError
 from sae.kernels import sparse
-from sae.training import IterableSource, firing, loop, replay, train
+from sae.training import IterableSource, firing, member, replay, train
 from sae.training import optimizer as optimizer_module
 from sae.training import trainer as trainer_module
 from sae.training.loop import train_all
@@ -52,7 +52,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "kernels_for", lambda weights: fixed_kernels)
     monkeypatch.setattr(trainer_module, "is_replayable", lambda device, d_in: True)
     monkeypatch.setattr(firing, "_SMALLEST_LIST", 4)
-    monkeypatch.setattr(loop, "Recorder", Simulated)
+    monkeypatch.setattr(member, "Recorder", Simulated)
     Simulated.graphs = []
     take = replay.Replay.step
 
@@ -233,11 +233,12 @@ def _trained_as_stored(data: list[Tensor], chosen: TrainConfig) -> Dictionary:
     """Steps on batches of the dtypes they have."""
     config = shape("topk")
     source = IterableSource([x.float() for x in data])
-    member = loop.Member(trainer_module.Trainer(Recipe(config, chosen), source, None, 30, torch.device("cpu")))
-    member.recorder, place = Simulated(torch.device("cpu")), replay.Batches()
+    one = member.Member(trainer_module.Trainer(Recipe(config, chosen), source, None, 30, torch.device("cpu")))
+    place = member.share_recorder([one], torch.device("cpu"))
+    assert place is not None
     for step in range(30):
-        member.step(place.keep({"x": data[step % 7]})["x"], None)
-    return member.trainer.folded()
+        one.step(place.keep({"x": data[step % 7]})["x"], None)
+    return one.trainer.folded()
 
 
 @pytest.mark.parametrize("fails", ["at once", "in the middle"])

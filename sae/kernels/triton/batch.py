@@ -199,6 +199,22 @@ def _histogram_kernel(
             tl.atomic_add(counts + byte, inside.to(tl.int64), mask=inside, sem="relaxed")
 
 
+@triton.jit
+def _next_byte_kernel(skip, counts, prefix, left, bound):
+    """The next byte of the bound from the histogram, which is cleared: the `left`-th largest number has it."""
+    if tl.load(skip) == 0:
+        lanes = tl.arange(0, 256)
+        number = tl.load(counts + 255 - lanes)  # of the largest byte first
+        wanted = tl.load(left)
+        larger = tl.minimum(tl.sum((tl.cumsum(number, 0) < wanted).to(tl.int32), 0), 255)
+        start = tl.load(prefix) * 256 + 255 - larger
+        tl.store(prefix, start)
+        tl.store(left, wanted - tl.sum(tl.where(lanes < larger, number, 0), 0))
+        tl.store(counts + lanes, tl.zeros((256,), tl.int64))
+        key = (start - 2147483648).to(tl.int32)  # of the number itself after the last byte
+        tl.store(bound, (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
+
+
 def largest_of_batch(x: Tensor, encoder: Tensor, bias: Tensor, count: int) -> tuple[Pattern, Tensor]:
     """The `count` largest numbers of x · encoderᵀ + bias; ties go to those that come first.
 
@@ -320,15 +336,12 @@ def _exact_bound(x: Tensor, encoder: Tensor, bias: Tensor, count: int, skip: Ten
     sizes, device = {**tile_sizes(x), **HISTOGRAM_TILE}, x.device
     prefix = torch.zeros((), dtype=torch.int64, device=device)
     left = torch.full((), count, dtype=torch.int64, device=device)
+    counts = torch.zeros(256, dtype=torch.int64, device=device)
+    bound = torch.zeros((), device=device)
     for shift in (24, 16, 8, 0):
-        counts = torch.zeros(256, dtype=torch.int64, device=device)
         _histogram_kernel[(min(tiles(len(x), len(encoder), sizes), PROGRAMS),)](
             x, encoder, bias, skip, prefix, counts, len(x), len(encoder), x.shape[1], shift,
             PRECISION=precision(), **sizes,
         )  # fmt: skip
-        reached = counts.flip(0).cumsum(0)
-        byte = 255 - (reached < left).sum().clamp(max=255)
-        left = left - (reached.take(255 - byte) - counts.take(byte))
-        prefix = prefix * 256 + byte
-    key = (prefix - 2147483648).to(torch.int32)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)
+        _next_byte_kernel[(1,)](skip, counts, prefix, left, bound, num_warps=1)
+    return bound
