@@ -37,8 +37,8 @@ class _Candidates:
         key: random key of each firing.
         strong, sampled: whether the firing may be among the strongest, or in the sample.
         chosen: whether it may be either.
-        count: number of those, on its way to the CPU.
-        arrived: event after which it is there; None on a CPU.
+        count: number of those, on its way from a GPU; None on a CPU.
+        arrived: event after which it is there.
     """
 
     fired: Fired
@@ -50,13 +50,14 @@ class _Candidates:
     strong: Bool[Tensor, " firings"]
     sampled: Bool[Tensor, " firings"]
     chosen: Bool[Tensor, " firings"]
-    count: Int[Tensor, ""]
+    count: Int[Tensor, ""] | None
     arrived: torch.cuda.Event | None
 
     def places(self) -> Int[Tensor, " chosen"]:
         """Places of the chosen firings; does not wait for what was launched after them."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        if self.count is None or self.arrived is None:
+            return places_of(self.chosen)
+        self.arrived.synchronize()
         return places_of(self.chosen, int(self.count))
 
 
@@ -164,9 +165,9 @@ class Collector:
         strong = strength_keys(value) <= self.strongest.limit.index_select(0, fired.feature)
         sampled = (key <= self.sample.limit.index_select(0, fired.feature)).logical_and_(fires)
         chosen = strong | sampled
-        count, arrived = chosen.sum().to("cpu", non_blocking=True), None
+        count = arrived = None
         if self.device.type == "cuda":
-            arrived = torch.cuda.Event()
+            count, arrived = chosen.sum().to("cpu", non_blocking=True), torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(self.device))
         column = self.windows.columns(fired.offset)
         return _Candidates(fired, value, row, group, column, key, strong, sampled, chosen, count, arrived)
