@@ -152,7 +152,7 @@ class Trainer:
             self._update_old_threshold(losses.threshold)
         self.variance = _variance(target)
         is_first_bad = ~losses.total.detach().isfinite() & (self.first_bad_step < 0)
-        if x.device.type != "cpu" or bool(is_first_bad):  # on a CPU, asking costs less than the search
+        if self.is_replayable or x.device.type != "cpu" or bool(is_first_bad):  # on a CPU, asking is cheaper
             self.bad_input |= is_first_bad & ~(x.isfinite().all() & target.isfinite().all())
         self.first_bad_step.copy_(torch.where(is_first_bad, self.steps_done, self.first_bad_step))
         return replace(losses, terms={**losses.terms, **self._also_logged(context)})

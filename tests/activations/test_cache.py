@@ -164,8 +164,8 @@ def test_shard_that_is_no_safetensors_file(copy: Path) -> None:
     [
         ({"complete": False}, r"the harvest is unfinished; run the same 'sae harvest' to finish it"),
         (
-            {"format_version": 2, "news": 1},
-            r"format version 2 is newer than this package reads \(1\); update the package",
+            {"format_version": 3, "news": 1},
+            r"format version 3 is newer than this package reads \(2\); update the package",
         ),
         ({"format": "other"}, r"manifest.json is not of this toolkit \(no format 'sae-activations'\)"),
         ({"rows": None}, r"manifest.json': damaged \(rows: .*\); delete the cache and harvest it again"),

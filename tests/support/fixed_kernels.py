@@ -53,6 +53,15 @@ def sampled_product(pattern: Pattern, gradient: Tensor, decoder: Tensor) -> Tens
     return _sampled_product(pattern.features, pattern.offsets, gradient, decoder)
 
 
+def residual(
+    pattern: Pattern, values: Tensor, decoder: Tensor, bias: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    left = target - decode(pattern, values, decoder)
+    if bias is not None:
+        left -= bias
+    return left, sampled_product(pattern, left, decoder)
+
+
 def feature_sums(term: FactoredGradient) -> Tensor:
     return _feature_sums(term.pattern.features, term.pattern.offsets, term.coefficients, term.rows, term.pattern.d_sae)
 
