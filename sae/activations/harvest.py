@@ -37,7 +37,7 @@ from sae.activations.same_request import (
     where_from,
 )
 from sae.activations.shards import Harvester, is_text, write_entry, write_manifest
-from sae.activations.space import check_space
+from sae.activations.space import check_space, stored_shards
 from sae.config.mixture import tokens_by_source
 from sae.config.progress import StageProgress
 from sae.config.settings import RunConfig
@@ -177,6 +177,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, width
         shard_contexts=harvest_config.shard_contexts,
         dtype=harvest_config.dtype,
         rows={TRAIN: data.tokens, HELD_OUT: data.held_out_tokens},
+        stored=stored_shards(config),
         text_sha256=text_sha256,
         hooks={hook: HookEntry(d_in=widths[hook]) for hook in harvest_config.hooks},
         files=text.files,

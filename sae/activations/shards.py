@@ -56,7 +56,7 @@ class Harvester:
         self.batch_contexts, self.progress = batch_contexts, progress
         self.policy = TokenPolicy.from_json(manifest.tokens)
         self.activations = model.activations
-        self.total = sum(manifest.rows.values())
+        self.total = sum(map(manifest.stored_rows, SPLITS))
         self.done = 0
 
     def run(self) -> None:
@@ -86,7 +86,7 @@ class Harvester:
 
     def _incomplete_shards(self) -> Iterator[_Shard]:
         for split in SPLITS:
-            for number in range(self.manifest.shards(split)):
+            for number in self.manifest.stored_shards(split):
                 names = {hook: shard_name(hook, split, number) for hook in self.manifest.hooks}
                 missing = {hook: name for hook, name in names.items() if not self.manifest.is_whole(self.folder, name)}
                 if missing:
@@ -121,7 +121,7 @@ class Harvester:
         tensors = memory.tensors(hook)
         stored = tensors["activations"]
         if not memory.is_finite(hook):
-            raise CacheError(_not_finite(hook, self.manifest, bool(stored.isnan().any())))
+            raise CacheError(not_finite(hook, self.manifest, bool(stored.isnan().any())))
         expected = self.manifest.files.get(name)
         return write_entry(self.folder, name, tensor_pieces(tensors), len(stored), expected)
 
@@ -196,10 +196,11 @@ def is_text(name: str) -> bool:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     manifest.files = dict(sorted(manifest.files.items()))
-    write_bytes(folder / MANIFEST, (json_text(manifest.model_dump(), indent=1) + "\n").encode())
+    write_bytes(folder / MANIFEST, (json_text(manifest.to_json(), indent=1) + "\n").encode())
 
 
-def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
+def not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
+    """The problem with activations that are NaN or infinite in the cache's number type, and the way out."""
     if not is_nan and manifest.dtype == "float16":
         return (
             f"hook {hook!r}: activations exceed what float16 can hold (65,504); "

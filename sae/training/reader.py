@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.errors import TrainingError
 from sae.training.recipe import Recipe
-from sae.training.source import BatchSource, IterableSource
+from sae.training.source import BatchSource, IterableSource, StoppableSource
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class Reader:
     def begin(self, steps_done: int) -> None:
         """Start reading at the sources' places."""
         self._count, self._batches = steps_done, self._rows()
+
+    def stop_when(self, stopped: Callable[[], bool]) -> None:
+        """Let sources that compute for long ask whether to stop."""
+        for source in self.sources.values():
+            if isinstance(source, StoppableSource):
+                source.stop_when(stopped)
 
     def _rows(self) -> Iterator[tuple[Tensor, ...]]:
         """A generator, so that sources are first asked for an iterator under the caller's modes."""

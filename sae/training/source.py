@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -56,6 +56,15 @@ class KnownSource(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """Metadata of dictionaries trained on it, under the names of `sae.dictionary_metadata`."""
+        ...
+
+
+@runtime_checkable
+class StoppableSource(Protocol):
+    """A source that may compute for long before it has a batch, as one that runs a language model. Optional."""
+
+    def stop_when(self, stopped: Callable[[], bool]) -> None:
+        """Ask `stopped` from time to time; when it is true, raise TrainingInterrupted instead of the next batch."""
         ...
 
 
