@@ -54,7 +54,8 @@ class LanguageModel(HookedModel):
         if model.config.bos_token_id is None and tokenizer.bos_token_id is None:
             model.config.bos_token_id = tokenizer.eos_token_id
         weights_sha256, code = hash_weights(model), code_sha256(model, model.config, tokenizer)
-        device, rows = choose_device(config.device or str(device)), int(model.get_input_embeddings().weight.shape[0])
+        device = choose_device(config.device or str(device))
+        rows = int(model.get_input_embeddings().weight.shape[0])
         native = native_model(model.to(device).eval(), min(rows, len(tokenizer)), config)
         bridge = boot(model, copy.deepcopy(tokenizer), label, config) if native is None or has_bridge() else None
         self._tails: dict[str, Tail] = {}

@@ -33,6 +33,7 @@ CAPTURED = frozenset(
     ones_like.default permute.default pow.Tensor_Scalar reciprocal.default relu.default remainder.Scalar
     repeat_interleave.Tensor rsub.Scalar scatter_.src searchsorted.Tensor select.int slice.Tensor
     slice_backward.default sort.default sort.stable sqrt.default squeeze.dim squeeze_.dim stack.default sub.Tensor
+    sub_.Tensor
     sum.default sum.dim_IntList t.default take.default threshold_backward.default topk.default unsqueeze.default
     var.correction view.default view.dtype where.self zeros.default
     """.split()

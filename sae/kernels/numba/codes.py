@@ -21,7 +21,7 @@ def decode(
 ) -> Float[Tensor, "batch d_in"]:
     if pattern.density > DENSE_ABOVE:
         return cpu.decode(pattern, values, decoder)
-    out = torch.zeros(pattern.batch, decoder.shape[1], dtype=decoder.dtype)
+    out = decoder.new_zeros(pattern.batch, decoder.shape[1])
     pairs = pattern.features.numpy(), pattern.offsets.numpy()
     numbers = array_of(values.to(decoder.dtype)), array_of(decoder), out.numpy()
     in_parts(lambda start, stop: loops.decode(start, stop, *pairs, *numbers), pattern.batch)

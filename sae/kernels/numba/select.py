@@ -58,8 +58,9 @@ class _Encoder:
             place, width = (start * d_sae + first, d_sae) if shared else (first, 0)
             largest.take(tile, self.bias[first:last], place, width)
             if self.subset is not None and self.offsets is not None and in_subset is not None:
-                few = slice(*torch.searchsorted(self.subset.features, torch.tensor([first, last])).tolist())
-                among = tile.index_select(1, self.subset.features[few] - first)
+                features = self.subset.features
+                few = slice(*torch.searchsorted(features, features.new_tensor([first, last])).tolist())
+                among = tile.index_select(1, features[few] - first)
                 in_subset.take(among, self.offsets[few], few.start, 0)
 
 
@@ -71,7 +72,7 @@ def select_topk(
     subset: Subset | None = None,
 ) -> Selection:
     operands = _Encoder.of(x, encoder, bias, subset)
-    values, features = bias.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
+    values, features = bias.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device="cpu")
     among = _Among(len(x), bias, subset)
 
     def part(start: int, stop: int) -> None:

@@ -33,16 +33,16 @@ def adam_(
         cpu.adam_(weight, moments, gradient, step, copy)
         return
     d_sae, d_in = weight.shape
-    places, block = torch.full((d_sae,), -1), weight.new_empty(0, d_in)
+    places, block = torch.full((d_sae,), -1, device="cpu"), weight.new_empty(0, d_in)
     for part in gradient.blocks:
-        places[part.features], block = torch.arange(len(part.features)), part.gradient
+        places[part.features], block = torch.arange(len(part.features), device="cpu"), part.gradient
     number = array_of(weight).dtype.type
     numbers = (
         number(1 - step.beta1), number(step.beta2), number(1 - step.beta2), number(step.eps),
         number(step.lr / (1 - step.beta1**step.number)), number((1 - step.beta2**step.number) ** 0.5),
         number(1 if step.scale is None else float(step.scale)),
     )  # fmt: skip
-    bits = torch.empty(0, d_in, dtype=torch.int16) if copy is None else copy.view(torch.int16)
+    bits = torch.empty(0, d_in, dtype=torch.int16, device="cpu") if copy is None else copy.view(torch.int16)
     arguments = (
         *_by_feature(gradient.terms, weight), places.numpy(), array_of(block), array_of(weight),
         array_of(moments.first), array_of(moments.second), bits.numpy(), numbers, step.unit_rows,
@@ -53,7 +53,7 @@ def adam_(
 def _by_feature(terms: Sequence[FactoredGradient], like: Tensor) -> tuple[Any, ...]:
     """Offsets, rows and coefficients of the pairs by feature, and the matrix whose rows they add."""
     if not terms:
-        offsets = torch.zeros(len(like) + 1, dtype=torch.int64)
+        offsets = torch.zeros(len(like) + 1, dtype=torch.int64, device="cpu")
         return offsets.numpy(), offsets[:0].numpy(), array_of(like[0, :0]), array_of(like[:0])
     (term,) = terms
     order, rows, offsets = term.pattern.by_feature
