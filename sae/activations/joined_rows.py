@@ -43,10 +43,6 @@ class JoinedRows:
         """The places of rows of one of the tensors."""
         return self._firsts[number] + rows * self._stride
 
-    def all_places(self, rows: int) -> Int[np.ndarray, " all"]:
-        """The places of the first `rows` rows of each tensor, one tensor after the other."""
-        return (self._firsts[:, None] + np.arange(rows) * self._stride).ravel()
-
 
 class _Memory:
     """A piece of memory, as NumPy asks for it, and what owns parts of it."""

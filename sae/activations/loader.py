@@ -15,7 +15,6 @@ from sae.activations.metadata import dictionary_metadata
 from sae.activations.order import ShuffledSource, TokenOrder
 from sae.activations.pools import DevicePools, HostPools, Pools
 from sae.config.splits import TRAIN
-from sae.numerics.modes import in_own_modes
 from sae.numerics.statistics import Statistics
 from sae.numerics.transfer import Transfer
 
@@ -81,7 +80,6 @@ class ActivationLoader(ShuffledSource):
         scale_bytes = 4 if self.cache.stored_dtype == torch.int8 else 0
         return 2 * self.pool_tokens * (self.d_in * self.cache.stored_dtype.itemsize + scale_bytes)
 
-    @in_own_modes
     def __iter__(self) -> Iterator[Shaped[Tensor, "batch d_in"]]:
         batch_size = self.batch_size
         plans = self.order.plans(self.position, self.streams)

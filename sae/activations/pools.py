@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import queue
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sae.activations.background import background
-from sae.activations.batch_memory import BatchMemory
+from sae.activations.batch_memory import BatchMemory, Filling, StoredBatch
 from sae.activations.cache import ActivationCache, dequantise
 from sae.activations.joined_rows import JoinedRows
 from sae.activations.order import PoolPlan, TokenOrder
@@ -28,6 +26,8 @@ READERS = 8
 """Threads that read: a disk reaches its speed with several requests at a time."""
 _HOST_PIECE, _DEVICE_PIECE = 1 << 20, 8 << 20
 """Bytes that a thread reads in one go: on the host the next copy finds them in the processor's cache."""
+_GATHERED, _ROWS_PER_LOOK = 16 << 20, 64
+"""Bytes gathered together, at least; and rows for each file whose state is looked at afterwards."""
 
 
 @dataclass(frozen=True)
@@ -140,93 +140,109 @@ class Pools(ABC):
 
 
 @dataclass(frozen=True)
-class _Batches:
-    """Batches of which the last may be incomplete.
+class _HostPool:
+    """A pool that was read into batches, or is to be gathered from the page cache.
 
     Attributes:
-        stored: their numbers.
-        scales: of each batch, for int8.
-        rows: rows in all.
+        filling: the batches.
+        rows: number of rows.
+        rows_at_a_time: how many of them to gather together; all of them if they were read already.
+        gather: copies rows to batches, from a place in the order of use on; None: they were read already.
     """
 
-    stored: deque[Tensor]
-    scales: deque[Tensor]
+    filling: Filling
     rows: int
+    rows_at_a_time: int
+    gather: Callable[[Sequence[StoredBatch], int], None] | None
 
 
 class HostPools(Pools):
-    """Pools in the memory of the host, made of batches in which each row is put in its place once.
+    """Pools in the memory of the host: each row is copied once, to its place in its batch.
 
-    Rows in the page cache are copied from where they are mapped, batch after batch. If some are not, all are read in
-    the order in which they are stored.
+    If a pool is in the page cache, its batches are gathered when they are due, from where the files are mapped, and it
+    takes no memory of its own. Otherwise it is read while the one before is used, in the order in which it is stored.
     """
 
     def __init__(self, cache: ActivationCache, hook: str, order: TokenOrder) -> None:
         super().__init__(cache, hook, order, Transfer(torch.device("cpu")), _HOST_PIECE)
 
     def batches(self, plans: Iterator[PoolPlan], rows: int) -> Generator[Shaped[Tensor, "batch d_in"], None, None]:
-        memory = BatchMemory(rows, self.width, self.dtype)
-        with background(1) as filler, background(READERS) as readers:
-            filling = filler.submit(self._fill, plans, _Batches(deque(), deque(), 0), memory, readers)
+        memory, rest = BatchMemory(rows, self.width, self.dtype), None
+        with background(1) as preparer, background(READERS) as readers:
+            coming = preparer.submit(self._prepare, plans, Filling(memory, 0), readers)
             while True:
-                pool = filling.result()
-                complete, rest = divmod(pool.rows, rows)
-                unfinished = _Batches(deque(), deque(), rest)
-                if rest:
-                    unfinished.stored.append(pool.stored.pop())
-                    unfinished.scales.extend(pool.scales.pop() for _ in range(bool(pool.scales)))
-                filling = filler.submit(self._fill, plans, unfinished, memory, readers)
-                for _ in range(complete):
-                    batch = pool.stored.popleft()
-                    yield dequantise(batch, pool.scales.popleft()) if pool.scales else batch
-                    del batch  # so that its memory can be used again
+                pool = coming.result()
+                following = Filling(memory, pool.filling.begun + pool.rows)
+                coming = preparer.submit(self._prepare, plans, following, readers)
+                pool.filling.adopt(rest)
+                for start in range(0, pool.rows, pool.rows_at_a_time):
+                    if pool.gather is not None:
+                        pool.gather(pool.filling.room(min(pool.rows_at_a_time, pool.rows - start)), start)
+                    complete = pool.filling.complete()
+                    while complete:
+                        batch = complete.popleft()
+                        yield batch.numbers if batch.scale is None else dequantise(batch.numbers, batch.scale)
+                        del batch  # so that its memory can be used again
+                rest = pool.filling.rest()
 
-    def _fill(
-        self, plans: Iterator[PoolPlan], begun: _Batches, memory: BatchMemory, readers: ThreadPoolExecutor
-    ) -> _Batches:
-        """Read the next pool into batches, of which the first may have been begun with the end of the pool before."""
+    def _prepare(self, plans: Iterator[PoolPlan], filling: Filling, readers: ThreadPoolExecutor) -> _HostPool:
         plan = next(plans)
-        parts = list(self._parts(plan))
-        places = _fresh(plan)
-        stored = begun.stored
-        while len(stored) * memory.rows < begun.rows + len(places):
-            stored.append(memory.take())
+        parts, places = list(self._parts(plan)), _fresh(plan)
+        scale = self._scale(parts)
+        if scale is not None:
+            scale = torch.empty_like(scale).index_copy_(0, torch.from_numpy(places), scale)
         if all(part.shard.is_cached(part.rows) for part in parts):
-            until_unchanged([part.shard for part in parts], lambda: self._gather(parts, places, stored, begun.rows))
-        else:
-            target = JoinedRows(stored)
-            slots = target.all_places(memory.rows)[begun.rows :][places]
-            self._read(parts, readers, partial(self._scatter, target, slots))
-        scales = deque[Tensor]()
-        if (scale := self._scale(parts)) is not None:
-            by_row = torch.empty(len(stored), memory.rows, dtype=torch.float32)
-            for first in begun.scales:
-                by_row[0] = first
-            by_row.view(-1)[begun.rows :][torch.from_numpy(places)] = scale
-            scales.extend(by_row.unbind())
-        return _Batches(stored, scales, begun.rows + len(places))
+            few = max(filling.memory.rows, _GATHERED // (self.width * self.dtype.itemsize), _ROWS_PER_LOOK * len(parts))
+            return _HostPool(filling, len(places), few, self._gathering(parts, places, scale))
+        room = filling.room(len(places))
+        self._scatter(parts, places, room, readers)
+        _copy_scale(scale, room, 0)
+        return _HostPool(filling, len(places), len(places), None)
 
     @staticmethod
-    def _gather(
-        parts: Sequence[_Part], places: Int[np.ndarray, " pool"], stored: Sequence[Tensor], begun: int
-    ) -> None:  # fmt: skip
-        """Copy rows from where they are mapped: to batches, of which the first already has `begun` rows."""
-        source = JoinedRows([part.shard.activations for part in parts])
+    def _gathering(
+        parts: Sequence[_Part], places: Int[np.ndarray, " pool"], scale: Float[Tensor, " pool"] | None
+    ) -> Callable[[Sequence[StoredBatch], int], None]:  # fmt: skip
+        """Returns a function that copies rows to batches, from a place in the order of use on."""
+        source, shards = JoinedRows([part.shard.activations for part in parts]), [part.shard for part in parts]
         order = np.empty_like(places)
         for number, part in enumerate(parts):
             order[places[part.first : part.first + len(part.rows)]] = source.places(number, part.rows)
-        chosen, size = torch.from_numpy(order), len(stored[0])
-        for number, batch in enumerate(stored):
-            first, stop = max(number * size - begun, 0), (number + 1) * size - begun
-            out = batch[max(begun - number * size, 0) :][: len(chosen[first:stop])]
-            torch.index_select(source.tensor, 0, chosen[first:stop], out=out)
+        chosen = torch.from_numpy(order)
 
-    @staticmethod
+        def copy(room: Sequence[StoredBatch], start: int) -> None:
+            for part in room:
+                rows = len(part.numbers)
+                torch.index_select(source.tensor, 0, chosen[start : start + rows], out=part.numbers)
+                start += rows
+
+        def gather(room: Sequence[StoredBatch], start: int) -> None:
+            until_unchanged(shards, lambda: copy(room, start))
+            _copy_scale(scale, room, start)
+
+        return gather
+
     def _scatter(
-        target: JoinedRows, slots: Int[np.ndarray, " pool"], rows: Shaped[Tensor, "rows d_in"], first: int
-    ) -> None:
-        """Copy rows to their batches: all of them at once, as one array."""
-        target.items[slots[first : first + len(rows)]] = as_rows(rows)
+        self, parts: Sequence[_Part], places: Int[np.ndarray, " pool"], room: Sequence[StoredBatch],
+        readers: ThreadPoolExecutor,
+    ) -> None:  # fmt: skip
+        """Read rows in the order in which they are stored, and copy each to its place."""
+        target = JoinedRows([part.numbers for part in room])
+        in_batch = [target.places(number, np.arange(len(part.numbers))) for number, part in enumerate(room)]
+        slots = np.concatenate(in_batch)[places]
+
+        def take(rows: Tensor, first: int) -> None:
+            target.items[slots[first : first + len(rows)]] = as_rows(rows)
+
+        self._read(parts, readers, take)
+
+
+def _copy_scale(scale: Float[Tensor, " pool"] | None, room: Sequence[StoredBatch], start: int) -> None:
+    """Give batches the scale of each row, from a place in the order of use on."""
+    for part in room:
+        if scale is not None and part.scale is not None:
+            part.scale.copy_(scale[start : start + len(part.scale)])
+            start += len(part.scale)
 
 
 @dataclass(frozen=True)
