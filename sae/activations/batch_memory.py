@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import mmap
-import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,15 +38,12 @@ class BatchMemory:
         self._together = max(1, _LEAST_BYTES // self._bytes)
         self._free: deque[mmap.mmap] = deque()
         self._left: list[np.ndarray] = []
-        self._taking = threading.Lock()
 
     def take(self) -> Shaped[Tensor, "batch d_in"]:
         """A tensor with undefined content and memory that no other tensor uses."""
-        with self._taking:
-            if not self._left:
-                self._left = self._new_piece()
-            piece = self._left.pop()
-        numbers = torch.frombuffer(piece, dtype=self.dtype, count=self.rows * self.width)
+        if not self._left:
+            self._left = self._new_piece()
+        numbers = torch.frombuffer(self._left.pop(), dtype=self.dtype, count=self.rows * self.width)
         return numbers.view(self.rows, self.width)
 
     def _new_piece(self) -> list[np.ndarray]:
@@ -71,51 +68,29 @@ class StoredBatch:
 
 
 class Filling:
-    """Batches that are filled with the rows of a pool, one after the other.
+    """Batches that are filled with rows one after the other."""
 
-    Args:
-        memory: gives memory for them.
-        begun: rows of all earlier pools: the first batch may hold the last of them.
-    """
-
-    def __init__(self, memory: BatchMemory, begun: int) -> None:
-        self.memory, self.begun = memory, begun % memory.rows
-        self._batches: list[StoredBatch] = []
-        self._end = self.begun
+    def __init__(self, memory: BatchMemory) -> None:
+        self._memory = memory
+        self._batches: deque[StoredBatch] = deque()
+        self._end = 0
 
     def room(self, rows: int) -> list[StoredBatch]:
         """Parts of batches for the next rows."""
-        size, start = self.memory.rows, self._end
+        size, start = self._memory.rows, self._end
         self._end += rows
         while len(self._batches) * size < self._end:
-            has_scale = self.memory.dtype == torch.int8
+            has_scale = self._memory.dtype == torch.int8
             scale = torch.empty(size, dtype=torch.float32, device="cpu") if has_scale else None
-            self._batches.append(StoredBatch(self.memory.take(), scale))
+            self._batches.append(StoredBatch(self._memory.take(), scale))
         return [
             batch[max(start - first, 0) : self._end - first]
             for first, batch in zip(itertools.count(0, size), self._batches, strict=False)
             if start < first + size
         ]
 
-    def adopt(self, rest: StoredBatch | None) -> None:
-        """Begin the first batch with what was left of the pool before."""
-        if rest is None:
-            return
-        if not self._batches:
-            self._batches.append(rest)
-            return
-        first, last = self._batches[0][: self.begun], rest[: self.begun]
-        first.numbers.copy_(last.numbers)
-        if first.scale is not None and last.scale is not None:
-            first.scale.copy_(last.scale)
-
-    def complete(self) -> deque[StoredBatch]:
+    def complete(self) -> Iterator[StoredBatch]:
         """The batches without room, which are no longer held here."""
-        count = self._end // self.memory.rows
-        complete, self._batches = deque(self._batches[:count]), self._batches[count:]
-        self._end -= count * self.memory.rows
-        return complete
-
-    def rest(self) -> StoredBatch | None:
-        """The batch that still has room, after all others were taken."""
-        return self._batches[0] if self._batches else None
+        while self._end >= self._memory.rows:
+            self._end -= self._memory.rows
+            yield self._batches.popleft()

@@ -26,7 +26,8 @@ class ActivationLoader(ShuffledSource):
     methods of dictionaries convert what they are given, and `batch.float()` does it elsewhere.
 
     The order is that of a `TokenOrder`: pools of about `pool_tokens` rows from all over the cache. The next pool is
-    read while the current one is used, so `pool_bytes` counts two. On a GPU, pools lie in its memory.
+    read while the current one is used, so `pool_bytes` counts two. On a GPU, pools lie in its memory; on a CPU in the
+    page cache, from which the system takes memory back when it is needed elsewhere.
 
     Args:
         cache: the cache that holds the activations.
@@ -76,7 +77,7 @@ class ActivationLoader(ShuffledSource):
 
     @property
     def pool_bytes(self) -> int:
-        """Memory of both pools on the loader's device, in bytes."""
+        """Memory of both pools, in bytes: of the loader's device, or of the page cache if that is the CPU."""
         scale_bytes = 4 if self.cache.stored_dtype == torch.int8 else 0
         return 2 * self.pool_tokens * (self.d_in * self.cache.stored_dtype.itemsize + scale_bytes)
 

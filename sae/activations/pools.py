@@ -25,9 +25,9 @@ from sae.numerics.transfer import Event, Transfer
 READERS = 8
 """Threads that read: a disk reaches its speed with several requests at a time."""
 _HOST_PIECE, _DEVICE_PIECE = 1 << 20, 8 << 20
-"""Bytes that a thread reads in one go: on the host the next copy finds them in the processor's cache."""
+"""Bytes that a thread reads in one go: on the host they stay in the processor's cache, and are dropped."""
 _GATHERED, _ROWS_PER_LOOK = 16 << 20, 64
-"""Bytes gathered together, at least; and rows for each file whose state is looked at afterwards."""
+"""Bytes gathered together, at least; and rows for each file, whose state is looked at afterwards."""
 
 
 @dataclass(frozen=True)
@@ -141,108 +141,73 @@ class Pools(ABC):
 
 @dataclass(frozen=True)
 class _HostPool:
-    """A pool that was read into batches, or is to be gathered from the page cache.
+    """Rows in the page cache, and the order in which they are used.
 
     Attributes:
-        filling: the batches.
-        rows: number of rows.
-        rows_at_a_time: how many of them to gather together; all of them if they were read already.
-        gather: copies rows to batches, from a place in the order of use on; None: they were read already.
+        shards: the files that hold them.
+        source: the files where they are mapped into memory.
+        order: for each row, in the order of use, its place in `source`.
+        scale: of each row, in the order of use, for int8.
     """
 
-    filling: Filling
-    rows: int
-    rows_at_a_time: int
-    gather: Callable[[Sequence[StoredBatch], int], None] | None
+    shards: Sequence[ShardRows]
+    source: JoinedRows
+    order: Int[Tensor, " rows"]
+    scale: Float[Tensor, " rows"] | None
+
+    def gather(self, room: Sequence[StoredBatch], start: int) -> None:
+        """Copy rows to batches, from some place in the order of use on.
+
+        Raises:
+            CacheError: a file was written to, and differs from its hash.
+        """
+        until_unchanged(self.shards, lambda: self._copy(room, start))
+
+    def _copy(self, room: Sequence[StoredBatch], start: int) -> None:
+        for part in room:
+            rows = slice(start, start + len(part.numbers))
+            torch.index_select(self.source.tensor, 0, self.order[rows], out=part.numbers)
+            if self.scale is not None and part.scale is not None:
+                part.scale.copy_(self.scale[rows])
+            start = rows.stop
 
 
 class HostPools(Pools):
-    """Pools in the memory of the host: each row is copied once, to its place in its batch.
+    """Pools in the page cache, into which the next one is read if it is not there, while the one before is used.
 
-    If a pool is in the page cache, its batches are gathered when they are due, from where the files are mapped, and it
-    takes no memory of its own. Otherwise it is read while the one before is used, in the order in which it is stored.
+    Batches are gathered when they are due, a few at a time, from where the files are mapped: each row is copied once.
     """
 
     def __init__(self, cache: ActivationCache, hook: str, order: TokenOrder) -> None:
         super().__init__(cache, hook, order, Transfer(torch.device("cpu")), _HOST_PIECE)
 
     def batches(self, plans: Iterator[PoolPlan], rows: int) -> Generator[Shaped[Tensor, "batch d_in"], None, None]:
-        memory, rest = BatchMemory(rows, self.width, self.dtype), None
+        filling = Filling(BatchMemory(rows, self.width, self.dtype))
         with background(1) as preparer, background(READERS) as readers:
-            coming = preparer.submit(self._prepare, plans, Filling(memory, 0), readers)
+            coming = preparer.submit(self._prepare, plans, readers)
             while True:
                 pool = coming.result()
-                following = Filling(memory, pool.filling.begun + pool.rows)
-                coming = preparer.submit(self._prepare, plans, following, readers)
-                pool.filling.adopt(rest)
-                for start in range(0, pool.rows, pool.rows_at_a_time):
-                    if pool.gather is not None:
-                        pool.gather(pool.filling.room(min(pool.rows_at_a_time, pool.rows - start)), start)
-                    complete = pool.filling.complete()
-                    while complete:
-                        batch = complete.popleft()
+                coming = preparer.submit(self._prepare, plans, readers)
+                few = max(rows, _GATHERED // (self.width * self.dtype.itemsize), _ROWS_PER_LOOK * len(pool.shards))
+                for start in range(0, len(pool.order), few):
+                    pool.gather(filling.room(min(few, len(pool.order) - start)), start)
+                    for batch in filling.complete():
                         yield batch.numbers if batch.scale is None else dequantise(batch.numbers, batch.scale)
                         del batch  # so that its memory can be used again
-                rest = pool.filling.rest()
 
-    def _prepare(self, plans: Iterator[PoolPlan], filling: Filling, readers: ThreadPoolExecutor) -> _HostPool:
+    def _prepare(self, plans: Iterator[PoolPlan], readers: ThreadPoolExecutor) -> _HostPool:
         plan = next(plans)
         parts, places = list(self._parts(plan)), _fresh(plan)
-        scale = self._scale(parts)
-        if scale is not None:
-            scale = torch.empty_like(scale).index_copy_(0, torch.from_numpy(places), scale)
-        if all(part.shard.is_cached(part.rows) for part in parts):
-            few = max(filling.memory.rows, _GATHERED // (self.width * self.dtype.itemsize), _ROWS_PER_LOOK * len(parts))
-            return _HostPool(filling, len(places), few, self._gathering(parts, places, scale))
-        room = filling.room(len(places))
-        self._scatter(parts, places, room, readers)
-        _copy_scale(scale, room, 0)
-        return _HostPool(filling, len(places), len(places), None)
-
-    @staticmethod
-    def _gathering(
-        parts: Sequence[_Part], places: Int[np.ndarray, " pool"], scale: Float[Tensor, " pool"] | None
-    ) -> Callable[[Sequence[StoredBatch], int], None]:  # fmt: skip
-        """Returns a function that copies rows to batches, from a place in the order of use on."""
-        source, shards = JoinedRows([part.shard.activations for part in parts]), [part.shard for part in parts]
+        if not all(part.shard.is_cached(part.rows) for part in parts):
+            self._read(parts, readers, lambda rows, first: None)  # what is read stays in the page cache
+        source = JoinedRows([part.shard.activations for part in parts])
         order = np.empty_like(places)
         for number, part in enumerate(parts):
             order[places[part.first : part.first + len(part.rows)]] = source.places(number, part.rows)
-        chosen = torch.from_numpy(order)
-
-        def copy(room: Sequence[StoredBatch], start: int) -> None:
-            for part in room:
-                rows = len(part.numbers)
-                torch.index_select(source.tensor, 0, chosen[start : start + rows], out=part.numbers)
-                start += rows
-
-        def gather(room: Sequence[StoredBatch], start: int) -> None:
-            until_unchanged(shards, lambda: copy(room, start))
-            _copy_scale(scale, room, start)
-
-        return gather
-
-    def _scatter(
-        self, parts: Sequence[_Part], places: Int[np.ndarray, " pool"], room: Sequence[StoredBatch],
-        readers: ThreadPoolExecutor,
-    ) -> None:  # fmt: skip
-        """Read rows in the order in which they are stored, and copy each to its place."""
-        target = JoinedRows([part.numbers for part in room])
-        in_batch = [target.places(number, np.arange(len(part.numbers))) for number, part in enumerate(room)]
-        slots = np.concatenate(in_batch)[places]
-
-        def take(rows: Tensor, first: int) -> None:
-            target.items[slots[first : first + len(rows)]] = as_rows(rows)
-
-        self._read(parts, readers, take)
-
-
-def _copy_scale(scale: Float[Tensor, " pool"] | None, room: Sequence[StoredBatch], start: int) -> None:
-    """Give batches the scale of each row, from a place in the order of use on."""
-    for part in room:
-        if scale is not None and part.scale is not None:
-            part.scale.copy_(scale[start : start + len(part.scale)])
-            start += len(part.scale)
+        scale = self._scale(parts)
+        if scale is not None:
+            scale = torch.empty_like(scale).index_copy_(0, torch.from_numpy(places), scale)
+        return _HostPool([part.shard for part in parts], source, torch.from_numpy(order), scale)
 
 
 @dataclass(frozen=True)
