@@ -112,13 +112,13 @@ def test_every_way_goes_on_inside_a_pool(
 def test_no_row_of_a_damaged_shard_is_given(
     write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, way: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    """A shard is written to in place after it was checked and used; its inode and its size stay."""
+    """A shard is written to in place after an epoch; its inode and its size stay."""
     way(monkeypatch)
     cache = cache_of(write_cache, torch.float32)
     loader = loader_of(cache)
     wanted = expected(loader)
     reader, given = iter(loader), 0
-    for batch in itertools.islice(reader, 3):
+    for batch in itertools.islice(reader, 45):
         assert torch.equal(batch, wanted[given])
         given += 1
     path = cache.path / HOOK / "train-00007.safetensors"
@@ -129,7 +129,7 @@ def test_no_row_of_a_damaged_shard_is_given(
         for batch in reader:
             assert torch.equal(batch, wanted[given])
             given += 1
-    assert given < 50
+    assert given < 65
 
 
 @pytest.mark.parametrize("way", WAYS)
