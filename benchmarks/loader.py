@@ -11,14 +11,14 @@ core and on two, in turns with the floor:
   were dropped too. Target: at least 0.9 of it.
 - first epoch: the files are in the page cache, but have not been compared with their hashes in this process yet.
 
-Cold and first epochs count from the start of the iteration, which takes new memory; warm ones later, when its memory is
-used again.
+Cold and first epochs count from the start of an iteration, warm ones later. In cold ones the hashes are known already.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -81,21 +81,28 @@ def on_cores(cores: int, folder: Path, a: argparse.Namespace) -> dict[str, tuple
 def measured(a: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
     """Rows per second of the loader and of the floor, medians over the turns; and the median of the turns' ratios."""
     torch.set_num_threads(a.cores[0])
-    cache = ActivationCache(a.folder)
-    files = [cache.path / name for name in cache.manifest.files if name.startswith(HOOK)]
+
+    def opened() -> ActivationLoader:
+        cache = ActivationCache(a.folder)
+        return ActivationLoader(cache, HOOK, batch_size=a.batch_size, pool_tokens=a.pool_tokens)
+
+    loader = opened()
+    files = [loader.cache.path / name for name in loader.cache.manifest.files if name.startswith(HOOK)]
     in_order(files)
-    loader = ActivationLoader(cache, HOOK, batch_size=a.batch_size, pool_tokens=a.pool_tokens)
     first = epoch(loader)
     loader.restart()
     steady = Steady(loader)
-    warm = [(steady.rate(), floor) for floor in from_memory(cache, loader, a.turns)]
-    del steady
+    warm = [(steady.rate(), floor) for floor in from_memory(loader, a.turns)]
+    rows = loader.cache.rows()
+    del loader, steady
+    gc.collect()  # what is mapped is not dropped from the page cache
     cold = []
     for _ in range(a.turns):
         drop(files)
-        floor = cache.rows() / seconds(lambda: in_order(files))
+        floor = rows / seconds(lambda: in_order(files))
         drop(files)
-        cold.append((epoch(loader), floor))
+        cold.append((epoch(opened()), floor))
+        gc.collect()
     return {"first epoch": (first, 0, 0), "warm": medians(warm), "cold": medians(cold)}
 
 
@@ -144,8 +151,9 @@ class Steady:
                 next(self.batches)
 
 
-def from_memory(cache: ActivationCache, loader: ActivationLoader, turns: int) -> Iterator[float]:
+def from_memory(loader: ActivationLoader, turns: int) -> Iterator[float]:
     """Rows per second of `index_select` of an epoch's rows from one tensor in memory."""
+    cache = loader.cache
     shards = [cache.activation_shard(HOOK, "train", number)[0] for number in range(cache.shards())]
     memory = torch.cat(shards)
     starts = [0, *itertools.accumulate(map(len, shards))]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 _LEAST_BYTES = 1 << 20
@@ -51,3 +54,43 @@ class BatchMemory:
         piece = np.frombuffer(memory, dtype=np.uint8)
         weakref.finalize(piece, self._free.append, memory).atexit = False
         return [piece[start : start + self._bytes] for start in range(0, size, self._bytes)]
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """A batch as stored, and the scale of each row for int8."""
+
+    numbers: Shaped[Tensor, "batch d_in"]
+    scale: Float[Tensor, " batch"] | None
+
+    def __getitem__(self, rows: slice) -> StoredBatch:
+        return StoredBatch(self.numbers[rows], None if self.scale is None else self.scale[rows])
+
+
+class Filling:
+    """Batches that are filled with rows one after the other."""
+
+    def __init__(self, memory: BatchMemory) -> None:
+        self._memory = memory
+        self._batches: deque[StoredBatch] = deque()
+        self._end = 0
+
+    def room(self, rows: int) -> list[StoredBatch]:
+        """Parts of batches for the next rows."""
+        size, start = self._memory.rows, self._end
+        self._end += rows
+        while len(self._batches) * size < self._end:
+            has_scale = self._memory.dtype == torch.int8
+            scale = torch.empty(size, dtype=torch.float32, device="cpu") if has_scale else None
+            self._batches.append(StoredBatch(self._memory.take(), scale))
+        return [
+            batch[max(start - first, 0) : self._end - first]
+            for first, batch in zip(itertools.count(0, size), self._batches, strict=False)
+            if start < first + size
+        ]
+
+    def complete(self) -> Iterator[StoredBatch]:
+        """The batches without room, which are no longer held here."""
+        while self._end >= self._memory.rows:
+            self._end -= self._memory.rows
+            yield self._batches.popleft()

@@ -15,7 +15,6 @@ from sae.activations.metadata import dictionary_metadata
 from sae.activations.order import ShuffledSource, TokenOrder
 from sae.activations.pools import DevicePools, HostPools, Pools
 from sae.config.splits import TRAIN
-from sae.numerics.modes import in_own_modes
 from sae.numerics.statistics import Statistics
 from sae.numerics.transfer import Transfer
 
@@ -27,7 +26,8 @@ class ActivationLoader(ShuffledSource):
     methods of dictionaries convert what they are given, and `batch.float()` does it elsewhere.
 
     The order is that of a `TokenOrder`: pools of about `pool_tokens` rows from all over the cache. The next pool is
-    read while the current one is used, so `pool_bytes` counts two. On a GPU, pools lie in its memory.
+    read while the current one is used, so `pool_bytes` counts two. On a GPU, pools lie in its memory; on a CPU in the
+    page cache, from which the system takes memory back when it is needed elsewhere.
 
     Args:
         cache: the cache that holds the activations.
@@ -77,11 +77,10 @@ class ActivationLoader(ShuffledSource):
 
     @property
     def pool_bytes(self) -> int:
-        """Memory of both pools on the loader's device, in bytes."""
+        """Memory of both pools, in bytes: of the loader's device, or of the page cache if that is the CPU."""
         scale_bytes = 4 if self.cache.stored_dtype == torch.int8 else 0
         return 2 * self.pool_tokens * (self.d_in * self.cache.stored_dtype.itemsize + scale_bytes)
 
-    @in_own_modes
     def __iter__(self) -> Iterator[Shaped[Tensor, "batch d_in"]]:
         batch_size = self.batch_size
         plans = self.order.plans(self.position, self.streams)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import queue
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sae.activations.background import background
-from sae.activations.batch_memory import BatchMemory
+from sae.activations.batch_memory import BatchMemory, Filling, StoredBatch
 from sae.activations.cache import ActivationCache, dequantise
 from sae.activations.joined_rows import JoinedRows
 from sae.activations.order import PoolPlan, TokenOrder
@@ -27,7 +25,9 @@ from sae.numerics.transfer import Event, Transfer
 READERS = 8
 """Threads that read: a disk reaches its speed with several requests at a time."""
 _HOST_PIECE, _DEVICE_PIECE = 1 << 20, 8 << 20
-"""Bytes that a thread reads in one go: on the host the next copy finds them in the processor's cache."""
+"""Bytes that a thread reads in one go: on the host they stay in the processor's cache, and are dropped."""
+_GATHERED, _ROWS_PER_LOOK = 16 << 20, 64
+"""Bytes gathered together, at least; and rows for each file, whose state is looked at afterwards."""
 
 
 @dataclass(frozen=True)
@@ -140,93 +140,74 @@ class Pools(ABC):
 
 
 @dataclass(frozen=True)
-class _Batches:
-    """Batches of which the last may be incomplete.
+class _HostPool:
+    """Rows in the page cache, and the order in which they are used.
 
     Attributes:
-        stored: their numbers.
-        scales: of each batch, for int8.
-        rows: rows in all.
+        shards: the files that hold them.
+        source: the files where they are mapped into memory.
+        order: for each row, in the order of use, its place in `source`.
+        scale: of each row, in the order of use, for int8.
     """
 
-    stored: deque[Tensor]
-    scales: deque[Tensor]
-    rows: int
+    shards: Sequence[ShardRows]
+    source: JoinedRows
+    order: Int[Tensor, " rows"]
+    scale: Float[Tensor, " rows"] | None
+
+    def gather(self, room: Sequence[StoredBatch], start: int) -> None:
+        """Copy rows to batches, from some place in the order of use on.
+
+        Raises:
+            CacheError: a file was written to, and differs from its hash.
+        """
+        until_unchanged(self.shards, lambda: self._copy(room, start))
+
+    def _copy(self, room: Sequence[StoredBatch], start: int) -> None:
+        for part in room:
+            rows = slice(start, start + len(part.numbers))
+            torch.index_select(self.source.tensor, 0, self.order[rows], out=part.numbers)
+            if self.scale is not None and part.scale is not None:
+                part.scale.copy_(self.scale[rows])
+            start = rows.stop
 
 
 class HostPools(Pools):
-    """Pools in the memory of the host, made of batches in which each row is put in its place once.
+    """Pools in the page cache, into which the next one is read if it is not there, while the one before is used.
 
-    Rows in the page cache are copied from where they are mapped, batch after batch. If some are not, all are read in
-    the order in which they are stored.
+    Batches are gathered when they are due, a few at a time, from where the files are mapped: each row is copied once.
     """
 
     def __init__(self, cache: ActivationCache, hook: str, order: TokenOrder) -> None:
         super().__init__(cache, hook, order, Transfer(torch.device("cpu")), _HOST_PIECE)
 
     def batches(self, plans: Iterator[PoolPlan], rows: int) -> Generator[Shaped[Tensor, "batch d_in"], None, None]:
-        memory = BatchMemory(rows, self.width, self.dtype)
-        with background(1) as filler, background(READERS) as readers:
-            filling = filler.submit(self._fill, plans, _Batches(deque(), deque(), 0), memory, readers)
+        filling = Filling(BatchMemory(rows, self.width, self.dtype))
+        with background(1) as preparer, background(READERS) as readers:
+            coming = preparer.submit(self._prepare, plans, readers)
             while True:
-                pool = filling.result()
-                complete, rest = divmod(pool.rows, rows)
-                unfinished = _Batches(deque(), deque(), rest)
-                if rest:
-                    unfinished.stored.append(pool.stored.pop())
-                    unfinished.scales.extend(pool.scales.pop() for _ in range(bool(pool.scales)))
-                filling = filler.submit(self._fill, plans, unfinished, memory, readers)
-                for _ in range(complete):
-                    batch = pool.stored.popleft()
-                    yield dequantise(batch, pool.scales.popleft()) if pool.scales else batch
-                    del batch  # so that its memory can be used again
+                pool = coming.result()
+                coming = preparer.submit(self._prepare, plans, readers)
+                few = max(rows, _GATHERED // (self.width * self.dtype.itemsize), _ROWS_PER_LOOK * len(pool.shards))
+                for start in range(0, len(pool.order), few):
+                    pool.gather(filling.room(min(few, len(pool.order) - start)), start)
+                    for batch in filling.complete():
+                        yield batch.numbers if batch.scale is None else dequantise(batch.numbers, batch.scale)
+                        del batch  # so that its memory can be used again
 
-    def _fill(
-        self, plans: Iterator[PoolPlan], begun: _Batches, memory: BatchMemory, readers: ThreadPoolExecutor
-    ) -> _Batches:
-        """Read the next pool into batches, of which the first may have been begun with the end of the pool before."""
+    def _prepare(self, plans: Iterator[PoolPlan], readers: ThreadPoolExecutor) -> _HostPool:
         plan = next(plans)
-        parts = list(self._parts(plan))
-        places = _fresh(plan)
-        stored = begun.stored
-        while len(stored) * memory.rows < begun.rows + len(places):
-            stored.append(memory.take())
-        if all(part.shard.is_cached(part.rows) for part in parts):
-            until_unchanged([part.shard for part in parts], lambda: self._gather(parts, places, stored, begun.rows))
-        else:
-            target = JoinedRows(stored)
-            slots = target.all_places(memory.rows)[begun.rows :][places]
-            self._read(parts, readers, partial(self._scatter, target, slots))
-        scales = deque[Tensor]()
-        if (scale := self._scale(parts)) is not None:
-            by_row = torch.empty(len(stored), memory.rows, dtype=torch.float32)
-            for first in begun.scales:
-                by_row[0] = first
-            by_row.view(-1)[begun.rows :][torch.from_numpy(places)] = scale
-            scales.extend(by_row.unbind())
-        return _Batches(stored, scales, begun.rows + len(places))
-
-    @staticmethod
-    def _gather(
-        parts: Sequence[_Part], places: Int[np.ndarray, " pool"], stored: Sequence[Tensor], begun: int
-    ) -> None:  # fmt: skip
-        """Copy rows from where they are mapped: to batches, of which the first already has `begun` rows."""
+        parts, places = list(self._parts(plan)), _fresh(plan)
+        if not all(part.shard.is_cached(part.rows) for part in parts):
+            self._read(parts, readers, lambda rows, first: None)  # what is read stays in the page cache
         source = JoinedRows([part.shard.activations for part in parts])
         order = np.empty_like(places)
         for number, part in enumerate(parts):
             order[places[part.first : part.first + len(part.rows)]] = source.places(number, part.rows)
-        chosen, size = torch.from_numpy(order), len(stored[0])
-        for number, batch in enumerate(stored):
-            first, stop = max(number * size - begun, 0), (number + 1) * size - begun
-            out = batch[max(begun - number * size, 0) :][: len(chosen[first:stop])]
-            torch.index_select(source.tensor, 0, chosen[first:stop], out=out)
-
-    @staticmethod
-    def _scatter(
-        target: JoinedRows, slots: Int[np.ndarray, " pool"], rows: Shaped[Tensor, "rows d_in"], first: int
-    ) -> None:
-        """Copy rows to their batches: all of them at once, as one array."""
-        target.items[slots[first : first + len(rows)]] = as_rows(rows)
+        scale = self._scale(parts)
+        if scale is not None:
+            scale = torch.empty_like(scale).index_copy_(0, torch.from_numpy(places), scale)
+        return _HostPool([part.shard for part in parts], source, torch.from_numpy(order), scale)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ _BRIDGED_BYTES = 1 << 14
 _DROPPED = memoryview(bytearray(_BRIDGED_BYTES))
 _MOST_PIECES = 1000
 """Pieces of memory that one request fills; systems allow 1024."""
-_SAMPLED = 8
+_SAMPLED = 16
 """One of so many runs is looked at to find out whether all are in the page cache."""
 _NO_WAITING = getattr(os, "RWF_NOWAIT", None)
 _BYTE = bytearray(1)

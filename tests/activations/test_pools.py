@@ -15,8 +15,8 @@ from sae.activations import ActivationCache
 from sae.activations.batch_memory import BatchMemory
 from sae.activations.joined_rows import JoinedRows
 from sae.activations.loader import ActivationLoader
-from sae.activations.pools import DevicePools, HostPools
-from sae.activations.shard_rows import ShardRows, as_rows
+from sae.activations.pools import DevicePools
+from sae.activations.shard_rows import ShardRows
 from sae.errors import DamagedError
 from tests.support.late_transfer import LateTransfer
 
@@ -112,13 +112,13 @@ def test_every_way_goes_on_inside_a_pool(
 def test_no_row_of_a_damaged_shard_is_given(
     write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, way: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    """A shard is written to in place after it was checked and used; its inode and its size stay."""
+    """A shard is written to in place after an epoch; its inode and its size stay."""
     way(monkeypatch)
     cache = cache_of(write_cache, torch.float32)
     loader = loader_of(cache)
     wanted = expected(loader)
     reader, given = iter(loader), 0
-    for batch in itertools.islice(reader, 3):
+    for batch in itertools.islice(reader, 45):
         assert torch.equal(batch, wanted[given])
         given += 1
     path = cache.path / HOOK / "train-00007.safetensors"
@@ -129,7 +129,7 @@ def test_no_row_of_a_damaged_shard_is_given(
         for batch in reader:
             assert torch.equal(batch, wanted[given])
             given += 1
-    assert given < 50
+    assert given < 65
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -175,7 +175,7 @@ def test_a_shard_is_hashed_once(
 
 
 def test_pools_take_the_memory_that_they_say(write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the host two pools, rounded up to batches, however long it is read; on a device exactly two."""
+    """On a device two pools. On the host as much of the page cache, and memory for a few batches, again and again."""
     cache = cache_of(write_cache, torch.float16)
     loader = loader_of(cache, batch_size=10, pool_tokens=100)
     assert loader.pool_bytes == 2 * 100 * 5 * 2
@@ -192,7 +192,7 @@ def test_pools_take_the_memory_that_they_say(write_cache: WriteCache, monkeypatc
     for _ in itertools.islice(loader, 300):
         pass
     assert len(taken) >= 300
-    assert len(set(taken)) * 100 <= loader.pool_bytes + 4 * 100
+    assert len(set(taken)) <= 100 // 10 + 3, "those of a pool, and the one that is used"
     on_device(monkeypatch)
     made: list[int] = []
     monkeypatch.setattr(
@@ -247,38 +247,25 @@ def test_rows_of_several_tensors_are_one_array(dtype: torch.dtype, width: int) -
     places = torch.cat([torch.from_numpy(joined.places(n, part.numpy())) for n, part in enumerate(rows)])
     wanted = torch.cat([tensor[part] for tensor, part in zip([*tensors, tensors[2][3:]], rows, strict=True)])
     assert torch.equal(joined.tensor.index_select(0, places), wanted)
-    joined.items[places[:4].numpy()] = as_rows(torch.full((4, width), 5).to(dtype))
-    assert (tensors[0][[0, 6, 2]] == 5).all() and (tensors[1] == 5).all() and not (tensors[0][1] == 5).all()
-    targets = [torch.zeros(4, width, dtype=dtype) for _ in range(3)]
-    target = JoinedRows(targets)
-    source = torch.arange(12 * width).view(12, width).to(dtype)
-    target.items[target.all_places(4)] = as_rows(source)
-    assert torch.equal(torch.cat(targets), source)
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in the page cache")
 @pytest.mark.parametrize("cached", [True, False])
-def test_rows_are_gathered_where_they_are_mapped_if_the_system_has_them_in_memory(
+def test_files_are_read_if_the_system_does_not_have_them_in_memory(
     write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
-    ways: set[str] = set()
-    for name in ("_gather", "_scatter"):
-        original = getattr(HostPools, name)
-
-        def noting(*given: Any, name: str = name, original: Any = original) -> None:
-            ways.add(name)
-            original(*given)
-
-        monkeypatch.setattr(HostPools, name, staticmethod(noting))
-    real = os.preadv
+    loader = loader_of(cache_of(write_cache, torch.bfloat16), pool_tokens=10**6)
+    wanted = expected(loader)
+    real, read = os.preadv, [0]
 
     def preadv(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
         if flags and not cached:
             raise BlockingIOError
-        return real(descriptor, buffers, offset)
+        count = real(descriptor, buffers, offset)
+        read[0] += 0 if flags else count
+        return count
 
     monkeypatch.setattr(os, "preadv", preadv)
-    loader = loader_of(cache_of(write_cache, torch.bfloat16))
-    wanted = expected(loader)
     assert torch.equal(batches(loader), wanted)
-    assert ways == {"_gather" if cached else "_scatter"}
+    epoch = loader.tokens_per_epoch * 5 * 2
+    assert read[0] == 0 if cached else 2 * epoch < read[0] < 5 * epoch

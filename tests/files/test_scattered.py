@@ -98,7 +98,7 @@ def test_a_file_that_ends_early_is_an_error(descriptor: int) -> None:
 def test_rows_are_cached_if_no_byte_has_to_be_waited_for(
     descriptor: int, monkeypatch: pytest.MonkeyPatch, missing: int | None
 ) -> None:
-    """One of eight runs is looked at, the first among them: runs of one row, and one run of all."""
+    """One of sixteen runs is looked at, the first among them: runs of one row, and one run of all."""
 
     def preadv(descriptor: int, buffers: Any, offset: int, flags: int) -> int:
         assert flags == os.RWF_NOWAIT

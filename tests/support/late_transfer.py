@@ -10,19 +10,27 @@ from torch import Tensor
 
 from sae.numerics.transfer import Event, Transfer
 
+_CPU = torch.device("cpu")
+
 
 class LateTransfer(Transfer):
-    """Copies only when somebody waits for them, after those begun before: who does not wait finds other numbers."""
+    """Copies only when somebody waits for them, after those begun before: who does not wait finds other numbers.
 
-    def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+    Host memory is given back by `synchronize` alone, because a stream that waits does not hold up the host.
+    """
+
+    def __init__(self, device: torch.device = _CPU) -> None:
         super().__init__(device)
         self.begun: deque[tuple[int, Tensor, Tensor]] = deque()
+        self.lent: dict[int, tuple[int, Tensor]] = {}
         self.count = 0
         self.lock = threading.Lock()
 
     def copy(self, source: Tensor, target: Tensor) -> Event:
         with self.lock:
             self.count += 1
+            assert source.data_ptr() not in self.lent, "the memory is still copied from"
+            self.lent[source.data_ptr()] = self.count, source
             self.begun.append((self.count, source, target))
             return _Late(self, self.count)
 
@@ -31,10 +39,13 @@ class _Late:
     def __init__(self, transfer: LateTransfer, number: int) -> None:
         self.transfer, self.number = transfer, number
 
-    def synchronize(self) -> None:
+    def wait(self) -> None:
         with self.transfer.lock:
             while self.transfer.begun and self.transfer.begun[0][0] <= self.number:
                 _, source, target = self.transfer.begun.popleft()
                 target.copy_(source)
 
-    wait = synchronize
+    def synchronize(self) -> None:
+        self.wait()
+        with self.transfer.lock:
+            self.transfer.lent = {at: lent for at, lent in self.transfer.lent.items() if lent[0] > self.number}
