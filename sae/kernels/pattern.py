@@ -99,11 +99,7 @@ class Pattern:
             is_padding = torch.arange(self.pairs, device=features.device) >= self.offsets[-1]
             features = features.masked_fill(is_padding, self.d_sae)
         features, order = torch.sort(features, stable=True)
-        if features.device.type == "cpu" and not self.is_padded:  # quicker there
-            counts = features.new_zeros(self.d_sae).index_add_(0, features, torch.ones_like(features))
-            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        else:
-            offsets = torch.searchsorted(features, torch.arange(self.d_sae + 1, device=features.device))
+        offsets = torch.searchsorted(features, torch.arange(self.d_sae + 1, device=features.device))
         return ByFeature(order, self.rows[order], offsets)
 
     def ascending(self, values: Float[Tensor, " pairs"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
