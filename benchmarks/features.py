@@ -193,7 +193,8 @@ def main() -> None:
                             second = worker.seconds(job)
                             seconds[name] += [second] if turn else []
                     medians = {name: statistics.median(values) for name, values in seconds.items()}
-                    rows.append({**asdict(job), "d_in": d_in, "tokens": tokens, "seconds": medians})
+                    described = {name: value for name, value in asdict(job).items() if name != "folder"}
+                    rows.append({**described, "d_in": d_in, "tokens": tokens, "seconds": medians})
                     print(rows[-1], file=sys.stderr, flush=True)
     title = f"The feature pass, {'CPU' if arguments.device == 'cpu' else 'GPU'}"
     report.write(arguments.name, title, table(rows), {"rows": rows}, report.machine(arguments.device))

@@ -62,7 +62,8 @@ def collect(
         language_model: for the logits each feature raises and lowers; None: the store has no logits.
         seed: seed of the random samples.
         device: where tokens are encoded.
-        batch_contexts: number of contexts encoded at once; None: about 2²⁶ / d_sae tokens, at most 4,096.
+        batch_contexts: number of contexts encoded at once; None: about 2²⁶ / d_sae tokens, at most 4,096; twice as many
+            on a GPU.
         split: the split that is scanned; the histograms' scale is that of the training split.
         progress: called with the number of tokens done and the total.
 

@@ -15,7 +15,7 @@ from sae.config.progress import StageProgress
 from sae.dictionary.base import Dictionary
 from sae.features.ordering import places_of
 
-_ENCODED_AT_ONCE, _TOKENS_AT_ONCE = 1 << 26, 4096
+_ENCODED_AT_ONCE, _TOKENS_AT_ONCE, _TIMES_ON_GPU = 1 << 26, 4096, 2
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ def scan_contexts(
         split: the split that is read.
         hook: hook point.
         tokens: number of tokens to read, in whole contexts; None: all.
-        batch_contexts: number of contexts encoded at once; None: about 2²⁶ / d_sae tokens, at most 4,096.
+        batch_contexts: number of contexts encoded at once; None: about 2²⁶ / d_sae tokens, at most 4,096; twice as many
+            on a GPU.
         progress: called with the number of tokens done and the total.
     """
     total, device = min(cache.rows(split), tokens or cache.rows(split)), dictionary.device
     most = min(_ENCODED_AT_ONCE // dictionary.d_sae, _TOKENS_AT_ONCE)
+    most *= 1 if device.type == "cpu" else _TIMES_ON_GPU
     at_once = batch_contexts or max(1, most // cache.context_length)
     if progress is not None:
         progress(0, total)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae.features.ordering import places_of
 
 LARGEST_FLOAT16 = 65504.0
-GRID_NUMBERS = 1 << 27
+GRID_NUMBERS = 1 << 28
 """Largest size of the grid; with more features than fit, it is filled several times."""
 
 

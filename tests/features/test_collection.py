@@ -179,6 +179,17 @@ def test_progress_ends_at_all_tokens(case: Case, tmp_path: Path) -> None:
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
+def test_an_interrupt_leaves_the_store_before(case: Case, features: Features) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    before = {file.name: file.read_bytes() for file in features.path.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        case.collect(features.path, SETTINGS.model_copy(update={"top": 2}), batch_contexts=3, progress=interrupt)
+    assert {file.name: file.read_bytes() for file in features.path.iterdir()} == before
+
+
 def test_samples_of_a_frequent_feature_are_uniform_over_its_shares(tmp_path: Path) -> None:
     """A feature that fires far more often than the reservoir holds: shares from the histogram, within 2 % of exact."""
     from tests.support.feature_cache import make_cache
