@@ -14,6 +14,7 @@ _HOME = {
     "__version__": "sae.files.version",
     "ActivationCache": "sae.activations",
     "ActivationLoader": "sae.activations.loader",
+    "LivePass": "sae.activations.live",
     "BatchTopK": "sae.architectures",
     "Codes": "sae.dictionary.base",
     "Dictionary": "sae.dictionary.base",

@@ -4,6 +4,7 @@ from sae import evaluation as evaluation
 from sae import probing as probing
 from sae import superposition as superposition
 from sae.activations import ActivationCache as ActivationCache
+from sae.activations.live import LivePass as LivePass
 from sae.activations.loader import ActivationLoader as ActivationLoader
 from sae.activations.metadata import dictionary_metadata as dictionary_metadata
 from sae.architectures import BatchTopK as BatchTopK

@@ -32,6 +32,15 @@ configs:
 ---
 """
 
+SMALL = [
+    "device=cpu", "data.tokens=4000", "data.held_out_tokens=600", "data.holdout_fraction=0.2",
+    "data.context_length=32", "harvest.batch_contexts=8", "harvest.shard_contexts=32", "dictionary.d_sae=64",
+    "dictionary.k=4", "train.batch_size=128", "train.tokens=8000", "evaluation.tokens=200",
+    "evaluation.downstream_tokens=100", "evaluation.legacy_tokens=0", "evaluation.frozen_decoder_tokens=0",
+    "features.tokens=500",
+]  # fmt: skip
+"""Settings that make the main configuration a matter of seconds."""
+
 
 @pytest.fixture(scope="module")
 def gpt2(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -79,14 +88,7 @@ def test_the_main_configuration_runs_from_its_names_over_a_bad_line(hub: Loopbac
         Fault("429", f"gpt2/resolve/{COMMIT}/model.safetensors"),
         Fault("429", f"datasets/{DATA}/tree"),
     ]
-    small = [
-        "device=cpu", "data.tokens=4000", "data.held_out_tokens=600", "data.holdout_fraction=0.2",
-        "data.context_length=32", "harvest.batch_contexts=8", "harvest.shard_contexts=32", "dictionary.d_sae=64",
-        "dictionary.k=4", "train.batch_size=128", "train.tokens=8000", "evaluation.tokens=200",
-        "evaluation.downstream_tokens=100", "evaluation.legacy_tokens=0", "evaluation.frozen_decoder_tokens=0",
-        "features.tokens=500",
-    ]  # fmt: skip
-    done = process(hub, tmp_path, "-m", "sae.cli.main", "--quiet", "run", str(CONFIG), *small, "out=run")
+    done = process(hub, tmp_path, "-m", "sae.cli.main", "--quiet", "run", str(CONFIG), *SMALL, "out=run")
     assert done.returncode == 0, done.stderr
     assert [fault for fault in hub.faults if fault.times] == []
     manifest = json.loads((tmp_path / "run" / "activations" / "manifest.json").read_text(encoding="utf-8"))
@@ -97,6 +99,18 @@ def test_the_main_configuration_runs_from_its_names_over_a_bad_line(hub: Loopbac
     downloads = [line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line]
     assert len(downloads) == 2, "the one that broke off, and the whole one"
     assert not [line for line in hub.requests if ".bin" in line or (".py" in line and "GET" in line)]
+
+
+@pytest.mark.slow
+def test_the_main_configuration_runs_without_a_cache(hub: LoopbackHub, tmp_path: Path) -> None:
+    live = ["harvest.live=true", "harvest.sample_tokens=1000"]
+    done = process(hub, tmp_path, "-m", "sae.cli.main", "--quiet", "run", str(CONFIG), *SMALL, *live, "out=run")
+    assert done.returncode == 0, done.stderr
+    shards = (tmp_path / "run" / "activations" / "blocks.8.hook_resid_pre").iterdir()
+    assert sorted(path.name for path in shards) == ["held_out-00000.safetensors", "train-00000.safetensors"]
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last["tokens"] == 8000 // 128 * 128
+    assert json.loads((tmp_path / "run" / "eval.json").read_text(encoding="utf-8"))["hook"] == "blocks.8.hook_resid_pre"
 
 
 BROKEN_STREAM = """

@@ -39,7 +39,7 @@ from sae.activations.same_request import (
     token_columns,
     where_from,
 )
-from sae.activations.space import check_space
+from sae.activations.space import check_space, stored_shards
 from sae.activations.tokens import eligible_rows
 from sae.config.mixture import tokens_by_source
 from sae.config.progress import StageProgress
@@ -182,6 +182,7 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, width
         shard_contexts=harvest_config.shard_contexts,
         dtype=harvest_config.dtype,
         rows={TRAIN: data.tokens, HELD_OUT: data.held_out_tokens},
+        stored=stored_shards(config),
         text_sha256=text_sha256,
         hooks={hook: HookEntry(d_in=widths[hook]) for hook in harvest_config.hooks},
         files=text.files,
@@ -229,7 +230,7 @@ class _Harvester:
         self.folder, self.manifest, self.model = folder, manifest, model
         self.batch_contexts, self.progress = batch_contexts, progress
         self.policy = TokenPolicy.from_json(manifest.tokens)
-        self.total = sum(manifest.rows.values())
+        self.total = sum(map(manifest.stored_rows, SPLITS))
         self.done = 0
 
     def run(self) -> None:
@@ -256,17 +257,15 @@ class _Harvester:
 
     def _rows_on_disk(self) -> int:
         """Rows of shards that an earlier process wrote."""
-        size = self.manifest.shard_contexts * self.manifest.context_length
         return sum(
-            min(size, self.manifest.rows[split] - number * size)
+            self.manifest.shard_rows(split, number)
             for split, number in self._shards()
             if all(self.manifest.is_whole(self.folder, shard_name(h, split, number)) for h in self.manifest.hooks)
         )
 
     def _shards(self) -> Iterator[tuple[str, int]]:
-        shard_rows = self.manifest.shard_contexts * self.manifest.context_length
         for split in SPLITS:
-            for number in range(-(-self.manifest.rows[split] // shard_rows)):
+            for number in self.manifest.stored_shards(split):
                 yield split, number
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> FileEntry:
@@ -306,7 +305,7 @@ class _Harvester:
             converted = rows.to(stored["activations"].dtype)
             finite, rows = bool(converted.isfinite().all()), converted
         if not finite:
-            raise CacheError(_not_finite(hook, self.manifest, bool(rows.float().isnan().any())))
+            raise CacheError(not_finite(hook, self.manifest, bool(rows.float().isnan().any())))
         stored["activations"][start:stop] = rows
 
     def _record(self, futures: list[tuple[str, Future[FileEntry]]], sums: dict[str, tuple[Tensor, float, int]]) -> None:
@@ -365,10 +364,11 @@ def _is_text(name: str) -> bool:
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     manifest.files = dict(sorted(manifest.files.items()))
-    write_bytes(folder / MANIFEST, (json_text(manifest.model_dump(), indent=1) + "\n").encode())
+    write_bytes(folder / MANIFEST, (json_text(manifest.to_json(), indent=1) + "\n").encode())
 
 
-def _not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
+def not_finite(hook: str, manifest: Manifest, is_nan: bool) -> str:
+    """The problem with activations that are NaN or infinite in the cache's number type, and the way out."""
     if not is_nan and manifest.dtype == "float16":
         return (
             f"hook {hook!r}: activations exceed what float16 can hold (65,504); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,9 @@ from sae.files.hashes import check
 from sae.files.paths import resolve
 from sae.files.reading import read_object, validated
 
-FORMAT = Format("sae-activations", 1)
+FORMAT = Format("sae-activations", 2)
+_OLDER = 1
+"""The version of caches with all activations, which older packages read."""
 MANIFEST, DOCUMENTS = "manifest.json", "documents.json"
 RESTORE = "delete it and run the same 'sae harvest' to restore it"
 COLUMN_TYPES = {
@@ -50,12 +53,13 @@ class Manifest(BaseModel):
     """Description of a cache. `model`, `data` and `tokens` decide whether it fits a request.
 
     With several sources, `data` also records `source_tokens`: the number of tokens by split and source. It also holds
-    the counts of `sae.text.census.combined`, and the origin of the text.
+    the counts of `sae.text.census.combined`, and the origin of the text. `stored` has the numbers of the shards with
+    activations by split; None: all have them. The others' activations are computed when they are needed.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     format: str = FORMAT.name
-    format_version: int = FORMAT.version
+    format_version: int = _OLDER
     complete: bool = False
     model: dict[str, Any]
     data: dict[str, Any]
@@ -64,6 +68,7 @@ class Manifest(BaseModel):
     shard_contexts: PositiveInt
     dtype: Literal["float32", "float16", "bfloat16", "int8"]
     rows: dict[str, NonNegativeInt]
+    stored: dict[str, list[NonNegativeInt]] | None = None
     text_sha256: str
     hooks: dict[str, HookEntry]
     files: dict[str, FileEntry]
@@ -81,7 +86,7 @@ class Manifest(BaseModel):
             self.text_sha256,
             hook,
         ]
-        return fingerprint_of(facts)
+        return fingerprint_of(facts if self.stored is None else [*facts, self.stored])
 
     def _deciding_data(self) -> dict[str, Any]:
         """`data` without entries that follow from the text, which has its own hash; all of it in older manifests."""
@@ -98,18 +103,32 @@ class Manifest(BaseModel):
         """Number of shards of a split."""
         return -(-self.rows[split] // (self.shard_contexts * self.context_length))
 
+    def stored_shards(self, split: str) -> Sequence[int]:
+        """Numbers of a split's shards with activations, ascending."""
+        return range(self.shards(split)) if self.stored is None else self.stored[split]
+
+    def stored_rows(self, split: str) -> int:
+        """Tokens in a split whose activations are stored."""
+        return sum(self.shard_rows(split, number) for number in self.stored_shards(split))
+
     def shard_rows(self, split: str, number: int) -> int:
         """Tokens in a shard: the same in all but the last."""
         most = self.shard_contexts * self.context_length
         return min(most, self.rows[split] - number * most)
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it is written: of the oldest version that can hold it."""
+        content = self.model_dump(exclude={"stored"} if self.stored is None else None)
+        return {**content, "format_version": _OLDER if self.stored is None else FORMAT.version}
 
     def contradiction(self) -> str | None:
         """A part of the manifest that contradicts the rest; None if there is none."""
         return self._contradiction_of_parts() or (self._contradiction_of_files() if self.complete else None)
 
     def _contradiction_of_parts(self) -> str | None:
-        if missing := [split for split in SPLITS if split not in self.rows]:
-            return f"rows: {missing[0]!r} is missing"
+        missing = [split for split in SPLITS if split not in self.rows]
+        if reason := f"rows: {missing[0]!r} is missing" if missing else self._contradiction_of_stored():
+            return reason
         try:
             TokenPolicy.from_json(self.tokens)
         except (KeyError, TypeError, ValueError) as error:
@@ -125,15 +144,23 @@ class Manifest(BaseModel):
                 return f"files: {name!r} leads out of the cache"
         return None
 
+    def _contradiction_of_stored(self) -> str | None:
+        for split in SPLITS:
+            numbers = range(0) if self.stored is None else self.stored.get(split)
+            if numbers is None or list(numbers) != sorted({n for n in numbers if n < self.shards(split)}):
+                return f"stored.{split}: {numbers!r}"
+        return None
+
     def _contradiction_of_files(self) -> str | None:
-        count = 1 + sum(map(self.shards, SPLITS)) * (1 + len(self.hooks))
+        stored = sum(len(self.stored_shards(split)) for split in SPLITS)
+        count = 1 + sum(map(self.shards, SPLITS)) + stored * len(self.hooks)
         if len(self.files) != count:
             return f"files: {len(self.files):,} of them, but these rows and hook points need {count:,}"
         expected_rows: dict[str, int | None] = {DOCUMENTS: None} | {
             shard_name(part, split, number): self.shard_rows(split, number)
             for part in ("tokens", *self.hooks)
             for split in SPLITS
-            for number in range(self.shards(split))
+            for number in (range(self.shards(split)) if part == "tokens" else self.stored_shards(split))
         }
         for name, rows in expected_rows.items():
             if name not in self.files:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.activations.manifest import PLAIN_COLUMNS, Manifest
+from sae.activations.space import stored_tokens
 from sae.config.settings import RunConfig
 from sae.config.sources import DataConfig
 from sae.config.splits import HELD_OUT, TRAIN
@@ -44,7 +45,9 @@ def check_same_request(folder: Path, manifest: Manifest, config: RunConfig, *, t
         "data.prepend_bos": (manifest.tokens.get("prepend_bos"), data.prepend_bos),
         "harvest.hooks": (list(manifest.hooks), list(harvest.hooks)),
         "harvest.dtype": (manifest.dtype, harvest.dtype),
+        "harvest.live": (manifest.stored is not None, harvest.live),
         "harvest.shard_contexts": (manifest.shard_contexts, harvest.shard_contexts),
+        "harvest.sample_tokens": (manifest.stored_rows(TRAIN), stored_tokens(config, TRAIN)),
         "harvest.masked_positions": (manifest.tokens.get("masked_positions"), harvest.masked_positions),
         "harvest.mask_special_tokens": (manifest.tokens.get("mask_special_tokens"), harvest.mask_special_tokens),
         "data.chat_roles": (

@@ -133,14 +133,14 @@ class TokenStore:
 
     def shards(self, split: str = TRAIN) -> int:
         """Number of shards of a split."""
-        return self.manifest.shards(split)
+        return len(self._numbers(split))
 
     def token_columns(self, split: str, number: int) -> dict[str, Tensor]:
         """The columns of a token shard, `[rows]` each: `tokens` and `documents`.
 
         Also `sections` if documents were cut, and `counted` if only some roles of chats count.
         """
-        name, rows = shard_name("tokens", split, number), (self.manifest.shard_rows(split, number),)
+        name, rows = self._name("tokens", split, number), (self._shard_rows(split, number),)
         return {column: self._tensor(name, column, COLUMN_TYPES[column], rows) for column in self._columns()}
 
     def token_shard(self, split: str, number: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
@@ -165,7 +165,7 @@ class TokenStore:
             A function that starts the check of a shard, given its number.
         """
         with background(THREADS) as pool:
-            yield lambda number: pool.submit(self._check, shard_name(folder, split, number))
+            yield lambda number: pool.submit(self._check, self._name(folder, split, number))
 
     @in_own_modes
     def contexts(
@@ -221,6 +221,16 @@ class TokenStore:
                     checks.append(begin(numbers[index + len(checks)]))
                 checks.popleft().result()
                 yield number
+
+    def _numbers(self, split: str) -> Sequence[int]:
+        """Numbers of the split's shards in their files' names."""
+        return range(self.manifest.shards(split))
+
+    def _name(self, folder: str, split: str, number: int) -> str:
+        return shard_name(folder, split, self._numbers(split)[number])
+
+    def _shard_rows(self, split: str, number: int) -> int:
+        return self.manifest.shard_rows(split, self._numbers(split)[number])
 
     def _columns(self) -> Sequence[str]:
         return self.manifest.data.get("token_columns", PLAIN_COLUMNS)

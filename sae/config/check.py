@@ -120,11 +120,12 @@ def amount_notes(config: RunConfig) -> list[str]:
 
 def _parts(config: RunConfig) -> list[tuple[str, int, int]]:
     """Settings that select part of a split by a number of tokens: key, value, and tokens in that split."""
-    held_out, evaluation = config.data.held_out_tokens, config.evaluation
+    held_out, evaluation, harvest = config.data.held_out_tokens, config.evaluation, config.harvest
+    training = min(config.data.tokens, harvest.stored_training_tokens) if harvest.live else config.data.tokens
     parts = [
         ("evaluation.tokens", evaluation.tokens, held_out),
         ("evaluation.downstream_tokens", evaluation.downstream_tokens, held_out),
-        ("features.tokens", config.features.tokens, config.data.tokens),
+        ("features.tokens", config.features.tokens, training),
     ]
     return [(key, amount, cached) for key, amount, cached in parts if isinstance(amount, int)]
 

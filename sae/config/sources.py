@@ -12,6 +12,7 @@ from sae.errors import ConfigError
 
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
+LIVE_SAMPLE_TOKENS = 500_000
 
 
 class ModelConfig(Settings):
@@ -28,6 +29,9 @@ class ModelConfig(Settings):
         "line, in the file named there, or in Python: the config.yaml of a run folder only records it",
     )
     dtype: ComputeDtype = Field(default="float32", description="data type in which the model computes")
+    device: str | None = Field(
+        default=None, description="device of the model, such as `cuda:1`, if it needs one of its own; null: `device`"
+    )
     weight_processing: Literal["none", "fold_ln", "center_and_fold"] = Field(
         default="none",
         description="`none`: weights as published; `fold_ln`: layer-norm gains folded into the next weights; "
@@ -141,6 +145,16 @@ class HarvestConfig(Settings):
         "a pattern such as blocks.*.hook_mlp_out stands for all that match it",
     )
     dtype: StorageDtype = Field(default="float16", description="data type on disk; `int8` keeps one scale per token")
+    live: bool = Field(
+        default=False,
+        description="compute training activations while training, and store only the tokens: no disk space for them, "
+        "but every training runs the model; those of the held-out tokens and of a sample are stored",
+    )
+    sample_tokens: PositiveInt | None = Field(
+        default=None,
+        description="with `live`: training tokens, spread over the text in whole shards, whose activations are stored, "
+        "for statistics, baselines and features; null: 500,000",
+    )
     batch_contexts: PositiveInt = Field(default=32, description="contexts per forward pass")
     shard_contexts: PositiveInt = Field(
         default=1024, description="contexts per shard file; a killed run loses at most one shard"
@@ -158,3 +172,14 @@ class HarvestConfig(Settings):
     cache: str | None = Field(
         default=None, description="folder of the activation cache; null: `activations` in the run folder"
     )
+
+    @model_validator(mode="after")
+    def _sampled(self) -> HarvestConfig:
+        if self.sample_tokens is not None and not self.live:
+            raise ConfigError("harvest.sample_tokens has no effect without harvest.live=true: take it out")
+        return self
+
+    @property
+    def stored_training_tokens(self) -> int:
+        """Training tokens whose activations a live harvest stores, before rounding up to whole shards."""
+        return self.sample_tokens or LIVE_SAMPLE_TOKENS

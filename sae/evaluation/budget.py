@@ -9,7 +9,7 @@ import torch
 
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config.settings import AUTO, EvaluationConfig
-from sae.config.splits import HELD_OUT, SPLITS
+from sae.config.splits import HELD_OUT
 
 _SHARES = {
     "downstream_tokens": (768, 1024),
@@ -38,8 +38,8 @@ def settled(settings: EvaluationConfig, cache: ActivationCache) -> EvaluationCon
 
 
 def _harvested(cache: ActivationCache) -> int:
-    """Number of tokens in the cache."""
-    return sum(cache.rows(split) for split in SPLITS)
+    """Number of tokens in the cache, whether or not their activations are stored."""
+    return sum(cache.manifest.rows.values())
 
 
 def pca_tokens(cache: ActivationCache, hook: str) -> int:

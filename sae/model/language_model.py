@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.config.environment import choose_device
 from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
 from sae.dictionary.token_policy import TokenPolicy
@@ -32,10 +33,10 @@ class LanguageModel(HookedModel):
 
     Args:
         config: the model's configuration, or only its name: a hub model, a folder, a .gguf file, or `demo`.
-        device: device it runs on.
+        device: device it runs on; `config.device` comes first.
 
     Raises:
-        ConfigError: `config` is neither a configuration nor a name.
+        ConfigError: `config` is neither a configuration nor a name; there is no such device.
         ModelError: the model cannot be found, downloaded or read.
 
     Attributes:
@@ -51,7 +52,7 @@ class LanguageModel(HookedModel):
         if model.config.bos_token_id is None and tokenizer.bos_token_id is None:
             model.config.bos_token_id = tokenizer.eos_token_id
         weights_sha256, code = hash_weights(model), code_sha256(model, model.config, tokenizer)
-        device = torch.device(device)
+        device = choose_device(config.device or str(device))
         bridge = boot(model.to(device).eval(), copy.deepcopy(tokenizer), label, config)
         self._tails: dict[str, Tail] = {}
         cfg = bridge.cfg

@@ -14,9 +14,9 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.harvest import hook_widths
-from sae.activations.loader import ActivationLoader
 from sae.activations.manifest import MANIFEST, read_manifest
 from sae.activations.metadata import check_same_width, dictionary_metadata
+from sae.activations.order import ShuffledSource
 from sae.activations.same_model import check_same_model
 from sae.activations.same_request import check_same_request
 from sae.architectures import load
@@ -46,6 +46,7 @@ from sae.model.language_model import LanguageModel
 from sae.probing.record import PROBES, ProbeRecord
 from sae.runs.disk import check_disk
 from sae.runs.folder import DICTIONARY, configured, open_config, other_setting
+from sae.runs.sources import Sources, training_sources
 from sae.training.check import check_recipe
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
 from sae.training.loop import train_one
@@ -194,7 +195,7 @@ class Run:
             if self.is_trained():  # by another process in the meantime
                 return self.trained_already(cache)
             with configured(self.config):
-                recipe, sources = self.recipe(cache), {hook: self.loader(cache, hook) for hook in self.config.hooks}
+                recipe, sources = self.recipe(cache), self.sources(cache, self.config.hooks)
                 self.progress("train", *self.trained_tokens(sources[recipe.source]))
                 with closing(self.sinks()) as sinks:
                     dictionary = train_one(sources, recipe, self.device, sinks, self._show_training)
@@ -328,14 +329,14 @@ class Run:
         """The trained dictionary, on `device` or the run's device."""
         return load(self.folder, device=device or self.device)
 
-    def loader(self, cache: ActivationCache, hook: str) -> ActivationLoader:
-        """The batches of a hook point, in the order in which the run's dictionary is trained on them."""
-        settings = self.config.train
-        seed = self.config.seed if settings.shuffle_seed is None else settings.shuffle_seed
-        return ActivationLoader(
-            cache, hook, batch_size=settings.batch_size, seed=seed,
-            pool_tokens=settings.pool_tokens, device=self.device,
-        )  # fmt: skip
+    def sources(self, cache: ActivationCache, hooks: Sequence[str], stage: str = "train") -> Sources:
+        """Batches of hook points, in the order in which the run's dictionary is trained on them, in this stage."""
+
+        def fill(done: int, total: int) -> None:
+            if isinstance(self.progress, Notes):
+                self.progress.beside(stage, f"fills the pool: {done / total:.0%}")
+
+        return training_sources(self.config, cache, hooks, lambda: self.language_model, self.device, fill)
 
     def recipe(self, cache: ActivationCache) -> Recipe:
         """The recipe of the run's dictionary; FormatError if there is no dictionary at `train.start_from`."""
@@ -353,11 +354,11 @@ class Run:
         resumes = bool(list_checkpoints(self.folder / CHECKPOINTS))
         return [Wandb(self.config.wandb, self.folder, self.config.model_dump(), resume=resumes)]
 
-    def trained_tokens(self, loader: ActivationLoader) -> tuple[int, int]:
+    def trained_tokens(self, source: ShuffledSource) -> tuple[int, int]:
         """Tokens that earlier processes trained on, and tokens in total."""
         settings, checkpoints = self.config.train, list_checkpoints(self.folder / CHECKPOINTS)
         steps = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
-        tokens = settings.tokens or loader.tokens_per_epoch
+        tokens = settings.tokens or source.tokens_per_epoch
         return steps * settings.batch_size, tokens // settings.batch_size * settings.batch_size
 
     def _show_training(self, done: int, total: int, metrics: Mapping[str, float | int]) -> None:

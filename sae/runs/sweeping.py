@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from sae.activations.cache import ActivationCache
-from sae.activations.loader import ActivationLoader
 from sae.config.check import amount_notes, check_amounts
 from sae.config.file import TRUST_SETTING, parse_config
 from sae.config.progress import Notes, Progress, announce, silent
@@ -32,6 +31,7 @@ from sae.results.markdown import code, plain
 from sae.runs.evaluation import evaluate_runs
 from sae.runs.folder import DICTIONARY, configured
 from sae.runs.run import Run
+from sae.runs.sources import Sources
 from sae.training.check import common_pass
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import train_all
@@ -191,8 +191,8 @@ def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress:
     if not missing:
         return {}
     recipes = {name: run.recipe(cache) for name, run in missing.items()}
-    loaders = _loaders(base, missing, cache)
-    common_pass(loaders, recipes, base.device)  # finds variants that cannot be trained before any training
+    sources = _sources(base, missing, cache)
+    common_pass(sources, recipes, base.device)  # finds variants that cannot be trained before any training
     failures: dict[str, str] = {}
     for group in _groups_by_step(missing):
         at_once = base.config.sweep_at_once or len(group)
@@ -203,7 +203,7 @@ def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress:
                     stack.enter_context(locked(run.folder, "training"))
                 left = {name: run for name, run in part.items() if not _is_trained_already(run, cache)}
                 if left:
-                    failures |= _train_together(base, left, _loaders(base, left, cache), recipes, progress)
+                    failures |= _train_together(base, left, _sources(base, left, cache), recipes, progress)
     return failures
 
 
@@ -242,24 +242,28 @@ def _share_starts(runs: Iterable[Run]) -> None:
                 run.start = first[place].start
 
 
-def _loaders(base: Run, runs: Mapping[str, Run], cache: ActivationCache) -> dict[str, ActivationLoader]:
-    """Loaders of the activations that the runs are trained on, by hook point."""
+def _sources(base: Run, runs: Mapping[str, Run], cache: ActivationCache) -> Sources:
+    """Sources of the activations that the runs are trained on, by hook point."""
     hooks = dict.fromkeys(hook for run in runs.values() for hook in run.config.hooks)
-    return {hook: base.loader(cache, hook) for hook in hooks}
+    return base.sources(cache, list(hooks), _stage(runs))
+
+
+def _stage(runs: Mapping[str, Run]) -> str:
+    return f"train {len(runs)}"
 
 
 def _train_together(
     base: Run,
     runs: Mapping[str, Run],
-    loaders: Mapping[str, ActivationLoader],
+    sources: Sources,
     recipes: Mapping[str, Recipe],
     progress: Progress,
 ) -> dict[str, str]:
     sinks: dict[str, list[Wandb]] = {}
     finished: set[str] = set()
     first = next(iter(runs.values()))
-    stage = f"train {len(runs)}"
-    progress(stage, *first.trained_tokens(loaders[first.config.hook]))
+    stage = _stage(runs)
+    progress(stage, *first.trained_tokens(sources[first.config.hook]))
 
     def show(done: int, total: int, metrics: Mapping[str, Mapping[str, float | int]]) -> None:
         progress(stage, done, total)
@@ -273,7 +277,7 @@ def _train_together(
             for run in runs.values():
                 stack.enter_context(configured(run.config))
             outcome = train_all(
-                loaders,
+                sources,
                 {name: recipes[name] for name in runs},
                 device=base.device,
                 sinks=sinks,
@@ -327,7 +331,7 @@ def _description(base: Run, cache: ActivationCache, configs: Collection[RunConfi
     tokens = "one epoch" if settings.tokens is None else f"{settings.tokens:,} tokens"
     return (
         f"{plain(cache.manifest.model.get('name'))}, {', '.join(hooks)}, {', '.join(widths)}; {tokens} in batches of "
-        f"{settings.batch_size:,}, of a cache of {cache.rows(TRAIN):,}; evaluated on held-out documents."
+        f"{settings.batch_size:,}, of a cache of {cache.manifest.rows[TRAIN]:,}; evaluated on held-out documents."
     )
 
 

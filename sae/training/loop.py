@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,8 +212,9 @@ class _Run:
                     member.sinks.insert(0, lines)
             stack.enter_context(self.reader.reading(self.step, self.steps))
             clock = CheckpointClock(self.checkpoint_every, sum(map(checkpoint_bytes, self.members.values())))
+            self.reader.stop_when(stop.is_set)
             while self.step < self.steps and self.members:
-                batch = self.reader.next()
+                batch = self._next(stop)
                 if batch is None:
                     raise TrainingError(f"the source ended after {self.step} steps of {self.steps}; lower train.tokens")
                 self.step += 1
@@ -233,6 +235,16 @@ class _Run:
             self.failures,
             {name: member.cost() for name, member in all_members.items()},
         )
+
+    def _next(self, stop: threading.Event) -> dict[str, Tensor] | None:
+        """The next batch; if a source stopped for Ctrl-C before it had one, save the state and stop."""
+        try:
+            return self.reader.next()
+        except TrainingInterrupted:
+            if not stop.is_set() or self.step == 0:
+                raise
+            self._checkpoint()
+            raise TrainingInterrupted(self._interrupted()) from None
 
     def _step(self, member: Member, batch: dict[str, Tensor]) -> None:
         recipe = member.trainer.recipe
@@ -296,11 +308,7 @@ class _Run:
                 prune_checkpoints(member.folder / CHECKPOINTS, member.keep)
 
     def _check_space(self) -> None:
-        """Check that the disk has room for the checkpoints and dictionaries.
-
-        Raises:
-            TrainingError: it has too little.
-        """
+        """Raise TrainingError if the disk has too little room for the checkpoints and dictionaries."""
         needs = {
             member.folder: training_bytes(weights_bytes(member), member.trainer.bytes(), member.keep)
             - sum(file.stat().st_size for path in member.checkpoints for file in path.iterdir())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -36,7 +36,7 @@ class BatchSource(Protocol):
         """Batches from the current place, of any type that float32 can be made of, and on any device.
 
         To set a threshold, the loop reads a few before their step is due. Training on a GPU, it reads batches that are
-        on the CPU one step ahead, in a thread; those on the GPU only in its own.
+        on the CPU one step ahead, in a thread; those on the GPU, and those of a `StoppableSource`, only in its own.
         """
         ...
 
@@ -60,6 +60,15 @@ class KnownSource(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """Metadata of dictionaries trained on it, under the names of `sae.dictionary_metadata`."""
+        ...
+
+
+@runtime_checkable
+class StoppableSource(Protocol):
+    """A source that may compute for long before it has a batch, as one that runs a language model. Optional."""
+
+    def stop_when(self, stopped: Callable[[], bool]) -> None:
+        """Ask `stopped` from time to time; when it is true, raise TrainingInterrupted instead of the next batch."""
         ...
 
 

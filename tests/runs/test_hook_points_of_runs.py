@@ -43,7 +43,7 @@ def test_a_transcoder_takes_every_step_of_a_run(transcoder: RunConfig, tmp_path:
     dictionary = finished.dictionary()
     assert (dictionary.origin.reads.hook, dictionary.origin.gives.hook) == (READS, GIVES)
     cache = finished.cache()
-    source, target = (finished.loader(cache, hook) for hook in (READS, GIVES))
+    source, target = finished.sources(cache, (READS, GIVES)).values()
     alone = train(source, transcoder.dictionary, transcoder.train, target=target, seed=transcoder.seed)
     assert torch.equal(alone.W_dec, dictionary.W_dec)
     report = sae.evaluate(dictionary, cache, language_model=finished.language_model, settings=transcoder.evaluation)
