@@ -39,8 +39,8 @@ class Reader:
     """Reads batches of several sources, in which equal rows belong to the same tokens.
 
     On a GPU, batches that sources give on the CPU are read one step ahead, in a thread, and copied from pinned memory
-    while the GPU computes. Sources that give batches on the GPU, perhaps because they run a model there, are read by
-    the calling thread when the step is due.
+    while the GPU computes. Sources that give batches on the GPU, or are `StoppableSource`s because they run a model,
+    are read by the calling thread when the step is due.
 
     Args:
         sources: sources by name.
@@ -160,10 +160,11 @@ class Reader:
         return batch
 
     def _can_be_read_in_a_thread(self, parts: Mapping[str, Tensor]) -> bool:
-        """Whether no source uses the device, and none needs another default type, which all threads share."""
+        """Whether no source runs a model, uses the device, or needs another default type, which all threads share."""
         with self.callers_mode():
             same_type = torch.get_default_dtype() == torch.float32
-        return same_type and all(x.device.type == "cpu" for x in parts.values())
+        runs_model = any(isinstance(source, StoppableSource) for source in self.sources.values())
+        return same_type and not runs_model and all(x.device.type == "cpu" for x in parts.values())
 
     def _prefetch(self) -> None:
         if self._count < self._last:

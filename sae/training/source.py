@@ -36,7 +36,7 @@ class BatchSource(Protocol):
         """Batches from the current place, of any type that float32 can be made of, and on any device.
 
         To set a threshold, the loop reads a few before their step is due. Training on a GPU, it reads batches that are
-        on the CPU one step ahead, in a thread; those on the GPU only in its own.
+        on the CPU one step ahead, in a thread; those on the GPU, and those of a `StoppableSource`, only in its own.
         """
         ...
 

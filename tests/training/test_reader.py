@@ -151,6 +151,19 @@ def test_sources_on_the_device_are_read_by_the_caller_when_due() -> None:
     assert set(source.threads) == {threading.get_ident()}
 
 
+def test_a_source_that_runs_a_model_is_read_by_the_caller_when_due() -> None:
+    class Stoppable(Counting):
+        def stop_when(self, stopped: Callable[[], bool]) -> None: ...
+
+    source = Stoppable()
+    reader = reader_of(Counting(), source)
+    with reader.reading(0, 20):
+        for number in range(1, 6):
+            assert numbers(reader, 1) == [number]
+            assert source.given == number
+    assert set(source.threads) == {threading.get_ident()}
+
+
 def test_another_default_type_stays_in_the_callers_thread() -> None:
     """It holds for all threads: training would make its tensors in it."""
     torch.set_default_dtype(torch.float64)
