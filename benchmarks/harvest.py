@@ -35,7 +35,6 @@ from sae.activations.loader import ActivationLoader
 from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
 from sae.config.file import parse_config
 from sae.config.settings import RunConfig
-from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import DEMO_FOLDER
 from sae.model.language_model import LanguageModel
 
@@ -108,9 +107,9 @@ def main() -> None:
 def time_harvest(folder: Path, arguments: argparse.Namespace, model_type: str, stored_type: str) -> HarvestSpeed:
     """Bare model and harvest in turns, over the same batches of the same text."""
     model = arguments.model or str(write_random_gpt2(folder / "gpt2-shape", arguments.tokenizer))
-    language_model = LanguageModel(ModelConfig.model_validate({"name": model, "dtype": model_type}), arguments.device)
-    bare = bare_model(model, model_type, arguments.device)
     config = harvest_config(model, arguments, folder / "run", model_type=model_type, stored_type=stored_type)
+    language_model = LanguageModel(config.model, arguments.device)
+    bare = bare_model(model, model_type, arguments.device)
     bare_rates, harvest_rates = [], []
     for turn in range(arguments.repeats + 1):  # the first warms up and is not counted
         shutil.rmtree(folder / "run", ignore_errors=True)
@@ -182,7 +181,7 @@ def time_bare_model(cache: ActivationCache, model: Any, config: RunConfig, argum
         for tokens in batches:
             with contextlib.suppress(ReachedError):
                 model(tokens, use_cache=False)
-        if batches[0].is_cuda:
+        if arguments.device != "cpu":
             torch.cuda.synchronize()
         return time.perf_counter() - begun
 
