@@ -26,7 +26,7 @@ READERS = 8
 """Threads that read: a disk reaches its speed with several requests at a time."""
 _HOST_PIECE, _DEVICE_PIECE = 1 << 20, 8 << 20
 """Bytes that a thread reads in one go: on the host they stay in the processor's cache, and are dropped."""
-_GATHERED, _ROWS_PER_LOOK = 16 << 20, 64
+_GATHERED, _ROWS_PER_LOOK = 4 << 20, 64
 """Bytes gathered together, at least; and rows for each file, whose state is looked at afterwards."""
 
 

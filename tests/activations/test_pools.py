@@ -269,3 +269,17 @@ def test_files_are_read_if_the_system_does_not_have_them_in_memory(
     assert torch.equal(batches(loader), wanted)
     epoch = loader.tokens_per_epoch * 5 * 2
     assert read[0] == 0 if cached else 2 * epoch < read[0] < 5 * epoch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_gives_the_batches_of_the_cpu(write_cache: WriteCache, dtype: torch.dtype) -> None:
+    """While other work holds up the stream that uses them, so that what does not wait is found."""
+    cache = cache_of(write_cache, dtype, 64)
+    loader = loader_of(cache, device="cuda")
+    wanted, work = expected(loader), torch.randn(2048, 2048, device="cuda")
+    for batch, right in zip(loader, wanted, strict=False):
+        work = torch.tanh(work @ work)
+        assert batch.device.type == "cuda"
+        assert torch.equal(batch.cpu(), right)
