@@ -109,7 +109,9 @@ class Manifest(BaseModel):
 
     def stored_rows(self, split: str) -> int:
         """Tokens in a split whose activations are stored."""
-        return sum(self.shard_rows(split, number) for number in self.stored_shards(split))
+        if self.stored is None:
+            return self.rows[split]
+        return sum(self.shard_rows(split, number) for number in self.stored[split])
 
     def shard_rows(self, split: str, number: int) -> int:
         """Tokens in a shard: the same in all but the last."""

@@ -136,7 +136,7 @@ def test_what_decides_the_numbers_decides_what_is_taken_up(tmp_path: Path) -> No
 
 def test_auto_is_a_share_of_the_cache(tiny_cache: sae.ActivationCache, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"train": 1_500_000, "held_out": 60_000}
-    monkeypatch.setattr(type(tiny_cache), "rows", lambda self, split: rows[split])
+    monkeypatch.setattr(tiny_cache.manifest, "rows", rows)
     chosen = settled(EvaluationConfig(), tiny_cache)
     assert (chosen.downstream_tokens, chosen.baseline_tokens) == (2031, 1354)
     assert (chosen.legacy_tokens, chosen.frozen_decoder_tokens) == (1015, 16_384)
@@ -169,7 +169,7 @@ def test_auto_is_a_share_of_the_cache(tiny_cache: sae.ActivationCache, monkeypat
 def test_the_cost_is_said_before(tiny_cache: sae.ActivationCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: 4 · 2,031 + 3 · 1,354 + 4 · 1,015 tokens go through the model."""
     rows = {"train": 1_500_000, "held_out": 60_000}
-    monkeypatch.setattr(type(tiny_cache), "rows", lambda self, split: rows[split])
+    monkeypatch.setattr(tiny_cache.manifest, "rows", rows)
     text = announcement(EvaluationConfig(), tiny_cache)
     assert text == (
         "evaluation: 60,000 held-out tokens, 2,031 of them for losses: language-model passes over about 16,246 tokens "
