@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 def test_every_launch_compiles_for_real_gpus(capability: int, tmp_path: Path) -> None:
     """Turing to Hopper, with the divisibilities of true launches: without them the product's tile seems to need less.
 
-    Three stages of 128 · 64 + 128 · 64 bfloat16 numbers are 98,304 bytes.
+    On Hopper, three stages of 128 · 64 + 128 · 64 bfloat16 numbers are 98,304 bytes; before it, two are kept.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.support.compile_kernels", str(capability)]
@@ -33,7 +33,7 @@ def test_every_launch_compiles_for_real_gpus(capability: int, tmp_path: Path) ->
     assert kernels == {name for path in sources for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())}
     fused = next(line for line in lines if line.startswith("_candidates_kernel {'BLOCK_B': 128"))
     if capability >= 80:
-        assert " 98304 bytes shared" in fused
+        assert f" {98304 if capability >= 90 else 65536} bytes shared" in fused
     buffered = [line for line in lines if "'GROUPS'" in line or "_append_from_buffer" in line or "_few" in line]
     assert len(buffered) >= 5
     assert all(line.endswith(" 0 bytes of stack") for line in buffered), "a kernel that selects spills"
