@@ -252,8 +252,8 @@ The cards' numbers are their vendors' (dense, for SXM modules if there are sever
 - {SELECTION_SHARE:.0%} of it by the encoder's product with its selection: on an H100 the two took 2.38 ms at 768 →
   24,576 and batch 8,192 ([single operations](results/operations-cuda.md)), which is 13%, and PyTorch's own product and
   topk 15%. Cards with less arithmetic for the same traffic may reach more;
-- {FLOAT32_SHARE:.0%} of the float32 rate where a card has no bfloat16, an assumption. Such is the T4: set
-  `train.encoder_dtype=float32` there, and `model.dtype=float16` for the model;
+- {FLOAT32_SHARE:.0%} of the float32 rate where a card has no bfloat16, an assumption. Such is the T4: the
+  encoder's product is in float32 there; set `model.dtype=float16` for the model;
 - {BANDWIDTH_SHARE:.0%} of the memory bandwidth.
 
 The disk writes and reads {DISK / 1e9:.0f} GB/s, which bounds harvest and cached training: float16 takes 2 · d_in bytes

@@ -1,13 +1,10 @@
-"""Speed of harvesting and of loading, on this machine.
+"""Speed of harvesting, on this machine.
 
     python benchmarks/harvest.py --json harvest.json
 
-Harvest: tokens per second of `sae.activations.harvest.harvest` compared with the bare model: transformers' own modules
+Tokens per second of `sae.activations.harvest.harvest` compared with the bare model: transformers' own modules
 with fused attention, in the same number type, over the same batches, up to the hook point, with nothing done to the
 result. Both in one process, in turns. Target: at least 0.95 of the bare model on a CPU, 0.9 on a GPU.
-
-Loader: bytes per second, as stored, that `ActivationLoader` delivers shuffled over tokens from a cache in the page
-cache, float16 of width 768. Target: at least 500 MB/s.
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ from safetensors.torch import load_file, save
 
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
-from sae.activations.loader import ActivationLoader
 from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, HookEntry, Manifest, shard_name
 from sae.config.file import parse_config
 from sae.config.settings import RunConfig
@@ -58,18 +54,6 @@ class HarvestSpeed:
     ratio: float
 
 
-@dataclass(frozen=True)
-class LoaderSpeed:
-    """Median over the repeats; `first_batch` is the seconds until a new loader gives its first batch."""
-
-    rows: int
-    batch_size: int
-    pool_tokens: int
-    pool_bytes: int
-    first_batch: float
-    megabytes_per_second: float
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model to harvest; default: random weights in GPT-2 small's shape")
@@ -77,29 +61,19 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=8, help="block whose input is harvested")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per harvest")
     parser.add_argument("--repeats", type=int, default=3, help="turns of bare loop and harvest")
-    parser.add_argument("--loader-rows", type=int, default=524_288, help="rows of the synthetic cache")
-    parser.add_argument("--loader-batches", type=int, default=400, help="batches timed per repeat")
-    parser.add_argument("--pool-tokens", type=int, default=131_072, help="rows shuffled together")
-    parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--types", nargs="+", default=[stored for _, stored in TYPES], help="number types as stored")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", choices=("harvest", "loader"))
     parser.add_argument("--json", type=Path, help="write the numbers there")
     arguments = parser.parse_args()
 
     results: dict[str, Any] = {"machine": describe_machine()}
     print(results["machine"])
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.only != "loader":
-            chosen = [types for types in TYPES if types[1] in arguments.types]
-            speeds = [time_harvest(Path(folder), arguments, *types) for types in chosen]
-            results["harvest"] = [asdict(speed) for speed in speeds]
-            for numbers in results["harvest"]:
-                print_table(numbers)
-        if arguments.only != "harvest":
-            loader_speed = time_loader(Path(folder), arguments)
-            results["loader"] = asdict(loader_speed)
-            print_table(results["loader"])
+        chosen = [types for types in TYPES if types[1] in arguments.types]
+        speeds = [time_harvest(Path(folder), arguments, *types) for types in chosen]
+        results["harvest"] = [asdict(speed) for speed in speeds]
+        for numbers in results["harvest"]:
+            print_table(numbers)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
@@ -230,38 +204,6 @@ def write_random_gpt2(folder: Path, tokenizer_folder: Path | None) -> Path:
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
     return folder
-
-
-def time_loader(folder: Path, arguments: argparse.Namespace) -> LoaderSpeed:
-    """Batches from a warm cache; every repeat goes over several pools, the filling of which is part of the time."""
-    cache = ActivationCache(write_synthetic_cache(folder / "synthetic", arguments.loader_rows))
-    for name in cache.manifest.files:  # into the page cache
-        (cache.path / name).read_bytes()
-    rates, firsts, loader = [], [], None
-    for turn in range(arguments.repeats + 1):
-        begun = time.perf_counter()
-        loader = ActivationLoader(
-            cache, HOOK, batch_size=arguments.batch_size, seed=turn, pool_tokens=arguments.pool_tokens
-        )
-        batches = iter(loader)
-        next(batches)
-        firsts.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
-        for _ in range(arguments.loader_batches):
-            next(batches)
-        seconds = time.perf_counter() - begun
-        if turn:
-            rates.append(arguments.loader_batches * arguments.batch_size * loader.d_in * 2 / seconds / 1e6)
-        batches.close()  # type: ignore[attr-defined]
-    assert loader is not None
-    return LoaderSpeed(
-        rows=cache.rows(),
-        batch_size=arguments.batch_size,
-        pool_tokens=loader.pool_tokens,
-        pool_bytes=loader.pool_bytes,
-        first_batch=statistics.median(firsts[1:]),
-        megabytes_per_second=statistics.median(rates),
-    )
 
 
 def write_synthetic_cache(folder: Path, rows: int, d_in: int = 768, context_length: int = 128) -> Path:

@@ -159,7 +159,7 @@ def from_memory(loader: ActivationLoader, turns: int) -> Iterator[float]:
     starts = [0, *itertools.accumulate(map(len, shards))]
     rows = []
     for plan in loader.order.plans(0, loader.streams):
-        stored = torch.cat([loader.order.rows_of(plan, n) + starts[n] for n in loader.order.shards_of(plan)])
+        stored = torch.cat([torch.from_numpy(rows) + starts[n] for n, rows in loader.order.reads(plan)])
         rows.append(torch.empty_like(stored).index_copy_(0, plan.places, stored))
         if sum(map(len, rows)) >= loader.order.tokens_per_epoch:
             break

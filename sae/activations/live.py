@@ -221,8 +221,8 @@ class LivePass:
         length, split = self.store.context_length, self.order.split
         contexts: list[Tensor] = []
         eligible: list[Tensor] = []
-        for shard in self.order.shards_of(plan):
-            tokens, rows = self.store.token_columns(split, shard)["tokens"].long(), self.order.rows_of(plan, shard)
+        for shard, needed in self.order.reads(plan):
+            tokens, rows = self.store.token_columns(split, shard)["tokens"].long(), torch.from_numpy(needed)
             for number in (rows // length).unique().tolist():
                 context = tokens[number * length : (number + 1) * length]
                 if contexts and (len(contexts) == self.batch_contexts or len(context) != len(contexts[0])):

@@ -101,7 +101,7 @@ class TokenOrder:
         return np.unique(self._shard[plan.blocks]).tolist()
 
     def reads(self, plan: PoolPlan) -> Iterator[tuple[int, Int[np.ndarray, " rows"]]]:
-        """The rows that a pool needs of each shard, both ascending: `shards_of` with `rows_of`."""
+        """The shards that a pool needs, and the eligible rows that it needs within each; both ascending."""
         shards, firsts = np.unique(self._shard[plan.blocks], return_index=True)
         in_block = np.arange(self.block_tokens)
         for number, blocks in zip(shards.tolist(), np.split(plan.blocks, firsts[1:]), strict=True):
@@ -109,14 +109,6 @@ class TokenOrder:
             rows = (self._start[blocks][:, None] + in_block).ravel()
             rows = rows[: np.searchsorted(rows, len(eligible))]
             yield number, rows[eligible[rows]]
-
-    def rows_of(self, plan: PoolPlan, shard: int) -> Int[Tensor, " rows"]:
-        """The eligible rows within a shard that a pool needs, ascending."""
-        eligible = self._eligible_rows[shard]
-        starts = torch.from_numpy(self._start[plan.blocks[self._shard[plan.blocks] == shard]])
-        rows = (starts[:, None] + torch.arange(self.block_tokens)).flatten()
-        rows = rows[rows < len(eligible)]
-        return rows[eligible[rows]]
 
     def _generator(self, streams: int, epoch: int, number: int) -> np.random.Generator:
         """Generator for an epoch's blocks (number 0), or for the rows of one of its pools (numbers 1, 2, …)."""

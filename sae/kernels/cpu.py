@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.optim.adam import adam
 
+from sae.kernels.composed import composed_residual
 from sae.kernels.interface import (
     DENSE_ABOVE,
     AdamStep,
@@ -121,17 +122,7 @@ def sampled_product(
     return torch.sparse.sampled_addmm(places, left, right.T, beta=0.0).values().to(gradient.dtype)
 
 
-def residual(
-    pattern: Pattern,
-    values: Float[Tensor, " pairs"],
-    decoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_in"] | None,
-    target: Float[Tensor, "batch d_in"],
-) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " pairs"]]:
-    left = target - decode(pattern, values, decoder)
-    if bias is not None:
-        left -= bias
-    return left, sampled_product(pattern, left, decoder)
+residual = composed_residual(decode, sampled_product)
 
 
 def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:

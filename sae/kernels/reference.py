@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.kernels.composed import composed_residual
 from sae.kernels.interface import AdamStep, FactoredGradient, Gradient, Moments, Selection, Subset
 from sae.kernels.pattern import Pattern
 
@@ -72,17 +73,7 @@ def sampled_product(
     return (gradient @ decoder.T)[pattern.rows, pattern.features]
 
 
-def residual(
-    pattern: Pattern,
-    values: Float[Tensor, " pairs"],
-    decoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_in"] | None,
-    target: Float[Tensor, "batch d_in"],
-) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " pairs"]]:
-    left = target - decode(pattern, values, decoder)
-    if bias is not None:
-        left -= bias
-    return left, sampled_product(pattern, left, decoder)
+residual = composed_residual(decode, sampled_product)
 
 
 def feature_sums(term: FactoredGradient) -> Float[Tensor, "d_sae d_in"]:

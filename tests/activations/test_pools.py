@@ -55,7 +55,7 @@ def expected(loader: ActivationLoader, count: int = 90) -> Tensor:
         starts.append(starts[-1] + len(x))
     order, found, everything = loader.order, [], torch.cat(shards)
     for plan in order.plans(loader.position, loader.streams):
-        rows = torch.cat([order.rows_of(plan, number) + starts[number] for number in order.shards_of(plan)])
+        rows = torch.cat([torch.from_numpy(rows) + starts[number] for number, rows in order.reads(plan)])
         found.append(everything[rows[plan.places.argsort()]][plan.skip :])
         if sum(map(len, found)) >= count * loader.batch_size:
             break

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sae.kernels import reference
+from sae.kernels.composed import composed_residual
 from sae.kernels.interface import (
     NOTHING,
     AdamStep,
@@ -53,13 +54,7 @@ def sampled_product(pattern: Pattern, gradient: Tensor, decoder: Tensor) -> Tens
     return _sampled_product(pattern.features, pattern.offsets, gradient, decoder)
 
 
-def residual(
-    pattern: Pattern, values: Tensor, decoder: Tensor, bias: Tensor | None, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    left = target - decode(pattern, values, decoder)
-    if bias is not None:
-        left -= bias
-    return left, sampled_product(pattern, left, decoder)
+residual = composed_residual(decode, sampled_product)
 
 
 def feature_sums(term: FactoredGradient) -> Tensor:

@@ -268,6 +268,6 @@ def test_if_memory_is_too_short_to_record_a_step_training_continues(monkeypatch:
     monkeypatch.setattr(Simulated, "begin", full)
     with pytest.warns(UserWarning, match="CUDA out of memory"):
         check_equal(train(IterableSource(batches(7)), shape("topk"), settings(20)), expected)
-    monkeypatch.setattr(fixed_kernels, "decode", full)
+    monkeypatch.setattr(fixed_kernels, "select_topk", full)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         train(IterableSource(batches(7)), shape("topk"), settings(20))
