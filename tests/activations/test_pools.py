@@ -267,8 +267,9 @@ def test_files_are_read_if_the_system_does_not_have_them_in_memory(
 
     monkeypatch.setattr(os, "preadv", preadv)
     assert torch.equal(batches(loader), wanted)
-    epoch = loader.tokens_per_epoch * 5 * 2
-    assert read[0] == 0 if cached else 2 * epoch < read[0] < 5 * epoch
+    row_bytes, pools = 5 * 2, 3
+    fewest, most = loader.tokens_per_epoch * row_bytes * pools, ROWS * row_bytes * (pools + 1)
+    assert read[0] == 0 if cached else fewest <= read[0] <= most, "short gaps are read too; the next pool perhaps"
 
 
 @pytest.mark.gpu
