@@ -22,22 +22,20 @@ import ceilings
 import report
 import torch
 from peers.environments import FOLDER, PACKAGES, python
+from peers.steppers import Shape
+
+from sae.kernels.products import multiplies_bfloat16
 
 WORKER = Path(__file__).parent / "peers" / "worker.py"
-OURS = ("sae", "sae, bfloat16 products")
+SCHEDULE = 10_000
+"""Steps that a toolkit's schedules are made for."""
+OURS = ("sae", "sae, float32")
+"""By default the encoder's product is in bfloat16 where the device has instructions for it."""
 SPARSIFY = ("sparsify", "sparsify, float32", "sparsify, Adam", "sparsify, Adam, float32")
 """By default signum and bfloat16 autocast; on a CPU without bfloat16 instructions float32 is faster."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One comparison."""
-
-    architecture: str
-    d_in: int
-    d_sae: int
-    k: int
-    batch: int
+TOPK_ONLY = ("saelens, sparse", *SPARSIFY)
+"""sparsify has no BatchTopK, and SAELens's is dense."""
+IN_BFLOAT16 = ("sparsify", "sparsify, Adam", "llamascopium")
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,9 @@ def compare(shape: Shape, toolkits: list[str], arguments: argparse.Namespace, fl
     """Every toolkit at one shape, in turns."""
     found: dict[str, list[dict]] = {toolkit: [] for toolkit in toolkits}
     for _, toolkit in itertools.product(range(arguments.turns), toolkits):
-        numbers = (shape.d_in, shape.d_sae, shape.k, shape.batch, arguments.steps)
+        numbers = (shape.d_in, shape.d_sae, shape.k, shape.batch, arguments.steps, shape.steps)
         command = [python(toolkit, arguments.environments), WORKER, toolkit, shape.architecture, *map(str, numbers)]
-        done = subprocess.run([*command, arguments.device], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, shape.device], capture_output=True, text=True, check=False)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
             print(f"{toolkit}, {shape}: failed ({last})", file=sys.stderr)
@@ -74,11 +72,17 @@ def compare(shape: Shape, toolkits: list[str], arguments: argparse.Namespace, fl
             turns[0]["version"],
             list(itertools.chain.from_iterable(turn["seconds"] for turn in turns)),
             max(turn["peak_bytes"] for turn in turns),
-            floors["bfloat16" if toolkit in (OURS[1], SPARSIFY[0], SPARSIFY[2]) else "float32"],
+            floors[dtype_of(toolkit, shape.device)],
         )
         for toolkit, turns in found.items()
         if turns
     ]
+
+
+def dtype_of(toolkit: str, device: str) -> str:
+    """In which type a toolkit makes its large products."""
+    ours = toolkit == OURS[0] and multiplies_bfloat16(torch.device(device))
+    return "bfloat16" if ours or toolkit in IN_BFLOAT16 else "float32"
 
 
 def markdown(shape: Shape, rows: list[Row], memory: str) -> str:
@@ -117,7 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--toolkits",
         nargs="+",
-        choices=[*OURS, *dict.fromkeys((*PACKAGES, *SPARSIFY))],
+        choices=[*OURS, *dict.fromkeys((*PACKAGES, *TOPK_ONLY))],
         help="default: all that run on the device",
     )
     parser.add_argument("--steps", type=int, default=4, help="timed steps a turn; on a GPU, blocks of twenty")
@@ -126,7 +130,10 @@ def main() -> None:
     parser.add_argument("--name", help="of the files in docs/results/; default: training-DEVICE")
     arguments = parser.parse_args()
     on_gpu = arguments.device != "cpu"
-    toolkits = arguments.toolkits or [*OURS, "saelens", "dictionary_learning", *(SPARSIFY[:1] if on_gpu else SPARSIFY)]
+    toolkits = arguments.toolkits or [
+        *OURS, "saelens", "saelens, sparse", "dictionary_learning", "llamascopium",
+        *(SPARSIFY[:1] if on_gpu else SPARSIFY),
+    ]  # fmt: skip
     tops = {
         name: ceilings.measure(arguments.device, dtype)
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
@@ -140,11 +147,11 @@ def main() -> None:
     parts = [f"{text}.\n"]
     shapes = itertools.product(arguments.architectures, arguments.widths, arguments.ks, arguments.batches)
     for architecture, d_sae, k, batch in shapes:
-        shape = Shape(architecture, arguments.d_in, d_sae, k, batch)
+        shape = Shape(architecture, arguments.d_in, d_sae, k, batch, SCHEDULE, arguments.device)
         floors = {
             name: ceilings.floor(top, d_in=shape.d_in, d_sae=d_sae, k=k, batch=batch) for name, top in tops.items()
         }
-        chosen = [toolkit for toolkit in toolkits if toolkit not in SPARSIFY or architecture == "topk"]
+        chosen = [toolkit for toolkit in toolkits if toolkit not in TOPK_ONLY or architecture == "topk"]
         rows = compare(shape, chosen, arguments, floors)
         parts.append(markdown(shape, rows, "GPU memory" if on_gpu else "memory"))
         numbers.append({"shape": asdict(shape), "rows": [asdict(row) for row in rows]})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,14 @@ def structure_of(checkout: Path) -> Structure:
 
 
 def python_files(checkout: Path) -> Iterator[Path]:
-    for folder in (PACKAGE, *BESIDE):
-        yield from sorted((checkout / folder).rglob("*.py"))
+    """The checkout's own, without environments that benchmarks made in it."""
+    for top in (PACKAGE, *BESIDE):
+        for folder, inner, names in os.walk(checkout / top):
+            if "pyvenv.cfg" in names:
+                inner.clear()
+                continue
+            inner.sort()
+            yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
 def module_of(checkout: Path, path: Path) -> str:

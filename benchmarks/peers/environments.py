@@ -10,7 +10,12 @@ import torch
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "environments"
-PACKAGES = {"saelens": "sae-lens", "dictionary_learning": "dictionary-learning", "sparsify": "eai-sparsify"}
+PACKAGES = {
+    "saelens": "sae-lens",
+    "dictionary_learning": "dictionary-learning",
+    "sparsify": "eai-sparsify",
+    "llamascopium": "llamascopium",
+}
 
 
 def python(toolkit: str, folder: Path = FOLDER) -> Path:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from absent import stand_in_for  # pyright: ignore[reportMissingImports]
 from data import Stream  # pyright: ignore[reportMissingImports]
+from environments import PACKAGES  # pyright: ignore[reportMissingImports]
 from steppers import (  # pyright: ignore[reportMissingImports]
     Reconstruct,
     Shape,
@@ -35,12 +36,6 @@ from steppers import (  # pyright: ignore[reportMissingImports]
     sparsify,
 )
 
-PACKAGES = {
-    "saelens": "sae-lens",
-    "dictionary_learning": "dictionary-learning",
-    "sparsify": "eai-sparsify",
-    "llamascopium": "llamascopium",
-}
 PEERS: dict[str, Callable[[Shape], Stepper]] = {
     "sparsify": sparsify,
     "saelens, autocast, compiled": lambda shape: saelens(shape, autocast=True, compiled=True),

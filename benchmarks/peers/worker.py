@@ -1,6 +1,6 @@
 """Times whole training steps of one toolkit, in that toolkit's own environment; prints one line of JSON.
 
-    python worker.py TOOLKIT ARCHITECTURE D_IN D_SAE K BATCH STEPS DEVICE
+    python worker.py TOOLKIT ARCHITECTURE D_IN D_SAE K BATCH STEPS SCHEDULE DEVICE
 
 Each toolkit is used as its users use it: its own trainer's step with its default options, which is forward, losses,
 backward, clipping or projection, optimiser, schedule and the record of dead features. Of this package the whole of
@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,42 +25,17 @@ from steppers import (  # pyright: ignore[reportMissingImports]
     Shape,
     Stepper,
     dictionary_learning,
+    llamascopium,
     saelens,
     sparsify,
 )
 
 GPU_BLOCK = 20
+"""Steps of a peer between two moments at which the clock is read: nothing may wait for it."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is to be trained and timed."""
-
-    architecture: str
-    d_in: int
-    d_sae: int
-    k: int
-    batch: int
-    steps: int
-    device: str
-
-    @property
-    def block(self) -> int:
-        """Steps between two moments at which the clock is read: on a GPU some, so that nothing waits for it."""
-        return 1 if self.device == "cpu" else GPU_BLOCK
-
-    def time(self, step: Callable[[int, torch.Tensor], object], data: list[torch.Tensor]) -> list[float]:
-        """Seconds per step of every block; the first block, which warms up, is left out."""
-        seconds = []
-        for block in range(self.steps + 1):
-            start = time.perf_counter()
-            for inner in range(self.block):
-                number = block * self.block + inner
-                step(number, data[number % len(data)])
-            if self.device != "cpu":
-                torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - start) / self.block)
-        return seconds[1:]
+Timed = Callable[[Shape, int, list[torch.Tensor]], list[float]]
+"""Shape, number of timed steps, batches → seconds of each."""
 
 
 class Clocked:
@@ -76,7 +50,7 @@ class Clocked:
             yield batch
 
 
-def ours(task: Task, data: list[torch.Tensor], products: str = "float32") -> list[float]:
+def ours(shape: Shape, count: int, data: list[torch.Tensor], products: str = "auto") -> list[float]:
     """`sae.train`, with a step's share of the log, to which it writes every fifty steps by default.
 
     On a GPU blocks from one line of the log to the next are timed. On a CPU steps are timed from the request for one
@@ -86,16 +60,16 @@ def ours(task: Task, data: list[torch.Tensor], products: str = "float32") -> lis
     from sae.config.settings import DictionaryConfig, TrainConfig
 
     every = TrainConfig().log_every
-    steps = task.steps + 2 if task.device == "cpu" else every * (task.steps + 1)
-    settings = TrainConfig(tokens=steps * task.batch, batch_size=task.batch, encoder_dtype=products)  # type: ignore[arg-type]
-    shape = DictionaryConfig(architecture=task.architecture, d_sae=task.d_sae, k=task.k)  # type: ignore[arg-type]
+    steps = every * (count + 1) if shape.on_gpu else count + 2
+    settings = TrainConfig(tokens=steps * shape.batch, batch_size=shape.batch, encoder_dtype=products)  # type: ignore[arg-type]
+    dictionary = DictionaryConfig(architecture=shape.architecture, d_sae=shape.d_sae, k=shape.k)  # type: ignore[arg-type]
     clocked, lines = Clocked(data), list[float]()
     source = sae.IterableSource(clocked)
     clocked.reads.clear()
     sae.train(
-        source, shape, settings, device=task.device, progress=lambda *_: lines.append(time.perf_counter())
+        source, dictionary, settings, device=shape.device, progress=lambda *_: lines.append(time.perf_counter())
     )  # fmt: skip
-    if task.device != "cpu":
+    if shape.on_gpu:
         return [(after - before) / every for before, after in itertools.pairwise(lines)]
     begun = clocked.reads[:steps]
     seconds = [after - before for before, after in itertools.pairwise(begun)][1:]
@@ -103,26 +77,32 @@ def ours(task: Task, data: list[torch.Tensor], products: str = "float32") -> lis
     return [step + max(0.0, line) / every for step in seconds]
 
 
-def ours_bfloat16(task: Task, data: list[torch.Tensor]) -> list[float]:
-    """The same with the encoder's product in bfloat16; the weights stay float32."""
-    return ours(task, data, "bfloat16")
+def peer(make: Callable[[Shape], Stepper]) -> Timed:
+    """Another toolkit's step. The first block, which warms up, is left out."""
 
-
-def peer(make: Callable[[Shape], Stepper]) -> Callable[[Task, list[torch.Tensor]], list[float]]:
-    """Another toolkit's step, with schedules of ten thousand steps."""
-
-    def timed(task: Task, data: list[torch.Tensor]) -> list[float]:
-        shape = Shape(task.architecture, task.d_in, task.d_sae, task.k, task.batch, 10_000, task.device)
-        return task.time(make(shape).step, data)
+    def timed(shape: Shape, count: int, data: list[torch.Tensor]) -> list[float]:
+        step, numbers = make(shape).step, itertools.count()
+        block = GPU_BLOCK if shape.on_gpu else 1
+        seconds = []
+        for _ in range(count + 1):
+            start = time.perf_counter()
+            for number in itertools.islice(numbers, block):
+                step(number, data[number % len(data)])
+            if shape.on_gpu:
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - start) / block)
+        return seconds[1:]
 
     return timed
 
 
-TOOLKITS = {
+TOOLKITS: dict[str, tuple[Timed, str]] = {
     "sae": (ours, "sae"),
-    "sae, bfloat16 products": (ours_bfloat16, "sae"),
+    "sae, float32": (partial(ours, products="float32"), "sae"),
     "saelens": (peer(saelens), "sae-lens"),
+    "saelens, sparse": (peer(partial(saelens, sparse=True)), "sae-lens"),
     "dictionary_learning": (peer(dictionary_learning), "dictionary-learning"),
+    "llamascopium": (peer(llamascopium), "llamascopium"),
     "sparsify": (peer(sparsify), "eai-sparsify"),
     "sparsify, float32": (peer(partial(sparsify, products=torch.float32)), "eai-sparsify"),
     "sparsify, Adam": (peer(partial(sparsify, adam=True)), "eai-sparsify"),
@@ -131,12 +111,12 @@ TOOLKITS = {
 
 
 def main() -> None:
-    toolkit, architecture, d_in, d_sae, k, batch, steps, device = sys.argv[1:]
-    task = Task(architecture, int(d_in), int(d_sae), int(k), int(batch), int(steps), device)
+    toolkit, architecture, d_in, d_sae, k, batch, steps, schedule, device = sys.argv[1:]
+    shape = Shape(architecture, int(d_in), int(d_sae), int(k), int(batch), int(schedule), device)
     torch.manual_seed(0)
     function, package = TOOLKITS[toolkit]
-    data = [x.to(device) for x in activations(2, task.batch, task.d_in)]
-    seconds = function(task, data)
+    data = [x.to(device) for x in activations(2, shape.batch, shape.d_in)]
+    seconds = function(shape, int(steps), data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
         "seconds": seconds,

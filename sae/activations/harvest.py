@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from sae.activations.cache import ActivationCache
 from sae.activations.manifest import (
-    DOCUMENTS,
     FORMAT,
     MANIFEST,
-    PLAIN_COLUMNS,
     WHOLE_VERSION,
     FileEntry,
     HookEntry,
     Manifest,
     read_manifest,
-    shard_name,
 )
 from sae.activations.same_model import READER, check_same_as_before
 from sae.activations.same_request import (
@@ -34,26 +29,26 @@ from sae.activations.same_request import (
     TOKEN_COLUMNS,
     check_same_request,
     data_identity,
-    reading_version,
     token_columns,
     where_from,
 )
-from sae.activations.shards import Harvester, is_text, write_entry, write_manifest
+from sae.activations.shards import Harvester, is_text, write_manifest
 from sae.activations.space import check_space, stored_shards
-from sae.config.mixture import tokens_by_source
+from sae.activations.text_ahead import TextAhead
+from sae.activations.token_shards import write_text
 from sae.config.progress import StageProgress
 from sae.config.settings import RunConfig
 from sae.config.sources import DataConfig
-from sae.config.splits import HELD_OUT, SPLITS, TRAIN
+from sae.config.splits import HELD_OUT, TRAIN
 from sae.console.terminal import complain
-from sae.errors import CacheError, DataError
+from sae.errors import DataError
 from sae.files.printable import one_line, printable
 from sae.files.writing import locked, stands
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import STREAMS
 from sae.text.census import Census, combined
-from sae.text.packing import READING, Packer, packed_shards
+from sae.text.packing import READING
 
 _ROLES_SHOWN, _LONGEST = 8, 200
 
@@ -82,73 +77,47 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: StagePro
             check_same_request(folder, manifest, config, text=True)
             check_same_as_before(folder, manifest, language_model)
             if not all(manifest.is_whole(folder, name) for name in manifest.files if is_text(name)):
-                _write_text(folder, config, language_model, manifest.files, manifest.data)
+                write_text(folder, config, language_model, manifest.files, manifest.data)
+            check_space(folder, config, manifest)
+            Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
         else:
-            widths = hook_widths(config, language_model)
-            check_space(folder, config, widths)
-            manifest = _begin(folder, config, language_model, widths)
-        check_space(folder, config, {hook: entry.d_in for hook, entry in manifest.hooks.items()}, manifest)
-        Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
+            _harvest_new(folder, config, language_model, progress)
     return ActivationCache(folder)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """The text as written; `source_tokens` is the number of rows from each of several sources, by split."""
-
-    files: dict[str, FileEntry]
-    source_tokens: dict[str, dict[str, int]]
-    census: tuple[Census, ...]
-
-
-def _write_text(
-    folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry],
-    versions: dict[str, Any],
-) -> _Text:  # fmt: skip
-    """Write the text as token shards and document names. Starts over if interrupted.
-
-    `versions` has the columns and the versions of reading and random streams; the `data` of a manifest has them.
-    """
-    data = config.data
-    bos = language_model.bos if data.prepend_bos else None
-    rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
-    packers = {split: Packer(rows[split], data.context_length, bos, language_model.separator) for split in SPLITS}
-    files: dict[str, FileEntry] = {}
-    counts = dict.fromkeys(SPLITS, 0)
-    document_rows: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    shard_contexts, columns = config.harvest.shard_contexts, versions.get(TOKEN_COLUMNS, PLAIN_COLUMNS)
-    census = [Census() for _ in data.sources]
-    reading = reading_version(versions)
-    if reading not in range(READING + 1):
-        raise CacheError(
-            f"cache {str(folder)!r}: its manifest has reading={reading!r}, but this version knows 0 to {READING}: "
-            "restore it with the version that wrote it, or delete the cache and harvest it again"
+def _harvest_new(
+    folder: Path, config: RunConfig, language_model: LanguageModel, progress: StageProgress | None
+) -> None:
+    """Write the text and run the model over it, at the same time if the model does not need the processor."""
+    manifest = _new_manifest(config, language_model, hook_widths(config, language_model))
+    check_space(folder, config, manifest)
+    if config.harvest.live and manifest.stored_rows(TRAIN) == config.data.tokens:
+        shard = config.harvest.shard_contexts * config.data.context_length
+        complain(
+            f"harvest.live=true: a sample of {config.harvest.stored_training_tokens:,} tokens, in shards of {shard:,}, "
+            f"covers all {config.data.tokens:,} for training, so all activations are stored; lower "
+            "harvest.sample_tokens, and harvest.shard_contexts if shards are large, to store less"
         )
-    for split, packed in packed_shards(
-        data,
-        language_model.tokenizer,
-        shard_contexts,
-        packers,
-        versions.get(TEXT_STREAMS, 1),
-        census,
-        reading,
-        language_model.rows,
-    ):
-        name = shard_name("tokens", split, counts[split])
-        tensors = {column: torch.from_numpy(getattr(packed, column)) for column in columns}
-        files[name] = write_entry(folder, name, [save(tensors)], len(packed.tokens), expected.get(name))
-        counts[split] += 1
-        document_rows[split].update(packed.documents.tolist())
-    names = {split: packer.names for split, packer in packers.items()}
-    content = (json.dumps(names, indent=1, ensure_ascii=False) + "\n").encode()
-    files[DOCUMENTS] = write_entry(folder, DOCUMENTS, [content], sum(map(len, names.values())), expected.get(DOCUMENTS))
-    several = SPLITS if len(data.sources) > 1 else ()
-    source_tokens = {split: tokens_by_source(data.labels, names[split], document_rows[split]) for split in several}
-    return _Text(dict(sorted(files.items())), source_tokens, tuple(census))
+    write = functools.partial(_write_text, folder, config, language_model, manifest)
+    batch_contexts = config.harvest.batch_contexts
+    if _at_once(language_model):
+        with contextlib.closing(TextAhead(write)) as text:
+            Harvester(folder, manifest, language_model, batch_contexts, progress, text).run()
+            remarks = text.wait()
+    else:
+        remarks = write()
+    for remark in remarks:
+        complain(remark)
+    if not manifest.complete:
+        Harvester(folder, manifest, language_model, batch_contexts, progress).run()
 
 
-def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, widths: dict[str, int]) -> Manifest:
-    """First stage: write everything except activations, the manifest last."""
+def _at_once(language_model: LanguageModel) -> bool:
+    return language_model.device.type != "cpu"
+
+
+def _new_manifest(config: RunConfig, language_model: LanguageModel, widths: dict[str, int]) -> Manifest:
+    """The manifest of a harvest before its text is written."""
     data, harvest_config = config.data, config.harvest
     policy = language_model.token_policy(
         prepend_bos=data.prepend_bos,
@@ -156,15 +125,8 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, width
         mask_special_tokens=harvest_config.mask_special_tokens,
     )
     policy = dataclasses.replace(policy, chat_roles=data.chat_roles)
-    versions = {TEXT_STREAMS: STREAMS, TOKEN_COLUMNS: token_columns(data), TEXT_READING: READING}
-    text = _write_text(folder, config, language_model, {}, versions)
-    _check_roles(data, text.census)
-    for label, census in zip(data.labels, text.census, strict=True):
-        for line in census.lines(label, chose_unit=data.holdout_by is not None):
-            complain(line)
-    text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
     stored = stored_shards(config)
-    manifest = Manifest(
+    return Manifest(
         format_version=WHOLE_VERSION if stored is None else FORMAT.version,
         model={**language_model.info.to_json(), READER: language_model.reader(harvest_config.hooks)},
         data={
@@ -172,9 +134,6 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, width
             **({TEXT_STREAMS: STREAMS} if data.shuffle_documents else {}),
             TOKEN_COLUMNS: token_columns(data),
             TEXT_READING: READING,
-            **combined(text.census),
-            **where_from(data),
-            **({"source_tokens": text.source_tokens} if text.source_tokens else {}),
         },
         tokens={**policy.to_json(), "mask_special_tokens": harvest_config.mask_special_tokens},
         context_length=data.context_length,
@@ -182,12 +141,39 @@ def _begin(folder: Path, config: RunConfig, language_model: LanguageModel, width
         dtype=harvest_config.dtype,
         rows={TRAIN: data.tokens, HELD_OUT: data.held_out_tokens},
         stored=stored,
-        text_sha256=text_sha256,
+        text_sha256="",
         hooks={hook: HookEntry(d_in=widths[hook]) for hook in harvest_config.hooks},
-        files=text.files,
+        files={},
     )
+
+
+def _write_text(
+    folder: Path, config: RunConfig, language_model: LanguageModel, manifest: Manifest,
+    finished: Callable[[str], None] = lambda _: None,
+) -> list[str]:  # fmt: skip
+    """Write everything except activations, the manifest last; returns what users should know about the text."""
+
+    def note(name: str, entry: FileEntry) -> None:
+        manifest.files[name] = entry
+        finished(name)
+
+    data = config.data
+    versions = {TEXT_STREAMS: STREAMS, TOKEN_COLUMNS: token_columns(data), TEXT_READING: READING}
+    text = write_text(folder, config, language_model, {}, versions, note)
+    _check_roles(data, text.census)
+    manifest.text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
+    manifest.data |= {
+        **combined(text.census),
+        **where_from(data),
+        **({"source_tokens": text.source_tokens} if text.source_tokens else {}),
+    }
     write_manifest(folder, manifest)
-    return manifest
+    chose_unit = data.holdout_by is not None
+    return [
+        line
+        for label, census in zip(data.labels, text.census, strict=True)
+        for line in census.lines(label, chose_unit=chose_unit)
+    ]
 
 
 def _check_roles(data: DataConfig, census: Sequence[Census]) -> None:

@@ -44,11 +44,10 @@ def cache_bytes(config: RunConfig, widths: Mapping[str, int]) -> int:
     return stored * per_row + (data.tokens + data.held_out_tokens) * _BYTES_OF_TEXT
 
 
-def check_space(folder: Path, config: RunConfig, widths: Mapping[str, int], manifest: Manifest | None = None) -> None:
+def check_space(folder: Path, config: RunConfig, manifest: Manifest) -> None:
     """Raise CacheError if the bytes still to be written exceed the free space."""
-    written = 0
-    if manifest is not None:
-        written = sum(manifest.files[name].bytes for name in manifest.files if manifest.is_whole(folder, name))
+    written = sum(manifest.files[name].bytes for name in manifest.files if manifest.is_whole(folder, name))
+    widths = {hook: entry.d_in for hook, entry in manifest.hooks.items()}
     needed, free = cache_bytes(config, widths) - written, free_bytes(folder)
     if needed > free:
         raise CacheError(

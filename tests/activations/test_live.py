@@ -215,6 +215,18 @@ def test_what_a_live_harvest_stores(
     assert len(list((live_cache.path / HOOKS[0]).iterdir())) == 6
 
 
+def test_a_sample_of_everything_is_announced(
+    tiny_config: TinyConfig, language_model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"harvest__hooks": HOOKS[:1], "harvest__live": True, "data__tokens": 300}
+    harvest(tiny_config(**settings, harvest__sample_tokens=128), language_model)
+    assert "all activations are stored" not in capsys.readouterr().err
+    cache = harvest(tiny_config(**settings, harvest__cache=str(tmp_path / "all")), language_model)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "a sample of 500,000 tokens, in shards of 128, covers all 300 for training, so all activations are" in shown
+    assert cache.rows(TRAIN) == 300
+
+
 def _rows(cache: ActivationCache, split: str) -> Iterator[Tensor]:
     for batch in cache.contexts(split, HOOKS[0]):
         assert batch.activations is not None
