@@ -24,7 +24,7 @@ from sae.numerics.transfer import Event, Transfer
 
 READERS = 8
 """Threads that read: a disk reaches its speed with several requests at a time."""
-_HOST_PIECE, _DEVICE_PIECE = 1 << 20, 8 << 20
+_HOST_PIECE, _MAPPED_PIECE, _DEVICE_PIECE = 1 << 20, 8 << 20, 8 << 20
 """Bytes that a thread reads in one go: on the host they stay in the processor's cache, and are dropped."""
 _GATHERED, _ROWS_PER_LOOK = 4 << 20, 64
 """Bytes gathered together, at least; and rows for each file, whose state is looked at afterwards."""
@@ -69,7 +69,7 @@ class Pools(ABC):
     ) -> None:
         self.cache, self.hook, self.order, self.transfer = cache, hook, order, transfer
         self.width, self.dtype = cache.d_in(hook), cache.stored_dtype
-        self._piece = min(max(1, piece_bytes // (self.width * self.dtype.itemsize)), order.pool_tokens)
+        self._piece = min(self._rows_of(piece_bytes), order.pool_tokens)
         self._buffers: queue.SimpleQueue[_Lent] = queue.SimpleQueue()
         self._shards: dict[int, ShardRows] = {}
 
@@ -120,6 +120,10 @@ class Pools(ABC):
         pieces = [(part, start) for part in parts for start in range(0, len(part.rows), self._piece)]
         for begun in [readers.submit(read, *piece) for piece in pieces]:
             begun.result()
+
+    def _rows_of(self, size: int) -> int:
+        """Rows of so many bytes, at least one."""
+        return max(1, size // (self.width * self.dtype.itemsize))
 
     @contextlib.contextmanager
     def _lent(self) -> Iterator[_Lent]:
@@ -175,6 +179,8 @@ class _HostPool:
 class HostPools(Pools):
     """Pools in the page cache, into which the next one is read if it is not there, while the one before is used.
 
+    On Linux the system reads it where the files are mapped, without copying; elsewhere threads read and drop it.
+
     Batches are gathered when they are due, a few at a time, from where the files are mapped: each row is copied once.
     """
 
@@ -195,11 +201,22 @@ class HostPools(Pools):
                         yield batch.numbers if batch.scale is None else dequantise(batch.numbers, batch.scale)
                         del batch  # so that its memory can be used again
 
+    def _map(self, parts: Sequence[_Part], readers: ThreadPoolExecutor) -> list[bool]:
+        """Have the system read rows into the page cache; for each part, whether it did."""
+        rows = self._rows_of(_MAPPED_PIECE)
+        begun = [
+            [readers.submit(part.shard.map, part.rows[n : n + rows]) for n in range(0, len(part.rows), rows)]
+            for part in parts
+        ]
+        mapped = [[piece.result() for piece in pieces] for pieces in begun]
+        return [all(pieces) for pieces in mapped]
+
     def _prepare(self, plans: Iterator[PoolPlan], readers: ThreadPoolExecutor) -> _HostPool:
         plan = next(plans)
         parts, places = list(self._parts(plan)), _fresh(plan)
-        if not all(part.shard.is_cached(part.rows) for part in parts):
-            self._read(parts, readers, lambda rows, first: None)  # what is read stays in the page cache
+        missing = [part for part in parts if not part.shard.is_cached(part.rows)]
+        unread = [part for part, mapped in zip(missing, self._map(missing, readers), strict=True) if not mapped]
+        self._read(unread, readers, lambda rows, first: None)  # what is read stays in the page cache
         source = JoinedRows([part.shard.activations for part in parts])
         order = np.empty_like(places)
         for number, part in enumerate(parts):

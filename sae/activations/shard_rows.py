@@ -16,7 +16,7 @@ from sae.activations.manifest import RESTORE
 from sae.files.damage import damaged, unreadable
 from sae.files.digest import TIMES_READ, Identity, identity_of, open_regular
 from sae.files.reading import tensor_start
-from sae.files.scattered import RowFile
+from sae.files.scattered import RowFile, populate
 
 
 class ShardRows:
@@ -63,6 +63,19 @@ class ShardRows:
             except EOFError as error:
                 raise damaged(self.path, f"damaged ({error})", RESTORE) from error
 
+    def map(self, rows: Int[np.ndarray, " rows"]) -> bool:
+        """Have the system read rows into the memory that `activations` is mapped to.
+
+        Args:
+            rows: their numbers, ascending.
+
+        Returns:
+            False if it cannot; then reading them tells why.
+        """
+        with self._opened() as file:
+            file.announce(rows)
+        return populate(self.activations.data_ptr(), rows, self._row_bytes)
+
     def is_cached(self, rows: Int[np.ndarray, " rows"]) -> bool:
         """Whether rows can be copied from `activations` without waiting for the disk.
 
@@ -71,6 +84,10 @@ class ShardRows:
         """
         with self._opened() as file:
             return file.is_cached(rows)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.activations.shape[1] * self.activations.element_size()
 
     def is_unchanged(self) -> bool:
         """Whether the file is still the one that was compared with its hash; if not, it is compared again.
@@ -90,7 +107,7 @@ class ShardRows:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[RowFile]:
         with os.fdopen(open_regular(self.path, RESTORE), "rb", buffering=0) as file:
-            yield RowFile(file.fileno(), self._start, self.activations.shape[1] * self.activations.element_size())
+            yield RowFile(file.fileno(), self._start, self._row_bytes)
 
 
 def until_unchanged(shards: Sequence[ShardRows], copy: Callable[[], None]) -> None:

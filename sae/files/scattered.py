@@ -1,9 +1,13 @@
-"""Rows from many places of a file, read together in few requests."""
+"""Rows from many places of a file: read together in few requests, or into memory that the file is mapped to."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import mmap
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -17,6 +21,8 @@ _MOST_PIECES = 1000
 """Pieces of memory that one request fills; systems allow 1024."""
 _SAMPLED = 16
 """One of so many runs is looked at to find out whether all are in the page cache."""
+_POPULATE_READ = 22
+"""Linux's MADV_POPULATE_READ, since 5.14: read pages and map them. Python has no name for it."""
 _NO_WAITING = getattr(os, "RWF_NOWAIT", None)
 _BYTE = bytearray(1)
 
@@ -64,6 +70,17 @@ class RowFile:
         if pieces:
             _fill(self.descriptor, pieces, self.start + begin)
 
+    def announce(self, rows: Int[np.ndarray, " rows"]) -> None:
+        """Have the system begin to read rows, where it can: all requests are at the disk together.
+
+        Args:
+            rows: their numbers, ascending.
+        """
+        if hasattr(os, "posix_fadvise"):
+            for first, stop, row in _runs(rows):
+                begin, size = self.start + row * self.row_bytes, (stop - first) * self.row_bytes
+                os.posix_fadvise(self.descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+
     def is_cached(self, rows: Int[np.ndarray, " rows"]) -> bool:
         """Whether rows are in the page cache, as far as a sample tells; False if the system does not say.
 
@@ -79,6 +96,38 @@ class RowFile:
         except OSError:
             return False
         return True
+
+
+def populate(address: int, rows: Int[np.ndarray, " rows"], row_bytes: int) -> bool:
+    """Have the system read rows of a mapped file and map them, so that nobody waits for them later.
+
+    Args:
+        address: where row 0 is mapped.
+        rows: their numbers, ascending.
+        row_bytes: size of a row.
+
+    Returns:
+        False if the system cannot do so, or not with all of these rows.
+    """
+    madvise = _madvise()
+    if madvise is None:
+        return False
+    for first, stop, row in _runs(rows):
+        begin, end = address + row * row_bytes, address + (row + stop - first) * row_bytes
+        begin -= begin % mmap.PAGESIZE
+        if madvise(begin, end - begin, _POPULATE_READ):
+            return False
+    return True
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """The system's function, if it is Linux's; it gives other threads the interpreter."""
+    if not sys.platform.startswith("linux"):
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise
 
 
 def _runs(rows: Int[np.ndarray, " rows"]) -> Iterator[tuple[int, int, int]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from sae.activations.loader import ActivationLoader
 from sae.activations.pools import DevicePools
 from sae.activations.shard_rows import ShardRows
 from sae.errors import DamagedError
+from sae.files.scattered import populate
 from tests.support.late_transfer import LateTransfer
 
 HOOK = "blocks.0.hook_resid_pre"
@@ -251,25 +254,56 @@ def test_rows_of_several_tensors_are_one_array(dtype: torch.dtype, width: int) -
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in the page cache")
 @pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("maps", [True, False])
 def test_files_are_read_if_the_system_does_not_have_them_in_memory(
-    write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, cached: bool
+    write_cache: WriteCache, monkeypatch: pytest.MonkeyPatch, cached: bool, maps: bool
 ) -> None:
+    """By the system itself, or where it cannot, by requests."""
     loader = loader_of(cache_of(write_cache, torch.bfloat16), pool_tokens=10**6)
     wanted = expected(loader)
-    real, read = os.preadv, [0]
+    really_read, really_mapped, read, mapped = os.preadv, ShardRows.map, [0], [0]
 
     def preadv(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
         if flags and not cached:
             raise BlockingIOError
-        count = real(descriptor, buffers, offset)
+        count = really_read(descriptor, buffers, offset)
         read[0] += 0 if flags else count
         return count
 
+    def map_rows(self: ShardRows, rows: Any) -> bool:
+        if not maps or not really_mapped(self, rows):
+            return False
+        mapped[0] += len(rows)
+        return True
+
     monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(ShardRows, "map", map_rows)
     assert torch.equal(batches(loader), wanted)
     row_bytes, pools = 5 * 2, 3
-    fewest, most = loader.tokens_per_epoch * row_bytes * pools, ROWS * row_bytes * (pools + 1)
-    assert read[0] == 0 if cached else fewest <= read[0] <= most, "short gaps are read too; the next pool perhaps"
+    fewest = loader.tokens_per_epoch * pools
+    if not cached and mapped[0]:
+        assert fewest <= mapped[0] <= loader.tokens_per_epoch * (pools + 1), "the next pool perhaps"
+        assert read[0] == 0
+    else:
+        most = ROWS * (pools + 1)
+        assert read[0] == 0 if cached else fewest <= read[0] / row_bytes <= most, "short gaps are read too"
+        assert mapped[0] == 0
+
+
+def test_rows_of_a_file_are_mapped_or_refused(tmp_path: Path) -> None:
+    """Whatever the system can do, it says so, and a row behind the end of the file is refused, not crashed on."""
+    rows = np.arange(40_000, dtype=np.int16).reshape(-1, 8)
+    path = tmp_path / "rows"
+    path.write_bytes(rows.tobytes())
+    mapping = np.memmap(path, dtype=np.int16, mode="r").reshape(-1, 8)
+    address, size = mapping.ctypes.data, mapping.strides[0]
+    chosen = np.array([0, 1, 2, 700, 701, 4_999])
+    done = populate(address, chosen, size)
+    assert np.array_equal(mapping[chosen], rows[chosen])
+    if done:
+        os.truncate(path, 4096)
+        assert populate(address, np.array([0, 1]), size)
+        assert not populate(address, chosen, size)
 
 
 @pytest.mark.gpu
