@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +15,6 @@ from sae.activations.manifest import (
     FORMAT,
     MANIFEST,
     WHOLE_VERSION,
-    FileEntry,
     HookEntry,
     Manifest,
     read_manifest,
@@ -34,7 +31,6 @@ from sae.activations.same_request import (
 )
 from sae.activations.shards import Harvester, is_text, write_manifest
 from sae.activations.space import check_space, stored_shards
-from sae.activations.text_ahead import TextAhead
 from sae.activations.token_shards import write_text
 from sae.config.progress import StageProgress
 from sae.config.settings import RunConfig
@@ -78,19 +74,18 @@ def harvest(config: RunConfig, language_model: LanguageModel, progress: StagePro
             check_same_as_before(folder, manifest, language_model)
             if not all(manifest.is_whole(folder, name) for name in manifest.files if is_text(name)):
                 write_text(folder, config, language_model, manifest.files, manifest.data)
-            check_space(folder, config, manifest)
-            Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
         else:
-            _harvest_new(folder, config, language_model, progress)
+            manifest = _new_manifest(config, language_model, hook_widths(config, language_model))
+            check_space(folder, config, manifest)
+            _announce_sample(config, manifest)
+            _write_new_text(folder, config, language_model, manifest)
+        check_space(folder, config, manifest)
+        Harvester(folder, manifest, language_model, config.harvest.batch_contexts, progress).run()
     return ActivationCache(folder)
 
 
-def _harvest_new(
-    folder: Path, config: RunConfig, language_model: LanguageModel, progress: StageProgress | None
-) -> None:
-    """Write the text and run the model over it, at the same time if the model does not need the processor."""
-    manifest = _new_manifest(config, language_model, hook_widths(config, language_model))
-    check_space(folder, config, manifest)
+def _announce_sample(config: RunConfig, manifest: Manifest) -> None:
+    """Tell the user if the sample of a live harvest is the whole text."""
     if config.harvest.live and manifest.stored_rows(TRAIN) == config.data.tokens:
         shard = config.harvest.shard_contexts * config.data.context_length
         complain(
@@ -98,22 +93,6 @@ def _harvest_new(
             f"covers all {config.data.tokens:,} for training, so all activations are stored; lower "
             "harvest.sample_tokens, and harvest.shard_contexts if shards are large, to store less"
         )
-    write = functools.partial(_write_text, folder, config, language_model, manifest)
-    batch_contexts = config.harvest.batch_contexts
-    if _at_once(language_model):
-        with contextlib.closing(TextAhead(write)) as text:
-            Harvester(folder, manifest, language_model, batch_contexts, progress, text).run()
-            remarks = text.wait()
-    else:
-        remarks = write()
-    for remark in remarks:
-        complain(remark)
-    if not manifest.complete:
-        Harvester(folder, manifest, language_model, batch_contexts, progress).run()
-
-
-def _at_once(language_model: LanguageModel) -> bool:
-    return language_model.device.type != "cpu"
 
 
 def _new_manifest(config: RunConfig, language_model: LanguageModel, widths: dict[str, int]) -> Manifest:
@@ -147,20 +126,16 @@ def _new_manifest(config: RunConfig, language_model: LanguageModel, widths: dict
     )
 
 
-def _write_text(
-    folder: Path, config: RunConfig, language_model: LanguageModel, manifest: Manifest,
-    finished: Callable[[str], None] = lambda _: None,
-) -> list[str]:  # fmt: skip
-    """Write everything except activations, the manifest last; returns what users should know about the text."""
-
-    def note(name: str, entry: FileEntry) -> None:
-        manifest.files[name] = entry
-        finished(name)
-
+def _write_new_text(folder: Path, config: RunConfig, language_model: LanguageModel, manifest: Manifest) -> None:
+    """First stage: write everything except activations, the manifest last."""
     data = config.data
     versions = {TEXT_STREAMS: STREAMS, TOKEN_COLUMNS: token_columns(data), TEXT_READING: READING}
-    text = write_text(folder, config, language_model, {}, versions, note)
+    text = write_text(folder, config, language_model, {}, versions)
     _check_roles(data, text.census)
+    for label, census in zip(data.labels, text.census, strict=True):
+        for line in census.lines(label, chose_unit=data.holdout_by is not None):
+            complain(line)
+    manifest.files = text.files
     manifest.text_sha256 = hashlib.sha256("".join(entry.sha256 for entry in text.files.values()).encode()).hexdigest()
     manifest.data |= {
         **combined(text.census),
@@ -168,12 +143,6 @@ def _write_text(
         **({"source_tokens": text.source_tokens} if text.source_tokens else {}),
     }
     write_manifest(folder, manifest)
-    chose_unit = data.holdout_by is not None
-    return [
-        line
-        for label, census in zip(data.labels, text.census, strict=True)
-        for line in census.lines(label, chose_unit=chose_unit)
-    ]
 
 
 def _check_roles(data: DataConfig, census: Sequence[Census]) -> None:

@@ -214,9 +214,10 @@ class HostPools(Pools):
     def _prepare(self, plans: Iterator[PoolPlan], readers: ThreadPoolExecutor) -> _HostPool:
         plan = next(plans)
         parts, places = list(self._parts(plan)), _fresh(plan)
-        missing = [part for part in parts if not part.shard.is_cached(part.rows)]
-        unread = [part for part, mapped in zip(missing, self._map(missing, readers), strict=True) if not mapped]
-        self._read(unread, readers, lambda rows, first: None)  # what is read stays in the page cache
+        if not all(part.shard.is_cached(part.rows) for part in parts):
+            mapped = self._map(parts, readers)
+            if unmapped := [part for part, is_mapped in zip(parts, mapped, strict=True) if not is_mapped]:
+                self._read(unmapped, readers, lambda rows, first: None)  # what is read stays in the page cache
         source = JoinedRows([part.shard.activations for part in parts])
         order = np.empty_like(places)
         for number, part in enumerate(parts):

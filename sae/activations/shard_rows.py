@@ -72,7 +72,7 @@ class ShardRows:
         Returns:
             False if it cannot; then reading them tells why.
         """
-        with self._opened() as file:
+        with self._opened() as file, contextlib.suppress(OSError):
             file.announce(rows)
         return populate(self.activations.data_ptr(), rows, self._row_bytes)
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from sae.activations.manifest import DOCUMENTS, MANIFEST, FileEntry, Manifest, shard_name
 from sae.activations.same_model import load_shard, reading_as_before
-from sae.activations.shard_memory import ShardMemory, Sums
-from sae.activations.text_ahead import TextAhead
+from sae.activations.shard_memory import ShardMemory
 from sae.activations.tokens import batch_ranges, eligible_rows
 from sae.config.progress import StageProgress
 from sae.config.splits import SPLITS, TRAIN
@@ -38,27 +37,11 @@ class _Shard:
     missing: dict[str, str]
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A shard whose files are written, and its sums by hook point."""
-
-    files: dict[str, FileEntry]
-    sums: dict[str, Sums]
-
-
 class Harvester:
     """Second stage: run the model on one shard after another, and write files in the background.
 
     While a shard is computed, the one or two before it are written. A shard is recorded in the manifest, in order, only
     after its files are on disk, so sums and files always agree.
-
-    Args:
-        folder: the cache.
-        manifest: its manifest.
-        model: the model.
-        batch_contexts: contexts per forward pass.
-        progress: called with (tokens done, tokens in total).
-        text: the text, if it is still being written.
     """
 
     def __init__(
@@ -68,11 +51,9 @@ class Harvester:
         model: LanguageModel,
         batch_contexts: int,
         progress: StageProgress | None,
-        text: TextAhead | None = None,
     ) -> None:
-        self.folder, self.manifest, self.model, self.text = folder, manifest, model, text
+        self.folder, self.manifest, self.model = folder, manifest, model
         self.batch_contexts, self.progress = batch_contexts, progress
-        self.unrecorded: list[_Written] = []
         self.policy = TokenPolicy.from_json(manifest.tokens)
         self.activations = model.activations
         self.total = sum(map(manifest.stored_rows, SPLITS))
@@ -99,9 +80,6 @@ class Harvester:
                 recording.append(recorder.submit(self._record, files, memory, before))
             for recorded in recording:
                 recorded.result()
-        if self.text is not None:
-            self.text.wait()
-        self._record_written()
         if not self.manifest.complete:
             self.manifest.complete = True
             write_manifest(self.folder, self.manifest)
@@ -119,10 +97,7 @@ class Harvester:
 
     def _compute(self, shard: _Shard, memory: ShardMemory) -> None:
         """Have the model compute a shard's activations, and the sums of those that count in training."""
-        name = shard_name("tokens", shard.split, shard.number)
-        if self.text is not None:
-            self.text.wait_for(name)
-        columns = load_shard(self.folder, self.manifest, name)
+        columns = load_shard(self.folder, self.manifest, shard_name("tokens", shard.split, shard.number))
         hooks, length, tokens = list(self.manifest.hooks), self.manifest.context_length, columns["tokens"].long()
         counted = eligible_rows(tokens, self.policy, length, columns.get("counted")).nonzero().flatten()
         ranges = list(batch_ranges(len(tokens), length, self.batch_contexts))
@@ -155,8 +130,6 @@ class Harvester:
     ) -> ShardMemory:
         """Record a shard in the manifest, unless it was already recorded and only its files were restored.
 
-        While the text is being written, there is no manifest, and shards are recorded later.
-
         Args:
             files: its files, by name.
             memory: its activations; returned, for another shard.
@@ -167,24 +140,15 @@ class Harvester:
         recorded = all(name in self.manifest.files for name in files)
         written = {name: file.result() for name, file in files.items()}
         if not recorded:
-            self.unrecorded.append(_Written(written, {hook: memory.sums(hook) for hook in self.manifest.hooks}))
-            if self.text is None or self.text.is_whole():
-                self._record_written()
-        return memory
-
-    def _record_written(self) -> None:
-        """Record the shards that have been written since."""
-        for shard in self.unrecorded:
-            self.manifest.files |= shard.files
+            self.manifest.files |= written
             for hook, entry in self.manifest.hooks.items():
-                total, squares, count = shard.sums[hook]
+                total, squares, count = memory.sums(hook)
                 previous = torch.tensor(entry.sum, dtype=torch.float64) if entry.sum else torch.zeros_like(total)
                 entry.sum = (previous + total).tolist()
                 entry.sum_of_squares += squares
                 entry.tokens += count
-        if self.unrecorded:
-            self.unrecorded.clear()
             write_manifest(self.folder, self.manifest)
+        return memory
 
     def _advance(self, tokens: int) -> None:
         self.done += tokens

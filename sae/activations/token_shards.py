@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ class WrittenText:
 
 def write_text(
     folder: Path, config: RunConfig, language_model: LanguageModel, expected: dict[str, FileEntry],
-    versions: dict[str, Any], written: Callable[[str, FileEntry], None] = lambda *_: None,
+    versions: dict[str, Any],
 ) -> WrittenText:  # fmt: skip
     """Write a text as token shards and document names. Starts over if interrupted.
 
@@ -51,7 +50,6 @@ def write_text(
         language_model: its tokenizer is used.
         expected: files that were lost, which the written ones must equal.
         versions: columns, and versions of reading and of random streams; the `data` of a manifest has them.
-        written: called with the name of each file once it is written, and its size and hash.
 
     Raises:
         CacheError: a file cannot be written, or is not as expected.
@@ -62,11 +60,6 @@ def write_text(
     rows = {TRAIN: data.tokens, HELD_OUT: data.held_out_tokens}
     packers = {split: Packer(rows[split], data.context_length, bos, language_model.separator) for split in SPLITS}
     files: dict[str, FileEntry] = {}
-
-    def write(name: str, pieces: Sequence[bytes], rows: int) -> None:
-        files[name] = write_entry(folder, name, pieces, rows, expected.get(name))
-        written(name, files[name])
-
     counts = dict.fromkeys(SPLITS, 0)
     document_rows: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
     shard_contexts, columns = config.harvest.shard_contexts, versions.get(TOKEN_COLUMNS, PLAIN_COLUMNS)
@@ -89,12 +82,12 @@ def write_text(
     ):
         name = shard_name("tokens", split, counts[split])
         tensors = {column: torch.from_numpy(getattr(packed, column)) for column in columns}
-        write(name, [save(tensors)], len(packed.tokens))
+        files[name] = write_entry(folder, name, [save(tensors)], len(packed.tokens), expected.get(name))
         counts[split] += 1
         document_rows[split].update(packed.documents.tolist())
     names = {split: packer.names for split, packer in packers.items()}
     content = (json.dumps(names, indent=1, ensure_ascii=False) + "\n").encode()
-    write(DOCUMENTS, [content], sum(map(len, names.values())))
+    files[DOCUMENTS] = write_entry(folder, DOCUMENTS, [content], sum(map(len, names.values())), expected.get(DOCUMENTS))
     several = SPLITS if len(data.sources) > 1 else ()
     source_tokens = {split: tokens_by_source(data.labels, names[split], document_rows[split]) for split in several}
     return WrittenText(dict(sorted(files.items())), source_tokens, tuple(census))
