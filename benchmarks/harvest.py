@@ -236,7 +236,7 @@ def write_synthetic_cache(folder: Path, rows: int, d_in: int = 768, context_leng
         hooks={HOOK: HookEntry(d_in=d_in, tokens=counted, sum=[0.0] * d_in, sum_of_squares=counted * d_in)},
         files=files,
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json()), encoding="utf-8")
     return folder
 
 
