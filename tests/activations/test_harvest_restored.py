@@ -56,7 +56,7 @@ def test_text_is_restored_in_the_order_that_the_manifest_is_of(
     """A manifest without a version is of documents that `random.Random(0)` shuffled."""
     config = tiny_config(data__shuffle_documents=5)
     with monkeypatch.context() as patch:
-        patch.setattr("sae.activations.harvest.packed_shards", lambda *given: packed_shards(*given[:4], streams=1))
+        patch.setattr("sae.activations.token_shards.packed_shards", lambda *given: packed_shards(*given[:4], streams=1))
         folder = harvest(config, language_model).path
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["data"].pop("streams") == 2
