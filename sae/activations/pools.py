@@ -194,7 +194,7 @@ class HostPools(Pools):
             while True:
                 pool = coming.result()
                 coming = preparer.submit(self._prepare, plans, readers)
-                few = max(rows, _GATHERED // (self.width * self.dtype.itemsize), _ROWS_PER_LOOK * len(pool.shards))
+                few = max(rows, self._rows_of(_GATHERED), _ROWS_PER_LOOK * len(pool.shards))
                 for start in range(0, len(pool.order), few):
                     pool.gather(filling.room(min(few, len(pool.order) - start)), start)
                     for batch in filling.complete():
