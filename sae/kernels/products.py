@@ -29,6 +29,8 @@ def product(
         return result if out is None else out.copy_(result)
     if out is None:
         out = x.new_empty(len(x), len(encoder))
+    if _lacks_bfloat16(x):
+        return out.copy_(_product_of_float32(x.detach(), encoder.detach()))
     if _numpy_is_faster(x, encoder):
         _numpy_product(x.detach(), encoder.detach(), out)
         return out
@@ -60,6 +62,8 @@ def tile_product(
 
     It is oneDNN in bfloat16, and on AMD processors, where even without AVX-512 it is a little faster than MKL.
     """
+    if _lacks_bfloat16(x):
+        return _product_of_float32(x, encoder, bias)
     by_onednn = x.dtype == torch.bfloat16 or (_is_large(x, encoder) and _on_amd())
     if by_onednn and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), encoder.contiguous(), bias, "none", [], "")
@@ -74,6 +78,17 @@ def makes_its_own(x: Tensor, encoder: Tensor) -> bool:
     which do not use those instructions there.
     """
     return _is_large(x, encoder) and _onednn_beats_openblas()
+
+
+def _product_of_float32(x: Tensor, encoder: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · encoderᵀ (+ bias) of 16-bit numbers as oneDNN computes it: summed in float32, and rounded at the end."""
+    result = x.float() @ encoder.float().T
+    return (result if bias is None else result.add_(bias)).to(x.dtype)
+
+
+def _lacks_bfloat16(x: Tensor) -> bool:
+    """Whether a product is in bfloat16 on a processor for which oneDNN has none; torch's takes 7 times as long."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _onednn_has_bfloat16()
 
 
 def processor() -> str:
@@ -127,6 +142,11 @@ def _numpy_product(x: Tensor, encoder: Tensor, out: Tensor) -> None:
             return
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(multiply, bounds, bounds[1:]))
+
+
+@cache
+def _onednn_has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @cache

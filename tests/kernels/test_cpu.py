@@ -102,3 +102,22 @@ def test_the_openblas_that_multiplies_is_numpy_s_own() -> None:
     """Another library's copy, loaded earlier or later, must not decide how a product is made."""
     for library in products._openblas().info():
         assert Path(library["filepath"]).parent.name == "numpy.libs"
+
+
+@pytest.mark.parametrize("has_its_own", [False, True], ids=["without instructions for it", "on this processor"])
+def test_bfloat16_products_are_rounded_once(monkeypatch: pytest.MonkeyPatch, has_its_own: bool) -> None:
+    """On every processor: oneDNN has none for those without AVX-512."""
+    if not has_its_own:
+        monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    x, encoder = (torch.randn(n, 48, generator=generator).bfloat16() for n in (33, 70))
+    bias = torch.randn(70, generator=generator).bfloat16()
+    exact = x.double() @ encoder.double().T
+    for result, expected in (
+        (products.tile_product(x, encoder), exact),
+        (products.product(x, encoder), exact),
+        (products.tile_product(x, encoder, bias), exact + bias.double()),
+    ):
+        assert result.dtype == torch.bfloat16
+        assert float((result == expected.bfloat16()).float().mean()) > 0.99  # others are within rounding of a half
+        torch.testing.assert_close(result.double(), expected, rtol=2**-7, atol=1e-6)
