@@ -82,12 +82,14 @@ def compare(architecture: str, seed: int, data: list[torch.Tensor], arguments: a
     tokens = arguments.steps * arguments.batch
     settings = TrainConfig(
         tokens=tokens, batch_size=arguments.batch, log_every=1, dead_after_tokens=2 * tokens,
-        warmup_fraction=1, decay_fraction=0, encoder_dtype="float32", seed=seed,
+        warmup_fraction=1, decay_fraction=0, encoder_dtype="float32",
     )  # fmt: skip
     source = sae.IterableSource(data)
     sparse: list[float] = []
     start = time.perf_counter()
-    sae.train(source, shape, settings, progress=lambda done, of, metrics: sparse.append(float(metrics["mse"])))
+    sae.train(
+        source, shape, settings, seed=seed, progress=lambda done, of, metrics: sparse.append(float(metrics["mse"]))
+    )
     sparse_seconds = time.perf_counter() - start
 
     scale = (source.d_in / source.statistics.variance) ** 0.5

@@ -13,6 +13,8 @@ from sae.errors import ConfigError
 StorageDtype = Literal["float32", "float16", "bfloat16", "int8"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 LIVE_SAMPLE_TOKENS = 500_000
+BALANCES = {"auto": True, "balanced": True, "balanced_low_0": True, "sequential": False}
+"""Ways to spread a model over devices, and whether each device gets about as much."""
 
 
 class ModelConfig(Settings):
@@ -32,12 +34,31 @@ class ModelConfig(Settings):
     device: str | None = Field(
         default=None, description="device of the model, such as `cuda:1`, if it needs one of its own; null: `device`"
     )
+    device_map: str | dict[str, str | int] | None = Field(
+        default=None,
+        description="spreads a model over several devices: `auto`, `balanced`, `balanced_low_0`, `sequential`, or a "
+        "device for each module, such as {transformer: 0, lm_head: 1}; null: all of it is on one",
+    )
     weight_processing: Literal["none", "fold_ln", "center_and_fold"] = Field(
         default="none",
         description="`none`: weights as published; `fold_ln`: layer-norm gains folded into the next weights; "
         "`center_and_fold`: also centre the unembedding and the weights that write to the residual stream, the default "
         "of transformer-lens before 4",
     )
+
+    @model_validator(mode="after")
+    def _placed(self) -> ModelConfig:
+        if self.device_map is None:
+            return self
+        if self.device is not None:
+            raise ConfigError("model.device and model.device_map both say where the model is: take one out")
+        if isinstance(self.device_map, str) and self.device_map not in BALANCES:
+            raise ConfigError(
+                f"model.device_map={self.device_map!r}: expected {', '.join(BALANCES)}, or a map of modules"
+            )
+        if isinstance(self.device_map, dict) and {"disk", "meta"} & set(map(str, self.device_map.values())):
+            raise ConfigError("model.device_map: modules have to be on devices that compute, not on disk or meta")
+        return self
 
 
 class DataConfig(Settings):

@@ -186,7 +186,7 @@ class HookedModel:
         activations: dict[str, Tensor] = {}
 
         def keep(name: str, activation: Tensor, hook: Any) -> None:
-            activations[name] = self._hooks[name].flat(activation.detach())
+            activations[name] = self._hooks[name].flat(activation.detach()).to(self.device)
             if len(activations) == len(hooks):
                 raise _AllReadError
 
@@ -199,7 +199,7 @@ class HookedModel:
 
     def logits(self, tokens: Int[Tensor, "context seq"]) -> Float[Tensor, "context seq vocab"]:
         """Next-token logits in float32, with gradients unless the caller disabled them."""
-        return self.bridge(tokens).float()
+        return self.bridge(tokens).float().to(self.device)
 
     def check_causal(self) -> None:
         """Raise ModelError if logits depend on later tokens, as those of masked language models do."""
@@ -236,9 +236,9 @@ class HookedModel:
         hook_point, passes = self._hooks[hook], Passes(self.bridge.original_model)
 
         def replace(activation: Tensor, hook: Any) -> Tensor:
-            flat = hook_point.flat(activation)
+            flat = hook_point.flat(activation).to(self.device)
             new = replacement(flat, passes.now) if with_pass else replacement(flat)  # type: ignore[call-arg]
-            return hook_point.unflat(new, activation)
+            return hook_point.unflat(new.to(activation.device), activation)
 
         with passes.watched(), self.bridge.hooks(fwd_hooks=[(hook, replace)]):
             yield
@@ -251,7 +251,7 @@ class HookedModel:
         hook_point = self._hooks[hook]
 
         def keep(activation: Tensor, hook: Any) -> None:
-            latest[:] = [hook_point.flat(activation)]
+            latest[:] = [hook_point.flat(activation).to(self.device)]
 
         with self.bridge.hooks(fwd_hooks=[(hook, keep)]):
             yield latest
@@ -267,14 +267,15 @@ class HookedModel:
         if (
             W_U.shape[0] != self.info.d_model
         ):  # the embedding's width differs from the residual stream's, as in OPT-350M
-            W_U = self.bridge.original_model.get_decoder().project_out.weight.detach().float().T @ W_U
+            project_out = self.bridge.original_model.get_decoder().project_out.weight.detach().float()
+            W_U = project_out.T @ W_U.to(project_out.device)
         if norm is None:
             return W_U
         weight = getattr(norm, "weight", None)
         if weight is not None:
             # Gemma's RMSNorm multiplies by 1 + weight.
             offset = float(getattr(norm, "uses_weight_offset", self.bridge.cfg.rmsnorm_uses_offset))
-            W_U = (offset + weight.detach().float())[:, None] * W_U
+            W_U = (offset + weight.detach().float())[:, None].to(W_U.device) * W_U
         if not self.bridge.cfg.uses_rms_norm:
             W_U = W_U - W_U.mean(0, keepdim=True)
         return W_U

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.config.environment import choose_device
 from sae.config.sources import ModelConfig
 from sae.dictionary.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
 from sae.dictionary.token_policy import TokenPolicy
@@ -24,6 +23,7 @@ from sae.model.hooked import HookedModel, NoBridgeError
 from sae.model.info import ModelInfo, model_shape
 from sae.model.loading import code_sha256, load_pretrained
 from sae.model.native import native_model
+from sae.model.placement import place
 from sae.model.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
 from sae.model.vocabulary import Vocabulary
 from sae.numerics.modes import in_own_modes
@@ -34,7 +34,7 @@ class LanguageModel(HookedModel):
 
     Args:
         config: the model's configuration, or only its name: a hub model, a folder, a .gguf file, or `demo`.
-        device: device it runs on; `config.device` comes first.
+        device: device it runs on; `config.device` and `config.device_map` come first.
 
     Raises:
         ConfigError: `config` is neither a configuration nor a name; there is no such device.
@@ -43,7 +43,7 @@ class LanguageModel(HookedModel):
     Attributes:
         tokenizer: the Hugging Face tokenizer.
         info: the model's identity.
-        device: the device it runs on.
+        device: the device it runs on; if it is spread over several, that of its tokens and activations.
         rows: number of tokens that it has embeddings for.
     """
 
@@ -54,9 +54,9 @@ class LanguageModel(HookedModel):
         if model.config.bos_token_id is None and tokenizer.bos_token_id is None:
             model.config.bos_token_id = tokenizer.eos_token_id
         weights_sha256, code = hash_weights(model), code_sha256(model, model.config, tokenizer)
-        device = choose_device(config.device or str(device))
+        device = place(model.eval(), config, device)
         rows = int(model.get_input_embeddings().weight.shape[0])
-        native = native_model(model.to(device).eval(), min(rows, len(tokenizer)), config)
+        native = native_model(model, device, min(rows, len(tokenizer)), config)
         bridge = boot(model, copy.deepcopy(tokenizer), label, config) if native is None or has_bridge() else None
         self._tails: dict[str, Tail] = {}
         d_model, n_layers, max_context = model_shape(bridge, native, model.config)

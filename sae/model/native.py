@@ -20,11 +20,12 @@ from sae.model.hook_probe import probe_tokens
 _CONTEXTS, _LENGTH = 3, 7
 
 
-def native_model(model: Any, vocabulary: int, config: ModelConfig) -> NativeModel | None:
+def native_model(model: Any, device: torch.device, vocabulary: int, config: ModelConfig) -> NativeModel | None:
     """A loaded model as transformers runs it; None if it cannot be read, or its weights are to be processed.
 
     Args:
-        model: the Hugging Face model, on its device, in evaluation mode.
+        model: the Hugging Face model, in evaluation mode.
+        device: the device of its tokens.
         vocabulary: number of token ids to choose from.
         config: the configuration that it was loaded with.
     """
@@ -33,7 +34,7 @@ def native_model(model: Any, vocabulary: int, config: ModelConfig) -> NativeMode
     length = min(_LENGTH, getattr(model.config, "max_position_embeddings", None) or _LENGTH)
     try:
         with quiet(), guarded(config):
-            return NativeModel(model, probe_tokens(max(1, vocabulary), _CONTEXTS, length, model.device))
+            return NativeModel(model, probe_tokens(max(1, vocabulary), _CONTEXTS, length, device))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # of a model's own code, too: transformer-lens reads it then, and reports its problems
@@ -107,7 +108,7 @@ class NativeModel:
                 module = self.blocks[site.block].get_submodule(site.module)
                 stack.enter_context(watching(module, site.of_input, lambda x, its_names=its_names: keep(its_names, x)))
             self.run(tokens)
-        return {name: activations[name] for name in sites}
+        return {name: activations[name].to(tokens.device) for name in sites}  # the model may be on several
 
     def run(self, tokens: Int[Tensor, "context seq"]) -> None:
         """Run all blocks."""
@@ -151,7 +152,10 @@ def _is_chain(passed: Sequence[Mapping[bool, Sequence[Tensor]]], shape: torch.Si
 
 def same(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are equal; NaN equals NaN."""
-    return x is y or bool(((x == y) | (x.isnan() & y.isnan())).all())
+    if x is y:
+        return True
+    y = y.to(x.device)
+    return bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ class MatchingSites:
         activations: dict[str, Tensor] = {}
 
         def keep(name: str, activation: Tensor, hook: Any) -> None:
-            activations[name] = self._hooks[name].flat(activation).clone()
+            activations[name] = self._hooks[name].flat(activation).clone().to(self._tokens.device)
 
         with self._bridge.hooks(fwd_hooks=[(name, functools.partial(keep, name)) for name in dict.fromkeys(names)]):
             self._bridge(self._tokens)
@@ -150,7 +150,7 @@ def difference(x: Float[Tensor, "context seq d_in"], truth: Float[Tensor, "conte
 
     In other types it is the median, since the routers of mixtures of experts may break near ties the other way.
     """
-    y = truth.double()
+    y = truth.double().to(x.device)
     distance = (x.double() - y).norm(dim=-1)
     shares = distance / y.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     exact = truth.dtype in (torch.float32, torch.float64)

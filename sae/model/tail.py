@@ -133,7 +133,7 @@ class Tail:
     def logits(self, start: Start, replacement: Replacement) -> Float[Tensor, "context seq vocab"]:
         """Next-token logits, float32, with the hook point's activations `[context, seq, d_in]` replaced."""
         with self._replacing(start, replacement):
-            return self.language_model.bridge(start.tokens).float()
+            return self.language_model.logits(start.tokens)
 
     @torch.no_grad()
     def check_clean(self, tokens: Int[Tensor, "context seq"], logits: Float[Tensor, "context seq vocab"]) -> None:
@@ -164,7 +164,8 @@ class Tail:
         norm = [("ln_final.hook_in", keep)] if "ln_final.hook_in" in bridge.hook_dict else []
         with bridge.hooks(fwd_hooks=[*norm, ("unembed.hook_in", select)]), self._replacing(start, lambda _: x):
             logits = bridge(start.tokens)
-        return Readout(final[0].float(), logits.float())
+        device = self.language_model.device
+        return Readout(final[0].float().to(device), logits.float().to(device))
 
     def _record(self, tokens: Int[Tensor, "context seq"]) -> Start:
         """Run the model up to its last block before the hook point.
@@ -181,7 +182,7 @@ class Tail:
         last = self.language_model.bridge.blocks[self._before - 1]
         with last.register_forward_hook(keep), contextlib.suppress(_RecordedError):
             self.language_model.bridge(tokens)
-        start = Start(tokens, outputs[0])
+        start = Start(tokens, _on(self.language_model.device, outputs[0]))
         if not isinstance(start.hidden, Tensor) or start.hidden.shape[:2] != tokens.shape:
             raise _NoShortRoadError("its blocks pass on more than one residual stream")
         return start
@@ -318,5 +319,12 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
     return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
+def _on(device: torch.device, output: Any) -> Any:
+    """A block's output on a device."""
+    if type(output) in (tuple, list):
+        return type(output)(_on(device, part) for part in output)
+    return output.to(device) if isinstance(output, Tensor) else output
+
+
 def _at(x: Float[Tensor, "context seq d"], positions: Int[Tensor, "context n"]) -> Float[Tensor, "context n d"]:
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, positions.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
