@@ -66,6 +66,7 @@ from sae.model.language_model import LanguageModel
 torch.set_num_threads(1)  # with tensors this small, threads only wait for each other
 products.cpu_has_bfloat16 = lambda: False  # results do not depend on the processor, except in tests of this
 
+CHROMIUM = Path("/usr/bin/chromium")
 SPECIAL = "<|endoftext|>"
 WORDS = """
 the a one every this river stone house letter winter garden engine mother number silver road window question
@@ -237,3 +238,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Outcome(status, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright."""
+    if not CHROMIUM.exists():
+        pytest.skip("chromium is not installed")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield browser
+        browser.close()

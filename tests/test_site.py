@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -164,3 +165,17 @@ def test_every_command_and_group_of_settings_is_in_the_reference() -> None:
     kinds = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     assert sorted(commands) == sorted(cli.commands)
     assert groups == [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Settings)]
+
+
+@pytest.mark.slow
+def test_pages_are_as_wide_as_the_window(site: Path, browser: Any) -> None:
+    """Code and tables scroll in their place; the list of a page's sections leaves room, or goes."""
+    page, too_wide = browser.new_page(), []
+    for path in sorted(site.rglob("*.html")):
+        page.goto(path.as_uri())
+        for width in (400, 900, 1200, 1320, 1600):
+            page.set_viewport_size({"width": width, "height": 800})
+            if page.evaluate("document.documentElement.scrollWidth") > width:
+                too_wide.append((path.relative_to(site).as_posix(), width))
+    page.close()
+    assert too_wide == []

@@ -14,7 +14,7 @@ from sae.files.writing import write_json
 from sae.viewer import print_feature, write_page
 from sae.viewer.page import page_data
 from tests.support.effect_example import make_effects
-from tests.viewer.test_page import Elements, browser, expect  # noqa: F401  the fixture is used by its name
+from tests.viewer.test_page import Elements, expect
 from tests.viewer.test_terminal import printed
 
 EVIL = "</script><img src=x onerror=document.body.remove()>"
@@ -75,7 +75,7 @@ def test_the_page_stays_whole(make_features, tmp_path: Path) -> None:
     assert json.loads(next(script for script in elements.scripts if script.startswith("{")))["changed"] == "ablated"
 
 
-def test_a_card_on_the_page(browser, make_features, tmp_path: Path) -> None:  # noqa: F811
+def test_a_card_on_the_page(browser, make_features, tmp_path: Path) -> None:
     write_page(make_features("word"), range(4), tmp_path / "page.html", "t", make_effects())
     page = browser.new_page()
     problems: list[str] = []

@@ -13,8 +13,6 @@ from sae.viewer import write_page
 from sae.viewer.page import embeddable_json, page_data, token_lengths
 from tests.support.feature_cache import FakeTokenizer
 
-CHROMIUM = Path("/usr/bin/chromium")
-
 
 class Elements(HTMLParser):
     """Elements of a page, and what stands in its scripts."""
@@ -87,17 +85,6 @@ def test_pages_hold_the_features_asked_for_once(make_features, tmp_path: Path) -
     assert set(dead) == {"i", "n", "u", "l"}, "a dead feature has no numbers and no examples"
     with pytest.raises(UnknownFeatureError, match="feature 4: the store has features 0 to 3"):
         write_page(features, [4], tmp_path / "page.html", "t")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM.exists():
-        pytest.skip("chromium is not installed")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
