@@ -60,6 +60,9 @@ class ModelConfig(Settings):
             raise ConfigError("model.device_map: modules have to be on devices that compute, not on disk or meta")
         return self
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a map of devices has no hash of its own
+
 
 class DataConfig(Settings):
     """The text to read, and how it is cut into contexts."""

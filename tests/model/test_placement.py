@@ -52,6 +52,12 @@ def test_modules_that_move_their_inputs_give_the_same_numbers(
     assert model.road(HOOKS[0]).name == SHORT
 
 
+def test_a_map_can_be_told_from_another() -> None:
+    """Runs with the same model are evaluated together, so its configuration is a key."""
+    one, same, other = (ModelConfig(device_map={"": name}) for name in ("cpu", "cpu", "cuda:0"))
+    assert len({one, same, other}) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
