@@ -263,12 +263,12 @@ class HookedModel:
         Without a final norm, this is the unembedding alone.
         """
         norm = getattr(self.bridge, "ln_final", None)
-        W_U = self.bridge.W_U.detach().float()
+        W_U = self.bridge.W_U.detach().float().to(self.device)
         if (
             W_U.shape[0] != self.info.d_model
         ):  # the embedding's width differs from the residual stream's, as in OPT-350M
             project_out = self.bridge.original_model.get_decoder().project_out.weight.detach().float()
-            W_U = project_out.T @ W_U.to(project_out.device)
+            W_U = project_out.T.to(W_U.device) @ W_U
         if norm is None:
             return W_U
         weight = getattr(norm, "weight", None)

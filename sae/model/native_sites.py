@@ -218,19 +218,19 @@ class _Parts:
         received, block = self._received, self._block
         assert received is not None
         self._sites[name_of(block, "hook_resid_pre")] = Site(block, "", of_input=True)
-        for kind, path in self._added(received, given).items():
+        for kind, path in self._added(received.to(given.device), given).items():
             self._sites[name_of(block, kind)] = Site(block, path, of_input=False)
         self._sites[name_of(block, "hook_resid_post")] = Site(block, "", of_input=False)
         self._outputs = {kind: [] for kind in self._outputs}
 
     def _added(self, received: Tensor, given: Tensor) -> dict[str, str]:
         """The paths of the modules whose outputs are added to the residual stream, by kind of hook point."""
-        attention, mlp = self._outputs.values()
+        attention, mlp = ([(path, x.to(given.device)) for path, x in part] for part in self._outputs.values())
         for attention_path, a in attention:
             for mlp_path, m in mlp:
                 if any(same(total, given) for total in (received + a + m, received + m + a, received + (a + m))):
                     return {"hook_attn_out": attention_path, "hook_mlp_out": mlp_path}
-        for kind, outputs in self._outputs.items():
+        for kind, outputs in zip(self._outputs, (attention, mlp), strict=True):
             for path, x in outputs:
                 if same(received + x, given):
                     return {kind: path}

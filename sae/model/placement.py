@@ -39,7 +39,13 @@ def place(model: Any, config: ModelConfig, device: str | torch.device) -> torch.
     from accelerate import dispatch_model
 
     device_map = dict(_map_of(model, config.device_map))
-    for name in dict.fromkeys(map(str, device_map.values())):
+    names = dict.fromkeys(map(str, device_map.values()))
+    if "cpu" in names and len(names) > 1:
+        raise ConfigError(
+            f"model.device_map of {config.name!r}: some modules are on cpu and others are not: their weights would be "
+            "copied for every pass; put every module on a GPU, or none"
+        )
+    for name in names:
         choose_device(f"cuda:{name}" if name.isdigit() else name)
     first = _first_device(model, device_map)
     try:
@@ -53,6 +59,7 @@ def place(model: Any, config: ModelConfig, device: str | torch.device) -> torch.
             f"model.device_map of {config.name!r} ({first_line(error)}); name modules such as "
             f"{_some_modules(model)}, every one of them, or take auto"
         ) from error
+    check_shared(model, config.name)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"model {config.name!r}: does not fit on the devices of model.device_map; add a device to it")
     return torch.device(f"cuda:{first}" if isinstance(first, int) else first)
@@ -78,6 +85,23 @@ def _first_device(model: Any, device_map: dict[str, Any]) -> Any:
     name = next(name for name, module in model.named_modules() if module is embedding)
     parents = [".".join(name.split(".")[:length]) for length in range(len(name.split(".")), -1, -1)]
     return next((device_map[parent] for parent in parents if parent in device_map), next(iter(device_map.values())))
+
+
+def check_shared(model: Any, name: str) -> None:
+    """Raise ConfigError if a module's weights are not where it runs, because another module shares them."""
+    for path, module in model.named_modules():
+        runs_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if runs_on is None or isinstance(runs_on, dict):
+            continue
+        runs_on = torch.device(f"cuda:{runs_on}" if isinstance(runs_on, int) else runs_on)
+        places = {
+            (parameter.device.type, parameter.device.index or 0) for parameter in module.parameters(recurse=False)
+        }
+        if places - {(runs_on.type, runs_on.index or 0), ("meta", 0)}:
+            raise ConfigError(
+                f"model.device_map of {name!r}: {path} is to run on {runs_on}, and shares its weights with a module on "
+                "another device, as an embedding and the last layer often do: put both on one"
+            )
 
 
 def _some_modules(model: Any) -> str:

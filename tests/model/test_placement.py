@@ -15,6 +15,7 @@ import torch
 import sae
 from sae.config.settings import ModelConfig
 from sae.errors import ConfigError, ModelError
+from sae.model.placement import check_shared
 from sae.model.tail import SHORT
 
 HOOKS = ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.2.attn.hook_z")
@@ -80,7 +81,22 @@ def test_a_map_that_leaves_modules_out_is_refused() -> None:
 @pytest.mark.parametrize("device", [7, "cuda:7"])
 def test_a_device_that_is_missing_is_named(device: str | int) -> None:
     with pytest.raises(ConfigError, match="device 'cuda:7': not available here"):
-        sae.LanguageModel(ModelConfig(name="demo", device_map={"transformer": "cpu", "lm_head": device}))
+        sae.LanguageModel(ModelConfig(name="demo", device_map={"": device}))
+
+
+def test_a_cpu_next_to_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="some modules are on cpu and others are not"):
+        sae.LanguageModel(ModelConfig(name="demo", device_map={"transformer": "cuda:0", "lm_head": "cpu"}))
+
+
+def test_shared_weights_on_another_device_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accelerate leaves them: the demo model's embedding and last layer are one tensor."""
+    model = spread(monkeypatch, MAP).bridge.original_model
+    check_shared(model, "demo")
+    head = next(module for module in model.modules() if type(module) is torch.nn.Linear and hasattr(module, "_hf_hook"))
+    vars(head)["_hf_hook"].execution_device = 1
+    with pytest.raises(ConfigError, match=r"is to run on cuda:1, and shares its weights .* put both on one"):
+        check_shared(model, "demo")
 
 
 def test_without_accelerate_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
