@@ -13,7 +13,6 @@ from sae.architectures import JumpReLU as JumpReLU
 from sae.architectures import Matryoshka as Matryoshka
 from sae.architectures import ReLU as ReLU
 from sae.architectures import TopK as TopK
-from sae.architectures import load as load
 from sae.config.file import load_config as load_config
 from sae.config.settings import DictionaryConfig as DictionaryConfig
 from sae.config.settings import EvaluationConfig as EvaluationConfig
@@ -32,6 +31,8 @@ from sae.evaluation import evaluate as evaluate
 from sae.evaluation import evaluate_all as evaluate_all
 from sae.features import Features as Features
 from sae.files.version import __version__ as __version__
+from sae.formats import convert as convert
+from sae.formats import load as load
 from sae.model.language_model import LanguageModel as LanguageModel
 from sae.model.splicing import splice as splice
 from sae.probing import probe as probe

@@ -41,7 +41,8 @@ QUESTIONS = {
     "Where are the top activating contexts?": {"guides/inspect"},
     "How do I steer a feature?": {"guides/splice"},
     "How do I ablate a feature?": {"guides/splice"},
-    "How do I load a SAELens dictionary?": {"coming-from-saelens"},
+    "How do I load a SAELens dictionary?": {"guides/convert"},
+    "Which formats can be converted?": {"guides/convert"},
     "Does a latent predict my label?": {"guides/probe"},
 }
 """What newcomers ask, and the pages that answer it."""

@@ -34,6 +34,7 @@ WRITTEN = {
     "docs/guides/train.md": {"runs/my-dictionary": 512, "runs/jumprelu": 1024},
     "docs/guides/evaluate.md": {"runs/other": 512},
     "docs/coming-from-saelens.md": {"runs/saved": 1024},
+    "docs/guides/convert.md": {"exported": 1024, "exported-again": 1024, "imported": 1024},
 }
 """Dictionaries that the snippets of a page leave behind, and their widths."""
 OWN_TEST = {"docs/representations.md"}

@@ -74,7 +74,8 @@ class Dictionary(Traits, nn.Module, ABC):
     Attributes:
         W_enc: `[d_in, d_sae]`; stored by feature, as the transpose of a contiguous `[d_sae, d_in]`.
         b_enc: `[d_sae]`.
-        W_dec: `[d_sae, d_in]`, rows of norm 1: row j is the direction of feature j.
+        W_dec: `[d_sae, d_in]`, rows of norm 1: row j is the direction of feature j. (Rows of a TopK of another
+            toolkit may have other norms; see `sae.formats.foreign`.)
         b_dec: `[d_in]`.
         metadata: JSON-able facts saved with the weights: model, hook point, token policy, training.
     """

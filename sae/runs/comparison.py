@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache
-from sae.architectures import load
 from sae.config.file import CONFIG_YAML
 from sae.config.progress import Progress, announce, silent, under
 from sae.dictionary.base import Dictionary
@@ -23,6 +22,7 @@ from sae.evaluation.partial import discard
 from sae.evaluation.stored import read_comparison, read_stored
 from sae.files.paths import expanded
 from sae.files.writing import locked, stands
+from sae.formats import load
 from sae.runs.run import Run
 
 READ = "read dictionaries"

@@ -7,10 +7,11 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from sae.architectures import load
 from sae.dictionary.base import Dictionary, dtype_name
 from sae.dictionary.origin import dead_in_training
 from sae.dictionary.sites import Sites
+from sae.formats import load
+from sae.formats.foreign import other_format
 from sae.results.table import NONE, Column, Table
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def _facts(dictionary: Dictionary) -> dict[str, str]:
         "training tokens": _number(metadata.get("trained", {}).get("tokens")),
         "dead features": _number((dead_in_training(metadata) or {}).get("features")),
         "sae version": _text(metadata.get("sae_version")),
+        "converted from": _text(other_format(dictionary)),
     }
 
 

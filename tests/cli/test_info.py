@@ -18,7 +18,7 @@ from tests.conftest import Command, assert_refused
 FOLDERS = Path(__file__).parents[1] / "runs" / "folders"
 LABELS = (
     "architecture", "d_in → d_sae", "number type", "reads", "gives", "language model", "weight processing",
-    "training tokens", "dead features", "sae version",
+    "training tokens", "dead features", "sae version", "converted from",
 )  # fmt: skip
 HOOK = "blocks.2.hook_resid_pre"
 TRAINED = {"tokens": 1_000_000_000, "dead": 3, "dead_after_tokens": 10_000_000}
@@ -62,12 +62,18 @@ def test_runs_of_two_versions_stand_side_by_side(command: Command, monkeypatch: 
         "training tokens": ["3,072"] * 2,
         "dead features": ["0"] * 2,
         "sae version": ["0.1.0", "0.2.0"],
+        "converted from": ["–"] * 2,
     }
 
 
 def test_what_is_not_recorded_is_a_dash(command: Command, tmp_path: Path) -> None:
     """A file may hold anything under a known name; training too short for a feature to be dead says nothing of it."""
-    odd = {"model": {"name": 7}, "sae_version": ["0.2.0"], "trained": {**TRAINED, "tokens": 9_999_999}}
+    odd = {
+        "model": {"name": 7},
+        "sae_version": ["0.2.0"],
+        "converted": "from afar",
+        "trained": {**TRAINED, "tokens": 9_999_999},
+    }
     sae.ReLU(8, 16).save(tmp_path / "bare")
     sae.ReLU(8, 16, metadata=odd).bfloat16().save(tmp_path / "odd")
     bare, strange = (rows(command("info", tmp_path / name).out) for name in ("bare", "odd"))

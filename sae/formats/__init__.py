@@ -1,0 +1,160 @@
+"""Dictionaries of other toolkits: read from their files, and written to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+
+from sae import architectures
+from sae.dictionary.base import CONFIG_FILE, WEIGHTS_FILE, Dictionary
+from sae.errors import ConfigError, FormatError
+from sae.files.paths import expanded, resolve
+from sae.formats import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    llama_scope,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+)  # fmt: skip
+from sae.formats.foreign import CONVERTED, Foreign, dictionary_of, other_format
+from sae.numerics.modes import defaults
+
+OWN = "sae"
+
+
+class Format(Protocol):
+    """A module of this package: a format that is read, and perhaps written by a function `write`."""
+
+    NAME: str
+    TITLE: str
+
+    def find(self, path: Path) -> Path | None: ...
+
+    def read(self, path: Path) -> Foreign: ...
+
+
+FORMATS: dict[str, Format] = {
+    module.NAME: cast(Format, module)
+    for module in (
+        saelens, sparsify, dictionary_learning, gemma_scope, llama_scope, qwen_scope, circuit_tracer, openai,
+    )
+}  # fmt: skip
+"""The formats of other toolkits, by name."""
+WRITERS: dict[str, Callable[[Dictionary, Path], list[str]]] = {
+    name: module.write  # pyright: ignore[reportAttributeAccessIssue]
+    for name, module in FORMATS.items()
+    if hasattr(module, "write")
+}
+"""Those that can be written."""
+
+
+@torch.inference_mode(False)
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Dictionary:  # fmt: skip
+    """Load a dictionary of this toolkit, or of another: SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope,
+    Llama Scope, Qwen-Scope or circuit-tracer.
+
+    No code of those toolkits is needed, and none in the files is run. What cannot be used here, such as
+    normalisation of each token by itself, is refused by name.
+
+    Args:
+        path: a dictionary's folder, the run folder that holds one, or the file of a format that has only one.
+        device: device of its weights.
+        dtype: their number type; None: the one they are stored in, at least float32 for other toolkits' files.
+
+    Returns:
+        A dictionary in evaluation mode that takes raw activations `[..., d_in]`. Its `metadata["converted"]`, if it
+        comes from another toolkit, has the format, what was folded into the weights, and the settings of its files.
+        Even inside `torch.inference_mode`, its weights are ordinary tensors, through which gradients can flow
+        afterwards.
+
+    Raises:
+        FormatError: no dictionary there, one that cannot be used here, a newer version of our format, a pickle with
+            more than tensors, or weights that are damaged or of the wrong shape.
+    """
+    place = expanded(path)
+    for module in FORMATS.values():
+        found = _found(module.find, place)
+        if found is not None:
+            with defaults():
+                return dictionary_of(module.read(found), f"dictionary {str(found)!r}", dtype).to(device)
+    own = resolve(path, "dictionary", CONFIG_FILE)
+    if (own is None or not (own / WEIGHTS_FILE).exists()) and (inside := _dictionaries_in(place)):
+        names = ", ".join(inside[:4]) + (", …" if len(inside) > 4 else "")
+        raise FormatError(f"{str(path)!r}: holds {len(inside)} dictionaries, give one of them: {names}")
+    dictionary = architectures.load(path, device=device)
+    return dictionary if dtype is None else dictionary.to(dtype)
+
+
+def _found(find: Callable[[Path], Path | None], place: Path) -> Path | None:
+    """What a format finds at a path; None if the system cannot look there, which has an error of its own."""
+    try:
+        return find(place)
+    except (OSError, ValueError):
+        return None
+
+
+def _dictionaries_in(folder: Path) -> list[str]:
+    """What in a folder, or in its subfolders, is a dictionary of another toolkit; at most 100 entries are looked at."""
+    try:
+        entries = sorted(folder.iterdir())[:100] if folder.is_dir() else []
+    except OSError:
+        return []
+    return [entry.name for entry in entries if any(module.find(entry) for module in FORMATS.values())]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of a dictionary in another format.
+
+    Attributes:
+        source: the format it was read from.
+        target: the format it was written to.
+        folded: what was folded into its weights when it was read.
+        lost: what the written format cannot hold.
+    """
+
+    source: str
+    target: str
+    folded: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+def convert(source: str | Path, target: str | Path, to: str) -> Conversion:
+    """Read a dictionary of any format, and write it to a folder in another.
+
+    Args:
+        source: what `load` takes.
+        target: the folder; it must be new or empty.
+        to: `sae` for our own format, or a key of `WRITERS`.
+
+    Raises:
+        ConfigError: there is no such format to write, or the folder has files.
+        FormatError: the dictionary cannot be read, or the format cannot hold it.
+        CacheError: the folder cannot be written.
+    """
+    if to != OWN and to not in WRITERS:
+        raise ConfigError(f"format {to!r}: written are {', '.join((OWN, *WRITERS))}")
+    folder = expanded(target)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{str(target)!r}: already there; give a new folder")
+    dictionary = load(source)
+    other = other_format(dictionary)
+    folded = () if other is None else dictionary.metadata[CONVERTED].get("folded", ())
+    lost: list[str] = []
+    if to == OWN:
+        dictionary.save(folder)
+    else:
+        lost = WRITERS[to](dictionary, folder)
+    return Conversion(other or OWN, to, tuple(folded), tuple(lost))
+
+
+__all__ = ["FORMATS", "WRITERS", "Conversion", "Format", "convert", "load"]

@@ -1,0 +1,277 @@
+"""Whether dictionaries of other packages are the same here, and ours the same there, by those packages' own code.
+
+    python scripts/conformance_formats.py [--only PACKAGE …] [--environments FOLDER]
+
+The packages are SAELens, sparsify and dictionary_learning, each in an environment of its own, which is made once, in
+runs/conformance/environments, and needs a package index. Each package saves random dictionaries of all its
+architectures with its own code, in float64 and float32, with decoder rows of norm 1 and of other norms. They are read
+here and written back, and dictionaries of our own architectures are written too. The package then loads what we wrote
+with its own code.
+
+Compared are reconstructions and what each feature contributes to them (activation × norm of the decoder row), by the
+largest distance in a row relative to the norm of its reconstruction: at most 1e-9 in float64 and 1e-5 in float32. The
+same features must fire, except where a pre-activation is within 1e-6 of the bound it must exceed. If nothing was folded
+when a dictionary was read, its tensors must come back to the last bit. What cannot be used here must be refused in one
+line that names it. Prints a table, and exits with 1 if anything in it failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sae
+from sae.architectures import ARCHITECTURES, TopK
+from sae.dictionary.base import Dictionary
+from sae.errors import FormatError
+from sae.formats import WRITERS
+from sae.formats.foreign import CONVERTED
+
+PEER = Path(__file__).with_name("conformance_formats_peer.py")
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENTS = ROOT / "runs" / "conformance" / "environments"
+PACKAGES = ("saelens", "sparsify", "dictionary_learning")
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+AT_EDGE = 1e-6
+D_IN, D_SAE, K, ROWS = 12, 48, 5, 100
+MODEL = {"model": {"name": "gpt2", "weight_processing": "none"}, "context_length": 128}
+ORIGINS: dict[str, dict[str, Any]] = {
+    "": {**MODEL, "hook": "blocks.3.hook_resid_post"},
+    ", of unknown origin": {},
+    ", transcoder": {**MODEL, "hook": "blocks.3.mlp.hook_in", "target_hook": "blocks.3.hook_mlp_out"},
+}
+TRANSCODERS = {"saelens": {"relu", "jumprelu"}, "sparsify": {"topk"}, "dictionary_learning": set[str]()}
+AUTOENCODERS = {"saelens": set(ARCHITECTURES), "sparsify": {"topk"}, "dictionary_learning": set(ARCHITECTURES)}
+"""Our architectures that a package's files can hold."""
+
+
+@dataclass
+class Row:
+    """A line of the table: a dictionary, and what is wrong with it."""
+
+    package: str
+    architecture: str
+    dtype: str
+    distance: dict[str, float] = field(default_factory=dict)
+    differing: int = 0
+    at_edge: int = 0
+    verdict: str = "equal"
+    failures: list[str] = field(default_factory=list)
+
+    def compare(self, way: str, dictionary: Dictionary, x: Tensor, theirs: dict[str, Any]) -> None:
+        """Compare a dictionary of ours with what the package computed with the equal one."""
+        distance, differing, at_edge = compare(dictionary, x, theirs["strengths"], theirs["reconstruction"])
+        self.distance[way] = distance
+        self.differing, self.at_edge = self.differing + differing, self.at_edge + at_edge
+        if not distance <= TOLERANCE[x.dtype]:
+            self.failures.append(f"{way}: off by {distance:.1e}")
+        if differing:
+            self.failures.append(f"{way}: {differing} features differ")
+
+    def __str__(self) -> str:
+        distances = [f"{self.distance[way]:.1e}" if way in self.distance else "" for way in ("read", "written")]
+        features = str(self.differing) if self.distance else ""
+        if self.at_edge:
+            features += f", and {self.at_edge} within {AT_EDGE:.0e}"
+        verdict = f"FAILED: {'; '.join(self.failures)}" if self.failures else self.verdict
+        return f"| {' | '.join([self.package, self.architecture, self.dtype, *distances, features, verdict])} |"
+
+
+@torch.no_grad()
+def compare(dictionary: Dictionary, x: Tensor, strengths: Tensor, reconstruction: Tensor) -> tuple[float, int, int]:
+    """The largest distance in a row, how many features fire on one side only, and how many more do at their edge."""
+    ours = dictionary.encode(x) * dictionary.W_dec.norm(dim=-1)
+    if dictionary.d_sae == 2 * strengths.shape[-1]:
+        strengths = torch.cat([strengths.relu(), (-strengths).relu()], dim=-1)
+    differ = (ours > 0) != (strengths > 0)
+    edges = differ & (edges_of(dictionary, x) | (torch.maximum(ours, strengths) <= AT_EDGE))
+    settled, norms = ~edges.any(-1), reconstruction.norm(dim=-1)
+    distances = torch.maximum((dictionary(x) - reconstruction).norm(dim=-1), (ours - strengths).norm(dim=-1)) / norms
+    assert settled.sum() > 0.9 * len(x) and (strengths > 0).any(), "too little fires, or too near its bounds"
+    return float(distances[settled].max()), int((differ & ~edges).sum()), int(edges.sum())
+
+
+def edges_of(dictionary: Dictionary, x: Tensor) -> Tensor:
+    """Where a pre-activation is so near to what it must exceed that rounding decides whether the feature fires."""
+    pre = dictionary.pre_activations(x)
+    if isinstance(dictionary, TopK):
+        bounds = pre.topk(dictionary.k + 1).values[:, -2:].mean(-1, keepdim=True)
+    else:
+        bounds = dictionary.bounds()  # pyright: ignore[reportCallIssue]
+    return (pre - bounds).abs() <= AT_EDGE
+
+
+def read_cases(package: str, folder: Path, back: Path) -> Iterator[Row]:
+    """Read what a package saved, compare, and write it back to be used there."""
+    for file in sorted(folder.glob("*/*/case.json")):
+        case = json.loads(file.read_text(encoding="utf-8"))
+        name, dtype = file.parent.name, file.parent.parent.name
+        row = Row(package, name, dtype)
+        yield row
+        path = file.parent / case["path"]
+        if case["refused"]:
+            row.verdict, row.failures = refusal(path, case["refused"])
+            continue
+        theirs, x = loaded(file.with_name("outputs.pt")), loaded(file.with_name("inputs.pt"))
+        try:
+            dictionary = sae.load(path)
+        except FormatError as error:
+            row.failures.append(str(error))
+            continue
+        row.compare("read", dictionary, x, theirs)
+        origin = {"hook": dictionary.origin.reads.hook, "context_length": dictionary.origin.context_length}
+        row.failures += [f"{key} is {origin[key]!r}" for key, value in case["of"].items() if origin[key] != value]
+        row.failures += [f"read as {dictionary.dtype}"] if dictionary.dtype != x.dtype else []
+        write_case(package, dictionary, x, back / dtype / name, path.name)
+
+
+def refusal(path: Path, expected: str) -> tuple[str, list[str]]:
+    """The verdict on a dictionary that must be refused, and what is wrong with that."""
+    try:
+        dictionary = sae.load(path)
+    except FormatError as error:
+        message = str(error).replace(repr(str(path)), "…")
+        bad = [f"the message does not name {expected}: {message}"] if expected not in message else []
+        return f"refused: {message}", bad + (["more than one line"] if "\n" in message else [])
+    return "", [f"read as {type(dictionary).__name__}, which is to be refused"]
+
+
+def our_cases(package: str, folder: Path) -> Iterator[Row]:
+    """Write dictionaries of all our architectures that the package's files can hold."""
+    for dtype in TOLERANCE:
+        for kind, origin in ORIGINS.items():
+            held = (TRANSCODERS if "target_hook" in origin else AUTOENCODERS)[package]
+            for architecture in (name for name in ARCHITECTURES if name in held):
+                name = f"our {architecture}{kind}"
+                dictionary = ours(architecture, origin).to(dtype)
+                x = 2 * torch.randn(ROWS, D_IN, dtype=dtype)
+                yield Row(package, name, dtype_name(dtype))
+                write_case(package, dictionary, x, folder / dtype_name(dtype) / name, "layers.3")
+
+
+@torch.no_grad()
+def ours(architecture: str, origin: dict[str, Any]) -> Dictionary:
+    """A dictionary of ours with random weights in float64, its decoder rows of norm 1."""
+    cls = ARCHITECTURES[architecture]
+    settings = {name: {"k": K, "prefixes": (0.25, 1.0)}[name] for name in cls.setting_names}
+    dictionary = cls(D_IN, D_SAE, metadata=origin, **settings).double()
+    for name, parameter in dictionary.named_parameters():
+        values = torch.randn(parameter.shape, dtype=torch.float64)
+        if name == "threshold":
+            values = torch.tensor(0.625, dtype=torch.float64) if values.ndim == 0 else values.abs()
+        parameter.copy_(values * {"W_enc": D_IN**-0.5, "r_mag": 0.3}.get(name, 1))
+    dictionary.W_dec.div_(dictionary.W_dec.norm(dim=-1, keepdim=True))
+    return dictionary.eval().requires_grad_(False)
+
+
+def write_case(package: str, dictionary: Dictionary, x: Tensor, folder: Path, name: str) -> None:
+    """Write a dictionary in the package's format, with activations for it."""
+    WRITERS[package](dictionary, folder / name)
+    torch.save(x, folder / "inputs.pt")
+    (folder / "case.json").write_text(json.dumps({"path": name, "refused": ""}), encoding="utf-8")
+    dictionary.save(folder / "ours")
+
+
+def compare_written(row: Row, back: Path, made: Path) -> None:
+    """Compare what the package computed with the files we wrote, and its tensors with those that it saved."""
+    place = Path(row.dtype, row.architecture)
+    if not (back / place).is_dir():
+        return
+    dictionary, theirs = sae.load(back / place / "ours"), loaded(back / place / "outputs.pt")
+    row.compare("written", dictionary, loaded(back / place / "inputs.pt"), theirs)
+    folded = dictionary.metadata.get(CONVERTED, {}).get("folded", ["of our own"])
+    if all("are kept" in part for part in folded):
+        row.verdict = "equal, tensors too"
+        before, after = loaded(made / place / "outputs.pt")["tensors"], theirs["tensors"]
+        row.failures += [f"{name} is another after writing" for name in different(before, after)]
+
+
+def different(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not the same; a threshold below 0 lets through what one of 0 does."""
+    assert {"W_enc", "W_dec", "b_dec"} <= before.keys() & after.keys()
+    return [
+        name
+        for name in before.keys() & after.keys()
+        if not torch.equal(*(x.clamp(min=0) if name == "threshold" else x for x in (before[name], after[name])))
+    ]
+
+
+def loaded(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check(package: str, interpreter: Path, folder: Path) -> list[Row]:
+    """The rows of a package."""
+    made, back = folder / "made", folder / "back"
+    made.mkdir()
+    back.mkdir()
+    run_peer(interpreter, package, "make", made)
+    rows = [*read_cases(package, made, back), *our_cases(package, back)]
+    run_peer(interpreter, package, "use", back)
+    for row in rows:
+        compare_written(row, back, made)
+    return rows
+
+
+def run_peer(interpreter: Path, package: str, verb: str, folder: Path) -> None:
+    """Run the package's side in its environment.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [str(interpreter), str(PEER), package, verb, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{package}'s side failed:\n{done.stderr[-3000:]}")
+
+
+def version_of(interpreter: Path, name: str) -> str:
+    """The release of a package in an environment."""
+    code = f"from importlib.metadata import version; print(version({name!r}))"
+    return subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def table(rows: Iterable[Row]) -> str:
+    head = "| package | architecture | dtype | distance, read | distance, written | features that differ | verdict |"
+    return "\n".join([head, "|---|---|---|--:|--:|--:|---|", *map(str, rows)])
+
+
+def main() -> None:
+    sys.path.append(str(ROOT / "benchmarks"))
+    from peers.environments import PACKAGES as NAMES  # pyright: ignore[reportMissingImports]
+    from peers.environments import python  # pyright: ignore[reportMissingImports]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PACKAGES, default=PACKAGES, help="these packages alone")
+    parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="where theirs are, or are made")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows, versions = list[Row](), list[str]()
+    for package in arguments.only:
+        interpreter = python(package, arguments.environments)
+        versions.append(f"{NAMES[package]} {version_of(interpreter, NAMES[package])}")
+        with tempfile.TemporaryDirectory() as work:
+            rows += check(package, interpreter, Path(work))
+    failures = sum(bool(row.failures) for row in rows)
+    print(f"{', '.join(versions)}\n\n{table(rows)}\n\n{len(rows) - failures} of {len(rows)} passed")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
