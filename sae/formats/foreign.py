@@ -42,19 +42,21 @@ class Foreign:
         ranked_by_norm: for `topk`, whether the k largest are chosen by activation × norm of the decoder row.
         metadata: facts about its training, in this toolkit's words; see `sae.dictionary.origin`.
         settings: the settings in its files, as they are there.
+
+    Shapes are those of the files: `dictionary_of` checks that they fit each other.
     """
 
     format: str
     activation: Activation
-    W_enc: Float[Tensor, "d_in d_sae"]
-    b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
     centred: bool = True
     k: int | None = None
     threshold: Tensor | None = None
-    b_mag: Float[Tensor, " d_sae"] | None = None
-    r_mag: Float[Tensor, " d_sae"] | None = None
+    b_mag: Tensor | None = None
+    r_mag: Tensor | None = None
     input_scale: float = 1.0
     ranked_by_norm: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +78,7 @@ def dictionary_of(foreign: Foreign, place: str, dtype: torch.dtype | None = None
         dtype: number type; None: that of its decoder, at least float32.
 
     Raises:
-        FormatError: its sizes contradict each other.
+        FormatError: its sizes contradict each other, or its numbers overflow.
     """
     given = foreign.W_dec.dtype
     work = torch.promote_types(torch.promote_types(given, torch.float32), dtype or torch.float32)
@@ -101,9 +103,13 @@ def dictionary_of(foreign: Foreign, place: str, dtype: torch.dtype | None = None
         dictionary.shift_pre_activations_(torch.cat([rows.double() @ offset for rows in encoder]).to(work))
         folded.append("an input that is not centred")
     folded += _unit_rows(dictionary, foreign)
+    dictionary.to(dtype or work)
+    for name, parameter in dictionary.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise FormatError(f"{place}: its numbers are too large: {name} is not finite once they are folded into it")
     converted = {"format": foreign.format, "folded": folded, "settings": dict(foreign.settings)}
     dictionary.metadata = {**foreign.metadata, CONVERTED: converted}
-    return dictionary.to(dtype or work).eval().requires_grad_(False)
+    return dictionary.eval().requires_grad_(False)
 
 
 def row_norms(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:
