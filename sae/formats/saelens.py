@@ -88,7 +88,7 @@ def read(folder: Path) -> Foreign:
         W_dec=W_dec,
         b_dec=b_dec,
         centred=bool(settings.get("apply_b_dec_to_input", not is_transcoder)) and not is_transcoder,
-        metadata=_metadata(facts, version),
+        metadata=_metadata(facts),
         settings=settings,
         **rest,
     )
@@ -250,7 +250,7 @@ _ACTIVATIONS = {
 }
 
 
-def _metadata(facts: Mapping[str, Any], version: str) -> dict[str, Any]:
+def _metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts about the training, in our words."""
     kwargs, name, length = (facts.get(key) for key in ("model_from_pretrained_kwargs", "model_name", "context_size"))
     model = {"name": name} if isinstance(name, str) else None
@@ -281,8 +281,10 @@ def _tokens(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"prepend_bos": bos, "masked_positions": first or 0, "masked_ids": ids}
 
 
-def _kwargs(weight_processing: Any) -> dict[str, bool]:
+def _kwargs(weight_processing: Any) -> dict[str, bool] | None:
+    """Arguments of transformer-lens that process a model's weights in the same way; None if it is unknown how."""
     return {
+        "none": {},
         "fold_ln": {"fold_ln": True},
         "center_and_fold": {"fold_ln": True, "center_writing_weights": True, "center_unembed": True},
-    }.get(str(weight_processing), {})
+    }.get(str(weight_processing))

@@ -101,6 +101,13 @@ def test_a_format_that_is_not_written_is_refused_by_name(tmp_path: Path) -> None
         sae.convert(tmp_path, tmp_path / "new", "gemma_scope")
 
 
+def test_what_is_unknown_stays_unknown(tmp_path: Path) -> None:
+    WRITERS["saelens"](ours("relu", {"model": {"name": "gpt2"}}), tmp_path)
+    origin = sae.load(tmp_path).origin
+    assert origin.models == {"": {"name": "gpt2"}}
+    assert origin.tokens is None and origin.context_length is None and origin.reads.hook is None
+
+
 KEYS = {
     "saelens": {
         "relu": {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)},
