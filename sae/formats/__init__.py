@@ -153,7 +153,8 @@ def convert(source: str | Path, target: str | Path, to: str) -> Conversion:
     if to == OWN:
         dictionary.save(folder)
     else:
-        lost = WRITERS[to](dictionary, folder)
+        with defaults(), torch.no_grad():
+            lost = WRITERS[to](dictionary, folder)
     return Conversion(other or OWN, to, tuple(folded), tuple(lost))
 
 

@@ -118,12 +118,14 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         What the format cannot hold.
 
     Raises:
-        FormatError: it is a transcoder.
+        FormatError: it is a transcoder, or of an architecture that the toolkit lacks.
         CacheError: the folder cannot be written.
     """
     if dictionary.origin.of_transcoder:
         raise FormatError(f"{TITLE} has no transcoders")
     architecture, settings = dictionary.architecture, dictionary.settings()
+    if architecture not in _CLASSES:
+        raise FormatError(f"{TITLE} has only {', '.join(_CLASSES)}; this is a {type(dictionary).__name__}")
     linear = {"encoder.weight": dictionary.W_enc.T, "decoder.weight": dictionary.W_dec.T}
     plain = {"W_enc": dictionary.W_enc, "W_dec": dictionary.W_dec, "b_dec": dictionary.b_dec}
     lost: list[str] = []

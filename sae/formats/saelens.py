@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +101,12 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         What the format cannot hold.
 
     Raises:
+        FormatError: SAELens has no such architecture, or no such transcoder.
         CacheError: the folder cannot be written.
     """
-    origin, lost = dictionary.origin, list[str]()
-    tensors: dict[str, Tensor] = {name: dictionary.get_parameter(name) for name in ("W_enc", "W_dec", "b_dec")}
-    architecture = WRITES[dictionary.architecture]
+    origin, architecture = dictionary.origin, _architecture_of(dictionary)
     is_transcoder = origin.of_transcoder
-    if is_transcoder:
-        if architecture not in ("standard", "jumprelu"):
-            raise FormatError(f"{TITLE} has no {dictionary.architecture} transcoder: only ReLU and JumpReLU")
-        architecture = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[architecture]
+    tensors: dict[str, Tensor] = {name: dictionary.get_parameter(name) for name in ("W_enc", "W_dec", "b_dec")}
     if dictionary.architecture == "gated":
         tensors |= {name: dictionary.get_parameter(name) for name in ("b_gate", "b_mag", "r_mag")}
     else:
@@ -121,12 +117,6 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
             )
     if "jumprelu" in architecture:
         tensors["threshold"] = dictionary.get_parameter("threshold").expand(dictionary.d_sae)
-    if dictionary.architecture in ("batch_topk", "matryoshka"):
-        lost.append(
-            f"that it is a {type(dictionary).__name__} of k {dictionary.settings()['k']}: it is a JumpReLU there"
-        )
-    if dictionary.architecture == "matryoshka":
-        lost.append("the sizes of its nested dictionaries")
     model, tokens = origin.models.get("", {}), origin.tokens if isinstance(origin.tokens, Mapping) else {}
     data = origin.data or {}
     source = data.get("source")
@@ -156,15 +146,43 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         **({"k": dictionary.settings()["k"], "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}),
         "metadata": {key: value for key, value in metadata.items() if value is not None},
     }
-    if tokens.get("chat_roles"):
-        lost.append("which roles of chats counted in training")
-    for hook in hooks.values():
-        if hook is not None and (split(hook) or (0, ""))[1] not in _SHARED_KINDS:
-            lost.append(f"{hook}, by a name that SAELens's models know")
-    if model.get("weights_sha256"):
-        lost.append("the hash of the language model's weights")
     write_safetensors(folder / WEIGHTS, tensors)
     write_settings(folder / SETTINGS, settings)
+    return _lost(dictionary, [hook for hook in hooks.values() if hook is not None], tokens, model)
+
+
+def _architecture_of(dictionary: Dictionary) -> str:
+    """SAELens's architecture for one of ours.
+
+    Raises:
+        FormatError: it has none.
+    """
+    if dictionary.architecture not in WRITES:
+        raise FormatError(f"{TITLE} has only {', '.join(WRITES)}; this is a {type(dictionary).__name__}")
+    architecture = WRITES[dictionary.architecture]
+    if not dictionary.origin.of_transcoder:
+        return architecture
+    if architecture not in ("standard", "jumprelu"):
+        raise FormatError(f"{TITLE} has no {dictionary.architecture} transcoder: only ReLU and JumpReLU")
+    return {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[architecture]
+
+
+def _lost(
+    dictionary: Dictionary, hooks: Sequence[str], tokens: Mapping[str, Any], model: Mapping[str, Any]
+) -> list[str]:  # fmt: skip
+    """What SAELens's files cannot hold."""
+    lost: list[str] = []
+    if dictionary.architecture in ("batch_topk", "matryoshka"):
+        kind = type(dictionary).__name__
+        lost.append(f"that it is a {kind} of k {dictionary.settings()['k']}: it is a JumpReLU there")
+    if dictionary.architecture == "matryoshka":
+        lost.append("the sizes of its nested dictionaries")
+    if tokens.get("chat_roles"):
+        lost.append("which roles of chats counted in training")
+    others = [hook for hook in hooks if (split(hook) or (0, ""))[1] not in _SHARED_KINDS]
+    lost += [f"{hook}, by a name that SAELens's models know" for hook in others]
+    if model.get("weights_sha256"):
+        lost.append("the hash of the language model's weights")
     return lost
 
 

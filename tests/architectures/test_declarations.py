@@ -19,8 +19,9 @@ ROOT = Path(sae.__file__).parent
 LAST = list(ARCHITECTURES)[-1]
 CLASSES = {kind.__name__ for kind in ARCHITECTURES.values()}
 WORDS = re.compile(rf"\b({'|'.join((*ARCHITECTURES, *CLASSES))})\b")
-DECLARED = ("architectures/", "training/objectives/", "config/settings.py")
-"""Where an architecture is declared: its class, its objective, its name with the settings that it reads."""
+DECLARED = ("architectures/", "training/objectives/", "config/settings.py", "formats/")
+"""Where an architecture is declared: its class, its objective, its name with the settings that it reads. And the
+formats of other toolkits, which refuse to write one that those toolkits lack."""
 CHOSEN = {
     "__init__.py": "public names",
     "__init__.pyi": "public names",

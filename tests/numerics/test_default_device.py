@@ -162,7 +162,13 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
     "superposition": lambda case: toy_results(),
 }
 WITHIN = {"harvest", "collect_features", "probe_run", "verify", "train_all"}  # others of these call them
-ELSEWHERE = {"load", "load_config", "sweep", "dictionary_metadata"}  # tested apart, or they compute nothing themselves
+ELSEWHERE = {
+    "load",
+    "convert",
+    "load_config",
+    "sweep",
+    "dictionary_metadata",
+}  # tested apart, or they compute nothing themselves
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The table of formats in the guide is what the files of the other tests give.
 
-`python -m tests.formats.test_table` prints it.
+`python -m tests.formats.test_formats_table` prints it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 import sae
 from sae.formats import FORMATS, WRITERS
 from sae.formats.foreign import CONVERTED
-from tests.formats.test_refused import REFUSED
-from tests.formats.test_writing import HELD
+from tests.formats.test_formats_refused import REFUSED
+from tests.formats.test_formats_writing import HELD
 from tests.support.foreign_files import CASES
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "convert.md"

@@ -88,6 +88,26 @@ def test_convert_says_what_is_lost(tmp_path: Path) -> None:
     assert back.source.startswith("SAELens 6") and back.lost == ()
 
 
+@pytest.mark.parametrize("to", WRITERS)
+def test_an_architecture_that_the_toolkit_lacks_is_refused(
+    to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dictionary = ours("relu")
+    monkeypatch.setattr(type(dictionary), "architecture", "leaky")
+    with pytest.raises(FormatError, match="has only"):
+        WRITERS[to](dictionary, tmp_path)
+
+
+@pytest.mark.parametrize("to", WRITERS)
+def test_a_caller_s_default_device_changes_no_file(to: str, tmp_path: Path) -> None:
+    ours(min(HELD[to] & {"matryoshka", "topk", "relu"})).save(tmp_path / "ours")
+    sae.convert(tmp_path / "ours", tmp_path / "plain", to)
+    with torch.device("meta"):
+        sae.convert(tmp_path / "ours", tmp_path / "meta", to)
+    x = torch.randn(20, D_IN, dtype=torch.float64)
+    assert torch.equal(sae.load(tmp_path / "meta")(x), sae.load(tmp_path / "plain")(x))
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     ours("topk").save(tmp_path / "ours")
     before = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
