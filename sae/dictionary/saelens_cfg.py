@@ -9,10 +9,12 @@ from typing import Any
 from sae.dictionary.hook_points import block_of
 from sae.dictionary.origin import Origin
 
-_WEIGHT_PROCESSING: dict[str, dict[str, bool]] = {
+WEIGHT_PROCESSING: dict[str, dict[str, bool]] = {
+    "none": {},
     "fold_ln": {"fold_ln": True},
     "center_and_fold": {"fold_ln": True, "center_writing_weights": True, "center_unembed": True},
 }
+"""Arguments of transformer-lens that process a model's weights, by `model.weight_processing`."""
 
 
 @dataclass
@@ -94,7 +96,7 @@ def tool_config(config: Mapping[str, Any], architecture: str, device: str) -> To
         prepend_bos=bool(tokens.get("prepend_bos", True)),
         training_tokens=trained.get("tokens"),
         dataset_path=source if source is None or isinstance(source, str) else ", ".join(source),
-        model_from_pretrained_kwargs=dict(_WEIGHT_PROCESSING.get(model.get("weight_processing", "none"), {})),
+        model_from_pretrained_kwargs=dict(WEIGHT_PROCESSING.get(model.get("weight_processing", "none"), {})),
     )
 
 

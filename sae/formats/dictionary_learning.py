@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from sae.architectures import Matryoshka
 from sae.dictionary.base import Dictionary
 from sae.dictionary.hook_points import block_of, name_of
 from sae.errors import FormatError
-from sae.formats.foreign import Foreign, processed_weights
-from sae.formats.foreign_files import Tensors, read_pickle, read_settings, write_pickle, write_settings
+from sae.formats.foreign import Foreign, processed_weights, uncentred_bias
+from sae.formats.foreign_files import Tensors, folder_with, read_pickle, read_settings, write_pickle, write_settings
 
 NAME = "dictionary_learning"
 TITLE = "dictionary_learning"
@@ -25,8 +26,7 @@ _CLASSES = {
 
 def find(path: Path) -> Path | None:
     """The folder of a dictionary in this format, which is the path or that of the file; None if it is not one."""
-    folder = path.parent if path.name in (SETTINGS, WEIGHTS) else path
-    return folder if (folder / SETTINGS).is_file() and (folder / WEIGHTS).is_file() else None
+    return folder_with(path, SETTINGS, WEIGHTS)
 
 
 def read(folder: Path) -> Foreign:
@@ -133,12 +133,11 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         gate, magnitude, gain = (dictionary.get_parameter(name) for name in ("b_gate", "b_mag", "r_mag"))
         tensors = {**linear, "decoder_bias": dictionary.b_dec, "gate_bias": gate, "mag_bias": magnitude, "r_mag": gain}
     elif architecture == "jumprelu":
-        offset = dictionary.b_dec.double() @ dictionary.W_enc.double()
-        b_enc = (dictionary.b_enc.double() - offset).to(dictionary.dtype)  # its JumpReLU does not centre its input
+        b_enc = uncentred_bias(dictionary)  # its JumpReLU does not centre its input
         tensors = {**plain, "b_enc": b_enc, "threshold": dictionary.get_parameter("threshold")}
-    elif architecture == "matryoshka":
-        widths = [round(share * dictionary.d_sae) for share in settings["prefixes"]]
-        sizes = [end - start for start, end in zip([0, *widths], widths, strict=False)]
+    elif isinstance(dictionary, Matryoshka):
+        ends = dictionary.prefix_sizes
+        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         tensors = {**plain, "b_enc": dictionary.b_enc, "group_sizes": torch.tensor(sizes)}
     elif architecture == "relu":
         tensors = {**linear, "encoder.bias": dictionary.b_enc, "bias": dictionary.b_dec}

@@ -112,6 +112,12 @@ def dictionary_of(foreign: Foreign, place: str, dtype: torch.dtype | None = None
     return dictionary.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def uncentred_bias(dictionary: Dictionary) -> Float[Tensor, " d_sae"]:
+    """The encoder's bias of the same dictionary without subtraction of b_dec from the input."""
+    return (dictionary.b_enc.double() - dictionary.b_dec.double() @ dictionary.W_enc.double()).to(dictionary.dtype)
+
+
 def row_norms(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:
     """Norms of the decoder's rows; 1 for a row of zeros."""
     norms = torch.cat([rows.double().norm(dim=-1) for rows in W_dec.split(4096)])

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.config.yaml_text import parsed
+from sae.dictionary.base import dtype_name
 from sae.errors import DamagedError, FormatError
 from sae.files.damage import damaged, unreadable
 from sae.files.digest import open_regular, read_whole
@@ -32,6 +33,12 @@ _LONGEST = 200
 _INFLATION = 100
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NOT_THE_FILE = (MemoryError, torch.OutOfMemoryError)
+
+
+def folder_with(path: Path, settings: str, weights: str) -> Path | None:
+    """The folder that holds both files: the path, or that of the file if it is one of them; None if it lacks one."""
+    folder = path.parent if path.name in (settings, weights) else path
+    return folder if (folder / settings).is_file() and (folder / weights).is_file() else None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -203,9 +210,7 @@ class Tensors:
             names = ", ".join(sorted(map(str, self._left))[:12]) or "nothing"
             raise self.error(f"has no tensor {name!r}, but {one_line(names, _LONGEST)}")
         if tensor.is_nested or tensor.layout != torch.strided or tensor.dtype not in _FLOATS:
-            raise self.error(
-                f"{name} holds {str(tensor.dtype).removeprefix('torch.')} numbers instead of floating-point"
-            )
+            raise self.error(f"{name} holds {dtype_name(tensor.dtype)} numbers instead of floating-point")
         if len(shape) != tensor.ndim or any(
             expected not in (None, actual) for expected, actual in zip(shape, tensor.shape, strict=True)
         ):

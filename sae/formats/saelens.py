@@ -9,12 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.dictionary.base import Dictionary
+from sae.dictionary.base import Dictionary, dtype_name
 from sae.dictionary.hook_points import split
+from sae.dictionary.saelens_cfg import WEIGHT_PROCESSING
 from sae.errors import FormatError
 from sae.files.printable import one_line
-from sae.formats.foreign import Foreign
-from sae.formats.foreign_files import Tensors, read_safetensors, read_settings, write_safetensors, write_settings
+from sae.formats.foreign import Foreign, uncentred_bias
+from sae.formats.foreign_files import (
+    Tensors,
+    folder_with,
+    read_safetensors,
+    read_settings,
+    write_safetensors,
+    write_settings,
+)
 
 NAME = "saelens"
 TITLE = "SAELens"
@@ -47,8 +55,7 @@ _PROCESSED = {
 
 def find(path: Path) -> Path | None:
     """The folder of a dictionary in this format, which is the path or that of the file; None if it is not one."""
-    folder = path.parent if path.name in (SETTINGS, WEIGHTS) else path
-    return folder if (folder / SETTINGS).is_file() and (folder / WEIGHTS).is_file() else None
+    return folder_with(path, SETTINGS, WEIGHTS)
 
 
 def read(folder: Path) -> Foreign:
@@ -112,9 +119,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
     else:
         tensors["b_enc"] = dictionary.b_enc
         if is_transcoder:
-            tensors["b_enc"] = (dictionary.b_enc.double() - dictionary.b_dec.double() @ dictionary.W_enc.double()).to(
-                dictionary.dtype
-            )
+            tensors["b_enc"] = uncentred_bias(dictionary)
     if "jumprelu" in architecture:
         tensors["threshold"] = dictionary.get_parameter("threshold").expand(dictionary.d_sae)
     model, tokens = origin.models.get("", {}), origin.tokens if isinstance(origin.tokens, Mapping) else {}
@@ -130,7 +135,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         "exclude_special_tokens": list(tokens.get("masked_ids") or ()) or None,
         "seqpos_slice": [tokens["masked_positions"], None] if tokens.get("masked_positions") else None,
         "dataset_path": source if source is None or isinstance(source, str) else ", ".join(source),
-        "model_from_pretrained_kwargs": _kwargs(model.get("weight_processing")),
+        "model_from_pretrained_kwargs": WEIGHT_PROCESSING.get(str(model.get("weight_processing"))),
         "training_architecture": dictionary.architecture,
     }
     settings = {
@@ -138,7 +143,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         **({"d_out": dictionary.d_in} if is_transcoder else {}),
-        "dtype": str(dictionary.dtype).removeprefix("torch."),
+        "dtype": dtype_name(dictionary.dtype),
         "device": "cpu",
         "apply_b_dec_to_input": not is_transcoder,
         "normalize_activations": "none",
@@ -297,12 +302,3 @@ def _tokens(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     if not all(type(number) is int and number >= 0 for number in (*ids, first or 0)):
         return None
     return {"prepend_bos": bos, "masked_positions": first or 0, "masked_ids": ids}
-
-
-def _kwargs(weight_processing: Any) -> dict[str, bool] | None:
-    """Arguments of transformer-lens that process a model's weights in the same way; None if it is unknown how."""
-    return {
-        "none": {},
-        "fold_ln": {"fold_ln": True},
-        "center_and_fold": {"fold_ln": True, "center_writing_weights": True, "center_unembed": True},
-    }.get(str(weight_processing))

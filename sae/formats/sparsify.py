@@ -9,8 +9,15 @@ from typing import Any
 from sae.dictionary.base import Dictionary
 from sae.dictionary.hook_points import name_of, split
 from sae.errors import FormatError
-from sae.formats.foreign import Foreign, has_unit_rows, processed_weights
-from sae.formats.foreign_files import Tensors, read_safetensors, read_settings, write_safetensors, write_settings
+from sae.formats.foreign import Foreign, has_unit_rows, processed_weights, uncentred_bias
+from sae.formats.foreign_files import (
+    Tensors,
+    folder_with,
+    read_safetensors,
+    read_settings,
+    write_safetensors,
+    write_settings,
+)
 
 NAME = "sparsify"
 TITLE = "sparsify"
@@ -25,8 +32,7 @@ _INPUTS = {"hook_resid_post": "hook_resid_pre", "hook_mlp_out": "mlp.hook_in", "
 
 def find(path: Path) -> Path | None:
     """The folder of a dictionary in this format, which is the path or that of the file; None if it is not one."""
-    folder = path.parent if path.name in (SETTINGS, WEIGHTS) else path
-    return folder if (folder / SETTINGS).is_file() and (folder / WEIGHTS).is_file() else None
+    return folder_with(path, SETTINGS, WEIGHTS)
 
 
 def read(folder: Path) -> Foreign:
@@ -78,9 +84,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
     if dictionary.architecture != "topk":
         raise FormatError(f"sparsify has only TopK; this is a {type(dictionary).__name__}")
     is_transcoder = dictionary.origin.of_transcoder
-    b_enc = dictionary.b_enc
-    if is_transcoder:
-        b_enc = (b_enc.double() - dictionary.b_dec.double() @ dictionary.W_enc.double()).to(dictionary.dtype)
+    b_enc = uncentred_bias(dictionary) if is_transcoder else dictionary.b_enc
     tensors = {
         "encoder.weight": dictionary.W_enc.T, "encoder.bias": b_enc, "W_dec": dictionary.W_dec,
         "b_dec": dictionary.b_dec,
