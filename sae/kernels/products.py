@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -60,15 +61,24 @@ def tile_product(
 ) -> Float[Tensor, "rows columns"]:
     """x · encoderᵀ (+ bias) in the type of x, by the routine that is fastest in one thread. Not differentiable.
 
-    It is oneDNN in bfloat16, and on AMD processors, where even without AVX-512 it is a little faster than MKL.
+    It is oneDNN in bfloat16 and on AMD processors with AVX-512, and the OpenBLAS of NumPy's wheel on other AMD
+    processors: call it in `one_thread_each` there.
     """
     if _lacks_bfloat16(x):
         return _product_of_float32(x, encoder, bias)
-    by_onednn = x.dtype == torch.bfloat16 or (_is_large(x, encoder) and _on_amd())
-    if by_onednn and torch.backends.mkldnn.is_available():
+    if makes_its_own(x, encoder) or (x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()):
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), encoder.contiguous(), bias, "none", [], "")
-    result = x @ encoder.T
+    if _numpy_is_faster(x, encoder):
+        result = x.new_empty(len(x), len(encoder))
+        np.matmul(x.numpy(), encoder.numpy().T, out=result.numpy())
+    else:
+        result = x @ encoder.T
     return result if bias is None else result.add_(bias)
+
+
+def one_thread_each() -> contextlib.AbstractContextManager[Any]:
+    """A context in which threads that call `tile_product` do not get further threads from OpenBLAS."""
+    return _openblas().limit(limits=1) if _openblas_beats_mkl() else contextlib.nullcontext()
 
 
 def makes_its_own(x: Tensor, encoder: Tensor) -> bool:

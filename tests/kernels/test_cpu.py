@@ -73,13 +73,17 @@ def test_numpy_s_product_is_torch_s(monkeypatch: pytest.MonkeyPatch, transposed:
     torch.testing.assert_close(products.product(x, encoder).double(), expected, rtol=1e-4, atol=1e-3)
     by_column = x.T.contiguous().T
     torch.testing.assert_close(products.product(by_column, encoder).double(), expected, rtol=1e-4, atol=1e-3)
+    with products.one_thread_each():
+        assert all(library["num_threads"] == 1 for library in products._openblas().info())
+        torch.testing.assert_close(products.tile_product(x, encoder).double(), expected, rtol=1e-4, atol=1e-3)
+        shifted = products.tile_product(by_column, encoder, torch.ones(1000))
+        torch.testing.assert_close(shifted.double(), expected + 1, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_onednn_s_product_is_torch_s(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
-    for condition in ("_onednn_beats_openblas", "_on_amd"):
-        monkeypatch.setattr(products, condition, lambda: True)
+    monkeypatch.setattr(products, "_onednn_beats_openblas", lambda: True)
     x, encoder, bias = torch.randn(96, 400), torch.randn(1000, 400, requires_grad=True), torch.randn(1000)
     if transposed:
         encoder = encoder.T.contiguous().T

@@ -17,7 +17,7 @@ from sae.kernels.cpu import least
 from sae.kernels.interface import Selection, Subset
 from sae.kernels.numba.largest import Largest
 from sae.kernels.pattern import Pattern
-from sae.kernels.products import tile_product
+from sae.kernels.products import one_thread_each, tile_product
 from sae.kernels.threads import in_parts
 
 MOST_ROWS = 2048
@@ -81,7 +81,8 @@ def select_topk(
         values.numpy()[start:stop], features.numpy()[start:stop] = largest.cut()
         among.end(start, stop, in_subset)
 
-    in_parts(part, len(x), MOST_ROWS)
+    with one_thread_each():
+        in_parts(part, len(x), MOST_ROWS)
     return Selection(Pattern.from_indices(features, len(encoder)), values.flatten(), among.values, among.places)
 
 
@@ -113,7 +114,8 @@ def select_batch_topk(
         contribute(start, stop, int(SURPLUS * count * (stop - start) / len(x)) + 1, in_subset)
         among.end(start, stop, in_subset)
 
-    in_parts(part, len(x), MOST_ROWS)
+    with one_thread_each():
+        in_parts(part, len(x), MOST_ROWS)
     parts, complete = sorted(found), set[tuple[int, int]]()
     while True:
         values, places = (torch.cat([found[rows][which] for rows in parts]) for which in (0, 1))
