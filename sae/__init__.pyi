@@ -19,9 +19,9 @@ from sae.config.settings import EvaluationConfig as EvaluationConfig
 from sae.config.settings import RunConfig as RunConfig
 from sae.config.settings import TrainConfig as TrainConfig
 from sae.config.sources import ModelConfig as ModelConfig
-from sae.dictionary.base import Codes as Codes
 from sae.dictionary.base import Dictionary as Dictionary
 from sae.dictionary.base import SparseAutoencoder as SparseAutoencoder
+from sae.dictionary.codes import Codes as Codes
 from sae.effects import Effects as Effects
 from sae.effects import EffectSettings as EffectSettings
 from sae.effects import measure_effects as measure_effects
@@ -33,6 +33,7 @@ from sae.features import Features as Features
 from sae.files.version import __version__ as __version__
 from sae.formats import convert as convert
 from sae.formats import load as load
+from sae.formats import load_all as load_all
 from sae.model.language_model import LanguageModel as LanguageModel
 from sae.model.splicing import splice as splice
 from sae.probing import probe as probe

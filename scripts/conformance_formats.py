@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 import sae
-from sae.architectures import ARCHITECTURES, TopK
+from sae.architectures import ARCHITECTURES, LOADED, MatchingPursuit, TopK
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import PLAIN, Frame
 from sae.errors import FormatError
 from sae.formats import WRITERS
 from sae.formats.foreign import CONVERTED
@@ -54,6 +55,19 @@ ORIGINS: dict[str, dict[str, Any]] = {
 TRANSCODERS = {"saelens": {"relu", "jumprelu"}, "sparsify": {"topk"}, "dictionary_learning": set[str]()}
 AUTOENCODERS = {"saelens": set(ARCHITECTURES), "sparsify": {"topk"}, "dictionary_learning": set(ARCHITECTURES)}
 """Our architectures that a package's files can hold."""
+
+
+FRAMES: dict[str, tuple[tuple[str, str, Frame], ...]] = {
+    "saelens": (
+        ("relu", "", Frame("layer_norm")), ("topk", "", Frame("layer_norm")), ("gated", "", Frame("constant_norm")),
+        ("batch_topk", "", Frame("constant_norm")), ("matching_pursuit", "", PLAIN),
+        ("matching_pursuit", "", Frame("layer_norm")), ("relu", ", transcoder", Frame(skip=True)),
+        ("jumprelu", ", transcoder", Frame(skip=True, d_out=8)), ("relu", ", transcoder", Frame(d_out=8)),
+    ),
+    "sparsify": (("topk", "", Frame(skip=True)), ("topk", ", transcoder", Frame(skip=True))),
+    "dictionary_learning": (),
+}  # fmt: skip
+"""Our dictionaries that come only from other toolkits, with the origin's key."""
 
 
 @dataclass
@@ -105,6 +119,8 @@ def compare(dictionary: Dictionary, x: Tensor, strengths: Tensor, reconstruction
 def edges_of(dictionary: Dictionary, x: Tensor) -> Tensor:
     """Where a pre-activation is so near to what it must exceed that rounding decides whether the feature fires."""
     pre = dictionary.pre_activations(x)
+    if isinstance(dictionary, MatchingPursuit):
+        return torch.zeros_like(pre, dtype=torch.bool)
     if isinstance(dictionary, TopK):
         bounds = pre.topk(dictionary.k + 1).values[:, -2:].mean(-1, keepdim=True)
     else:
@@ -153,25 +169,35 @@ def our_cases(package: str, folder: Path) -> Iterator[Row]:
         for kind, origin in ORIGINS.items():
             held = (TRANSCODERS if "target_hook" in origin else AUTOENCODERS)[package]
             for architecture in (name for name in ARCHITECTURES if name in held):
-                name = f"our {architecture}{kind}"
-                dictionary = ours(architecture, origin).to(dtype)
-                x = 2 * torch.randn(ROWS, D_IN, dtype=dtype)
-                yield Row(package, name, dtype_name(dtype))
-                write_case(package, dictionary, x, folder / dtype_name(dtype) / name, "layers.3")
+                yield our_case(package, ours(architecture, origin).to(dtype), f"our {architecture}{kind}", folder)
+        for architecture, kind, frame in FRAMES[package]:
+            facts = "".join(f", {key} {value}" for key, value in frame.to_json().items())
+            dictionary = ours(architecture, ORIGINS[kind], frame).to(dtype)
+            yield our_case(package, dictionary, f"our {architecture}{kind}{facts}", folder)
+
+
+def our_case(package: str, dictionary: Dictionary, name: str, folder: Path) -> Row:
+    """Write a dictionary of ours; its line in the table."""
+    x = 2 * torch.randn(ROWS, D_IN, dtype=dictionary.dtype)
+    write_case(package, dictionary, x, folder / dtype_name(dictionary.dtype) / name, "layers.3")
+    return Row(package, name, dtype_name(dictionary.dtype))
 
 
 @torch.no_grad()
-def ours(architecture: str, origin: dict[str, Any]) -> Dictionary:
+def ours(architecture: str, origin: dict[str, Any], frame: Frame = PLAIN) -> Dictionary:
     """A dictionary of ours with random weights in float64, its decoder rows of norm 1."""
-    cls = ARCHITECTURES[architecture]
-    settings = {name: {"k": K, "prefixes": (0.25, 1.0)}[name] for name in cls.setting_names}
+    cls, given = LOADED[architecture], {"k": K, "prefixes": (0.25, 1.0)}
+    settings = {name: given[name] for name in cls.setting_names if name in given}
     dictionary = cls(D_IN, D_SAE, metadata=origin, **settings).double()
+    dictionary.set_frame(frame)
     for name, parameter in dictionary.named_parameters():
         values = torch.randn(parameter.shape, dtype=torch.float64)
         if name == "threshold":
             values = torch.tensor(0.625, dtype=torch.float64) if values.ndim == 0 else values.abs()
         parameter.copy_(values * {"W_enc": D_IN**-0.5, "r_mag": 0.3}.get(name, 1))
     dictionary.W_dec.div_(dictionary.W_dec.norm(dim=-1, keepdim=True))
+    if isinstance(dictionary, MatchingPursuit):
+        dictionary.W_enc.copy_(dictionary.W_dec.T)
     return dictionary.eval().requires_grad_(False)
 
 
@@ -199,7 +225,7 @@ def compare_written(row: Row, back: Path, made: Path) -> None:
 
 def different(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     """Names of tensors that are not the same; a threshold below 0 lets through what one of 0 does."""
-    assert {"W_enc", "W_dec", "b_dec"} <= before.keys() & after.keys()
+    assert {"W_dec", "b_dec"} <= before.keys() & after.keys()
     return [
         name
         for name in before.keys() & after.keys()

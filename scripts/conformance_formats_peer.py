@@ -55,6 +55,25 @@ SAELENS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("abstopk, ranked by norm", "AbsTopKSAE", RANKED),
     ("transcoder", "Transcoder", {}),
     ("jumprelu_transcoder", "JumpReLUTranscoder", {}),
+    ("transcoder, from 12 to 8 numbers", "Transcoder", {"d_out": 8}),
+    ("skip_transcoder", "SkipTranscoder", {}),
+    ("skip_transcoder, from 12 to 8 numbers", "SkipTranscoder", {"d_out": 8}),
+    ("jumprelu_skip_transcoder", "JumpReLUSkipTranscoder", {}),
+    ("matching_pursuit", "MatchingPursuitSAE", {}),
+    ("matching_pursuit, 4 steps", "MatchingPursuitSAE", {"max_iterations": 4, "stop_on_duplicate_support": False}),
+    ("matching_pursuit, not centred", "MatchingPursuitSAE", UNCENTRED),
+    *(
+        (f"{name}, {norm}", kind, {"normalize_activations": norm})
+        for norm in ("layer_norm", "constant_norm_rescale")
+        for name, kind in (
+            ("standard", "StandardSAE"),
+            ("gated", "GatedSAE"),
+            ("jumprelu", "JumpReLUSAE"),
+            ("topk", "TopKSAE"),
+            ("abstopk", "AbsTopKSAE"),
+            ("matching_pursuit", "MatchingPursuitSAE"),
+        )
+    ),
     ("trained standard", "StandardTrainingSAE", {}),
     ("trained gated", "GatedTrainingSAE", {}),
     ("trained jumprelu", "JumpReLUTrainingSAE", {}),
@@ -68,25 +87,20 @@ SAELENS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 """Dictionaries of SAELens: what they are, their class and its options."""
 SAELENS_REFUSED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("temporal", "TemporalSAE", {"n_heads": 1, "bottleneck_factor": 4, "kval_topk": K}),
-    ("matching_pursuit", "MatchingPursuitSAE", {}),
-    ("skip_transcoder", "SkipTranscoder", {}),
-    ("jumprelu_skip_transcoder", "JumpReLUSkipTranscoder", {}),
-    ("layer_norm", "StandardSAE", {"normalize_activations": "layer_norm"}),
-    ("constant_norm_rescale", "StandardSAE", {"normalize_activations": "constant_norm_rescale"}),
     ("batchtopk in training", "BatchTopKTrainingSAE", {}),
     ("matryoshka_batchtopk in training", "MatryoshkaBatchTopKTrainingSAE", {"matryoshka_widths": [D_SAE // 4, D_SAE]}),
-    ("from 12 to 8 numbers", "Transcoder", {"d_out": 8}),
 )
 SPARSIFY: dict[str, tuple[str, dict[str, Any]]] = {
     "topk": ("layers.3", {}),
     "topk, number of features given": ("h.3", {"num_latents": D_SAE - 1}),
     "topk trained with multi_topk": ("h.3.mlp", {"multi_topk": True}),
     "transcoder": ("layers.3.mlp", {"transcode": True}),
+    "topk, skip": ("layers.3", {"skip_connection": True}),
+    "transcoder, skip": ("layers.3.mlp", {"transcode": True, "skip_connection": True}),
 }
 """Dictionaries of sparsify: the module that the folder is named after, and options."""
 SPARSIFY_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "groupmax": ("layers.3", {"activation": "groupmax", "k": 6}),
-    "skip_connection": ("layers.3", {"skip_connection": True}),
 }
 
 
@@ -234,7 +248,10 @@ class Sparsify:
         values, indices, _ = dictionary.encode(x)
         features = torch.zeros(len(x), dictionary.num_latents, dtype=values.dtype).scatter(-1, indices, values)
         # not `forward`, which gives the reconstruction of another loss if it was trained with multi_topk
-        return features * dictionary.W_dec.norm(dim=-1), dictionary.decode(values, indices)
+        reconstruction = dictionary.decode(values, indices)
+        if dictionary.W_skip is not None:
+            reconstruction += x @ dictionary.W_skip.mT
+        return features * dictionary.W_dec.norm(dim=-1), reconstruction
 
     def tensors(self, dictionary: Any) -> dict[str, Tensor]:
         return in_common_names(dictionary)

@@ -11,11 +11,13 @@ import torch
 from sae.architectures.batch_topk import BatchTopK
 from sae.architectures.gated import Gated
 from sae.architectures.jumprelu import JumpReLU
+from sae.architectures.matching_pursuit import MatchingPursuit
 from sae.architectures.matryoshka import Matryoshka
 from sae.architectures.relu import ReLU
 from sae.architectures.topk import TopK
 from sae.config.settings import Architecture
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import Frame
 from sae.dictionary.saved import read_saved
 from sae.errors import FormatError
 from sae.numerics.modes import defaults
@@ -28,6 +30,9 @@ def _class_of(name: str) -> type[Dictionary]:
 
 
 ARCHITECTURES: dict[str, type[Dictionary]] = {name: _class_of(name) for name in get_args(Architecture)}
+"""The architectures that can be trained, by name."""
+LOADED: dict[str, type[Dictionary]] = {**ARCHITECTURES, MatchingPursuit.architecture: MatchingPursuit}
+"""All that can be loaded."""
 
 
 @torch.inference_mode(False)
@@ -44,9 +49,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
     """
     saved = read_saved(path, device)
     config: dict[str, Any] = saved.config
-    architecture = ARCHITECTURES.get(str(config.get("architecture", "")))
+    architecture = LOADED.get(str(config.get("architecture", "")))
     if architecture is None:
-        names = ", ".join(ARCHITECTURES)
+        names = ", ".join(LOADED)
         raise FormatError(
             f"dictionary {str(path)!r}: architecture {config.get('architecture')!r} is not one of {names}"
         )
@@ -54,6 +59,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
         settings = {key: config[key] for key in architecture.setting_names}
         with defaults():
             dictionary = architecture(config["d_in"], config["d_sae"], metadata=config.get("metadata"), **settings)
+            dictionary.set_frame(Frame.from_json(config))
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FormatError(f"dictionary {str(path)!r}: config.json is incomplete or wrong ({error})") from error
     try:
@@ -64,4 +70,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
     return dictionary.to(device=device, dtype=saved.tensors["W_dec"].dtype).eval().requires_grad_(False)
 
 
-__all__ = ["ARCHITECTURES", "BatchTopK", "Dictionary", "Gated", "JumpReLU", "Matryoshka", "ReLU", "TopK", "load"]
+__all__ = [
+    "ARCHITECTURES", "LOADED", "BatchTopK", "Dictionary", "Gated", "JumpReLU", "MatchingPursuit", "Matryoshka", "ReLU",
+    "TopK", "load",
+]  # fmt: skip

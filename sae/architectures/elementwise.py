@@ -28,7 +28,7 @@ class Elementwise(Dictionary):
         return self.b_enc.new_zeros(self.d_sae)
 
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
-        return select_above(x, self.b_dec, self.W_enc.T, self.b_enc, self.bounds())
+        return select_above(x, self.centre, self.W_enc.T, self.b_enc, self.bounds())
 
     def lets_through(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
         return ~(pre <= self.bounds())

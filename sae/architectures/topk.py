@@ -32,7 +32,7 @@ class TopK(Dictionary):
         self.k = k
 
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
-        return select_topk(x, self.b_dec, self.W_enc.T, self.b_enc, self.k)
+        return select_topk(x, self.centre, self.W_enc.T, self.b_enc, self.k)
 
     def lets_through(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
         return torch.zeros_like(pre, dtype=torch.bool).scatter(-1, pre.topk(self.k, dim=-1).indices, True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sae.dictionary.codes import Codes
+from sae.dictionary.frame import PLAIN, Frame
 from sae.dictionary.origin import Origin
+from sae.dictionary.rescalable import Rescalable
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
-from sae.dictionary.traits import Traits
 from sae.errors import ConfigError, ShapeError
 from sae.files.formats import Format
 from sae.files.writing import write_json, write_tensors
@@ -24,43 +25,15 @@ from sae.kernels.pattern import Pattern
 from sae.kernels.sparse import decode, encode_at, padded
 from sae.numerics.modes import has_values, needs_plain_operators, without_autocast
 
-FORMAT = Format("sae-dictionary", 1)
+FORMAT = Format("sae-dictionary", 2)
+"""Version 2 has a frame that is not plain; others are written as version 1, which older packages read."""
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
 WEIGHTS_HASH = "weights_file_sha256"
 TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
 """Training settings that are also attributes of the saved dictionary."""
 
 
-@dataclass(frozen=True)
-class Codes:
-    """Sparse codes: the features that fire for each input, strongest first.
-
-    Attributes:
-        values: activations ≥ 0; rows with fewer active features than the longest row are padded with 0.
-        indices: their features; if the value is 0, the index has no meaning.
-    """
-
-    values: Float[Tensor, "*batch k"]
-    indices: Int[Tensor, "*batch k"]
-
-    def __iter__(self):
-        return iter((self.values, self.indices))
-
-    def __getitem__(self, inputs: Any) -> Codes:
-        """The codes of some inputs, indexed as in `values[inputs]`."""
-        return Codes(self.values[inputs], self.indices[inputs])
-
-    def dense(self, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
-        """Every feature's activation, 0 for those that do not fire; differentiable in the values.
-
-        Args:
-            d_sae: number of features of the dictionary.
-        """
-        zeros = self.values.new_zeros(*self.values.shape[:-1], d_sae)
-        return zeros.scatter_add(-1, self.indices.expand_as(self.values), self.values)
-
-
-class Dictionary(Traits, nn.Module, ABC):
+class Dictionary(Rescalable, ABC):
     """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
 
     Subclasses define `act`: `select` and `lets_through` decide which features fire, `activate` computes their
@@ -74,13 +47,16 @@ class Dictionary(Traits, nn.Module, ABC):
     Attributes:
         W_enc: `[d_in, d_sae]`; stored by feature, as the transpose of a contiguous `[d_sae, d_in]`.
         b_enc: `[d_sae]`.
-        W_dec: `[d_sae, d_in]`, rows of norm 1: row j is the direction of feature j. (Rows of a TopK of another
+        W_dec: `[d_sae, d_out]`, rows of norm 1: row j is the direction of feature j. (Rows of a TopK of another
             toolkit may have other norms; see `sae.formats.foreign`.)
-        b_dec: `[d_in]`.
+        b_dec: `[d_out]`, with d_out = d_in unless the frame says otherwise.
+        frame: what is done to each token before encoding and after decoding; plain, so nothing, unless the dictionary
+            comes from another toolkit.
+        W_skip: `[d_in, d_out]` if the frame has a skip connection, otherwise None.
         metadata: JSON-able facts saved with the weights: model, hook point, token policy, training.
     """
 
-    b_enc: nn.Parameter
+    W_skip: nn.Parameter | None
 
     def __init__(self, d_in: int, d_sae: int, metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -90,12 +66,25 @@ class Dictionary(Traits, nn.Module, ABC):
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
         for name in self.bias_names:
             self.register_parameter(name, nn.Parameter(torch.zeros(d_sae)))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.set_frame(PLAIN)
+
+    def set_frame(self, frame: Frame) -> None:
+        """Give the dictionary a frame, and new zeros for W_dec, b_dec and W_skip, whose shapes depend on it."""
+        self.frame, self.d_out = frame, frame.d_out or self.d_in
+        like = self.W_enc.detach()
+        self.W_dec = nn.Parameter(like.new_zeros(self.d_sae, self.d_out))
+        self.b_dec = nn.Parameter(like.new_zeros(self.d_out))
+        skip = nn.Parameter(like.new_zeros(self.d_in, self.d_out)) if frame.skip else None
+        self.register_parameter("W_skip", skip)
+
+    @property
+    def centre(self) -> Float[Tensor, " d_in"]:
+        """What is subtracted before encoding: b_dec, or 0 if that has the width of another activation."""
+        return self.b_dec if self.d_out == self.d_in else self.b_dec.new_zeros(self.d_in)
 
     @abstractmethod
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
-        """The features that may fire on each row, and their pre-activations."""
+        """The features that may fire on each row, and their pre-activations; x is normalised already by the frame."""
 
     @abstractmethod
     def lets_through(self, pre: Float[Tensor, "*batch d_sae"]) -> Bool[Tensor, "*batch d_sae"]:
@@ -129,13 +118,13 @@ class Dictionary(Traits, nn.Module, ABC):
 
     @without_autocast
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """(x − b_dec) W_enc + b_enc.
+        """(x − b_dec) W_enc + b_enc; if the frame is not plain, of its y instead of x.
 
         Raises:
             ShapeError: the width of x is not d_in; every method that encodes raises it.
         """
         self._check_width(x)
-        return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+        return (self.frame.normalised(x.to(self.W_enc.dtype)) - self.centre) @ self.W_enc + self.b_enc
 
     @without_autocast
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
@@ -172,38 +161,59 @@ class Dictionary(Traits, nn.Module, ABC):
         return pattern.dense(values).view(*x.shape[:-1], self.d_sae)
 
     @without_autocast
-    def decode(self, features: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+    def decode(
+        self, features: Float[Tensor, "*batch d_sae"], like: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_out"]:
         """Reconstruction from dense features.
 
         On a CPU, only features that fire are multiplied, if they are few and need no gradient: as in `forward`, so that
         `decode(encode(x))` is the same to the last bit.
+
+        Args:
+            features: activations of all features.
+            like: the activations that they were encoded from; only needed if `frame.needs_input`.
+
+        Raises:
+            ShapeError: `like` is needed and missing.
         """
         features = features.to(self.W_dec.dtype)
         if not self._is_worth_sparse(features):
-            return features @ self.W_dec + self.b_dec
+            return self._framed(features @ self.W_dec + self.b_dec, like)
         pattern, values = Pattern.of_nonzeros(features.reshape(-1, self.d_sae))
-        return decode(pattern, values, self.W_dec).view(*features.shape[:-1], self.d_in) + self.b_dec
+        decoded = decode(pattern, values, self.W_dec).view(*features.shape[:-1], self.d_out) + self.b_dec
+        return self._framed(decoded, like)
 
     @without_autocast
-    def decode_sparse(self, codes: Codes) -> Float[Tensor, "*batch d_in"]:
+    def decode_sparse(
+        self, codes: Codes, like: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_out"]:
         """Reconstruction from sparse codes; equal to `decode` of the same features."""
         values, indices = codes.values.to(self.W_dec.dtype), codes.indices
         batch, k = values.shape[:-1], values.shape[-1]
         if needs_plain_operators(values):
             features = values.new_zeros(*batch, self.d_sae).scatter_add(-1, indices, values)
-            return features @ self.W_dec + self.b_dec
+            return self._framed(features @ self.W_dec + self.b_dec, like)
         pattern = Pattern.from_indices(indices.reshape(-1, k), self.d_sae)
-        return decode(pattern, values.reshape(-1), self.W_dec).reshape(*batch, self.d_in) + self.b_dec
+        decoded = decode(pattern, values.reshape(-1), self.W_dec).reshape(*batch, self.d_out) + self.b_dec
+        return self._framed(decoded, like)
 
     @without_autocast
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Reconstruction x̂ of x."""
         if self._is_dense(x):
-            return self.decode(self._encode_densely(x))
+            return self.decode(self._encode_densely(x), x)
         pattern, values = self._encode_rows(x)
         if pattern.density > DENSE_ABOVE and values.device.type == "cpu":  # many are selected, but few may fire
-            return self.decode(pattern.dense(values).view(*x.shape[:-1], self.d_sae))
-        return decode(*pattern.ascending(values), self.W_dec).reshape(x.shape) + self.b_dec
+            return self.decode(pattern.dense(values).view(*x.shape[:-1], self.d_sae), x)
+        decoded = decode(*pattern.ascending(values), self.W_dec).reshape(*x.shape[:-1], self.d_out) + self.b_dec
+        return self._framed(decoded, x)
+
+    def _framed(self, decoded: Float[Tensor, "*batch d_out"], x: Tensor | None) -> Float[Tensor, "*batch d_out"]:
+        """x̂ from f W_dec + b_dec."""
+        if self.frame.needs_input and x is not None:
+            self._check_width(x)
+            x = x.to(decoded.dtype)
+        return self.frame.restored(decoded, x, self.W_skip)
 
     def _is_dense(self, x: Tensor) -> bool:
         """Whether to compute codes of x densely."""
@@ -225,10 +235,10 @@ class Dictionary(Traits, nn.Module, ABC):
 
     def _encode_rows(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Pattern, Float[Tensor, " pairs"]]:
         self._check_width(x)
-        rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
+        rows = self.frame.normalised(x.to(self.W_enc.dtype).reshape(-1, self.d_in))
         selection = self.select(rows)
         pattern = selection.pattern
-        pre = encode_at(rows, self.b_dec, self.W_enc.T, self.b_enc, selection)
+        pre = encode_at(rows, self.centre, self.W_enc.T, self.b_enc, selection)
         return pattern, self.activate(pre, pattern.features)
 
     def _is_worth_sparse(self, features: Tensor) -> bool:
@@ -248,66 +258,6 @@ class Dictionary(Traits, nn.Module, ABC):
                 f"model and hook point it was trained on{f' ({hook})' if hook else ''}"
             )
 
-    @torch.no_grad()
-    def fold_normalisation_(
-        self,
-        mean: Float[Tensor, " d_in"],
-        scale: float,
-        target_mean: Float[Tensor, " d_in"] | None = None,
-        target_scale: float | None = None,
-    ) -> None:
-        """Rewrite weights trained on (x − mean)·scale so that they take raw x and reconstruct raw targets.
-
-        Decoder rows keep their norm, so activations are in the units of the target: divided by its scale.
-
-        Args:
-            mean, scale: normalisation of the input.
-            target_mean, target_scale: normalisation of the target, if it is not the input.
-        """
-        target_scale = scale if target_scale is None else target_scale
-        if target_mean is None:
-            self.scale_activations_(1 / target_scale)
-            self.b_dec.copy_(self.b_dec / target_scale + mean)
-            return
-        self.W_enc.mul_(scale)
-        self.shift_pre_activations_(-(self.b_dec + mean * scale) @ self.W_enc / scale)
-        self.scale_activations_(1 / target_scale)
-        self.W_enc.mul_(1 / target_scale)
-        self.b_dec.copy_(self.b_dec / target_scale + target_mean)
-        self.shift_pre_activations_(self.b_dec @ self.W_enc)
-
-    @torch.no_grad()
-    def normalise_decoder_(self) -> None:
-        """Scale decoder rows to norm 1; activations take over the norms.
-
-        Reconstructions do not change if each feature fires independently. If features are compared with each other or
-        with a shared threshold (TopK, BatchTopK, Matryoshka), others may fire.
-        """
-        norms = self.W_dec.norm(dim=-1)
-        norms = norms.where(norms > 0, 1.0)
-        self.W_dec.div_(norms[:, None])
-        self.W_enc.mul_(norms)
-        self.scale_activations_(norms)
-
-    @torch.no_grad()
-    def fire_above_(self, bound: Float[Tensor, ""]) -> None:
-        """Raise what a feature needs to fire: lower the biases by `bound`, or set a threshold to it if there is one."""
-        self.b_enc.sub_(bound)
-
-    @torch.no_grad()
-    def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:
-        """Add a shift to (x − b_dec) W_enc, wherever it is used."""
-        self.b_enc.add_(shift)
-
-    @torch.no_grad()
-    def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
-        """Multiply all parameters in the units of pre-activations by a factor.
-
-        The encoder is not changed.
-        """
-        for name in self.bias_names:
-            self.get_parameter(name).mul_(factor)
-
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `weights.safetensors`, which are all that is needed to load the dictionary again.
 
@@ -325,11 +275,12 @@ class Dictionary(Traits, nn.Module, ABC):
     def config(self) -> dict[str, Any]:
         """The contents of `config.json`."""
         return {
-            **FORMAT.head(),
+            **FORMAT.head(1 if self.frame == PLAIN else 2),
             "architecture": self.architecture,
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             **self.settings(),
+            **self.frame.to_json(),
             "dtype": dtype_name(self.dtype),
             "metadata": self.metadata,
         }
@@ -341,7 +292,7 @@ class Dictionary(Traits, nn.Module, ABC):
         Raises:
             ConfigError: the metadata cannot be read.
         """
-        return Origin.of(self.metadata, self.d_in)
+        return Origin.of(self.metadata, self.d_in, self.d_out)
 
     @property
     def device(self) -> torch.device:
@@ -371,7 +322,7 @@ class Dictionary(Traits, nn.Module, ABC):
         return moved
 
     def extra_repr(self) -> str:
-        settings = ", ".join(f"{key}={value}" for key, value in self.settings().items())
+        settings = ", ".join(f"{key}={value}" for key, value in {**self.settings(), **self.frame.to_json()}.items())
         return f"d_in={self.d_in}, d_sae={self.d_sae}" + (f", {settings}" if settings else "")
 
 

@@ -49,7 +49,7 @@ class Origin:
     activation_dtype: str | None = None
 
     @staticmethod
-    def of(metadata: Mapping[str, Any], d_in: int | None = None) -> Origin:
+    def of(metadata: Mapping[str, Any], d_in: int | None = None, d_out: int | None = None) -> Origin:
         """The origin that a dictionary's metadata states.
 
         `hook` and `target_hook` are a short form for a single site each. They are read if they are given, and are all
@@ -57,7 +57,8 @@ class Origin:
 
         Args:
             metadata: the metadata.
-            d_in: the dictionary's width, which is that of a single site.
+            d_in: the width of what the dictionary reads, which is that of a single site.
+            d_out: the same of what it gives; None: d_in.
 
         Raises:
             ConfigError: the version is newer than this package, or an entry is of another form.
@@ -83,7 +84,8 @@ class Origin:
         )
         hook, target_hook = (name if isinstance(name := metadata.get(key), str) else None for key in _SHORT)
         origin = origin._at(hook, target_hook)
-        return replace(origin, reads=origin.reads.of_width(d_in), gives=origin.gives.of_width(d_in))
+        gives = origin.gives.of_width(d_in if d_out is None else d_out)
+        return replace(origin, reads=origin.reads.of_width(d_in), gives=gives)
 
     def to_json(self) -> dict[str, Any]:
         """The entries of a dictionary's metadata, without unknown facts."""
@@ -209,13 +211,16 @@ def check_belongs(
             )
     for model in origin.models.values():
         _check_model(model, place)
-    width = origin.reads.width
-    if width is None or place.width is None:
+    if place.width is None:
         return
-    for hook in dict.fromkeys((reads, gives, origin.read_elsewhere if gives is not None else None)):
-        if hook is not None and place.width(hook) != width:
+    read = origin.read_elsewhere if gives is not None else None
+    for hook, width, verb in (
+        (reads, origin.reads.width, "takes"), (gives, origin.gives.width, "gives"), (read, origin.reads.width, "takes"),
+    ):  # fmt: skip
+        if hook is not None and width is not None and place.width(hook) != width:
             raise ConfigError(
-                f"hook {hook!r}: activations have {place.width(hook):,} numbers, the dictionary takes {width:,}; give "
+                f"hook {hook!r}: activations have {place.width(hook):,} numbers, the dictionary "
+                f"{verb if origin.of_transcoder else 'takes'} {width:,}; give "
                 "the hook point and model it was trained on"
             )
 

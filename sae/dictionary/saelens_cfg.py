@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sae.dictionary.frame import Frame, InputNorm
 from sae.dictionary.hook_points import block_of
 from sae.dictionary.origin import Origin
 
@@ -15,6 +16,8 @@ WEIGHT_PROCESSING: dict[str, dict[str, bool]] = {
     "center_and_fold": {"fold_ln": True, "center_writing_weights": True, "center_unembed": True},
 }
 """Arguments of transformer-lens that process a model's weights, by `model.weight_processing`."""
+NORMALISATION: dict[InputNorm, str] = {"layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}
+"""SAELens's `normalize_activations` by ours; `none` for the others."""
 
 
 @dataclass
@@ -38,7 +41,7 @@ class ToolConfig:
             `from_pretrained_no_processing`.
         hook_head_index: None: all heads together.
         apply_b_dec_to_input: True: b_dec is subtracted before encoding.
-        normalize_activations: `none`: it takes raw activations.
+        normalize_activations: what the dictionary does to each token by itself; `none`: nothing.
         seqpos_slice: `(None,)`: all positions.
         dataset_trust_remote_code: False: no data set's code is run.
     """
@@ -80,7 +83,7 @@ def tool_config(config: Mapping[str, Any], architecture: str, device: str) -> To
     """
     metadata: Mapping[str, Any] = config["metadata"]
     model, tokens, data, trained = (_part(metadata, name) for name in ("model", "tokens", "data", "trained"))
-    reads = Origin.of(metadata).reads
+    reads, frame = Origin.of(metadata).reads, Frame.from_json(config)
     hook = reads.hook if len(reads) == 1 else None
     source = data.get("source")
     return ToolConfig(
@@ -97,6 +100,8 @@ def tool_config(config: Mapping[str, Any], architecture: str, device: str) -> To
         training_tokens=trained.get("tokens"),
         dataset_path=source if source is None or isinstance(source, str) else ", ".join(source),
         model_from_pretrained_kwargs=dict(WEIGHT_PROCESSING.get(model.get("weight_processing", "none"), {})),
+        apply_b_dec_to_input=frame.d_out in (None, config["d_in"]),
+        normalize_activations=NORMALISATION.get(frame.input_norm, "none"),
     )
 
 

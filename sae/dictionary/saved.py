@@ -71,15 +71,16 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
 
 def _check_saved(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Refuse a configuration that contradicts the tensors or itself, and weights that are not finite."""
-    for key in ("d_in", "d_sae", *(("k",) if "k" in config else ())):
+    for key in ("d_in", "d_sae", *(key for key in ("k", "d_out") if key in config)):
         if type(config.get(key)) is not int:
             raise damaged(folder / CONFIG_FILE, f"{key}={config.get(key)!r}: expected a whole number")
     shape = tuple(tensors["W_dec"].shape) if "W_dec" in tensors else None
-    if shape != (config["d_sae"], config["d_in"]):
+    d_out = config.get("d_out", config["d_in"])
+    if shape != (config["d_sae"], d_out):
         actual = "no W_dec" if shape is None else f"W_dec {list(shape)}"
         raise damaged(
             folder / WEIGHTS_FILE,
-            f"weights do not fit {CONFIG_FILE}: {actual}, expected [{config['d_sae']}, {config['d_in']}]",
+            f"weights do not fit {CONFIG_FILE}: {actual}, expected [{config['d_sae']}, {d_out}]",
         )
     for name, tensor in tensors.items():
         dtype = dtype_name(tensor.dtype)

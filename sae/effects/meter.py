@@ -75,11 +75,12 @@ class _Sites:
 class ChangeMeter:
     """Makes changes in batches of context copies and compares them with the clean model.
 
-    A change replaces the activation x at a single position of a context by x + a·W_dec,i; the model computes
-    everything else as usual. With f = f_i(x) and scale α, FIRING changes have a = (α − 1)·f, so the part of x that the
-    dictionary does not explain is left alone. RANDOM changes have the same length, but a direction drawn from the
-    sphere instead of W_dec,i's. ELSEWHERE changes have a = |α − 1| times the feature's mean activation, at a position
-    where it does not fire; if it does fire there, the change is left out. Each change gets its own copy of its context.
+    A change replaces the activation x at a single position of a context by x + a·W_dec,i (times x's scale, if the
+    dictionary normalises each token); the model computes everything else as usual. With f = f_i(x) and scale α, FIRING
+    changes have a = (α − 1)·f, so the part of x that the dictionary does not explain is left alone. RANDOM changes have
+    the same length, but a direction drawn from the sphere instead of W_dec,i's. ELSEWHERE changes have a = |α − 1|
+    times the feature's mean activation, at a position where it does not fire; if it does fire there, the change is left
+    out. Each change gets its own copy of its context.
 
     Changes of length 0 have effects of 0, without a pass of the model.
 
@@ -160,7 +161,7 @@ class ChangeMeter:
         activation = (values * (indices == feature.to(device)[:, None])).sum(-1).float().cpu()
         amount = (self.scale - 1) * activation
         amount = torch.where(kind == ELSEWHERE, abs(self.scale - 1) * self.mean[feature], amount)
-        vector = amount[:, None] * self._directions(plan)
+        vector = amount[:, None] * self.dictionary.frame.scale(x).cpu() * self._directions(plan)
         sites = _Sites(plan, context, position, activation, vector)
         return sites.at(((kind != ELSEWHERE) | (activation == 0)).nonzero().flatten())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache
 from sae.architectures.topk import TopK
 from sae.config.progress import Progress, silent
-from sae.dictionary.base import Codes
+from sae.dictionary.codes import Codes
 from sae.evaluation.budget import pca_tokens
 from sae.evaluation.held_out import HeldOut, training_blocks
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor

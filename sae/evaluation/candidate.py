@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sae.activations.cache import ActivationCache
 from sae.activations.metadata import place_of
-from sae.dictionary.base import Codes, Dictionary
+from sae.dictionary.base import Dictionary
+from sae.dictionary.codes import Codes
 from sae.dictionary.model_identity import hash_weights
 from sae.dictionary.origin import check_belongs
 from sae.dictionary.saved import identify
@@ -78,7 +79,7 @@ def candidate(
     is_on_device = thing.W_dec.device == torch.empty(0, device=device).device
     placed = thing if is_on_device else copy.deepcopy(thing).to(device)
     settings = thing.settings()
-    settings_text = "".join(f", {key} = {value}" for key, value in settings.items())
+    settings_text = "".join(f", {key} = {value}" for key, value in {**settings, **thing.frame.to_json()}.items())
     reads = thing.origin.read_elsewhere
     description = f"dictionary: {thing.architecture}, {thing.d_in:,} → {thing.d_sae:,}{settings_text}"
     reconstructor = from_dictionary(placed, description + (f", from {reads}" if reads else ""), reads)

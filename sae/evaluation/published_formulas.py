@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary.base import Codes
+from sae.dictionary.codes import Codes
 from sae.results.estimate import double
 
 CONTEXTS_PER_BATCH = 16

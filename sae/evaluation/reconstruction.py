@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.dictionary.base import Codes, Dictionary
+from sae.dictionary.base import Dictionary
+from sae.dictionary.codes import Codes
 from sae.evaluation.metrics import estimates
 from sae.results.estimate import DocumentSums, Estimate, double, to_json
 
@@ -48,7 +49,7 @@ def from_dictionary(dictionary: Dictionary, description: str, reads: str | None 
 
     def reconstruct(x: Tensor) -> Reconstruction:
         codes = dictionary.encode_sparse(x)
-        return Reconstruction(dictionary.decode_sparse(codes), codes)
+        return Reconstruction(dictionary.decode_sparse(codes, like=x), codes)
 
     return Reconstructor(description, dictionary.d_sae, reconstruct, reads)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.dictionary.base import Codes
+from sae.dictionary.codes import Codes
 from sae.evaluation.metrics import estimates
 from sae.results.estimate import DocumentSums, Estimate, double
 

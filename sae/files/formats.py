@@ -27,9 +27,13 @@ class Format:
     name: str
     version: int
 
-    def head(self) -> dict[str, Any]:
-        """Format and version, for files that any version of the package may read."""
-        return {_NAME: self.name, _VERSION: self.version}
+    def head(self, version: int | None = None) -> dict[str, Any]:
+        """Format and version, for files that any version of the package may read.
+
+        Args:
+            version: an older one, for a file that has nothing new; None: the newest.
+        """
+        return {_NAME: self.name, _VERSION: self.version if version is None else version}
 
     def result_head(self) -> dict[str, Any]:
         """As `head`, with the package's version: for results, which another version might compute differently."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -18,6 +20,7 @@ from sae.formats import (
     dictionary_learning,
     gemma_scope,
     llama_scope,
+    llamascopium,
     openai,
     qwen_scope,
     saelens,
@@ -27,6 +30,7 @@ from sae.formats.foreign import CONVERTED, Foreign, dictionary_of, other_format
 from sae.numerics.modes import defaults
 
 OWN = "sae"
+_NUMBERS = re.compile(r"(\d+)")
 
 
 class Format(Protocol):
@@ -43,7 +47,8 @@ class Format(Protocol):
 FORMATS: dict[str, Format] = {
     module.NAME: cast(Format, module)
     for module in (
-        saelens, sparsify, dictionary_learning, gemma_scope, llama_scope, qwen_scope, circuit_tracer, openai,
+        saelens, sparsify, dictionary_learning, gemma_scope, llama_scope, qwen_scope,
+        llamascopium, circuit_tracer, openai,
     )
 }  # fmt: skip
 """The formats of other toolkits, by name."""
@@ -59,11 +64,10 @@ WRITERS: dict[str, Callable[[Dictionary, Path], list[str]]] = {
 def load(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Dictionary:  # fmt: skip
-    """Load a dictionary of this toolkit, or of another: SAELens, sparsify, dictionary_learning, OpenAI, Gemma Scope,
-    Llama Scope, Qwen-Scope or circuit-tracer.
+    """Load a dictionary of this toolkit, or of another: SAELens, sparsify, dictionary_learning, Llamascopium, OpenAI,
+    Gemma Scope, Llama Scope, Qwen-Scope or circuit-tracer.
 
-    No code of those toolkits is needed, and none in the files is run. What cannot be used here, such as
-    normalisation of each token by itself, is refused by name.
+    No code of those toolkits is needed, and none in the files is run. What cannot be used here is refused by name.
 
     Args:
         path: a dictionary's folder, the run folder that holds one, or the file of a format that has only one.
@@ -72,7 +76,8 @@ def load(
 
     Returns:
         A dictionary in evaluation mode that takes raw activations `[..., d_in]`. Its `metadata["converted"]`, if it
-        comes from another toolkit, has the format, what was folded into the weights, and the settings of its files.
+        comes from another toolkit, has the format, what was folded into the weights, what is carried in its `frame`,
+        and the settings of its files.
         Even inside `torch.inference_mode`, its weights are ordinary tensors, through which gradients can flow
         afterwards.
 
@@ -102,13 +107,55 @@ def _found(find: Callable[[Path], Path | None], place: Path) -> Path | None:
         return None
 
 
-def _dictionaries_in(folder: Path) -> list[str]:
-    """What in a folder, or in its subfolders, is a dictionary of another toolkit; at most 100 entries are looked at."""
+def load_all(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Dictionary]:  # fmt: skip
+    """Load all dictionaries of a folder: layers of a circuit-tracer set, modules of a sparsify run, runs of a sweep.
+
+    `sae.splice(model, list(dictionaries.values()))` puts them into the model together.
+
+    Args:
+        path: the folder that holds them, next to each other.
+        device, dtype: see `load`.
+
+    Returns:
+        The dictionaries by the names of their files or folders, in the order of the numbers in these.
+
+    Raises:
+        FormatError: there is none, or one cannot be loaded (see `load`).
+    """
+    place = expanded(path)
+    names = _dictionaries_in(place, ours=True)
+    if not names:
+        raise FormatError(f"{str(path)!r}: no dictionaries next to each other there; for a single one, use sae.load")
+    return {name: load(place / name, device=device, dtype=dtype) for name in names}
+
+
+def _dictionaries_in(folder: Path, *, ours: bool = False) -> list[str]:
+    """Names in a folder that are dictionaries of other toolkits, or any; at most 1,000 entries are looked at."""
     try:
-        entries = sorted(folder.iterdir())[:100] if folder.is_dir() else []
+        entries = list(islice(folder.iterdir(), 1000)) if folder.is_dir() else []
     except OSError:
         return []
-    return [entry.name for entry in entries if any(module.find(entry) for module in FORMATS.values())]
+    found = [
+        entry.name
+        for entry in entries
+        if any(_found(module.find, entry) for module in FORMATS.values())
+        or (ours and entry.is_dir() and _found(_own_weights, entry))
+    ]
+    return sorted(found, key=_by_numbers)
+
+
+def _by_numbers(name: str) -> list[tuple[str, int]]:
+    """A key that sorts `layer_2` before `layer_10`."""
+    parts = _NUMBERS.split(name)
+    return [(text, int(number)) for text, number in zip(parts[::2], [*parts[1::2], "-1"], strict=True)]
+
+
+def _own_weights(entry: Path) -> Path | None:
+    """The weights of a dictionary in our format, in a folder or in a run folder."""
+    own = resolve(entry, "dictionary", CONFIG_FILE)
+    return own / WEIGHTS_FILE if own is not None and (own / WEIGHTS_FILE).is_file() else None
 
 
 @dataclass(frozen=True)
@@ -158,4 +205,4 @@ def convert(source: str | Path, target: str | Path, to: str) -> Conversion:
     return Conversion(other or OWN, to, tuple(folded), tuple(lost))
 
 
-__all__ = ["FORMATS", "WRITERS", "Conversion", "Format", "convert", "load"]
+__all__ = ["FORMATS", "WRITERS", "Conversion", "Format", "convert", "load", "load_all"]

@@ -28,7 +28,7 @@ def read(path: Path) -> Foreign:
     """Read the transcoder of a layer.
 
     Raises:
-        FormatError: its input and output differ in width, it has a skip connection, or it is cross-layer.
+        FormatError: it has another activation function, or it is cross-layer.
         DamagedError: a file is damaged.
     """
     layer = _FILE.fullmatch(path.name)
@@ -39,11 +39,12 @@ def read(path: Path) -> Foreign:
             f"{str(path)!r}: circuit-tracer's activation {kind!r} cannot be used here, only relu and jumprelu"
         )
     tensors = Tensors(path, read_safetensors(path))
-    if "W_skip" in tensors:
-        raise FormatError(f"{str(path)!r}: has a skip connection, a linear map of the input, which cannot be used here")
     W_enc = tensors.take("W_enc", None, None)
     d_sae, d_in = W_enc.shape
-    W_dec, b_enc, b_dec = tensors.take("W_dec", d_sae, d_in), tensors.take("b_enc", d_sae), tensors.take("b_dec", d_in)
+    W_dec, b_enc = tensors.take("W_dec", d_sae, None), tensors.take("b_enc", d_sae)
+    d_out = W_dec.shape[1]
+    b_dec = tensors.take("b_dec", d_out)
+    W_skip = tensors.take("W_skip", d_out, d_in).T if "W_skip" in tensors else None
     rest: dict[str, Any] = {"activation": "relu"}
     if "activation_function.threshold" in tensors:
         rest = {"activation": "jumprelu", "threshold": tensors.take("activation_function.threshold", d_sae)}
@@ -51,8 +52,8 @@ def read(path: Path) -> Foreign:
     assert layer is not None
     metadata = _metadata(settings, int(layer[1]))
     return Foreign(
-        "circuit-tracer", W_enc=W_enc.T, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, centred=False, metadata=metadata,
-        settings=settings, **rest,
+        "circuit-tracer", W_enc=W_enc.T, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, centred=False, W_skip=W_skip,
+        metadata=metadata, settings=settings, **rest,
     )  # fmt: skip
 
 

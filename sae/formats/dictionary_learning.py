@@ -12,7 +12,7 @@ from sae.architectures import Matryoshka
 from sae.dictionary.base import Dictionary
 from sae.dictionary.hook_points import block_of, name_of
 from sae.errors import FormatError
-from sae.formats.foreign import Foreign, processed_weights, uncentred_bias
+from sae.formats.foreign import Foreign, check_frame, processed_weights, uncentred_bias
 from sae.formats.foreign_files import Tensors, folder_with, read_pickle, read_settings, write_pickle, write_settings
 
 NAME = "dictionary_learning"
@@ -126,6 +126,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
     architecture, settings = dictionary.architecture, dictionary.settings()
     if architecture not in _CLASSES:
         raise FormatError(f"{TITLE} has only {', '.join(_CLASSES)}; this is a {type(dictionary).__name__}")
+    check_frame(dictionary, TITLE)
     linear = {"encoder.weight": dictionary.W_enc.T, "decoder.weight": dictionary.W_dec.T}
     plain = {"W_enc": dictionary.W_enc, "W_dec": dictionary.W_dec, "b_dec": dictionary.b_dec}
     lost: list[str] = []

@@ -66,12 +66,13 @@ def _read_first(folder: Path) -> Foreign:
 def _read_second(folder: Path) -> Foreign:
     settings = read_settings(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     tensors = Tensors(folder / SECOND, read_safetensors(folder / SECOND))
-    if "affine_skip_connection" in tensors:
-        raise FormatError(f"{str(folder)!r}: has an affine skip, a linear map of the input, which cannot be used here")
     W_enc = tensors.take("w_enc", None, None)
     d_in, d_sae = W_enc.shape
-    W_dec, b_enc = tensors.take("w_dec", d_sae, d_in), tensors.take("b_enc", d_sae)
-    b_dec, threshold = tensors.take("b_dec", d_in), tensors.take("threshold", d_sae)
+    W_dec, b_enc = tensors.take("w_dec", d_sae, None), tensors.take("b_enc", d_sae)
+    d_out = W_dec.shape[1]
+    b_dec, threshold = tensors.take("b_dec", d_out), tensors.take("threshold", d_sae)
+    skip = "affine_skip_connection"
+    W_skip = tensors.take(skip, d_in, d_out) if skip in tensors else None
     tensors.end()
     metadata: dict[str, Any] = {}
     if isinstance(settings.get("model_name"), str):
@@ -85,8 +86,8 @@ def _read_second(folder: Path) -> Foreign:
             f"{str(folder)!r}: a transcoder, whose layer is only in the published folders' names: keep them"
         )
     return Foreign(
-        "Gemma Scope 2", "jumprelu", W_enc, b_enc, W_dec, b_dec, centred=False, threshold=threshold, metadata=metadata,
-        settings=settings,
+        "Gemma Scope 2", "jumprelu", W_enc, b_enc, W_dec, b_dec, centred=False, W_skip=W_skip, threshold=threshold,
+        metadata=metadata, settings=settings,
     )  # fmt: skip
 
 

@@ -31,11 +31,11 @@ def find(path: Path) -> Path | None:
 def read(folder: Path) -> Foreign:
     """Read a dictionary by its authors' formula.
 
-    The input is scaled by √d_in ÷ the data set's average norm. After the scale and the norms of the decoder's rows are
-    folded into the weights, a feature fires above the threshold of the settings.
+    The input is scaled by √d_in ÷ the data set's average norm, and so is the output by its own. After the scales and
+    the norms of the decoder's rows are folded into the weights, a feature fires above the threshold of the settings.
 
     Raises:
-        FormatError: it is a transcoder, or its settings are of another form.
+        FormatError: its settings are of another form.
         DamagedError: a file is damaged, or the two do not fit each other.
     """
     settings = read_settings(folder / SETTINGS)
@@ -49,25 +49,28 @@ def read(folder: Path) -> Foreign:
         if settings.get(key, published) != published:
             value = one_line(str(settings[key]), 40)
             raise FormatError(f"{str(folder)!r}: {key}={value} instead of {published} makes another dictionary")
-    if hook != target or norms["in"] != norms["out"]:
-        raise FormatError(f"{str(folder)!r}: a transcoder from {hook} to {target}, which cannot be used here")
-    numbers = (norms["in"], threshold)
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) or norms["in"] <= 0:
+    numbers = (norms["in"], norms["out"], threshold)
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or min(numbers[:2]) <= 0:
         shown = one_line(repr(threshold), 40)
-        raise FormatError(f"{str(folder / SETTINGS)!r}: average norm {norms['in']!r} and jump_relu_threshold {shown}")
+        raise FormatError(f"{str(folder / SETTINGS)!r}: average norms {numbers[:2]!r} and jump_relu_threshold {shown}")
+    if hook == target and norms["in"] != norms["out"]:
+        raise FormatError(
+            f"{str(folder / SETTINGS)!r}: two average norms, {numbers[:2]!r}, of one hook point, {hook!r}"
+        )
     decoder = tensors.take("decoder.weight", None, None).T
-    d_sae, d_in = decoder.shape
-    encoder, b_enc = tensors.take("encoder.weight", d_sae, d_in), tensors.take("encoder.bias", d_sae)
-    b_dec = tensors.take("decoder.bias", d_in)
+    d_sae, d_out = decoder.shape
+    encoder, b_enc = tensors.take("encoder.weight", d_sae, None), tensors.take("encoder.bias", d_sae)
+    b_dec, d_in = tensors.take("decoder.bias", d_out), encoder.shape[1]
     tensors.end()
-    scale = math.sqrt(d_in) / norms["in"]
+    input_scale, output_scale = math.sqrt(d_in) / norms["in"], math.sqrt(d_out) / norms["out"]
     # The threshold applies to activations in raw units of rows of norm 1. In the units of these weights, it is:
-    lengths = decoder.float().norm(dim=-1) / scale
+    lengths = decoder.float().norm(dim=-1) / output_scale
     thresholds = torch.where(lengths > 0, threshold / lengths.where(lengths > 0, 1.0), 0.0)
     model = _FOLDER.search(folder.absolute().name)
     name = settings.get("model_name") or (model and f"meta-llama/Llama-3.1-8B{'-Instruct' * (model[1] == 'Instruct')}")
     metadata = {
         "hook": hook if isinstance(hook, str) else None,
+        "target_hook": target if isinstance(target, str) and target != hook else None,
         "model": {"name": name, "weight_processing": "none"} if isinstance(name, str) else None,
     }
     return Foreign(
@@ -79,7 +82,8 @@ def read(folder: Path) -> Foreign:
         b_dec,
         centred=False,
         threshold=thresholds,
-        input_scale=scale,
+        input_scale=input_scale,
+        output_scale=output_scale,
         metadata={key: value for key, value in metadata.items() if value is not None},
         settings=settings,
     )

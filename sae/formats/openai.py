@@ -13,7 +13,7 @@ from sae.dictionary.base import Dictionary
 from sae.dictionary.hook_points import name_of
 from sae.errors import FormatError
 from sae.files.printable import one_line
-from sae.formats.foreign import Foreign, processed_weights
+from sae.formats.foreign import Foreign, check_frame, processed_weights
 from sae.formats.foreign_files import Tensors, read_pickle, write_pickle
 
 NAME = "openai"
@@ -24,6 +24,7 @@ _PLACES = {
     "resid_delta_mlp": "hook_mlp_out", "resid_post_mlp": "hook_resid_post",
 }  # fmt: skip
 _PUBLISHED = re.compile(rf"({'|'.join(_PLACES)})[^/]*/autoencoders/(\d+)\.pt$")
+_WRITTEN = {("relu", "none"), ("topk", "layer_norm")}
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
 
@@ -35,21 +36,20 @@ def find(path: Path) -> Path | None:
 
 
 def read(path: Path) -> Foreign:
-    """Read a dictionary with ReLU. Those with TopK normalise each token, which cannot be folded into weights.
+    """Read a dictionary. Those with TopK normalise each token, those with ReLU do not.
 
     Raises:
-        FormatError: it has TopK.
+        FormatError: it has another activation function.
         DamagedError: the file is damaged.
     """
     content = read_pickle(path)
     activation, state = content.pop("activation", "ReLU"), content.pop("activation_state_dict", {})
-    if not isinstance(activation, str) or activation != "ReLU":
-        rule = f" (k {state['k']})" if isinstance(state, Mapping) and isinstance(state.get("k"), int) else ""
-        activation = one_line(activation, 40) if isinstance(activation, str) else type(activation).__name__
-        raise FormatError(
-            f"{str(path)!r}: with the activation {activation}{rule}: each token is normalised by itself, which cannot "
-            "be folded into the weights"
-        )
+    state = state if isinstance(state, Mapping) else {}
+    is_topk = activation == "TopK"
+    after = state.get("postact_fn", "ReLU")
+    if not (is_topk or activation == "ReLU") or after != "ReLU":
+        name = one_line(f"{activation} with {after}" if is_topk else str(activation), 40)
+        raise FormatError(f"{str(path)!r}: the activation function {name} cannot be used here, only ReLU and TopK")
     tensors = Tensors(path, content)
     tensors.drop(*_STATISTICS)
     encoder = tensors.take("encoder.weight", None, None)
@@ -62,11 +62,15 @@ def read(path: Path) -> Foreign:
     if published is not None:
         metadata["hook"] = name_of(int(published[2]), _PLACES[published[1]])
         metadata["model"] = {"name": "gpt2", "weight_processing": "none"}
-    return Foreign("OpenAI", "relu", encoder.T, b_enc, decoder.T, b_dec, metadata=metadata)
+    rest: dict[str, Any] = {"k": _whole(state.get("k")), "input_norm": "layer_norm"} if is_topk else {}
+    rest["activation"] = "topk" if is_topk else "relu"
+    return Foreign(
+        "OpenAI", W_enc=encoder.T, b_enc=b_enc, W_dec=decoder.T, b_dec=b_dec, metadata=metadata, **rest
+    )  # fmt: skip
 
 
 def write(dictionary: Dictionary, folder: Path) -> list[str]:
-    """Write a ReLU dictionary in this format.
+    """Write a ReLU, or a TopK that normalises each token, in this format.
 
     Returns:
         What the format cannot hold.
@@ -75,13 +79,21 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         FormatError: it is another architecture, or a transcoder.
         CacheError: the folder cannot be written.
     """
-    if dictionary.architecture != "relu" or dictionary.origin.of_transcoder:
-        raise FormatError(
-            f"OpenAI's format without its normalisation has only ReLU; this is a {type(dictionary).__name__}"
-        )
+    norm = dictionary.frame.input_norm
+    if (dictionary.architecture, norm) not in _WRITTEN or dictionary.origin.of_transcoder:
+        kind = type(dictionary).__name__ + (f" with input_norm={norm}" if norm != "none" else "")
+        raise FormatError(f"OpenAI's format has only ReLU, and TopK with layer norm; this is a {kind}")
+    check_frame(dictionary, TITLE, norms=["layer_norm"])
     tensors = {
         "pre_bias": dictionary.b_dec, "encoder.weight": dictionary.W_enc.T, "latent_bias": dictionary.b_enc,
         "decoder.weight": dictionary.W_dec.T, **dict.fromkeys(_STATISTICS, torch.zeros(dictionary.d_sae)),
     }  # fmt: skip
-    write_pickle(folder / WRITTEN, {**tensors, "activation": "ReLU", "activation_state_dict": {}})
+    state = {"k": dictionary.settings()["k"], "postact_fn": "ReLU"} if norm == "layer_norm" else {}
+    activation = "TopK" if state else "ReLU"
+    write_pickle(folder / WRITTEN, {**tensors, "activation": activation, "activation_state_dict": state})
     return ["language model, hook point, tokens and text of its training", *processed_weights(dictionary)]
+
+
+def _whole(k: Any) -> Any:
+    """k as a whole number, if it is a tensor that holds one."""
+    return int(k) if isinstance(k, torch.Tensor) and k.numel() == 1 and not k.is_floating_point() else k

@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sae.architectures import MatchingPursuit
 from sae.dictionary.base import Dictionary, dtype_name
-from sae.dictionary.hook_points import split
-from sae.dictionary.saelens_cfg import WEIGHT_PROCESSING
+from sae.dictionary.frame import InputNorm
+from sae.dictionary.hook_points import RESIDUAL, split
+from sae.dictionary.saelens_cfg import NORMALISATION, WEIGHT_PROCESSING
 from sae.errors import FormatError
 from sae.files.printable import one_line
-from sae.formats.foreign import Foreign, uncentred_bias
+from sae.formats.foreign import Foreign, check_frame, uncentred_bias
 from sae.formats.foreign_files import (
     Tensors,
     folder_with,
@@ -30,13 +33,10 @@ SETTINGS, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 WRITTEN_AS = "6.54.12"
 """The version of SAELens whose files are written."""
 WRITES = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated", "batch_topk": "jumprelu",
-          "matryoshka": "jumprelu"}  # fmt: skip
+          "matryoshka": "jumprelu", "matching_pursuit": "matching_pursuit"}  # fmt: skip
 """SAELens's architecture for each of ours. It uses BatchTopK and Matryoshka as JumpReLU too, after training."""
 _NOT_READ = {
     "temporal": "it reads whole sequences with attention of its own",
-    "matching_pursuit": "it chooses its features one after the other, each from what the others leave",
-    "skip_transcoder": "it adds a linear map of its input",
-    "jumprelu_skip_transcoder": "it adds a linear map of its input",
 }
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index",
             "activation_fn_str": "activation_fn"}  # fmt: skip
@@ -47,7 +47,9 @@ _SHARED_KINDS = (
     "ln2.hook_normalized",
 )  # fmt: skip
 """Hook points that transformer-lens's HookedTransformer has too."""
+_NORMS: dict[str, InputNorm] = {theirs: ours for ours, theirs in NORMALISATION.items()}
 _TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
+_CENTRED = {"center_writing_weights": True}
 _PROCESSED = {
     (False, False): "none", (True, False): "fold_ln", (True, True): "center_and_fold", (False, True): "center_and_fold",
 }  # fmt: skip
@@ -75,27 +77,36 @@ def read(folder: Path) -> Foreign:
         facts = {**settings, **facts}
     architecture = one_line(str(settings.get("architecture", "standard")), 40)
     _check_usable(folder, architecture, settings, facts)
-    W_dec = tensors.take("W_dec", None, None)
-    d_sae, d_in = W_dec.shape
+    is_tied = architecture == "matching_pursuit"
+    W_enc = tensors.take("W_dec", None, None).T if is_tied else tensors.take("W_enc", None, None)
+    d_in, d_sae = W_enc.shape
     is_transcoder = "transcoder" in architecture
-    if is_transcoder and settings.get("d_in", d_in) != d_in:
-        raise FormatError(
-            f"{str(folder)!r}: a transcoder from {settings.get('d_in')} to {d_in} numbers; only those of equal "
-            "widths can be used here"
-        )
-    W_enc, b_dec = tensors.take("W_enc", d_in, d_sae), tensors.take("b_dec", d_in)
+    W_dec = W_enc.T if is_tied else tensors.take("W_dec", d_sae, None if is_transcoder else d_in)
+    d_out = W_dec.shape[1]
+    b_dec = tensors.take("b_dec", d_out)
+    folded: list[str] = []
+    if is_tied and not settings.get("apply_b_dec_to_input", True):
+        b_dec = torch.zeros_like(b_dec)
+        folded.append("b_dec, which has no part in the reconstruction either")
+    W_skip = tensors.take("W_skip", d_out, d_in).T if "skip" in architecture else None
     read_rest = _ACTIVATIONS[architecture]
     rest = read_rest(tensors, settings, d_sae)
     if "scaling_factor" in tensors:
         W_dec = W_dec * tensors.take("scaling_factor", d_sae)[:, None]
     tensors.end()
+    norm = _NORMS.get(str(settings.get("normalize_activations")), "none")
+    if norm == "none" and _is_centred(facts) and not is_transcoder:
+        norm = "centre"
     return Foreign(
         f"SAELens {version}",
         W_enc=W_enc,
         W_dec=W_dec,
         b_dec=b_dec,
         centred=bool(settings.get("apply_b_dec_to_input", not is_transcoder)) and not is_transcoder,
-        metadata=_metadata(facts),
+        W_skip=W_skip,
+        input_norm=norm,
+        folded=folded,
+        metadata=_metadata(facts, processed=norm != "centre"),
         settings=settings,
         **rest,
     )
@@ -112,16 +123,20 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         CacheError: the folder cannot be written.
     """
     origin, architecture = dictionary.origin, _architecture_of(dictionary)
-    is_transcoder = origin.of_transcoder
+    is_transcoder, norm = origin.of_transcoder, dictionary.frame.input_norm
     tensors: dict[str, Tensor] = {name: dictionary.get_parameter(name) for name in ("W_enc", "W_dec", "b_dec")}
     if dictionary.architecture == "gated":
         tensors |= {name: dictionary.get_parameter(name) for name in ("b_gate", "b_mag", "r_mag")}
+    elif dictionary.architecture == "matching_pursuit":
+        del tensors["W_enc"]
     else:
         tensors["b_enc"] = dictionary.b_enc
         if is_transcoder:
             tensors["b_enc"] = uncentred_bias(dictionary)
     if "jumprelu" in architecture:
         tensors["threshold"] = dictionary.get_parameter("threshold").expand(dictionary.d_sae)
+    if dictionary.W_skip is not None:
+        tensors["W_skip"] = dictionary.W_skip.T
     model, tokens = origin.models.get("", {}), origin.tokens if isinstance(origin.tokens, Mapping) else {}
     data = origin.data or {}
     source = data.get("source")
@@ -135,20 +150,23 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         "exclude_special_tokens": list(tokens.get("masked_ids") or ()) or None,
         "seqpos_slice": [tokens["masked_positions"], None] if tokens.get("masked_positions") else None,
         "dataset_path": source if source is None or isinstance(source, str) else ", ".join(source),
-        "model_from_pretrained_kwargs": WEIGHT_PROCESSING.get(str(model.get("weight_processing"))),
+        "model_from_pretrained_kwargs": _CENTRED
+        if norm == "centre"
+        else WEIGHT_PROCESSING.get(str(model.get("weight_processing"))),
         "training_architecture": dictionary.architecture,
     }
     settings = {
         "architecture": architecture,
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
-        **({"d_out": dictionary.d_in} if is_transcoder else {}),
+        **({"d_out": dictionary.d_out} if is_transcoder else {}),
         "dtype": dtype_name(dictionary.dtype),
         "device": "cpu",
         "apply_b_dec_to_input": not is_transcoder,
-        "normalize_activations": "none",
+        "normalize_activations": NORMALISATION.get(norm, "none"),
         "reshape_activations": "hook_z" if str(origin.reads.hook).endswith("attn.hook_z") else "none",
         **({"k": dictionary.settings()["k"], "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}),
+        **(dictionary.settings() if architecture == "matching_pursuit" else {}),
         "metadata": {key: value for key, value in metadata.items() if value is not None},
     }
     write_safetensors(folder / WEIGHTS, tensors)
@@ -164,12 +182,18 @@ def _architecture_of(dictionary: Dictionary) -> str:
     """
     if dictionary.architecture not in WRITES:
         raise FormatError(f"{TITLE} has only {', '.join(WRITES)}; this is a {type(dictionary).__name__}")
-    architecture = WRITES[dictionary.architecture]
-    if not dictionary.origin.of_transcoder:
+    architecture, is_transcoder = WRITES[dictionary.architecture], dictionary.origin.of_transcoder
+    norms = () if is_transcoder else (*NORMALISATION, "centre")
+    check_frame(
+        dictionary, f"{TITLE}'s {'transcoder' if is_transcoder else architecture}", norms=norms, skip=is_transcoder
+    )
+    if not is_transcoder:
         return architecture
     if architecture not in ("standard", "jumprelu"):
         raise FormatError(f"{TITLE} has no {dictionary.architecture} transcoder: only ReLU and JumpReLU")
-    return {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[architecture]
+    return (
+        ("jumprelu_" if architecture == "jumprelu" else "") + ("skip_" if dictionary.frame.skip else "") + "transcoder"
+    )
 
 
 def _lost(
@@ -223,10 +247,12 @@ def _check_usable(folder: Path, architecture: str, settings: Mapping[str, Any], 
     if architecture not in _ACTIVATIONS:
         raise FormatError(f"{place}: SAELens's architecture {architecture!r} is not one of {', '.join(_ACTIVATIONS)}")
     normalisation = settings.get("normalize_activations", "none")
-    if normalisation not in ("none", "expected_average_only_in"):
+    if normalisation not in ("none", "expected_average_only_in", *_NORMS):
+        raise FormatError(f"{place}: normalize_activations={one_line(repr(normalisation), 40)} cannot be used here")
+    if normalisation in _NORMS and "transcoder" in architecture:
         raise FormatError(
-            f"{place}: normalize_activations={normalisation!r}: each token is normalised by itself, which cannot be "
-            "folded into the weights"
+            f"{place}: normalize_activations={normalisation!r} of a transcoder, whose output SAELens does not scale "
+            "back, cannot be used here"
         )
     if settings.get("activation_fn", "relu") not in ("relu", "topk", None):
         kind = one_line(str(settings["activation_fn"]), 40)
@@ -257,6 +283,11 @@ def _largest(name: str) -> Callable[[Tensors, Mapping[str, Any], int], dict[str,
     return read
 
 
+def _pursuit(tensors: Tensors, settings: Mapping[str, Any], d_sae: int) -> dict[str, Any]:
+    pursuit = {name: settings[name] for name in MatchingPursuit.setting_names if name in settings}
+    return {"activation": "matching_pursuit", "b_enc": None, "pursuit": pursuit}
+
+
 def _gated(tensors: Tensors, settings: Mapping[str, Any], d_sae: int) -> dict[str, Any]:
     b_gate, b_mag, r_mag = (tensors.take(name, d_sae) for name in ("b_gate", "b_mag", "r_mag"))
     return {"activation": "gated", "b_enc": b_gate, "b_mag": b_mag, "r_mag": r_mag}
@@ -268,16 +299,35 @@ _ACTIVATIONS = {
     "abstopk": _largest("abs_topk"),
     "jumprelu": _elementwise("jumprelu"),
     "gated": _gated,
+    "matching_pursuit": _pursuit,
     "transcoder": _elementwise("relu"),
     "jumprelu_transcoder": _elementwise("jumprelu"),
+    "skip_transcoder": _elementwise("relu"),
+    "jumprelu_skip_transcoder": _elementwise("jumprelu"),
 }
 
 
-def _metadata(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts about the training, in our words."""
+def _is_centred(facts: Mapping[str, Any]) -> bool:
+    """Whether it reads a residual stream, or a part of it, with its mean taken off: all that processing does there."""
+    kwargs, hook = facts.get("model_from_pretrained_kwargs"), facts.get("hook_name")
+    place = split(hook) if isinstance(hook, str) else None
+    is_stream = place is not None and place[1] in RESIDUAL
+    return is_stream and isinstance(kwargs, Mapping) and bool(kwargs.get("center_writing_weights"))
+
+
+def _metadata(facts: Mapping[str, Any], *, processed: bool) -> dict[str, Any]:
+    """Facts about the training, in our words.
+
+    Args:
+        facts: SAELens's words.
+        processed: whether the processing of the model's weights matters; it does not if the dictionary takes off the
+            mean itself, since folded norms do not change the stream.
+    """
     kwargs, name, length = (facts.get(key) for key in ("model_from_pretrained_kwargs", "model_name", "context_size"))
     model = {"name": name} if isinstance(name, str) else None
-    if model and isinstance(kwargs, Mapping):  # what is not said is unknown: SAELens's registry adds to some files
+    if (
+        model and processed and isinstance(kwargs, Mapping)
+    ):  # what is not said is unknown: SAELens's registry adds to some files
         centred = bool(kwargs.get("center_writing_weights"))
         model["weight_processing"] = _PROCESSED[bool(kwargs.get("fold_ln")), centred]
     source = facts.get("dataset_path")

@@ -9,7 +9,7 @@ from typing import Any
 from sae.dictionary.base import Dictionary
 from sae.dictionary.hook_points import name_of, split
 from sae.errors import FormatError
-from sae.formats.foreign import Foreign, has_unit_rows, processed_weights, uncentred_bias
+from sae.formats.foreign import Foreign, check_frame, has_unit_rows, processed_weights, uncentred_bias
 from sae.formats.foreign_files import (
     Tensors,
     folder_with,
@@ -48,14 +48,11 @@ def read(folder: Path) -> Foreign:
     if kind != "topk" or settings.get("signed"):
         what = "signed features" if settings.get("signed") else f"activation={kind!r}"
         raise FormatError(f"{str(folder)!r}: sparsify's {what} cannot be used here, only topk")
-    if settings.get("skip_connection"):
-        raise FormatError(
-            f"{str(folder)!r}: sparsify's skip_connection, a linear map of the input, cannot be used here"
-        )
     W_dec = tensors.take("W_dec", None, None)
     d_sae, d_in = W_dec.shape
     W_enc = tensors.take("encoder.weight", d_sae, d_in)
     b_enc, b_dec = tensors.take("encoder.bias", d_sae), tensors.take("b_dec", d_in)
+    W_skip = tensors.take("W_skip", d_in, d_in).T if settings.get("skip_connection") else None
     tensors.end()
     return Foreign(
         "sparsify",
@@ -65,6 +62,7 @@ def read(folder: Path) -> Foreign:
         W_dec,
         b_dec,
         centred=not settings.get("transcode", False),
+        W_skip=W_skip,
         k=settings.get("k", 32),
         metadata=_metadata(folder, bool(settings.get("transcode", False))),
         settings=settings,
@@ -83,12 +81,15 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
     """
     if dictionary.architecture != "topk":
         raise FormatError(f"sparsify has only TopK; this is a {type(dictionary).__name__}")
+    check_frame(dictionary, TITLE, skip=dictionary.d_out == dictionary.d_in)
     is_transcoder = dictionary.origin.of_transcoder
     b_enc = uncentred_bias(dictionary) if is_transcoder else dictionary.b_enc
     tensors = {
         "encoder.weight": dictionary.W_enc.T, "encoder.bias": b_enc, "W_dec": dictionary.W_dec,
         "b_dec": dictionary.b_dec,
     }  # fmt: skip
+    if dictionary.W_skip is not None:
+        tensors["W_skip"] = dictionary.W_skip.T
     write_safetensors(folder / WEIGHTS, tensors)
     settings = {
         "activation": "topk",
@@ -97,7 +98,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         "num_latents": dictionary.d_sae,
         "k": dictionary.settings()["k"],
         "multi_topk": False,
-        "skip_connection": False,
+        "skip_connection": dictionary.W_skip is not None,
         "transcode": is_transcoder,
         "d_in": dictionary.d_in,
     }

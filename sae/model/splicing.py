@@ -73,12 +73,11 @@ def splice(
 
     def replacement(y: Tensor, now: Pass | None) -> Tensor:
         x = _input(origin, read, now) if origin.of_transcoder else y
-        for name, activation, verb in ((reads, x, "takes"), (gives, y, "gives")):
-            if activation.shape[-1] != dictionary.d_in:
-                width = activation.shape[-1]
-                raise ModelError(
-                    f"hook {name!r}: activations are {width} wide, the dictionary {verb} {dictionary.d_in}"
-                )
+        for name, width, expected, verb in (
+            (reads, x.shape[-1], dictionary.d_in, "takes"), (gives, y.shape[-1], dictionary.d_out, "gives"),
+        ):  # fmt: skip
+            if width != expected:
+                raise ModelError(f"hook {name!r}: activations are {width} wide, the dictionary {verb} {expected}")
         new = _reconstruct(dictionary, x, y, error_term, edit)
         if policy is None or now is None:
             return new
@@ -117,8 +116,8 @@ def _reconstruct(dictionary: Dictionary, x: Tensor, y: Tensor, error_term: bool,
         reconstruction = dictionary(x)
         return reconstruction + (y - reconstruction).detach() if error_term else reconstruction
     features = dictionary.encode(x)
-    edited = dictionary.decode(edit(features))
-    return edited + (y - dictionary.decode(features)).detach() if error_term else edited
+    edited = dictionary.decode(edit(features), like=x)
+    return edited + (y - dictionary.decode(features, like=x)).detach() if error_term else edited
 
 
 def _token_policy(dictionary: Dictionary) -> TokenPolicy | None:

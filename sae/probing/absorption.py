@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.dictionary.frame import PLAIN
 from sae.errors import ShapeError
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import numpy_generator
@@ -181,6 +182,8 @@ class _Concepts:
         self.design = Design(self.dense, split)
         self.directions = dictionary.W_dec.detach().double().cpu().numpy()
         self.offset = dictionary.b_dec.detach().double().cpu().numpy()
+        frame = getattr(dictionary, "frame", PLAIN)
+        self.normalised = self.dense if frame == PLAIN else frame.normalised(data.dense()).numpy()
 
     def measure(self, name: str, truth: Bool[np.ndarray, " rows"]) -> ConceptResult:
         """Measure a class: dense probe, main latents, and test examples where those are silent and another is not."""
@@ -216,7 +219,7 @@ class _Concepts:
         carried[:, main] = -np.inf
         best = carried.argmax(1)
         amount = carried[np.arange(len(rows)), best]
-        projection = (self.dense[rows] - self.offset) @ p
+        projection = (self.normalised[rows] - self.offset) @ p
         fits = cosines[best] >= self.settings.cosine
         fits &= (projection > 0) & (amount >= self.settings.share * projection)
         return np.where(fits, best, -1)

@@ -44,7 +44,7 @@ def information_table(places: Sequence[str | Path], width: int | None = None) ->
 def _facts(dictionary: Dictionary) -> dict[str, str]:
     """What a dictionary is; empty if it is not recorded."""
     metadata, origin = dictionary.metadata, dictionary.origin
-    settings = [f"{key}={value}" for key, value in dictionary.settings().items()]
+    settings = [f"{key}={value}" for key, value in {**dictionary.settings(), **dictionary.frame.to_json()}.items()]
     return {
         "architecture": ", ".join([dictionary.architecture, *settings]),
         "d_in → d_sae": f"{dictionary.d_in:,} → {dictionary.d_sae:,}",

@@ -11,6 +11,7 @@ from sae.architectures import ARCHITECTURES
 from sae.config.base import RENAMED
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import PLAIN
 from sae.errors import ConfigError
 from sae.training.traits import READERS
 
@@ -108,6 +109,11 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
         raise ConfigError("train.start_from is read by run folders only: give start=sae.load(folder) instead")
     if start is not None and not isinstance(start, Dictionary):
         raise ConfigError(f"start is a {type(start).__name__}: give a dictionary, such as sae.load(folder)")
+    if start is not None and start.frame != PLAIN:
+        facts = ", ".join(f"{key}={value}" for key, value in start.frame.to_json().items())
+        raise ConfigError(
+            f"the dictionary to start from has {facts}, which cannot be trained here: choose another train.start_from"
+        )
     if start is not None and start.W_dec.shape != dictionary.W_dec.shape:
         raise ConfigError(
             f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, the new one "

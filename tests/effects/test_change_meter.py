@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae.activations import ActivationCache
 from sae.config.splits import HELD_OUT
+from sae.dictionary.frame import PLAIN, Frame
 from sae.effects.direct import DirectPath
 from sae.effects.firings import scan_firings
 from sae.effects.interventions import ELSEWHERE, FIRING, RANDOM, Changes, Plan, plan_changes
@@ -45,14 +46,14 @@ def make_meter(
     cache: ActivationCache, model: LanguageModel, hook: str, scale: float = 0.0, **options: Any
 ) -> ChangeMeter:
     options = {"window": 3, "seed": 0, **options}
-    dictionary = make_dictionary(cache, hook)
+    dictionary = make_dictionary(cache, hook, frame=options.pop("frame", PLAIN))
     firings = scan_firings(dictionary, cache, hook, positions=1000, seed=0)
     tail = options.pop("tail", model.tail(hook))
     return ChangeMeter(tail, DirectPath.of(model, hook), dictionary, cache, mean=firings.mean, scale=scale, **options)
 
 
-def every_firing(cache: ActivationCache, hook: str, nulls: int = 0) -> Plan:
-    firings = scan_firings(make_dictionary(cache, hook), cache, hook, positions=1000, seed=0)
+def every_firing(cache: ActivationCache, hook: str, nulls: int = 0, frame: Frame = PLAIN) -> Plan:
+    firings = scan_firings(make_dictionary(cache, hook, frame=frame), cache, hook, positions=1000, seed=0)
     return plan_changes(range(48), firings, null_positions=nulls, seed=0)
 
 
@@ -60,12 +61,18 @@ def some(plan: Plan, every: int) -> Plan:
     return plan.at(np.arange(0, len(plan), every))
 
 
-@pytest.mark.parametrize(("hook", "scale"), [(RESID, 0.0), (RESID, 2.0), (MLP, 0.0), (POST, 0.0), (HEADS, -0.5)])
+@pytest.mark.parametrize(
+    ("hook", "scale", "frame"),
+    [
+        (RESID, 0.0, PLAIN), (RESID, 2.0, PLAIN), (MLP, 0.0, PLAIN), (POST, 0.0, PLAIN), (HEADS, -0.5, PLAIN),
+        (RESID, 0.0, Frame("layer_norm", skip=True)),
+    ],
+)  # fmt: skip
 def test_changes_are_those_of_a_spliced_dictionary_with_one_edited_number(
-    held_out: ActivationCache, language_model: LanguageModel, hook: str, scale: float
+    held_out: ActivationCache, language_model: LanguageModel, hook: str, scale: float, frame: Frame
 ) -> None:
-    meter = make_meter(held_out, language_model, hook, scale)
-    plan = some(every_firing(held_out, hook), 23)
+    meter = make_meter(held_out, language_model, hook, scale, frame=frame)
+    plan = some(every_firing(held_out, hook, frame=frame), 23)
     changes = meter.measure(plan).changes
     assert len(changes) == len(plan) > 25
     texts = contexts(held_out)

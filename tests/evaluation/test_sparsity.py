@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae.architectures import TopK
-from sae.dictionary.base import Codes
+from sae.dictionary.codes import Codes
 from sae.evaluation import evaluate
 from sae.evaluation.sparsity import SparsityCounts
 from tests.support.evaluation_cache import make_cache, random_rows

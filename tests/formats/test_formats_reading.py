@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import sae
+from sae.dictionary.frame import Frame
+from sae.errors import FormatError
 from sae.formats.foreign import CONVERTED
-from tests.support.foreign_files import CASES, D_IN, D_SAE, Case
+from tests.support.foreign_files import CASES
+from tests.support.foreign_weights import D_IN, D_SAE, Case
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -93,6 +97,7 @@ def test_settings_of_saelens_before_6_have_other_names(version: str | None, tmp_
     file = case.write(tmp_path) / "cfg.json"
     new = json.loads(file.read_text())
     old = {"d_in": D_IN, "d_sae": D_SAE, "hook_point": "blocks.8.hook_resid_pre", "normalize_activations": False}
+    old["model_from_pretrained_kwargs"] = new["metadata"]["model_from_pretrained_kwargs"]
     old |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": new["k"]}, "sae_lens_version": version}
     file.write_text(json.dumps({key: value for key, value in old.items() if value is not None}))
     dictionary = sae.load(tmp_path)
@@ -131,3 +136,45 @@ def test_what_is_folded_is_said(tmp_path: Path) -> None:
     assert "are kept" in said["saelens topk, norms"][0]
     assert "both signs" in said["saelens abstopk"][0]
     assert [part.split()[1] for part in said["llama scope"]] == ["input", "input", "rows"]
+
+
+def test_dictionaries_next_to_each_other_are_loaded_together(tmp_path: Path) -> None:
+    """In the order of their layers."""
+    one = CASES["circuit-tracer skip"].write(tmp_path / "set")
+    for layer in (10, 0):
+        shutil.copy(one, one.with_name(f"layer_{layer}.safetensors"))
+    loaded = sae.load_all(tmp_path / "set", dtype=torch.float32)
+    assert list(loaded) == ["layer_0.safetensors", "layer_2.safetensors", "layer_10.safetensors"]
+    assert [one.origin.gives.hook for one in loaded.values()] == [f"blocks.{n}.hook_mlp_out" for n in (0, 2, 10)]
+    assert all(one.dtype == torch.float32 for one in loaded.values())
+    for name in ("b", "a"):
+        sae.load(one).save(tmp_path / "ours" / name / "dictionary")
+    (tmp_path / "ours" / "notes").mkdir()
+    assert list(sae.load_all(tmp_path / "ours")) == ["a", "b"]
+    with pytest.raises(FormatError, match="no dictionaries next to each other there; for a single one"):
+        sae.load_all(tmp_path / "ours" / "notes")
+
+
+def test_a_stream_with_its_mean_taken_off_needs_no_processed_model(tmp_path: Path) -> None:
+    dictionary = sae.load(CASES["saelens standard"].write(tmp_path))
+    assert dictionary.frame == Frame("centre")
+    x = inputs()
+    centred = x - x.mean(-1, keepdim=True)
+    torch.testing.assert_close(dictionary.encode(x), dictionary.encode(centred), rtol=1e-12, atol=1e-12)
+    difference = dictionary(x) - dictionary(centred)
+    torch.testing.assert_close(difference, x.mean(-1, keepdim=True).expand_as(x), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_carried_is_said(tmp_path: Path) -> None:
+    carried = {
+        name: sae.load(CASES[name].write(tmp_path / name)).metadata[CONVERTED]["carried"]
+        for name in (
+            "openai topk",
+            "saelens jumprelu_skip_transcoder, other width",
+            "sparsify",
+            "llama scope transcoder",
+        )
+    }
+    assert carried["openai topk"] == ["input_norm=layer_norm"]
+    assert carried["saelens jumprelu_skip_transcoder, other width"] == ["skip=True", "d_out=4"]
+    assert carried["sparsify"] == carried["llama scope transcoder"] == []

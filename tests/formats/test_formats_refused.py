@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import sae
 from sae.errors import FormatError
-from tests.support.foreign_files import CASES, D_IN, D_SAE
+from tests.support.foreign_files import CASES
+from tests.support.foreign_weights import D_IN, D_SAE, K
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -39,24 +40,23 @@ def refusal(path: Path) -> str:
 LLAMA = "Llama3_1-8B-Base-L5R-8x/hyperparams.json"
 REFUSED: dict[str, tuple[str, str, Change, str]] = {
     "temporal": ("saelens standard", "cfg.json", lambda s: s.update(architecture="temporal"), "temporal cannot be"),
-    "matching pursuit": (
-        "saelens standard", "cfg.json", lambda s: s.update(architecture="matching_pursuit"), "matching_pursuit cannot",
-    ),
-    "skip transcoder": (
-        "saelens transcoder", "cfg.json", lambda s: s.update(architecture="skip_transcoder"), "linear map of its input",
+    "no steps": (
+        "saelens matching_pursuit", "cfg.json", lambda s: s.update(max_iterations=0), "max_iterations=0: expected a",
     ),
     "in training": ("saelens topk", "cfg.json", lambda s: s.update(architecture="batchtopk"), "a batchtopk in"),
     "unheard of": ("saelens topk", "cfg.json", lambda s: s.update(architecture="new"), "'new' is not one of standard"),
-    "normalisation per token": (
-        "saelens topk", "cfg.json", lambda s: s.update(normalize_activations="layer_norm"), "each token is normalised",
+    "whitening": (
+        "saelens topk", "cfg.json", lambda s: s.update(normalize_activations="covariance_whitening"),
+        "'covariance_whitening' cannot be used",
+    ),
+    "normalised transcoder": (
+        "saelens transcoder", "cfg.json", lambda s: s.update(normalize_activations="layer_norm"), "does not scale back",
     ),
     "single head": ("saelens topk", "cfg.json", lambda s: s["metadata"].update(hook_head_index=3), "of a single head"),
     "no k": ("saelens topk", "cfg.json", lambda s: s.update(k=None), "k=None: expected a whole number"),
     "k of millions": ("saelens topk", "cfg.json", lambda s: s.update(k=10**6), "k=1000000"),
-    "widths": ("saelens transcoder", "cfg.json", lambda s: s.update(d_in=7), "only those of equal widths"),
     "GroupMax": ("sparsify", "layers.10/cfg.json", lambda s: s.update(activation="groupmax"), "groupmax"),
     "signed features": ("sparsify", "layers.10/cfg.json", lambda s: s.update(signed=True), "signed features"),
-    "skip connection": ("sparsify", "layers.10/cfg.json", lambda s: s.update(skip_connection=True), "skip_connection"),
     "class": (
         "dictionary_learning AutoEncoder", "config.json", lambda s: s["trainer"].update(dict_class="Crosscoder"),
         "'Crosscoder' is not one of AutoEncoder",
@@ -74,8 +74,20 @@ REFUSED: dict[str, tuple[str, str, Change, str]] = {
     "norms": (
         "llama scope", LLAMA, lambda s: s.pop("dataset_average_activation_norm"), "no dataset_average",
     ),
-    "transcoder": (
-        "llama scope", LLAMA, lambda s: s.update(hook_point_out="blocks.5.hook_mlp_out"), "a transcoder",
+    "crosscoder": ("llamascopium relu", "config.json", lambda s: s.update(sae_type="crosscoder"), "sae_type='crossc"),
+    "BatchTopK": ("llamascopium topk", "config.json", lambda s: s.update(act_fn="batchtopk"), "convert it to jumprelu"),
+    "GLU": ("llamascopium relu", "config.json", lambda s: s.update(use_glu_encoder=True), "use_glu_encoder=True"),
+    "norm per batch": (
+        "llamascopium relu", "config.json", lambda s: s.update(norm_activation="batch-wise"), "'batch-wise' cannot",
+    ),
+    "normalised transcoder, token-wise": (
+        "llamascopium relu", "config.json", lambda s: s.update(norm_activation="token-wise"), "scaled back by the norm",
+    ),
+    "norms of another point": (
+        "llamascopium relu", "config.json", lambda s: s.update(hook_point_in="blocks.1.hook_resid_pre"), "no average",
+    ),
+    "norms, two of one point": (
+        "llama scope transcoder", LLAMA, lambda s: s.update(hook_point_out=s["hook_point_in"]), "two average norms",
     ),
 }  # fmt: skip
 
@@ -95,24 +107,21 @@ def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
     assert "holds W_new, whose meaning is unknown" in refusal(path)
 
 
-def test_an_affine_skip_of_gemma_scope_is_named(tmp_path: Path) -> None:
-    path = CASES["gemma scope 2"].write(tmp_path)
-    weights = path / "params.safetensors"
-    save_file({**load_file(weights), "affine_skip_connection": torch.ones(D_IN, D_IN)}, weights)
-    assert "affine skip" in refusal(path)
-
-
-def test_a_skip_connection_of_circuit_tracer_is_named(tmp_path: Path) -> None:
-    path = CASES["circuit-tracer"].write(tmp_path)
-    save_file({**load_file(path), "W_skip": torch.ones(D_IN, D_IN)}, path)
-    assert "skip connection" in refusal(path)
-
-
-def test_openai_s_topk_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("activation", "state", "message"),
+    [
+        ("TopK", {"k": K, "postact_fn": "Identity"}, "TopK with Identity cannot be used"),
+        ("JumpReLU", {}, "JumpReLU cannot be used"),
+        ("TopK", {}, "k=None: expected a whole number"),
+    ],
+)
+def test_openai_s_other_activations_are_named(
+    activation: str, state: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = CASES["openai"].write(tmp_path)
     content = torch.load(path, weights_only=True)
-    torch.save({**content, "activation": "TopK", "activation_state_dict": {"k": 32}}, path)
-    assert "TopK (k 32): each token is normalised" in refusal(path)
+    torch.save({**content, "activation": activation, "activation_state_dict": state}, path)
+    assert message in refusal(path)
 
 
 def test_the_state_of_an_interrupted_training_is_named(tmp_path: Path) -> None:
@@ -254,6 +263,7 @@ FILES = {
     "llama scope": tuple(
         f"Llama3_1-8B-Base-L5R-8x/{name}" for name in ("hyperparams.json", "checkpoints/final.safetensors")
     ),
+    "llamascopium jumprelu": ("config.json", "sae_weights.safetensors"),
     "qwen scope": ("SAE-Res-Qwen3-1.7B-Base-W1K-L0_3/layer7.sae.pt",),
     "circuit-tracer jumprelu": ("layer_2.safetensors", "config.yaml"),
 }

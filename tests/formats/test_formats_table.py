@@ -22,9 +22,14 @@ TOPICS = {
     "input scale": "constant scale of the input", "both signs": "features of both signs",
 }  # fmt: skip
 """Words in what is said to be folded, and what the table calls it."""
+CARRIED = {
+    "input_norm=centre": "mean of a centred stream", "input_norm=layer_norm": "layer norm of each token",
+    "input_norm=constant_norm": "norm of each token", "skip=True": "skip connection",
+    "d_out=": "output of another width",
+}  # fmt: skip
+"""The same for what is said to be carried."""
 ALSO_REFUSED = {
-    "gemma_scope": ["affine skip"], "openai": ["TopK with layer norm"], "saelens": ["unequal widths"],
-    "circuit_tracer": ["skip connection", "TopK"],
+    "openai": ["TopK without ReLU"], "circuit_tracer": ["TopK"],
 }  # fmt: skip
 """What tests of their own, or the class of the file, refuse."""
 NOT_A_KIND = ("no ", "k of", "unheard", "widths", "norms", "in training", "class", "NaN")
@@ -35,9 +40,10 @@ def format_of(case: str) -> str:
 
 
 def table(folder: Path) -> str:
-    """A Markdown row for each format: what is read of it, folded, and refused; what is written."""
+    """A Markdown row for each format: what is read of it, folded, carried, and refused; what is written."""
     kinds: defaultdict[str, list[str]] = defaultdict(list)
     folded: defaultdict[str, set[str]] = defaultdict(set)
+    carried: defaultdict[str, set[str]] = defaultdict(set)
     for number, (name, case) in enumerate(CASES.items()):
         of = format_of(name)
         dictionary = sae.load(case.write(folder / str(number)))
@@ -48,6 +54,12 @@ def table(folder: Path) -> str:
         if architecture not in kinds[of]:
             kinds[of].append(architecture)
         folded[of] |= {topic for word, topic in TOPICS.items() if any(word in part for part in said)}
+        carried[of] |= {
+            topic
+            for word, topic in CARRIED.items()
+            for part in dictionary.metadata[CONVERTED]["carried"]
+            if word in part
+        }
     rows = []
     for name, module in FORMATS.items():
         refused = [
@@ -55,9 +67,11 @@ def table(folder: Path) -> str:
         ]
         refused = list(dict.fromkeys([*refused, *ALSO_REFUSED.get(name, [])]))
         written = ", ".join(sorted(HELD[name])) if name in WRITERS else "–"
-        cells = [module.TITLE, ", ".join(kinds[name]), "; ".join(sorted(folded[name])) or "–"]
+        cells = [module.TITLE, ", ".join(kinds[name])]
+        cells += ["; ".join(sorted(topics[name])) or "–" for topics in (folded, carried)]
         rows.append("| " + " | ".join([*cells, "; ".join(refused) or "–", written]) + " |")
-    return "\n".join(["| | read as | folded exactly | refused by name | written |", "|---|---|---|---|---|", *rows])
+    head = "| | read as | folded exactly | carried | refused by name | written |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
 
 
 def test_the_guide_has_the_table(tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 import sae
-from sae.architectures import ARCHITECTURES
+from sae.architectures import ARCHITECTURES, LOADED
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import Frame
 from sae.errors import ConfigError, FormatError
 from sae.formats import WRITERS
-from tests.support.foreign_files import CASES, D_IN, D_SAE, K, weights
+from tests.support.foreign_files import CASES
+from tests.support.foreign_weights import D_IN, D_SAE, K, weights
 
 HELD = {
-    "saelens": set(ARCHITECTURES), "sparsify": {"topk"}, "dictionary_learning": set(ARCHITECTURES), "openai": {"relu"},
+    "saelens": set(LOADED), "sparsify": {"topk"}, "dictionary_learning": set(ARCHITECTURES), "openai": {"relu"},
 }  # fmt: skip
 """The architectures that a format can hold."""
 METADATA: dict[str, Any] = {
@@ -28,18 +30,20 @@ METADATA: dict[str, Any] = {
 
 
 def ours(architecture: str, metadata: dict[str, Any] | None = None) -> Dictionary:
-    cls = ARCHITECTURES[architecture]
+    cls = LOADED[architecture]
     given = {"k": K, "prefixes": (0.25, 1.0)}
-    settings = {name: given[name] for name in cls.setting_names}
+    settings = {name: given[name] for name in cls.setting_names if name in given}
     dictionary = cls(D_IN, D_SAE, metadata=METADATA if metadata is None else metadata, **settings).double()
     w = weights()
     with torch.no_grad():
         for name, parameter in dictionary.named_parameters():
             parameter.copy_(w[name].mean() if name == "threshold" and parameter.ndim == 0 else w[name])
+        if architecture == "matching_pursuit":
+            dictionary.W_enc.copy_(dictionary.W_dec.T)
     return dictionary.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", LOADED)
 @pytest.mark.parametrize("to", WRITERS)
 def test_what_is_written_is_read_back(to: str, architecture: str, tmp_path: Path) -> None:
     dictionary = ours(architecture)
@@ -194,3 +198,41 @@ def test_a_model_with_processed_weights_is_lost(to: str, tmp_path: Path) -> None
     """Those toolkits give a dictionary the activations of the model as it was published."""
     metadata = {**METADATA, "model": {"name": "gpt2", "weight_processing": "center_and_fold"}}
     assert any("weight_processing=center_and_fold" in part for part in WRITERS[to](ours("topk", metadata), tmp_path))
+
+
+FRAMES = {
+    "saelens": {"layer_norm": ("topk", False), "constant_norm": ("gated", False), "centre": ("relu", False),
+                "skip": ("relu", True), "width": ("jumprelu", True)},
+    "sparsify": {"skip": ("topk", False)},
+    "dictionary_learning": {},
+    "openai": {"layer_norm": ("topk", False)},
+}  # fmt: skip
+"""What a format can hold beyond weights, with an architecture, and whether it is of a transcoder."""
+KINDS = {
+    "layer_norm": Frame("layer_norm"), "constant_norm": Frame("constant_norm"), "centre": Frame("centre"),
+    "skip": Frame(skip=True), "width": Frame(d_out=D_IN - 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("to", WRITERS)
+def test_what_is_carried_is_written_or_refused_by_name(to: str, kind: str, tmp_path: Path) -> None:
+    architecture, is_transcoder = FRAMES[to].get(kind, (min(HELD[to]), False))
+    hooks = {"hook": "blocks.8.mlp.hook_in", "target_hook": "blocks.8.hook_mlp_out"} if is_transcoder else {}
+    dictionary = ours(architecture, {**METADATA, **hooks})
+    dictionary.set_frame(KINDS[kind])
+    generator = torch.Generator().manual_seed(1)
+    for parameter in dictionary.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    dictionary.normalise_decoder_()
+    if kind not in FRAMES[to]:
+        [(name, value)] = KINDS[kind].to_json().items()
+        with pytest.raises(FormatError, match=f"{name}={value}"):
+            WRITERS[to](dictionary, tmp_path)
+        assert not list(tmp_path.iterdir())
+        return
+    WRITERS[to](dictionary, tmp_path)
+    again = sae.load(tmp_path)
+    assert again.frame == dictionary.frame
+    x = torch.randn(100, D_IN, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(again(x), dictionary(x), rtol=1e-9, atol=1e-9)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from sae import kernels
 from sae.architectures import ARCHITECTURES, Gated, JumpReLU, TopK
 from sae.architectures.elementwise import OneThreshold
-from sae.dictionary.base import Codes, Dictionary
+from sae.dictionary.base import Dictionary
+from sae.dictionary.codes import Codes
 from sae.errors import ShapeError
 from sae.kernels import back_end
 from sae.kernels.interface import FactoredGradient

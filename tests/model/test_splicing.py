@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae.architectures import ReLU, TopK
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import Frame
 from sae.errors import ConfigError, ModelError
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
@@ -57,6 +58,26 @@ def test_reconstruction_takes_the_activations_place(
     torch.testing.assert_close(logits, by_hand(language_model, tokens, x_hat), rtol=1e-4, atol=1e-4)
     assert (logits - clean).abs().max() > 0.05
     torch.testing.assert_close(language_model.logits(tokens), clean, rtol=0, atol=0)
+
+
+def test_what_a_dictionary_does_to_each_token_is_undone(language_model: LanguageModel, tokens: Tensor) -> None:
+    dictionary = make_dictionary(language_model)
+    dictionary.set_frame(Frame("layer_norm", skip=True))
+    generator = torch.Generator().manual_seed(5)
+    for parameter in dictionary.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    resid = language_model.bridge(tokens, stop_at_layer=1)
+    assert dictionary.W_skip is not None
+    mean, std = resid.mean(-1, keepdim=True), resid.std(-1, keepdim=True)
+    f = ((resid - mean) / (std + 1e-5) - dictionary.b_dec) @ dictionary.W_enc + dictionary.b_enc
+    f = torch.where(f >= f.sort(-1).values[..., -4, None], f, 0).relu()
+    x_hat = (f @ dictionary.W_dec + dictionary.b_dec) * std + mean + resid @ dictionary.W_skip
+    doubled = x_hat + std * (f @ dictionary.W_dec)
+    double = {"edit": lambda features: 2 * features}
+    for new, options in ((x_hat, {}), (doubled, double), (doubled + resid - x_hat, {**double, "error_term": True})):
+        expected = by_hand(language_model, tokens, new)
+        with splice(language_model, dictionary, **options):
+            torch.testing.assert_close(language_model.logits(tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_policy_every_position_is_replaced(language_model: LanguageModel, tokens: Tensor) -> None:

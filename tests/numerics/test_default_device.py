@@ -164,6 +164,7 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
 WITHIN = {"harvest", "collect_features", "probe_run", "verify", "train_all"}  # others of these call them
 ELSEWHERE = {
     "load",
+    "load_all",
     "convert",
     "load_config",
     "sweep",

@@ -17,6 +17,7 @@ from sae.architectures import TopK
 from sae.config.sources import ModelConfig
 from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import PLAIN, Frame
 from sae.effects import Effects, EffectSettings, measure_effects
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
@@ -27,10 +28,12 @@ RESID, POST, MLP, HEADS = (
 DEAD = 5
 
 
-def make_dictionary(cache: ActivationCache, hook: str, seed: int = 2) -> Dictionary:
+def make_dictionary(cache: ActivationCache, hook: str, seed: int = 2, frame: Frame = PLAIN) -> Dictionary:
     """A random TopK dictionary with unit rows, whose feature `DEAD` never fires."""
     metadata = {"hook": hook, "model": cache.manifest.model, "tokens": cache.policy.to_json()}
     dictionary = TopK(cache.d_in(hook), 48, k=4, metadata=metadata).requires_grad_(False)
+    dictionary.set_frame(frame)
+    dictionary.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     dictionary.W_dec.copy_(torch.randn(dictionary.W_dec.shape, generator=generator))
     dictionary.normalise_decoder_()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache
-from sae.dictionary.base import Codes, Dictionary
+from sae.dictionary.base import Dictionary
+from sae.dictionary.codes import Codes
 from sae.kernels.interface import Selection
 from tests.support.fake_cache import Rows, write_fake_cache
 

@@ -1,0 +1,78 @@
+"""Rewrites a dictionary's weights for inputs or features in other units, without a change of its reconstructions."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae.dictionary.traits import Traits
+
+
+class Rescalable(Traits, nn.Module):
+    """The parameters of a dictionary (see `Dictionary`), and what rewrites them."""
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
+    @torch.no_grad()
+    def fold_normalisation_(
+        self,
+        mean: Float[Tensor, " d_in"],
+        scale: float,
+        target_mean: Float[Tensor, " d_in"] | None = None,
+        target_scale: float | None = None,
+    ) -> None:
+        """Rewrite weights trained on (x − mean)·scale so that they take raw x and reconstruct raw targets.
+
+        Decoder rows keep their norm, so activations are in the units of the target: divided by its scale.
+
+        Args:
+            mean, scale: normalisation of the input.
+            target_mean, target_scale: normalisation of the target, if it is not the input.
+        """
+        target_scale = scale if target_scale is None else target_scale
+        if target_mean is None:
+            self.scale_activations_(1 / target_scale)
+            self.b_dec.copy_(self.b_dec / target_scale + mean)
+            return
+        self.W_enc.mul_(scale)
+        self.shift_pre_activations_(-(self.b_dec + mean * scale) @ self.W_enc / scale)
+        self.scale_activations_(1 / target_scale)
+        self.W_enc.mul_(1 / target_scale)
+        self.b_dec.copy_(self.b_dec / target_scale + target_mean)
+        self.shift_pre_activations_(self.b_dec @ self.W_enc)
+
+    @torch.no_grad()
+    def normalise_decoder_(self) -> None:
+        """Scale decoder rows to norm 1; activations take over the norms.
+
+        Reconstructions do not change if each feature fires independently. If features are compared with each other or
+        with a shared threshold (TopK, BatchTopK, Matryoshka), others may fire.
+        """
+        norms = self.W_dec.norm(dim=-1)
+        norms = norms.where(norms > 0, 1.0)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms)
+        self.scale_activations_(norms)
+
+    @torch.no_grad()
+    def fire_above_(self, bound: Float[Tensor, ""]) -> None:
+        """Raise what a feature needs to fire: lower the biases by `bound`, or set a threshold to it if there is one."""
+        self.b_enc.sub_(bound)
+
+    @torch.no_grad()
+    def shift_pre_activations_(self, shift: Float[Tensor, " d_sae"]) -> None:
+        """Add a shift to (x − b_dec) W_enc, wherever it is used."""
+        self.b_enc.add_(shift)
+
+    @torch.no_grad()
+    def scale_activations_(self, factor: float | Float[Tensor, " d_sae"]) -> None:
+        """Multiply all parameters in the units of pre-activations by a factor.
+
+        The encoder is not changed.
+        """
+        for name in self.bias_names:
+            self.get_parameter(name).mul_(factor)
