@@ -42,6 +42,7 @@ _HOME = {
     "dictionary_metadata": "sae.activations.metadata",
     "evaluate": "sae.evaluation",
     "evaluate_all": "sae.evaluation",
+    "export_features": "sae.viewer",
     "harvest": "sae.runs.pipeline",
     "load": "sae.formats",
     "load_all": "sae.formats",

@@ -47,3 +47,4 @@ from sae.training import IterableSource as IterableSource
 from sae.training import Recipe as Recipe
 from sae.training import train as train
 from sae.training import train_all as train_all
+from sae.viewer import export_features as export_features

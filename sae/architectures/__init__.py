@@ -18,7 +18,7 @@ from sae.architectures.topk import TopK
 from sae.config.settings import Architecture
 from sae.dictionary.base import Dictionary
 from sae.dictionary.frame import Frame
-from sae.dictionary.saved import read_saved
+from sae.dictionary.saved import SavedDictionary, read_outline, read_saved
 from sae.errors import FormatError
 from sae.numerics.modes import defaults
 
@@ -47,7 +47,19 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
         FormatError: no dictionary there, another format, a newer version, a pickle, or weights that are damaged or of
             the wrong shape.
     """
-    saved = read_saved(path, device)
+    return _built(path, read_saved(path, device)).to(device)
+
+
+def outline(path: str | Path) -> Dictionary:
+    """As `load`, for settings, sizes and metadata: the dictionary is on the device `meta`, and no weights are read.
+
+    Raises:
+        FormatError: as `load`, as far as `config.json` and the names and shapes of the weights show it.
+    """
+    return _built(path, read_outline(path))
+
+
+def _built(path: str | Path, saved: SavedDictionary) -> Dictionary:
     config: dict[str, Any] = saved.config
     architecture = LOADED.get(str(config.get("architecture", "")))
     if architecture is None:
@@ -67,10 +79,20 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Dictionary:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise FormatError(f"dictionary {str(path)!r}: weights do not fit config.json ({reason})") from error
-    return dictionary.to(device=device, dtype=saved.tensors["W_dec"].dtype).eval().requires_grad_(False)
+    return dictionary.to(saved.tensors["W_dec"].dtype).eval().requires_grad_(False)
 
 
 __all__ = [
-    "ARCHITECTURES", "LOADED", "BatchTopK", "Dictionary", "Gated", "JumpReLU", "MatchingPursuit", "Matryoshka", "ReLU",
-    "TopK", "load",
-]  # fmt: skip
+    "ARCHITECTURES",
+    "LOADED",
+    "BatchTopK",
+    "Dictionary",
+    "Gated",
+    "JumpReLU",
+    "MatchingPursuit",
+    "Matryoshka",
+    "ReLU",
+    "TopK",
+    "load",
+    "outline",
+]

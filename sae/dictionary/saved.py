@@ -19,7 +19,7 @@ from sae.files.damage import damaged
 from sae.files.digest import sha256_of
 from sae.files.formats import HEAD
 from sae.files.paths import expanded, resolve
-from sae.files.reading import load_tensors, read_object, taken_apart
+from sae.files.reading import load_tensors, read_object, taken_apart, tensor_outlines
 from sae.files.sums import recorded
 
 
@@ -49,6 +49,31 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
         FormatError: no dictionary there, another format, a newer version, a pickle, or weights that are damaged or of
             the wrong shape.
     """
+    folder, config = _read_config(path)
+    tensors = load_tensors(folder / WEIGHTS_FILE, device)
+    _check_saved(folder, config, tensors)
+    if WEIGHTS_HASH in config and config[WEIGHTS_HASH] != sha256_of(folder / WEIGHTS_FILE):
+        raise damaged(
+            folder / WEIGHTS_FILE,
+            f"its SHA-256 is not the one in {CONFIG_FILE}: they belong to two dictionaries, or saving was interrupted",
+        )
+    return SavedDictionary(config, tensors)
+
+
+def read_outline(path: str | Path) -> SavedDictionary:
+    """As `read_saved`, but with tensors on the device `meta`: weights are neither read nor compared with their hash.
+
+    Raises:
+        FormatError: as `read_saved`, as far as `config.json` and the header of the weights show it.
+    """
+    folder, config = _read_config(path)
+    tensors = tensor_outlines(folder / WEIGHTS_FILE)
+    _check_saved(folder, config, tensors)
+    return SavedDictionary(config, tensors)
+
+
+def _read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A dictionary's folder, and its configuration."""
     if expanded(path).suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         raise FormatError(
             f"dictionary {str(path)!r}: pickled files are not read, since they can run code; "
@@ -59,14 +84,7 @@ def read_saved(path: str | Path, device: str | torch.device = "cpu") -> SavedDic
         raise FormatError(f"dictionary {str(path)!r}: no {CONFIG_FILE} there; give a dictionary folder or a run folder")
     config = read_object(folder / CONFIG_FILE)
     FORMAT.check(config, f"dictionary {str(folder)!r}", CONFIG_FILE)
-    tensors = load_tensors(folder / WEIGHTS_FILE, device)
-    _check_saved(folder, config, tensors)
-    if WEIGHTS_HASH in config and config[WEIGHTS_HASH] != sha256_of(folder / WEIGHTS_FILE):
-        raise damaged(
-            folder / WEIGHTS_FILE,
-            f"its SHA-256 is not the one in {CONFIG_FILE}: they belong to two dictionaries, or saving was interrupted",
-        )
-    return SavedDictionary(config, tensors)
+    return folder, config
 
 
 def _check_saved(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -86,7 +104,7 @@ def _check_saved(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
         dtype = dtype_name(tensor.dtype)
         if dtype != config.get("dtype", dtype):
             raise damaged(folder / WEIGHTS_FILE, f"{name} is {dtype}, but {CONFIG_FILE} says {config['dtype']!r}")
-        if not bool(tensor.isfinite().all()):
+        if not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise damaged(folder / WEIGHTS_FILE, f"{name} has values that are not finite (NaN or infinity)")
     _check_metadata(folder / CONFIG_FILE, config)
 

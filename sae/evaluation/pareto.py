@@ -14,6 +14,8 @@ from sae.results.figure import INK, SERIES, Canvas, drawing, logarithmic, title
 
 ARCHITECTURE_COLOURS = dict(zip(ARCHITECTURES, SERIES, strict=False))
 """Colours of the architectures in all figures, in the order of the registry; others are drawn in `INK`."""
+_KEY_WIDTH, _LETTER_WIDTH, _LINE_HEIGHT = 0.6, 0.065, 0.18
+"""Sizes in the legend, in inches."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,10 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
         for name, metric in METRICS.items()
         if metric.axis and any(name in point.metrics for point in points)
     }
-    canvas = Canvas(1, len(labels), (4.6 * len(labels), 3.9))
-    groups = lines(points)
+    groups, width = lines(points), 4.6 * len(labels)
+    columns = max(1, min(len(groups), int(width / (_KEY_WIDTH + _LETTER_WIDTH * max(map(len, groups))))))
+    canvas = Canvas(1, len(labels), (width, 3.9 + _LINE_HEIGHT * -(-len(groups) // columns)))
+    keys: dict[str, Any] = {}
     for axes, metric in zip(canvas.axes, labels, strict=True):
         values: list[float] = []
         positions: list[float] = []
@@ -113,7 +117,7 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
             if not averages:
                 continue
             x, y, error = zip(*sorted(averages), strict=True)
-            axes.errorbar(
+            keys[label] = axes.errorbar(
                 x, y, yerr=error, label=label, linewidth=1.4, markersize=4.5,
                 color=ARCHITECTURE_COLOURS.get(series[0][0].architecture, INK),
                 marker="osD^vP*X"[number % 8], capsize=2.5, elinewidth=0.9,
@@ -127,8 +131,8 @@ def draw_pareto(points: Sequence[Point]) -> bytes | None:
             logarithmic(axes, "y", (min(values), max(values)))
         axes.set_xlabel("features that fire per token (L0)")
         title(axes, labels[metric])
-    if canvas.axes[0].get_legend_handles_labels()[0]:
-        canvas.axes[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+    if keys:
+        canvas.legend("lower", keys.values(), columns=columns)
     return canvas.png()
 
 

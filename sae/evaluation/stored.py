@@ -181,6 +181,7 @@ def read_comparison(folder: str | Path, key: Mapping[str, Any] | None = None) ->
 
     Raises:
         DamagedError: the file is damaged.
+        FormatError: it has a newer version.
     """
     folder = expanded(folder)
     record = COMPARISON.find(folder, **({} if key is None else {"key": key}))

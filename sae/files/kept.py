@@ -14,6 +14,7 @@ from sae.files.reading import read_object
 from sae.files.writing import delete, stands, write_chunks, write_json
 
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
+_NEWER = "update the package, or move the file elsewhere to have the result made anew"
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,14 @@ class KeptResult:
 
         Raises:
             DamagedError: the index is damaged.
+            FormatError: it has a version that is newer than this package knows; it is not replaced.
         """
         if not self.stands(folder):
             return None
         record = read_object(folder / self.index)
         stored_version = self.format.version_of(record) if self.format else None
+        if self.format and type(stored_version) is int and stored_version > self.format.version:
+            self.format.check(record, repr(str(folder / self.index)), way_out=_NEWER)
         if isinstance(stored_version, int) and (reason := self.outdated.get(stored_version)):
             warnings.warn(f"{str(folder / self.index)!r}: {reason}", stacklevel=3)
         wanted = as_read_back(self.headed(expected))

@@ -28,6 +28,8 @@ MOST_JSON_BYTES = 1 << 30
 _A_PICKLE = "a pickle, not a safetensors file"
 _LARGEST_INTEGER = 1 << 64
 _LONGEST = 200
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Number types of weights, by their names in safetensors files."""
 _WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, RecursionError)
 
 Parsed = TypeVar("Parsed")
@@ -186,13 +188,49 @@ def tensor_start(file: BinaryIO, name: str, path: Path, remedy: str | None = Non
     Raises:
         DamagedError: there is no tensor with this name.
     """
+    header, start = _header(file, path, remedy)
+    with taken_apart(path, remedy):
+        return start + header[name]["data_offsets"][0]
+
+
+def tensor_outlines(path: Path, *, remedy: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the device `meta`: their shapes and number types, without their values.
+
+    Only the header is read. The file is not compared with its hash, but must be as long as the header says.
+
+    Raises:
+        DamagedError: the file is missing, or its header is not that of a safetensors file of numbers.
+        UnreadableError: the machine cannot read it.
+    """
+    with os.fdopen(open_regular(path, remedy), "rb") as file:
+        try:
+            header, start = _header(file, path, remedy)
+            size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise unreadable(path, error, remedy) from error
+        except DamagedError as error:
+            if is_pickle(path):
+                raise damaged(path, _A_PICKLE, remedy) from error
+            raise
+    with taken_apart(path, remedy):
+        tensors = {
+            name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        end = max((header[name]["data_offsets"][1] for name in tensors), default=0)
+        if size != start + end or end != sum(tensor.nbytes for tensor in tensors.values()):
+            raise ValueError(f"{size:,} bytes, where its header says {start + end:,}")
+    return tensors
+
+
+def _header(file: BinaryIO, path: Path, remedy: str | None) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and the byte after it."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > MOST_JSON_BYTES:
         raise damaged(path, f"damaged (a header of {length:,} bytes)", remedy)
-    header = parse_json(path, file.read(length), remedy)
-    with taken_apart(path, remedy):
-        return 8 + length + header[name]["data_offsets"][0]
+    return as_object(path, parse_json(path, file.read(length), remedy), remedy), 8 + length
 
 
 def _opened(path: Path, opener: Callable[[Path], Parsed], expected: str | None, remedy: str | None) -> Parsed:

@@ -85,18 +85,40 @@ def load(
         FormatError: no dictionary there, one that cannot be used here, a newer version of our format, a pickle with
             more than tensors, or weights that are damaged or of the wrong shape.
     """
+    converted = _converted(path, dtype)
+    if converted is not None:
+        return converted.to(device)
+    dictionary = architectures.load(path, device=device)
+    return dictionary if dtype is None else dictionary.to(dtype)
+
+
+@torch.inference_mode(False)
+def outline(path: str | Path) -> Dictionary:
+    """A dictionary without its weights: settings, sizes and metadata. Only another toolkit's is loaded for it.
+
+    Raises:
+        FormatError: as `load`, but damage to the weights of a dictionary of this toolkit is not noticed.
+    """
+    return _converted(path, None) or architectures.outline(path)
+
+
+def _converted(path: str | Path, dtype: torch.dtype | None) -> Dictionary | None:
+    """The dictionary of another toolkit; None if there is none of another toolkit.
+
+    Raises:
+        FormatError: it cannot be used here; or there are several of them.
+    """
     place = expanded(path)
     for module in FORMATS.values():
         found = _found(module.find, place)
         if found is not None:
             with defaults():
-                return dictionary_of(module.read(found), f"dictionary {str(found)!r}", dtype).to(device)
+                return dictionary_of(module.read(found), f"dictionary {str(found)!r}", dtype)
     own = resolve(path, "dictionary", CONFIG_FILE)
     if (own is None or not (own / WEIGHTS_FILE).exists()) and (inside := _dictionaries_in(place)):
         names = ", ".join(inside[:4]) + (", …" if len(inside) > 4 else "")
         raise FormatError(f"{str(path)!r}: holds {len(inside)} dictionaries, give one of them: {names}")
-    dictionary = architectures.load(path, device=device)
-    return dictionary if dtype is None else dictionary.to(dtype)
+    return None
 
 
 def _found(find: Callable[[Path], Path | None], place: Path) -> Path | None:
@@ -205,4 +227,4 @@ def convert(source: str | Path, target: str | Path, to: str) -> Conversion:
     return Conversion(other or OWN, to, tuple(folded), tuple(lost))
 
 
-__all__ = ["FORMATS", "WRITERS", "Conversion", "Format", "convert", "load", "load_all"]
+__all__ = ["FORMATS", "WRITERS", "Conversion", "Format", "convert", "load", "load_all", "outline"]

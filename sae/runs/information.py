@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sae.dictionary.base import Dictionary, dtype_name
 from sae.dictionary.origin import dead_in_training
 from sae.dictionary.sites import Sites
-from sae.formats import load
+from sae.formats import outline
 from sae.formats.foreign import other_format
 from sae.results.table import NONE, Column, Table
 
@@ -26,7 +26,7 @@ _DEAD = (
 
 
 def information_table(places: Sequence[str | Path], width: int | None = None) -> Group:
-    """A column for each dictionary, from its files alone: no language model is loaded.
+    """A column for each dictionary, from its files alone: neither weights nor a language model are loaded.
 
     Args:
         places: dictionaries' folders, or run folders that hold one.
@@ -35,7 +35,7 @@ def information_table(places: Sequence[str | Path], width: int | None = None) ->
     Raises:
         FormatError: as `sae.load`: a folder holds no dictionary, or one that cannot be read.
     """
-    named = [(str(place), _facts(load(place))) for place in places]
+    named = [(str(place), _facts(outline(place))) for place in places]
     facts = Column("", list(named[0][1]), is_text=True)
     columns = [Column(_folded(name), [_folded(fact) or NONE for fact in cells.values()]) for name, cells in named]
     return Table([facts, *columns], notes=[_DEAD]).in_terminal(width)

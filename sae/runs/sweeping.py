@@ -26,7 +26,7 @@ from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.evaluation.sweep_view import Differences, behind_best, sweep_markdown
 from sae.files.kept import KeptResult
 from sae.files.reading import load_tensors, read_object, taken_apart
-from sae.files.writing import locked
+from sae.files.writing import locked, stands
 from sae.results.markdown import code, plain
 from sae.runs.evaluation import evaluate_runs
 from sae.runs.folder import DICTIONARY, configured
@@ -72,7 +72,7 @@ class Sweep:
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """Every combination of the values in `config.sweep`, named by the values.
+    """Every combination of the values in `config.sweep`, named by the values, as its folder is.
 
     Raises:
         ConfigError: `config.sweep` is empty, has a key that cannot be swept, a value that is not a list, two
@@ -97,7 +97,7 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
         base_settings["train"]["shuffle_seed"] = config.seed  # one order of activations for all
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        name = "-".join(_label(key, value) for key, value in chosen.items())
+        name = _folder_name(config.folder, chosen)
         if name in configs:
             raise ConfigError(f"sweep has {name!r} twice: give every value once")
         settings = _copy(base_settings)
@@ -365,10 +365,25 @@ def _axes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list
         yield path, list(value)
 
 
-def _label(key: str, value: Any) -> str:
+def _folder_name(folder: Path, chosen: Mapping[str, Any]) -> str:
+    """The name of a dictionary's folder; the one that earlier versions gave it, if only that is there."""
+    name, older = ("-".join(_label(key, value, joint) for key, value in chosen.items()) for joint in ("-", ""))
+    return older if stands(folder / older) and not stands(folder / name) else name
+
+
+def _label(key: str, value: Any, joint: str = "-") -> str:
+    """A setting in names of folders and lines: `k16`, `encoder_dtype-float32`, and some values alone.
+
+    Args:
+        key: of the setting.
+        value: of the setting.
+        joint: between name and value, unless the value begins with a digit.
+    """
     name = key.rpartition(".")[2]
     text = re.sub(r"[^\w.+]+", "_", str(value)).strip("_")
-    return text if name in ("architecture", "reads", "gives") else f"{name}{text}"
+    if name in ("architecture", "reads", "gives"):
+        return text
+    return f"{name}{text}" if text[:1].isdigit() else f"{name}{joint}{text}"
 
 
 def _put(settings: dict[str, Any], keys: list[str], value: Any) -> None:

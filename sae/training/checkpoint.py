@@ -17,12 +17,16 @@ import torch
 
 from sae.config.settings import TrainConfig
 from sae.dictionary.base import Dictionary
+from sae.errors import FormatError
 from sae.files.damage import damaged
 from sae.files.hashes import check
 from sae.files.sums import recorded
 from sae.files.writing import delete, stands, write_bytes
 
 STATE_FILE = "state.pt"
+STATE_VERSION = 2
+"""Version of the rules that no setting describes. A checkpoint of version 1, which has no version, continues by its own
+rules: a scale from E‖x‖², a threshold that is a running mean, and the steering of that version."""
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 _NAME = re.compile(r"step-(\d+)")
 _SHARE_OF_TIME = 0.05
@@ -130,6 +134,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: the file is damaged.
+        FormatError: it has a newer version.
     """
     file = path / STATE_FILE
     check(file)
@@ -143,4 +148,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise damaged(file, f"damaged ({error})") from error
     if not isinstance(state, dict) or not {"identity", "sources", "step"} <= state.keys():
         raise damaged(file, "damaged (it is not a training state)")
+    version = state.get("version", 1)
+    if type(version) is int and version > STATE_VERSION:
+        raise FormatError(
+            f"checkpoint {str(path)!r}: version {version} of the training state is newer than this package reads "
+            f"({STATE_VERSION}); update the package, or delete the checkpoint to train without it"
+        )
     return state

@@ -20,6 +20,7 @@ from sae.files import version
 from sae.kernels import is_replayable, operators_beside
 from sae.kernels.interface import DENSE_ABOVE, Room
 from sae.numerics.seeding import torch_generator
+from sae.training.checkpoint import STATE_VERSION
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisations_of
@@ -41,9 +42,6 @@ from sae.training.threshold import let_k_fire_, rows_for_threshold
 
 COSINES = 512
 """Number of features whose nearest one is computed for the log; for all, it would take as long as steps."""
-STATE_VERSION = 2
-"""Version of the rules that no setting describes. A checkpoint of version 1, which has no version, continues by its own
-rules: a scale from E‖x‖², a threshold that is a running mean, and the steering of that version."""
 _OLD_THRESHOLD_RATE = 0.03
 """Weight of the newest batch in the running mean of version 1."""
 

@@ -1,8 +1,9 @@
-"""Look at a feature store in the terminal or as a self-contained page."""
+"""Look at a feature store in the terminal, as a self-contained page, or in another viewer."""
 
 from __future__ import annotations
 
+from sae.viewer.exporting import Export, export_features
 from sae.viewer.page import write_page
 from sae.viewer.terminal import print_feature, print_features
 
-__all__ = ["print_feature", "print_features", "write_page"]
+__all__ = ["Export", "export_features", "print_feature", "print_features", "write_page"]

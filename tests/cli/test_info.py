@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import sae
+from sae.architectures import ARCHITECTURES
 from sae.files.hashes import UnhashedWarning
+from sae.formats import outline
 from tests.conftest import Command, assert_refused
 
 FOLDERS = Path(__file__).parents[1] / "runs" / "folders"
@@ -124,7 +127,7 @@ def test_a_folder_without_a_dictionary_is_one_line(command: Command, tmp_path: P
 def test_it_is_in_the_help(command: Command) -> None:
     assert "info           Show what dictionaries are." in command("--help").out
     text = " ".join(command("info", "--help").out.split())
-    assert "FOLDER..." in text and "No language model is loaded." in text
+    assert "FOLDER..." in text and "Neither weights nor a language model are loaded." in text
     assert command("info").status == 2
 
 
@@ -140,3 +143,40 @@ main()
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert rows(done.stdout)["language model"] == ["demo"]
+
+
+def test_no_weights_are_read(command: Command, tmp_path: Path) -> None:
+    """Only their header is: a changed weight goes unnoticed here, but not a file that is too short or does not fit."""
+    dictionary = sae.BatchTopK(8, 16, k=2, metadata={"hook": HOOK, "trained": TRAINED})
+    dictionary.save(tmp_path)
+    weights = tmp_path / "weights.safetensors"
+    content = weights.read_bytes()
+    whole = command("info", tmp_path).out
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert command("info", tmp_path).out == whole
+    with pytest.raises(sae.SaeError, match="its SHA-256 is"):
+        sae.load(tmp_path)
+    weights.write_bytes(content[:-4])
+    assert_refused(command("info", tmp_path), "weights.safetensors", "where its header says")
+    weights.write_bytes(b"PK\x03\x04" + content)
+    assert_refused(command("info", tmp_path), "a pickle, not a safetensors file")
+    sae.BatchTopK(8, 24, k=2).save(tmp_path / "other")
+    weights.write_bytes((tmp_path / "other" / "weights.safetensors").read_bytes())
+    assert_refused(command("info", tmp_path), "weights do not fit config.json: W_dec [24, 8], expected [16, 8]")
+    weights.unlink()
+    assert_refused(command("info", tmp_path), "weights.safetensors", "missing")
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_outline_is_the_dictionary_without_its_weights(
+    architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    cls = ARCHITECTURES[architecture]
+    made = cls(8, 64, metadata={"hook": HOOK}, **({"k": 3} if "k" in cls.setting_names else {}))  # type: ignore[call-arg]
+    made.to(dtype).save(tmp_path)
+    outlined, loaded = outline(tmp_path), sae.load(tmp_path)
+    assert (outlined.device.type, outlined.dtype) == ("meta", dtype)
+    assert outlined.config() == loaded.config()
+    shapes = [{name: tuple(part.shape) for name, part in one.named_parameters()} for one in (outlined, loaded)]
+    assert shapes[0] == shapes[1]

@@ -62,3 +62,36 @@ def test_the_figure_averages_seeds_and_has_a_line_for_each_architecture(monkeypa
     draw_pareto(rates)
     line = (0.125, 0.0625)
     assert {label: found[1] for label, found in drawn.items()} == {"topk, lr0.1": line, "topk, lr0.2": line}
+
+
+@pytest.mark.parametrize(
+    "architectures", [("topk",), ("topk", "relu", "gated", "jumprelu", "batch_topk", "matryoshka")]
+)
+@pytest.mark.parametrize(
+    "variants", [("",), ("lr0.1", "lr0.2", "encoder_dtype-bfloat16, initial_b_dec-geometric_median")]
+)
+@pytest.mark.parametrize("ks", [(32,), (8, 16, 32)])
+def test_the_legend_is_below_the_axes(
+    architectures: tuple[str, ...], variants: tuple[str, ...], ks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on the points, even if all have one L0; and whole, with a line for every entry."""
+    from sae.results.figure import Canvas
+
+    kept: list[Canvas] = []
+    original = Canvas.png
+    monkeypatch.setattr(Canvas, "png", lambda self: kept.append(self) or original(self))
+    points = [
+        dataclasses.replace(point(name, k, 0.1 + number / 50 + 1 / k), variant=variant)
+        for name in architectures
+        for number, variant in enumerate(variants)
+        for k in ks
+    ]
+    assert draw_pareto(points)
+    figure = kept[0].figure
+    [legend] = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert len(legend.get_texts()) == len(architectures) * len(variants)
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0
+    for axes in figure.axes:
+        assert box.y1 <= axes.get_tightbbox().y0
+        assert axes.get_window_extent().height > 0.5 * 3.9 * figure.dpi

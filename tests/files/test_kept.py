@@ -75,8 +75,18 @@ def test_outdated_results_are_missing_with_a_warning(tmp_path: Path) -> None:
     newer = replace(KEPT, format=Format("sae-example", 4), outdated={3: "counted twice; it is counted again"})
     with pytest.warns(UserWarning, match=r"example.json': counted twice; it is counted again"):
         assert newer.find(tmp_path, of="this") is None
-    write(tmp_path, kept=replace(newer, format=Format("sae-example", 5)), of="this")
-    assert newer.find(tmp_path, of="this") is None, "that version has no warning"
+    assert replace(newer, outdated={}).find(tmp_path, of="this") is None, "that version has no warning"
+
+
+def test_results_of_a_newer_version_are_refused_and_stay(tmp_path: Path) -> None:
+    """Whatever they are of: to be made anew, the file has to be taken away."""
+    write(tmp_path, of="this")
+    older, before = replace(KEPT, format=Format("sae-example", 2)), (tmp_path / "example.json").read_bytes()
+    for of in ("this", "that"):
+        with pytest.raises(FormatError, match=r"example.json': format version 3 is newer .* \(2\); update the package"):
+            older.find(tmp_path, of=of)
+    assert (tmp_path / "example.json").read_bytes() == before
+    assert replace(KEPT, format=Format("sae-other", 2)).find(tmp_path, of="this") is None, "not of this format at all"
 
 
 def test_an_index_without_a_head(tmp_path: Path) -> None:

@@ -118,6 +118,17 @@ def a_run(case: Case) -> Any:
     return [*weights(run.dictionary()), report, probes]
 
 
+def exported(case: Case) -> list[str]:
+    """The numbers that are computed for it: neurons and the histogram of logits."""
+    features = collect(
+        case.dictionary, case.cache, case.folder, FeaturesConfig(tokens=500), hook=HOOK,
+        tokenizer=case.model.tokenizer, language_model=case.model,
+    )  # fmt: skip
+    options: dict[str, Any] = {"dictionary": case.dictionary, "language_model": case.model, "set_name": "a"}
+    files = sae.export_features(features, case.folder, "saedashboard", indices=range(4), **options).files
+    return [path.read_text(encoding="utf-8") for path in files]
+
+
 def spliced(case: Case) -> Tensor:
     with sae.splice(case.model, case.dictionary):
         return case.model.logits(TOKENS)
@@ -150,6 +161,7 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
     "measure_effects": lambda case: (
         sae.measure_effects(case.dictionary, case.cache, case.model, hook=HOOK, features=[1, 2, 3]).features
     ),
+    "export_features": exported,
     "probe": lambda case: sae.probe(case.dictionary, case.x, case.labels, PROBES).to_json(),
     "splice": spliced,
     "harvest": lambda case: harvest(

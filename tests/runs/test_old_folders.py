@@ -1,6 +1,7 @@
-"""Run folders of older versions are read and resumed: `folders/` holds what two commits wrote.
+"""Run folders of older versions are read and resumed: `folders/` holds what two commits wrote, `sweeps/` a sweep.
 
-Each was made by `sae run` of that commit with the demo model, and keeps one checkpoint, of step 24 of 48.
+Each was made by `sae run` of that commit with the demo model, and keeps one checkpoint, of step 24 of 48; the sweep by
+`sae sweep`, and it keeps none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import sae
 from sae.files.hashes import UnhashedWarning
 from sae.runs.run import Run
+from sae.runs.sweeping import variants
 
 FOLDERS = Path(__file__).with_name("folders")
 WITHOUT_HASHES = "d0ee045"
@@ -59,3 +61,20 @@ def test_training_goes_on_from_its_checkpoint(old: Path) -> None:
     resumed = Run.open(old).train()
     for (name, expected), parameter in zip(finished.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_sweep_of_8c2d382_is_used_under_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders have had a hyphen before a value that is a word since then."""
+    shutil.copytree(FOLDERS.with_name("sweeps") / "8c2d382", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    made = variants(sae.load_config("run/config.yaml"))
+    assert list(made) == ["encoder_dtypefloat32", "encoder_dtypebfloat16"]
+    for name, config in made.items():
+        run, before = Run(config), (Path("run") / name / "dictionary" / "weights.safetensors").read_bytes()
+        assert config.train.encoder_dtype == name.removeprefix("encoder_dtype")
+        assert run.train().d_sae == 16
+        assert (Path("run") / name / "dictionary" / "weights.safetensors").read_bytes() == before
+        assert "language_model" not in vars(run), "the model was not needed"
+    for path in Path("run").glob("encoder*"):
+        path.rename(path.with_name(path.name.replace("dtype", "dtype-")))
+    assert list(variants(sae.load_config("run/config.yaml"))) == ["encoder_dtype-float32", "encoder_dtype-bfloat16"]

@@ -50,6 +50,21 @@ def test_variants_are_all_combinations_by_names_of_what_differs(tiny_config: Tin
     assert one.train.shuffle_seed == config.seed
 
 
+def test_names_are_apart_from_words_and_folders_of_the_former_names_are_used(tiny_config: TinyConfig) -> None:
+    config = swept(tiny_config, train={"encoder_dtype": ["float32", "bfloat16"], "lr": [0.001, None]}, seed=[0])
+    names = [
+        f"encoder_dtype-{dtype}-{lr}-seed0" for dtype in ("float32", "bfloat16") for lr in ("lr0.001", "lr-None")
+    ]  # fmt: skip
+    assert list(variants(config)) == names
+    older = config.folder / "encoder_dtypefloat32-lrNone-seed0"
+    older.mkdir(parents=True)
+    made = variants(config)
+    assert list(made) == [names[0], older.name, *names[2:]]
+    assert (made[older.name].folder, made[older.name].train.lr) == (older, None)
+    (config.folder / names[1]).mkdir()
+    assert list(variants(config)) == names
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
