@@ -48,6 +48,7 @@ _HOME = {
     "load_all": "sae.formats",
     "load_config": "sae.config.file",
     "measure_effects": "sae.effects",
+    "open_run": "sae.runs.opening",
     "probe": "sae.probing",
     "probe_run": "sae.runs.probes",
     "run": "sae.runs.pipeline",

@@ -23,6 +23,8 @@ from sae.files.writing import stands
 _LONGEST_KEY = 80
 _LONGEST_NUMBER = 18
 _READ_BY_EVALUATION = ("evaluation.", *READ_BY_RUN)
+_READ_TO_MAKE = ("model.", "data.", "harvest.", "evaluation.", "features.", "seed", "device", "out=")
+"""Settings of a run that is made for a dictionary, by the beginnings of their keys."""
 
 Keys = Callable[[], Iterable[tuple[str, str, str]]]
 
@@ -79,6 +81,67 @@ def configured(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("arguments", nargs=-1, required=True, metavar="[CONFIG] [KEY=VALUE]...")(with_settings)
 
 
+@dataclass(frozen=True)
+class OnDictionary:
+    """Options that let a command for run folders take any dictionary; the arguments of `sae.open_run`.
+
+    Attributes:
+        model, data, hook, target, out: as given.
+    """
+
+    model: str | None = None
+    data: tuple[str, ...] = ()
+    hook: str | None = None
+    target: str | None = None
+    out: Path | None = None
+
+    @property
+    def makes_run(self) -> bool:
+        """Whether a run folder is made, so that the settings that it is made with can be given."""
+        return bool(self.data)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `sae.open_run`."""
+        return {**vars(self), "data": self.data or None}
+
+
+def on_dictionary(*, out: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Pass `given`, an `OnDictionary`, to a command.
+
+    Args:
+        out: whether the command has an option for the run folder.
+    """
+    options = [
+        click.option(
+            "--model", help="For a dictionary without a run: its language model; else the one its files name."
+        ),
+        click.option(
+            "--data", multiple=True, metavar="TEXTS", help="For a dictionary without a run: texts, as in data.source."
+        ),
+        click.option("--hook", help="For a dictionary whose files do not say it: the hook point that it reads."),
+        click.option("--target", help="Likewise, for a transcoder: the hook point that it gives."),
+    ]
+    if out:
+        folder = click.Path(path_type=Path)
+        options.append(
+            click.option("--out", type=folder, help="For a dictionary without a run: the run folder to make.")
+        )
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_given(*positional: Any, **arguments: Any) -> Any:
+            names = ("model", "data", "hook", "target", *(["out"] if out else []))
+            given = OnDictionary(**{name: arguments.pop(name) for name in names})
+            return command(*positional, given=given, **arguments)
+
+        for option in reversed(options):
+            with_given = option(with_given)
+        return with_given
+
+    return decorate
+
+
 def show_report(report: Any) -> None:
     """Print the table of an evaluation report, or of the contents of `eval.json`."""
     from sae.evaluation import report_table
@@ -93,18 +156,28 @@ def split_overrides(arguments: Iterable[str]) -> tuple[tuple[str, ...], list[str
     return overrides, [argument for argument in arguments if argument not in overrides]
 
 
-def evaluation_overrides(arguments: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
+def evaluation_overrides(arguments: tuple[str, ...], given: OnDictionary) -> tuple[tuple[str, ...], list[str]]:
     """Split arguments into overrides and the rest.
 
     Raises:
-        ConfigError: evaluation does not read an override.
+        ConfigError: neither evaluation nor a run that is made reads an override.
     """
     overrides, others = split_overrides(arguments)
-    _check_read(overrides, _READ_BY_EVALUATION, "evaluation does not read")
+    if given.makes_run:
+        check_read_to_make(overrides)
+    else:
+        _check_read(overrides, _READ_BY_EVALUATION, "evaluation does not read")
     return overrides, others
 
 
-def features_and_overrides(arguments: tuple[str, ...], path: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def check_read_to_make(overrides: Iterable[str]) -> None:
+    """Raise ConfigError unless a run that is made for a dictionary reads these overrides."""
+    _check_read(overrides, _READ_TO_MAKE, "the run of a finished dictionary does not read")
+
+
+def features_and_overrides(
+    arguments: tuple[str, ...], path: Path, given: OnDictionary
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Split arguments into feature numbers and overrides, for a command that opens the run folder `path`.
 
     Raises:
@@ -112,7 +185,10 @@ def features_and_overrides(arguments: tuple[str, ...], path: Path) -> tuple[tupl
         ConfigError: an existing run does not read an override.
     """
     overrides, numbers = split_overrides(arguments)
-    _check_read(overrides, READ_BY_RUN, f"the existing run {str(path)!r} does not read")
+    if given.makes_run:
+        check_read_to_make(overrides)
+    else:
+        _check_read(overrides, READ_BY_RUN, f"the existing run {str(path)!r} does not read")
     for argument in numbers:
         if not argument.removeprefix("-").isdecimal() or len(argument) > _LONGEST_NUMBER:
             raise click.BadParameter(

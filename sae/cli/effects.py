@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import Options, features_and_overrides
+from sae.cli.arguments import OnDictionary, Options, features_and_overrides, on_dictionary
 from sae.console.terminal import output
 
 
@@ -51,6 +51,7 @@ from sae.console.terminal import output
 @click.option(
     "--limit", default=40, show_default=True, type=click.IntRange(1), help="Maximum number of rows in the table."
 )
+@on_dictionary()
 @click.pass_obj
 def effects(
     options: Options,
@@ -64,6 +65,7 @@ def effects(
     tokens: int | None,
     sort: str,
     limit: int,
+    given: OnDictionary,
 ) -> None:
     """Measure what features do to the model's predictions.
 
@@ -72,17 +74,19 @@ def effects(
     effect of the feature's direction on the logits and with random directions. effects.json, effects.md and a figure
     are written into RUN, a run folder. Existing results for the same weights, data and settings are reused. KEY=VALUE
     overrides settings of the run: model.*, harvest.cache, device.
+
+    With --model and --data, RUN is any dictionary; see `sae eval`.
     """
     from sae.effects import EffectSettings, measure_effects
     from sae.effects.effects import check_column
     from sae.effects.view import effects_table, summary_lines, table_note
-    from sae.runs.run import Run
+    from sae.runs.opening import open_run
 
     check_column(sort)
-    indices, overrides = features_and_overrides(arguments, path)
+    indices, overrides = features_and_overrides(arguments, path, given)
     settings = EffectSettings(scale, positions, null_positions, window, tokens)
     with options.progress({"effects": "changes"}) as progress:
-        run = Run.open(path, overrides, progress)
+        run = open_run(path, overrides, **given.arguments, progress=progress)
         results = measure_effects(
             run.dictionary(),
             run.cache(),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import Options, beginning_again, features_and_overrides
+from sae.cli.arguments import OnDictionary, Options, beginning_again, features_and_overrides, on_dictionary
 from sae.config.file import CONFIG_YAML
 from sae.console.terminal import say
 from sae.files.writing import stands
@@ -33,6 +33,7 @@ from sae.files.writing import stands
     help="Omit features that fire on a larger share of tokens.",
 )
 @click.option("--page", type=click.Path(path_type=Path), help="Write a self-contained HTML page to this file.")
+@on_dictionary()
 @click.pass_obj
 def features(
     options: Options,
@@ -42,6 +43,7 @@ def features(
     limit: int,
     max_density: float,
     page: Path | None,
+    given: OnDictionary,
 ) -> None:
     """Show what features fire on.
 
@@ -50,20 +52,22 @@ def features(
 
     RUN is a run folder or a feature store. The features of a run are collected first if they are missing. KEY=VALUE
     overrides settings of the run: model.*, harvest.cache, device.
+
+    With --model and --data, RUN is any dictionary; see `sae eval`.
     """
     from sae.effects import effects_beside
     from sae.features import Features
-    from sae.runs.run import Run
+    from sae.runs.opening import open_run
     from sae.viewer import print_feature, print_features, write_page
 
-    indices, overrides = features_and_overrides(arguments, path)
+    indices, overrides = features_and_overrides(arguments, path, given)
     if page is not None and (not page.name or page.is_dir()):
         raise click.BadParameter(
             f"{str(page)!r} is not a file name; give one, such as page.html.", param_hint="'--page'"
         )
-    if stands(path / CONFIG_YAML):
+    if stands(path / CONFIG_YAML) or given != OnDictionary():
         with beginning_again("it"), options.progress() as progress:
-            store = Run.open(path, overrides, progress).features()
+            store = open_run(path, overrides, **given.arguments, progress=progress).features()
     elif overrides:
         raise click.UsageError(f"{overrides[0]}: {str(path)!r} is not a run folder, and only a run folder has settings")
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import Options, split_overrides, with_keys
+from sae.cli.arguments import OnDictionary, Options, on_dictionary, split_overrides, with_keys
 from sae.console.terminal import output, say
 from sae.errors import SaeError
 
@@ -21,8 +21,9 @@ def _keys() -> Iterator[tuple[str, str, str]]:
 @click.command(cls=with_keys("Settings, as KEY=VALUE", _keys))
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, metavar="[DATA]... [KEY=VALUE]...")
+@on_dictionary()
 @click.pass_obj
-def probe(options: Options, path: Path, arguments: tuple[str, ...]) -> None:
+def probe(options: Options, path: Path, arguments: tuple[str, ...], given: OnDictionary) -> None:
     """Probe a dictionary for labels.
 
     Logistic regressions on 1, 2, 5, 16 and all latents are compared with regressions on the same number of neurons, on
@@ -32,20 +33,23 @@ def probe(options: Options, path: Path, arguments: tuple[str, ...]) -> None:
     DATA is a .csv, .jsonl or .parquet file with a text and a label column, or a folder of such files; 'sae-probes' (the
     default) for the 113 data sets of that package, or the folder that its wheel was unpacked to; or 'first-letters' for
     splitting and absorption of the first letters of words.
+
+    With --model and --data, RUN is any dictionary; see `sae eval`.
     """
     from sae.probing.data import SAE_PROBES, find_data
     from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE
     from sae.probing.render import letters_table, summary_table
     from sae.probing.settings import read_overrides
+    from sae.runs.opening import open_run
     from sae.runs.probes import probe_run
-    from sae.runs.run import Run
 
     overrides, sources = split_overrides(arguments)
     sources = sources or [SAE_PROBES]
-    settings = read_overrides(overrides)
+    to_make = tuple(word for word in overrides if given.makes_run and word.startswith(("data.", "harvest.", "out=")))
+    settings = read_overrides([word for word in overrides if word not in to_make])
     data = find_data([source for source in sources if source != FIRST_LETTERS])
     with options.progress({"probes": "data sets"}) as progress:
-        run = Run.open(path, settings.of_run, progress)
+        run = open_run(path, (*settings.of_run, *to_make), **given.arguments, progress=progress)
         record = probe_run(run, data, settings.probes, letters=settings.letters if FIRST_LETTERS in sources else None)
     console = output()
     if record.results:

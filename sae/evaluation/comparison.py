@@ -11,6 +11,7 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.config.progress import Progress
 from sae.config.settings import EvaluationConfig
+from sae.dictionary.published import PUBLISHED, Published
 from sae.errors import ConfigError
 from sae.evaluation.candidate import Evaluated
 from sae.evaluation.metrics import METRICS, Totals, below_noise, difference
@@ -40,6 +41,7 @@ class Compared:
         features: number of features; 0 if it has none.
         dead: those that never fired; dense: those that fired on more than a tenth of the tokens. None without features.
         differences: to the first dictionary, with standard errors paired over documents; for dictionaries only.
+        published: numbers that others published with it; None if it comes without any.
     """
 
     description: str
@@ -48,6 +50,7 @@ class Compared:
     dead: int | None
     dense: int | None
     differences: dict[str, Estimate] = field(default_factory=dict)
+    published: Published | None = None
 
     def to_json(self) -> dict[str, Any]:
         differences = {
@@ -55,7 +58,8 @@ class Compared:
             for name, estimate in self.differences.items()
         }
         metrics = {name: estimate.to_json() for name, estimate in self.metrics.items()}
-        return {**asdict(self), "metrics": metrics, "differences": differences}
+        published = None if self.published is None else self.published.to_json()
+        return {**asdict(self), "metrics": metrics, "differences": differences, PUBLISHED: published}
 
     @staticmethod
     def of(record: Mapping[str, Any], differences: dict[str, Estimate] | None = None) -> Compared:
@@ -69,6 +73,7 @@ class Compared:
             dead=dead["features"] if dead else None,
             dense=dense["features"] if dense else None,
             differences=differences or {},
+            published=Published.of(record),
         )
 
     @staticmethod
@@ -77,7 +82,7 @@ class Compared:
             part: {name: Estimate.from_json(estimate) for name, estimate in record[part].items()}
             for part in ("metrics", "differences")
         }
-        return Compared(**{**record, **estimates})
+        return Compared(**{**record, **estimates, PUBLISHED: Published.of(record)})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.comparison import Compared, Comparison
 from sae.evaluation.metrics import below_noise
+from sae.evaluation.published_view import published_of_several
 from sae.evaluation.report import HEADINGS
 from sae.evaluation.report_view import (
     COUNTS,
@@ -46,7 +47,7 @@ def comparison_tables(comparison: Comparison, width: int | None = None) -> list[
     table = Table(
         [Column("metric", names, is_text=True), *columns],
         title=f"{comparison.hook}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        notes=[error_note(counts), _second_lines(comparison)],
+        notes=[error_note(counts), _second_lines(comparison), _published(comparison)],
         sections=sections(names),
     )
     baselines = comparison.baselines.values()
@@ -78,12 +79,17 @@ def comparison_markdown(comparison: Comparison) -> str:
         _table(dictionaries),
         f"Values are means over tokens, {error_note(comparison.evaluated)}. "
         f"{_sentence(plain(_second_lines(comparison)))}",
+        *([_sentence(plain(_published(comparison)))] if _published(comparison) else []),
         "## Baselines",
         _table({_heading(name): entry for name, entry in baselines.items()}),
         _sentence("; ".join(plain(entry.description) for entry in baselines.values())),
     ]
     note = _fewer_tokens(comparison)
     return document([*parts, *([_sentence(note)] if note else [])])
+
+
+def _published(comparison: Comparison) -> str:
+    return published_of_several({name: entry.published for name, entry in comparison.dictionaries.items()})
 
 
 def _table(columns: Mapping[str, Compared]) -> str:

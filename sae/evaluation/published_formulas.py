@@ -239,6 +239,12 @@ OF_LOSSES: Mapping[str, Callable[[PublishedLosses], float]] = {
     "kl_div_score": kl_div_score,
 }
 """Formulas by the metric's name in both packages, which differ in the positions where they put x̂."""
+REGISTRY: Mapping[str, tuple[str, ...]] = {
+    "l0": ("l0",),
+    "variance_explained": ("explained_variance", "explained_variance_legacy"),
+}
+"""SAELens's formulas of the numbers in its registry of dictionaries. Which release made one is not recorded, and
+`explained_variance` has changed between them, so both are shown."""
 
 
 def of_activations(package: str, batches: Batches) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sae.config.settings import EvaluationConfig
+from sae.dictionary.published import Published
 from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.downstream import DOWNSTREAM_NAMES, DownstreamScores
 from sae.evaluation.held_out import NormHistogram
@@ -91,6 +92,7 @@ class Report:
         norms: of the activations, eligible and masked.
         seconds: how long it took.
         road: how replacements at the hook point became logits (`sae.model.tail.Road`); None without a language model.
+        published: numbers that others published with the dictionary; None if it comes without any.
     """
 
     dictionary: dict[str, Any]
@@ -111,6 +113,7 @@ class Report:
     norms: NormHistogram
     seconds: float
     road: Road | None = None
+    published: Published | None = None
 
     @property
     def columns(self) -> dict[str, Scores]:
@@ -156,6 +159,7 @@ class Report:
                     for name, scores in self.baselines.items()
                 },
                 "legacy": self.legacy.to_json() if self.legacy else None,
+                "published": self.published.to_json() if self.published else None,
                 "road": dataclasses.asdict(self.road) if self.road else None,
                 "activation_norms": self.norms.to_json(),
                 "documents_sha256": hashlib.sha256(self.documents_content()).hexdigest(),

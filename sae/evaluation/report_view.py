@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.metrics import METRICS
 from sae.evaluation.published_formulas import CONTEXTS_PER_BATCH
+from sae.evaluation.published_view import published_markdown, published_note
 from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines
 from sae.model.tail import NO_ROAD, Road
 from sae.results.estimate import Estimate, error_note
@@ -54,6 +55,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         *_losses(report),
         "## Sparsity",
         _sparsity(report),
+        *published_markdown(report.to_json()),
         *_legacy(report),
     ]
     if figures is None:
@@ -86,7 +88,7 @@ def report_table(report: Report | Mapping[str, Any], width: int | None = None) -
     return Table(
         [metrics, *columns],
         title=f"{record['hook']}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
-        notes=[error_note(counts), fewer_tokens(record), _without_losses(record)],
+        notes=[error_note(counts), fewer_tokens(record), _without_losses(record), published_note(record)],
         short_note=f"standard errors of the baselines are in {MARKDOWN_FILE}",
         sections=sections([metric for metric, _ in rows]),
     ).in_terminal(width)

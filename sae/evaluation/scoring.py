@@ -17,6 +17,7 @@ from sae.architectures import ARCHITECTURES
 from sae.config.progress import Progress, silent, within
 from sae.config.settings import EvaluationConfig
 from sae.dictionary.origin import dead_in_training
+from sae.dictionary.published import Published
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline, fit_baselines
@@ -192,6 +193,7 @@ def _report(
         norms=summary.norms,
         seconds=seconds,
         road=road,
+        published=Published.of(subject.metadata),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.dictionary.hook_points import name_of
+from sae.dictionary.published import published_entry
 from sae.errors import FormatError
 from sae.formats.foreign import Foreign
 from sae.formats.foreign_files import Tensors, read_npz, read_safetensors, read_settings
@@ -15,6 +16,7 @@ NAME = "gemma_scope"
 TITLE = "Gemma Scope"
 FIRST, SECOND, SETTINGS = "params.npz", "params.safetensors", "config.json"
 _LAYER = re.compile(r"layer_(\d+)")
+_L0 = re.compile(r"average_l0_(\d+)")
 _REPOSITORY = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)")
 _KINDS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 _KINDS_2 = {
@@ -58,6 +60,8 @@ def _read_first(folder: Path) -> Foreign:
         }
         if layers:
             metadata |= _sites(int(layers[-1]), kind)
+    if l0 := _L0.fullmatch(folder.absolute().name):
+        metadata |= published_entry(int(l0[1]), f"{l0[0]}, the folder's name")
     return Foreign(
         "Gemma Scope", "jumprelu", W_enc, b_enc, W_dec, b_dec, centred=False, threshold=threshold, metadata=metadata
     )  # fmt: skip
@@ -77,6 +81,7 @@ def _read_second(folder: Path) -> Foreign:
     metadata: dict[str, Any] = {}
     if isinstance(settings.get("model_name"), str):
         metadata["model"] = {"name": _model_name(settings["model_name"]), "weight_processing": "none"}
+    metadata |= published_entry(settings.get("l0"), f"l0 in {SETTINGS}")
     layer = _LAYER.search(folder.absolute().name)
     kinds = next((kinds for name, kinds in _KINDS_2.items() if folder.absolute().parent.name.startswith(name)), None)
     if layer is not None and kinds is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sae.dictionary.published import published_entry
 from sae.errors import FormatError
 from sae.files.printable import one_line
 from sae.formats.foreign import Foreign
@@ -84,6 +85,9 @@ def read(folder: Path) -> Foreign:
         threshold=thresholds,
         input_scale=input_scale,
         output_scale=output_scale,
-        metadata={key: value for key, value in metadata.items() if value is not None},
+        metadata={
+            **{key: value for key, value in metadata.items() if value is not None},
+            **published_entry(settings.get("top_k"), f"top_k of its training, in {SETTINGS}"),
+        },
         settings=settings,
     )

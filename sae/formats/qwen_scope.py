@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.dictionary.hook_points import name_of
+from sae.dictionary.published import published_entry
 from sae.errors import FormatError
 from sae.formats.foreign import Foreign
 from sae.formats.foreign_files import Tensors, read_pickle
@@ -43,6 +44,7 @@ def read(path: Path) -> Foreign:
     metadata: dict[str, Any] = {
         "hook": name_of(int(layer[1]), "hook_resid_post"),
         "model": {"name": f"Qwen/{repository[1]}", "weight_processing": "none"},
+        **published_entry(int(repository[3]), f"L0_{repository[3]} in the repository's name"),
     }
     return Foreign(
         "Qwen-Scope", "topk", W_enc.T, b_enc, W_dec.T, b_dec, centred=False, k=int(repository[3]), metadata=metadata

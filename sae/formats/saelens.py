@@ -14,6 +14,7 @@ from sae.architectures import MatchingPursuit
 from sae.dictionary.base import Dictionary, dtype_name
 from sae.dictionary.frame import InputNorm
 from sae.dictionary.hook_points import RESIDUAL, split
+from sae.dictionary.published import published_entry
 from sae.dictionary.saelens_cfg import NORMALISATION, WEIGHT_PROCESSING
 from sae.errors import FormatError
 from sae.files.printable import one_line
@@ -29,7 +30,7 @@ from sae.formats.foreign_files import (
 
 NAME = "saelens"
 TITLE = "SAELens"
-SETTINGS, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SETTINGS, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 WRITTEN_AS = "6.54.12"
 """The version of SAELens whose files are written."""
 WRITES = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated", "batch_topk": "jumprelu",
@@ -106,7 +107,7 @@ def read(folder: Path) -> Foreign:
         W_skip=W_skip,
         input_norm=norm,
         folded=folded,
-        metadata=_metadata(facts, processed=norm != "centre"),
+        metadata={**_metadata(facts, processed=norm != "centre"), **_published(folder, facts, d_sae)},
         settings=settings,
         **rest,
     )
@@ -340,6 +341,17 @@ def _metadata(facts: Mapping[str, Any], *, processed: bool) -> dict[str, Any]:
         "data": {"source": source} if isinstance(source, str) else None,
     }
     return {key: value for key, value in known.items() if value is not None}
+
+
+def _published(folder: Path, facts: Mapping[str, Any], d_sae: int) -> dict[str, Any]:
+    """The L0 in the settings, or else the sum of the features' frequencies, of which SAELens saves log10."""
+    stated = published_entry(facts.get("l0"), f"l0 in {SETTINGS}")
+    if stated or not (folder / SPARSITY).is_file():
+        return stated
+    logarithms = read_safetensors(folder / SPARSITY).get("sparsity")
+    if logarithms is None or logarithms.shape != (d_sae,) or not logarithms.is_floating_point():
+        return {}
+    return published_entry(float((10 ** logarithms.double()).sum()), f"frequencies in {SPARSITY}")
 
 
 def _tokens(facts: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -23,6 +23,8 @@ from sae.evaluation.stored import read_comparison, read_stored
 from sae.files.paths import expanded
 from sae.files.writing import locked, stands
 from sae.formats import load
+from sae.runs.adoption import located
+from sae.runs.opening import open_run
 from sae.runs.run import Run
 
 READ = "read dictionaries"
@@ -33,13 +35,17 @@ Evaluation = tuple[dict[str, Any], dict[str, Tensor]]
 
 def compare_folders(
     places: Sequence[str | Path], *, on: str | Path | None = None, out: str | Path | None = None,
-    overrides: tuple[str, ...] = (), progress: Progress | None = None,
+    overrides: tuple[str, ...] = (), model: str | Path | None = None, data: Sequence[str | Path] = (),
+    hook: str | None = None, target: str | None = None, progress: Progress | None = None,
 ) -> Comparison:  # fmt: skip
     """Compare the dictionaries of several folders on the held-out tokens of one run.
 
     Args:
         places: run folders or dictionaries' folders; the others are compared with the first.
         on: run folder whose activations, model and evaluation settings are used; None for the first in `places`.
+        model, data: a language model and texts: `sae.open_run` makes a run folder for the first dictionary, and all are
+            compared on its held-out tokens. Then `on` is None.
+        hook, target: hook points of the dictionaries whose files do not say them.
         out: folder for `compare.md` and `compare.json`; if it already holds the same comparison, that is read.
         overrides: overrides of that run's configuration.
         progress: called with (stage, tokens done, tokens in total).
@@ -48,22 +54,32 @@ def compare_folders(
     run folder that the tokens come from. If the folder cannot be written, they are not kept.
 
     Raises:
-        ConfigError: there are fewer than two dictionaries, one is named twice, or none is in a run folder.
+        ConfigError: there are fewer than two dictionaries, one is named twice, or none is in a run folder and there are
+            no texts.
         CacheError: another process is writing to `out`.
         SaeError: loading or evaluating fails.
     """
     named = _named(places)
     check_several(named)
     report = progress or silent
-    run = _run(named, on, overrides, report)
-    cache, hook, settings = run.cache(), run.config.gives, run.config.evaluation
-    dictionaries, identities = _loaded(named, report)
-    activations = cache.manifest.identity(hook)
-    key = comparison_key(identities, activations, hook, settings)
+    if data or model:
+        if on is not None:
+            raise ConfigError("--on names the run that supplies texts and model: leave --data and --model out")
+        first = next(iter(named))
+        run = open_run(
+            named[first], overrides, model=model, data=data or None, hook=hook, target=target, progress=report
+        )  # fmt: skip
+        named[first] = run.folder  # with its evaluation, if there is one
+    else:
+        run = _run(named, on, overrides, report)
+    cache, site, settings = run.cache(), run.config.gives, run.config.evaluation
+    dictionaries, identities = _loaded(named, hook, target, report)
+    activations = cache.manifest.identity(site)
+    key = comparison_key(identities, activations, site, settings)
 
     def compare() -> Comparison:
         evaluations: dict[str, Evaluation | None] = {
-            name: read_stored(place, identities[name], activations, hook=hook, settings=settings)
+            name: read_stored(place, identities[name], activations, hook=site, settings=settings)
             for name, place in named.items()
         }
         missing = {name: dictionaries[name] for name, stored in evaluations.items() if stored is None}
@@ -84,13 +100,15 @@ def compare_folders(
 
 
 def _loaded(
-    named: Mapping[str, Path], progress: Progress
-) -> tuple[dict[str, Dictionary], dict[str, dict[str, Any]]]:  # fmt: skip
-    """The dictionaries and their identities."""
+    named: Mapping[str, Path], hook: str | None, target: str | None, progress: Progress
+) -> tuple[dict[str, Dictionary], dict[str, dict[str, Any]]]:
+    """The dictionaries, at the hook points given for those that state none, and their identities."""
     dictionaries, identities = {}, {}
     progress(READ, 0, len(named))
     for name, place in named.items():
         dictionaries[name] = load(place)
+        if hook is not None and dictionaries[name].origin.reads.hook is None:
+            located(dictionaries[name], f"dictionary {str(place)!r}", hook, target)
         identities[name] = identify(dictionaries[name])
         progress(READ, len(identities), len(named))
     return dictionaries, identities
@@ -134,7 +152,7 @@ def _run(
             return Run.open(place, overrides, progress)
     raise ConfigError(
         f"{', '.join(map(repr, map(str, named.values())))}: none is a run folder, so there are no held-out tokens to "
-        "compare them on; name a run with --on RUN (on=... in Python)"
+        "compare them on; name a run with --on RUN (on=... in Python), or give --model and --data"
     )
 
 

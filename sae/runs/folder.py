@@ -50,7 +50,10 @@ def open_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = expanded(folder)
     if not stands(path / CONFIG_YAML):
-        raise ConfigError(f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}'")
+        raise ConfigError(
+            f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}', or for a "
+            "dictionary of any toolkit give its language model and texts with --model and --data"
+        )
     check(path / CONFIG_YAML)
     if (path / CONFIG_YAML).stat().st_size == 0:
         raise ConfigError(f"run {str(folder)!r}: {CONFIG_YAML} is empty; run the same 'sae run' again to rewrite it")
@@ -74,9 +77,12 @@ def other_setting(
     Returns:
         The setting's name, the dictionary's value and the configuration's; None if all are equal.
     """
-    origin = Origin.of(metadata)
+    origin, trained = Origin.of(metadata), metadata.get("trained", {})
+    if "settings" not in trained:
+        converted = metadata.get("converted")
+        return "trained_by", converted.get("format") if isinstance(converted, Mapping) else None, "sae"
     sites = {"reads": origin.reads.hook, "gives": origin.gives.hook}
-    recorded = {**metadata.get("trained", {}).get("settings", {}), **sites}
+    recorded = {**trained["settings"], **sites}
     chosen = chosen_settings(config.dictionary, config.train)
     expected = {"reads": config.hook, "gives": config.gives, **chosen, "seed": config.seed, **(of_data or {})}
     settings = ((key, setting_of(recorded, key), value) for key, value in expected.items())

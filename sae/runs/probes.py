@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sae.activations.manifest import MANIFEST
 from sae.dictionary.base import Dictionary
 from sae.dictionary.model_identity import has_fingerprint
 from sae.dictionary.origin import Place, check_belongs
@@ -17,7 +18,7 @@ from sae.dictionary.saved import identify
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, DataError, ModelError
 from sae.files.formats import as_read_back, fingerprint_of
-from sae.files.writing import locked
+from sae.files.writing import locked, stands
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import numpy_generator
@@ -67,7 +68,8 @@ def probe_run(
         those with other settings too, so that later calls can reuse them.
 
     Raises:
-        ConfigError: scikit-learn is not installed, or the dictionary does not record where it was trained.
+        ConfigError: scikit-learn is not installed; or the dictionary does not record where it was trained, and neither
+            do the run's activations.
         DataError: the only data set cannot be probed (if there are several, the reason is recorded and the others are
             probed), or two files would be data sets of the same name.
         ModelError: the language model is not the dictionary's.
@@ -84,6 +86,7 @@ class _Probing:
         self._tokens_read = 0
         self.dictionary = run.dictionary("cpu")
         self.hook, self.policy, self.model = _origin(self.dictionary, run)
+        self._origin = replace(self.dictionary.origin, models={"": self.model})
         subject = {
             "dictionary": identify(self.dictionary),
             "model": {key: self.model.get(key) for key in ("name", *_MODEL_KEYS)},
@@ -197,7 +200,7 @@ class _Probing:
         language_model = self._run.language_model
         info = language_model.info
         place = Place(f"model {info.name!r}", info.to_json(), ModelError, model_keys=_MODEL_KEYS)
-        check_belongs(self.dictionary.origin, place, reads=self.hook)
+        check_belongs(self._origin, place, reads=self.hook)
         before = self._tokens_read
 
         def progress(done: int, total: int) -> None:
@@ -210,20 +213,28 @@ class _Probing:
 
 
 def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[str, Any]]:
-    """Hook point, token policy and model that a dictionary was trained with."""
+    """Hook point, token policy and model that a dictionary was trained with.
+
+    Files of other toolkits do not identify the model. Then model and token policy are those of the run's activations.
+    """
     origin = dictionary.origin
-    hook, model = origin.reads.hook, origin.models.get("")
-    if hook is None or model is None or not isinstance(origin.tokens, dict):
+    hook, model, tokens = origin.reads.hook, origin.models.get("", {}), origin.tokens
+    is_whole = model.get("weights_sha256") is not None and isinstance(tokens, dict)
+    if hook is None or not (is_whole or stands(run.config.cache_folder / MANIFEST)):
         raise ConfigError(
             f"run {str(run.folder)!r}: its dictionary does not record which model, hook point and tokens it was "
             "trained on; probe it in Python with your own activations: sae.probe(dictionary, activations, labels)"
         )
+    if not is_whole:
+        cache = run.cache()
+        model = {**cache.manifest.model, **{key: value for key, value in model.items() if value is not None}}
+        tokens = cache.policy.to_json()
     if has_fingerprint(run.config.model.name, model.get("fingerprint")) is False:
         raise ModelError(
             f"model {run.config.model.name!r}: its weights are not those that the dictionary was trained on "
             f"({model.get('name')!r}); give that model with model.name=PATH"
         )
-    return hook, TokenPolicy.from_json(origin.tokens), dict(model)
+    return hook, TokenPolicy.from_json(tokens), dict(model)
 
 
 def _without_copies(data: Sequence[DataFile]) -> list[DataFile]:

@@ -134,6 +134,14 @@ def spliced(case: Case) -> Tensor:
         return case.model.logits(TOKENS)
 
 
+def opened(case: Case) -> Any:
+    words = ["data.tokens=500", "data.held_out_tokens=100", "harvest.dtype=float32"]
+    run = sae.open_run(
+        case.dictionary, words, model=case.config.model.name, data=case.config.data.sources, out=case.folder
+    )  # fmt: skip
+    return [run.cache().manifest.identity(HOOK), *weights(run.dictionary())]
+
+
 def toy_results() -> Any:
     settings = RecoverySettings(
         "even", features=24, d_in=12, mean_l0=2.0, d_sae=24, k=2, tokens=1280, batch_size=128, scored=200
@@ -170,6 +178,7 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
     "LanguageModel": lambda case: sae.LanguageModel(case.config.model.name).info,
     "hooks": lambda case: sae.LanguageModel(case.config.model.name).hooks(),
     "run": a_run,
+    "open_run": opened,
     "recovery": lambda case: measure_recovery(case.dictionary.W_dec, case.x).scores,
     "superposition": lambda case: toy_results(),
 }
