@@ -43,6 +43,7 @@ _HOME = {
     "evaluate": "sae.evaluation",
     "evaluate_all": "sae.evaluation",
     "export_features": "sae.viewer",
+    "find": "sae.runs.concepts",
     "harvest": "sae.runs.pipeline",
     "load": "sae.formats",
     "load_all": "sae.formats",

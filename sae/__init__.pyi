@@ -37,6 +37,7 @@ from sae.formats import load_all as load_all
 from sae.model.language_model import LanguageModel as LanguageModel
 from sae.model.splicing import splice as splice
 from sae.probing import probe as probe
+from sae.runs.concepts import find as find
 from sae.runs.opening import open_run as open_run
 from sae.runs.pipeline import collect_features as collect_features
 from sae.runs.pipeline import harvest as harvest

@@ -89,6 +89,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text_folder(folder / "path" / "to" / "texts", documents=150)
     shutil.copytree(DEMO_FOLDER, folder / "path" / "to" / "model")
     rows = [f'"{word} = {number}",{word}' for number in range(60) for word in ("letters", "numbers")]
+    sides = {"with": "import", "without": "return"}
+    for name, word in sides.items():
+        lines = [f"{word} value_{number} # {name}" for number in range(60)]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "code.txt").write_text(
+        "\n".join(f"import module_{n} as m{n}" for n in range(60)) + "\n", encoding="utf-8"
+    )
     (folder / "labelled.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sae.features.collection import collect
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
+from sae.features.search import Hit
 from sae.features.store import Features, Summary
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Feature",
     "Features",
     "Histogram",
+    "Hit",
     "Neighbour",
     "Summary",
     "TokenLogit",

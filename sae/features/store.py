@@ -19,6 +19,8 @@ from sae.config.splits import TRAIN
 from sae.errors import ConfigError, FormatError, UnknownFeatureError
 from sae.features import layout
 from sae.features.feature import Example, Feature, Histogram, Neighbour, TokenLogit
+from sae.features.labels import find_labels, read_labels
+from sae.features.search import Hit, Searched
 from sae.files.damage import damaged
 from sae.files.paths import resolve
 from sae.files.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
@@ -134,6 +136,27 @@ class Features:
         """Names of the documents scanned."""
         path = self.path / layout.DOCUMENTS
         return validated(path, list[str], read_json(path))
+
+    @functools.cached_property
+    def labels(self) -> dict[int, str]:
+        """Labels that the user gave features, from `labels.json` or `labels.csv` in the run or store folder.
+
+        Raises:
+            FormatError: the file cannot be read, or has a number that is no feature.
+        """
+        path = find_labels(self.path)
+        return {} if path is None else read_labels(path, len(self))
+
+    def search(self, query: str) -> list[Hit]:
+        """Features by a token or a part of one, by words of their labels, or by their number; best first.
+
+        A feature is found if it fires on a matching token in a stored example, if the token is among those that it
+        promotes or suppresses most, or if its label has the query in it; each `Hit` says why. Case does not matter, and
+        spaces around tokens only if the query has them.
+        """
+        labels, before = self.labels, self.info["settings"]["before"]
+        with taken_apart(self.path / layout.COLUMNS):
+            return Searched(self._columns, self._tokens, before, self.vocabulary, labels).search(query)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,37 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
+class RowTexts:
+    """Where rows of activations are in their texts.
+
+    Attributes:
+        pieces: the texts of each context's tokens.
+        context: context of each row.
+        position: the row's token in its context.
+    """
+
+    pieces: tuple[tuple[str, ...], ...]
+    context: tuple[int, ...]
+    position: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @staticmethod
+    def from_json(record: dict[str, Any]) -> RowTexts:
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the record is not one.
+        """
+        pieces = tuple(tuple(map(str, context)) for context in record["pieces"])
+        rows = tuple(map(int, record["context"])), tuple(map(int, record["position"]))
+        if any(min(row) < 0 or row[1] >= len(pieces[row[0]]) for row in zip(*rows, strict=True)):
+            raise ValueError("a position is not in its context")
+        return RowTexts(pieces, *rows)
+
+
+@dataclass(frozen=True)
 class LabelledActivations:
     """Activations of a data set's examples.
 
@@ -46,6 +77,7 @@ class LabelledActivations:
         groups: group of each example; examples of the same group are dependent.
         left_out: number of texts and spans left out: without a label, or without a token that counts.
         equal: number of texts equal to an earlier one, as in `Examples`.
+        texts: the tokens around each row, if they were asked for.
     """
 
     rows: Float[Tensor, "rows d_in"]
@@ -54,6 +86,7 @@ class LabelledActivations:
     groups: Int[Tensor, " examples"]
     left_out: int = 0
     equal: int = 0
+    texts: RowTexts | None = None
 
     def dense(self) -> Float[Tensor, "examples d_in"]:
         """Activations per example."""
@@ -147,7 +180,11 @@ def save_activations(activations: LabelledActivations, folder: Path, name: str, 
     """
     kept = _kept(name, key)
     tensors = {part: getattr(activations, part).contiguous() for part in ("rows", "example", "groups")}
-    record = {"labels": activations.labels, "left_out": activations.left_out, "equal": activations.equal}
+    record: dict[str, Any] = {
+        "labels": activations.labels, "left_out": activations.left_out, "equal": activations.equal,
+    }  # fmt: skip
+    if activations.texts is not None:
+        record["texts"] = activations.texts.to_json()
     kept.write(folder, {"key": key, **record}, {kept.beside[0]: tensors_content(tensors)})
 
 
@@ -175,10 +212,14 @@ def load_activations(folder: Path, name: str, key: str) -> LabelledActivations |
     tensors = load_tensors(rows)
     with taken_apart(index):
         labels = tuple(map(str, record["labels"]))
+        texts = RowTexts.from_json(record["texts"]) if "texts" in record else None
         data = LabelledActivations(
-            **tensors, labels=labels, left_out=int(record["left_out"]), equal=int(record["equal"])
+            **tensors, labels=labels, left_out=int(record["left_out"]), equal=int(record["equal"]), texts=texts,
         )  # fmt: skip
         examples = len(labels), int(data.example.max()) + 1
+        rows = len(data.rows) if texts is None else len(texts.context)
+        if rows != len(data.rows):
+            raise ValueError("it has texts of other rows than the activations next to it")
         if data.rows.ndim != 2 or len(data.example) != len(data.rows) or (len(data.groups), *examples[1:]) != examples:
             raise ValueError("it does not fit the activations next to it")
         return data

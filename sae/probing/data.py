@@ -6,6 +6,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from sae.errors import ConfigError, DataError
 from sae.files.paths import expanded, name_of
+from sae.files.printable import one_line
 from sae.probing.labels import class_names, is_missing, other_kind
 from sae.probing.settings import ProbeConfig
 from sae.text.document import kind_of_value
@@ -74,6 +76,31 @@ class DataFile:
         """
         records = list(_records(self.path, settings))
         return _labelled(self.name, str(self.path), records, settings)
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file, in order.
+
+    The texts of a .csv, .csv.zst, .jsonl or .parquet file are its column `text` or `prompt`. Any other file is plain
+    text in UTF-8: its paragraphs, separated by empty lines, are the texts; without empty lines its lines are.
+
+    Raises:
+        DataError: the file cannot be read, or has no such column.
+    """
+    if path.name.endswith(_SUFFIXES):
+        records = list(_records(path, ProbeConfig()))
+        column = _column(
+            str(path), "text", None, TEXT_COLUMNS, list(dict.fromkeys(key for row in records for key in row))
+        )
+        for number, record in enumerate(records, 1):
+            _check_kinds(str(path), number, column, record.get(column), "", None)
+        return [record.get(column) or "" for record in records]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"texts {str(path)!r}: cannot be read as UTF-8 text ({one_line(str(error), 120)})") from error
+    paragraphs = re.split(r"\n\s*\n", text.strip())
+    return paragraphs if len(paragraphs) > 1 else text.split("\n")
 
 
 def find_data(sources: Sequence[str]) -> list[DataFile]:

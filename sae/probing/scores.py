@@ -113,20 +113,26 @@ def auc(
     SE² = Σ(V_i − A)²/(m(m−1)) + Σ(W_j − A)²/(n(n−1)). If groups have several examples, their terms are summed before
     squaring (Obuchowski 1997).
     """
-    positive, negative = decisions[labels], decisions[~labels]
-    m, n = len(positive), len(negative)
-    if not m or not n:
+    if labels.all() or not labels.any():
         return Estimate(None, None)
-    above = _share_below(positive, negative)
-    below = 1 - _share_below(negative, positive)
-    value = float(above.mean())
-    if min(m, n) < 2:
-        return Estimate(value, None)
-    terms = np.zeros(len(labels))
-    terms[labels] = (above - value) / math.sqrt(m * (m - 1))
-    terms[~labels] = (below - value) / math.sqrt(n * (n - 1))
-    _, inverse = np.unique(groups, return_inverse=True)
-    return Estimate(value, math.sqrt(float(np.square(np.bincount(inverse, terms)).sum())))
+    value, terms = _auc_and_terms(labels, decisions)
+    return Estimate(value, _error_over_groups(terms, groups))
+
+
+def auc_difference(
+    labels: Bool[np.ndarray, " rows"], first: Float[np.ndarray, " rows"], second: Float[np.ndarray, " rows"],
+    groups: Int[np.ndarray, " rows"],
+) -> Estimate:  # fmt: skip
+    """AUC of the first decisions minus that of the second, on the same examples.
+
+    The error is DeLong's for two correlated areas: the terms of `auc` are subtracted before they are summed over groups
+    and squared, so that it includes their covariance.
+    """
+    if labels.all() or not labels.any():
+        return Estimate(None, None)
+    (value, terms), (other, other_terms) = (_auc_and_terms(labels, decisions) for decisions in (first, second))
+    both = None if terms is None or other_terms is None else terms - other_terms
+    return Estimate(value - other, _error_over_groups(both, groups))
 
 
 def majority_scores(
@@ -170,6 +176,31 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean of independent values and its standard error, which is None for fewer than two."""
     mean = float(np.mean(values))
     return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def _auc_and_terms(
+    labels: Bool[np.ndarray, " rows"], decisions: Float[np.ndarray, " rows"]
+) -> tuple[float, Float[np.ndarray, " rows"] | None]:
+    """The area, and each example's term of its variance; no terms if there are fewer than two of a class."""
+    positive, negative = decisions[labels], decisions[~labels]
+    m, n = len(positive), len(negative)
+    above = _share_below(positive, negative)
+    below = 1 - _share_below(negative, positive)
+    value = float(above.mean())
+    if min(m, n) < 2:
+        return value, None
+    terms = np.zeros(len(labels))
+    terms[labels] = (above - value) / math.sqrt(m * (m - 1))
+    terms[~labels] = (below - value) / math.sqrt(n * (n - 1))
+    return value, terms
+
+
+def _error_over_groups(terms: Float[np.ndarray, " rows"] | None, groups: Int[np.ndarray, " rows"]) -> float | None:
+    """The root of the sum over groups of the squared sums of their terms."""
+    if terms is None:
+        return None
+    _, inverse = np.unique(groups, return_inverse=True)
+    return math.sqrt(float(np.square(np.bincount(inverse, terms)).sum()))
 
 
 def _share_below(values: Float[np.ndarray, " m"], others: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:

@@ -12,6 +12,9 @@ from sae.config.base import Settings, described, read_words, validated
 from sae.config.file import READ_BY_RUN
 from sae.errors import ConfigError
 
+_OF_EXAMPLES = ("examples", "max_tokens", "pool", "text", "label", "outside", "seed")
+"""Settings of a search that decide which tokens are examples."""
+
 
 class _Common(Settings):
     """Settings common to all probes."""
@@ -142,3 +145,52 @@ def read_overrides(overrides: Sequence[str]) -> ProbeSettings:
 def describe_keys() -> Iterator[tuple[str, str, str]]:
     """Each key with its default and its description."""
     return described(_Words)
+
+
+class ConceptConfig(Settings):
+    """How features are searched for a concept."""
+
+    examples: PositiveInt = Field(
+        default=400, description="number of examples, balanced over classes if possible; drawn by seed"
+    )
+    max_tokens: int = Field(default=128, ge=2, description="tokens per text, including BOS; longer texts keep the last")
+    pool: Literal["last", "mean"] = Field(
+        default="mean",
+        description="how a text is represented: the mean of activations and latents over its tokens, or its last token",
+    )
+    permutations: int = Field(
+        default=1000, ge=19, description="number of shuffles of the labels, each with the same search, for the null"
+    )
+    listed: PositiveInt = Field(default=10, description="number of features in the result, best first")
+    positive: str | None = Field(
+        default=None, description="with DATA: the label that is the concept; null: the later of two in order"
+    )
+    text: str | None = Field(default=None, description="with DATA: column of the text; null: `text` or `prompt`")
+    label: str | None = Field(
+        default=None, description="with DATA: column of the label; null: `label`, `target` or `spans`"
+    )
+    outside: str | None = Field(
+        default=None, description="with `spans`: label of tokens outside all spans; null: they are left out"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of every random choice: examples, halves, shuffled labels")
+
+    def of_examples(self) -> ProbeConfig:
+        """The part that decides which tokens are examples."""
+        return ProbeConfig(**{name: getattr(self, name) for name in _OF_EXAMPLES})
+
+
+def read_concept_overrides(overrides: Sequence[str]) -> tuple[ConceptConfig, tuple[str, ...]]:
+    """Settings of a search from `key=value` words, and the words that are settings of the run.
+
+    Raises:
+        ConfigError: a key does not exist (the nearest key is named), or a value is invalid.
+    """
+    of_run = tuple(override for override in overrides if override.startswith(READ_BY_RUN))
+    own = [override for override in overrides if override not in of_run]
+    values = read_words(ConceptConfig, own, {}, "examples=200")
+    return validated(ConceptConfig, values, "'sae find --help'"), of_run
+
+
+def describe_concept_keys() -> Iterator[tuple[str, str, str]]:
+    """Each key of a search with its default and its description."""
+    return described(ConceptConfig)

@@ -128,6 +128,18 @@ def probe(
             with numbers.
         ShapeError: activations, labels and groups differ in length, or the dictionary takes another width.
     """
+    return probe_examples(dictionary, labelled_activations(activations, labels, groups), settings or ProbeConfig())
+
+
+def labelled_activations(
+    activations: Float[Tensor, "rows d_in"], labels: Sequence[Any], groups: Sequence[int] | None
+) -> LabelledActivations:
+    """Activations from anywhere as those of examples, one row each.
+
+    Raises:
+        DataError: an activation is not finite, or a label is missing or of another kind than the first.
+        ShapeError: activations, labels and groups differ in length.
+    """
     count = len(activations)
     if len(labels) != count or (groups is not None and len(groups) != count):
         raise ShapeError(
@@ -139,11 +151,10 @@ def probe(
         raise DataError(
             "activations have values that are infinite or not a number; remove them, or read the activations again"
         )
-    data = LabelledActivations(
+    return LabelledActivations(
         activations.detach().float().cpu(), torch.arange(count), tuple(_names(labels)),
         torch.arange(count) if groups is None else torch.tensor(list(groups)),
     )  # fmt: skip
-    return probe_examples(dictionary, data, settings or ProbeConfig())
 
 
 def _names(labels: Sequence[Any]) -> list[str]:

@@ -65,3 +65,32 @@ def check_split(split: Split, positive: Bool[np.ndarray, " rows"], what: str) ->
 
 def _setting(part: str) -> str:
     return {"training": "share for training", "validation": "validation_fraction", "test": "test_fraction"}[part]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Rows of the examples for a search, and for scoring what it found."""
+
+    search: Int[np.ndarray, " search"]
+    held_out: Int[np.ndarray, " held_out"]
+
+
+def split_in_halves(
+    positive: Bool[np.ndarray, " rows"], groups: Int[np.ndarray, " rows"], rng: np.random.Generator, what: str
+) -> Halves:
+    """A random half of the groups of each class, and the others (see `split_examples`).
+
+    Raises:
+        DataError: a half has too few examples of either class, as with too few groups.
+    """
+    split = split_examples(positive.astype(str).tolist(), groups, test_fraction=0.5, validation_fraction=0.0, rng=rng)
+    halves = Halves(split.train, split.test)
+    for rows in (halves.search, halves.held_out):
+        positives = int(positive[rows].sum())
+        least = min(positives, len(rows) - positives)
+        if least < LEAST_PER_PART:
+            raise DataError(
+                f"{what}: {least} example{'' if least == 1 else 's'} on one side of a half, expected at least "
+                f"{LEAST_PER_PART}: give more examples of each side, from more texts ({len(np.unique(groups)):,} now)"
+            )
+    return halves

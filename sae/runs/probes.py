@@ -6,24 +6,20 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sae.activations.manifest import MANIFEST
 from sae.dictionary.base import Dictionary
 from sae.dictionary.model_identity import has_fingerprint
-from sae.dictionary.origin import Place, check_belongs
-from sae.dictionary.saved import identify
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, DataError, ModelError
-from sae.files.formats import as_read_back, fingerprint_of
 from sae.files.writing import locked, stands
 from sae.model.language_model import LanguageModel
 from sae.numerics.modes import in_own_modes
 from sae.numerics.seeding import numpy_generator
 from sae.probing.absorption import measure_absorption
-from sae.probing.activations import LabelledActivations, load_activations, read_activations, save_activations
+from sae.probing.activations import LabelledActivations
 from sae.probing.data import DataFile, each_name_once, find_data
 from sae.probing.examples import Examples, choose_examples
 from sae.probing.first_letters import letter_examples
@@ -32,11 +28,9 @@ from sae.probing.record import FIRST_LETTERS, MARKDOWN_FILE, PROBES, Entry, Prob
 from sae.probing.render import markdown
 from sae.probing.settings import LetterConfig, ProbeConfig
 from sae.probing.sparse_probes import probe_examples
+from sae.runs.labelled import FOLDER, Subject, fingerprint
 from sae.runs.run import Run
 
-FOLDER = "probing"
-_MODEL_KEYS = ("weights_sha256", "weight_processing", "dtype", "tokenizer_sha256")
-_fingerprint = partial(fingerprint_of, ensure_ascii=False)
 _EXAMPLE_SETTINGS = ("examples", "max_tokens", "pool", "text", "label", "outside", "seed")
 _NOT_IN_RESULT = ("sample",)
 
@@ -85,15 +79,8 @@ class _Probing:
         self.run_folder, self.settings, self._run = run.folder, settings, run
         self._tokens_read = 0
         self.dictionary = run.dictionary("cpu")
-        self.hook, self.policy, self.model = _origin(self.dictionary, run)
-        self._origin = replace(self.dictionary.origin, models={"": self.model})
-        subject = {
-            "dictionary": identify(self.dictionary),
-            "model": {key: self.model.get(key) for key in ("name", *_MODEL_KEYS)},
-            "hook": self.hook,
-            "token_policy": self.policy.to_json(),
-        }
-        self.subject: dict[str, Any] = as_read_back(subject)
+        self._of = recorded_subject(self.dictionary, run)
+        self.subject = self._of.to_json()
 
     def run(self, data: Sequence[DataFile], letters: LetterConfig | None) -> ProbeRecord:
         with locked(self.run_folder / FOLDER, "probing"):
@@ -101,7 +88,7 @@ class _Probing:
             identities = {name: self._identity(file) for name, file in files.items()}
             if letters is not None:
                 facts = {"subject": self._subject_hash, "settings": letters.model_dump()}
-                identities[FIRST_LETTERS] = _fingerprint(facts)
+                identities[FIRST_LETTERS] = fingerprint(facts)
             record = self._arranged(ProbeRecord.read(self.run_folder, self.subject), identities)
             self._run.progress("probes", 0, len(files))
             for number, (name, file) in enumerate(files.items()):
@@ -117,14 +104,14 @@ class _Probing:
 
     @property
     def _subject_hash(self) -> str:
-        return _fingerprint(self.subject)
+        return fingerprint(self.subject)
 
     def _result_settings(self) -> dict[str, Any]:
         return self.settings.model_dump(mode="json", exclude=set(_NOT_IN_RESULT))
 
     def _identity(self, file: DataFile) -> str:
         facts = {"subject": self._subject_hash, "data": file.sha256(), "settings": self._result_settings()}
-        return _fingerprint(facts)
+        return fingerprint(facts)
 
     def _entry(self, identity: str, make: Callable[[], Entry], *, alone: bool) -> Entry:
         """The result for a data set, or its failure unless it is the only one."""
@@ -163,7 +150,7 @@ class _Probing:
     def _probe(self, file: DataFile) -> Entry:
         def examples(language_model: LanguageModel) -> Examples:
             texts = file.read(self.settings)
-            return choose_examples(texts, language_model.tokenizer, self.policy, language_model.bos, self.settings)
+            return choose_examples(texts, language_model.tokenizer, self._of.policy, language_model.bos, self.settings)
 
         settings = {key: getattr(self.settings, key) for key in _EXAMPLE_SETTINGS}
         activations = self._activations(file.name, {"data": file.sha256(), **settings}, examples)
@@ -175,7 +162,7 @@ class _Probing:
         activations = self._activations(
             FIRST_LETTERS,
             settings,
-            lambda model: letter_examples(model.tokenizer, self.policy, model.bos, letters),
+            lambda model: letter_examples(model.tokenizer, self._of.policy, model.bos, letters),
         )
         absorption = measure_absorption(self.dictionary, activations, letters, "first letters")
         return Entry(
@@ -191,31 +178,25 @@ class _Probing:
         self, name: str, example_facts: dict[str, Any], examples: Callable[[LanguageModel], Examples]
     ) -> LabelledActivations:
         """Activations read by the language model, or kept from an earlier call."""
-        model_facts = {key: self.subject[key] for key in ("model", "hook", "token_policy")}
-        key = _fingerprint({**model_facts, "model": {**model_facts["model"], "name": None}, "examples": example_facts})
-        folder = self.run_folder / FOLDER
-        stored = load_activations(folder, name, key)
-        if stored is not None:
-            return stored
-        language_model = self._run.language_model
-        info = language_model.info
-        place = Place(f"model {info.name!r}", info.to_json(), ModelError, model_keys=_MODEL_KEYS)
-        check_belongs(self._origin, place, reads=self.hook)
         before = self._tokens_read
 
         def progress(done: int, total: int) -> None:
             self._tokens_read = before + done
             self._run.progress("activations", before + done, before + total)
 
-        activations = read_activations(language_model, self.hook, examples(language_model), progress)
-        save_activations(activations, folder, name, key)
-        return activations
+        return self._of.activations(
+            name, example_facts, examples, lambda: self._run.language_model, self.run_folder / FOLDER, progress
+        )
 
 
-def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[str, Any]]:
-    """Hook point, token policy and model that a dictionary was trained with.
+def recorded_subject(dictionary: Dictionary, run: Run) -> Subject:
+    """A run's dictionary, with the hook point, token policy and model that it was trained with.
 
     Files of other toolkits do not identify the model. Then model and token policy are those of the run's activations.
+
+    Raises:
+        ConfigError: it does not record them.
+        ModelError: the run's language model is another one.
     """
     origin = dictionary.origin
     hook, model, tokens = origin.reads.hook, origin.models.get("", {}), origin.tokens
@@ -234,7 +215,7 @@ def _origin(dictionary: Dictionary, run: Run) -> tuple[str, TokenPolicy, dict[st
             f"model {run.config.model.name!r}: its weights are not those that the dictionary was trained on "
             f"({model.get('name')!r}); give that model with model.name=PATH"
         )
-    return hook, TokenPolicy.from_json(tokens), dict(model)
+    return Subject(dictionary, hook, TokenPolicy.from_json(tokens), model)
 
 
 def _without_copies(data: Sequence[DataFile]) -> list[DataFile]:

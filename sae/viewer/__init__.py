@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from sae.viewer.exporting import Export, export_features
 from sae.viewer.page import write_page
-from sae.viewer.terminal import print_feature, print_features
+from sae.viewer.sheet import write_sheet
+from sae.viewer.terminal import print_feature, print_features, print_hits
 
-__all__ = ["Export", "export_features", "print_feature", "print_features", "write_page"]
+__all__ = [
+    "Export",
+    "export_features",
+    "print_feature",
+    "print_features",
+    "print_hits",
+    "write_page",
+    "write_sheet",
+]

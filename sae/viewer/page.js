@@ -149,6 +149,7 @@ function effectCard(feature) {
 function showFeature(feature) {
   const head = element("header", "head", element("h2", "", `Feature ${feature.i}`));
   const parts = [head];
+  if (feature.w) head.append(element("span", "label", visible(feature.w)));
   if (isDead(feature)) {
     head.append(element("span", "badge", "dead"));
     parts.push(element("div", "overview", logitsCard(feature), neighboursCard(feature)));
@@ -169,33 +170,66 @@ function showFeature(feature) {
   controls.feature.scrollTop = 0;
 }
 
+// Tokens that the feature fires on, strongest first, then those it raises and those it lowers; in lower case.
 function tokensOf(feature) {
-  const logits = [...feature.u ?? [], ...feature.l ?? []].filter((_, place) => place % 2 === 0);
-  return feature.tokens ??= [feature.p ?? [], logits].map(tokens => tokens.map(token => token.toLowerCase()));
+  if (feature.tokens) return feature.tokens;
+  const logits = [feature.u, feature.l].flatMap(entries => (entries ?? []).filter((_, place) => place % 2 === 0));
+  const fires = new Set([...feature.p ?? [], ...firingTokens(feature).flatMap(tokens => [...tokens])]);
+  return feature.tokens = [[...fires], logits].map(tokens => tokens.map(token => token.toLowerCase()));
 }
 
-// How well a feature matches a query; 0 is best. An equal number comes first, then tokens that equal the query, that begin
-// with it and that contain it; each time tokens the feature fires on before those it raises or lowers, stronger ones first.
-// Spaces around a token count only if the query has them.
+// For each example, strongest and random ones, the tokens on which the feature fires.
+function firingTokens(feature) {
+  return feature.firing ??= [...feature.t ?? [], ...(feature.q ?? []).flat()].map(([, , , position, text, lengths, firing]) => {
+    const tokens = pieces(text, lengths);
+    return new Set([position, ...firing.filter((_, place) => place % 2 === 0)].map(place => tokens[place]));
+  });
+}
+
+function matcher(query, kind) {
+  const wording = query.toLowerCase(), bare = wording === wording.trim();
+  const fits = [token => token === wording, token => token.startsWith(wording), token => token.includes(wording)][kind];
+  return token => fits(bare ? token.toLowerCase().trim() : token.toLowerCase());
+}
+
+// How well a feature matches a query; 0 is best. An equal number comes first, then labels that have it, then tokens that
+// equal the query, that begin with it and that contain it; each time tokens the feature fires on before those it raises
+// or lowers, stronger ones first. Spaces around a token count only if the query has them.
 const NO_MATCH = 99;
 function distance(feature, query) {
   if (!query.trim()) return 0;
   const number = query.trim().replace(/^#/, "");
   if (/^\d+$/.test(number) && String(feature.i) === number) return 0;
-  const wording = query.toLowerCase(), bare = wording === wording.trim();
-  const kinds = [token => token === wording, token => token.startsWith(wording), token => token.includes(wording)];
-  for (const [kind, fits] of kinds.entries())
+  if (feature.w?.toLowerCase().includes(query.trim().toLowerCase())) return 0.5;
+  for (const kind of [0, 1, 2])
     for (const [place, tokens] of tokensOf(feature).entries()) {
-      const rank = tokens.findIndex(token => fits(bare ? token.trim() : token));
+      const rank = tokens.findIndex(matcher(query, kind));
       if (rank >= 0) return 1 + 2 * kind + place + rank / (tokens.length + 1);
     }
   return /^\d+$/.test(number) && String(feature.i).startsWith(number) ? 7 : NO_MATCH;
 }
 
+// Why a feature matches a query, as one line.
+function why(feature, query) {
+  if (!query.trim() || distance(feature, query) === NO_MATCH) return "";
+  const reasons = [];
+  for (const kind of [0, 1, 2]) {
+    const fits = matcher(query, kind), examples = firingTokens(feature);
+    const firing = examples.map(tokens => [...tokens].find(fits)).filter(token => token !== undefined);
+    const logit = entries => (entries ?? []).filter((_, place) => place % 2 === 0).find(fits);
+    if (firing.length) reasons.push(`fires on '${visible(firing[0])}' in ${firing.length} of ${examples.length} examples`);
+    for (const [verb, entries] of [["promotes", feature.u], ["suppresses", feature.l]])
+      if (logit(entries) !== undefined) reasons.push(`${verb} '${visible(logit(entries))}'`);
+    if (reasons.length) break;
+  }
+  return reasons.join("; ");
+}
+
 function item(feature) {
   if (items.has(feature.i)) return items.get(feature.i);
   const peek = isDead(feature) ? element("span", "dim", "dead") : element("span", "peek", ...feature.p.map(tokenChip));
-  const link = element("a", "", element("span", "number", String(feature.i)), peek, element("span", "amount"));
+  if (feature.w) peek.prepend(element("span", "label", visible(feature.w)));
+  const link = element("a", "", element("span", "number", String(feature.i)), peek, element("span", "amount"), element("span", "why"));
   link.href = `#${feature.i}`;
   items.set(feature.i, element("li", "", link));
   return items.get(feature.i);
@@ -210,6 +244,7 @@ function refreshList() {
   controls.list.replaceChildren(...order.map(feature => {
     const row = item(feature);
     row.querySelector(".amount").textContent = isDead(feature) ? "" : key === "x" || key === "m" ? rounded(feature[key]) : percent(feature.d);
+    row.querySelector(".why").textContent = why(feature, query);
     return row;
   }));
   const dead = data.features.filter(isDead).length;

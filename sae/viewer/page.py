@@ -36,23 +36,25 @@ def write_page(
         UnknownFeatureError: an index is not in the store.
         CacheError: the file cannot be written.
     """
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = asset("page.css"), asset("page.js")
     parts = {
         "title": html.escape(printable(title)),
-        "policy": f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; "
+        "policy": f"default-src 'none'; style-src {hash_source(style)}; script-src {hash_source(script)}; "
         "base-uri 'none'; form-action 'none'",
         "style": style,
         "script": script,
         "data": embeddable_json(page_data(features, indices, title, effects)),
     }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
     write_bytes(Path(path), page.encode(), hashed=False)  # the path can be anywhere
 
 
 def page_data(features: Features, indices: Iterable[int], title: str, effects: Effects | None = None) -> dict[str, Any]:
     """The data read by the page's script; names are short, since there may be thousands of features."""
     documents: dict[str, int] = {}
-    entries = [_feature(features[index], documents, effects) for index in dict.fromkeys(indices)]
+    entries = [
+        _feature(features[index], documents, effects, features.labels.get(index)) for index in dict.fromkeys(indices)
+    ]
     return {
         "title": title,
         "hook": features.info["hook"],
@@ -79,7 +81,7 @@ def token_lengths(tokens: list[str]) -> str:
     return "".join(_LONG * longs + _LENGTHS[rest] for longs, rest in parts)
 
 
-def _feature(feature: Feature, documents: dict[str, int], effects: Effects | None) -> dict[str, Any]:
+def _feature(feature: Feature, documents: dict[str, int], effects: Effects | None, label: str | None) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "i": feature.index,
         "n": [[near.feature, _short(near.cosine), int(near.dead)] for near in feature.neighbours],
@@ -97,6 +99,8 @@ def _feature(feature: Feature, documents: dict[str, int], effects: Effects | Non
             "t": [_example(example, documents) for example in feature.top],
             "q": [[_example(example, documents) for example in group] for group in feature.quantiles],
         }
+    if label is not None:
+        entry["w"] = label
     if effects is not None and feature.index in effects.features:
         entry["e"] = _effect(effects[feature.index], effects.settings.window)
     return entry
@@ -138,9 +142,11 @@ def _short(number: float, digits: int = 3) -> float | int:
     return int(short) if short.is_integer() else short
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file next to this module."""
     return resources.files("sae.viewer").joinpath(name).read_text(encoding="utf-8")
 
 
-def _source(content: str) -> str:
+def hash_source(content: str) -> str:
+    """What a page's policy allows: the script or style with this content, and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

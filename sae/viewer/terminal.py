@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Column as GridColumn
@@ -12,6 +14,7 @@ from sae.console.terminal import output
 from sae.effects.effects import Effects
 from sae.effects.view import effect_lines
 from sae.features.feature import Example, Feature, TokenLogit
+from sae.features.search import Hit
 from sae.features.store import Features
 from sae.features.text import visible
 from sae.results.table import Column, Table
@@ -20,7 +23,9 @@ HOT = (214, 102, 16)
 PALE = (72, 48, 32)
 
 
-def print_feature(feature: Feature, console: Console | None = None, effects: Effects | None = None) -> None:
+def print_feature(
+    feature: Feature, console: Console | None = None, effects: Effects | None = None, label: str | None = None
+) -> None:
     """Print a feature: its numbers, logits and neighbours, then its strongest contexts and those of each quantile.
 
     If its effect is in `effects`, it is shown with the numbers. Token text is printed literally, never as markup;
@@ -30,6 +35,8 @@ def print_feature(feature: Feature, console: Console | None = None, effects: Eff
     console = console or output()
     colour = in_colour(console)
     console.print(_header(feature))
+    if label is not None:
+        console.print(_labelled("label", Text(visible(label))))
     if effects is not None and feature.index in effects.features:
         console.print(_labelled("effect", Text(effect_lines(effects[feature.index], effects.settings))))
     if feature.promoted is not None and feature.suppressed is not None:
@@ -62,19 +69,35 @@ def print_features(
     """
     console = console or output()
     order = features.sorted_by(sort, max_density=max_density)
-    chosen = [features[index] for index in order[:limit]]
-    columns = (
+    chosen, labels = [features[index] for index in order[:limit]], features.labels
+    columns = [
         Column("feature", [str(feature.index) for feature in chosen]),
         Column("density", ["dead" if feature.dead else density_text(feature.density) for feature in chosen]),
         Column("max", ["" if feature.dead else number_text(feature.max) for feature in chosen]),
         Column("mean", ["" if feature.dead else number_text(feature.mean) for feature in chosen]),
         Column("fires on", [_peek(feature, in_colour(console)) for feature in chosen], is_text=True, is_cut=True),
-    )
+    ]
+    if any(feature.index in labels for feature in chosen):
+        cells = [Text(visible(labels.get(feature.index, ""))) if feature.index in labels else "" for feature in chosen]
+        columns.insert(1, Column("label", cells, is_text=True))
     console.print(Table(columns).in_terminal(console.width))
     dead = int(features.summary().dead.sum())
     rarer = f", {len(order):,} of them on at most {density_text(max_density)} of tokens" if max_density < 1 else ""
     shown = f"{len(chosen):,} of {len(features):,} features by {sort}{rarer}"
     console.print(Text(f"{shown}; {dead:,} dead in {features.info['tokens']:,} tokens", "dim"))
+
+
+def print_hits(features: Features, hits: Sequence[Hit], console: Console | None = None, limit: int | None = 50) -> None:
+    """Print a table of the first `limit` features that a search found, each with the reasons why."""
+    console = console or output()
+    shown, density = hits[:limit], features.summary().density.tolist()
+    columns = (
+        Column("feature", [str(hit.feature) for hit in shown]),
+        Column("density", ["dead" if hit.dead else density_text(density[hit.feature]) for hit in shown]),
+        Column("why", [Text(hit.why) for hit in shown], is_text=True),
+    )
+    console.print(Table(columns).in_terminal(console.width))
+    console.print(Text(f"{len(shown):,} of {len(hits):,} features found, of {len(features):,}", "dim"))
 
 
 def in_colour(console: Console) -> bool:

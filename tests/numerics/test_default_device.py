@@ -22,7 +22,7 @@ from sae.config.settings import FeaturesConfig, RunConfig
 from sae.evaluation.recovery import measure_recovery
 from sae.features import collect
 from sae.model.language_model import LanguageModel
-from sae.probing import ProbeConfig
+from sae.probing import ConceptConfig, ProbeConfig
 from sae.superposition.dictionaries import RecoverySettings, run_recovery
 from tests.conftest import make_tiny_config
 from tests.support.quick import quick_for
@@ -115,7 +115,8 @@ def a_run(case: Case) -> Any:
     sae.verify(run.folder)
     report = {**json.loads((run.folder / "eval.json").read_bytes()), "seconds": 0}
     probes = sae.probe_run(run.folder, [case.texts], PROBES).results["texts"].to_json()
-    return [*weights(run.dictionary()), report, probes]
+    found = sae.find(run.folder, data=case.texts, settings=ConceptConfig(permutations=19)).to_json()
+    return [*weights(run.dictionary()), report, probes, found]
 
 
 def exported(case: Case) -> list[str]:
@@ -182,7 +183,7 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
     "recovery": lambda case: measure_recovery(case.dictionary.W_dec, case.x).scores,
     "superposition": lambda case: toy_results(),
 }
-WITHIN = {"harvest", "collect_features", "probe_run", "verify", "train_all"}  # others of these call them
+WITHIN = {"harvest", "collect_features", "find", "probe_run", "verify", "train_all"}  # others of these call them
 ELSEWHERE = {
     "load",
     "load_all",

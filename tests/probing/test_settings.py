@@ -8,7 +8,15 @@ import pytest
 import yaml
 
 from sae.errors import ConfigError
-from sae.probing.settings import LetterConfig, ProbeConfig, describe_keys, read_overrides
+from sae.probing.settings import (
+    ConceptConfig,
+    LetterConfig,
+    ProbeConfig,
+    describe_concept_keys,
+    describe_keys,
+    read_concept_overrides,
+    read_overrides,
+)
 
 
 def test_settings_from_words() -> None:
@@ -29,3 +37,19 @@ def test_settings_from_words() -> None:
             read_overrides([word])
     assert read_overrides(["letters.prompt="]).letters.prompt == ""
     assert yaml.safe_load({key: default for key, default, _ in describe_keys()}["k"]) == [1, 2, 5, 16]
+
+
+def test_settings_of_a_search_from_words() -> None:
+    settings, of_run = read_concept_overrides(["permutations=99", "positive=2", "pool=last", "device=cpu"])
+    assert settings == ConceptConfig(permutations=99, positive="2", pool="last")
+    assert of_run == ("device=cpu",)
+    examples = settings.of_examples()
+    assert (examples.pool, examples.examples, examples.seed) == ("last", 400, 0)
+    for word, message in (
+        ("permutation=9", "unknown setting 'permutation': did you mean permutations?"),
+        ("permutations=9", "setting permutations=9: input should be greater than or equal to 19"),
+        ("k=3", "unknown setting 'k': 'sae find --help' lists every key"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            read_concept_overrides([word])
+    assert {key for key, *_ in describe_concept_keys()} == set(ConceptConfig.model_fields)

@@ -188,6 +188,32 @@ def test_search_puts_the_token_itself_first(opened) -> None:
     expect(opened.locator("h2")).to_have_text("Feature 2")
 
 
+def test_search_says_why_and_knows_labels(browser, make_features, tmp_path: Path) -> None:
+    features = make_features("word")
+    (tmp_path / "labels.json").write_text(json.dumps({"1": "ends <b>of</b> lines"}))
+    write_page(features, range(4), tmp_path / "page.html", "t")
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    found, why = page.locator("#list li .number"), page.locator("#list li .why")
+    assert page.locator("#list .label").all_text_contents() == ["ends <b>of</b> lines"]
+    page.locator("#search").fill("of</b> LINES")
+    assert found.all_text_contents() == ["1"]
+    page.locator("#search").fill("word")
+    assert found.all_text_contents() == ["0"]
+    examples = [example for group in (features[0].top, *features[0].quantiles) for example in group]
+    on_word = [
+        example
+        for example in examples
+        if any(value > 0 and token == "word" for token, value in zip(example.tokens, example.activations, strict=True))
+    ]
+    [hit] = features.search("word")
+    expected = f"fires on 'word' in {len(on_word)} of {len(examples)} examples; promotes 'word'"
+    assert why.all_text_contents() == [expected] == [hit.why]
+    page.locator("#search").fill("")
+    assert not any(why.all_text_contents())
+    page.close()
+
+
 def test_a_page_of_some_features_says_of_how_many(browser, make_features, tmp_path: Path) -> None:
     write_page(make_features(), [0, 1], tmp_path / "page.html", "t")
     page = browser.new_page()
