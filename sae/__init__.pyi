@@ -34,6 +34,7 @@ from sae.files.version import __version__ as __version__
 from sae.formats import convert as convert
 from sae.formats import load as load
 from sae.formats import load_all as load_all
+from sae.hub import list_dictionaries as list_dictionaries
 from sae.model.language_model import LanguageModel as LanguageModel
 from sae.model.splicing import splice as splice
 from sae.probing import probe as probe
@@ -43,6 +44,8 @@ from sae.runs.pipeline import collect_features as collect_features
 from sae.runs.pipeline import harvest as harvest
 from sae.runs.pipeline import run as run
 from sae.runs.probes import probe_run as probe_run
+from sae.runs.publishing import pull as pull
+from sae.runs.publishing import push as push
 from sae.runs.sweeping import sweep as sweep
 from sae.runs.verification import verify as verify
 from sae.training import IterableSource as IterableSource

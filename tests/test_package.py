@@ -23,7 +23,7 @@ FLOW = [
     ["errors", "numerics"],
     ["files", "kernels"],
     ["config", "dictionary", "results"],
-    ["architectures", "console", "model", "text"],
+    ["architectures", "console", "hub", "model", "text"],
     ["activations", "formats", "training"],
     ["evaluation", "features", "probing"],
     ["effects", "runs", "superposition"],
@@ -39,6 +39,7 @@ CORE = {
     "errors",
     "files",
     "formats",
+    "hub",
     "kernels",
     "numerics",
     "text",
@@ -130,11 +131,11 @@ def test_each_is_written_once(what: str, places: set[str]) -> None:
 
 
 def test_the_house_stays_small() -> None:
-    assert len(STRUCTURE.rooms) <= 26
+    assert len(STRUCTURE.rooms) <= 27
     ways_out = "import from a room that yours imports already, or move the code to a room that does"
     assert STRUCTURE.imports <= 165, f"{STRUCTURE.imports} imports between rooms: {ways_out}"
     entries = [path.name for path in ROOT.iterdir() if path.name != "__pycache__"]
-    assert len(entries) <= 27, sorted(entries)
+    assert len(entries) <= 28, sorted(entries)
 
 
 @pytest.mark.parametrize("folder", ["sae", "tests", "scripts", "benchmarks"])

@@ -27,7 +27,7 @@ QUESTIONS = {
     "Which hooks can I read?": {"guides/model"},
     "What does it cost?": {"guides/model"},
     "How do I use my own model?": {"guides/model"},
-    "Can I use it offline?": {"guides/model"},
+    "Can I use it offline?": {"guides/model", "guides/hub"},
     "How many tokens do I need?": {"guides/text"},
     "How do I read a jsonl file?": {"guides/text", "text"},
     "Which architecture should I choose?": {"guides/train", "training"},
@@ -43,6 +43,7 @@ QUESTIONS = {
     "How do I ablate a feature?": {"guides/splice"},
     "How do I load a SAELens dictionary?": {"guides/convert"},
     "Which formats can be converted?": {"guides/convert"},
+    "How do I publish a dictionary?": {"guides/hub"},
     "Does a latent predict my label?": {"guides/probe"},
 }
 """What newcomers ask, and the pages that answer it."""

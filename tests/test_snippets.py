@@ -37,8 +37,8 @@ WRITTEN = {
     "docs/guides/convert.md": {"exported": 1024, "exported-again": 1024, "imported": 1024},
 }
 """Dictionaries that the snippets of a page leave behind, and their widths."""
-OWN_TEST = {"docs/representations.md"}
-"""Pages whose snippets another test runs, with their outputs."""
+OWN_TEST = {"docs/representations.md", "docs/guides/hub.md"}
+"""Pages whose snippets other tests run: with their outputs, or with a hub."""
 NOT_RUN = {
     "scripts/quickstart": "runs the configuration of the `workplace` fixture, at its full size",
     "scripts/test": "runs this test",

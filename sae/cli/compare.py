@@ -21,10 +21,11 @@ def compare(
 ) -> None:  # fmt: skip
     """Compare dictionaries side by side.
 
-    DICTIONARY is a run folder or a dictionary's folder. The first one is the baseline for the others. All are measured
-    on the same held-out tokens: those of --on, or of the first run folder in the list. Results for these tokens that
-    are already in a run's eval.json are reused. KEY=VALUE overrides settings of the run that supplies the tokens:
-    evaluation.*, model.*, harvest.cache, device. An interrupted comparison resumes where it stopped.
+    DICTIONARY is a run folder, a dictionary's folder, or a name on the hub (see 'sae list'). The first one is the
+    baseline for the others. All are measured on the same held-out tokens: those of --on, or of the first run folder in
+    the list. Results for these tokens that are already in a run's eval.json are reused. KEY=VALUE overrides settings of
+    the run that supplies the tokens: evaluation.*, model.*, harvest.cache, device. An interrupted comparison resumes
+    where it stopped.
 
     With --model and --data, no run is needed: one is made for the first dictionary, as `sae eval` makes it (in
     out=FOLDER), and all are measured on its held-out tokens.

@@ -17,8 +17,8 @@ def convert(source: Path, target: Path, to: str) -> None:
     """Write a dictionary in another format.
 
     SOURCE is a dictionary of this toolkit or a run folder that holds one; or a folder or file of SAELens, sparsify,
-    dictionary_learning, OpenAI, Gemma Scope, Llama Scope, Qwen-Scope or circuit-tracer. FOLDER is new or empty. FORMAT
-    is sae, saelens, sparsify, dictionary_learning or openai.
+    dictionary_learning, OpenAI, Gemma Scope, Llama Scope, Qwen-Scope or circuit-tracer; or a name on the hub (see
+    'sae list'). FOLDER is new or empty. FORMAT is sae, saelens, sparsify, dictionary_learning or openai.
 
     What had to be folded into the weights is reported, and so is what the format cannot hold. No code in files is run.
     """

@@ -15,9 +15,9 @@ from sae.console.terminal import output
 def info(paths: tuple[Path, ...]) -> None:
     """Show what dictionaries are.
 
-    FOLDER is a dictionary's folder, or a run folder that holds one. A table shows architecture and settings, sizes,
-    number type, hook points, language model, tokens of training, dead features, and the version of sae. Neither
-    weights nor a language model are loaded.
+    FOLDER is a dictionary's folder, a run folder that holds one, or a name on the hub (see 'sae list'). A table
+    shows architecture and settings, sizes, number type, hook points, language model, tokens of training, dead features,
+    and the version of sae. Neither weights nor a language model are loaded.
     """
     from sae.runs.information import information_table
 

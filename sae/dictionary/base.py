@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae.dictionary.codes import Codes
+from sae.dictionary.exchange import Exchanged
 from sae.dictionary.frame import PLAIN, Frame
 from sae.dictionary.origin import Origin
 from sae.dictionary.rescalable import Rescalable
@@ -33,7 +34,7 @@ TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
 """Training settings that are also attributes of the saved dictionary."""
 
 
-class Dictionary(Rescalable, ABC):
+class Dictionary(Rescalable, Exchanged, ABC):
     """f = act((x − b_dec) W_enc + b_enc),  x̂ = f W_dec + b_dec, on raw activations of a language model.
 
     Subclasses define `act`: `select` and `lets_through` decide which features fire, `activate` computes their

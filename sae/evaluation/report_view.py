@@ -45,13 +45,14 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         report: the evaluation.
         figures: drawn for it; None if matplotlib is missing.
     """
+    record = report.to_json()
     parts = [
         f"# Evaluation at {code(report.hook)}",
         _subject(report),
         "## Metrics",
-        pipe_table(["", "", *(HEADINGS[name] for name in report.columns)], _rows(report)),
+        metrics_markdown(record),
         f"Values are means over tokens, {error_note(report.to_json()['evaluated'])}. Baselines: {_baselines(report)}."
-        + _sentence(fewer_tokens(report.to_json())),
+        + _sentence(fewer_tokens(record)),
         *_losses(report),
         "## Sparsity",
         _sparsity(report),
@@ -64,6 +65,16 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
         parts.append("## Figures")
         parts += [f"![{figure.title}]({FIGURE_FOLDER}/{figure.file})\n\n{figure.caption}" for figure in figures]
     return document(parts)
+
+
+def metrics_markdown(record: Mapping[str, Any]) -> str:
+    """The metrics as Markdown, dictionary and baselines side by side.
+
+    Args:
+        record: the content of `eval.json`.
+    """
+    columns = [HEADINGS[name] for name in ("dictionary", *record["baselines"])]
+    return pipe_table(["", "", *columns], _rows(record))
 
 
 def report_table(report: Report | Mapping[str, Any], width: int | None = None) -> Group:
@@ -131,10 +142,10 @@ def _shortened(cell: Estimate | _Count | str) -> str:
     return f"{cell.count:,}" if isinstance(cell, _Count) else cell
 
 
-def _rows(report: Report) -> Iterator[list[str]]:
+def _rows(record: Mapping[str, Any]) -> Iterator[list[str]]:
     """Label, meaning, and a cell for every column."""
     meanings = table_rows()
-    for metric, cells in _metric_rows(report.to_json()):
+    for metric, cells in _metric_rows(record):
         yield [f"`{metric}`", meanings[metric], *map(str, cells)]
 
 

@@ -6,6 +6,12 @@ import os
 from collections.abc import Iterator
 
 _LONGEST = 200
+_LOCAL = {
+    "data set": "a local file or folder, or 'stdlib'",
+    "model": "a local folder, a .gguf file, or 'demo'",
+    "dictionary": "a dictionary's folder",
+}
+"""What can be given instead."""
 
 
 def first_line(error: BaseException) -> str:
@@ -19,19 +25,20 @@ def explain_hub_error(error: BaseException, repository: str, kind: str, setting:
     Args:
         error: as raised; the errors that caused it are examined too.
         repository: name of the model or data set on the hub.
-        kind: `model` or `data set`.
-        setting: section of the settings that names it, such as `model`.
+        kind: `model`, `data set` or `dictionary`.
+        setting: section of the settings that names it, such as `model`; empty: it is named outside of them.
     """
     from huggingface_hub import constants, errors
 
     chain = list(_chain(error))
-    local = "a local file or folder, or 'stdlib'" if kind == "data set" else "a local folder, a .gguf file, or 'demo'"
+    local = _LOCAL[kind]
+    revision = f"{setting}.revision" if setting else "what follows @"
     status = next((code for cause in chain if (code := _status(cause)) is not None), 0)
     offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "TRUE", "YES")
     reasons = {
         f"access to {repository!r} is restricted on the hub: ask for it on its page, then set HF_TOKEN or run "
         "'hf auth login'": _is(chain, errors.GatedRepoError),
-        f"the hub has {repository!r}, but not that revision: check {setting}.revision": _is(
+        f"the hub has {repository!r}, but not that revision: check {revision}": _is(
             chain, errors.RevisionNotFoundError
         ),
         f"neither a folder nor a file here, and the hub has no {kind} {repository!r} (or keeps it private: set "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast
@@ -27,6 +28,7 @@ from sae.formats import (
     sparsify,
 )  # fmt: skip
 from sae.formats.foreign import CONVERTED, Foreign, dictionary_of, other_format
+from sae.hub import Snapshot, located, missing
 from sae.numerics.modes import defaults
 
 OWN = "sae"
@@ -70,26 +72,30 @@ def load(
     No code of those toolkits is needed, and none in the files is run. What cannot be used here is refused by name.
 
     Args:
-        path: a dictionary's folder, the run folder that holds one, or the file of a format that has only one.
+        path: a dictionary's folder, the run folder that holds one, or the file of a format that has only one; or a name
+            of the hub: `organisation/repository`, with `@revision` and `:path` if wanted, or `release/dictionary`, such
+            as `gpt2-small-res-jb/8`. What exists on this machine is never looked for on the hub.
         device: device of its weights.
         dtype: their number type; None: the one they are stored in, at least float32 for other toolkits' files.
 
     Returns:
         A dictionary in evaluation mode that takes raw activations `[..., d_in]`. Its `metadata["converted"]`, if it
         comes from another toolkit, has the format, what was folded into the weights, what is carried in its `frame`,
-        and the settings of its files.
+        and the settings of its files; `metadata["hub"]`, if it comes from the hub, has repository, commit and path.
         Even inside `torch.inference_mode`, its weights are ordinary tensors, through which gradients can flow
         afterwards.
 
     Raises:
-        FormatError: no dictionary there, one that cannot be used here, a newer version of our format, a pickle with
-            more than tensors, or weights that are damaged or of the wrong shape.
+        FormatError: no dictionary there, a hub that does not give it, one that cannot be used here, a newer version of
+            our format, a pickle with more than tensors, or weights that are damaged or of the wrong shape.
     """
-    converted = _converted(path, dtype)
-    if converted is not None:
-        return converted.to(device)
-    dictionary = architectures.load(path, device=device)
-    return dictionary if dtype is None else dictionary.to(dtype)
+    place = located(path)
+    source = Snapshot.of(place)
+    dictionary = _converted(place, path, source, dtype)
+    if dictionary is None:
+        dictionary = architectures.load(path if source is None else place, device=device)
+        dictionary = dictionary if dtype is None else dictionary.to(dtype)
+    return _recorded(dictionary.to(device), source)
 
 
 @torch.inference_mode(False)
@@ -99,26 +105,53 @@ def outline(path: str | Path) -> Dictionary:
     Raises:
         FormatError: as `load`, but damage to the weights of a dictionary of this toolkit is not noticed.
     """
-    return _converted(path, None) or architectures.outline(path)
+    place = located(path)
+    source = Snapshot.of(place)
+    dictionary = _converted(place, path, source, None)
+    return _recorded(dictionary or architectures.outline(path if source is None else place), source)
 
 
-def _converted(path: str | Path, dtype: torch.dtype | None) -> Dictionary | None:
+def _recorded(dictionary: Dictionary, source: Snapshot | None) -> Dictionary:
+    """The dictionary with a record of where on the hub it is from."""
+    if source is not None:
+        dictionary.metadata |= source.record
+    return dictionary
+
+
+def _converted(
+    place: Path, path: str | Path, source: Snapshot | None, dtype: torch.dtype | None
+) -> Dictionary | None:  # fmt: skip
     """The dictionary of another toolkit; None if there is none of another toolkit.
 
+    Args:
+        place: where it is.
+        path: as the user wrote it.
+        source: where it is from, if it is in the hub's cache.
+        dtype: as for `load`.
+
     Raises:
-        FormatError: it cannot be used here; or there are several of them.
+        FormatError: it cannot be used here; there are several of them; or there is nothing.
     """
-    place = expanded(path)
-    for module in FORMATS.values():
+    is_own = all(os.path.lexists(place / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    for module in FORMATS.values() if not is_own else ():
         found = _found(module.find, place)
         if found is not None:
             with defaults():
-                return dictionary_of(module.read(found), f"dictionary {str(found)!r}", dtype)
-    own = resolve(path, "dictionary", CONFIG_FILE)
+                foreign = module.read(found) if source is None else _with_origin(module.read(found), source)
+                return dictionary_of(foreign, f"dictionary {str(found)!r}", dtype)
+    own = resolve(place, "dictionary", CONFIG_FILE)
     if (own is None or not (own / WEIGHTS_FILE).exists()) and (inside := _dictionaries_in(place)):
         names = ", ".join(inside[:4]) + (", …" if len(inside) > 4 else "")
         raise FormatError(f"{str(path)!r}: holds {len(inside)} dictionaries, give one of them: {names}")
+    if own is None and not os.path.lexists(place):
+        raise missing(path, f"no {CONFIG_FILE} there; give a dictionary folder or a run folder, or")
     return None
+
+
+def _with_origin(foreign: Foreign, source: Snapshot) -> Foreign:
+    """A dictionary with what its release knows and its files do not say."""
+    scale = source.scale if foreign.settings.get("normalize_activations") == "expected_average_only_in" else None
+    return replace(foreign, metadata=source.origin(foreign.metadata), input_scale=scale or foreign.input_scale)
 
 
 def _found(find: Callable[[Path], Path | None], place: Path) -> Path | None:

@@ -44,7 +44,7 @@ def words_of(model: str | Path | ModelConfig | None, data: Sequence[str]) -> lis
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in chosen.items()]
 
 
-def located(dictionary: Dictionary, name: str, hook: str | None, target: str | None) -> Dictionary:
+def at_hooks(dictionary: Dictionary, name: str, hook: str | None, target: str | None) -> Dictionary:
     """The dictionary with its hook points, of which its files may not say all.
 
     Args:
@@ -93,7 +93,7 @@ def config_of(dictionary: Dictionary, name: str, words: Sequence[str]) -> RunCon
     """The configuration of a run for a dictionary.
 
     Args:
-        dictionary: with its hook points, see `located`.
+        dictionary: with its hook points, see `at_hooks`.
         name: beginning of messages.
         words: settings of the user, as KEY=VALUE, which come first.
 

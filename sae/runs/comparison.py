@@ -23,7 +23,8 @@ from sae.evaluation.stored import read_comparison, read_stored
 from sae.files.paths import expanded
 from sae.files.writing import locked, stands
 from sae.formats import load
-from sae.runs.adoption import located
+from sae.hub import Snapshot, located
+from sae.runs.adoption import at_hooks
 from sae.runs.opening import open_run
 from sae.runs.run import Run
 
@@ -41,7 +42,7 @@ def compare_folders(
     """Compare the dictionaries of several folders on the held-out tokens of one run.
 
     Args:
-        places: run folders or dictionaries' folders; the others are compared with the first.
+        places: run folders, dictionaries' folders, or names of the hub; the others are compared with the first.
         on: run folder whose activations, model and evaluation settings are used; None for the first in `places`.
         model, data: a language model and texts: `sae.open_run` makes a run folder for the first dictionary, and all are
             compared on its held-out tokens. Then `on` is None.
@@ -108,7 +109,7 @@ def _loaded(
     for name, place in named.items():
         dictionaries[name] = load(place)
         if hook is not None and dictionaries[name].origin.reads.hook is None:
-            located(dictionaries[name], f"dictionary {str(place)!r}", hook, target)
+            at_hooks(dictionaries[name], f"dictionary {str(place)!r}", hook, target)
         identities[name] = identify(dictionaries[name])
         progress(READ, len(identities), len(named))
     return dictionaries, identities
@@ -157,8 +158,8 @@ def _run(
 
 
 def _named(places: Sequence[str | Path]) -> dict[str, Path]:
-    """Folders by name: the shortest ends of their paths that differ."""
-    paths = [expanded(place) for place in places]
+    """Folders by name: the shortest ends of their paths that differ; those of the hub by theirs."""
+    paths = [located(place) for place in places]
     resolved = [path.resolve() for path in paths]
     for number, path in enumerate(resolved):
         if path in resolved[:number]:
@@ -166,5 +167,6 @@ def _named(places: Sequence[str | Path]) -> dict[str, Path]:
     for length in range(1, max(len(path.parts) for path in resolved) + 1 if resolved else 1):
         names = ["/".join(path.parts[-length:]) for path in resolved]
         if len(set(names)) == len(names):
-            return dict(zip(names, paths, strict=True))
+            named = zip(places, names, paths, strict=True)
+            return {str(place) if Snapshot.of(path) else name: path for place, name, path in named}
     return {str(path): path for path in paths}

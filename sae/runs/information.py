@@ -29,19 +29,19 @@ def information_table(places: Sequence[str | Path], width: int | None = None) ->
     """A column for each dictionary, from its files alone: neither weights nor a language model are loaded.
 
     Args:
-        places: dictionaries' folders, or run folders that hold one.
+        places: dictionaries' folders, run folders that hold one, or names of the hub.
         width: of the terminal, in characters; None: wide enough.
 
     Raises:
         FormatError: as `sae.load`: a folder holds no dictionary, or one that cannot be read.
     """
-    named = [(str(place), _facts(outline(place))) for place in places]
+    named = [(str(place), facts_of(outline(place))) for place in places]
     facts = Column("", list(named[0][1]), is_text=True)
     columns = [Column(_folded(name), [_folded(fact) or NONE for fact in cells.values()]) for name, cells in named]
     return Table([facts, *columns], notes=[_DEAD]).in_terminal(width)
 
 
-def _facts(dictionary: Dictionary) -> dict[str, str]:
+def facts_of(dictionary: Dictionary) -> dict[str, str]:
     """What a dictionary is; empty if it is not recorded."""
     metadata, origin = dictionary.metadata, dictionary.origin
     settings = [f"{key}={value}" for key, value in {**dictionary.settings(), **dictionary.frame.to_json()}.items()]

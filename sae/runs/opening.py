@@ -25,7 +25,7 @@ from sae.files.paths import expanded
 from sae.files.writing import locked, stands
 from sae.formats import load
 from sae.model.language_model import LanguageModel
-from sae.runs.adoption import activations_key, config_of, folder_name, located, words_of
+from sae.runs.adoption import activations_key, at_hooks, config_of, folder_name, words_of
 from sae.runs.folder import DICTIONARY, configured, open_config
 from sae.runs.run import Run
 
@@ -154,7 +154,7 @@ class Opener:
                     f"{_name(place)}: to measure a dictionary, give texts with --data, such as --data texts.txt "
                     "(data=... in Python)"
                 )
-        dictionary = located(
+        dictionary = at_hooks(
             copy.copy(place) if isinstance(place, Dictionary) else load(place), _name(place),
             request.hook, request.target,
         )  # fmt: skip

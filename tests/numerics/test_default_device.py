@@ -187,6 +187,9 @@ WITHIN = {"harvest", "collect_features", "find", "probe_run", "verify", "train_a
 ELSEWHERE = {
     "load",
     "load_all",
+    "list_dictionaries",
+    "pull",
+    "push",
     "convert",
     "load_config",
     "sweep",

@@ -139,12 +139,12 @@ def test_what_the_files_say_decides_the_configuration(
     assert config.data.holdout_fraction == 0.2, "120 of 600 tokens"
     del settings["metadata"]["seqpos_slice"]
     (place / "cfg.json").write_text(json.dumps(settings))
-    config = opening.config_of(opening.located(sae.load(place), "it", None, None), "it", ["model.name=a"])
+    config = opening.config_of(opening.at_hooks(sae.load(place), "it", None, None), "it", ["model.name=a"])
     assert config.harvest.masked_positions == 1, "the first position would decide every mean"
     assert config.harvest.batch_contexts == 32 and config.evaluation.batch_contexts == 16
     settings["metadata"]["context_size"] = 2048
     (place / "cfg.json").write_text(json.dumps(settings))
-    config = opening.config_of(opening.located(sae.load(place), "it", None, None), "it", ["model.name=a"])
+    config = opening.config_of(opening.at_hooks(sae.load(place), "it", None, None), "it", ["model.name=a"])
     assert (config.harvest.batch_contexts, config.evaluation.batch_contexts) == (2, 1)
 
 

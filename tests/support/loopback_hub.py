@@ -1,4 +1,4 @@
-"""A hub of models and data sets on this machine: what the Hugging Face libraries ask over HTTP, and its failures.
+"""A hub of models and data sets on this machine: what the Hugging Face libraries ask over HTTP, uploads, and failures.
 
 Environment variables name it (`LoopbackHub.environment`), and libraries read these when they are imported: use it from
 a process of its own.
@@ -6,6 +6,7 @@ a process of its own.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-HEAL = "/heal"
+HEAL, CONTENTS, LFS = "/heal", "/contents/", "info/lfs/objects/batch"
 """Whoever asks for this path ends all faults."""
+LARGE = 20_000
+"""Bytes from which a file is kept outside of Git."""
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -31,6 +34,7 @@ class Repository:
         files: contents by path.
         revisions: names of its only commit: branches and tags.
         gated: whether a token is needed.
+        private: whether it is there only for who has a token.
         commit: 40 hexadecimal digits; the contents decide, unless it is given.
     """
 
@@ -38,12 +42,17 @@ class Repository:
     revisions: tuple[str, ...] = ("main",)
     gated: bool = False
     commit: str = ""
+    private: bool = False
 
     def __post_init__(self) -> None:
+        self.commit = self.commit or self.digest()
+
+    def digest(self) -> str:
+        """A commit for the contents."""
         digest = hashlib.sha1()
         for path, content in sorted(self.files.items()):
             digest.update(f"{path} {len(content)} ".encode() + content)
-        self.commit = self.commit or digest.hexdigest()
+        return digest.hexdigest()
 
     def has(self, revision: str) -> bool:
         return revision in (*self.revisions, self.commit)
@@ -74,11 +83,17 @@ class LoopbackHub:
         repositories: by (`models` or `datasets`, id).
         faults: still to happen.
         requests: method and path (with the range asked for) of each.
+        sent: bytes of files that were sent, by path in the repository.
+        corrupt: bodies sent in place of the contents, by path in the repository.
+        uploaded: contents that wait for their commit, by SHA-256.
     """
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+    corrupt: dict[str, bytes] = field(default_factory=dict)
+    uploaded: dict[str, bytes] = field(default_factory=dict)
     url: str = ""
 
     def add(self, kind: str, name: str, files: Mapping[str, bytes] | Path, **options: Any) -> Repository:
@@ -134,6 +149,7 @@ def loopback_hub() -> Iterator[LoopbackHub]:
 class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
+    body = b""
     timeout = 30
 
     def do_HEAD(self) -> None:
@@ -143,8 +159,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.body = self._read_body()
         self._answer()
+
+    def do_PUT(self) -> None:
+        self.body = self._read_body()
+        self._answer()
+
+    def _read_body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
@@ -158,12 +188,20 @@ class _Handler(BaseHTTPRequestHandler):
         if fault := self.hub.fault(path, "429", "500"):
             self._send(int(fault.what), b"{}", {"Retry-After": "1"})
             return
-        kind, name, rest = self._repository(path)
+        if path in ("/api/repos/create", "/api/validate-yaml") or path.startswith(CONTENTS):
+            self._accept(path)
+            return
+        kind, name, rest = self._repository(path.replace(".git/info/lfs/", "/info/lfs/"))
         repository = self.hub.repositories.get((kind, name))
-        if repository is None:
+        has_token = "Authorization" in self.headers
+        if repository is None or (repository.private and not has_token):
             self._refuse(404, "RepoNotFound")
-        elif repository.gated and "Authorization" not in self.headers:
+        elif repository.gated and not has_token:
             self._refuse(403, "GatedRepo")
+        elif self.command == "POST" and not has_token and not rest.startswith("paths-info"):
+            self._refuse(401, "")
+        elif rest == LFS:
+            self._lfs()
         elif path.startswith("/api/"):
             self._api(repository, name, rest)
         else:
@@ -187,7 +225,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "RevisionNotFound")
         elif verb in ("", "revision"):
             files = [{"rfilename": path} for path in sorted(repository.files)]
-            self._json({"id": name, "sha": repository.commit, "siblings": files, "private": False, "tags": []})
+            self._json(
+                {"id": name, "sha": repository.commit, "siblings": files, "private": repository.private, "tags": []}
+            )
         elif verb == "tree":
             recursive = "recursive=true" in self.path.lower()
             entries = _tree(repository, folder, recursive)
@@ -195,10 +235,62 @@ class _Handler(BaseHTTPRequestHandler):
                 self._refuse(404, "EntryNotFound")
             else:
                 self._json(entries)
+        elif verb == "preupload":
+            self._preupload()
+        elif verb == "commit":
+            self._commit(repository, name)
         elif verb == "paths-info":
             self._json(_tree(repository, "", recursive=True))
         else:
             self._refuse(404, "EntryNotFound")
+
+    def _accept(self, path: str) -> None:
+        """A new repository, the header of a page, or the content of a large file."""
+        if path.startswith(CONTENTS):
+            self.hub.uploaded[path.removeprefix(CONTENTS)] = self.body
+            self._json({})
+            return
+        content = json.loads(self.body)
+        if path.endswith("validate-yaml"):
+            self._json({"errors": [], "warnings": []})
+        elif "Authorization" not in self.headers:
+            self._refuse(401, "")
+        else:
+            name = "/".join(part for part in (content.get("organization"), content["name"]) if part)
+            private = bool(content.get("private")) or content.get("visibility") == "private"
+            is_new = ("models", name) not in self.hub.repositories
+            if is_new:
+                self.hub.add("models", name, {}, private=private)
+            body = json.dumps({"url": f"{self.hub.url}/{name}", "id": name}).encode()
+            self._send(200 if is_new else 409, body, {"Content-Type": "application/json"})
+
+    def _preupload(self) -> None:
+        files = [
+            {"path": file["path"], "uploadMode": "lfs" if file["size"] >= LARGE else "regular", "shouldIgnore": False}
+            for file in json.loads(self.body)["files"]
+        ]
+        self._json({"files": files})
+
+    def _lfs(self) -> None:
+        objects = [
+            {**entry, "actions": {"upload": {"href": f"{self.hub.url}{CONTENTS}{entry['oid']}"}}}
+            for entry in json.loads(self.body)["objects"]
+        ]
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, repository: Repository, name: str) -> None:
+        for line in self.body.splitlines():
+            entry = json.loads(line)
+            kind, value = entry["key"], entry["value"]
+            if kind == "file":
+                repository.files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                repository.files[value["path"]] = self.hub.uploaded[value["oid"]]
+            elif kind == "deletedFile":
+                del repository.files[value["path"]]
+        repository.commit = repository.digest()
+        url = f"{self.hub.url}/{name}/commit/{repository.commit}"
+        self._json({"commitUrl": url, "commitOid": repository.commit})
 
     def _file(self, repository: Repository, revision: str, path: str) -> None:
         if not repository.has(revision):
@@ -207,8 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound", {"X-Repo-Commit": repository.commit})
         else:
             content = repository.files[path]
-            etag = hashlib.sha1(content).hexdigest()
-            headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+            headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{etag_of(content)}"', "Accept-Ranges": "bytes"}
+            content = self.hub.corrupt.get(path, content)
             wanted = _RANGE.fullmatch(self.headers.get("Range", ""))
             if wanted is None:
                 self._send(200, content, headers, can_drop=True)
@@ -231,10 +323,24 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         fault = self.hub.fault(unquote(urlsplit(self.path).path), "drop") if can_drop and body else None
+        sent = body if fault is None else body[: fault.after]
+        if can_drop:
+            path = unquote(urlsplit(self.path).path).rpartition("/resolve/")[2].partition("/")[2]
+            self.hub.sent[path] = self.hub.sent.get(path, 0) + len(sent)
         with contextlib.suppress(ConnectionError):
-            self.wfile.write(body if fault is None else body[: fault.after])
+            self.wfile.write(sent)
         if fault is not None:
             self.close_connection = True
+
+
+def git_oid(content: bytes) -> str:
+    """The name that Git gives to a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def etag_of(content: bytes) -> str:
+    """The hub's: Git's name, or the SHA-256 of a file that is kept outside of Git."""
+    return hashlib.sha256(content).hexdigest() if len(content) >= LARGE else git_oid(content)
 
 
 def _tree(repository: Repository, folder: str, recursive: bool) -> list[dict[str, Any]]:
@@ -248,6 +354,6 @@ def _tree(repository: Repository, folder: str, recursive: bool) -> list[dict[str
         if slash and not recursive:
             entries[prefix + inner] = {"type": "directory", "path": prefix + inner, "oid": "0" * 40, "size": 0}
         else:
-            oid = hashlib.sha1(content).hexdigest()
+            oid = git_oid(content)
             entries[path] = {"type": "file", "path": path, "oid": oid, "size": len(content)}
     return list(entries.values())

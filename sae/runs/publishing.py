@@ -1,0 +1,274 @@
+"""Publishes a dictionary on the hub: our files, SAELens's next to them, its report, and a page that shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sae.config.file import CONFIG_YAML
+from sae.dictionary.base import WEIGHTS_FILE, Dictionary
+from sae.dictionary.saved import weights_sha256
+from sae.errors import ConfigError, FormatError, SaeError
+from sae.evaluation.report import FIGURE_FOLDER, REPORT
+from sae.evaluation.report import JSON_FILE as REPORT_FILE
+from sae.features import Features
+from sae.features.layout import INDEX
+from sae.files import version
+from sae.files.hashes import check
+from sae.files.hub_errors import explain_hub_error, first_line
+from sae.files.paths import expanded
+from sae.files.writing import stands
+from sae.formats import WRITERS, load
+from sae.hub import HubName, Snapshot, located, missing, parse_name, parse_repository
+from sae.hub.layouts import dictionaries_in
+from sae.runs.card import MARK, Content, card, index
+from sae.runs.folder import DICTIONARY
+
+PAGE, FIGURE = "README.md", "density.png"
+_SAELENS = "saelens"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was uploaded.
+
+    Attributes:
+        name: what `sae.load` takes now.
+        url: of the page.
+        commit: that has the files.
+        files: their paths in the repository.
+        notes: what the reader should know, a sentence each.
+    """
+
+    name: str
+    url: str
+    commit: str
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def push(
+    dictionary: Dictionary | str | Path, name: str, *, private: bool = False, licence: str | None = None
+) -> Publication:  # fmt: skip
+    """Upload a dictionary to the hub, in one commit; the repository is created if there is none.
+
+    Uploaded are our two files with their hashes; SAELens's next to them, if it has the architecture; from a run folder
+    `eval.json` with a figure; and `README.md`, with the report, ten features of the feature store, and how to load the
+    dictionary. The hub's library has the token (`HF_TOKEN`, or `hf auth login`).
+
+    Args:
+        dictionary: a dictionary, its folder, or a run folder.
+        name: `organisation/repository`, with `:path` for a folder in it; without, the folder is called as the hook
+            point. With `@branch`, it is uploaded there.
+        private: a new repository is private; an existing public one is refused.
+        licence: name of the licence, such as `mit`, for the page; None: none is stated.
+
+    Raises:
+        ConfigError: the name is no name of a repository, or that is public.
+        FormatError: the dictionary cannot be read, or the hub refuses it.
+    """
+    run = None if isinstance(dictionary, Dictionary) else _run_of(expanded(dictionary))
+    loaded = dictionary if isinstance(dictionary, Dictionary) else load(dictionary)
+    place = _place_of(name, loaded)
+    with tempfile.TemporaryDirectory() as temporary, _hub_errors(place):
+        from huggingface_hub import HfApi
+
+        api = HfApi(library_name="sae", library_version=version.__version__)
+        content, notes = _written(loaded, place, run, licence, Path(temporary))
+        _create(api, place, private)
+        return _upload(api, place, Path(temporary), content, notes)
+
+
+def pull(name: str, folder: str | Path | None = None) -> Path:
+    """Download a dictionary of the hub.
+
+    Args:
+        name: what `sae.load` takes.
+        folder: where to write it in our format, with its repository, commit and what its release knows in its metadata;
+            new or empty. None: only the hub's cache gets its files, so that they are there without a network.
+
+    Returns:
+        The folder, or the dictionary's place in the hub's cache.
+
+    Raises:
+        ConfigError: the folder has files.
+        FormatError: the hub does not give it.
+    """
+    if parse_name(name) is None and not os.path.lexists(expanded(name)):
+        raise missing(name, "unknown; give")
+    target = None if folder is None else expanded(folder)
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{str(folder)!r}: already there; give a new folder")
+    place = located(name)
+    if Snapshot.of(place) is None:
+        raise ConfigError(f"{name!r}: is on this machine already; 'sae convert' writes it to another folder")
+    if target is None:
+        return place
+    load(place).save(target)
+    return target
+
+
+def _place_of(name: str, dictionary: Dictionary) -> HubName:
+    """The repository and the folder in it.
+
+    Raises:
+        ConfigError: the name is no name of a repository.
+    """
+    place = parse_repository(name)
+    if place is None:
+        raise ConfigError(f"{name!r}: expected ORGANISATION/REPOSITORY, with :PATH if wanted")
+    origin = dictionary.origin
+    hooks = dict.fromkeys(hook for hook in (origin.reads.hook, origin.gives.hook) if hook)
+    return place if place.path or not hooks else replace(place, path="-to-".join(hooks))
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run folder that a path is, or that it is the dictionary of."""
+    places = (folder, folder.parent if folder.name == DICTIONARY else folder)
+    return next((place for place in places if stands(place / CONFIG_YAML)), None)
+
+
+def _create(api: Any, place: HubName, private: bool) -> None:
+    api.create_repo(place.repository, private=private or None, exist_ok=True)
+    if private and not api.model_info(place.repository).private:
+        raise ConfigError(
+            f"{place.repository!r}: a public repository already; make it private on its page, or leave --private out"
+        )
+
+
+def _written(
+    dictionary: Dictionary, place: HubName, run: Path | None, licence: str | None, folder: Path
+) -> tuple[Content, list[str]]:  # fmt: skip
+    """Write everything but the pages to a folder; what the page shows, and notes."""
+    notes: list[str] = []
+    dictionary.save(folder)
+    for_saelens, lost = True, []
+    try:
+        lost = WRITERS[_SAELENS](dictionary, folder)
+    except FormatError as error:
+        for_saelens = False
+        notes.append(f"without files for SAELens: {error}")
+    report, features = None, None
+    if run is not None:
+        weights = weights_sha256(dictionary)
+        report, features = _report(run, weights, folder, notes), _features(run, weights, notes)
+    has_figure = (folder / FIGURE).exists()
+    if licence is None:
+        notes.append("no licence is stated: --licence NAME (licence=... in Python) states one")
+    if paths := sorted({*_paths_in(dictionary.metadata), *_paths_in(report)}):
+        notes.append(f"the files name places on this machine: {', '.join(map(repr, paths))}")
+    content = Content(dictionary, place, report, features, FIGURE if has_figure else None, licence, for_saelens, lost)
+    return content, notes
+
+
+def _report(run: Path, weights: str, folder: Path, notes: list[str]) -> dict[str, Any] | None:
+    """The run's report, if it is of this dictionary; it is copied, with its figure."""
+    path, figure = run / REPORT_FILE, run / FIGURE_FOLDER / FIGURE
+    if not stands(path):
+        return None
+    record = REPORT.read(run, f"report {str(path)!r}")
+    if record.get("dictionary", {}).get("weights_sha256") != weights:
+        notes.append(f"without {REPORT_FILE}, which is of other weights: 'sae eval' makes it anew")
+        return None
+    (folder / REPORT_FILE).write_bytes(path.read_bytes())
+    if stands(figure):
+        check(figure)
+        (folder / FIGURE).write_bytes(figure.read_bytes())
+    return record
+
+
+def _features(run: Path, weights: str, notes: list[str]) -> Features | None:
+    if not stands(run / "features" / INDEX):
+        return None
+    features = Features(run)
+    if features.info.get("dictionary_sha256") == weights:
+        return features
+    notes.append("without features: the feature store is of other weights; 'sae features' makes it anew")
+    return None
+
+
+def _paths_in(value: Any) -> Iterator[str]:
+    """Texts in metadata that are absolute paths."""
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for part in parts:
+        yield from _paths_in(part)
+
+
+def _upload(api: Any, place: HubName, folder: Path, content: Content, notes: list[str]) -> Publication:
+    """Upload a folder's files and the pages in one commit."""
+    from huggingface_hub import CommitOperationAdd
+
+    files: dict[str, Path | bytes] = {
+        f"{place.path}/{path.name}".strip("/"): path for path in sorted(folder.iterdir()) if path.is_file()
+    }
+    files |= _pages(api, place, content, files.keys(), notes)
+    operations = [
+        CommitOperationAdd(path, str(source) if isinstance(source, Path) else source)
+        for path, source in files.items()
+    ]  # fmt: skip
+    done = api.create_commit(
+        place.repository, operations, commit_message=f"Add {place.path or 'a dictionary'}", revision=place.revision
+    )
+    url = f"{api.endpoint}/{place.repository}"
+    return Publication(str(place), url, str(done.oid), tuple(sorted(files)), tuple(notes))
+
+
+def _pages(api: Any, place: HubName, content: Content, files: Any, notes: list[str]) -> dict[str, bytes]:
+    """The page of the dictionary, and that of the repository, which lists its dictionaries if there are several."""
+    there = api.list_repo_files(place.repository, revision=place.revision)
+    own = [one.place for one in dictionaries_in({*there, *files}).values() if one.files[-1].endswith(WEIGHTS_FILE)]
+    pages = {f"{place.path}/{PAGE}".strip("/"): card(content).encode()}
+    if not place.path:
+        return pages
+    if PAGE in there and not _is_own_page(api, place):
+        notes.append(f"the repository's {PAGE} was not written by sae, and stays as it is")
+        return pages
+    top = card(content, place.path) if own == [place.path] else index(place, own, content)
+    return {**pages, PAGE: top.encode()}
+
+
+def _is_own_page(api: Any, place: HubName) -> bool:
+    """Whether the repository's page may be written again: ours, or one that the hub made with the repository."""
+    page = Path(api.hf_hub_download(place.repository, PAGE, revision=place.revision)).read_text("utf-8", "replace")
+    return MARK in page or page.strip() in ("", "---\n---")
+
+
+@contextlib.contextmanager
+def _hub_errors(place: HubName) -> Iterator[None]:
+    """Turn what the hub's library raises into one line with the way out.
+
+    Raises:
+        FormatError: the library raised something.
+    """
+    try:
+        yield
+    except SaeError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"{str(place)!r}: uploads need huggingface_hub: pip install 'sae[hub]'") from error
+    except Exception as error:
+        raise FormatError(f"upload to {str(place)!r}: {_reason(error, place)}") from error
+
+
+def _reason(error: Exception, place: HubName) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return "the hub's offline mode is on (HF_HUB_OFFLINE): unset it to upload"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
+        return (
+            f"the hub does not let you write to {place.repository!r} ({status or 'no token'}): set HF_TOKEN to a token "
+            "that may write there, or run 'hf auth login'"
+        )
+    if isinstance(error, HfHubHTTPError) and status is not None and 400 <= status < 500 and status != 429:
+        return f"the hub refuses it ({status}: {first_line(error)}); check the name and the revision"
+    return explain_hub_error(error, place.repository, "dictionary", "")
