@@ -30,6 +30,7 @@ from sae.evaluation import compare as compare
 from sae.evaluation import evaluate as evaluate
 from sae.evaluation import evaluate_all as evaluate_all
 from sae.features import Features as Features
+from sae.features.text_features import text_features as text_features
 from sae.files.version import __version__ as __version__
 from sae.formats import convert as convert
 from sae.formats import load as load
@@ -37,6 +38,9 @@ from sae.formats import load_all as load_all
 from sae.hub import list_dictionaries as list_dictionaries
 from sae.model.language_model import LanguageModel as LanguageModel
 from sae.model.splicing import splice as splice
+from sae.model.steering import Steering as Steering
+from sae.model.steering import steer as steer
+from sae.model.steering_effect import measure_steering as measure_steering
 from sae.probing import probe as probe
 from sae.runs.concepts import find as find
 from sae.runs.opening import open_run as open_run

@@ -70,6 +70,11 @@ def probe_tokens(vocabulary: int, contexts: int, length: int, device: torch.devi
     return (share * vocabulary).long().clamp(max=vocabulary - 1).view(contexts, length).to(device)
 
 
+def perturbed(x: Tensor) -> Tensor:
+    """Other activations of about the same size."""
+    return 2 * x.flip(-1) + x.abs().mean()
+
+
 def read_hooks(bridge: Any, vocabulary: int, device: torch.device | str) -> dict[str, Hook]:
     """Every hook point that gives one vector per token, by name, in the order of blocks and `KINDS`.
 

@@ -16,9 +16,10 @@ from sae.errors import ModelError
 from sae.files.hub_errors import first_line
 from sae.model.hook_probe import Hook, probe_tokens, read_hooks
 from sae.model.info import ModelInfo
-from sae.model.native import NativeModel, Site
-from sae.model.native_sites import MatchingSites, residual_hooks, residual_sites
+from sae.model.native import NativeModel, Site, per_token
+from sae.model.native_sites import MatchingSites, act_alike, residual_hooks, residual_sites
 from sae.model.passes import Pass, Passes
+from sae.model.unembedding import unembedding_of
 
 NATIVE, BRIDGE = "transformers", "transformer-lens"
 _CAUSAL_TOLERANCE = 1e-3
@@ -28,8 +29,8 @@ _PROBE_CONTEXTS, _PROBE_LENGTH = 2, 24
 class HookedModel:
     """A transformer-lens bridge and its hook points.
 
-    Activations are read from transformers' own modules where these have the bridge's activations. Everything else needs
-    the bridge.
+    Activations are read from transformers' own modules where these have the bridge's activations, and replaced in both.
+    Without a bridge, transformers' modules are all there is.
 
     Args:
         bridge: transformer-lens's `TransformerBridge`; None if it is not installed.
@@ -38,19 +39,27 @@ class HookedModel:
         info: the model's identity.
         device: the model's device.
         rows: number of tokens that the model has embeddings for.
+        without_bridge: why there is no bridge, as a way out.
 
-    The arguments other than `native` are kept as attributes.
+    The arguments other than `native` and `without_bridge` are kept as attributes.
     """
 
     def __init__(
-        self, bridge: Any, native: NativeModel | None, tokenizer: Any, info: ModelInfo, device: torch.device, rows: int
-    ) -> None:
+        self, bridge: Any, native: NativeModel | None, tokenizer: Any, info: ModelInfo, device: torch.device, rows: int,
+        without_bridge: str = "pip install 'sae[lm]'",
+    ) -> None:  # fmt: skip
         self._bridge, self._native = bridge, native
+        self._native_sites: dict[tuple[str, bool], Site | None] = {}
+        self._suspended = False  # while replacements give back what they get
+        self._in_bridge_only = 0  # replacements for which `native` has no site
+        self._handed_over = False  # whether `native` is a model that the caller uses, too
+        self._prompt_lengths: Int[Tensor, " context"] | None = None  # while text is generated
         self.tokenizer, self.info, self.device, self.rows = tokenizer, info, device, rows
+        self._without_bridge = without_bridge
 
     @property
     def has_bridge(self) -> bool:
-        """Whether there is a bridge, without which activations can only be read."""
+        """Whether there is a bridge, without which only the residual stream and what is added to it are known."""
         return self._bridge is not None
 
     @property
@@ -62,10 +71,21 @@ class HookedModel:
         """
         if self._bridge is None:
             raise NoBridgeError(
-                f"model {self.info.name!r}: this replaces activations or reads logits, which needs transformer-lens: "
-                "pip install 'sae[lm]' (without it, harvesting and training work)"
+                f"model {self.info.name!r}: this needs transformer-lens: {self._without_bridge} (without it, "
+                "harvesting, training, splicing and steering work)"
             )
         return self._bridge
+
+    @property
+    def hf_model(self) -> Any:
+        """The Hugging Face model, for `hf_model(tokens)` and `hf_model.generate(…)`.
+
+        Splices and other replacements that are open act on it. It shares the weights of the model; it is transformers'
+        own, or the one inside the bridge if that alone can be read or has what is replaced.
+        """
+        if self._native is not None and not self._in_bridge_only:
+            return self._native.model
+        return self.bridge.original_model
 
     @functools.cached_property
     def _hooks(self) -> dict[str, Hook]:
@@ -199,7 +219,24 @@ class HookedModel:
 
     def logits(self, tokens: Int[Tensor, "context seq"]) -> Float[Tensor, "context seq vocab"]:
         """Next-token logits in float32, with gradients unless the caller disabled them."""
-        return self.bridge(tokens).float().to(self.device)
+        if self._bridge is None:
+            assert self._native is not None
+            return self._native.logits(tokens)
+        return self._bridge(tokens).float().to(self.device)
+
+    @contextlib.contextmanager
+    def continuing(self, lengths: Int[Tensor, " context"]) -> Iterator[None]:
+        """While open, tokens from these positions on are generated ones, not those of prompts."""
+        self._prompt_lengths = lengths
+        try:
+            yield
+        finally:
+            self._prompt_lengths = None
+
+    @property
+    def prompt_lengths(self) -> Int[Tensor, " context"] | None:
+        """The tokens of each prompt while text is generated; None otherwise."""
+        return self._prompt_lengths
 
     def check_causal(self) -> None:
         """Raise ModelError if logits depend on later tokens, as those of masked language models do."""
@@ -224,7 +261,7 @@ class HookedModel:
         self, hook: str, replacement: Callable[[Tensor], Tensor] | Callable[[Tensor, Pass | None], Tensor],
         *, with_pass: bool = False,
     ) -> Iterator[None]:  # fmt: skip
-        """While open, every forward pass of `bridge` has the hook point's activations replaced.
+        """While open, every forward pass has the hook point's activations replaced: of `bridge` and of `hf_model`.
 
         Args:
             hook: hook point.
@@ -233,14 +270,23 @@ class HookedModel:
                 by itself.
         """
         self.check_replaceable(hook)
-        hook_point, passes = self._hooks[hook], Passes(self.bridge.original_model)
+        hook_point = self._hooks[hook]
 
-        def replace(activation: Tensor, hook: Any) -> Tensor:
-            flat = hook_point.flat(activation).to(self.device)
-            new = replacement(flat, passes.now) if with_pass else replacement(flat)  # type: ignore[call-arg]
-            return hook_point.unflat(new.to(activation.device), activation)
+        def new(x: Tensor, now: Pass | None) -> Tensor:
+            if self._suspended:
+                return x
+            return replacement(x, now) if with_pass else replacement(x)  # type: ignore[call-arg]
 
-        with passes.watched(), self.bridge.hooks(fwd_hooks=[(hook, replace)]):
+        with contextlib.ExitStack() as stack:
+            if self._bridge is not None:
+                passes = stack.enter_context(Passes(self._bridge.original_model).watched())
+
+                def replace(activation: Tensor, hook: Any) -> Tensor:
+                    replaced = new(hook_point.flat(activation).to(self.device), passes.now)
+                    return hook_point.unflat(replaced.to(activation.device), activation)
+
+                stack.enter_context(self._bridge.hooks(fwd_hooks=[(hook, replace)]))
+            self._enter_natively(stack, hook, new, to_replace=True)
             yield
 
     @contextlib.contextmanager
@@ -253,8 +299,70 @@ class HookedModel:
         def keep(activation: Tensor, hook: Any) -> None:
             latest[:] = [hook_point.flat(activation).to(self.device)]
 
-        with self.bridge.hooks(fwd_hooks=[(hook, keep)]):
+        def keep_natively(x: Tensor, now: Pass | None) -> Tensor:
+            latest[:] = [x]
+            return x
+
+        with contextlib.ExitStack() as stack:
+            if self._bridge is not None:
+                stack.enter_context(self._bridge.hooks(fwd_hooks=[(hook, keep)]))
+            self._enter_natively(stack, hook, keep_natively, to_replace=False)
             yield latest
+
+    def _enter_natively(
+        self, stack: contextlib.ExitStack, hook: str, new: Callable[[Tensor, Pass | None], Tensor], *, to_replace: bool
+    ) -> None:
+        """Replace activations in transformers' modules, too; where these have none, passes are those of the bridge."""
+        site = self._site(hook, to_replace=to_replace)
+        if site is None:
+            if self._handed_over:
+                raise ModelError(
+                    f"hook {hook!r}: not the input or output of a module of the model that was handed over: load the "
+                    f"model by name, or use one of {', '.join(sorted(self._residual_sites)[:4])}, …"
+                )
+            self._in_bridge_only += 1
+            stack.callback(self._leave_bridge)
+            return
+        assert self._native is not None
+        passes = stack.enter_context(Passes(self._native.model).watched())
+
+        def replace(x: Tensor) -> Tensor:
+            now = passes.now
+            flat = per_token(x, x.shape[:2] if now is None else now.positions.shape)
+            assert flat is not None
+            return new(flat.to(self.device), now).to(x.device, x.dtype).reshape(x.shape)
+
+        stack.enter_context(self._native.replacing(site, replace))
+
+    def _leave_bridge(self) -> None:
+        self._in_bridge_only -= 1
+
+    def _site(self, hook: str, *, to_replace: bool) -> Site | None:
+        """The site of a hook point in transformers' modules; None if there is none, or replacing it acts differently.
+
+        The residual stream and what is added to it are found from the blocks (see `residual_sites`). Other hook points
+        are those that have the bridge's activations, and give the bridge's logits if they are to be replaced.
+        """
+        if self._native is None:
+            return None
+        if (hook, to_replace) not in self._native_sites:
+            suspended, self._suspended = self._suspended, True
+            try:
+                self._native_sites[hook, to_replace] = self._find_site(self._native, hook, to_replace)
+            finally:
+                self._suspended = suspended
+        return self._native_sites[hook, to_replace]
+
+    def _find_site(self, native: NativeModel, hook: str, to_replace: bool) -> Site | None:
+        site = self._residual_sites.get(hook)
+        if site is not None or self._bridge is None or self._matching_sites is None:
+            return site
+        found = self._matching_sites.of([hook])
+        if found is None:
+            return None
+        tokens = self.probe_tokens(_PROBE_CONTEXTS, _PROBE_LENGTH)
+        same = not to_replace or act_alike(native, found[hook], self._bridge, self._hooks[hook], tokens)
+        return found[hook] if same else None
 
     def unembedding(self) -> Float[Tensor, "d_model vocab"]:
         """Logit effect of a residual direction: the final norm's gain (and centring) times the unembedding.
@@ -262,29 +370,13 @@ class HookedModel:
         The final norm's division by the token's own norm is left out, so effects are right up to a positive factor.
         Without a final norm, this is the unembedding alone.
         """
-        norm = getattr(self.bridge, "ln_final", None)
-        W_U = self.bridge.W_U.detach().float().to(self.device)
-        if (
-            W_U.shape[0] != self.info.d_model
-        ):  # the embedding's width differs from the residual stream's, as in OPT-350M
-            project_out = self.bridge.original_model.get_decoder().project_out.weight.detach().float()
-            W_U = project_out.T.to(W_U.device) @ W_U
-        if norm is None:
-            return W_U
-        weight = getattr(norm, "weight", None)
-        if weight is not None:
-            # Gemma's RMSNorm multiplies by 1 + weight.
-            offset = float(getattr(norm, "uses_weight_offset", self.bridge.cfg.rmsnorm_uses_offset))
-            W_U = (offset + weight.detach().float())[:, None].to(W_U.device) * W_U
-        if not self.bridge.cfg.uses_rms_norm:
-            W_U = W_U - W_U.mean(0, keepdim=True)
-        return W_U
+        return unembedding_of(self.bridge, self.info.d_model, self.device)
 
     def check_replaceable(self, hook: str) -> None:
         """Raise ModelError if the hook point cannot be replaced."""
         self.check_hook(hook)
         if refusal := self._hooks[hook].refusal:
-            raise (ModelError if self.has_bridge else NoBridgeError)(f"hook {hook!r}: {refusal}")
+            raise ModelError(f"hook {hook!r}: {refusal}")
 
 
 class NoBridgeError(ModelError):

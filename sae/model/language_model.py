@@ -1,4 +1,4 @@
-"""A language model by name: loading, identity, tokens, hook points, and logits with replaced activations."""
+"""A language model by name or already loaded: identity, tokens, hook points, generation, logits with replacements."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.config.sources import ModelConfig
-from sae.dictionary.model_identity import fingerprint, hash_config, hash_ids, hash_tokenizer, hash_weights
+from sae.dictionary.model_identity import (
+    fingerprint,
+    hash_config,
+    hash_ids,
+    hash_tokenizer,
+    hash_weights,
+    model_label,
+)
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, ModelError
 from sae.model.bridging import boot, has_bridge
+from sae.model.generation import Generated, continuations
 from sae.model.hook_probe import Hook
 from sae.model.hooked import HookedModel, NoBridgeError
 from sae.model.info import ModelInfo, model_shape
 from sae.model.loading import code_sha256, load_pretrained
-from sae.model.native import native_model
+from sae.model.native import NativeModel, native_model, twin_of
 from sae.model.placement import place
 from sae.model.tail import NO_ROAD, Replacement, Road, Tail, without_inexact
 from sae.model.vocabulary import Vocabulary
@@ -50,35 +58,70 @@ class LanguageModel(HookedModel):
     @in_own_modes
     def __init__(self, config: ModelConfig | str | Path, device: str | torch.device = "cpu") -> None:
         config = _configured(config)
-        model, tokenizer, label, revision, self._made_up = load_pretrained(config)
+        model, tokenizer, label, revision, made_up = load_pretrained(config)
         if model.config.bos_token_id is None and tokenizer.bos_token_id is None:
             model.config.bos_token_id = tokenizer.eos_token_id
-        weights_sha256, code = hash_weights(model), code_sha256(model, model.config, tokenizer)
+        facts = _facts(model, tokenizer, config, label, revision) | {"fingerprint": fingerprint(config.name)}
         device = place(model.eval(), config, device)
-        rows = int(model.get_input_embeddings().weight.shape[0])
-        native = native_model(model, device, min(rows, len(tokenizer)), config)
+        native = native_model(model, device, _shared_rows(model, tokenizer), config)
         bridge = boot(model, copy.deepcopy(tokenizer), label, config) if native is None or has_bridge() else None
+        self._begin(bridge, native, model, tokenizer, facts, device, made_up)
+
+    @classmethod
+    @in_own_modes
+    def of(cls, model: Any, tokenizer: Any, *, name: str | None = None) -> LanguageModel:
+        """A language model from a Hugging Face model and its tokenizer that are loaded already.
+
+        Splices and other replacements act on `model` itself as long as they are open: on `model(…)` and on
+        `model.generate(…)`. It is not changed otherwise, and its weights are not copied. If transformer-lens bridges it
+        (a copy of its modules, on the same weights), all hook points are known, and everything works as with a model
+        loaded by name; otherwise the residual stream and what is added to it.
+
+        Args:
+            model: such as `AutoModelForCausalLM.from_pretrained(…)`, in evaluation mode, where it is to run.
+            tokenizer: its tokenizer.
+            name: its name in results; None for that in its configuration.
+
+        Raises:
+            ConfigError: `model` is no Hugging Face model, or is in training mode.
+            ModelError: it has no list of blocks that pass on one residual stream.
+        """
+        _check_loaded(model)
+        dtype, label = str(model.dtype).removeprefix("torch."), name or model_label(model.config._name_or_path)
+        label = label or type(model).__name__
+        own_code = code_sha256(model, model.config, tokenizer) is not None
+        config = ModelConfig(name=label, dtype=dtype, trust_remote_code=own_code)  # type: ignore[arg-type]
+        native = native_model(model, model.device, _shared_rows(model, tokenizer), config, copied=False)
+        if native is None:
+            raise ModelError(
+                f"model {label!r}: a {type(model).__name__} cannot be read through its modules, since it has no list "
+                "of blocks that pass on one residual stream; load it by name: sae.LanguageModel(name)"
+            )
+        bridge, reason = None, "pip install 'sae[lm]'"
+        if has_bridge() and not getattr(model, "hf_device_map", None):
+            twin = twin_of(model, frozen=True)
+            if twin.config.bos_token_id is None and tokenizer.bos_token_id is None:
+                twin.config.bos_token_id = tokenizer.eos_token_id
+            try:
+                bridge = boot(twin, copy.deepcopy(tokenizer), label, config)
+            except ModelError as error:
+                reason = str(error)
+        made = cls.__new__(cls)
+        facts = _facts(model, tokenizer, config, label, getattr(model.config, "_commit_hash", None))
+        made._begin(bridge, native, model, tokenizer, facts, model.device, frozenset(), reason)
+        made._handed_over = True
+        return made
+
+    def _begin(
+        self, bridge: Any, native: NativeModel | None, model: Any, tokenizer: Any, facts: dict[str, Any],
+        device: torch.device, made_up: frozenset[int], without_bridge: str = "pip install 'sae[lm]'",
+    ) -> None:  # fmt: skip
         self._tails: dict[str, Tail] = {}
+        self._made_up = made_up
         d_model, n_layers, max_context = model_shape(bridge, native, model.config)
-        info = ModelInfo(
-            name=label,
-            revision=revision,
-            requested_revision=config.revision,
-            fingerprint=fingerprint(config.name),
-            weights_sha256=weights_sha256,
-            weight_processing=config.weight_processing,
-            dtype=config.dtype,
-            tokenizer_sha256=hash_tokenizer(tokenizer),
-            d_model=d_model,
-            n_layers=n_layers,
-            max_context=max_context,
-            trust_remote_code=config.trust_remote_code,
-            code_sha256=code,
-            config_sha256=hash_config(model.config),
-            tokenizer_ids_sha256=hash_ids(tokenizer),
-            library=f"transformers {version('transformers')}",
-        )
-        super().__init__(bridge, native, tokenizer, info, device, rows)
+        info = ModelInfo(d_model=d_model, n_layers=n_layers, max_context=max_context, **facts)
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        super().__init__(bridge, native, tokenizer, info, device, rows, without_bridge)
 
     @property
     def bos(self) -> int | None:
@@ -150,15 +193,24 @@ class LanguageModel(HookedModel):
             ModelError: there is no text, a text has no tokens, or lengths differ (padding would change the model's
                 input).
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        start = [self.bos] if prepend_bos and self.bos is not None else []
-        rows = [[*start, *self.tokenizer(string, add_special_tokens=False)["input_ids"]] for string in texts]
-        least, most = min(map(len, rows), default=0), max(map(len, rows), default=0)
-        if not least:
-            raise ModelError("there is no text, or a text has no tokens: leave out empty texts")
+        rows = self.token_rows(text, prepend_bos=prepend_bos)
+        least, most = min(map(len, rows)), max(map(len, rows))
         if least < most:
             raise ModelError(f"the texts have {least} to {most} tokens: pass texts of equal length together")
         return torch.tensor(rows, device=self.device)
+
+    def token_rows(self, text: str | Sequence[str], *, prepend_bos: bool = True) -> list[list[int]]:
+        """As `to_tokens`, for texts of any lengths: a list of ids for each.
+
+        Raises:
+            ModelError: there is no text, or a text has no tokens.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        start = [self.bos] if prepend_bos and self.bos is not None else []
+        rows = [[*start, *self.tokenizer(string, add_special_tokens=False)["input_ids"]] for string in texts]
+        if not all(rows) or not rows:
+            raise ModelError("there is no text, or a text has no tokens: leave out empty texts")
+        return rows
 
     def to_texts(self, tokens: Int[Tensor, "*context"] | Sequence[int]) -> list[Any]:
         """The text of each token, spaces and line ends included, in lists nested like `tokens`.
@@ -175,6 +227,33 @@ class LanguageModel(HookedModel):
     @functools.cached_property
     def _vocabulary_texts(self) -> Vocabulary:
         return Vocabulary.of(self.tokenizer)
+
+    def generate(
+        self, prompts: str | Sequence[str], *, max_new_tokens: int = 40, seed: int | None = None,
+        temperature: float = 1.0, prepend_bos: bool = True, stop: bool = True,
+    ) -> list[Generated]:  # fmt: skip
+        """Continuations of one or several prompts, with splices and steering that are open.
+
+        The prompts are read together, padded on the left, and continued with a key-value cache.
+
+        Args:
+            prompts: texts; each begins with `bos`, as in `to_tokens`.
+            max_new_tokens: tokens to generate after each prompt.
+            seed: seed of the sampled tokens; None: always the most probable token.
+            temperature: of the distribution that is sampled from; without a seed it has no effect.
+            prepend_bos: begin with `bos`, if the tokenizer has one.
+            stop: end a continuation where the model ends the text.
+
+        Raises:
+            ConfigError: `max_new_tokens` or `temperature` is not positive.
+            ModelError: a prompt has no tokens, or prompt and continuation are longer than the model reads.
+        """
+        rows = self.token_rows(prompts, prepend_bos=prepend_bos)
+        made = continuations(self, rows, max_new_tokens, seed, temperature, stop=stop)
+        return [  # a character may begin in the prompt
+            Generated(tokens, "".join(self.to_texts([*row, *tokens])[len(row) :]))
+            for row, tokens in zip(rows, made, strict=True)
+        ]
 
     def tail(self, hook: str) -> Tail:
         """The model from a hook point on; checked on this model when first used.
@@ -228,3 +307,38 @@ def _configured(model: Any) -> ModelConfig:
         f"language model {model!r}: expected a name such as 'gpt2', or a sae.ModelConfig; it is a "
         f"{type(model).__name__}"
     )
+
+
+def _check_loaded(model: Any) -> None:
+    """Raise ConfigError unless a model is one of transformers, in evaluation mode."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "get_input_embeddings"):
+        raise ConfigError(
+            f"language model of type {type(model).__name__}: expected a Hugging Face model, such as that of "
+            "AutoModelForCausalLM.from_pretrained(…); give a name to sae.LanguageModel(name)"
+        )
+    if model.training:
+        raise ConfigError("the language model is in training mode, in which dropout acts: call model.eval() first")
+
+
+def _shared_rows(model: Any, tokenizer: Any) -> int:
+    """Number of ids that both the model's embedding and the tokenizer have."""
+    return min(int(model.get_input_embeddings().weight.shape[0]), len(tokenizer))
+
+
+def _facts(model: Any, tokenizer: Any, config: ModelConfig, label: str, revision: str | None) -> dict[str, Any]:
+    """The entries of a model's identity that do not depend on how it is read."""
+    return {
+        "name": label,
+        "revision": revision,
+        "requested_revision": config.revision,
+        "fingerprint": None,
+        "weights_sha256": hash_weights(model),
+        "weight_processing": config.weight_processing,
+        "dtype": config.dtype,
+        "tokenizer_sha256": hash_tokenizer(tokenizer),
+        "trust_remote_code": config.trust_remote_code,
+        "code_sha256": code_sha256(model, model.config, tokenizer),
+        "config_sha256": hash_config(model.config),
+        "tokenizer_ids_sha256": hash_ids(tokenizer),
+        "library": f"transformers {version('transformers')}",
+    }

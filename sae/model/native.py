@@ -20,7 +20,9 @@ from sae.model.hook_probe import probe_tokens
 _CONTEXTS, _LENGTH = 3, 7
 
 
-def native_model(model: Any, device: torch.device, vocabulary: int, config: ModelConfig) -> NativeModel | None:
+def native_model(
+    model: Any, device: torch.device, vocabulary: int, config: ModelConfig, *, copied: bool = True
+) -> NativeModel | None:
     """A loaded model as transformers runs it; None if it cannot be read, or its weights are to be processed.
 
     Args:
@@ -28,17 +30,31 @@ def native_model(model: Any, device: torch.device, vocabulary: int, config: Mode
         device: the device of its tokens.
         vocabulary: number of token ids to choose from.
         config: the configuration that it was loaded with.
+        copied: as for `NativeModel`.
     """
     if config.weight_processing != "none":
         return None
     length = min(_LENGTH, getattr(model.config, "max_position_embeddings", None) or _LENGTH)
     try:
         with quiet(), guarded(config):
-            return NativeModel(model, probe_tokens(max(1, vocabulary), _CONTEXTS, length, device))
+            return NativeModel(model, probe_tokens(max(1, vocabulary), _CONTEXTS, length, device), copied=copied)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # of a model's own code, too: transformer-lens reads it then, and reports its problems
         return None
+
+
+def twin_of(model: nn.Module, *, frozen: bool = False) -> Any:
+    """A copy of a model's modules that shares its weights.
+
+    Args:
+        model: the model.
+        frozen: parameters of the copy are objects of their own, on the same memory, and need no gradients.
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    if frozen:
+        shared |= {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in model.parameters()}
+    return copy.deepcopy(model, shared)
 
 
 @dataclass(frozen=True)
@@ -64,23 +80,22 @@ class NativeModel:
     Args:
         model: the Hugging Face model, on its device, in evaluation mode.
         tokens: ids to find its blocks with.
+        copied: False to use the modules themselves: hooks then act on passes of the model, too.
 
     Raises:
         NoBlocksError: it has no list of blocks that pass on one residual stream.
         Exception: the modules cannot be copied, or whatever the model's forward pass raises.
 
     Attributes:
+        model: the Hugging Face model, with its head.
         blocks: the blocks, in order.
         width: width of the residual stream.
     """
 
-    def __init__(self, model: nn.Module, tokens: Int[Tensor, "context seq"]) -> None:
-        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        twin = copy.deepcopy(model, shared)
-        self._base: nn.Module = getattr(twin, "base_model", twin)
-        parameters = inspect.signature(self._base.forward).parameters.values()
-        takes_use_cache = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)
-        self._arguments = {"use_cache": False} if takes_use_cache else {}
+    def __init__(self, model: nn.Module, tokens: Int[Tensor, "context seq"], *, copied: bool = True) -> None:
+        self.model: Any = twin_of(model) if copied else model
+        self._base: nn.Module = getattr(self.model, "base_model", self.model)
+        self._arguments = _without_cache(self._base)
         self.blocks, self.width = self._find_blocks(tokens)
 
     @torch.no_grad()
@@ -114,6 +129,14 @@ class NativeModel:
         """Run all blocks."""
         self._base(tokens, **self._arguments)
 
+    def logits(self, tokens: Int[Tensor, "context seq"]) -> Float[Tensor, "context seq vocab"]:
+        """Next-token logits in float32, with gradients unless the caller disabled them."""
+        return self.model(tokens, **_without_cache(self.model)).logits.float().to(tokens.device)
+
+    def replacing(self, site: Site, replacement: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
+        """While open, what the module at a site receives or gives is replaced; `replacement` keeps its shape."""
+        return replacing_at(self.blocks[site.block].get_submodule(site.module), site.of_input, replacement)
+
     @torch.no_grad()
     def _find_blocks(self, tokens: Int[Tensor, "context seq"]) -> tuple[nn.ModuleList, int]:
         """The longest list of modules, each of which runs once and receives what the one before it gives."""
@@ -131,6 +154,13 @@ class NativeModel:
             raise NoBlocksError
         blocks = max(chains, key=len)
         return blocks, passed[blocks[0]][True][0].shape[-1]
+
+
+def _without_cache(module: nn.Module) -> dict[str, bool]:
+    """Arguments with which a model builds no cache."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    takes_use_cache = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return {"use_cache": False} if takes_use_cache else {}
 
 
 class NoBlocksError(Exception):
@@ -174,6 +204,45 @@ def watching(module: nn.Module, of_input: bool, act: Callable[[Tensor], None]) -
 
     handle = (
         module.register_forward_pre_hook(before, with_kwargs=True) if of_input else module.register_forward_hook(after)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def replacing_at(
+    module: nn.Module, of_input: bool, replacement: Callable[[Tensor], Tensor], *, first: bool = False
+) -> Iterator[None]:
+    """While open, the tensor that a module receives or gives is replaced, in each pass.
+
+    Args:
+        module: the module.
+        of_input: whether it is the module's input, not its output.
+        replacement: maps the tensor to one of the same shape.
+        first: before other hooks of the module.
+    """
+
+    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        x = input_of(given, named)
+        if x is None:
+            return None
+        if given:
+            return (replacement(x), *given[1:]), named
+        name = next(name for name, value in named.items() if value is x)
+        return given, {**named, name: replacement(x)}
+
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        x = _first_tensor(output)
+        if x is None or x is output:
+            return None if x is None else replacement(x)
+        return type(output)([replacement(x), *output[1:]])
+
+    handle = (
+        module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
+        if of_input
+        else module.register_forward_hook(after, prepend=first)
     )
     try:
         yield

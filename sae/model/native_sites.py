@@ -19,11 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.dictionary.hook_points import KINDS, name_of
-from sae.model.hook_probe import Hook
-from sae.model.native import NativeModel, Site, input_of, per_token, same, watching
+from sae.model.hook_probe import Hook, perturbed
+from sae.model.native import NativeModel, Site, per_token, replacing_at, same, watching
 
 _FLOAT32_BOUND, _ROUNDING_STEPS = 1e-6, 2
-_NO_BRIDGE = "replacing activations needs transformer-lens: pip install 'sae[lm]'"
+_ALIKE = 1e-4
 _NORM = re.compile(r"norm|(^|\.)ln_?\w*$", re.IGNORECASE)
 _ATTENTION = re.compile(r"(?<!linear_)attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn?\b|moe|mixture|experts|fc_?(in|1)$", re.IGNORECASE)
@@ -122,19 +122,9 @@ def _sites_of(native: NativeModel, block: int) -> Iterator[tuple[Site, nn.Module
             yield Site(block, path, of_input), module
 
 
-@contextlib.contextmanager
-def _given(block: nn.Module, residual: Tensor) -> Iterator[None]:
+def _given(block: nn.Module, residual: Tensor) -> contextlib.AbstractContextManager[None]:
     """While open, a block receives this residual stream."""
-
-    def replace(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        own = input_of(given, named)
-        x = residual if own is None else residual.to(own.dtype)
-        if given and given[0] is own:
-            return (x, *given[1:]), named
-        return given, {name: x if value is own else value for name, value in named.items()}
-
-    with block.register_forward_pre_hook(replace, with_kwargs=True, prepend=True):
-        yield
+    return replacing_at(block, True, lambda own: residual.to(own.dtype), first=True)
 
 
 def _bound(x: Tensor) -> float:
@@ -159,6 +149,32 @@ def difference(x: Float[Tensor, "context seq d_in"], truth: Float[Tensor, "conte
 
 
 @torch.no_grad()
+def act_alike(native: NativeModel, site: Site, bridge: Any, hook: Hook, tokens: Int[Tensor, "context seq"]) -> bool:
+    """Whether replacing a site changes the logits as replacing the bridge's hook point does.
+
+    They may differ by 1e-4 of the largest in float32, and by twenty rounding steps in other types.
+    """
+
+    def in_bridge(activation: Tensor, hook: Any) -> Tensor:
+        return point.unflat(perturbed(point.flat(activation)), activation)
+
+    def in_native(x: Tensor) -> Tensor:
+        flat = per_token(x, tokens.shape)
+        assert flat is not None
+        return perturbed(flat).to(x.dtype).reshape(x.shape)
+
+    point, own = hook, native.logits(tokens)
+    with bridge.hooks(fwd_hooks=[(hook.name, in_bridge)]):
+        expected = bridge(tokens).float().to(tokens.device)
+    with native.replacing(site, in_native):
+        logits = native.logits(tokens)
+    eps = torch.finfo(native.model.dtype).eps
+    bound = _ALIKE if eps < _FLOAT32_BOUND else 20 * eps
+    scale = expected.abs().max()
+    return bool((logits - expected).abs().max() <= bound * scale < (logits - own).abs().max())
+
+
+@torch.no_grad()
 def residual_sites(native: NativeModel, tokens: Int[Tensor, "context seq"]) -> dict[str, Site]:
     """Sites of the residual stream, and of what attention and MLP add to it, from the blocks alone, by hook point.
 
@@ -179,7 +195,7 @@ def residual_hooks(native: NativeModel, sites: Mapping[str, Site]) -> dict[str, 
     """The hook points at sites of `residual_sites`, by name, in the order of blocks and of kinds in a block."""
     kinds = {name: name.split(".", 2)[2] for name in sites}
     order = sorted(sites, key=lambda name: (sites[name].block, list(KINDS).index(kinds[name])))
-    return {name: Hook(name, sites[name].block, kinds[name], native.width, _NO_BRIDGE) for name in order}
+    return {name: Hook(name, sites[name].block, kinds[name], native.width, None) for name in order}
 
 
 class _Parts:

@@ -16,6 +16,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.passes import Pass
 
 Edit = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor, Tensor, "Pass | None"], Tensor]
 
 
 @contextlib.contextmanager
@@ -30,6 +31,8 @@ def splice(
 ) -> Iterator[LanguageModel]:
     """While open, replace the activation x at `hook` with the dictionary's reconstruction x̂ in every forward pass.
 
+    The passes are those of `logits`, `generate`, `bridge` and `hf_model`.
+
     A transcoder replaces the activation y at its target hook point with ŷ, computed from x at the hook point that it
     reads, in the same pass. Everything below about x then applies to y.
 
@@ -37,7 +40,7 @@ def splice(
     the text, however many passes read it: tokens in a key-value cache count, padding does not.
 
     Args:
-        language_model: the model to splice into.
+        language_model: the model to splice into; `LanguageModel.of` makes one of a Hugging Face model.
         dictionary: a dictionary that takes raw activations. Or several: each is spliced at the hook point it was
             trained on, and reads activations that earlier ones have changed. `hook`, `target_hook` and `edit` work
             only with a single one.
@@ -63,13 +66,44 @@ def splice(
         with _several(language_model, dictionary, error_term):
             yield language_model
         return
+
+    def new(x: Tensor, y: Tensor, now: Pass | None) -> Tensor:
+        return _reconstruct(dictionary, x, y, error_term, edit)
+
+    with replacing_by(language_model, dictionary, new, hook=hook, target_hook=target_hook):
+        yield language_model
+
+
+@contextlib.contextmanager
+def replacing_by(
+    language_model: LanguageModel, dictionary: Dictionary, new: Change, *,
+    hook: str | None = None, target_hook: str | None = None,
+) -> Iterator[None]:  # fmt: skip
+    """While open, `new` gives the activations that the dictionary gives, on the tokens that are not masked.
+
+    Args:
+        language_model: the model.
+        dictionary: a dictionary of the model.
+        new: maps x, which the dictionary encodes, y, which it reconstructs (x itself, except for a transcoder), and the
+            pass to what takes the place of y; all activations are `[context, seq, d_in]`.
+        hook: hook point that it reads; None for the one it was trained on.
+        target_hook: hook point that it writes; None for the target it was trained on, or `hook` if it has none.
+
+    Raises:
+        SaeError: as for `splice`.
+    """
+    if not isinstance(language_model, LanguageModel):
+        raise ConfigError(
+            f"a {type(language_model).__name__} as language model: expected a sae.LanguageModel; make one with "
+            "sae.LanguageModel(name), or with sae.LanguageModel.of(model, tokenizer) from a Hugging Face model"
+        )
     origin = dictionary.origin.at(hook, target_hook)
     reads, gives = origin.reads.hook, origin.gives.hook
     if reads is None or gives is None:
         raise ModelError("the dictionary does not record its hook point: give hook='blocks.N.…'")
     info = language_model.info
     check_belongs(origin, Place(f"model {info.name!r}", info.to_json(), ModelError))
-    policy = _token_policy(dictionary)
+    policy = token_policy_of(dictionary)
 
     def replacement(y: Tensor, now: Pass | None) -> Tensor:
         x = _input(origin, read, now) if origin.of_transcoder else y
@@ -78,14 +112,14 @@ def splice(
         ):  # fmt: skip
             if width != expected:
                 raise ModelError(f"hook {name!r}: activations are {width} wide, the dictionary {verb} {expected}")
-        new = _reconstruct(dictionary, x, y, error_term, edit)
+        replaced = new(x, y, now)
         if policy is None or now is None:
-            return new
-        return torch.where(policy.eligible(now.tokens, now.positions)[..., None], new, y)
+            return replaced
+        return torch.where(policy.eligible(now.tokens, now.positions)[..., None], replaced, y)
 
     reading = language_model.reading(reads) if origin.of_transcoder else contextlib.nullcontext([])
     with reading as read, language_model.replacing(gives, replacement, with_pass=True):
-        yield language_model
+        yield
 
 
 @contextlib.contextmanager
@@ -120,7 +154,12 @@ def _reconstruct(dictionary: Dictionary, x: Tensor, y: Tensor, error_term: bool,
     return edited + (y - dictionary.decode(features, like=x)).detach() if error_term else edited
 
 
-def _token_policy(dictionary: Dictionary) -> TokenPolicy | None:
+def token_policy_of(dictionary: Dictionary) -> TokenPolicy | None:
+    """Which tokens count, as the dictionary records it; None: all of them.
+
+    Raises:
+        ModelError: the record cannot be read.
+    """
     record = dictionary.metadata.get("tokens")
     if not record:
         return None

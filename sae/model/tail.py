@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.errors import ModelError
-from sae.model.hook_probe import Hook
+from sae.model.hook_probe import Hook, perturbed
 from sae.model.hooked import HookedModel
 
 SHORT, WHOLE, NO_ROAD = "short", "whole", "none"
@@ -111,6 +111,7 @@ class Tail:
     def __init__(self, language_model: HookedModel, hook: str) -> None:
         language_model.check_replaceable(hook)
         self.language_model, self.hook = language_model, hook
+        self._blocks = language_model.bridge.blocks
         block, kind = language_model.check_hook(hook)
         self._leaves_block = kind == "hook_resid_post"
         self._before = block + self._leaves_block
@@ -179,7 +180,7 @@ class Tail:
             outputs.append(output)
             raise _RecordedError
 
-        last = self.language_model.bridge.blocks[self._before - 1]
+        last = self._blocks[self._before - 1]
         with last.register_forward_hook(keep), contextlib.suppress(_RecordedError):
             self.language_model.bridge(tokens)
         start = Start(tokens, _on(self.language_model.device, outputs[0]))
@@ -201,7 +202,7 @@ class Tail:
     @contextlib.contextmanager
     def _without_earlier_blocks(self, start: Start) -> Iterator[None]:
         """While open, the blocks whose output was recorded are removed from the model, and the record replaces it."""
-        modules = self.language_model.bridge.blocks._modules
+        modules = self._blocks._modules
         recorded = 0 if start.output is None else self._before
         blocks = {name: modules[name] for name in map(str, range(recorded))}
         try:
@@ -217,7 +218,7 @@ class Tail:
         tokens = model.probe_tokens(_CONTEXTS, _LENGTH)
         own, start = model.logits(tokens), Start(tokens)
         model.check_causal()
-        same, other = (self.logits(start, replacement) for replacement in (torch.clone, _perturbed))
+        same, other = (self.logits(start, replacement) for replacement in (torch.clone, perturbed))
         self._check_same(same, own)
         if own.isfinite().all() and torch.equal(other, own):
             raise ModelError(
@@ -229,7 +230,7 @@ class Tail:
         try:
             start = self._record(tokens)
             model.logits(tokens.flip(1))  # state that blocks keep outside their outputs is then of other tokens
-            pairs = ((self.logits(start, torch.clone), own), (self.logits(start, _perturbed), other))
+            pairs = ((self.logits(start, torch.clone), own), (self.logits(start, perturbed), other))
         except _NoShortRoadError as error:
             return Road(WHOLE, str(error))
         except Exception as error:
@@ -307,10 +308,6 @@ class _RecordedError(Exception):
 
 class _NoShortRoadError(Exception):
     """The blocks before a hook point cannot be skipped."""
-
-
-def _perturbed(x: Tensor) -> Tensor:
-    return 2 * x.flip(-1) + x.abs().mean()
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:

@@ -143,6 +143,11 @@ def opened(case: Case) -> Any:
     return [run.cache().manifest.identity(HOOK), *weights(run.dictionary())]
 
 
+def steered(case: Case) -> Any:
+    with sae.steer(case.model, case.dictionary, {3: 4.0}, random=0):
+        return [case.model.logits(TOKENS), case.model.generate(["the river", "a"], max_new_tokens=4)]
+
+
 def toy_results() -> Any:
     settings = RecoverySettings(
         "even", features=24, d_in=12, mean_l0=2.0, d_sae=24, k=2, tokens=1280, batch_size=128, scored=200
@@ -173,6 +178,12 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
     "export_features": exported,
     "probe": lambda case: sae.probe(case.dictionary, case.x, case.labels, PROBES).to_json(),
     "splice": spliced,
+    "steer": steered,
+    "measure_steering": lambda case: sae.measure_steering(
+        case.model, case.dictionary, ["the river", "a"], {3: 4.0}, max_new_tokens=4, seed=1
+    ).to_json(),
+    "text_features": lambda case: sae.text_features(case.dictionary, case.model, "the river and the stone"),
+    "LanguageModel.of": lambda case: sae.LanguageModel.of(case.model.hf_model, case.model.tokenizer).info,
     "harvest": lambda case: harvest(
         case.config.model_copy(update={"out": str(case.folder)}), case.model
     ).manifest.identity(HOOK),
