@@ -22,8 +22,11 @@ from sae.config.sources import ModelConfig as ModelConfig
 from sae.dictionary.base import Dictionary as Dictionary
 from sae.dictionary.base import SparseAutoencoder as SparseAutoencoder
 from sae.dictionary.codes import Codes as Codes
+from sae.effects import Attribution as Attribution
 from sae.effects import Effects as Effects
 from sae.effects import EffectSettings as EffectSettings
+from sae.effects import NextToken as NextToken
+from sae.effects import attribute as attribute
 from sae.effects import measure_effects as measure_effects
 from sae.errors import SaeError as SaeError
 from sae.evaluation import compare as compare

@@ -45,6 +45,7 @@ QUESTIONS = {
     "Which formats can be converted?": {"guides/convert"},
     "How do I publish a dictionary?": {"guides/hub"},
     "Does a latent predict my label?": {"guides/probe"},
+    "Which features does a prediction come from?": {"guides/attribute"},
 }
 """What newcomers ask, and the pages that answer it."""
 BROWSER = """

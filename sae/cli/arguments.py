@@ -198,6 +198,22 @@ def features_and_overrides(
     return tuple(map(int, numbers)), overrides
 
 
+def run_overrides(arguments: tuple[str, ...], path: Path) -> tuple[str, ...]:
+    """The arguments as overrides, for a command that opens the run folder `path`.
+
+    Raises:
+        click.BadParameter: an argument is not KEY=VALUE.
+        ConfigError: an existing run does not read an override.
+    """
+    overrides, others = split_overrides(arguments)
+    _check_read(overrides, READ_BY_RUN, f"the existing run {str(path)!r} does not read")
+    for argument in others:
+        raise click.BadParameter(
+            f"{one_line(argument, 100)!r} is not KEY=VALUE; put the text into quotes.", param_hint="'[KEY=VALUE]...'"
+        )
+    return overrides
+
+
 def _check_read(overrides: Iterable[str], read: tuple[str, ...], refusal: str) -> None:
     for override in overrides:
         if not override.startswith(read):

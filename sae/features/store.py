@@ -24,6 +24,7 @@ from sae.features.search import Hit, Searched
 from sae.files.damage import damaged
 from sae.files.paths import resolve
 from sae.files.reading import load_tensors, open_tensors, read_json, read_object, taken_apart, tensor_of, validated
+from sae.files.writing import stands
 from sae.model.vocabulary import CONTEXT_BEFORE, Vocabulary
 
 SORT_COLUMNS = ("density", "max", "count", "index", "mean")
@@ -289,6 +290,22 @@ def is_store_of(folder: Path, dictionary: str, activations: str | None, settings
             or (record.get("activations") == activations and record.get("settings") == settings.model_dump())
         )
     )
+
+
+def store_of(folder: Path, dictionary: str) -> Features | None:
+    """The store in a folder; None if there is none, or if it was collected from another dictionary.
+
+    Args:
+        folder: the store's folder.
+        dictionary: hash of the weights.
+
+    Raises:
+        FormatError: it is damaged, or has a newer version.
+    """
+    if not stands(folder / layout.INDEX):
+        return None
+    store = Features(folder)
+    return store if store.info.get("dictionary_sha256") == dictionary else None
 
 
 def _find_store(path: str | Path) -> Path:

@@ -17,7 +17,7 @@ from sae.dictionary.origin import Place, check_belongs
 from sae.errors import ConfigError, ModelError, UnknownFeatureError
 from sae.features.store import Features
 from sae.model.language_model import LanguageModel
-from sae.model.splicing import token_policy_of
+from sae.model.splicing import token_policy
 from sae.numerics.modes import in_own_modes
 
 _AT_ONCE = 1024
@@ -227,7 +227,7 @@ def _feature(number: int, codes: _Codes, store: Features | None) -> TextFeature:
 
 def _contexts(dictionary: Dictionary, language_model: LanguageModel, text: str) -> tuple[int, list[list[int]]]:
     """The text's ids, in contexts that the model can read, and how many ids each begins with as in training."""
-    policy = token_policy_of(dictionary)
+    policy = token_policy(dictionary)
     ids = language_model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise ConfigError("the text has no tokens: give some words")
@@ -254,7 +254,7 @@ def _pieces(language_model: LanguageModel, contexts: Sequence[Sequence[int]], st
 def _encoded(dictionary: Dictionary, language_model: LanguageModel, hook: str, context: list[int]) -> _Codes:
     """A context's tokens and features."""
     tokens = torch.tensor([context], device=language_model.device)
-    policy = token_policy_of(dictionary)
+    policy = token_policy(dictionary)
     counted = torch.ones_like(tokens, dtype=torch.bool) if policy is None else policy.eligible(tokens)
     place = counted[0].nonzero()[:, 0].cpu()
     x = language_model.activations(tokens, hook)[hook][0].to(dictionary.device)

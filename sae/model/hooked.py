@@ -218,11 +218,15 @@ class HookedModel:
         return activations
 
     def logits(self, tokens: Int[Tensor, "context seq"]) -> Float[Tensor, "context seq vocab"]:
-        """Next-token logits in float32, with gradients unless the caller disabled them."""
+        """Next-token logits, with gradients unless the caller disabled them.
+
+        They are in float32, or in float64 if the model computes in it.
+        """
         if self._bridge is None:
             assert self._native is not None
             return self._native.logits(tokens)
-        return self._bridge(tokens).float().to(self.device)
+        logits = self._bridge(tokens)
+        return (logits if logits.dtype == torch.float64 else logits.float()).to(self.device)
 
     @contextlib.contextmanager
     def continuing(self, lengths: Int[Tensor, " context"]) -> Iterator[None]:

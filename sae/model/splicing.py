@@ -103,7 +103,7 @@ def replacing_by(
         raise ModelError("the dictionary does not record its hook point: give hook='blocks.N.…'")
     info = language_model.info
     check_belongs(origin, Place(f"model {info.name!r}", info.to_json(), ModelError))
-    policy = token_policy_of(dictionary)
+    policy = token_policy(dictionary)
 
     def replacement(y: Tensor, now: Pass | None) -> Tensor:
         x = _input(origin, read, now) if origin.of_transcoder else y
@@ -154,8 +154,8 @@ def _reconstruct(dictionary: Dictionary, x: Tensor, y: Tensor, error_term: bool,
     return edited + (y - dictionary.decode(features, like=x)).detach() if error_term else edited
 
 
-def token_policy_of(dictionary: Dictionary) -> TokenPolicy | None:
-    """Which tokens count, as the dictionary records it; None: all of them.
+def token_policy(dictionary: Dictionary) -> TokenPolicy | None:
+    """Which tokens counted in training; None if the dictionary does not record it.
 
     Raises:
         ModelError: the record cannot be read.

@@ -14,7 +14,7 @@ from sae.dictionary.base import Dictionary
 from sae.errors import ConfigError
 from sae.model.generation import padded
 from sae.model.language_model import LanguageModel
-from sae.model.splicing import token_policy_of
+from sae.model.splicing import token_policy
 from sae.model.steering import Steering, check_features, steer
 from sae.numerics.modes import in_own_modes
 
@@ -101,7 +101,7 @@ def measure_steering(
     steering = features if isinstance(features, Steering) else Steering(features)
     check_features(steering.values, dictionary)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    policy = token_policy_of(dictionary)
+    policy = token_policy(dictionary)
     bos = policy is None or policy.prepend_bos
     rows = language_model.token_rows(texts, prepend_bos=bos)
 
@@ -144,7 +144,7 @@ def _in_prompts(
 ) -> dict[int, float]:
     """The largest activation of each steered feature on tokens that count; 0 if it does not fire."""
     largest = dict.fromkeys(steering.values, 0.0)
-    hook, policy = dictionary.origin.reads.hook, token_policy_of(dictionary)
+    hook, policy = dictionary.origin.reads.hook, token_policy(dictionary)
     assert hook is not None  # checked by steering
     for row in rows:
         tokens = torch.tensor([row], device=language_model.device)

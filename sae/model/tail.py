@@ -133,7 +133,7 @@ class Tail:
     @torch.no_grad()
     def logits(self, start: Start, replacement: Replacement) -> Float[Tensor, "context seq vocab"]:
         """Next-token logits, float32, with the hook point's activations `[context, seq, d_in]` replaced."""
-        with self._replacing(start, replacement):
+        with self.replacing(start, replacement):
             return self.language_model.logits(start.tokens)
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ class Tail:
             return _at(residual, positions)
 
         norm = [("ln_final.hook_in", keep)] if "ln_final.hook_in" in bridge.hook_dict else []
-        with bridge.hooks(fwd_hooks=[*norm, ("unembed.hook_in", select)]), self._replacing(start, lambda _: x):
+        with bridge.hooks(fwd_hooks=[*norm, ("unembed.hook_in", select)]), self.replacing(start, lambda _: x):
             logits = bridge(start.tokens)
         device = self.language_model.device
         return Readout(final[0].float().to(device), logits.float().to(device))
@@ -189,8 +189,13 @@ class Tail:
         return start
 
     @contextlib.contextmanager
-    def _replacing(self, start: Start, replacement: Replacement) -> Iterator[None]:
-        """While open, passes over the start's tokens have the hook point's activations replaced."""
+    def replacing(self, start: Start, replacement: Replacement) -> Iterator[None]:
+        """While open, passes over the start's tokens have the hook point's activations replaced, with their gradients.
+
+        Args:
+            start: the contexts.
+            replacement: maps activations `[context, seq, d_in]` to the same shape.
+        """
         if start.output is not None and self._leaves_block:
             new = replacement(start.hidden).to(start.hidden.dtype)
             with self._without_earlier_blocks(start.with_hidden(new)):

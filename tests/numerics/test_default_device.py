@@ -176,6 +176,7 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
         sae.measure_effects(case.dictionary, case.cache, case.model, hook=HOOK, features=[1, 2, 3]).features
     ),
     "export_features": exported,
+    "attribute": lambda case: sae.attribute(case.dictionary, case.model, TOKENS, steps=3).to_json(),
     "probe": lambda case: sae.probe(case.dictionary, case.x, case.labels, PROBES).to_json(),
     "splice": spliced,
     "steer": steered,
