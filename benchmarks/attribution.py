@@ -122,7 +122,14 @@ def measure(run: Run, dictionary: Dictionary, source: str, seed: int, arguments:
             break
         of = NextToken(passage.following, log_probability=True)
         found = {
-            method: sae.attribute(dictionary, model, passage.tokens, of=of, method=method, steps=arguments.steps)
+            method: sae.attribute(
+                dictionary,
+                model,
+                passage.tokens,
+                of=of,
+                method=method,
+                steps=arguments.steps if method == INTEGRATED_GRADIENTS else None,
+            )
             for method in METHODS
         }
         first = found[INTEGRATED_GRADIENTS]

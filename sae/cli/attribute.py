@@ -14,6 +14,7 @@ from sae.console.terminal import output
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("text", metavar="TEXT")
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--model", help="The language model, if RUN is not a run folder.")
 @click.option("--token", help="Next token, with the space before it; by default the most likely one.")
 @click.option("--minus", help="Another next token, whose logit is subtracted.")
 @click.option(
@@ -22,12 +23,10 @@ from sae.console.terminal import output
 @click.option("--log-probability", is_flag=True, help="Attribute the token's log-probability instead of its logit.")
 @click.option(
     "--method",
-    default="integrated_gradients",
-    show_default=True,
-    type=click.Choice(["integrated_gradients", "gradient_activation"]),
-    help="How to attribute.",
+    type=click.Choice(["gradient_activation", "integrated_gradients"]),
+    help="How to attribute; by default gradient_activation, or integrated_gradients if --steps are given.",
 )
-@click.option("--steps", default=16, show_default=True, type=click.IntRange(1, 1000), help="Gradients along the path.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Gradients along the path of integrated gradients (16).")
 @click.option("--errors", is_flag=True, help="Attribute to what the dictionary does not explain, too.")
 @click.option("--by-feature", is_flag=True, help="Add up the positions of each feature.")
 @click.option("--top", default=20, show_default=True, type=click.IntRange(1), help="Number of rows in the table.")
@@ -38,12 +37,13 @@ def attribute(
     path: Path,
     text: str,
     arguments: tuple[str, ...],
+    model: str | None,
     token: str | None,
     minus: str | None,
     position: int,
     log_probability: bool,
-    method: str,
-    steps: int,
+    method: str | None,
+    steps: int | None,
     errors: bool,
     by_feature: bool,
     top: int,
@@ -54,13 +54,14 @@ def attribute(
     The logit of a next token, a difference of two logits or a log-probability is attributed to the features that fire
     on TEXT, at every position. The table has the largest attributions, with the tokens that each feature fires on if
     the features of RUN, a run folder, have been collected. Below it stands how exactly all attributions add up.
-    KEY=VALUE overrides settings of the run: model.*, harvest.cache, device.
+    RUN may also be any dictionary, with --model. KEY=VALUE overrides settings of the run: model.*, harvest.cache,
+    device.
     """
     from sae.effects import NextToken
     from sae.effects import attribute as attribute_features
     from sae.effects.attribution_view import attribution_table, completeness_lines, totals_table
     from sae.features.store import store_of
-    from sae.runs.run import Run
+    from sae.runs.opening import open_run
     from sae.viewer.terminal import in_colour
 
     overrides = run_overrides(arguments, path)
@@ -68,7 +69,7 @@ def attribute(
         raise click.BadParameter(f"{str(file)!r} is not a file name; give one, such as a.json.", param_hint="'--json'")
     target = NextToken(token, minus, position, log_probability)
     with beginning_again("it"), options.progress({"attribute": "gradients"}) as progress:
-        run = Run.open(path, overrides, progress)
+        run = open_run(path, overrides, model=model, needs_texts=False, progress=progress)
         result = attribute_features(
             run.dictionary(), run.language_model, text, of=target, method=method, steps=steps, error_term=errors,
             progress=progress,

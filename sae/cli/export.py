@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import Options, beginning_again, features_and_overrides
+from sae.cli.arguments import OnDictionary, Options, beginning_again, features_and_overrides
 from sae.config.file import CONFIG_YAML
 from sae.console.terminal import output
 from sae.files.printable import one_line
@@ -57,7 +57,7 @@ def export(
     from sae.viewer import export_features
 
     indices = None if numbers is None else list(_numbers(numbers))
-    positional, overrides = features_and_overrides(arguments, path)
+    positional, overrides = features_and_overrides(arguments, path, OnDictionary())
     if positional:
         raise click.UsageError(f"{positional[0]}: give features by --features {positional[0]}")
     run = None

@@ -18,7 +18,7 @@ from sae.files.reading import taken_apart
 
 FORMAT = Format("sae-attribution", 1)
 INTEGRATED_GRADIENTS, GRADIENT_ACTIVATION = "integrated_gradients", "gradient_activation"
-METHODS = (INTEGRATED_GRADIENTS, GRADIENT_ACTIVATION)
+METHODS = (GRADIENT_ACTIVATION, INTEGRATED_GRADIENTS)
 ERROR = -1
 """Stands for the error term among the features."""
 _COLUMNS = {

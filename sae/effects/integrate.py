@@ -15,7 +15,14 @@ from sae.dictionary.base import Dictionary
 from sae.dictionary.origin import Place, check_belongs
 from sae.dictionary.saved import weights_sha256
 from sae.dictionary.token_policy import TokenPolicy
-from sae.effects.attribution import ERROR, GRADIENT_ACTIVATION, METHODS, AttributedDictionary, Attribution
+from sae.effects.attribution import (
+    ERROR,
+    GRADIENT_ACTIVATION,
+    INTEGRATED_GRADIENTS,
+    METHODS,
+    AttributedDictionary,
+    Attribution,
+)
 from sae.effects.next_token import LogitFunction, NextToken, checked_values
 from sae.errors import ConfigError, ModelError
 from sae.model.language_model import LanguageModel
@@ -25,7 +32,7 @@ from sae.numerics.modes import training_mode
 from sae.results.estimate import double
 
 _LOGITS = 1 << 24
-_MOST_STEPS = 1000
+_STEPS, _MOST_STEPS = 16, 1000
 
 
 def attribute(
@@ -34,8 +41,8 @@ def attribute(
     text: str | Sequence[str] | Tensor,
     *,
     of: str | NextToken | LogitFunction | None = None,
-    method: str = "integrated_gradients",
-    steps: int = 16,
+    method: str | None = None,
+    steps: int | None = None,
     error_term: bool = False,
     progress: Progress | None = None,
 ) -> Attribution:
@@ -63,8 +70,9 @@ def attribute(
         of: what to attribute: a `NextToken`; the text of a token, for its logit after the last position; a
             differentiable function from logits `[context, seq, vocab]` to one number, or one per context; None: the
             logit of the most likely token after the last position.
-        method: `integrated_gradients` or `gradient_activation`.
-        steps: number of gradients along the path, for integrated gradients.
+        method: `gradient_activation`, which predicts the effect of one feature better (docs/guides/attribute.md), or
+            `integrated_gradients`, whose attributions add up; None: the former, or the latter if steps are given.
+        steps: number of gradients along the path of integrated gradients; None: 16.
         error_term: also attribute to e, one entry per position. Integrated gradients then begin with f and e at 0.
         progress: called with (stage, gradients done, gradients in total).
 
@@ -78,7 +86,7 @@ def attribute(
             is longer than the model's context.
     """
     dictionaries = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
-    steps = _checked_steps(dictionaries, method, steps)
+    method, steps = _checked_method(dictionaries, method, steps)
     with training_mode():
         policies = [token_policy(one) for one in dictionaries]
         tokens = _tokens(language_model, text, policies)
@@ -297,19 +305,27 @@ def _quadrature(method: str, steps: int) -> tuple[Float[Tensor, " steps"], Float
     return torch.from_numpy((1 + nodes) / 2), torch.from_numpy(weights / 2)
 
 
-def _checked_steps(dictionaries: Sequence[Dictionary], method: str, steps: int) -> int:
-    """The number of gradients along the path.
+def _checked_method(dictionaries: Sequence[Dictionary], method: str | None, steps: int | None) -> tuple[str, int]:
+    """The method, and the number of gradients along its path.
 
     Raises:
-        ConfigError: there is no dictionary or no such method, or the number is out of range.
+        ConfigError: there is no dictionary or no such method, or the number is out of range or has no effect.
     """
+    if method is None:
+        method = GRADIENT_ACTIVATION if steps is None else INTEGRATED_GRADIENTS
     if not dictionaries:
         raise ConfigError("dictionary: expected at least one; the list is empty")
     if method not in METHODS:
         raise ConfigError(f"method={method!r}: expected {' or '.join(METHODS)}")
+    if method == GRADIENT_ACTIVATION and steps is not None:
+        raise ConfigError(
+            f"steps={steps}: {GRADIENT_ACTIVATION} has no path; leave steps out, or choose another method"
+        )
+    if steps is None:
+        steps = 1 if method == GRADIENT_ACTIVATION else _STEPS
     if not 1 <= steps <= _MOST_STEPS:
         raise ConfigError(f"steps={steps}: expected 1 to {_MOST_STEPS:,}")
-    return 1 if method == GRADIENT_ACTIVATION else steps
+    return method, steps
 
 
 def _tokens(

@@ -15,7 +15,7 @@ from sae.cli.main import cli
 from sae.config.file import parse_config
 from sae.effects import Attribution, NextToken
 from sae.effects.attribution import METHODS
-from sae.errors import ConfigError
+from sae.errors import ConfigError, FormatError
 
 TEXT = "The river keeps a stone"
 
@@ -91,8 +91,10 @@ def test_without_features_the_way_to_them_is_named(finished: Path, tmp_path: Pat
 def test_refusals(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"reads it as \d+ tokens"):
         call("attribute", finished, TEXT, "--token", "The river keeps")
-    with pytest.raises(ConfigError, match=r"no config\.yaml there"):
+    with pytest.raises(FormatError, match=r"no config\.json there; give a dictionary folder or a run folder"):
         call("attribute", tmp_path, TEXT)
+    with pytest.raises(ConfigError, match="steps=3: gradient_activation has no path"):
+        call("attribute", finished, TEXT, "--method", "gradient_activation", "--steps", 3)
     with pytest.raises(ConfigError, match=r"does not read dictionary\.k"):
         call("attribute", finished, TEXT, "dictionary.k=3")
     assert "'river' is not KEY=VALUE; put the text into quotes" in call("attribute", finished, "The", "river").output
@@ -103,3 +105,15 @@ def test_refusals(finished: Path, tmp_path: Path) -> None:
 def test_the_command_offers_every_method() -> None:
     (option,) = (one for one in attribute_command.params if one.name == "method")
     assert tuple(option.type.choices) == METHODS  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_dictionary_without_a_run(finished: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """The same numbers, with the model that is given."""
+    sae.load(finished).save(tmp_path / "alone")
+    options = ("--steps", 3, "--json", tmp_path / "a.json")
+    call("attribute", finished, TEXT, *options)
+    of_run = json.loads((tmp_path / "a.json").read_text())
+    result = call("attribute", tmp_path / "alone", TEXT, "--model", tiny_model, *options)
+    assert result.exit_code == 0 and json.loads((tmp_path / "a.json").read_text()) == of_run
+    with pytest.raises(ConfigError, match="has a model and texts of its own, so --model has no effect"):
+        call("attribute", finished, TEXT, "--model", tiny_model)

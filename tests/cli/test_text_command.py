@@ -71,7 +71,7 @@ def test_a_dictionary_without_a_run_needs_a_model(
     """And is shown as in the run, without what the store knows."""
     folder = tmp_path / "alone"
     sae.load(run_folder).save(folder)
-    assert_refused(command("text", folder, "a"), "not a run folder, so give the language model: --model tiny, as its")
+    assert_refused(command("text", folder, "a"), "tiny")  # the name in its files, which is that of no model here
     done = command("text", folder, "the river", "--model", tiny_model)
     assert done.status == 0, done.err
     assert "density" not in done.out

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import sae
+from sae.dictionary.frame import Frame
 from sae.effects import Contribution, NextToken
 from sae.model.language_model import LanguageModel
 from tests.support.attribution_case import (
@@ -82,6 +83,24 @@ def test_gradient_times_activation_is_that_of_autograd(
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(dense(found, 48), expected, rtol=1e-9, atol=1e-12)
     assert found.steps == 1 and found.of == "difference"
+
+
+@pytest.mark.parametrize("frame", [Frame("layer_norm"), Frame("constant_norm", skip=True)], ids=["layer", "skip"])
+def test_a_dictionary_that_normalises_each_token(model: LanguageModel, tokens: Tensor, frame: Frame) -> None:
+    """ŷ is affine in the features, given the token; the sum of integrated gradients is what their removal changes."""
+    dictionary = relu_dictionary(model)
+    dictionary.set_frame(frame)
+    generator = torch.Generator().manual_seed(7)
+    for parameter in dictionary.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    expected = by_autograd(model, dictionary, tokens, difference, [1.0])
+    found = sae.attribute(dictionary, model, tokens, of=difference, method=GRADIENT)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(dense(found, 48), expected, rtol=1e-9, atol=1e-12)
+    path = sae.attribute(dictionary, model, tokens, of=difference, steps=64)
+    [part] = path.dictionaries
+    for total, value, baseline in zip(part.total, part.value, part.baseline, strict=True):
+        assert total == pytest.approx(value - baseline, rel=1e-6)
 
 
 def test_gradients_are_finite_differences(model: LanguageModel, tokens: Tensor) -> None:
@@ -249,7 +268,15 @@ def test_the_error_is_attributed_to_along_the_same_path(model: LanguageModel, to
         mean += torch.autograd.grad(value, leaf)[0] / len(shares)
     error = y - dictionary(y).detach()
     expected = (error * mean).sum(-1)[counts]
-    found = sae.attribute(dictionary, model, tokens, of=difference, method=method, steps=64, error_term=True)
+    found = sae.attribute(
+        dictionary,
+        model,
+        tokens,
+        of=difference,
+        method=method,
+        steps=None if method == GRADIENT else 64,
+        error_term=True,
+    )
     errors = found.feature == -1
     assert expected.abs().max() > 0.01
     np.testing.assert_allclose(found.attribution[errors], expected.numpy(), rtol=1e-3, atol=1e-4)

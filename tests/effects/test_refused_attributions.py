@@ -47,7 +47,7 @@ def test_functions(language_model: LanguageModel) -> None:
 
 def test_settings(language_model: LanguageModel) -> None:
     assert refusal(language_model, method="shap") == (
-        "method='shap': expected integrated_gradients or gradient_activation"
+        "method='shap': expected gradient_activation or integrated_gradients"
     )
     assert refusal(language_model, steps=0) == "steps=0: expected 1 to 1,000"
     with pytest.raises(ConfigError, match="the list is empty"):
