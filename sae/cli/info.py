@@ -17,7 +17,7 @@ def info(paths: tuple[Path, ...]) -> None:
 
     FOLDER is a dictionary's folder, a run folder that holds one, or a name on the hub (see 'sae list'). A table
     shows architecture and settings, sizes, number type, hook points, language model, tokens of training, dead features,
-    and the version of sae. Neither weights nor a language model are loaded.
+    and the version of sae. No language model is loaded, and no weights of dictionaries in our own format.
     """
     from sae.runs.information import information_table
 

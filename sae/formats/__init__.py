@@ -151,7 +151,8 @@ def _converted(
 def _with_origin(foreign: Foreign, source: Snapshot) -> Foreign:
     """A dictionary with what its release knows and its files do not say."""
     scale = source.scale if foreign.settings.get("normalize_activations") == "expected_average_only_in" else None
-    return replace(foreign, metadata=source.origin(foreign.metadata), input_scale=scale or foreign.input_scale)
+    metadata = {**source.published, **source.origin(foreign.metadata)}
+    return replace(foreign, metadata=metadata, input_scale=scale or foreign.input_scale)
 
 
 def _found(find: Callable[[Path], Path | None], place: Path) -> Path | None:

@@ -106,6 +106,8 @@ def dictionary_of(foreign: Foreign, place: str, dtype: torch.dtype | None = None
     except ValueError as error:
         raise FormatError(f"{place}: {error}") from error
     _set(dictionary, foreign, place)
+    if foreign.activation == "matching_pursuit" and foreign.input_scale != 1:
+        raise FormatError(f"{place}: matching pursuit of an input that is scaled cannot be used here")
     output_scale = foreign.input_scale if foreign.output_scale is None else foreign.output_scale
     if (foreign.input_scale, output_scale) != (1, 1):
         dictionary.W_enc.mul_(foreign.input_scale)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae.dictionary.published import PUBLISHED
+from sae.dictionary.published import Published as Numbers
 from sae.files.damage import damaged
 from sae.files.digest import read_whole, sha256_of
 from sae.hub.releases import RELEASES, release_of
@@ -63,6 +65,16 @@ class Snapshot:
         facts = RELEASES[known[0]].origin(known[1])
         model = stated.get("model")
         return {**stated, **facts, "model": {**(model if isinstance(model, Mapping) else {}), **facts["model"]}}
+
+    @property
+    def published(self) -> dict[str, Any]:
+        """Metadata with the numbers that its release states; empty if there are none."""
+        known = release_of(self.repository, self.path)
+        numbers = None if known is None else RELEASES[known[0]].published.get(known[1])
+        if known is None or numbers is None:
+            return {}
+        source = f"release {known[0]}, in SAELens's registry"
+        return {PUBLISHED: Numbers(numbers.l0, numbers.explained_variance, source).to_json()}
 
     @property
     def scale(self) -> float | None:

@@ -14,7 +14,7 @@ from sae.errors import ConfigError, ModelError
 from sae.model.guard import quiet, replaced
 from sae.model.hooked import HookedModel
 from sae.numerics.modes import in_own_modes
-from sae.numerics.seeding import number, torch_generator
+from sae.numerics.seeding import global_stream
 
 _PURPOSE = "generate: next tokens"
 
@@ -124,8 +124,5 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.random.set_rng_state(torch_generator(_PURPOSE, seed).get_state())
-        if device.type == "cuda":
-            torch.cuda.manual_seed(number(_PURPOSE, seed) >> 1)
+    with global_stream(device, _PURPOSE, seed):
         yield

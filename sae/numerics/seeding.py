@@ -8,10 +8,12 @@ plants in data are never the initial weights.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import operator
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -50,6 +52,16 @@ def python_random(purpose: str, *numbers: int) -> random.Random:
 def number(purpose: str, *numbers: int) -> int:
     """A hash in [0, 2⁶⁴), for code that computes pseudorandom numbers itself."""
     return int.from_bytes(_hashed("number", purpose, numbers, 8), "little")
+
+
+@contextlib.contextmanager
+def global_stream(device: torch.device, purpose: str, *numbers: int) -> Iterator[None]:
+    """While open, PyTorch's own generators are at the start of a stream, for libraries that draw from them."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.random.set_rng_state(torch_generator(purpose, *numbers).get_state())
+        if device.type == "cuda":
+            torch.cuda.manual_seed(number(purpose, *numbers) >> 1)
+        yield
 
 
 def loader_generator_1(*numbers: int) -> np.random.Generator:

@@ -20,6 +20,7 @@ from sae.dictionary.sites import check_order
 from sae.errors import ConfigError
 from sae.files.formats import fingerprint_of
 from sae.files.paths import short_name
+from sae.formats import circuit_tracer
 from sae.formats.foreign import CONVERTED
 from sae.training.recipe import setting_of
 
@@ -83,7 +84,11 @@ def at_hooks(dictionary: Dictionary, name: str, hook: str | None, target: str | 
 def _transcodes(dictionary: Dictionary) -> bool:
     """Whether files of another toolkit say that it is a transcoder."""
     converted = dictionary.metadata.get(CONVERTED)
-    settings = converted.get("settings") if isinstance(converted, Mapping) else None
+    if not isinstance(converted, Mapping):
+        return False
+    if converted.get("format") == circuit_tracer.TITLE:
+        return True  # it has no others
+    settings = converted.get("settings")
     if not isinstance(settings, Mapping):
         return False
     return bool(settings.get("transcode")) or "transcoder" in str(settings.get("architecture"))

@@ -11,8 +11,9 @@ from sae.config.file import CONFIG_YAML
 from sae.config.progress import Progress, silent, within
 from sae.config.sources import ModelConfig
 from sae.dictionary.base import Dictionary
+from sae.dictionary.origin import Place, check_belongs
 from sae.dictionary.token_policy import TokenPolicy
-from sae.errors import ConfigError, DataError
+from sae.errors import ConfigError, DataError, ModelError
 from sae.files.paths import expanded
 from sae.files.writing import locked, stands
 from sae.formats import load
@@ -155,7 +156,9 @@ def _opened(
         recorded = origin.models.get("", {}).get("name")
         trained = f"; it was trained on {recorded!r}" if recorded else ""
         raise ConfigError(f"{name}: not a run folder, and needs its language model: --model NAME{trained}")
-    language_model = _loader(model)()
+    language_model = _loader(model, origin.models.get("", {}).get("weight_processing"))()
+    info = language_model.info
+    check_belongs(origin, Place(f"model {info.name!r}", info.to_json(), ModelError), reads=origin.reads.hook)
     if isinstance(origin.tokens, dict):
         policy = TokenPolicy.from_json(origin.tokens)
     else:
@@ -163,9 +166,18 @@ def _opened(
             prepend_bos=language_model.bos is not None, masked_positions=1, mask_special_tokens=True
         )
     on_cpu = dictionary if dictionary.device.type == "cpu" else copy.deepcopy(dictionary).to("cpu")
-    subject = Subject(on_cpu, origin.reads.hook, policy, language_model.info.to_json())
+    subject = Subject(on_cpu, origin.reads.hook, policy, info.to_json())
     return subject, lambda: language_model, None
 
 
-def _loader(model: LanguageModel | ModelConfig | str | Path) -> Callable[[], LanguageModel]:
-    return lambda: model if isinstance(model, LanguageModel) else LanguageModel(model)
+def _loader(
+    model: LanguageModel | ModelConfig | str | Path, processing: str | None = None
+) -> Callable[[], LanguageModel]:  # fmt: skip
+    """The function that loads a model; by its name, with the weights processed as the dictionary takes them."""
+    if isinstance(model, LanguageModel):
+        return lambda: model
+    if isinstance(model, ModelConfig):
+        return lambda: LanguageModel(model)
+    return lambda: LanguageModel(
+        ModelConfig.model_validate({"name": str(model), "weight_processing": processing or "none"})
+    )

@@ -155,7 +155,7 @@ class Opener:
                     "(data=... in Python)"
                 )
         dictionary = at_hooks(
-            copy.copy(place) if isinstance(place, Dictionary) else load(place), _name(place),
+            copy.deepcopy(place) if isinstance(place, Dictionary) else load(place), _name(place),
             request.hook, request.target,
         )  # fmt: skip
         config = config_of(dictionary, _name(place), request.words)

@@ -6,6 +6,7 @@ from sae.viewer.exporting import Export, export_features
 from sae.viewer.page import write_page
 from sae.viewer.sheet import write_sheet
 from sae.viewer.terminal import print_feature, print_features, print_hits
+from sae.viewer.text_page import write_text_page
 
 __all__ = [
     "Export",
@@ -15,4 +16,5 @@ __all__ = [
     "print_hits",
     "write_page",
     "write_sheet",
+    "write_text_page",
 ]

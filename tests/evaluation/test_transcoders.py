@@ -180,7 +180,7 @@ def test_refusals(many_documents: ActivationCache) -> None:
             ConfigError, match=f"'{GIVES}': its activations have width 16 and those of '{READS}' have 32"
         ):
             sae.dictionary_metadata(many_documents, READS, GIVES)
-        with pytest.raises(ConfigError, match="activations have 16 numbers, the dictionary takes 32"):
+        with pytest.raises(ConfigError, match="activations have 16 numbers, the dictionary gives 32"):
             evaluate(make_transcoder_of(many_documents), many_documents, hook=GIVES)
     finally:
         many_documents.manifest.hooks[GIVES] = entry

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import pkgutil
 import shutil
 import warnings
 from collections.abc import Callable
@@ -37,6 +36,7 @@ WITHOUT_HASHES, FOLDER = (TESTS / "runs" / "folders" / name / "run" for name in 
 ORIGIN, STATE = "origin of a dictionary", "state of a training"
 EXAMPLES: dict[tuple[str, int], Path] = {
     ("sae-activations", 1): WITHOUT_HASHES / "activations" / "manifest.json",
+    ("sae-dictionary", 1): FOLDER / "dictionary" / "config.json",
     ("sae-comparison", 1): HERE / "92e28cd" / "compare.json",
     ("sae-evaluation", 1): HERE / "ae07927" / "eval.json",
     ("sae-probes", 1): HERE / "48b17f8" / "probe.json",
@@ -50,10 +50,11 @@ tests/training/test_scale.py goes on from the training states."""
 def current_versions() -> dict[str, int]:
     """The version that is written, of every format in the package."""
     versions = {ORIGIN: origin.VERSION, STATE: STATE_VERSION}
-    for module in pkgutil.walk_packages(sae.__path__, "sae."):
-        if "kernels" in module.name or module.name.endswith("__main__"):
-            continue
-        for value in vars(importlib.import_module(module.name)).values():
+    for path in sorted(Path(sae.__path__[0]).rglob("*.py")):
+        module = ".".join(("sae", *path.relative_to(sae.__path__[0]).with_suffix("").parts)).removesuffix(".__init__")
+        if module.startswith("sae.kernels") or module.endswith("__main__"):
+            continue  # kernels of Triton must not be imported before their tests ask for its interpreter
+        for value in vars(importlib.import_module(module)).values():
             kind = value.format if isinstance(value, KeptResult) else value
             if isinstance(kind, Format):
                 versions[kind.name] = kind.version
@@ -171,6 +172,7 @@ def newer(name: str, run: Path) -> tuple[Path, Callable[[], Any]]:
         warnings.simplefilter("ignore", UnhashedWarning)
         return path / "state.pt", lambda: load_checkpoint(path)
     files: dict[str, tuple[str, Callable[[], Any]]] = {
+        "sae-attribution": ("attribution.json", lambda: sae.Attribution.load(run / "attribution.json")),
         "sae-activations": ("activations/manifest.json", lambda: sae.ActivationCache(run)),
         "sae-features": ("features/features.json", lambda: sae.Features(run)),
         "sae-evaluation": ("eval.json", lambda: Run.open(run).is_evaluated()),
@@ -188,7 +190,7 @@ def newer(name: str, run: Path) -> tuple[Path, Callable[[], Any]]:
     return path, read
 
 
-@pytest.mark.parametrize("name", sorted(current_versions()))
+@pytest.mark.parametrize("name", sorted(current_versions().keys() - {"sae-concept"}))  # which nothing reads again
 def test_a_newer_version_is_refused_and_stays(name: str, run: Path) -> None:
     path, read = newer(name, run)
     before = path.read_bytes()

@@ -219,8 +219,8 @@ def test_a_sweep_cut_short_in_its_evaluation_goes_on_after_what_was_written(
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"train": {"freeze": [["W_dec"], ["threshold"]]}}, r"^freezethreshold: train\.freeze: topk trains no"),
-        ({"train": {"start_from": [None, "nowhere"]}}, r"^start_fromnowhere: train\.start_from: dictionary 'nowhere'"),
+        ({"train": {"freeze": [["W_dec"], ["threshold"]]}}, r"^freeze-threshold: train\.freeze: topk trains no"),
+        ({"train": {"start_from": [None, "nowhere"]}}, r"^start_from-nowhere: train\.start_from: dictionary 'nowhere'"),
     ],
 )
 def test_what_one_cannot_do_is_said_before_activations_are_harvested(

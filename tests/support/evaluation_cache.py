@@ -41,7 +41,7 @@ class Fixed(Dictionary):
         indices = torch.arange(self.d_sae).expand(*x.shape[:-1], self.d_sae)
         return Codes(x[..., : self.d_sae].relu(), indices)
 
-    def decode_sparse(self, codes: Codes) -> Tensor:
+    def decode_sparse(self, codes: Codes, like: Tensor | None = None) -> Tensor:
         assert self.seen is not None
         return self.reconstruct(self.seen)
 
