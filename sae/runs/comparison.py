@@ -67,9 +67,7 @@ def compare_folders(
         if on is not None:
             raise ConfigError("--on names the run that supplies texts and model: leave --data and --model out")
         first = next(iter(named))
-        run = open_run(
-            named[first], overrides, model=model, data=data or None, hook=hook, target=target, progress=report
-        )  # fmt: skip
+        run = open_run(places[0], overrides, model=model, data=data or None, hook=hook, target=target, progress=report)
         named[first] = run.folder  # with its evaluation, if there is one
     else:
         run = _run(named, on, overrides, report)
