@@ -18,7 +18,7 @@ def pull(name: str, folder: Path | None) -> None:
     NAME is ORGANISATION/REPOSITORY with @REVISION and :PATH if wanted, or RELEASE/DICTIONARY ('sae list' shows them).
     With FOLDER, which is new or empty, the dictionary is written there in our format, with its repository and commit.
     Without, only its files are downloaded into the hub's cache, from where NAME loads with HF_HUB_OFFLINE=1 too. An
-    interrupted download continues where it stopped.
+    interrupted download continues where it stopped, unless the hub sends the file by Xet.
     """
     from sae.runs.publishing import pull as pull_dictionary
 

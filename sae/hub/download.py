@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -13,8 +14,9 @@ from urllib.parse import urlsplit
 
 from sae.errors import FormatError, SaeError
 from sae.files import version
-from sae.files.hub_errors import explain_hub_error
+from sae.files.hub_errors import explain_hub_error, first_line
 from sae.files.paths import expanded
+from sae.files.temporary import temporary_file
 from sae.hub.layouts import Found, find
 from sae.hub.names import HubName, parse_name
 from sae.hub.snapshots import check_content
@@ -23,6 +25,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _RESUMED = 1 << 20
 """Bytes from which a file's download is resumed by a later command; smaller ones begin again."""
 _LISTED = 4
+_LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EMFILE)
 
 
 def located(name: str | Path) -> Path:
@@ -62,8 +65,19 @@ def hub_errors(name: HubName) -> Iterator[None]:
     except SaeError:
         raise
     except Exception as error:
-        reason = explain_hub_error(error, name.repository, "dictionary", "")
+        if is_local(error):
+            from huggingface_hub import constants
+
+            cache = f"the hub's cache is {constants.HF_HUB_CACHE!r}; HF_HOME names another place"
+            reason = f"on this machine: {first_line(error)} ({cache})"
+        else:
+            reason = explain_hub_error(error, name.repository, "dictionary", "")
         raise FormatError(f"dictionary {str(name)!r}: {reason}") from error
+
+
+def is_local(error: BaseException) -> bool:
+    """Whether an error is of a file or a disk of this machine, and not of the hub or the network."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in _LOCAL_ERRORS)
 
 
 def commit_of(name: HubName) -> str:
@@ -80,17 +94,37 @@ def commit_of(name: HubName) -> str:
 
         reference = _storage(name) / "refs" / name.revision
         if constants.HF_HUB_OFFLINE:
-            if not reference.is_file():
+            if (commit := _read(reference)) is None:
                 raise OfflineModeIsEnabled("not in the cache")
-            return reference.read_text(encoding="utf-8").strip()
+            return commit
         commit = str(HfApi(**_library()).model_info(name.repository, revision=name.revision).sha)
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(commit, encoding="utf-8")
+        if not _COMMIT.fullmatch(commit):
+            raise FormatError(f"dictionary {str(name)!r}: the hub gives {commit[:60]!r} where a commit was expected")
+        if _read(reference) != commit:
+            with contextlib.suppress(OSError, SaeError):  # a cache that may not be written
+                _write(reference, commit)
         return commit
 
 
-def files_of(name: HubName, commit: str, folder: str = "", *, below: bool = True) -> list[str]:
-    """Paths of the files of a repository in a folder, at a commit; empty if there is no such folder.
+def _read(reference: Path) -> str | None:
+    """The commit in a file of the cache; None if there is none."""
+    try:
+        commit = reference.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return commit if _COMMIT.fullmatch(commit) else None
+
+
+def _write(reference: Path, commit: str) -> None:
+    """Write a commit to a file of the cache, which other processes see before or after it."""
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_file(reference) as (temporary, descriptor):
+        os.write(descriptor, commit.encode())
+        temporary.replace(reference)
+
+
+def files_of(name: HubName, commit: str, folder: str = "", *, below: bool = True) -> dict[str, int]:
+    """Paths and sizes in bytes of the files of a repository in a folder, at a commit; empty if there is no such folder.
 
     Args:
         name: of the repository.
@@ -108,9 +142,9 @@ def files_of(name: HubName, commit: str, folder: str = "", *, below: bool = True
 
         try:
             tree = HfApi(**_library()).list_repo_tree(name.repository, folder or None, recursive=below, revision=commit)
-            return [entry.path for entry in tree if isinstance(entry, RepoFile)]
+            return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
         except EntryNotFoundError:
-            return []
+            return {}
 
 
 def fetch(name: HubName, commit: str, files: tuple[str, ...]) -> Path:
@@ -120,9 +154,11 @@ def fetch(name: HubName, commit: str, files: tuple[str, ...]) -> Path:
         The folder in the cache that has them, at their paths in the repository.
 
     Raises:
-        FormatError: the hub does not give them.
+        FormatError: the hub does not give them, or a path leads out of the folder.
         DamagedError: one differs from its hash.
     """
+    if outside := next((file for file in files if {"", ".", ".."} & set(file.split("/"))), None):
+        raise FormatError(f"dictionary {str(name)!r}: the path {outside!r} leads out of the repository; it is not read")
     snapshot = _storage(name) / "snapshots" / commit
     for file in files:
         if not (snapshot / file).exists():
@@ -173,7 +209,7 @@ def _listed(name: HubName, commit: str) -> list[str]:
     """Files at or below the name's path, and those in the folders above that a dictionary there may need."""
     files = files_of(name, commit, name.path)
     if not name.path:
-        return files
+        return list(files)
     beside = files_of(name, commit, name.path.rpartition("/")[0], below=False)
     return [*(file for file in files if file.startswith(f"{name.path}/")), *beside]
 
@@ -201,21 +237,23 @@ def _download_content(name: HubName, commit: str, file: str) -> None:
     """Download a large file's content into the cache, after the bytes that an earlier process has left there.
 
     The hub's library begins again in a new process. It is left to it if the file is small, if another process is
-    downloading it, or if the hub stores it in Xet, which resumes by itself.
+    downloading it, or if it comes from Xet, which the library can do if hf_xet is installed.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils._runtime import is_xet_available
 
     url = hf_hub_url(name.repository, file, revision=commit)
     facts, headers = get_hf_file_metadata(url, **_library()), build_hf_headers(**_library())
-    in_xet = facts.xet_file_data is not None and not constants.HF_HUB_DISABLE_XET
+    in_xet = facts.xet_file_data is not None and is_xet_available()
     if facts.size is None or facts.size < _RESUMED or not re.fullmatch(r"[0-9a-f]{40,64}", facts.etag or "") or in_xet:
         return
     content = _storage(name) / "blobs" / str(facts.etag)
     if content.exists():
         return
-    if urlsplit(facts.location).netloc != urlsplit(url).netloc:
+    location = facts.location if facts.xet_file_data is None else url  # which leads on to where Xet's files are whole
+    if urlsplit(location).netloc != urlsplit(url).netloc:
         headers.pop("authorization", None)
     content.parent.mkdir(parents=True, exist_ok=True)
     partial = content.with_name(f"{content.name}.sae-partial")
@@ -229,7 +267,7 @@ def _download_content(name: HubName, commit: str, file: str) -> None:
             return
         if stream.tell() > facts.size:
             stream.truncate(0)
-        http_get(facts.location, stream, resume_size=stream.tell(), headers=headers, expected_size=facts.size)
+        http_get(location, stream, resume_size=stream.tell(), headers=headers, expected_size=facts.size)
         stream.flush()
         os.fsync(stream.fileno())
         partial.replace(content)

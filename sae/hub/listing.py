@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae.errors import FormatError
+from sae.errors import DamagedError, FormatError
 from sae.hub.download import commit_of, fetch, files_of
 from sae.hub.layouts import Found, dictionaries_in
 from sae.hub.names import HubName, missing, parse_name
@@ -19,6 +20,8 @@ REGISTRY, FOLDER = "SAELens's registry", "folder's name"
 NO_NUMBERS = Published()
 _MOST_READ = 64
 """Small files with numbers that are downloaded for a list."""
+_SMALL = 1 << 20
+"""Bytes of the largest file that is downloaded for a list."""
 _L0 = re.compile(r"average_l0_(\d+)|L0_(\d+)")
 
 
@@ -64,7 +67,7 @@ def list_dictionaries(name: str) -> Listing:
 
     Returns:
         Their ids and published numbers: of a release whose ids are known, without asking the hub; otherwise from the
-        repository's tree, folders' names, and at most 64 small files.
+        repository's tree, folders' names, and at most 64 files of at most 1 MiB.
 
     Raises:
         FormatError: the name stands for nothing, or the hub does not give the repository.
@@ -72,7 +75,8 @@ def list_dictionaries(name: str) -> Listing:
     place = parse_name(name)
     if place is None:
         raise missing(name, "unknown; give")
-    release = RELEASES.get(name.partition("@")[0])
+    name = name.rstrip("/")
+    release = RELEASES.get(_release_in(name))
     if release is not None and release.paths:
         entries = tuple(
             Entry(id, f"{name}/{id}", release.published.get(id, NO_NUMBERS), REGISTRY if release.published else "")
@@ -84,15 +88,21 @@ def list_dictionaries(name: str) -> Listing:
     found = dictionaries_in(files)
     if not found:
         raise FormatError(f"repository {str(place)!r}: the hub has it, but no dictionary of a known format is there")
-    shown = [set(files)] * _MOST_READ + [set[str]()] * max(0, len(found) - _MOST_READ)
-    entries = tuple(_entry(name, place, commit, *one) for one in zip(found.values(), shown, strict=False))
+    small = _SmallFiles(place, commit, {path for path, size in files.items() if size <= _SMALL})
+    entries = tuple(_entry(name, place, one, small) for one in found.values())
     known = release_of(place.repository, entries[0].id)
     model = release.model if release is not None else RELEASES[known[0]].model if known else ""
-    return Listing(place.repository, model, entries, _notes(name) if release is not None else ())
+    notes = _notes(name) if release is not None else ()
+    return Listing(place.repository, model, entries, (*notes, *small.notes))
+
+
+def _release_in(name: str) -> str:
+    """The release that a name is, maybe with a revision; empty if it is that of a dictionary."""
+    return "" if "/" in name else name.partition("@")[0]
 
 
 def _notes(name: str) -> tuple[str, ...]:
-    release = RELEASES[name.partition("@")[0]]
+    release = RELEASES[_release_in(name)]
     notes = []
     if release.processing != "none":
         notes.append(f"They take activations of {release.model} with weight_processing={release.processing}.")
@@ -101,30 +111,50 @@ def _notes(name: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _entry(name: str, place: HubName, commit: str, found: Found, files: Set[str]) -> Entry:
-    is_release = name.partition("@")[0] in RELEASES
-    id = found.place.removeprefix(place.path).strip("/") if is_release else found.place
-    numbers, source = _numbers(place, commit, found, files)
-    return Entry(id, f"{name}/{id}" if is_release else str(place.at(found.place)), numbers, source)
+@dataclass
+class _SmallFiles:
+    """The small files of a repository, of which some are downloaded for their numbers.
 
-
-def _numbers(place: HubName, commit: str, found: Found, files: Set[str]) -> tuple[Published, str]:
-    """Published numbers of a dictionary, and where they are from.
-
-    Args:
+    Attributes:
         place: the repository.
         commit: of it.
-        found: the dictionary.
-        files: of the repository; those with numbers are downloaded.
+        paths: of the files that are small enough.
+        left: files that may still be downloaded.
+        notes: a sentence on each file that was left out.
     """
+
+    place: HubName
+    commit: str
+    paths: set[str]
+    left: int = _MOST_READ
+    notes: list[str] = field(default_factory=list)
+
+    def read(self, path: str) -> Mapping[str, Any]:
+        """Content of a file in JSON; empty if it is not there, or not read."""
+        if path not in self.paths or not self.left:
+            return {}
+        self.left -= 1
+        try:
+            return _json(fetch(self.place, self.commit, (path,)) / path)
+        except DamagedError as error:
+            self.notes.append(f"Without its numbers: {error}.")
+            return {}
+
+
+def _entry(name: str, place: HubName, found: Found, small: _SmallFiles) -> Entry:
+    is_release = _release_in(name) in RELEASES
+    id = found.place.removeprefix(place.path).strip("/") if is_release else found.place
+    return Entry(id, f"{name}/{id}" if is_release else str(place.at(found.place)), *_numbers(place, found, small))
+
+
+def _numbers(place: HubName, found: Found, small: _SmallFiles) -> tuple[Published, str]:
+    """Published numbers of a dictionary, and where they are from."""
     if match := _L0.search(f"{place.repository}/{found.place}"):
         return Published(float(match[1] or match[2])), FOLDER
     for file, read in _READERS.items():
-        path = f"{found.place}/{file}".strip("/")
-        if path in files:
-            numbers = read(_json(fetch(place, commit, (path,)) / path))
-            if numbers != NO_NUMBERS:
-                return numbers, file
+        numbers = read(small.read(f"{found.place}/{file}".strip("/")))
+        if numbers != NO_NUMBERS:
+            return numbers, file
     return NO_NUMBERS, ""
 
 
@@ -142,7 +172,12 @@ def _of_settings(record: Mapping[str, Any]) -> Published:
 
 def _number(value: object) -> float | None:
     value = value.get("value") if isinstance(value, Mapping) else value
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer that no float is as large as
+        return None
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from sae.hub.releases import RELEASES
 MAIN = "main"
 _REVISION = r"(?:@(?P<revision>[\w.][\w./+-]*))?"
 _REPOSITORY = re.compile(rf"(?P<repository>\w[\w.-]*/\w[\w.-]*){_REVISION}(?::(?P<path>[^\s].*)?)?")
-_RELEASE = re.compile(r"(?P<release>[\w.-]+)(?:@(?P<revision>[\w.+-]+))?(?:/(?P<key>.+))?")
+_RELEASE = re.compile(r"(?P<release>[\w.-]+)(?:@(?P<revision>[\w.+-]+))?(?:/(?P<key>.*))?")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ def parse_name(name: str | Path) -> HubName | None:
     match = _RELEASE.fullmatch(text)
     if match is not None and match["release"] in RELEASES:
         release = RELEASES[match["release"]]
-        key = match["key"]
-        path = release.folder if key is None else release.path_of(match["release"], key)
+        key = (match["key"] or "").rstrip("/")
+        if not all(map(_is_relative, (key, match["revision"]))):
+            return None
+        path = release.folder if not key else release.path_of(match["release"], key)
         return HubName(release.repository, path, match["revision"] or MAIN)
     return parse_repository(text)
 
@@ -92,10 +94,15 @@ def missing(name: str | Path, reason: str) -> FormatError:
     """
     release = str(name).partition("/")[0].partition("@")[0]
     [nearest, *_] = [*difflib.get_close_matches(release, list(RELEASES), 1, 0.8), ""]
+    first, text = str(name).partition("/")[0], str(name)
+    if not {"@", ":"} & set(text) and Path(first).is_dir() and parse_repository(text) is not None:
+        here = f"; folder {first!r} exists here: if you mean the hub's, write {f'{text}@{MAIN}'!r}"
+    else:
+        here = ""
     meant = f"; did you mean the release {nearest!r}?" if nearest else ""
     return FormatError(
         f"dictionary {str(name)!r}: {reason} a name of the hub, ORGANISATION/REPOSITORY[@REVISION][:PATH] or "
-        f"RELEASE/DICTIONARY ('sae list' shows the releases){meant}"
+        f"RELEASE/DICTIONARY ('sae list' shows the releases){meant}{here}"
     )
 
 

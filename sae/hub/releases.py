@@ -157,6 +157,8 @@ _TM_SCALES = (
 _OPENAI = {"attn-out": "hook_attn_out", "mlp-out": "hook_mlp_out", "resid-mid": "hook_resid_mid",
            "resid-post": "hook_resid_post"}  # fmt: skip
 _SCOPE_KINDS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out", "transcoders": "transcoder"}
+_SCOPE_2_LARGEST = ("res", "res-all", "transcoders-all")
+"""What Gemma Scope 2 has of the pretrained 27B model."""
 
 
 def _tm() -> Release:
@@ -247,6 +249,7 @@ RELEASES: dict[str, Release] = {
         for tuned in ("pt", "it")
         for kind in _SCOPE_KINDS
         for which in ("", "-all")
+        if (size, tuned) != ("27b", "pt") or f"{kind}{which}" in _SCOPE_2_LARGEST
     },
     **{
         f"llama_scope_lx{place}_{width}": _numbers(_llama_scope(place, width), " ".join(["50"] * 32))

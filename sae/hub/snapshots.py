@@ -42,7 +42,7 @@ class Snapshot:
     def of(place: Path) -> Snapshot | None:
         """That of a path in the hub's cache; None for every other path."""
         match = _SNAPSHOT.search(place.absolute().as_posix())
-        if match is None:
+        if match is None or ".." in place.parts:
             return None
         return Snapshot(f"{match['organisation']}/{match['name']}", match["commit"], match["path"] or "")
 

@@ -68,7 +68,7 @@ def card(content: Content, folder: str = "") -> str:
 
 def index(name: HubName, places: Sequence[str], content: Content) -> str:
     """The page of a repository with several dictionaries."""
-    rows = [[f"[{plain(place)}]({place})", code(name.at(place))] for place in places]
+    rows = [[f"[{plain(place or name.repository)}]({place or '.'})", code(name.at(place))] for place in places]
     listed = pipe_table(["dictionary", "name"], rows)
     loads = f'```python\nimport sae\n\ndictionary = sae.load("{name.at(places[0])}")\n```'
     return document([header(content), MARK, f"# {plain(name.repository)}", listed, loads])

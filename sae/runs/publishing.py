@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sae.config.file import CONFIG_YAML
-from sae.dictionary.base import WEIGHTS_FILE, Dictionary
+from sae.dictionary.base import CONFIG_FILE, WEIGHTS_FILE, Dictionary
 from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.report import FIGURE_FOLDER, REPORT
@@ -19,18 +20,22 @@ from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.features import Features
 from sae.features.layout import INDEX
 from sae.files import version
+from sae.files.damage import SUMS
 from sae.files.hashes import check
 from sae.files.hub_errors import explain_hub_error, first_line
 from sae.files.paths import expanded
 from sae.files.writing import stands
 from sae.formats import WRITERS, load
 from sae.hub import HubName, Snapshot, located, missing, parse_name, parse_repository
+from sae.hub.download import is_local
 from sae.hub.layouts import dictionaries_in
 from sae.runs.card import MARK, Content, card, index
 from sae.runs.folder import DICTIONARY
 
 PAGE, FIGURE = "README.md", "density.png"
 _SAELENS = "saelens"
+_REPLACED = ("cfg.json", "sae_weights.safetensors", REPORT_FILE, FIGURE, SUMS)
+"""Files that `push` writes for some dictionaries only: those of the dictionary that was at the path are deleted."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ def push(
 ) -> Publication:  # fmt: skip
     """Upload a dictionary to the hub, in one commit; the repository is created if there is none.
 
+    If `push` has uploaded another dictionary to the same path, it is replaced: its files that the new one has not are
+    deleted in the same commit. Pages that `push` did not write stay as they are.
+
     Uploaded are our two files with their hashes; SAELens's next to them, if it has the architecture; from a run folder
     `eval.json` with a figure; and `README.md`, with the report, ten features of the feature store, and how to load the
     dictionary. The hub's library has the token (`HF_TOKEN`, or `hf auth login`).
@@ -70,7 +78,7 @@ def push(
 
     Raises:
         ConfigError: the name is no name of a repository, or that is public.
-        FormatError: the dictionary cannot be read, or the hub refuses it.
+        FormatError: the dictionary cannot be read, or the hub refuses it, or another upload came first.
     """
     run = None if isinstance(dictionary, Dictionary) else _run_of(expanded(dictionary))
     loaded = dictionary if isinstance(dictionary, Dictionary) else load(dictionary)
@@ -109,8 +117,26 @@ def pull(name: str, folder: str | Path | None = None) -> Path:
         raise ConfigError(f"{name!r}: is on this machine already; 'sae convert' writes it to another folder")
     if target is None:
         return place
-    load(place).save(target)
+    _save(load(place), target)
     return target
+
+
+def _save(dictionary: Dictionary, folder: Path) -> None:
+    """Write a dictionary to a folder, which a killed process does not leave half written.
+
+    The files are written next to it, to a folder that a killed process may have left.
+    """
+    place = folder.resolve()
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    dictionary.save(partial)
+    if not place.exists():
+        partial.rename(place)
+        return
+    for name in (WEIGHTS_FILE, SUMS, CONFIG_FILE):
+        if (partial / name).exists():
+            shutil.move(partial / name, place / name)
+    shutil.rmtree(partial)
 
 
 def _place_of(name: str, dictionary: Dictionary) -> HubName:
@@ -202,41 +228,79 @@ def _paths_in(value: Any) -> Iterator[str]:
 
 
 def _upload(api: Any, place: HubName, folder: Path, content: Content, notes: list[str]) -> Publication:
-    """Upload a folder's files and the pages in one commit."""
-    from huggingface_hub import CommitOperationAdd
+    """Upload a folder's files and the pages in one commit, on top of the commit whose files were looked at."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    head = str(api.model_info(place.repository, revision=place.revision).sha)
+    there = set(api.list_repo_files(place.repository, revision=head))
     files: dict[str, Path | bytes] = {
-        f"{place.path}/{path.name}".strip("/"): path for path in sorted(folder.iterdir()) if path.is_file()
+        _inside(place, path.name): path for path in sorted(folder.iterdir()) if path.is_file()
     }
-    files |= _pages(api, place, content, files.keys(), notes)
+    replaced = _replaced(place, there) - files.keys()
+    if replaced:
+        notes.append(f"deleted, since they were of the dictionary that was there: {', '.join(sorted(replaced))}")
+    files |= _pages(api, place, head, content, there, (there | files.keys()) - replaced, notes)
     operations = [
-        CommitOperationAdd(path, str(source) if isinstance(source, Path) else source)
-        for path, source in files.items()
-    ]  # fmt: skip
+        *(CommitOperationDelete(path) for path in sorted(replaced)),
+        *(
+            CommitOperationAdd(path, str(source) if isinstance(source, Path) else source)
+            for path, source in files.items()
+        ),
+    ]
     done = api.create_commit(
-        place.repository, operations, commit_message=f"Add {place.path or 'a dictionary'}", revision=place.revision
-    )
+        place.repository, operations, commit_message=f"Add {place.path or 'a dictionary'}", revision=place.revision,
+        parent_commit=head,
+    )  # fmt: skip
     url = f"{api.endpoint}/{place.repository}"
     return Publication(str(place), url, str(done.oid), tuple(sorted(files)), tuple(notes))
 
 
-def _pages(api: Any, place: HubName, content: Content, files: Any, notes: list[str]) -> dict[str, bytes]:
-    """The page of the dictionary, and that of the repository, which lists its dictionaries if there are several."""
-    there = api.list_repo_files(place.repository, revision=place.revision)
-    own = [one.place for one in dictionaries_in({*there, *files}).values() if one.files[-1].endswith(WEIGHTS_FILE)]
-    pages = {f"{place.path}/{PAGE}".strip("/"): card(content).encode()}
-    if not place.path:
-        return pages
-    if PAGE in there and not _is_own_page(api, place):
-        notes.append(f"the repository's {PAGE} was not written by sae, and stays as it is")
-        return pages
+def _inside(place: HubName, name: str) -> str:
+    """Path of a file in the dictionary's folder."""
+    return f"{place.path}/{name}" if place.path else name
+
+
+def _replaced(place: HubName, there: Collection[str]) -> set[str]:
+    """Files in the repository that belong to a dictionary which `push` has uploaded to the same path."""
+    if not {_inside(place, CONFIG_FILE), _inside(place, WEIGHTS_FILE)} <= set(there):
+        return set()
+    return {_inside(place, name) for name in _REPLACED} & set(there)
+
+
+def _pages(
+    api: Any,
+    place: HubName,
+    head: str,
+    content: Content,
+    there: Collection[str],
+    files: Collection[str],
+    notes: list[str],
+) -> dict[str, bytes]:
+    """The page of the dictionary, and that of the repository, which lists its dictionaries if there are several.
+
+    Args:
+        api: the hub's.
+        place: of the dictionary.
+        head: the commit before the upload.
+        content: what the page of the dictionary shows.
+        there: the commit's files.
+        files: those after the upload.
+        notes: one is added for each page that stays as it is.
+    """
+    own = [one.place for one in dictionaries_in(files).values() if PurePosixPath(one.files[-1]).name == WEIGHTS_FILE]
     top = card(content, place.path) if own == [place.path] else index(place, own, content)
-    return {**pages, PAGE: top.encode()}
+    pages = {_inside(place, PAGE): card(content), PAGE: top}
+    for path in pages.keys() & set(there):
+        if not _is_own_page(api, place, head, path):
+            whose = "the repository's " if path == PAGE else ""
+            notes.append(f"{whose}{path} was not written by sae, and stays as it is")
+            del pages[path]
+    return {path: page.encode() for path, page in pages.items()}
 
 
-def _is_own_page(api: Any, place: HubName) -> bool:
-    """Whether the repository's page may be written again: ours, or one that the hub made with the repository."""
-    page = Path(api.hf_hub_download(place.repository, PAGE, revision=place.revision)).read_text("utf-8", "replace")
+def _is_own_page(api: Any, place: HubName, head: str, path: str) -> bool:
+    """Whether a page may be written again: ours, or one that the hub made with the repository."""
+    page = Path(api.hf_hub_download(place.repository, path, revision=head)).read_text("utf-8", "replace")
     return MARK in page or page.strip() in ("", "---\n---")
 
 
@@ -254,7 +318,8 @@ def _hub_errors(place: HubName) -> Iterator[None]:
     except ImportError as error:
         raise ConfigError(f"{str(place)!r}: uploads need huggingface_hub: pip install 'sae[hub]'") from error
     except Exception as error:
-        raise FormatError(f"upload to {str(place)!r}: {_reason(error, place)}") from error
+        reason = f"on this machine: {first_line(error)}" if is_local(error) else _reason(error, place)
+        raise FormatError(f"upload to {str(place)!r}: {reason}") from error
 
 
 def _reason(error: Exception, place: HubName) -> str:
@@ -269,6 +334,8 @@ def _reason(error: Exception, place: HubName) -> str:
             f"the hub does not let you write to {place.repository!r} ({status or 'no token'}): set HF_TOKEN to a token "
             "that may write there, or run 'hf auth login'"
         )
+    if status == 412:
+        return f"another upload to {place.repository!r} came first (412): run the same command again"
     if isinstance(error, HfHubHTTPError) and status is not None and 400 <= status < 500 and status != 429:
         return f"the hub refuses it ({status}: {first_line(error)}); check the name and the revision"
     return explain_hub_error(error, place.repository, "dictionary", "")
