@@ -11,11 +11,16 @@ is the last token of a word; the model has read the passage up to it and nothing
 `sae.probing.find_concept` chooses a feature on one half of the books and scores it on the other half; its standard
 error is over books. Next to it: the best neuron of the same search, the same search with labels shuffled within books,
 the other dictionaries, and a dictionary of the same size with random directions.
+
+    python benchmarks/concepts.py --again
+
+writes the report of a run anew from its JSON file, without measuring.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 import sys
@@ -23,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import report
 import torch
@@ -30,9 +36,11 @@ import torch
 import sae
 from sae.architectures import TopK
 from sae.dictionary.token_policy import TokenPolicy
+from sae.results.estimate import Estimate
 from sae.text.endings import last_tokens
 from sae.training.initialise import initialise_
 
+TITLE = "Features for ten concepts"
 WORD = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)?|\d[\d,.]*\d|\d")
 MOST_WORDS, LEAST_WORDS = 90, 40
 """Words of a passage; shorter paragraphs are left out, longer ones cut."""
@@ -273,15 +281,24 @@ def random_dictionary(like: sae.Dictionary, rows: torch.Tensor, k: int) -> sae.D
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("books", type=Path, help="folder of plain-text books")
-    parser.add_argument("model", help="language model")
-    parser.add_argument("dictionaries", nargs="+", help="dictionaries of it at one hook point")
+    parser.add_argument("books", type=Path, nargs="?", help="folder of plain-text books")
+    parser.add_argument("model", nargs="?", help="language model")
+    parser.add_argument("dictionaries", nargs="*", help="dictionaries of it at one hook point")
+    parser.add_argument("--trained-on", type=int, help="number of the books that the dictionaries were trained on")
     parser.add_argument("--passages", type=int, default=200, help="most of them per book")
     parser.add_argument("--words", type=int, default=13, help="most words with a concept, and without it, per book")
     parser.add_argument("--permutations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="concepts", help="of the files in docs/results/")
+    parser.add_argument("--again", action="store_true", help="write the report anew from NAME.json")
     arguments = parser.parse_args()
+    if arguments.again:
+        numbers = json.loads((report.RESULTS / f"{arguments.name}.json").read_text(encoding="utf-8"))
+        described = numbers.pop("machine")
+        report.write(arguments.name, TITLE, text(numbers), numbers, described)
+        return
+    if not arguments.dictionaries:
+        parser.error("give BOOKS, MODEL and DICTIONARY, or --again")
     began, described = time.perf_counter(), report.machine()
     rng = random.Random(f"concepts {arguments.seed}")
     files = sorted(arguments.books.glob("*.txt"))
@@ -315,52 +332,67 @@ def main() -> None:
         ]
         print(name, results[name][0].best, flush=True)
     described |= {"hook": hook, "dictionary": shape(dictionaries[0])}
+    measured = {name: value for name, value in vars(arguments).items() if name != "again"}
     numbers = {
         "passages": used, "books": len(files), "words": len(wanted),
-        "reading_seconds": round(seconds, 1), "arguments": {**vars(arguments), "books": arguments.books.name,
+        "reading_seconds": round(seconds, 1), "arguments": {**measured, "books": arguments.books.name,
         "model": Path(arguments.model).name, "dictionaries": [Path(one).name for one in arguments.dictionaries]},
         "rules": {name: {"rule": one.rule, "of_token": one.of_token} for name, one in CONCEPTS.items()},
         "concepts": {name: [result.to_json() for result in found] for name, found in results.items()},
     }  # fmt: skip
-    report.write(arguments.name, "Features for ten concepts", text(results, len(files), used), numbers, described)
+    report.write(arguments.name, TITLE, text(numbers), numbers, described)
 
 
 def shape(dictionary: sae.Dictionary) -> str:
     return f"{dictionary.architecture}, {dictionary.d_in} → {dictionary.d_sae:,}"
 
 
-def p_of(result: sae.probing.ConceptSearch) -> str:
-    p = result.best.p
-    return f"{'≤ ' if p * (1 + result.settings.permutations) < 1.5 else ''}{p:.2g}"
+def estimate(record: dict[str, Any], *, sign: bool = False) -> str:
+    shown = str(Estimate.from_json(record))
+    return f"+{shown}" if sign and record["value"] > 0 else shown
 
 
-def text(results: dict[str, list[sae.probing.ConceptSearch]], books: int, passages: int) -> str:
-    """The report: scores, then the rules."""
+def p_of(result: dict[str, Any]) -> str:
+    p = result["features"][0]["p"]
+    return f"{'≤ ' if p * (1 + result['settings']['permutations']) < 1.5 else ''}{p:.2g}"
+
+
+def text(numbers: dict[str, Any]) -> str:
+    """The report: where from, scores, then the rules."""
     head = [
         "concept", "examples", "feature", "AUC", "best neuron", "difference", "p", "labels shuffled",
-        "other seeds", "random directions",
+        "other seeds", "difference, other seeds", "random directions",
     ]  # fmt: skip
-    cells = []
-    for name, (result, *others, chance) in results.items():
+    cells, rules = [], numbers["rules"]
+    for name, (result, *others, chance) in numbers["concepts"].items():
+        best, null = result["features"][0], result["null"]
         cells.append([
-            f"{name}{' †' if CONCEPTS[name].of_token else ''}", f"{sum(result.examples) + sum(result.held_out)}",
-            str(result.best.index), str(result.best.auc), str(result.neuron.auc), str(result.gain),
-            p_of(result),
-            f"{result.null.auc:.3f} ± {result.null.deviation:.3f} ({result.null.search_auc:.3f})",
-            ", ".join(str(other.best.auc) for other in others) or "–", f"{chance.best.auc} (p {p_of(chance)})",
+            f"{name}{' †' if rules[name]['of_token'] else ''}", f"{sum(result['examples']) + sum(result['held_out'])}",
+            str(best["index"]), estimate(best["auc"]), estimate(result["neuron"]["auc"]),
+            estimate(result["gain"], sign=True), p_of(result),
+            f"{null['auc']:.3f} ± {null['deviation']:.3f} ({null['search_auc']:.3f})",
+            ", ".join(estimate(other["features"][0]["auc"]) for other in others) or "–",
+            ", ".join(estimate(other["gain"], sign=True) for other in others) or "–",
+            f"{estimate(chance['features'][0]['auc'])} (p {p_of(chance)})",
         ])  # fmt: skip
-    rules = report.table(["concept", "a word has it if"], [[name, one.rule] for name, one in CONCEPTS.items()], left=2)
+    seeds = [found[:-1] for found in numbers["concepts"].values()]
+    held_out = sorted({result["groups"][1] for found in seeds for result in found})
+    trained_on = numbers["arguments"].get("trained_on")
     return (
-        f"{passages:,} passages of {books} books; a feature is chosen on half of the books, and its AUC is of the "
-        f"other half.\n\n" + report.table(head, cells) + "\n"
+        f"Model {numbers['arguments']['model']}. {numbers['passages']:,} passages of {numbers['books']} books; a "
+        "feature is chosen on half of the books, and its AUC is of the other half.\n"
+        + ("" if trained_on is None else f"{trained_on} of the books are training text of the dictionaries.\n")
+        + "\n" + report.table(head, cells) + "\n"
         "† The word alone decides the label: a feature for these tokens is enough. AUC ½ is chance; ± is the "
-        "standard error over books (DeLong's, clustered), a deviation over searches for shuffled labels. "
-        "Difference: the feature minus the neuron, on the same examples. p: share of searches with labels shuffled "
-        "within books whose best AUC on the searched half is as high. Labels shuffled: held-out AUC of what such "
-        "searches find (and its AUC in the search). Other seeds: the same search in dictionaries trained from "
-        "another seed. Random directions: a dictionary of the same size and sparsity that was not trained, and its "
-        "p.\n\n" + rules
-    )
+        f"standard error over the {' or '.join(map(str, held_out))} books that are scored (DeLong's, clustered), a "
+        "deviation over searches for shuffled labels. Difference: the feature minus the neuron, on the same examples. "
+        "p: share of searches with labels shuffled within books whose best AUC on the searched half is as high. Labels "
+        "shuffled: held-out AUC of what such searches find (and its AUC in the search). Other seeds: the same search "
+        "in dictionaries trained from another seed, and the difference to the same neuron. Random directions: a "
+        "dictionary of the same size and sparsity that was not trained, and its p."
+        f"{numbers.get('corrected', '')}\n\n"
+        + report.table(["concept", "a word has it if"], [[name, one["rule"]] for name, one in rules.items()], left=2)
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

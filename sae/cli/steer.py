@@ -8,17 +8,20 @@ from pathlib import Path
 import click
 
 from sae.cli.arguments import Options, beginning_again
+from sae.cli.text import settings_and_texts
 from sae.console.terminal import output, say
 from sae.errors import ConfigError
+from sae.files.printable import one_line
 
 _FEATURE = re.compile(r"(\d{1,18})(?:=([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))?")
 _PLACES = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 _MOST_POSITIONS = 100_000
+_AS_PROMPT = "put a space before the ="
 
 
 @click.command()
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("arguments", nargs=-1, required=True, metavar="FEATURE=VALUE... PROMPT...")
+@click.argument("arguments", nargs=-1, required=True, metavar="FEATURE=VALUE... PROMPT... [KEY=VALUE]...")
 @click.option(
     "--mode",
     default="add",
@@ -79,8 +82,10 @@ def steer(
     equally long change in a random direction; KL divergences of the next-token distribution are given for each. RUN is
     a run folder, or any folder with a dictionary, with --model. VALUE is in units of the feature's activation; what is
     usual is shown if the run has a feature store. With --mode ablate, FEATURE alone is enough.
+    KEY=VALUE overrides settings of the run: model.*, harvest.cache, device.
     """
-    features, prompts = _split(arguments, mode)
+    overrides, given = settings_and_texts(arguments, _AS_PROMPT)
+    features, prompts = _split(given, mode)
     places = _positions(positions)
     from sae.model.steering import Steering
     from sae.model.steering_effect import measure_steering
@@ -89,7 +94,7 @@ def steer(
 
     steering = Steering(features, mode, places, tokens or None)  # type: ignore[arg-type]
     with beginning_again("it"), options.progress() as progress:
-        opened = open_in_model(path, model, device, progress)
+        opened = open_in_model(path, model, device, progress, overrides=overrides)
         progress("generate", 0, 1)
         effect = measure_steering(
             opened.language_model,
@@ -118,6 +123,11 @@ def _split(arguments: tuple[str, ...], mode: str) -> tuple[dict[int, float], lis
     prompts: list[str] = []
     for argument in arguments:
         match = _FEATURE.fullmatch(argument)
+        if match is None and (feature := re.match(r"\d+=", argument)):
+            raise ConfigError(
+                f"{one_line(argument, 80)!r}: not a feature and a number, such as {feature[0][:20]}8.5; if it is a "
+                f"prompt, {_AS_PROMPT}"
+            )
         if match is None or (match[2] is None and mode != "ablate"):
             prompts.append(argument)
         elif match[2] is not None and mode == "ablate":
@@ -128,7 +138,8 @@ def _split(arguments: tuple[str, ...], mode: str) -> tuple[dict[int, float], lis
             features[int(match[1])] = float(match[2] or 0)
     if not features:
         wanted = "FEATURE, such as 123" if mode == "ablate" else "FEATURE=VALUE, such as 123=8"
-        raise ConfigError(f"{arguments[0]!r}: no feature among the arguments; give {wanted}")
+        shown = f"{arguments[0]!r}: " if arguments else ""
+        raise ConfigError(f"{shown}no feature among the arguments; give {wanted}")
     if not prompts:
         raise ConfigError("there is no prompt: give one or several texts after the features")
     return features, prompts

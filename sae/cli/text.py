@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 from sae.cli.arguments import Options, beginning_again
+from sae.config.file import READ_BY_RUN, describe_keys
 from sae.console.terminal import say
-from sae.errors import DataError
+from sae.errors import ConfigError, DataError
+from sae.files.printable import one_line
 
 _STANDARD_INPUT = "-"
 _MOST_CHARACTERS = 1_000_000
+_SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)=")
 
 
 @click.command()
 @click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("texts", nargs=-1, metavar="[TEXT]...")
+@click.argument("texts", nargs=-1, metavar="[TEXT]... [KEY=VALUE]...")
 @click.option("--file", "files", multiple=True, type=click.Path(path_type=Path), help="Read a text from this file.")
 @click.option(
     "--top",
@@ -58,20 +64,22 @@ def text(
 
     TEXT is a text, or - for standard input, which is read, too, if it is not a terminal and there is no TEXT. RUN is a
     run folder, or any folder with a dictionary, with --model. If it has a feature store, each feature is shown with
-    what is known about it. Tokens that were masked out of training, such as BOS, are shown as masked.
+    what is known about it. Tokens that were masked out of training, such as BOS, are shown as masked. KEY=VALUE
+    overrides settings of the run: model.*, harvest.cache, device.
     """
     if page is not None and (not page.name or page.is_dir()):
         raise click.BadParameter(
             f"{str(page)!r} is not a file name; give one, such as page.html.", param_hint="'--page'"
         )
-    read = _texts(texts, files)
+    overrides, given = settings_and_texts(texts, "give it with --file, or on standard input")
+    read = _texts(given, files)
     from sae.features.text_features import text_features
     from sae.runs.in_model import open_in_model
     from sae.viewer.text_page import write_text_page
     from sae.viewer.text_terminal import print_text_features
 
     with beginning_again("it"), options.progress() as progress:
-        opened = open_in_model(path, model, device, progress)
+        opened = open_in_model(path, model, device, progress, overrides=overrides)
         results = [
             text_features(
                 opened.dictionary,
@@ -94,6 +102,29 @@ def text(
         print_text_features(result, per_token=per_token)
 
 
+def settings_and_texts(arguments: Iterable[str], way_out: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split arguments into settings of a run, as KEY=VALUE, and texts.
+
+    Args:
+        arguments: those that begin with the key of a setting, or with `model.` or `harvest.cache`, and = are settings.
+        way_out: what to do if it is a text, for the message.
+
+    Raises:
+        ConfigError: a finished run does not read a setting.
+    """
+    keys = {argument: match[1] for argument in arguments if (match := _SETTING.match(argument))}
+    known = {key for key, *_ in describe_keys()} if keys else set()
+    groups = tuple(key for key in READ_BY_RUN if "." in key)
+    settings = [argument for argument, key in keys.items() if key in known or key.startswith(groups)]
+    for setting in settings:
+        if not setting.startswith(READ_BY_RUN):
+            raise ConfigError(
+                f"{one_line(setting, 80)!r}: a setting that a finished run does not read; it reads "
+                f"{', '.join(READ_BY_RUN)}. If it is a text, {way_out}"
+            )
+    return tuple(settings), tuple(argument for argument in arguments if argument not in settings)
+
+
 def _texts(texts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
     """The texts of a command.
 
@@ -101,6 +132,8 @@ def _texts(texts: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
         DataError: there is none, one is too long, or a file cannot be read.
     """
     words = texts or ((_STANDARD_INPUT,) if not files and not sys.stdin.isatty() else ())
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # as for files
     read = [sys.stdin.read(_MOST_CHARACTERS + 1) if word == _STANDARD_INPUT else word for word in words]
     for file in files:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sae.files.formats import Format
+from sae.files.hashes import UnhashedWarning
 from sae.files.kept import KeptResult
 from sae.files.paths import expanded
 from sae.files.reading import taken_apart
+from sae.files.writing import json_content, write_bytes
 
 FORMAT = Format("sae-attribution", 1)
 INTEGRATED_GRADIENTS, GRADIENT_ACTIVATION = "integrated_gradients", "gradient_activation"
@@ -207,7 +210,9 @@ class Attribution:
             CacheError: the file cannot be written.
         """
         path = expanded(path)
-        return KeptResult(FORMAT, path.name).write(path.parent, self.to_json())[0]
+        content = KeptResult(FORMAT, path.name).headed(self.to_json())
+        write_bytes(path, json_content(content), hashed=False)  # the path can be anywhere
+        return path
 
     @staticmethod
     def load(path: str | Path) -> Attribution:
@@ -217,7 +222,9 @@ class Attribution:
             FormatError: it is not such a file, is damaged or has a newer version.
         """
         path = expanded(path)
-        record = KeptResult(FORMAT, path.name).read(path.parent, f"attribution {str(path)!r}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnhashedWarning)  # `save` records no hash
+            record = KeptResult(FORMAT, path.name).read(path.parent, f"attribution {str(path)!r}")
         with taken_apart(path):
             values = {field.name: record[field.name] for field in dataclasses.fields(Attribution)}
             values |= {name: np.array(values[name], dtype=kind) for name, kind in _COLUMNS.items()}

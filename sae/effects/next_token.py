@@ -99,7 +99,7 @@ def token_id(language_model: LanguageModel, token: str | int, vocabulary: int) -
         if not 0 <= token < vocabulary:
             raise ConfigError(f"token {token}: {language_model.info.name} has logits of tokens 0 to {vocabulary - 1}")
         return token
-    ids: list[int] = language_model.tokenizer(token, add_special_tokens=False)["input_ids"]
+    ids = language_model.text_ids(token)
     if len(ids) != 1:  # some tokenizers put a space before every text
         texts = Vocabulary.of(language_model.tokenizer).tokens
         ids = [number for number, text in enumerate(texts) if text == token.encode()][:1] or ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +43,8 @@ def read_labels(path: Path, features: int) -> dict[int, str]:
         FormatError: the file cannot be read, or an entry is not a feature with a text; none of the labels are used.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:  # line ends within a quoted label stay
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"labels {str(path)!r}: cannot be read as UTF-8 ({error})") from error
     entries = _of_json(path, text) if path.suffix == ".json" else _of_csv(path, text)
@@ -57,22 +59,23 @@ def read_labels(path: Path, features: int) -> dict[int, str]:
             )
         if int(key) in labels:
             raise FormatError(f"labels {str(path)!r}, {where}: feature {int(key)} has a label already; keep one")
-        labels[int(key)] = " ".join(label.split())
+        valid = label.encode("utf-8", "replace").decode()  # JSON may escape lone surrogates, which no file can hold
+        labels[int(key)] = " ".join(valid.split())
     return {feature: label for feature, label in labels.items() if label}
 
 
 def _of_json(path: Path, text: str) -> Iterable[tuple[str, str, Any]]:
     try:
-        pairs = json.loads(text, object_pairs_hook=list)
+        pairs = json.loads(text, object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"labels {str(path)!r}: not JSON ({one_line(str(error), 100)}); {_HOW}") from error
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+    if not isinstance(pairs, tuple):  # an object, not a list
         raise FormatError(f"labels {str(path)!r}: not an object; {_HOW}")
     return [(f"entry {number}", key, label) for number, (key, label) in enumerate(pairs, 1)]
 
 
 def _of_csv(path: Path, text: str) -> Iterable[tuple[str, str, Any]]:
-    rows = csv.reader(text.splitlines())
+    rows = csv.reader(io.StringIO(text, newline=""))
     try:
         lines = [(rows.line_num, row) for row in rows if row]
     except csv.Error as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae.dictionary.base import Dictionary
 from sae.dictionary.origin import Place, check_belongs
+from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, ModelError, UnknownFeatureError
 from sae.features.store import Features
 from sae.model.language_model import LanguageModel
@@ -126,12 +127,13 @@ def text_features(
         top: number of strongest features of the text.
         features: the features of the text instead, whether they fire or not.
         store: what is known about features: a feature store, or the path of one or of its run folder.
-        max_density: leave out features that fire on a larger share of the tokens that the store was collected from.
+        max_density: leave out features that fire on a larger share of the tokens that the store was collected from:
+            from the strongest ones, from those of tokens and from their number, not from `features`.
         hook: hook point that the dictionary reads; None for the one it was trained on.
 
     Raises:
         ConfigError: the text has no tokens or too many; `max_density` is given without a store; or the store is of
-            another number of features.
+            another dictionary.
         UnknownFeatureError: the dictionary has no such feature.
         ModelError: the dictionary belongs to another model, or its hook point is unknown.
     """
@@ -145,16 +147,17 @@ def text_features(
     start, contexts = _contexts(dictionary, language_model, text)
     encoded = [_encoded(dictionary, language_model, reads, context) for context in contexts]
     codes = _joined(encoded, dictionary.d_sae)
+    listed = codes
     if known is not None and max_density < 1:
-        codes = codes.without(known.summary().density > max_density)
+        listed = codes.without(known.summary().density > max_density)
     pieces = _pieces(language_model, contexts, start)
-    chosen = list(dict.fromkeys(features)) or codes.strongest(top)
+    chosen = list(dict.fromkeys(features)) or listed.strongest(top)
     return TextFeatures(
         reads,
         dictionary.d_sae,
-        tuple(codes.at_tokens(pieces)),
+        tuple(listed.at_tokens(pieces)),
         tuple(_feature(number, codes, known) for number in chosen),
-        codes.fired,
+        listed.fired,
     )
 
 
@@ -228,7 +231,7 @@ def _feature(number: int, codes: _Codes, store: Features | None) -> TextFeature:
 def _contexts(dictionary: Dictionary, language_model: LanguageModel, text: str) -> tuple[int, list[list[int]]]:
     """The text's ids, in contexts that the model can read, and how many ids each begins with as in training."""
     policy = token_policy(dictionary)
-    ids = language_model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = language_model.text_ids(text)
     if not ids:
         raise ConfigError("the text has no tokens: give some words")
     if len(ids) > _MOST_TOKENS:
@@ -294,4 +297,9 @@ def _check(dictionary: Dictionary, features: Collection[int], store: Features | 
         raise ConfigError(
             f"feature store {str(store.path)!r}: it has {len(store):,} features, the dictionary {dictionary.d_sae:,}; "
             "give the store of this dictionary"
+        )
+    if store is not None and store.info.get("dictionary_sha256") != weights_sha256(dictionary):
+        raise ConfigError(
+            f"feature store {str(store.path)!r}: it was collected from other weights than the dictionary's; give the "
+            "store of this dictionary, or collect it anew with 'sae features RUN'"
         )

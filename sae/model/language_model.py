@@ -207,10 +207,19 @@ class LanguageModel(HookedModel):
         """
         texts = [text] if isinstance(text, str) else list(text)
         start = [self.bos] if prepend_bos and self.bos is not None else []
-        rows = [[*start, *self.tokenizer(string, add_special_tokens=False)["input_ids"]] for string in texts]
+        rows = [[*start, *self.text_ids(string)] for string in texts]
         if not all(rows) or not rows:
             raise ModelError("there is no text, or a text has no tokens: leave out empty texts")
         return rows
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text, without `bos`; none for an empty text.
+
+        Lone surrogates, which stand for undecodable bytes of an argument or a file name, become `?`: no tokenizer takes
+        them.
+        """
+        valid = text.encode("utf-8", "replace").decode()
+        return self.tokenizer(valid, add_special_tokens=False, verbose=False)["input_ids"]
 
     def to_texts(self, tokens: Int[Tensor, "*context"] | Sequence[int]) -> list[Any]:
         """The text of each token, spaces and line ends included, in lists nested like `tokens`.

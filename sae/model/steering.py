@@ -34,11 +34,13 @@ class Steering:
         mode: `add` adds the value to the activation, `clamp` sets the activation to it, `scale` multiplies by it, and
             `ablate` sets the activation to 0. Features that do not fire have the activation 0.
         positions: `all` tokens, those of the `prompt`, those `generated`, or positions in the text, from 0 (with BOS,
-            if the text begins with it). Outside of `LanguageModel.generate`, all tokens are those of a prompt.
+            if the text begins with it). Outside of `LanguageModel.generate`, all tokens are those of a prompt, those
+            that `hf_model.generate` makes included.
         tokens: only at these tokens: ids, or texts that are one token each; None: at any.
 
     Raises:
-        ConfigError: there is no feature, a value is missing or not finite, or `mode` or `positions` is unknown.
+        ConfigError: there is no feature, position or token, a position is negative, a value is missing or not finite,
+            or `mode` or `positions` is unknown.
     """
 
     features: Mapping[int, float] | Sequence[int]
@@ -53,6 +55,14 @@ class Steering:
             raise ConfigError("there is no feature to steer with: give features, as in {123: 8.0}")
         if isinstance(self.positions, str) and self.positions not in _PLACES:
             raise ConfigError(f"positions={self.positions!r}: expected {', '.join(_PLACES)}, or numbers from 0")
+        if not isinstance(self.positions, str):
+            places = list(self.positions)
+            if not places:
+                raise ConfigError("there is no position to steer at: give numbers from 0, or positions='all'")
+            if negative := [place for place in places if place < 0]:
+                raise ConfigError(f"positions: {negative[0]} is negative; positions are counted from the text's start")
+        if self.tokens is not None and not isinstance(self.tokens, str) and not list(self.tokens):
+            raise ConfigError("there is no token to steer at: give ids or texts, or tokens=None for any")
         if not isinstance(self.features, Mapping) and self.mode != "ablate":
             raise ConfigError(f"mode={self.mode!r}: give a value for each feature, as in {{{self.features[0]}: 8.0}}")
         for feature, value in self.values.items():
@@ -87,8 +97,9 @@ def steer(
 
     At each steered token, x becomes x + decode(f′) − decode(f), where f are the features of x and f′ those after the
     change: what the dictionary does not explain of x stays as it is. With `add`, x moves by the value times the
-    feature's direction, whether it fires or not. Tokens that were masked out of training (BOS, first positions) are not
-    steered. Blocks may be nested: later ones see what earlier ones have changed.
+    feature's direction, whether it fires or not. Tokens that the dictionary records as masked out of training (such as
+    BOS, first positions) are not steered; without such a record, all are. Blocks may be nested: later ones see what
+    earlier ones have changed.
 
     Steering by adding to activations: Turner et al. 2023 (activation addition); by clamping features: Templeton et al.
     2024.
@@ -110,7 +121,7 @@ def steer(
     Raises:
         ConfigError: as for `Steering`.
         UnknownFeatureError: the dictionary has no such feature.
-        ModelError: as for `splice`; or a text in `tokens` is not one token of the model.
+        ModelError: as for `splice`; or an entry of `tokens` is not one token of the model.
     """
     if not isinstance(features, Steering):
         features = Steering(features, mode, positions, tokens)
@@ -161,7 +172,7 @@ def _ids(language_model: LanguageModel, tokens: Collection[int | str] | None) ->
     """Ids of tokens.
 
     Raises:
-        ModelError: a text is not one token.
+        ModelError: a text is not one token, or the model has no such id.
     """
     if tokens is None:
         return None
@@ -170,6 +181,10 @@ def _ids(language_model: LanguageModel, tokens: Collection[int | str] | None) ->
         row = [token] if isinstance(token, int) else language_model.to_tokens(token, prepend_bos=False)[0].tolist()
         if len(row) != 1:
             raise ModelError(f"tokens: {token!r} is {len(row)} tokens of {language_model.info.name}; give single ones")
+        if not 0 <= row[0] < language_model.rows:
+            raise ModelError(
+                f"tokens: {row[0]} is no token; {language_model.info.name} has 0 to {language_model.rows - 1}"
+            )
         ids += row
     return torch.tensor(ids, dtype=torch.int64, device=language_model.device)
 

@@ -83,7 +83,8 @@ def sentences(result: ConceptSearch) -> list[str]:
         f"finds {null.search_high:.3f} or more. On held-out examples its AUC is {best.auc}, that of the best neuron "
         f"{result.neuron.auc}; difference {result.gain}.",
         f"Searched: {result.d_sae:,} features on {_sides(result.examples)} examples of {result.groups[0]:,} texts or "
-        f"groups; held out: {_sides(result.held_out)} of {result.groups[1]:,}. ± standard error over groups. With "
+        f"groups; held out: {_sides(result.held_out)} of {result.groups[1]:,}. ± standard error over groups"
+        f"{' (–: unknown, since one side is in a single group)' if best.auc.standard_error is None else ''}. With "
         "shuffled labels: mean of the best of each search, and ± deviation over searches.",
     ]
 

@@ -89,11 +89,19 @@ def read_texts(path: Path) -> list[str]:
     """
     if path.name.endswith(_SUFFIXES):
         records = list(_records(path, ProbeConfig()))
-        column = _column(
-            str(path), "text", None, TEXT_COLUMNS, list(dict.fromkeys(key for row in records for key in row))
-        )
+        columns = list(dict.fromkeys(key for row in records for key in row))
+        column = next((name for name in TEXT_COLUMNS if name in columns), None)
+        if column is None:
+            raise DataError(
+                f"texts {str(path)!r}: no column 'text' or 'prompt'; name the column of the texts 'text' (it has: "
+                f"{', '.join(columns) or 'none'}), or give a file of labelled texts as DATA, with text=COLUMN"
+            )
         for number, record in enumerate(records, 1):
-            _check_kinds(str(path), number, column, record.get(column), "", None)
+            if not isinstance(value := record.get(column), str | None):
+                raise DataError(
+                    f"texts {str(path)!r}, row {number}: column {column!r} holds {kind_of_value(value)}; convert it to "
+                    "text"
+                )
         return [record.get(column) or "" for record in records]
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -110,13 +110,16 @@ def auc(
 
     The standard error is that of DeLong, DeLong and Clarke-Pearson (1988). V_i is the share of negatives below positive
     i (ties count half), W_j the share of positives above negative j. With m positives and n negatives,
-    SE² = Σ(V_i − A)²/(m(m−1)) + Σ(W_j − A)²/(n(n−1)). If groups have several examples, their terms are summed before
-    squaring (Obuchowski 1997).
+    SE² = Σ(V_i − A)²/(m(m−1)) + Σ(W_j − A)²/(n(n−1)). Where groups have several examples, the groups are the draws
+    (Obuchowski 1997): with P_g = Σ(V_i − A)/m and N_g = Σ(W_j − A)/n over the examples of group g,
+    SE² = a/(a−1) ΣP_g² + b/(b−1) ΣN_g² + 2G/(G−1) ΣP_g N_g, where a groups have a positive, b a negative, and there are
+    G. The error is unknown (None) if a or b is 1. It is 0, without being certain, if all positives are above all
+    negatives, or if all decisions are equal.
     """
     if labels.all() or not labels.any():
         return Estimate(None, None)
     value, terms = _auc_and_terms(labels, decisions)
-    return Estimate(value, _error_over_groups(terms, groups))
+    return Estimate(value, _error_over_groups(terms, labels, groups))
 
 
 def auc_difference(
@@ -131,8 +134,7 @@ def auc_difference(
     if labels.all() or not labels.any():
         return Estimate(None, None)
     (value, terms), (other, other_terms) = (_auc_and_terms(labels, decisions) for decisions in (first, second))
-    both = None if terms is None or other_terms is None else terms - other_terms
-    return Estimate(value - other, _error_over_groups(both, groups))
+    return Estimate(value - other, _error_over_groups(terms - other_terms, labels, groups))
 
 
 def majority_scores(
@@ -180,27 +182,30 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 def _auc_and_terms(
     labels: Bool[np.ndarray, " rows"], decisions: Float[np.ndarray, " rows"]
-) -> tuple[float, Float[np.ndarray, " rows"] | None]:
-    """The area, and each example's term of its variance; no terms if there are fewer than two of a class."""
+) -> tuple[float, Float[np.ndarray, " rows"]]:
+    """The area, and each example's term of its error: (V_i − A)/m of a positive, (W_j − A)/n of a negative."""
     positive, negative = decisions[labels], decisions[~labels]
-    m, n = len(positive), len(negative)
     above = _share_below(positive, negative)
     below = 1 - _share_below(negative, positive)
     value = float(above.mean())
-    if min(m, n) < 2:
-        return value, None
     terms = np.zeros(len(labels))
-    terms[labels] = (above - value) / math.sqrt(m * (m - 1))
-    terms[~labels] = (below - value) / math.sqrt(n * (n - 1))
+    terms[labels] = (above - value) / len(positive)
+    terms[~labels] = (below - value) / len(negative)
     return value, terms
 
 
-def _error_over_groups(terms: Float[np.ndarray, " rows"] | None, groups: Int[np.ndarray, " rows"]) -> float | None:
-    """The root of the sum over groups of the squared sums of their terms."""
-    if terms is None:
+def _error_over_groups(
+    terms: Float[np.ndarray, " rows"], labels: Bool[np.ndarray, " rows"], groups: Int[np.ndarray, " rows"]
+) -> float | None:
+    """The standard error of an area, see `auc`; None if fewer than two groups have a positive, or a negative."""
+    numbers, inverse = np.unique(groups, return_inverse=True)
+    sides = [len(np.unique(groups[side])) for side in (labels, ~labels)]
+    if min(sides) < 2:
         return None
-    _, inverse = np.unique(groups, return_inverse=True)
-    return math.sqrt(float(np.square(np.bincount(inverse, terms)).sum()))
+    positive, negative = (np.bincount(inverse, terms * side, minlength=len(numbers)) for side in (labels, ~labels))
+    a, b, both = (count / (count - 1) for count in (*sides, len(numbers)))
+    square = a * (positive**2).sum() + b * (negative**2).sum() + 2 * both * (positive * negative).sum()
+    return math.sqrt(max(0.0, float(square)))
 
 
 def _share_below(values: Float[np.ndarray, " m"], others: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:

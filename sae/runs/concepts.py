@@ -112,6 +112,9 @@ def _shown(
     by_sides, by_word = having is not None or lacking is not None, word is not None or texts is not None
     if by_sides + by_word + (data is not None) != 1:
         raise ConfigError(f"{'several concepts' if by_sides or by_word else 'no concept'}: {_WAYS}")
+    unread = [name for name in ("text", "label", "outside", "positive") if getattr(settings, name, None) is not None]
+    if data is None and unread:
+        raise ConfigError(f"{unread[0]}=…: read with DATA only, a file of labelled texts; leave it out")
     if by_sides:
         if having is None or lacking is None:
             missing = "with" if having is None else "without"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +34,16 @@ class InModel:
 
 
 def open_in_model(
-    place: str | Path, model: str | None = None, device: str | None = None, progress: Progress = silent
-) -> InModel:
+    place: str | Path, model: str | None = None, device: str | None = None, progress: Progress = silent, *,
+    overrides: Sequence[str] = (),
+) -> InModel:  # fmt: skip
     """A dictionary with its language model and its feature store.
 
     Args:
         place: a run folder, or what `sae.load` takes.
         model: name of the language model; None for that of the run, or for the one that the dictionary's files name.
         device: the device of both; None for that of the run, or for the fastest.
+        overrides: KEY=VALUE settings of the run, such as `model.dtype=bfloat16`.
         progress: called with (stage, done, total) while the model is loaded.
 
     Raises:
@@ -49,8 +52,8 @@ def open_in_model(
     """
     is_run = stands(expanded(place) / CONFIG_YAML)
     settings = {"model.name": model if is_run else None, "device": device}
-    overrides = [f"{key}={value}" for key, value in settings.items() if value is not None]
-    run = open_run(place, overrides, model=None if is_run else model, needs_texts=False, progress=progress)
+    given = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    run = open_run(place, [*overrides, *given], model=None if is_run else model, needs_texts=False, progress=progress)
     language_model = run.language_model
     dictionary = run.dictionary().to(language_model.device).requires_grad_(False)
     return InModel(dictionary, language_model, _store(expanded(place), dictionary))

@@ -52,6 +52,14 @@ def test_what_is_done_where(
     assert json.loads(done.out) == json.loads(json.dumps(effect.to_json()))
 
 
+def test_settings_of_the_run_are_no_prompts(run_folder: Path, command: Command) -> None:
+    words = ("5=6", "a =b", "x=1", "--max-new-tokens", 2, "--random", 1, "--json")
+    done = command("steer", run_folder, *words, "device=cpu", "model.trust_remote_code=false")
+    assert done.status == 0, done.err
+    assert [one["prompt"] for one in json.loads(done.out)["prompts"]] == ["a =b", "x=1"]
+    assert done.out == command("steer", run_folder, *words).out
+
+
 @pytest.mark.parametrize("columns", ["44", "160"])
 def test_any_width(run_folder: Path, command: Command, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
@@ -74,6 +82,15 @@ def test_what_cannot_be_done_is_refused(run_folder: Path, command: Command) -> N
         (("5=3",), "there is no prompt: give one or several texts after the features"),
         (("5=3", "5=4", "the river"), "'5=4': feature 5 has a value already"),
         (("5=3", "the river", "--mode", "ablate"), "'5=3': --mode ablate takes no value; give 5, or --mode clamp"),
+        (("5=3", "7=nan", "the river"), "'7=nan': not a feature and a number, such as 7=8.5; if it is a prompt, put a"),
+        (("5=8,5", "the river"), "'5=8,5': not a feature and a number"),
+        (("5=", "the river"), "'5=': not a feature and a number"),
+        (
+            ("5=3", "the river", "seed=1"),
+            "'seed=1': a setting that a finished run does not read; it reads model., harve",
+        ),
+        (("5=3", "the river", "data.tokens=9"), "If it is a text, put a space before the ="),
+        (("5=3", "the river", "model.trust=true"), "model.trust"),
         (("64=3", "the river"), "feature 64: the dictionary has features 0 to 63"),
         (("5=3", "the river", "--positions", "4-2"), "--positions='4-2': expected all, prompt, generated, or numbers"),
         (

@@ -56,6 +56,29 @@ def test_files_and_standard_input(
     assert both == f"{expected}\n{expected}"
 
 
+def test_settings_of_the_run_are_no_texts(run_folder: Path, command: Command) -> None:
+    expected = command("text", run_folder, "x=1").out
+    done = command("text", run_folder, "x=1", "device=cpu", "model.trust_remote_code=false")
+    assert (done.status, done.out) == (0, expected), done.err
+    assert_refused(
+        command("text", run_folder, "a", "seed=1"), "'seed=1': a setting", "If it is a text, give it with --file, or on"
+    )
+
+
+def test_undecodable_bytes_of_an_argument(run_folder: Path, command: Command) -> None:
+    done = command("text", run_folder, "the river\udcff")
+    assert (done.status, done.out) == (0, command("text", run_folder, "the river?").out), done.err
+
+
+def test_undecodable_bytes_of_standard_input(
+    run_folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = command("text", run_folder, "the river\ufffd").out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the river\xff"), encoding="utf-8"))
+    done = command("text", run_folder, "-")
+    assert (done.status, done.out) == (0, expected), done.err
+
+
 def test_chosen_features(run_folder: Path, command: Command) -> None:
     done = command("text", run_folder, "the river", "--feature", 5, "--feature", 60)
     rows = [line.split()[0] for line in done.out.partition("Features")[2].splitlines() if line.strip()]

@@ -113,6 +113,7 @@ def test_tables_name_tokens_features_and_what_they_fire_on() -> None:
 def test_json_and_back(tmp_path: Path) -> None:
     attribution = make_attribution()
     path = attribution.save(tmp_path / "new" / "paris.json")
+    assert [file.name for file in path.parent.iterdir()] == ["paris.json"]
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["format"] == "sae-attribution" and record["attribution"] == [1.0, 2.0, -1.25, 0.75, 0.75]
     assert record["dictionaries"][0]["gap"] == -0.5

@@ -75,10 +75,23 @@ def test_labels_may_be_json_and_lie_in_the_run_folder(features: Features) -> Non
     assert Features(features.path.parent).search("one line")[0].feature == 3
 
 
+def test_labels_of_any_characters(features: Features, tmp_path: Path) -> None:
+    """Line ends and separators in quotes, which str.splitlines would cut; half of a surrogate pair becomes `?`."""
+    content = 'feature,label\r\n5,"names\u2028of\x0ccities,\r\ntowns"\r\n2,a\x1cb\r\n'
+    (features.path / "labels.csv").write_bytes(content.encode())
+    assert features.labels == {5: "names of cities, towns", 2: "a b"}
+    (features.path / "labels.csv").unlink()
+    (features.path / "labels.json").write_text(r'{"3": "river \ud800 bank"}')
+    again = Features(features.path)
+    assert again.labels == {3: "river ? bank"}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("labels.json", "[1]", "not an object; labels.json is"),
+        ("labels.json", "[]", "not an object; labels.json is"),
+        ("labels.json", '{"1": {"2": "a"}}', "is not a text"),
         ("labels.json", '{"1": "a"', "not JSON"),
         ("labels.json", '{"1": 2}', "entry 1: 2 is not a text"),
         ("labels.json", '{"1": "a", "8": "b"}', "entry 2: '8' is not a feature; the store has 0 to 7"),

@@ -124,6 +124,11 @@ def test_what_a_store_knows(language_model: LanguageModel, stored: Any) -> None:
     assert {one.feature for one in rare.features} == kept
     assert {firing.feature for token in rare.tokens for firing in token.firing} == kept
     assert rare.fired == len(kept)
+    dense = next(one for one in result.features if one.feature not in kept)
+    [asked] = text_features(
+        dictionary, language_model, TEXT, store=store, features=[dense.feature], max_density=most
+    ).features
+    assert asked == dense and asked.count > 0
 
 
 def test_what_cannot_be_shown_is_refused(language_model: LanguageModel, stored: Any) -> None:
@@ -142,6 +147,10 @@ def test_what_cannot_be_shown_is_refused(language_model: LanguageModel, stored: 
         text_features(dictionary, language_model, "")
     with pytest.raises(ConfigError, match="has 64 features, the dictionary 8; give the store of this dictionary"):
         text_features(TopK(32, 8, k=2, metadata=dictionary.metadata), language_model, TEXT, store=store)
+    changed = make_dictionary(language_model)
+    changed.b_enc.data += 0.01
+    with pytest.raises(ConfigError, match="from other weights than the dictionary's; give the store of this"):
+        text_features(changed, language_model, TEXT, store=store)
     other = make_dictionary(language_model, model={**language_model.info.to_json(), "weights_sha256": "0" * 64})
     with pytest.raises(ModelError, match="not the dictionary's model"):
         text_features(other, language_model, TEXT)

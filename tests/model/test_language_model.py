@@ -373,6 +373,14 @@ def test_tokenizer_without_bos_refuses_to_prepend_it(
         language_model.token_policy(prepend_bos=True, masked_positions=1, mask_special_tokens=True)
 
 
+def test_undecodable_bytes_of_a_text_become_question_marks(language_model: LanguageModel) -> None:
+    expected = language_model.to_tokens("the river? a").tolist()
+    assert language_model.to_tokens("the river\udcff a").tolist() == expected
+    assert language_model.token_rows(["the river\ud83d a"]) == expected
+    assert language_model.to_texts(language_model.text_ids("the river\udcff"))[-1] == "?"
+    assert language_model.text_ids("") == []
+
+
 def test_texts_become_tokens(language_model: LanguageModel) -> None:
     ids = language_model.tokenizer("the river", add_special_tokens=False)["input_ids"]
     assert language_model.to_tokens("the river").tolist() == [[language_model.bos, *ids]]

@@ -263,6 +263,16 @@ def test_what_cannot_be_steered_is_refused(language_model: LanguageModel) -> Non
             steer(language_model, dictionary, *arguments).__enter__()
     with pytest.raises(ConfigError, match="positions='last': expected all, prompt, generated, or numbers from 0"):
         steer(language_model, dictionary, {1: 1.0}, positions="last").__enter__()
+    for settings, message in (
+        ({"positions": ()}, "there is no position to steer at: give numbers from 0"),
+        ({"positions": [3, -1]}, "positions: -1 is negative; positions are counted from the text's start"),
+        ({"tokens": []}, "there is no token to steer at"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            steer(language_model, dictionary, {1: 1.0}, **settings).__enter__()
+    for token in (-1, language_model.rows):
+        with pytest.raises(ModelError, match=rf"tokens: {token} is no token; .* has 0 to {language_model.rows - 1}"):
+            steer(language_model, dictionary, {1: 1.0}, tokens=[token]).__enter__()
     with pytest.raises(ConfigError, match="given twice: a Steering has them already"):
         steer(language_model, dictionary, Steering({1: 1.0}), positions="prompt").__enter__()
     with pytest.raises(ConfigError, match="random_directions=0: expected at least 1"):

@@ -58,8 +58,14 @@ def test_files_of_texts(tmp_path: Path) -> None:
     assert read_texts(tmp_path / "table.csv") == ["one, two", "three"]
     assert texts_of(tmp_path / "rows.jsonl", "") == (["one"], 1)
     (tmp_path / "wrong.csv").write_text("words,other\na,b\n", encoding="utf-8")
-    with pytest.raises(DataError, match="no column 'text' or 'prompt'"):
+    with pytest.raises(DataError, match=r"no column 'text' or 'prompt'; name the column of the texts 'text' \("):
         read_texts(tmp_path / "wrong.csv")
+    (tmp_path / "wrong.jsonl").write_text('{"words": "a", "other": 1}\n')
+    with pytest.raises(DataError, match=r"name the column of the texts 'text' \(it has: words, other\)"):
+        read_texts(tmp_path / "wrong.jsonl")
+    (tmp_path / "numbers.jsonl").write_text('{"text": "a"}\n{"text": 7}\n')
+    with pytest.raises(DataError, match=r"row 2: column 'text' holds a number \(7\); convert it to text"):
+        read_texts(tmp_path / "numbers.jsonl")
     with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
         read_texts(tmp_path / "missing.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
