@@ -127,7 +127,7 @@ def test_a_folder_without_a_dictionary_is_one_line(command: Command, tmp_path: P
 def test_it_is_in_the_help(command: Command) -> None:
     assert "info           Show what dictionaries are." in command("--help").out
     text = " ".join(command("info", "--help").out.split())
-    assert "FOLDER..." in text and "Neither weights nor a language model are loaded." in text
+    assert "FOLDER..." in text and "no weights of dictionaries in our own format." in text
     assert command("info").status == 2
 
 
