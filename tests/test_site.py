@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 QUESTIONS = {
     "Which hooks can I read?": {"guides/model"},
     "What does it cost?": {"guides/model"},
-    "How do I use my own model?": {"guides/model", "guides/splice"},  # from a folder; loaded already
+    "How do I use my own model?": {"guides/model"},
     "Can I use it offline?": {"guides/model", "guides/hub"},
     "How many tokens do I need?": {"guides/text"},
     "How do I read a jsonl file?": {"guides/text", "text"},

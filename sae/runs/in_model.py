@@ -11,7 +11,7 @@ from sae.config.progress import Progress, silent
 from sae.dictionary.base import Dictionary
 from sae.dictionary.saved import weights_sha256
 from sae.features.layout import INDEX
-from sae.features.store import Features
+from sae.features.store import Features, store_of
 from sae.files.paths import expanded, resolve
 from sae.files.writing import stands
 from sae.model.language_model import LanguageModel
@@ -62,7 +62,4 @@ def open_in_model(
 def _store(folder: Path, dictionary: Dictionary) -> Features | None:
     """The feature store next to a dictionary, unless it was collected from another one."""
     found = resolve(folder, "features", INDEX)
-    if found is None:
-        return None
-    store = Features(found)
-    return store if store.info.get("dictionary_sha256") == weights_sha256(dictionary) else None
+    return None if found is None else store_of(found, weights_sha256(dictionary))
