@@ -24,7 +24,7 @@ assert sys.modules["sae"] is None
 
 
 def snippet() -> str:
-    section = GUIDE.read_text(encoding="utf-8").partition("## How do I use a dictionary without this package?")[2]
+    section = GUIDE.read_text(encoding="utf-8").partition("## Without this package")[2]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found
     return found[1]
