@@ -97,7 +97,8 @@ def attribute(
             logits = language_model.logits(tokens)
             function, name = _function(of, language_model, logits)
             value = checked_values(function, logits)
-        done, report = 0, progress or silent
+        done, total, report = 0, steps * len(splices), progress or silent
+        report("attribute", 0, total)
         parts: list[dict[str, np.ndarray]] = []
         results: list[AttributedDictionary] = []
         for number, spliced in enumerate(splices):
@@ -107,11 +108,11 @@ def attribute(
             for some, their in zip(points.split(path.at_once), weights.split(path.at_once), strict=True):
                 gradient += path.gradient(function, some, their)
                 done += len(some)
-                report("attribute", done, steps * len(splices))
+                report("attribute", done, total)
             columns = spliced.attributions(gradient, error_term)
             baseline = path.value(function, 0.0)
-            total = _totals(columns, len(value))
-            results.append(spliced.described(_numbers(value), _numbers(baseline), total))
+            totals = _totals(columns, len(value))
+            results.append(spliced.described(_numbers(value), _numbers(baseline), totals))
             parts.append({"dictionary": np.full(len(columns["context"]), number), **columns})
         joined = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
         return Attribution(
