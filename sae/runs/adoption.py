@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from sae.dictionary.hook_points import split
 from sae.dictionary.origin import Origin, in_current_form
 from sae.dictionary.saved import identify
 from sae.dictionary.sites import check_order
-from sae.errors import ConfigError
+from sae.errors import ConfigError, SaeError
 from sae.files.formats import fingerprint_of
-from sae.files.paths import short_name
+from sae.files.paths import expanded, short_name
 from sae.formats import circuit_tracer
 from sae.formats.foreign import CONVERTED
+from sae.text.corpus import STANDARD_LIBRARY, read_documents
 from sae.training.recipe import setting_of
 
 TOKENS, HELD_OUT_TOKENS = 100_000, 50_000
@@ -29,6 +31,8 @@ TOKENS, HELD_OUT_TOKENS = 100_000, 50_000
 `data.held_out_tokens`, which everything else is measured on. Nothing is trained, so they are small."""
 LOSS_TOKENS = 8192
 """Default of `evaluation.downstream_tokens` and `evaluation.legacy_tokens`."""
+FEW_DOCUMENTS = 20
+"""Fewer documents than this are divided into sections, each of which counts as a document."""
 _HASH = 8
 _LENGTH = DataConfig.model_fields["context_length"].default
 
@@ -115,14 +119,31 @@ def config_of(dictionary: Dictionary, name: str, words: Sequence[str]) -> RunCon
     config = parse_config(settings)
     data, harvest, evaluation = config.data, config.harvest, config.evaluation
     updates: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     if "holdout_fraction" not in data.model_fields_set:
         share = data.held_out_tokens / (data.tokens + data.held_out_tokens)
-        updates["data"] = data.model_copy(update={"holdout_fraction": min(max(round(share, 3), 0.05), 0.5)})
+        chosen["holdout_fraction"] = min(max(round(share, 3), 0.05), 0.5)
+    if "holdout_by" not in data.model_fields_set and _has_few_documents(data):
+        chosen["holdout_by"] = "section"
+    updates["data"] = data.model_copy(update=chosen)
     for section, part in (("harvest", harvest), ("evaluation", evaluation)):
         if "batch_contexts" not in part.model_fields_set:  # results do not depend on it, memory does
             contexts = max(1, part.batch_contexts * _LENGTH // data.context_length)
             updates[section] = part.model_copy(update={"batch_contexts": min(part.batch_contexts, contexts)})
     return config.model_copy(update=updates)
+
+
+def _has_few_documents(data: DataConfig) -> bool:
+    """Whether the text is on this machine, and so few documents that none of them might be held out."""
+    if any(source == STANDARD_LIBRARY or not expanded(source).exists() for source in data.sources):
+        return False
+    documents = chain.from_iterable(
+        read_documents(source, split=data.split, column=data.column) for source in data.sources
+    )  # fmt: skip
+    try:
+        return len(list(islice(documents, FEW_DOCUMENTS))) < FEW_DOCUMENTS
+    except SaeError:
+        return False  # whoever reads all of it says what is wrong
 
 
 def _settings(dictionary: Dictionary, origin: Origin) -> dict[str, Any]:

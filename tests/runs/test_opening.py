@@ -148,6 +148,22 @@ def test_what_the_files_say_decides_the_configuration(
     assert (config.harvest.batch_contexts, config.evaluation.batch_contexts) == (2, 1)
 
 
+@pytest.mark.parametrize(("documents", "words", "unit"), [
+    (19, (), "section"), (20, (), None), (2, ("data.holdout_by=document",), "document"),
+])  # fmt: skip
+def test_few_documents_are_divided_into_sections(
+    documents: int, words: tuple[str, ...], unit: str | None, own: Run, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(documents):
+        (texts / f"{number}.txt").write_text(f"text {number}", encoding="utf-8")
+    config = opening.config_of(
+        own.dictionary(), "it", [f"data.source={json.dumps(str(texts))}", "model.name=a", *words]
+    )
+    assert config.data.holdout_by == unit
+
+
 def test_the_same_arguments_find_the_folder_and_others_get_another(
     foreign: Callable[[str], Path], tiny_model: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
