@@ -119,12 +119,18 @@ def _hash_samples(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def hash_weights(model: Any) -> str:
-    """One digest over all weights, in order of their names; tensors are hashed in parallel."""
+def hash_weights(model: Any, dtype: torch.dtype | None = None) -> str:
+    """One digest over all weights, in order of their names; tensors are hashed in parallel.
+
+    Args:
+        model: a module.
+        dtype: number type in which floating-point weights are hashed; None: their own.
+    """
     tensors = sorted(model.state_dict().items())
 
     def digest(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
+        tensor = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
         content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return (
             hashlib.sha256(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()).digest()

@@ -14,6 +14,7 @@ VERSION = 2
 """Version of an origin in metadata. Version 1, which has no number, holds `hook`, `target_hook` and `target_model`."""
 WEIGHT_KEYS = ("weights_sha256", "weight_processing")
 """Entries that two models must share if a dictionary of one is used on activations of the other."""
+_WEIGHTS = WEIGHT_KEYS[0]
 COMPUTATION_KEYS = ("config_sha256", "code_sha256")
 """Entries that must be equal too, if both are known: the same weights can be computed with in different ways."""
 _TARGET = "target"
@@ -177,6 +178,8 @@ class Place:
         error: error to raise if the model differs.
         width: returns the width of the activations at a hook point; None: unknown.
         model_keys: entries that must be the same as in training, in addition to `COMPUTATION_KEYS`.
+        weights_in: returns `weights_sha256` of the model's weights in another number type, such as `float32`; None if
+            they cannot be hashed. None: unknown.
     """
 
     name: str
@@ -184,6 +187,7 @@ class Place:
     error: type[SaeError]
     width: Callable[[str], int] | None = None
     model_keys: Sequence[str] = WEIGHT_KEYS
+    weights_in: Callable[[str], str | None] | None = None
 
 
 def check_belongs(
@@ -227,8 +231,16 @@ def check_belongs(
 
 def _check_model(trained_on: Mapping[str, Any], place: Place) -> None:
     for key in place.model_keys:
-        if trained_on.get(key) not in (None, place.model.get(key)):
+        if trained_on.get(key) in (None, place.model.get(key)):
+            continue
+        if key != _WEIGHTS or not differs("dtype", trained_on, place.model):
             raise place.error(_mismatch(trained_on, place, key) + "; use the model it was trained on")
+        dtype = str(trained_on["dtype"])
+        if place.weights_in is None or place.weights_in(dtype) != trained_on[key]:
+            raise place.error(
+                _mismatch(trained_on, place, key) + f"; weights are {place.model['dtype']} there and were {dtype} in "
+                f"training: use the model it was trained on, in {dtype} (dtype={dtype})"
+            )
     for key in COMPUTATION_KEYS:
         if differs(key, trained_on, place.model):
             raise place.error(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae.config.progress import Progress, silent
 from sae.dictionary.base import Dictionary
-from sae.dictionary.origin import Place, check_belongs
+from sae.dictionary.origin import check_belongs
 from sae.dictionary.saved import weights_sha256
 from sae.dictionary.token_policy import TokenPolicy
 from sae.effects.attribution import (
@@ -249,11 +249,11 @@ def _splice(
     Raises:
         ModelError, ConfigError: it does not belong there, or no token counts.
     """
-    origin, info = dictionary.origin, language_model.info
+    origin = dictionary.origin
     reads, gives = origin.reads.hook, origin.gives.hook
     if reads is None or gives is None:
         raise ModelError("the dictionary does not record its hook point: set dictionary.metadata['hook']='blocks.N.…'")
-    check_belongs(origin, Place(f"model {info.name!r}", info.to_json(), ModelError))
+    check_belongs(origin, language_model.as_place)
     tail = language_model.tail(gives)
     start = tail.start(tokens)
     y = _at_least_float32(tail.activations(start))

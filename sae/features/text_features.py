@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.dictionary.base import Dictionary
-from sae.dictionary.origin import Place, check_belongs
+from sae.dictionary.origin import check_belongs
 from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError, ModelError, UnknownFeatureError
 from sae.features.store import Features
@@ -142,8 +142,7 @@ def text_features(
     reads = dictionary.origin.at(hook).reads.hook
     if reads is None:
         raise ModelError("the dictionary does not record its hook point: give hook='blocks.N.…'")
-    info = language_model.info
-    check_belongs(dictionary.origin.at(hook), Place(f"model {info.name!r}", info.to_json(), ModelError))
+    check_belongs(dictionary.origin.at(hook), language_model.as_place)
     start, contexts = _contexts(dictionary, language_model, text)
     encoded = [_encoded(dictionary, language_model, reads, context) for context in contexts]
     codes = _joined(encoded, dictionary.d_sae)

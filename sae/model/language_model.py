@@ -7,13 +7,13 @@ import functools
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.config.sources import ModelConfig
+from sae.config.sources import ComputeDtype, ModelConfig
 from sae.dictionary.model_identity import (
     fingerprint,
     hash_config,
@@ -22,6 +22,7 @@ from sae.dictionary.model_identity import (
     hash_weights,
     model_label,
 )
+from sae.dictionary.origin import Place
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, ModelError
 from sae.model.bridging import boot, has_bridge
@@ -117,6 +118,7 @@ class LanguageModel(HookedModel):
         device: torch.device, made_up: frozenset[int], without_bridge: str = "pip install 'sae[lm]'",
     ) -> None:  # fmt: skip
         self._tails: dict[str, Tail] = {}
+        self._hashes: dict[str, str] = {}
         self._made_up = made_up
         d_model, n_layers, max_context = model_shape(bridge, native, model.config)
         info = ModelInfo(d_model=d_model, n_layers=n_layers, max_context=max_context, **facts)
@@ -141,6 +143,19 @@ class LanguageModel(HookedModel):
     def _first_in_files(self, *ids: int | None) -> int | None:
         """The first id that is in a file of the tokenizer: the model has never seen ids that its class made up."""
         return next((token for token in ids if token is not None and token not in self._made_up), None)
+
+    @property
+    def as_place(self) -> Place:
+        """The model as a place where a dictionary is used: one that it was trained on, in any number type."""
+        return Place(f"model {self.info.name!r}", self.info.to_json(), ModelError, weights_in=self._weights_in)
+
+    def _weights_in(self, dtype: str) -> str | None:
+        """The hash of the weights in another number type; None if they are not there as they were loaded."""
+        if self._native is None or dtype not in get_args(ComputeDtype):
+            return None
+        if dtype not in self._hashes:
+            self._hashes[dtype] = hash_weights(self._native.model, getattr(torch, dtype))
+        return self._hashes[dtype]
 
     def token_policy(self, *, prepend_bos: bool, masked_positions: int, mask_special_tokens: bool) -> TokenPolicy:
         """Which tokens count, with this tokenizer's special tokens.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionary.base import Dictionary
-from sae.dictionary.origin import Origin, Place, check_belongs
+from sae.dictionary.origin import Origin, check_belongs
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, ModelError
 from sae.model.language_model import LanguageModel
@@ -101,8 +101,7 @@ def replacing_by(
     reads, gives = origin.reads.hook, origin.gives.hook
     if reads is None or gives is None:
         raise ModelError("the dictionary does not record its hook point: give hook='blocks.N.…'")
-    info = language_model.info
-    check_belongs(origin, Place(f"model {info.name!r}", info.to_json(), ModelError))
+    check_belongs(origin, language_model.as_place)
     policy = token_policy(dictionary)
 
     def replacement(y: Tensor, now: Pass | None) -> Tensor:

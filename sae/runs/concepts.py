@@ -11,9 +11,9 @@ from sae.config.file import CONFIG_YAML
 from sae.config.progress import Progress, silent, within
 from sae.config.sources import ModelConfig
 from sae.dictionary.base import Dictionary
-from sae.dictionary.origin import Place, check_belongs
+from sae.dictionary.origin import check_belongs
 from sae.dictionary.token_policy import TokenPolicy
-from sae.errors import ConfigError, DataError, ModelError
+from sae.errors import ConfigError, DataError
 from sae.files.paths import expanded
 from sae.files.writing import locked, stands
 from sae.formats import load
@@ -161,7 +161,7 @@ def _opened(
         raise ConfigError(f"{name}: not a run folder, and needs its language model: --model NAME{trained}")
     language_model = _loader(model, origin.models.get("", {}).get("weight_processing"))()
     info = language_model.info
-    check_belongs(origin, Place(f"model {info.name!r}", info.to_json(), ModelError), reads=origin.reads.hook)
+    check_belongs(origin, language_model.as_place, reads=origin.reads.hook)
     if isinstance(origin.tokens, dict):
         policy = TokenPolicy.from_json(origin.tokens)
     else:

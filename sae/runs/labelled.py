@@ -10,10 +10,9 @@ from typing import Any
 
 from sae.config.progress import StageProgress
 from sae.dictionary.base import Dictionary
-from sae.dictionary.origin import Place, check_belongs
+from sae.dictionary.origin import check_belongs
 from sae.dictionary.saved import identify
 from sae.dictionary.token_policy import TokenPolicy
-from sae.errors import ModelError
 from sae.files.formats import as_read_back, fingerprint_of
 from sae.model.language_model import LanguageModel
 from sae.model.vocabulary import Vocabulary
@@ -85,7 +84,7 @@ class Subject:
         if stored is not None:
             return stored
         model = language_model()
-        place = Place(f"model {model.info.name!r}", model.info.to_json(), ModelError, model_keys=_MODEL_KEYS)
+        place = replace(model.as_place, model_keys=_MODEL_KEYS)
         origin = replace(self.dictionary.origin, models={"": self.model})
         check_belongs(origin, place, reads=self.hook)
         chosen = examples(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from sae.config.settings import RunConfig
 from sae.config.sources import ModelConfig
 from sae.dictionary.base import CONFIG_FILE, Dictionary
 from sae.dictionary.model_identity import model_label
-from sae.dictionary.origin import Place, check_belongs
+from sae.dictionary.origin import check_belongs
 from sae.dictionary.saved import identify
 from sae.errors import ConfigError, ModelError
 from sae.files.paths import expanded
@@ -226,7 +226,7 @@ class Opener:
             raise ModelError(f"{error} (the dictionary's files name this model; give another with --model)") from error
         self.models[run.config.model, run.device] = language_model
         info, widths = language_model.info, hook_widths(run.config, language_model)
-        place = Place(f"model {info.name!r}", info.to_json(), ModelError, widths.__getitem__)
+        place = replace(language_model.as_place, width=widths.__getitem__)
         check_belongs(dictionary.origin, place, reads=run.config.hook, gives=run.config.gives)
         if isinstance(trained_on, str) and _last(trained_on) != _last(info.name):
             announce(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sae
 from sae.activations import ActivationCache
 from sae.activations.harvest import harvest
 from sae.config.settings import FeaturesConfig
-from sae.dictionary.origin import Place, check_belongs
+from sae.config.sources import ModelConfig
+from sae.dictionary.origin import Origin, Place, check_belongs
 from sae.dictionary.sites import Sites
 from sae.errors import CacheError, ConfigError, ModelError, SaeError
 from sae.features import collect
@@ -159,6 +162,32 @@ def with_config(tiny_model: Path, folder: Path, **changes: Any) -> LanguageModel
     kept = {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
     return LanguageModel(folder)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_the_same_weights_in_another_number_type_are_the_same_model(
+    stored: str, language_model: LanguageModel, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stored"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: x.to(getattr(torch, stored)) for name, x in weights.items()}, folder / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    loaded = {dtype: LanguageModel(ModelConfig(name=str(folder), dtype=dtype)) for dtype in ("float32", "bfloat16")}  # type: ignore[arg-type]
+    assert len({model.info.weights_sha256 for model in loaded.values()}) == 2
+    tokens = language_model.to_tokens("a text of some words")
+    for trained_in, used_in in itertools.permutations(loaded):
+        dictionary = sae.TopK(32, 64, k=4)
+        dictionary.metadata = {"hook": READS, "model": loaded[trained_in].info.to_json()}
+        with contextlib.ExitStack() as stack:
+            if stored == "float32" and used_in == "bfloat16":  # rounded: they cannot be compared
+                told = f"weights are {used_in} there and were {trained_in} in training: .* in {trained_in}"
+                stack.enter_context(pytest.raises(ModelError, match=told))
+            with torch.no_grad(), sae.splice(loaded[used_in], dictionary):
+                assert loaded[used_in].logits(tokens).isfinite().all()
+    stranger = {**loaded["float32"].info.to_json(), "weights_sha256": "0" * 64}
+    with pytest.raises(ModelError, match="not the dictionary's model: weights_sha256"):
+        check_belongs(Origin.of({"hook": READS, "model": stranger}), loaded["bfloat16"].as_place)
 
 
 @pytest.mark.parametrize("change", [{"n_head": 4}, {"activation_function": "relu"}, {"layer_norm_epsilon": 0.1}])
