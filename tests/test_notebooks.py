@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
-NAMES = ["first-hour", "training-and-comparing", "inside-the-model"]
+NAMES = ["first-hour", "training-and-comparing", "inside-the-model", "reusing-a-dictionary"]
 
 
 def read(name: str) -> NotebookNode:

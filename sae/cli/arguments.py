@@ -214,6 +214,23 @@ def run_overrides(arguments: tuple[str, ...], path: Path) -> tuple[str, ...]:
     return overrides
 
 
+def check_file_name(option: str, file: Path | None, example: str) -> None:
+    """Refuse a path that no file can be written to, before the work begins.
+
+    Args:
+        option: it was given with, such as `--page`.
+        file: the path; None: the option was not given.
+        example: a file name, for the message.
+
+    Raises:
+        click.BadParameter: it is a folder, or has no name.
+    """
+    if file is not None and (not file.name or file.is_dir()):
+        raise click.BadParameter(
+            f"{str(file)!r} is not a file name; give one, such as {example}.", param_hint=f"'{option}'"
+        )
+
+
 def _check_read(overrides: Iterable[str], read: tuple[str, ...], refusal: str) -> None:
     for override in overrides:
         if not override.startswith(read):

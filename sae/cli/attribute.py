@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import Options, beginning_again, run_overrides
+from sae.cli.arguments import Options, beginning_again, check_file_name, run_overrides
 from sae.console.terminal import output
 
 
@@ -65,8 +65,7 @@ def attribute(
     from sae.viewer.terminal import in_colour
 
     overrides = run_overrides(arguments, path)
-    if file is not None and (not file.name or file.is_dir()):
-        raise click.BadParameter(f"{str(file)!r} is not a file name; give one, such as a.json.", param_hint="'--json'")
+    check_file_name("--json", file, "a.json")
     target = NextToken(token, minus, position, log_probability)
     with beginning_again("it"), options.progress({"attribute": "gradients"}) as progress:
         run = open_run(path, overrides, model=model, needs_texts=False, progress=progress)

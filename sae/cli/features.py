@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import OnDictionary, Options, beginning_again, features_and_overrides, on_dictionary
+from sae.cli.arguments import (
+    OnDictionary,
+    Options,
+    beginning_again,
+    check_file_name,
+    features_and_overrides,
+    on_dictionary,
+)
 from sae.config.file import CONFIG_YAML
 from sae.console.terminal import say
 from sae.errors import SaeError
@@ -67,10 +74,7 @@ def features(
     indices, overrides = features_and_overrides(arguments, path, given)
     if search is not None and (indices or not search.strip()):
         raise click.UsageError("--search takes a token, a label or a number, and no FEATURE next to it")
-    if page is not None and (not page.name or page.is_dir()):
-        raise click.BadParameter(
-            f"{str(page)!r} is not a file name; give one, such as page.html.", param_hint="'--page'"
-        )
+    check_file_name("--page", page, "page.html")
     if stands(path / CONFIG_YAML) or given != OnDictionary():
         with beginning_again("it"), options.progress() as progress:
             store = open_run(path, overrides, **given.arguments, progress=progress).features()

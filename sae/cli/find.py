@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import Options, split_overrides, with_keys
+from sae.cli.arguments import Options, check_file_name, split_overrides, with_keys
 from sae.config.file import CONFIG_YAML
 from sae.console.terminal import output, say
 from sae.files.writing import json_content, stands, write_bytes
@@ -67,9 +67,8 @@ def find(
     overrides, sources = split_overrides(arguments)
     if len(sources) > 1:
         raise click.UsageError(f"{sources[1]}: one DATA file at a time")
-    for option, file in (("--json", json_file), ("--page", page)):
-        if file is not None and (not file.name or file.is_dir()):
-            raise click.BadParameter(f"{str(file)!r} is not a file name; give one.", param_hint=f"'{option}'")
+    check_file_name("--json", json_file, "found.json")
+    check_file_name("--page", page, "page.html")
     settings, of_run = read_concept_overrides(overrides)
     is_run = stands(path / CONFIG_YAML)
     if of_run and not is_run:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from sae.cli.arguments import Options, beginning_again
+from sae.cli.arguments import Options, beginning_again, check_file_name
 from sae.config.file import READ_BY_RUN, describe_keys
 from sae.console.terminal import say
 from sae.errors import ConfigError, DataError
@@ -67,10 +67,7 @@ def text(
     what is known about it. Tokens that were masked out of training, such as BOS, are shown as masked. KEY=VALUE
     overrides settings of the run: model.*, harvest.cache, device.
     """
-    if page is not None and (not page.name or page.is_dir()):
-        raise click.BadParameter(
-            f"{str(page)!r} is not a file name; give one, such as page.html.", param_hint="'--page'"
-        )
+    check_file_name("--page", page, "page.html")
     overrides, given = settings_and_texts(texts, "give it with --file, or on standard input")
     read = _texts(given, files)
     from sae.features.text_features import text_features

@@ -33,7 +33,7 @@ class Published:
             return None
         l0, explained, source = (record.get(key) for key in ("l0", "variance_explained", "source"))
         published = Published(
-            _number(l0), _number(explained), source if isinstance(source, str) else Published.source
+            finite(l0), finite(explained), source if isinstance(source, str) else Published.source
         )  # fmt: skip
         return published if published.numbers else None
 
@@ -55,10 +55,15 @@ def published_entry(l0: Any, source: str) -> dict[str, Any]:
         l0: what a file or the name of a folder states.
         source: where it stands.
     """
-    number = _number(l0)
+    number = finite(l0)
     return {} if number is None else {PUBLISHED: Published(l0=number, source=source).to_json()}
 
 
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+def finite(value: object) -> float | None:
+    """A number that a file states; None if it is not a finite one."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer that no float is as large as
+        return None

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sae.errors import ConfigError
 from sae.model.language_model import LanguageModel
-from sae.model.vocabulary import Vocabulary
 
 LogitFunction = Callable[[Tensor], Tensor]
 """Maps next-token logits `[context, seq, vocab]` to one number, or to one per context."""
@@ -67,8 +66,8 @@ class NextToken:
         most_likely = logits[:, position].argmax(-1)
         token = most_likely
         if self.token is not None:
-            token = torch.full_like(most_likely, token_id(language_model, self.token, vocabulary))
-        minus = None if self.minus is None else token_id(language_model, self.minus, vocabulary)
+            token = torch.full_like(most_likely, language_model.token_id(self.token, vocabulary))
+        minus = None if self.minus is None else language_model.token_id(self.minus, vocabulary)
 
         def value(logits: Float[Tensor, "context seq vocab"]) -> Float[Tensor, " context"]:
             last = logits[:, position]
@@ -82,34 +81,6 @@ class NextToken:
         kind = "log-probability" if self.log_probability else "logit"
         difference = "" if minus is None else f" minus that of {_text(language_model, minus)!r}"
         return value, f"{kind} of {name}{difference} after position {position}"
-
-
-def token_id(language_model: LanguageModel, token: str | int, vocabulary: int) -> int:
-    """The id of a token given as text or as id.
-
-    Args:
-        language_model: its tokenizer reads the text.
-        token: text or id.
-        vocabulary: number of logits.
-
-    Raises:
-        ConfigError: the text is not a single token, or the model has no logit for the id.
-    """
-    if isinstance(token, int):
-        if not 0 <= token < vocabulary:
-            raise ConfigError(f"token {token}: {language_model.info.name} has logits of tokens 0 to {vocabulary - 1}")
-        return token
-    ids = language_model.text_ids(token)
-    if len(ids) != 1:  # some tokenizers put a space before every text
-        texts = Vocabulary.of(language_model.tokenizer).tokens
-        ids = [number for number, text in enumerate(texts) if text == token.encode()][:1] or ids
-    if len(ids) != 1:
-        parts = ", ".join(repr(_text(language_model, part)) for part in ids)
-        raise ConfigError(
-            f"token {token!r}: {language_model.info.name} reads it as {len(ids)} tokens{parts and f' ({parts})'}; give "
-            "the text of a single one, such as a common word with the space before it"
-        )
-    return ids[0]
 
 
 def _text(language_model: LanguageModel, token: int) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sae.dictionary.published import Published, finite
 from sae.errors import DamagedError, FormatError
 from sae.hub.download import commit_of, fetch, files_of
 from sae.hub.layouts import Found, dictionaries_in
 from sae.hub.names import HubName, missing, parse_name
-from sae.hub.releases import RELEASES, Published, release_of
+from sae.hub.releases import RELEASES, release_of
 
-REGISTRY, FOLDER = "SAELens's registry", "folder's name"
+FOLDER = "folder's name"
 NO_NUMBERS = Published()
 _MOST_READ = 64
 """Small files with numbers that are downloaded for a list."""
@@ -33,13 +33,16 @@ class Entry:
         id: what comes after `/` of a release, or after `:` of a repository.
         name: what `sae.load` takes.
         numbers: published with it.
-        source: where the numbers are from; empty: there are none.
     """
 
     id: str
     name: str
     numbers: Published = NO_NUMBERS
-    source: str = ""
+
+    @property
+    def source(self) -> str:
+        """Where the numbers are from; empty: there are none."""
+        return self.numbers.source if self.numbers.numbers else ""
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,7 @@ def list_dictionaries(name: str) -> Listing:
     name = name.rstrip("/")
     release = RELEASES.get(_release_in(name))
     if release is not None and release.paths:
-        entries = tuple(
-            Entry(id, f"{name}/{id}", release.published.get(id, NO_NUMBERS), REGISTRY if release.published else "")
-            for id in release.paths
-        )
+        entries = tuple(Entry(id, f"{name}/{id}", release.published.get(id, NO_NUMBERS)) for id in release.paths)
         return Listing(release.repository, release.model, entries, _notes(name))
     commit = commit_of(place)
     files = files_of(place, commit, place.path)
@@ -144,18 +144,18 @@ class _SmallFiles:
 def _entry(name: str, place: HubName, found: Found, small: _SmallFiles) -> Entry:
     is_release = _release_in(name) in RELEASES
     id = found.place.removeprefix(place.path).strip("/") if is_release else found.place
-    return Entry(id, f"{name}/{id}" if is_release else str(place.at(found.place)), *_numbers(place, found, small))
+    return Entry(id, f"{name}/{id}" if is_release else str(place.at(found.place)), _numbers(place, found, small))
 
 
-def _numbers(place: HubName, found: Found, small: _SmallFiles) -> tuple[Published, str]:
-    """Published numbers of a dictionary, and where they are from."""
+def _numbers(place: HubName, found: Found, small: _SmallFiles) -> Published:
+    """Published numbers of a dictionary."""
     if match := _L0.search(f"{place.repository}/{found.place}"):
-        return Published(float(match[1] or match[2])), FOLDER
+        return Published(float(match[1] or match[2]), source=FOLDER)
     for file, read in _READERS.items():
         numbers = read(small.read(f"{found.place}/{file}".strip("/")))
-        if numbers != NO_NUMBERS:
-            return numbers, file
-    return NO_NUMBERS, ""
+        if numbers.numbers:
+            return replace(numbers, source=file)
+    return NO_NUMBERS
 
 
 def _of_report(record: Mapping[str, Any]) -> Published:
@@ -171,13 +171,7 @@ def _of_settings(record: Mapping[str, Any]) -> Published:
 
 
 def _number(value: object) -> float | None:
-    value = value.get("value") if isinstance(value, Mapping) else value
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an integer that no float is as large as
-        return None
+    return finite(value.get("value") if isinstance(value, Mapping) else value)
 
 
 def _json(path: Path) -> Mapping[str, Any]:

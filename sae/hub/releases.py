@@ -11,26 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sae.dictionary.hook_points import name_of
+from sae.dictionary.published import Published
 from sae.errors import FormatError
 
+REGISTRY = "SAELens's registry"
 _CENTRED = "center_and_fold"
 """Processing that leaves a residual stream of mean 0, as these dictionaries take it; folded norms do not change it."""
 _OPENWEBTEXT, _PILE, _SLIMPAJAMA = "Skylion007/openwebtext", "monology/pile-uncopyrighted", "cerebras/SlimPajama-627B"
 _WITH_BOS = {"prepend_bos": True, "masked_positions": 0, "masked_ids": []}
 _WITHOUT_BOS = _WITH_BOS | {"prepend_bos": False}
-
-
-@dataclass(frozen=True)
-class Published:
-    """Numbers that the authors of a dictionary give, by their definitions and on their tokens.
-
-    Attributes:
-        l0: features per token.
-        explained_variance: share of the variance, at most 1.
-    """
-
-    l0: float | None = None
-    explained_variance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -123,12 +112,12 @@ def _with(release: Release, id: str, path: str) -> Release:
     return replace(release, paths={**release.paths, id: path}, hooks={**release.hooks, id: id})
 
 
-def _numbers(release: Release, l0: str, explained_variance: str = "") -> Release:
+def _numbers(release: Release, l0: str, variance_explained: str = "") -> Release:
     """A release with published numbers, in the order of its dictionaries."""
-    variances = explained_variance.split() or [None] * len(release.paths)
+    variances = variance_explained.split() or [None] * len(release.paths)
     rows = zip(release.paths, l0.split(), variances, strict=True)
     return replace(
-        release, published={id: Published(float(a), None if b is None else float(b)) for id, a, b in rows}
+        release, published={id: Published(float(a), None if b is None else float(b), REGISTRY) for id, a, b in rows}
     )  # fmt: skip
 
 

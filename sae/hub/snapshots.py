@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sae.dictionary.published import PUBLISHED
-from sae.dictionary.published import Published as Numbers
 from sae.files.damage import damaged
 from sae.files.digest import read_whole, sha256_of
-from sae.hub.releases import RELEASES, release_of
+from sae.hub.releases import REGISTRY, RELEASES, release_of
 
 HUB = "hub"
 """The entry of a dictionary's metadata that says where it was downloaded from."""
@@ -73,8 +72,7 @@ class Snapshot:
         numbers = None if known is None else RELEASES[known[0]].published.get(known[1])
         if known is None or numbers is None:
             return {}
-        source = f"release {known[0]}, in SAELens's registry"
-        return {PUBLISHED: Numbers(numbers.l0, numbers.explained_variance, source).to_json()}
+        return {PUBLISHED: replace(numbers, source=f"release {known[0]}, in {REGISTRY}").to_json()}
 
     @property
     def scale(self) -> float | None:

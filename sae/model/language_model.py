@@ -236,6 +236,33 @@ class LanguageModel(HookedModel):
         valid = text.encode("utf-8", "replace").decode()
         return self.tokenizer(valid, add_special_tokens=False, verbose=False)["input_ids"]
 
+    def token_id(self, token: str | int, count: int | None = None) -> int:
+        """The id of a token given as text or as id.
+
+        Args:
+            token: text, in most vocabularies with the space before the word, or id.
+            count: number of ids that are taken; None: all that the model reads.
+
+        Raises:
+            ConfigError: the text is not a single token, or there is no such id.
+        """
+        count = self.rows if count is None else count
+        if isinstance(token, int):
+            if not 0 <= token < count:
+                raise ConfigError(f"token {token}: {self.info.name} has tokens 0 to {count - 1}")
+            return token
+        ids = self.text_ids(token)
+        if len(ids) != 1:  # some tokenizers put a space before every text
+            texts = self._vocabulary_texts.tokens
+            ids = [number for number, text in enumerate(texts) if text == token.encode()][:1] or ids
+        if len(ids) != 1:
+            parts = ", ".join(repr(self.to_texts([part])[0] or f"<{part}>") for part in ids)
+            raise ConfigError(
+                f"token {token!r}: {self.info.name} reads it as {len(ids)} tokens{parts and f' ({parts})'}; give the "
+                "text of a single one, such as a common word with the space before it"
+            )
+        return ids[0]
+
     def to_texts(self, tokens: Int[Tensor, "*context"] | Sequence[int]) -> list[Any]:
         """The text of each token, spaces and line ends included, in lists nested like `tokens`.
 

@@ -119,9 +119,9 @@ def steer(
             change of this size does.
 
     Raises:
-        ConfigError: as for `Steering`.
+        ConfigError: as for `Steering`; or an entry of `tokens` is not one token of the model.
         UnknownFeatureError: the dictionary has no such feature.
-        ModelError: as for `splice`; or an entry of `tokens` is not one token of the model.
+        ModelError: as for `splice`.
     """
     if not isinstance(features, Steering):
         features = Steering(features, mode, positions, tokens)
@@ -169,23 +169,10 @@ def check_features(features: Collection[int], dictionary: Dictionary) -> None:
 
 
 def _ids(language_model: LanguageModel, tokens: Collection[int | str] | None) -> Int[Tensor, " n"] | None:
-    """Ids of tokens.
-
-    Raises:
-        ModelError: a text is not one token, or the model has no such id.
-    """
+    """Ids of tokens."""
     if tokens is None:
         return None
-    ids = []
-    for token in [tokens] if isinstance(tokens, str) else tokens:
-        row = [token] if isinstance(token, int) else language_model.to_tokens(token, prepend_bos=False)[0].tolist()
-        if len(row) != 1:
-            raise ModelError(f"tokens: {token!r} is {len(row)} tokens of {language_model.info.name}; give single ones")
-        if not 0 <= row[0] < language_model.rows:
-            raise ModelError(
-                f"tokens: {row[0]} is no token; {language_model.info.name} has 0 to {language_model.rows - 1}"
-            )
-        ids += row
+    ids = [language_model.token_id(token) for token in ([tokens] if isinstance(tokens, str) else tokens)]
     return torch.tensor(ids, dtype=torch.int64, device=language_model.device)
 
 

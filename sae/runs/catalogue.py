@@ -51,7 +51,7 @@ def dictionaries_table(name: str, width: int | None = None) -> Group:
     columns = [
         Column("dictionary", [entry.id or "(the repository's top)" for entry in entries], is_text=True),
         Column("L0\n(theirs)", [_number(entry.numbers.l0) for entry in entries]),
-        Column("explained\n(theirs)", [_number(entry.numbers.explained_variance) for entry in entries]),
+        Column("explained\n(theirs)", [_number(entry.numbers.variance_explained) for entry in entries]),
         Column("from", [entry.source or NONE for entry in entries], is_text=True),
     ]
     model = f", language model {listing.model}" if listing.model else ""

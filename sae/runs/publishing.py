@@ -19,6 +19,7 @@ from sae.evaluation.report import FIGURE_FOLDER, REPORT
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.features import Features
 from sae.features.layout import INDEX
+from sae.features.store import store_of
 from sae.files import version
 from sae.files.damage import SUMS
 from sae.files.hashes import check
@@ -209,13 +210,11 @@ def _report(run: Path, weights: str, folder: Path, notes: list[str]) -> dict[str
 
 
 def _features(run: Path, weights: str, notes: list[str]) -> Features | None:
-    if not stands(run / "features" / INDEX):
-        return None
-    features = Features(run)
-    if features.info.get("dictionary_sha256") == weights:
-        return features
-    notes.append("without features: the feature store is of other weights; 'sae features' makes it anew")
-    return None
+    folder = run / "features"
+    features = store_of(folder, weights)
+    if features is None and stands(folder / INDEX):
+        notes.append("without features: the feature store is of other weights; 'sae features' makes it anew")
+    return features
 
 
 def _paths_in(value: Any) -> Iterator[str]:

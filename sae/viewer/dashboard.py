@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -59,6 +59,9 @@ class Dashboard:
         features: the store.
         W_dec: the dictionary's decoder; None: without neurons.
         W_U: the unembedding that its directions meet; None: without the histogram of logits.
+        output_hook: hook point of the decoder's output; None: the store's.
+        model_facts: entries of `ModelInfo`; empty if unknown.
+        dataset: where the text comes from; empty if unknown.
     """
 
     def __init__(
@@ -66,9 +69,15 @@ class Dashboard:
         features: Features,
         W_dec: Float[Tensor, "d_sae d_in"] | None = None,
         W_U: Float[Tensor, "d_in vocab"] | None = None,
+        *,
+        output_hook: str | None = None,
+        model_facts: Mapping[str, Any] | None = None,
+        dataset: str = "",
     ) -> None:
         self.features, self.rows = features, features.info["rows"]
         self._W_dec, self._W_U = W_dec, W_U
+        self.output_hook: str = features.info["hook"] if output_hook is None else output_hook
+        self.model_facts, self.dataset = model_facts or {}, dataset
 
     @property
     def contexts(self) -> int:

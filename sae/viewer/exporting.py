@@ -112,12 +112,13 @@ def export_features(
             )
         output_hook = dictionary.origin.gives.hook or output_hook
         dataset, model_facts = _dataset(dictionary.origin.data), dictionary.origin.models.get("", {})
-    dashboard = Dashboard(store, *_matrices(store, dictionary, language_model, output_hook))
+    dashboard = Dashboard(
+        store, *_matrices(store, dictionary, language_model, output_hook),
+        output_hook=output_hook, model_facts=model_facts, dataset=dataset,
+    )  # fmt: skip
     viewer = VIEWERS[to]
     with _complete(target) as unfinished:
-        missing = viewer.write(
-            unfinished, dashboard, chosen, names, output_hook=output_hook, model_facts=model_facts, dataset=dataset
-        )
+        missing = viewer.write(unfinished, dashboard, chosen, names)
         files = tuple(sorted(path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()))
     return Export(
         viewer.TITLE, len(chosen), tuple(target / file for file in files), f"{names.model}/{names.source}",

@@ -30,46 +30,36 @@ _MOST_FILES = 1000
 _PUBLIC = {"creatorId": CREATOR, "visibility": "PUBLIC"}
 
 
-def write(
-    folder: Path,
-    dashboard: Dashboard,
-    indices: Sequence[int],
-    names: Names,
-    *,
-    output_hook: str,
-    model_facts: Mapping[str, Any],
-    dataset: str,
-) -> list[str]:
+def write(folder: Path, dashboard: Dashboard, indices: Sequence[int], names: Names) -> list[str]:
     """Write `MODEL/LAYER-SET/` with features and activations, and the rows that they refer to.
 
     Args:
         folder: it stands for the root of the bucket that the import reads.
-        dashboard: columns of the features.
+        dashboard: columns of the features, and where they are from.
         indices: which features.
         names: of model, set and creator.
-        output_hook: hook point of the decoder's output.
-        model_facts: entries of `ModelInfo`; empty if unknown.
-        dataset: where the text comes from; empty if unknown.
 
     Returns:
         What the tables have a place for and the export does not know.
     """
     place = folder / names.model / names.source
-    for name, row in _referred_to(dashboard, names, model_facts, dataset).items():
+    for name, row in _referred_to(dashboard, names).items():
         write_bytes(place / f"{name}.jsonl", database_json(row), hashed=False)
     at_once = max(_AT_ONCE, -(-len(indices) // _MOST_FILES))
     queue = iter(indices)
     for number, chosen in enumerate(iter(lambda: list(islice(queue, at_once)), [])):
         features, activations = [], []
         for feature in (dashboard.features[index] for index in chosen):
-            features.append(database_json(_neuron(dashboard, feature, names, output_hook)))
+            features.append(database_json(_neuron(dashboard, feature, names)))
             activations += map(database_json, _activations(dashboard, feature, names))
         for table, lines in (("features", features), ("activations", activations)):
             if lines:  # without a first line, the import cannot find the columns
                 content = gzip.compress(b"".join(lines), 6, mtime=0)
                 write_bytes(place / table / f"batch-{number}.jsonl.gz", content, hashed=False)
-    unknown = ["neuronsPerLayer and owner of the model"] + ["layers of the model"] * ("n_layers" not in model_facts)
-    return [f"{what}: not recorded" for what in unknown + ["dataset"] * (not dataset)]
+    unknown = ["neuronsPerLayer and owner of the model"] + ["layers of the model"] * (
+        "n_layers" not in dashboard.model_facts
+    )
+    return [f"{what}: not recorded" for what in unknown + ["dataset"] * (not dashboard.dataset)]
 
 
 def database_json(row: Mapping[str, Any]) -> bytes:
@@ -82,20 +72,18 @@ def database_json(row: Mapping[str, Any]) -> bytes:
     return (re.sub(r"\\\\(?=(u0000)?)", lambda match: r"\u005c" if match[1] else match[0], text) + "\n").encode()
 
 
-def _referred_to(
-    dashboard: Dashboard, names: Names, model_facts: Mapping[str, Any], dataset: str
-) -> dict[str, dict[str, Any]]:
+def _referred_to(dashboard: Dashboard, names: Names) -> dict[str, dict[str, Any]]:
     """Rows of the other tables, by the names of their files. What is left out has the database's default."""
     made_by = {"creatorName": names.creator, "urls": [], **_PUBLIC}
     model: dict[str, Any] = {"id": names.model, "displayNameShort": names.model, "displayName": names.model, **_PUBLIC}
-    model |= {"layers": model_facts.get("n_layers", 0), "neuronsPerLayer": 0, "owner": ""}
-    if "d_model" in model_facts:
-        model["dimension"] = model_facts["d_model"]
+    model |= {"layers": dashboard.model_facts.get("n_layers", 0), "neuronsPerLayer": 0, "owner": ""}
+    if "d_model" in dashboard.model_facts:
+        model["dimension"] = dashboard.model_facts["d_model"]
     source: dict[str, Any] = {"id": names.source, "modelId": names.model, "setName": names.set_name, **_PUBLIC}
     source |= {"hasDashboards": True, "num_prompts": dashboard.contexts}
     source["num_tokens_in_prompt"] = dashboard.features.info["context_length"]
-    if dataset:
-        source["dataset"] = dataset
+    if dashboard.dataset:
+        source["dataset"] = dashboard.dataset
     of_set = {"modelId": names.model, "name": names.set_name, "description": names.description, "hasDashboards": True}
     return {
         "release": {"name": names.set_name, "description": names.description, **made_by},
@@ -105,7 +93,7 @@ def _referred_to(
     }
 
 
-def _neuron(dashboard: Dashboard, feature: Feature, names: Names, output_hook: str) -> dict[str, Any]:
+def _neuron(dashboard: Dashboard, feature: Feature, names: Names) -> dict[str, Any]:
     """A row of the table Neuron. Every row has the same columns: the import takes them from the first."""
     return {
         "modelId": names.model,
@@ -116,7 +104,7 @@ def _neuron(dashboard: Dashboard, feature: Feature, names: Names, output_hook: s
         "maxActApprox": short(feature.max),
         "hasVector": False,
         "vector": [],
-        "hookName": output_hook,
+        "hookName": dashboard.output_hook,
         # the page shows value j + 1 next to neighbour j: the feature itself is expected first
         "topkCosSimIndices": [feature.index, *(near.feature for near in feature.neighbours)],
         "topkCosSimValues": [1.0, *(short(near.cosine) for near in feature.neighbours)],

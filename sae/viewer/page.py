@@ -37,16 +37,26 @@ def write_page(
         CacheError: the file cannot be written.
     """
     style, script = asset("page.css"), asset("page.js")
-    parts = {
-        "title": html.escape(printable(title)),
-        "policy": f"default-src 'none'; style-src {hash_source(style)}; script-src {hash_source(script)}; "
-        "base-uri 'none'; form-action 'none'",
-        "style": style,
-        "script": script,
-        "data": embeddable_json(page_data(features, indices, title, effects)),
-    }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
+    data = embeddable_json(page_data(features, indices, title, effects))
+    page = head(title, style, script) + filled(asset("page.html"), title=escaped(title), data=data, script=script)
     write_bytes(Path(path), page.encode(), hashed=False)  # the path can be anywhere
+
+
+def head(title: str, style: str, script: str | None = None) -> str:
+    """The beginning of a page, up to its body. Its policy allows this style and this script, and nothing else."""
+    runs = "" if script is None else f"script-src {hash_source(script)}; "
+    policy = f"default-src 'none'; style-src {hash_source(style)}; {runs}base-uri 'none'; form-action 'none'"
+    return filled(asset("head.html"), title=escaped(title), policy=policy, style=style)
+
+
+def filled(template: str, **parts: str) -> str:
+    """A template with a text in place of each `{{name}}`; names in these texts are left alone."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def escaped(text: str) -> str:
+    """Text as it is written between elements."""
+    return html.escape(printable(text))
 
 
 def page_data(features: Features, indices: Iterable[int], title: str, effects: Effects | None = None) -> dict[str, Any]:

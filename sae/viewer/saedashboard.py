@@ -6,7 +6,7 @@ defines the classes, `neuronpedia_runner.py` writes the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,26 +22,14 @@ _AT_ONCE = 128
 """Features in a file, as SAEDashboard's runner has them by default."""
 
 
-def write(
-    folder: Path,
-    dashboard: Dashboard,
-    indices: Sequence[int],
-    names: Names,
-    *,
-    output_hook: str,
-    model_facts: Mapping[str, Any],
-    dataset: str,
-) -> list[str]:
+def write(folder: Path, dashboard: Dashboard, indices: Sequence[int], names: Names) -> list[str]:
     """Write the files of one dictionary.
 
     Args:
         folder: where to write them.
-        dashboard: columns of the features.
+        dashboard: columns of the features, and where they are from.
         indices: which features; the others are listed as skipped.
         names: of model, set and creator; the files have no place for the last.
-        output_hook: not in these files.
-        model_facts: not in these files.
-        dataset: where the text comes from; empty if unknown.
 
     Returns:
         What the files have a place for and the export does not know.
@@ -49,7 +37,7 @@ def write(
     of = {"model_id": names.model, "layer": names.layer, "sae_set": names.set_name}
     queue = iter(indices)
     for number, chosen in enumerate(iter(lambda: list(islice(queue, _AT_ONCE)), [])):
-        features = [_feature(dashboard, dashboard.features[index], dataset) for index in chosen]
+        features = [_feature(dashboard, dashboard.features[index]) for index in chosen]
         batch = {**of, "sae_id_suffix": None, "features": features}
         content = json_text(batch, separators=(",", ":"), allow_nan=False).encode()
         write_bytes(folder / f"batch-{number}.json", content, hashed=False)
@@ -57,7 +45,9 @@ def write(
     others = {"layer": str(names.layer), "log_sparsity": None, "skipped_indexes": skipped}
     write_bytes(folder / "skipped_indexes.json", json_content({**of, **others}), hashed=False)
     write_bytes(folder / "run_settings.json", json_content({**_settings(dashboard, names), **of}), hashed=False)
-    return ["log_sparsity: features are not skipped by a threshold"] + ["dataset: not recorded"] * (not dataset)
+    return ["log_sparsity: features are not skipped by a threshold"] + ["dataset: not recorded"] * (
+        not dashboard.dataset
+    )
 
 
 def _settings(dashboard: Dashboard, names: Names) -> dict[str, Any]:
@@ -76,13 +66,13 @@ def _settings(dashboard: Dashboard, names: Names) -> dict[str, Any]:
     }
 
 
-def _feature(dashboard: Dashboard, feature: Feature, dataset: str) -> dict[str, Any]:
+def _feature(dashboard: Dashboard, feature: Feature) -> dict[str, Any]:
     return {
         "feature_index": feature.index,
         **dashboard.columns(feature),
         "n_prompts_total": dashboard.contexts,
         "n_tokens_in_prompt": dashboard.features.info["context_length"],
-        "dataset": dataset,
+        "dataset": dashboard.dataset,
         "activations": list(_activations(dashboard, feature)),
         "vector": [],
     }

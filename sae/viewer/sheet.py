@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from pathlib import Path
 
 from sae.features.text import visible
-from sae.files.printable import printable
 from sae.files.writing import write_bytes
 from sae.results.estimate import Estimate
 from sae.results.sheet import Sheet, ShownExample
-from sae.viewer.page import asset, hash_source
+from sae.viewer.page import asset, escaped, head
 
 _EXAMPLES_OF = 5
 """Number of features whose examples are on the page."""
@@ -32,15 +30,10 @@ def write_sheet(sheet: Sheet, path: str | Path) -> None:
         CacheError: the file cannot be written.
     """
     style = asset("page.css") + asset("sheet.css")
-    policy = f"default-src 'none'; style-src {hash_source(style)}; base-uri 'none'; form-action 'none'"
     parts = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f'<title>{_text(sheet.title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main class="sheet">',
-        f'<h1>{_text(sheet.title)}</h1>\n<p class="meta">{_text(sheet.subtitle)}</p>',
-        *(f"<p>{_text(sentence)}</p>" for sentence in sheet.sentences),
+        f'{head(sheet.title, style)}<body>\n<main class="sheet">',
+        f'<h1>{escaped(sheet.title)}</h1>\n<p class="meta">{escaped(sheet.subtitle)}</p>',
+        *(f"<p>{escaped(sentence)}</p>" for sentence in sheet.sentences),
         f'<figure class="card">{_chart(sheet)}<figcaption>AUC on held-out examples with its 95 % interval; grey: the '
         "same search with shuffled labels, mean ± 2 deviations.</figcaption></figure>",
         f'<div class="card">{_table(sheet)}</div>',
@@ -52,13 +45,13 @@ def write_sheet(sheet: Sheet, path: str | Path) -> None:
 
 def _table(sheet: Sheet) -> str:
     """The table; rows that are not of features are grey."""
-    head = "".join(f"<th>{_text(column.heading)}</th>" for column in sheet.table.columns)
+    headings = "".join(f"<th>{escaped(column.heading)}</th>" for column in sheet.table.columns)
     features = sum(bool(one.examples) for one in sheet.scored)
     body = ""
     for number, cells in enumerate(zip(*(column.cells for column in sheet.table.columns), strict=True)):
         kind = ' class="other"' if number >= features > 0 else ""
-        body += f"<tr{kind}>{''.join(f'<td>{_text(str(cell))}</td>' for cell in cells)}</tr>\n"
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+        body += f"<tr{kind}>{''.join(f'<td>{escaped(str(cell))}</td>' for cell in cells)}</tr>\n"
+    return f"<table><thead><tr>{headings}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
 def _chart(sheet: Sheet) -> str:
@@ -78,7 +71,7 @@ def _chart(sheet: Sheet) -> str:
     for number, (name, auc) in enumerate(marks):
         y = _TOP + _ROW * number + 8
         lower, upper = _interval(auc)
-        lines.append(f'<text x="{_LEFT - 12}" y="{y + 4}" text-anchor="end">{_text(name)}</text>')
+        lines.append(f'<text x="{_LEFT - 12}" y="{y + 4}" text-anchor="end">{escaped(name)}</text>')
         lines.append(f'<line class="error" x1="{x(lower)}" x2="{x(upper)}" y1="{y}" y2="{y}"/>')
         lines.append(f'<circle class="mark" cx="{x(auc.value or 0.0)}" cy="{y}" r="5"/>')
     ticks = [
@@ -94,7 +87,7 @@ def _interval(auc: Estimate) -> tuple[float, float]:
 def _examples(sheet: Sheet) -> Iterator[str]:
     shown = [one for one in sheet.scored if one.examples][:_EXAMPLES_OF]
     for one in shown:
-        yield f"<h2>{_text(one.name.capitalize())} on held-out examples</h2>"
+        yield f"<h2>{escaped(one.name.capitalize())} on held-out examples</h2>"
         largest = max(max(example.activations) for example in one.examples)
         items = "\n".join(_example(example, largest) for example in one.examples)
         yield f'<section class="examples"><ol>\n{items}\n</ol></section>'
@@ -106,7 +99,7 @@ def _examples(sheet: Sheet) -> Iterator[str]:
 def _example(example: ShownExample, largest: float) -> str:
     tokens = []
     for place, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True)):
-        text = _text(visible(token)) if token or place == example.position else ""
+        text = escaped(visible(token)) if token or place == example.position else ""
         if activation > 0:
             heat = min(_HEATS - 1, int(_HEATS * activation / largest))
             peak = " peak" if place == example.position else ""
@@ -119,7 +112,3 @@ def _example(example: ShownExample, largest: float) -> str:
         f'<li><span class="value">{example.value:.3g}</span><span class="side-of {side}">{name}</span>'
         f'<div class="text">{"".join(tokens)}</div></li>'
     )
-
-
-def _text(text: str) -> str:
-    return html.escape(printable(text))

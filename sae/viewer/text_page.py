@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sae.features.text_features import TextFeature, TextFeatures
-from sae.files.printable import printable
 from sae.files.writing import write_bytes
-from sae.viewer.page import asset, embeddable_json, hash_source
+from sae.viewer.page import asset, embeddable_json, escaped, filled, head
 
 _PEEK = 6
 
@@ -32,15 +29,9 @@ def write_text_page(results: Sequence[TextFeatures], path: str | Path, title: st
         CacheError: the file cannot be written.
     """
     style, script = asset("page.css") + asset("text_page.css"), asset("text_page.js")
-    parts = {
-        "title": html.escape(printable(title)),
-        "policy": f"default-src 'none'; style-src {hash_source(style)}; script-src {hash_source(script)}; "
-        "base-uri 'none'; form-action 'none'",
-        "style": style,
-        "script": script,
-        "data": embeddable_json(text_page_data(results, per_token)),
-    }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("text_page.html"))
+    data = embeddable_json(text_page_data(results, per_token))
+    body = filled(asset("text_page.html"), title=escaped(title), data=data, script=script)
+    page = head(title, style, script) + body
     write_bytes(Path(path), page.encode(), hashed=False)  # the path can be anywhere
 
 

@@ -8,43 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-import sae
-from sae.cli.main import cli
-from sae.config.file import parse_config
 from sae.errors import ConfigError, UnknownFeatureError
 from sae.files.writing import write_json
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a dictionary and a feature store. Read only."""
-    settings = {
-        "out": str(tmp_path_factory.mktemp("runs") / "finished"),
-        "model": {"name": str(tiny_model)},
-        "data": {
-            "source": str(text_folder), "tokens": 1500, "held_out_tokens": 400, "holdout_fraction": 0.25,
-            "context_length": 16,
-        },
-        "harvest": {"hooks": ["blocks.1.hook_resid_pre"]},
-        "dictionary": {"d_sae": 64, "k": 4},
-        "train": {"batch_size": 64, "pool_tokens": 512, "tokens": 3000},
-        "evaluation": {"tokens": 64},
-    }  # fmt: skip
-    return sae.run(parse_config(settings)).folder
+from tests.support.calling import call
 
 
 @pytest.fixture
 def run_folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "own"))
-
-
-def call(*arguments: object) -> Result:
-    result = CliRunner().invoke(cli, ["--quiet", *map(str, arguments)], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def test_effects_are_measured_written_and_shown_beside_features(run_folder: Path) -> None:

@@ -97,7 +97,7 @@ def test_what_cannot_be_done_is_refused(run_folder: Path, command: Command) -> N
             ("5=3", "the river", "--positions", "last"),
             "--positions='last': expected all, prompt, generated, or numbers",
         ),
-        (("5=3", "the river", "--token", "the river"), "tokens of tiny; give single ones"),
+        (("5=3", "the river", "--token", "the river"), "token 'the river': tiny reads it as "),
         (("5=1e999", "the river"), "feature 5: inf is not a finite number"),
         (("5=3", "the river", "--max-new-tokens", 64), "tiny reads at most 64"),
     ):

@@ -32,7 +32,7 @@ def test_numbers_to_attribute(language_model: LanguageModel) -> None:
     assert "token 'The river': " in message and " tokens (" in message and "give the text of a single one" in message
     assert "reads it as 0 tokens; give" in refusal(language_model, of="")
     assert refusal(language_model, of=NextToken(5, minus=100_000)).startswith("token 100000: ")
-    assert "has logits of tokens 0 to" in refusal(language_model, of=NextToken(-1))
+    assert "has tokens 0 to" in refusal(language_model, of=NextToken(-1))
     with pytest.raises(ConfigError, match=r"minus=' a' with log_probability: .* leave out one of them"):
         NextToken(" the", minus=" a", log_probability=True)
 

@@ -57,7 +57,10 @@ def test_saelens_settings_and_frequencies(tmp_path: Path) -> None:
     assert published(place) == Published(62.5, None, "l0 in cfg.json")
 
 
-@pytest.mark.parametrize("record", [None, 3, [], {}, {"l0": "71"}, {"l0": True}, {"l0": float("nan")}, {"source": "x"}])
+@pytest.mark.parametrize(
+    "record",
+    [None, 3, [], {}, {"l0": "71"}, {"l0": True}, {"l0": float("nan")}, {"l0": 10**400}, {"source": "x"}],
+)
 def test_what_is_no_number_is_left_out(record: Any) -> None:
     assert Published.of({"published": record}) is None
 

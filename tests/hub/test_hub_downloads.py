@@ -335,12 +335,12 @@ def test_lists(hub: LoopbackHub, saved: Path, tmp_path: Path) -> None:
     code = "import sae, sys\nfor one in sae.list_dictionaries(sys.argv[1]).entries:\n    print(one)"
     done = process(hub, tmp_path, "-c", code, "org/many")
     assert done.stdout.splitlines() == [
-        "Entry(id='ours', name='org/many:ours', numbers=Published(l0=8.0, explained_variance=0.75), "
-        "source='eval.json')",
+        "Entry(id='ours', name='org/many:ours', numbers=Published(l0=8.0, "
+        "variance_explained=0.75, source='eval.json'))",
         "Entry(id='resid_post/layer_1_width_16k_l0_big', name='org/many:resid_post/layer_1_width_16k_l0_big', "
-        "numbers=Published(l0=60.0, explained_variance=None), source='config.json')",
-        "Entry(id='theirs', name='org/many:theirs', numbers=Published(l0=44.5, explained_variance=None), "
-        "source='cfg.json')",
+        "numbers=Published(l0=60.0, variance_explained=None, source='config.json'))",
+        "Entry(id='theirs', name='org/many:theirs', numbers=Published(l0=44.5, "
+        "variance_explained=None, source='cfg.json'))",
     ], done.stderr
     assert not [path for path in hub.sent if path.endswith(("safetensors", "npz"))], "no weights"
     done = process(hub, tmp_path, "-m", "sae.cli.main", "list", "gemma-scope-2b-pt-res")

@@ -163,7 +163,7 @@ def test_a_release_is_listed_without_a_hub() -> None:
     listed = list_dictionaries("gpt2-small-res-jb")
     eighth, last = listed.entries[8], listed.entries[-1]
     assert (eighth.id, eighth.name) == ("blocks.8.hook_resid_pre", "gpt2-small-res-jb/blocks.8.hook_resid_pre")
-    assert (eighth.numbers.l0, eighth.numbers.explained_variance, eighth.source) == (60, 0.9, "SAELens's registry")
+    assert (eighth.numbers.l0, eighth.numbers.variance_explained, eighth.source) == (60, 0.9, "SAELens's registry")
     assert (last.id, last.numbers.l0) == ("blocks.11.hook_resid_post", 70)
     assert "weight_processing=center_and_fold" in listed.notes[0]
 

@@ -124,7 +124,9 @@ def test_tokens_as_texts(language_model: LanguageModel) -> None:
         language_model.logits(tokens)
     changed = (found[0] - x).abs().amax(-1)[0] > 1e-3
     assert changed.nonzero()[:, 0].tolist() == [texts.index(token)]
-    with pytest.raises(ModelError, match=r"tokens: 'the river' is \d+ tokens of tiny; give single ones"):
+    with pytest.raises(
+        ConfigError, match=r"token 'the river': tiny reads it as \d+ tokens .*give the text of a single one"
+    ):
         steer(language_model, dictionary, {5: 4.0}, tokens=["the river"]).__enter__()
 
 
@@ -271,7 +273,7 @@ def test_what_cannot_be_steered_is_refused(language_model: LanguageModel) -> Non
         with pytest.raises(ConfigError, match=message):
             steer(language_model, dictionary, {1: 1.0}, **settings).__enter__()
     for token in (-1, language_model.rows):
-        with pytest.raises(ModelError, match=rf"tokens: {token} is no token; .* has 0 to {language_model.rows - 1}"):
+        with pytest.raises(ConfigError, match=f"token {token}: .* has tokens 0 to {language_model.rows - 1}"):
             steer(language_model, dictionary, {1: 1.0}, tokens=[token]).__enter__()
     with pytest.raises(ConfigError, match="given twice: a Steering has them already"):
         steer(language_model, dictionary, Steering({1: 1.0}), positions="prompt").__enter__()
