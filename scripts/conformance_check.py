@@ -1,6 +1,6 @@
 """Runs SAEBench's and sae-probes' own code on this package's dictionaries and prints what passed.
 
-    python conformance_check.py FOLDER [--only custom | core | probes]
+    python conformance_check.py FOLDER [--only custom | core | probes | converted]
     python conformance_check.py FOLDER --tests SAEBENCH/tests/unit
 
 Runs in the environment that scripts/conformance makes, on what scripts/conformance_prepare.py wrote to FOLDER. The
@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import conformance_converted as converted
 import conformance_core as core
 import conformance_probes as probes
 
 MODEL = "gpt2"
-GROUPS = ("custom", "core", "probes")
+GROUPS = ("custom", "core", "probes", "converted")
 LIBRARIES = ("sae-bench", "sae-probes", "sae-lens", "transformer-lens", "transformers", "datasets", "torch", "numpy")
 
 
@@ -137,6 +138,16 @@ def probe_rows(dictionaries: dict[str, Any]) -> list[Row]:
     return [*each("sae-probes", dictionaries, probes.check_probes), inside]
 
 
+def converted_rows(dictionaries: dict[str, Any]) -> tuple[list[Row], list[str]]:
+    """Dictionaries in other toolkits' files: SAEBench's checks of custom SAEs and its core evaluation."""
+    paths = converted.write_all(dictionaries)
+    ours = converted.load_all(paths)
+    rows = each("custom-SAE checks", ours, lambda _, d: check_custom_sae(d))
+    numbers = converted.run_all(dictionaries, ours, paths)
+    rows += each("core evaluation", ours, lambda name, _: converted.check_core(name, numbers))
+    return rows, converted.tables(numbers) if all(row.passed for row in rows) else []
+
+
 def run_group(group: str, tests: Path | None) -> tuple[list[Row], list[str]]:
     """A group's rows, and the tables beneath them."""
     import sae
@@ -149,6 +160,8 @@ def run_group(group: str, tests: Path | None) -> tuple[list[Row], list[str]]:
         dictionary.cfg.model_name = MODEL
     if group == "core":
         return core_rows(dictionaries)
+    if group == "converted":
+        return converted_rows(dictionaries)
     if group == "probes":
         return probe_rows(dictionaries), []
     return each("custom-SAE checks", dictionaries, lambda _, d: check_custom_sae(d)), []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,15 @@ class Setting:
 
 DEFAULTS = Setting("results/core", 4, 16, leave_special=False)
 OURS = Setting("results/core-special-left", 1, 64, leave_special=True)
+CONVERTED = replace(DEFAULTS, folder="results/core-converted")
 FEW = [Setting(f"results/few-{dtype}", 1, 4, True, dtype) for dtype in ("bfloat16", "float32")]
 
+# The numbers of the tables.
+PRINTED = (
+    "explained_variance", "mse", "explained_variance_legacy", "cossim", "l2_norm_in", "l2_norm_out", "l2_ratio",
+    "relative_reconstruction_bias", "l0", "l1", "ce_loss_with_sae", "ce_loss_without_sae", "ce_loss_with_ablation",
+    "ce_loss_score", "kl_div_with_sae", "kl_div_with_ablation", "kl_div_score",
+)  # fmt: skip
 # Numbers that are ours too, by SAEBench's name and by ours. Its mse is divided by the number of tokens once more.
 SAME_DEFINITION = {
     "mse": "mse", "cossim": "cosine", "l2_ratio": "l2_ratio",

@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,25 +246,25 @@ def check(package: str, interpreter: Path, folder: Path) -> list[Row]:
     made, back = folder / "made", folder / "back"
     made.mkdir()
     back.mkdir()
-    run_peer(interpreter, package, "make", made)
+    run_peer(interpreter, PEER, package, "make", str(made))
     rows = [*read_cases(package, made, back), *our_cases(package, back)]
-    run_peer(interpreter, package, "use", back)
+    run_peer(interpreter, PEER, package, "use", str(back))
     for row in rows:
         compare_written(row, back, made)
     return rows
 
 
-def run_peer(interpreter: Path, package: str, verb: str, folder: Path) -> None:
-    """Run the package's side in its environment.
+def run_peer(interpreter: Path, script: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    """Run the package's side in its environment, which does not have this toolkit.
 
     Raises:
         SystemExit: it failed.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [str(interpreter), str(PEER), package, verb, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | dict(environment or {})
+    command = [str(interpreter), str(script), *arguments]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{package}'s side failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{script.name} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
 
 
 def version_of(interpreter: Path, name: str) -> str:

@@ -28,7 +28,8 @@ CONTEXTS, LENGTH = 64, 128
 SETTINGS = [
     "data.tokens=200000", f"data.held_out_tokens={CONTEXTS * LENGTH}", f"data.context_length={LENGTH}",
     "harvest.dtype=float32", "dictionary.d_sae=1024", "train.tokens=200000", "train.dead_after_tokens=50000",
-    "evaluation.frozen_decoder_tokens=0", f"evaluation.legacy_tokens={CONTEXTS * LENGTH}",
+    "evaluation.frozen_decoder_tokens=0", f"evaluation.downstream_tokens={CONTEXTS * LENGTH}",
+    f"evaluation.legacy_tokens={CONTEXTS * LENGTH}",
     f"sweep.dictionary.architecture=[{', '.join(get_args(Architecture))}]",
 ]  # fmt: skip
 COMMIT = "0" * 40
