@@ -21,13 +21,15 @@ from torch import Tensor
 from sae.config.yaml_text import parsed
 from sae.dictionary.base import dtype_name
 from sae.errors import DamagedError, FormatError
-from sae.files.damage import damaged, unreadable
-from sae.files.digest import open_regular, read_whole
+from sae.files.damage import SUMS, damaged, unreadable
+from sae.files.digest import open_regular
+from sae.files.hashes import check, read_checked
 from sae.files.printable import one_line
 from sae.files.reading import as_object, is_pickle, parse_json
 from sae.files.writing import write_bytes, write_json, write_tensors
 
 REMEDY = "get the file again from where it was published"
+_CHANGED = f"{REMEDY}, or delete {SUMS} if it was changed on purpose"
 _MOST_SETTINGS = 1 << 24
 _LONGEST = 200
 _INFLATION = 100
@@ -45,10 +47,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Read the settings of a dictionary, in JSON or YAML.
 
     Raises:
-        DamagedError: the file is missing, larger than 16 MiB, or does not hold keys and values.
+        DamagedError: the file is missing, larger than 16 MiB, differs from the hash that this toolkit recorded for it,
+            or does not hold keys and values.
         UnreadableError: the machine cannot read it.
     """
-    content = read_whole(path, _MOST_SETTINGS, REMEDY)
+    content = read_checked(path, most=_MOST_SETTINGS, remedy=_CHANGED, announce=False)
     if path.suffix == ".json":
         return as_object(path, parse_json(path, content, REMEDY), REMEDY)
     try:
@@ -131,8 +134,12 @@ def _arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
-    """The result of reading a regular file; whatever a library raises for its content becomes one line."""
+    """The result of reading a regular file; whatever a library raises for its content becomes one line.
+
+    If this toolkit wrote it, it is compared with its hash.
+    """
     os.close(open_regular(path, REMEDY))
+    check(path, remedy=_CHANGED, announce=False)
     try:
         return reader(path)
     except _NOT_THE_FILE:

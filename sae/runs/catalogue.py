@@ -55,7 +55,8 @@ def dictionaries_table(name: str, width: int | None = None) -> Group:
         Column("from", [entry.source or NONE for entry in entries], is_text=True),
     ]
     model = f", language model {listing.model}" if listing.model else ""
-    title = f"{listing.repository}{model}: {len(entries):,} dictionaries"
+    count = "1 dictionary" if len(entries) == 1 else f"{len(entries):,} dictionaries"
+    title = f"{listing.repository}{model}: {count}"
     return Table(columns, title=title, notes=[*listing.notes, *_notes(listing)]).in_terminal(width)
 
 

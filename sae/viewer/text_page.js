@@ -88,9 +88,11 @@ function showToken() {
   node.classList.add("chosen");
   node.setAttribute("aria-selected", "true");
   parts.text.setAttribute("aria-activedescendant", node.id);
+  const pairs = text.firing[place];
+  const rest = text.fire[place] > pairs.length ? `, the ${pairs.length} strongest are shown` : "";
   const heading = element("p", "hint", `${place}: `, element("span", "tok", visible(text.tokens[place])),
-    text.masked.includes(place) ? " masked: left out of training as such tokens were" : ` ${count(text.fire[place])} features fire`);
-  const pairs = text.firing[place], most = pairs.length ? pairs[0][1] : 1;
+    text.masked.includes(place) ? " masked: left out of training as such tokens were" : ` ${count(text.fire[place])} features fire${rest}`);
+  const most = pairs.length ? pairs[0][1] : 1;
   const rows = pairs.map(([number, value]) => {
     const one = text.features.find(other => other.i === number) ?? null;
     return firing(String(number), () => choose(one), value, most, one);

@@ -236,3 +236,22 @@ def test_what_is_carried_is_written_or_refused_by_name(to: str, kind: str, tmp_p
     assert again.frame == dictionary.frame
     x = torch.randn(100, D_IN, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(again(x), dictionary(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("to", WRITERS)
+def test_a_changed_byte_is_refused_in_what_we_wrote(to: str, tmp_path: Path) -> None:
+    ours(min(HELD[to])).save(tmp_path / "own")
+    sae.convert(tmp_path / "own", tmp_path / "files", to)
+    files = sorted(path for path in (tmp_path / "files").rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    expected = sae.load(tmp_path / "files")
+    for path in files:
+        content = path.read_bytes()
+        for place in range(0, len(content), max(1, len(content) // 5)):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(FormatError):
+                sae.load(tmp_path / "files")
+        path.write_bytes(content[:-9] + b"0" + content[-8:])
+        with pytest.raises(FormatError, match=r"damaged or changed: its SHA-256 is .* or delete SHA256SUMS"):
+            sae.load(tmp_path / "files")
+        path.write_bytes(content)
+    assert torch.equal(sae.load(tmp_path / "files").W_dec, expected.W_dec)

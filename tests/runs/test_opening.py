@@ -123,7 +123,7 @@ def test_what_the_files_say_decides_the_configuration(
     own: Run, foreign: Callable[[str], Path], tiny_model: Path, text_folder: Path, tmp_path: Path
 ) -> None:
     settings = json.loads((foreign("saelens") / "cfg.json").read_bytes())
-    place = Path(shutil.copytree(foreign("saelens"), tmp_path / "changed"))
+    place = Path(shutil.copytree(foreign("saelens"), tmp_path / "changed", ignore=shutil.ignore_patterns("SHA256SUMS")))
     settings["metadata"] |= {
         "context_size": 24, "prepend_bos": False, "exclude_special_tokens": None, "seqpos_slice": [3, None],
         "model_from_pretrained_kwargs": {"fold_ln": True},

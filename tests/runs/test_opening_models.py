@@ -156,6 +156,7 @@ def test_a_transcoder_with_an_unknown_target(tiny_model: Path, text_folder: Path
     random_dictionary(32, hooks).save(tmp_path / "own")
     sae.convert(tmp_path / "own", tmp_path / "files", "saelens")
     path = tmp_path / "files" / "cfg.json"
+    (path.parent / "SHA256SUMS").unlink()
     settings = json.loads(path.read_text())
     del settings["metadata"]["hook_name_out"]
     path.write_text(json.dumps(settings))

@@ -140,6 +140,9 @@ def test_a_second_dictionary_makes_the_top_page_a_list(hub: LoopbackHub, run: Pa
     assert "[a](a)" in page and "[b](b)" in page and "`org/repo:b`" in page
     assert "| `fvu`" in files["a/README.md"].decode()
     assert "| `fvu`" in files["b/README.md"].decode(), "the dictionary's folder is in its run folder"
+    assert "replaces" not in done.stdout
+    done = command(hub, tmp_path, "push", str(run / "dictionary"), "org/repo:a")
+    assert "replaces the dictionary that was there, which commit" in " ".join(done.stdout.split())
     done = process(hub, tmp_path, "-c", "import sae; sae.load('org/repo')")
     assert "there are 2, give one of them: 'org/repo:a', 'org/repo:b'" in done.stderr
 
