@@ -130,8 +130,9 @@ def hash_weights(model: Any, dtype: torch.dtype | None = None) -> str:
 
     def digest(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item
+        tensor = tensor.detach().cpu()
         tensor = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        content = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return (
             hashlib.sha256(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()).digest()
             + hashlib.sha256(content).digest()

@@ -239,7 +239,7 @@ def _check_model(trained_on: Mapping[str, Any], place: Place) -> None:
         if place.weights_in is None or place.weights_in(dtype) != trained_on[key]:
             raise place.error(
                 _mismatch(trained_on, place, key) + f"; weights are {place.model['dtype']} there and were {dtype} in "
-                f"training: use the model it was trained on, in {dtype} (dtype={dtype})"
+                f"training, so this may be the same model: load it in {dtype} (model.dtype={dtype}), which will tell"
             )
     for key in COMPUTATION_KEYS:
         if differs(key, trained_on, place.model):

@@ -30,7 +30,7 @@ from sae.files.damage import SUMS, WAYS_OUT, damaged
 from sae.files.digest import digest_of, read_whole
 from sae.files.temporary import temporary_file
 
-_HEADER = "# Written by sae: 'sae verify' compares the files here with it, and so does 'sha256sum -c SHA256SUMS'.\n"
+HEADER = "# Written by sae: 'sae verify' compares the files here with it, and so does 'sha256sum -c SHA256SUMS'.\n"
 _LINE = re.compile(r"(# before )?(?P<digest>[0-9a-f]{64})  (?P<name>[^/\0\n]+)")
 _OF_SHA256SUM = re.compile(rb"(\\?[0-9a-fA-F]{64} [ *].+|\\?SHA256 \(.+\) = [0-9a-fA-F]{64}|\s*|#.*)\r?")
 _BYTES_PER_DAMAGED_ONE = 16
@@ -71,7 +71,7 @@ def own_sums(folder: Path) -> dict[str, tuple[str, ...]] | None:
         first, *lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise damaged(path, f"damaged ({error})") from error
-    if content and (len(first) != len(_HEADER) - 1 or lines[-1:] != [""]):
+    if content and (len(first) != len(HEADER) - 1 or lines[-1:] != [""]):
         raise damaged(path, "damaged (its first or last line is incomplete)")
     for number, line in enumerate(lines, 2):
         if match := _LINE.fullmatch(line):
@@ -88,8 +88,8 @@ def is_users(folder: Path) -> bool:
 
 
 def _is_users(content: bytes, folder: Path) -> bool:
-    start = content[: len(_HEADER)]
-    differing = sum(byte != expected for byte, expected in zip(start, _HEADER.encode(), strict=False))
+    start = content[: len(HEADER)]
+    differing = sum(byte != expected for byte, expected in zip(start, HEADER.encode(), strict=False))
     if differing <= len(start) // _BYTES_PER_DAMAGED_ONE:
         return False
     if all(_OF_SHA256SUM.fullmatch(line) for line in content.split(b"\n")):
@@ -180,7 +180,7 @@ def _current_hash(path: Path, listed: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def write_sums(folder: Path, sums: dict[str, tuple[str, ...]]) -> None:
-    lines = [_HEADER]
+    lines = [HEADER]
     for name, (digest, *before) in sorted(sums.items()):
         if "\n" in name or name.encode("utf-8", "replace").decode() != name:
             raise CacheError(

@@ -22,10 +22,11 @@ from sae.config.yaml_text import parsed
 from sae.dictionary.base import dtype_name
 from sae.errors import DamagedError, FormatError
 from sae.files.damage import SUMS, damaged, unreadable
-from sae.files.digest import open_regular
+from sae.files.digest import open_regular, read_whole
 from sae.files.hashes import check, read_checked
 from sae.files.printable import one_line
 from sae.files.reading import as_object, is_pickle, parse_json
+from sae.files.sums import HEADER
 from sae.files.writing import write_bytes, write_json, write_tensors
 
 REMEDY = "get the file again from where it was published"
@@ -51,7 +52,10 @@ def read_settings(path: Path) -> dict[str, Any]:
             or does not hold keys and values.
         UnreadableError: the machine cannot read it.
     """
-    content = read_checked(path, most=_MOST_SETTINGS, remedy=_CHANGED, announce=False)
+    if _is_ours(path):
+        content = read_checked(path, most=_MOST_SETTINGS, remedy=_CHANGED, announce=False)
+    else:
+        content = read_whole(path, _MOST_SETTINGS, REMEDY)
     if path.suffix == ".json":
         return as_object(path, parse_json(path, content, REMEDY), REMEDY)
     try:
@@ -139,7 +143,8 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     If this toolkit wrote it, it is compared with its hash.
     """
     os.close(open_regular(path, REMEDY))
-    check(path, remedy=_CHANGED, announce=False)
+    if _is_ours(path):
+        check(path, remedy=_CHANGED, announce=False)
     try:
         return reader(path)
     except _NOT_THE_FILE:
@@ -152,6 +157,15 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         ) from error
     except (SafetensorError, Exception) as error:
         raise damaged(path, f"damaged ({one_line(str(error), _LONGEST) or type(error).__name__})", REMEDY) from error
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this toolkit recorded hashes next to a file; lists of others are not read."""
+    try:
+        with (path.parent / SUMS).open("rb") as file:
+            return file.read(len(HEADER)) == HEADER.encode()
+    except OSError:
+        return False
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

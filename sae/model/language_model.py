@@ -247,10 +247,14 @@ class LanguageModel(HookedModel):
             ConfigError: the text is not a single token, or there is no such id.
         """
         count = self.rows if count is None else count
-        if isinstance(token, int):
-            if not 0 <= token < count:
-                raise ConfigError(f"token {token}: {self.info.name} has tokens 0 to {count - 1}")
-            return token
+        id = token if isinstance(token, int) else self._id_of_text(token)
+        if not 0 <= id < count:
+            name = f"token {token}" if id == token else f"token {token!r}, with the id {id}"
+            raise ConfigError(f"{name}: {self.info.name} has tokens 0 to {count - 1}")
+        return id
+
+    def _id_of_text(self, token: str) -> int:
+        """The id of a text that is a single token."""
         ids = self.text_ids(token)
         if len(ids) != 1:  # some tokenizers put a space before every text
             texts = self._vocabulary_texts.tokens

@@ -11,6 +11,7 @@ from typing import Any
 from sae.architectures import ARCHITECTURES
 from sae.config.base import RENAMED, read_words
 from sae.config.file import parse_config
+from sae.config.progress import Progress, announce
 from sae.config.settings import DictionaryConfig, RunConfig, TrainConfig
 from sae.config.sources import DataConfig, ModelConfig
 from sae.dictionary.base import Dictionary
@@ -24,6 +25,8 @@ from sae.files.paths import expanded, short_name
 from sae.formats import circuit_tracer
 from sae.formats.foreign import CONVERTED
 from sae.text.corpus import STANDARD_LIBRARY, read_documents
+from sae.text.digests import ReadTexts
+from sae.text.document import is_empty
 from sae.training.recipe import setting_of
 
 TOKENS, HELD_OUT_TOKENS = 100_000, 50_000
@@ -119,13 +122,9 @@ def config_of(dictionary: Dictionary, name: str, words: Sequence[str]) -> RunCon
     config = parse_config(settings)
     data, harvest, evaluation = config.data, config.harvest, config.evaluation
     updates: dict[str, Any] = {}
-    chosen: dict[str, Any] = {}
     if "holdout_fraction" not in data.model_fields_set:
         share = data.held_out_tokens / (data.tokens + data.held_out_tokens)
-        chosen["holdout_fraction"] = min(max(round(share, 3), 0.05), 0.5)
-    if "holdout_by" not in data.model_fields_set and _has_few_documents(data):
-        chosen["holdout_by"] = "section"
-    updates["data"] = data.model_copy(update=chosen)
+        updates["data"] = data.model_copy(update={"holdout_fraction": min(max(round(share, 3), 0.05), 0.5)})
     for section, part in (("harvest", harvest), ("evaluation", evaluation)):
         if "batch_contexts" not in part.model_fields_set:  # results do not depend on it, memory does
             contexts = max(1, part.batch_contexts * _LENGTH // data.context_length)
@@ -133,17 +132,32 @@ def config_of(dictionary: Dictionary, name: str, words: Sequence[str]) -> RunCon
     return config.model_copy(update=updates)
 
 
-def _has_few_documents(data: DataConfig) -> bool:
-    """Whether the text is on this machine, and so few documents that none of them might be held out."""
-    if any(source == STANDARD_LIBRARY or not expanded(source).exists() for source in data.sources):
-        return False
-    documents = chain.from_iterable(
-        read_documents(source, split=data.split, column=data.column) for source in data.sources
-    )  # fmt: skip
+def divided(config: RunConfig, progress: Progress) -> RunConfig:
+    """The configuration with sections as documents, if the text has so few that a share of them might be none.
+
+    Only text on this machine is counted, without empty documents and repeated ones; the user may have chosen too.
+    """
+    data = config.data
+    if "holdout_by" in data.model_fields_set:
+        return config
     try:
-        return len(list(islice(documents, FEW_DOCUMENTS))) < FEW_DOCUMENTS
-    except SaeError:
-        return False  # whoever reads all of it says what is wrong
+        if any(source == STANDARD_LIBRARY or not expanded(source).exists() for source in data.sources):
+            return config
+        read, sources = ReadTexts(), [
+            read_documents(source, split=data.split, column=data.column) for source in data.sources
+        ]  # fmt: skip
+        texts = (document.text for document in chain.from_iterable(sources) if not is_empty(document.text))
+        count = len(list(islice((text for text in texts if read.add(text)), FEW_DOCUMENTS)))
+    except (OSError, SaeError):
+        return config  # whoever reads all of it says what is wrong
+    if not 0 < count < FEW_DOCUMENTS:
+        return config
+    announce(
+        progress,
+        f"the text is {count} document{'s' * (count > 1)}: its sections count as documents, in the held-out split and "
+        "in standard errors; data.holdout_by=document keeps documents whole",
+    )
+    return config.model_copy(update={"data": data.model_copy(update={"holdout_by": "section"})})
 
 
 def _settings(dictionary: Dictionary, origin: Origin) -> dict[str, Any]:

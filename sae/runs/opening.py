@@ -25,7 +25,7 @@ from sae.files.paths import expanded
 from sae.files.writing import locked, stands
 from sae.formats import load
 from sae.model.language_model import LanguageModel
-from sae.runs.adoption import activations_key, at_hooks, config_of, folder_name, words_of
+from sae.runs.adoption import activations_key, at_hooks, config_of, divided, folder_name, words_of
 from sae.runs.folder import DICTIONARY, configured, open_config
 from sae.runs.run import Run
 
@@ -179,7 +179,7 @@ class Opener:
 
     def _made(self, dictionary: Dictionary, config: RunConfig) -> Run:
         """The run folder, whose `config.yaml` is written last: if it stands, so does the rest."""
-        run = self._run(config)
+        run = self._run(divided(config, self.request.progress))
         self._check_model(dictionary, run)
         with locked(run.folder, "preparation of a run"):
             if stands(run.folder / CONFIG_YAML):  # made by another process in the meantime
@@ -226,7 +226,7 @@ class Opener:
             raise ModelError(f"{error} (the dictionary's files name this model; give another with --model)") from error
         self.models[run.config.model, run.device] = language_model
         info, widths = language_model.info, hook_widths(run.config, language_model)
-        place = replace(language_model.as_place, width=widths.__getitem__)
+        place = replace(language_model.as_place, width=widths.__getitem__, weights_in=None)  # caches compare hashes
         check_belongs(dictionary.origin, place, reads=run.config.hook, gives=run.config.gives)
         if isinstance(trained_on, str) and _last(trained_on) != _last(info.name):
             announce(

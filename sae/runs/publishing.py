@@ -235,9 +235,8 @@ def _upload(api: Any, place: HubName, folder: Path, content: Content, notes: lis
     files: dict[str, Path | bytes] = {
         _inside(place, path.name): path for path in sorted(folder.iterdir()) if path.is_file()
     }
-    before = _replaced(place, there)
-    replaced = before - files.keys()
-    if before:
+    replaced = _replaced(place, there) - files.keys()
+    if {_inside(place, CONFIG_FILE), _inside(place, WEIGHTS_FILE)} & there:
         notes.append(f"replaces the dictionary that was there, which commit {head[:12]} still has")
     if replaced:
         notes.append(f"deleted, since they were of the dictionary that was there: {', '.join(sorted(replaced))}")

@@ -89,7 +89,7 @@ function showToken() {
   node.setAttribute("aria-selected", "true");
   parts.text.setAttribute("aria-activedescendant", node.id);
   const pairs = text.firing[place];
-  const rest = text.fire[place] > pairs.length ? `, the ${pairs.length} strongest are shown` : "";
+  const rest = text.fire[place] > pairs.length ? `; the ${pairs.length} strongest are shown` : "";
   const heading = element("p", "hint", `${place}: `, element("span", "tok", visible(text.tokens[place])),
     text.masked.includes(place) ? " masked: left out of training as such tokens were" : ` ${count(text.fire[place])} features fire${rest}`);
   const most = pairs.length ? pairs[0][1] : 1;

@@ -252,7 +252,7 @@ def test_the_same_seed_samples_for_every_model(language_model: LanguageModel) ->
     assert (one.kl, one.random_kl) == (0.0, (0.0,))
 
 
-def test_what_cannot_be_steered_is_refused(language_model: LanguageModel) -> None:
+def test_what_cannot_be_steered_is_refused(language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     dictionary = make_dictionary(language_model)
     for arguments, error, message in (
         (({64: 1.0},), UnknownFeatureError, "feature 64: the dictionary has features 0 to 63"),
@@ -275,6 +275,10 @@ def test_what_cannot_be_steered_is_refused(language_model: LanguageModel) -> Non
     for token in (-1, language_model.rows):
         with pytest.raises(ConfigError, match=f"token {token}: .* has tokens 0 to {language_model.rows - 1}"):
             steer(language_model, dictionary, {1: 1.0}, tokens=[token]).__enter__()
+    with monkeypatch.context() as patched:
+        patched.setattr(language_model, "rows", 5)
+        with pytest.raises(ConfigError, match=r"token 'a', with the id \d+: .* has tokens 0 to 4"):
+            steer(language_model, dictionary, {1: 1.0}, tokens=["a"]).__enter__()
     with pytest.raises(ConfigError, match="given twice: a Steering has them already"):
         steer(language_model, dictionary, Steering({1: 1.0}), positions="prompt").__enter__()
     with pytest.raises(ConfigError, match="random_directions=0: expected at least 1"):

@@ -158,10 +158,12 @@ def test_few_documents_are_divided_into_sections(
     texts.mkdir()
     for number in range(documents):
         (texts / f"{number}.txt").write_text(f"text {number}", encoding="utf-8")
-    config = opening.config_of(
-        own.dictionary(), "it", [f"data.source={json.dumps(str(texts))}", "model.name=a", *words]
-    )
-    assert config.data.holdout_by == unit
+        (texts / f"{number}-again.txt").write_text(f"text {number}", encoding="utf-8")
+    chosen = [f"data.source={json.dumps(str(texts))}", "model.name=a", *words]
+    config = opening.config_of(own.dictionary(), "it", chosen)
+    assert opening.divided(config, lambda *_: None).data.holdout_by == unit
+    missing = config.model_copy(update={"data": config.data.model_copy(update={"source": "x" * 300})})
+    assert opening.divided(missing, lambda *_: None).data == missing.data
 
 
 def test_the_same_arguments_find_the_folder_and_others_get_another(
