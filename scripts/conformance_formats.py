@@ -1,12 +1,13 @@
 """Whether dictionaries of other packages are the same here, and ours the same there, by those packages' own code.
 
-    python scripts/conformance_formats.py [--only PACKAGE …] [--environments FOLDER]
+    python scripts/conformance_formats.py [--only PACKAGE …] [--environments FOLDER] [--python PATH]
 
 The packages are SAELens, sparsify and dictionary_learning, each in an environment of its own, which is made once, in
 runs/conformance/environments, and needs a package index. Each package saves random dictionaries of all its
 architectures with its own code, in float64 and float32, with decoder rows of norm 1 and of other norms. They are read
 here and written back, and dictionaries of our own architectures are written too. The package then loads what we wrote
-with its own code.
+with its own code. circuit-tracer and OpenAI's sparse_autoencoder are on no package index: those that the environment of
+the Python at PATH has are compared too.
 
 Compared are reconstructions and what each feature contributes to them (activation × norm of the decoder row), by the
 largest distance in a row relative to the norm of its reconstruction: at most 1e-9 in float64 and 1e-5 in float32. The
@@ -40,9 +41,12 @@ from sae.formats import WRITERS
 from sae.formats.foreign import CONVERTED
 
 PEER = Path(__file__).with_name("conformance_formats_peer.py")
+REPOSITORIES = Path(__file__).with_name("conformance_formats_repositories.py")
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "runs" / "conformance" / "environments"
 PACKAGES = ("saelens", "sparsify", "dictionary_learning")
+MODULES = {"circuit_tracer": "circuit_tracer", "openai": "sparse_autoencoder"}
+"""Packages that are on no index, and what is imported of them."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 AT_EDGE = 1e-6
 D_IN, D_SAE, K, ROWS = 12, 48, 5, 100
@@ -52,8 +56,10 @@ ORIGINS: dict[str, dict[str, Any]] = {
     ", of unknown origin": {},
     ", transcoder": {**MODEL, "hook": "blocks.3.mlp.hook_in", "target_hook": "blocks.3.hook_mlp_out"},
 }
-TRANSCODERS = {"saelens": {"relu", "jumprelu"}, "sparsify": {"topk"}, "dictionary_learning": set[str]()}
-AUTOENCODERS = {"saelens": set(ARCHITECTURES), "sparsify": {"topk"}, "dictionary_learning": set(ARCHITECTURES)}
+TRANSCODERS = {"saelens": {"relu", "jumprelu"}, "sparsify": {"topk"}}
+AUTOENCODERS = {
+    "saelens": set(ARCHITECTURES), "sparsify": {"topk"}, "dictionary_learning": set(ARCHITECTURES), "openai": {"relu"},
+}  # fmt: skip
 """Our architectures that a package's files can hold."""
 
 
@@ -65,7 +71,7 @@ FRAMES: dict[str, tuple[tuple[str, str, Frame], ...]] = {
         ("jumprelu", ", transcoder", Frame(skip=True, d_out=8)), ("relu", ", transcoder", Frame(d_out=8)),
     ),
     "sparsify": (("topk", "", Frame(skip=True)), ("topk", ", transcoder", Frame(skip=True))),
-    "dictionary_learning": (),
+    "openai": (("topk", "", Frame("layer_norm")),),
 }  # fmt: skip
 """Our dictionaries that come only from other toolkits, with the origin's key."""
 
@@ -149,7 +155,8 @@ def read_cases(package: str, folder: Path, back: Path) -> Iterator[Row]:
         origin = {"hook": dictionary.origin.reads.hook, "context_length": dictionary.origin.context_length}
         row.failures += [f"{key} is {origin[key]!r}" for key, value in case["of"].items() if origin[key] != value]
         row.failures += [f"read as {dictionary.dtype}"] if dictionary.dtype != x.dtype else []
-        write_case(package, dictionary, x, back / dtype / name, path.name)
+        if package in WRITERS:
+            write_case(package, dictionary, x, back / dtype / name, path.name)
 
 
 def refusal(path: Path, expected: str) -> tuple[str, list[str]]:
@@ -167,10 +174,10 @@ def our_cases(package: str, folder: Path) -> Iterator[Row]:
     """Write dictionaries of all our architectures that the package's files can hold."""
     for dtype in TOLERANCE:
         for kind, origin in ORIGINS.items():
-            held = (TRANSCODERS if "target_hook" in origin else AUTOENCODERS)[package]
+            held = (TRANSCODERS if "target_hook" in origin else AUTOENCODERS).get(package, set())
             for architecture in (name for name in ARCHITECTURES if name in held):
                 yield our_case(package, ours(architecture, origin).to(dtype), f"our {architecture}{kind}", folder)
-        for architecture, kind, frame in FRAMES[package]:
+        for architecture, kind, frame in FRAMES.get(package, ()):
             facts = "".join(f", {key} {value}" for key, value in frame.to_json().items())
             dictionary = ours(architecture, ORIGINS[kind], frame).to(dtype)
             yield our_case(package, dictionary, f"our {architecture}{kind}{facts}", folder)
@@ -246,9 +253,10 @@ def check(package: str, interpreter: Path, folder: Path) -> list[Row]:
     made, back = folder / "made", folder / "back"
     made.mkdir()
     back.mkdir()
-    run_peer(interpreter, PEER, package, "make", str(made))
+    script = PEER if package in PACKAGES else REPOSITORIES
+    run_peer(interpreter, script, package, "make", str(made))
     rows = [*read_cases(package, made, back), *our_cases(package, back)]
-    run_peer(interpreter, PEER, package, "use", str(back))
+    run_peer(interpreter, script, package, "use", str(back))
     for row in rows:
         compare_written(row, back, made)
     return rows
@@ -265,6 +273,12 @@ def run_peer(interpreter: Path, script: Path, *arguments: str, environment: Mapp
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{script.name} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+
+
+def has(interpreter: Path, module: str) -> bool:
+    """Whether an environment has a module."""
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([interpreter, "-c", code], check=False).returncode == 0
 
 
 def version_of(interpreter: Path, name: str) -> str:
@@ -284,14 +298,23 @@ def main() -> None:
     from peers.environments import python  # pyright: ignore[reportMissingImports]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PACKAGES, default=PACKAGES, help="these packages alone")
+    parser.add_argument("--only", nargs="+", choices=(*PACKAGES, *MODULES), help="these packages alone")
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="where theirs are, or are made")
+    parser.add_argument("--python", type=Path, metavar="PATH", help="of an environment with circuit-tracer or OpenAI's")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows, versions = list[Row](), list[str]()
-    for package in arguments.only:
-        interpreter = python(package, arguments.environments)
-        versions.append(f"{NAMES[package]} {version_of(interpreter, NAMES[package])}")
+    given: Path | None = arguments.python
+    others = [] if given is None else [name for name in MODULES if has(given, MODULES[name])]
+    for package in arguments.only or [*PACKAGES, *others]:
+        if given is not None and package in others:
+            interpreter = given
+            versions.append(f"{package} of {interpreter}")
+        elif package in PACKAGES:
+            interpreter = python(package, arguments.environments)
+            versions.append(f"{NAMES[package]} {version_of(interpreter, NAMES[package])}")
+        else:
+            parser.error(f"{package}: give an environment that has {MODULES[package]} with --python")
         with tempfile.TemporaryDirectory() as work:
             rows += check(package, interpreter, Path(work))
     failures = sum(bool(row.failures) for row in rows)
