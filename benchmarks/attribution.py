@@ -17,8 +17,9 @@ Beside it stand two nulls: measured changes shuffled among the pairs of a passag
 direction of the same length is removed at the same place, beside the attribution to the feature. As a check of the
 measurement, the gradient times that direction is compared with the change measured for it. To see what the path is for,
 a random half of everything that fires in a passage is removed at once, `--halves` times, and the sum of the
-attributions is compared with the change. With `--by-position`, a third method is measured: integrated gradients along
-the path on which only the features of that one position begin at 0.
+attributions is compared with the change. Integrated gradients are measured on one path, and on a path for each of
+`--groups` random groups of what fires. With `--by-position`, they are also measured along the path on which only the
+features of that one position begin at 0.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ from sae.text.corpus import STANDARD_LIBRARY, is_held_out, read_documents
 
 COPIES = 8
 INTEGRATED_GRADIENTS, GRADIENT_ACTIVATION, BY_POSITION = "integrated_gradients", "gradient_activation", "by_position"
-METHODS = {INTEGRATED_GRADIENTS: "integrated gradients", GRADIENT_ACTIVATION: "gradient × activation"}
+IN_GROUPS = "in_groups"
+METHODS = {
+    INTEGRATED_GRADIENTS: "integrated gradients", IN_GROUPS: "integrated gradients, in groups",
+    GRADIENT_ACTIVATION: "gradient × activation",
+}  # fmt: skip
 NAMES = {**METHODS, BY_POSITION: "integrated gradients, position alone"}
 
 
@@ -121,16 +126,12 @@ def measure(run: Run, dictionary: Dictionary, source: str, seed: int, arguments:
         if time.perf_counter() - begun > 60 * arguments.minutes:
             break
         of = NextToken(passage.following, log_probability=True)
+        settings: dict[str, dict[str, Any]] = {
+            INTEGRATED_GRADIENTS: {"steps": arguments.steps}, GRADIENT_ACTIVATION: {},
+            IN_GROUPS: {"steps": arguments.group_steps, "groups": arguments.groups},
+        }  # fmt: skip
         found = {
-            method: sae.attribute(
-                dictionary,
-                model,
-                passage.tokens,
-                of=of,
-                method=method,
-                steps=arguments.steps if method == INTEGRATED_GRADIENTS else None,
-            )
-            for method in METHODS
+            method: sae.attribute(dictionary, model, passage.tokens, of=of, **settings[method]) for method in METHODS
         }
         first = found[INTEGRATED_GRADIENTS]
         draw = python_random("benchmark: pairs", seed, number)
@@ -275,15 +276,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12, help="of a passage")
     parser.add_argument("--last", type=int, default=6, help="more pairs of a passage, at its last position")
     parser.add_argument("--halves", type=int, default=4, help="of a passage")
-    parser.add_argument("--by-position", action="store_true", help="measure the third method too")
+    parser.add_argument("--by-position", action="store_true", help="measure paths of single positions too")
     parser.add_argument("--steps", type=int, default=10, help="of integrated gradients")
+    parser.add_argument("--groups", type=int, default=32, help="of integrated gradients in groups")
+    parser.add_argument("--group-steps", type=int, default=4, help="of each group")
     parser.add_argument("--minutes", type=float, default=60, help="after which no passage of a seed is begun")
     parser.add_argument("--add", action="store_true", help="keep other cases of the existing report")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--name", default="attribution", help="of the files in docs/results/")
     arguments = parser.parse_args()
     described, cases = report.machine(), []
-    settings = {name: getattr(arguments, name) for name in ("contexts", "length", "pairs", "last", "halves", "steps")}
+    names = ("contexts", "length", "pairs", "last", "halves", "steps", "groups", "group_steps")
+    settings = {name: getattr(arguments, name) for name in names}
     for path in arguments.runs:
         run = Run.open(path)
         dictionary = run.dictionary().requires_grad_(False)
@@ -318,8 +322,9 @@ probable, and some more among those at its last position, with the seed, before 
 how much the log-probability falls when that feature at that position becomes 0 and the rest stays.
 """
 NOTES = """
-Spearman's correlation of attribution and measured change, ± standard error of a bootstrap over passages. position
-alone: the path on which only the features of that position begin at 0. shuffled: the middle 95 % if measured changes
+Spearman's correlation of attribution and measured change, ± standard error of a bootstrap over passages. in groups:
+everything that fires is divided at random, and each group has a path of its own. position alone: the path on which
+only the features of that position begin at 0. shuffled: the middle 95 % if measured changes
 are shuffled among the pairs of a passage. random direction: the change measured when a random direction of the same
 length is removed at the same place, beside the attribution to the feature. gradient of random: the gradient times that
 direction, beside the same change.
@@ -331,13 +336,13 @@ error: the mean size of the difference, as a share of the mean size of the chang
 
 
 def cases_table(cases: list[dict[str, Any]]) -> str:
-    names = ("hook", "texts", "seed", "passages", "length", "steps")
+    names = ("hook", "texts", "seed", "passages", "length", "steps", "groups", "group_steps")
     rows = [
-        [case["model"], f"{case['architecture']}, {case['d_sae']:,}", *(str(case[name]) for name in names),
+        [case["model"], f"{case['architecture']}, {case['d_sae']:,}", *(str(case.get(name, "–")) for name in names),
          case["machine"]["date"], case["machine"]["commit"], f"{case['seconds']:,.0f}"]
         for case in cases
     ]  # fmt: skip
-    head = ["model", "dictionary", *names, "date", "commit", "seconds"]
+    head = ["model", "dictionary", *(name.replace("_", " ") for name in names), "date", "commit", "seconds"]
     return report.table(head, rows, left=4)
 
 

@@ -24,9 +24,10 @@ from sae.console.terminal import output
 @click.option(
     "--method",
     type=click.Choice(["gradient_activation", "integrated_gradients"]),
-    help="How to attribute; by default gradient_activation, or integrated_gradients if --steps are given.",
+    help="How to attribute; by default gradient_activation, or integrated_gradients if --steps or --groups are given.",
 )
 @click.option("--steps", type=click.IntRange(1, 1000), help="Gradients along the path of integrated gradients (16).")
+@click.option("--groups", type=click.IntRange(1, 1000), help="Groups of features, each on a path of its own (1).")
 @click.option("--errors", is_flag=True, help="Attribute to what the dictionary does not explain, too.")
 @click.option("--by-feature", is_flag=True, help="Add up the positions of each feature.")
 @click.option("--top", default=20, show_default=True, type=click.IntRange(1), help="Number of rows in the table.")
@@ -44,6 +45,7 @@ def attribute(
     log_probability: bool,
     method: str | None,
     steps: int | None,
+    groups: int | None,
     errors: bool,
     by_feature: bool,
     top: int,
@@ -70,8 +72,8 @@ def attribute(
     with beginning_again("it"), options.progress({"attribute": "gradients"}) as progress:
         run = open_run(path, overrides, model=model, needs_texts=False, progress=progress)
         result = attribute_features(
-            run.dictionary(), run.language_model, text, of=target, method=method, steps=steps, error_term=errors,
-            progress=progress,
+            run.dictionary(), run.language_model, text, of=target, method=method, steps=steps, groups=groups,
+            error_term=errors, progress=progress,
         )  # fmt: skip
         store = store_of(run.folder / "features", result.dictionaries[0].weights_sha256)
     if file is not None:

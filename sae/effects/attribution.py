@@ -120,7 +120,7 @@ class Attribution:
     Attributes:
         of: name of the function.
         method: one of `METHODS`.
-        steps: number of gradients along the path.
+        steps: number of gradients along each path.
         error_term: whether errors were attributed.
         model: identity of the language model.
         tokens: ids of the text.
@@ -132,6 +132,7 @@ class Attribution:
         feature: index of the feature; `ERROR` (−1) for the error term.
         activation: the feature's activation; for the error term, its length.
         attribution: the share of the function, in its unit.
+        groups: number of groups of entries of a dictionary, each on a path of its own.
     """
 
     of: str
@@ -148,6 +149,7 @@ class Attribution:
     feature: Int[np.ndarray, " n"]
     activation: Float[np.ndarray, " n"]
     attribution: Float[np.ndarray, " n"]
+    groups: int = 1
 
     def __len__(self) -> int:
         return len(self.attribution)
@@ -226,7 +228,8 @@ class Attribution:
             warnings.simplefilter("ignore", UnhashedWarning)  # `save` records no hash
             record = KeptResult(FORMAT, path.name).read(path.parent, f"attribution {str(path)!r}")
         with taken_apart(path):
-            values = {field.name: record[field.name] for field in dataclasses.fields(Attribution)}
+            names = [field.name for field in dataclasses.fields(Attribution)]
+            values = {name: record[name] for name in names if name != "groups" or name in record}
             values |= {name: np.array(values[name], dtype=kind) for name, kind in _COLUMNS.items()}
             values["tokens"] = np.array(values["tokens"], dtype=np.int64)
             values["texts"] = tuple(map(tuple, values["texts"]))

@@ -61,6 +61,7 @@ def completeness_lines(attribution: Attribution) -> list[str]:
     """For each dictionary: the sum of all attributions beside the change of the function, and the gap."""
     method = "gradient × activation" if attribution.method == GRADIENT_ACTIVATION else (
         f"integrated gradients, {attribution.steps} steps"
+        + (f" in {attribution.groups} groups" if attribution.groups > 1 else "")
     )  # fmt: skip
     zero = "features and errors" if attribution.error_term else "features"
     lines = []

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.config.progress import Progress, silent
 from sae.dictionary.base import Dictionary
-from sae.dictionary.origin import check_belongs
-from sae.dictionary.saved import weights_sha256
 from sae.dictionary.token_policy import TokenPolicy
 from sae.effects.attribution import (
-    ERROR,
     GRADIENT_ACTIVATION,
     INTEGRATED_GRADIENTS,
     METHODS,
     AttributedDictionary,
     Attribution,
 )
+from sae.effects.attribution_paths import StraightPath, parts_of, quadrature, spliced_on
 from sae.effects.next_token import LogitFunction, NextToken, checked_values
 from sae.errors import ConfigError, ModelError
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import token_policy
-from sae.model.tail import Start, Tail
 from sae.numerics.modes import training_mode
-from sae.results.estimate import double
 
-_LOGITS = 1 << 24
 _STEPS, _MOST_STEPS = 16, 1000
 
 
@@ -43,6 +37,7 @@ def attribute(
     of: str | NextToken | LogitFunction | None = None,
     method: str | None = None,
     steps: int | None = None,
+    groups: int | None = None,
     error_term: bool = False,
     progress: Progress | None = None,
 ) -> Attribution:
@@ -72,7 +67,11 @@ def attribute(
             logit of the most likely token after the last position.
         method: `gradient_activation`, which predicts the effect of one feature better (docs/guides/attribute.md), or
             `integrated_gradients`, whose attributions add up; None: the former, or the latter if steps are given.
-        steps: number of gradients along the path of integrated gradients; None: 16.
+        steps: number of gradients along each path of integrated gradients; None: 16.
+        groups: what fires is divided at random into so many groups of about the same size. Each has a path of its own,
+            on which it begins at 0 and all else stays as it is, so that its attributions add up to the effect of its
+            removal. The more groups, the closer an attribution is to the effect of its feature alone, and the less
+            the sum of all says. None: 1.
         error_term: also attribute to e, one entry per position. Integrated gradients then begin with f and e at 0.
         progress: called with (stage, gradients done, gradients in total).
 
@@ -86,31 +85,35 @@ def attribute(
             is longer than the model's context.
     """
     dictionaries = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
-    method, steps = _checked_method(dictionaries, method, steps)
+    method, steps, groups = _checked_method(dictionaries, method, steps, groups)
     with training_mode():
         policies = [token_policy(one) for one in dictionaries]
         tokens = _tokens(language_model, text, policies)
         splices = [
-            _splice(one, language_model, tokens, policy) for one, policy in zip(dictionaries, policies, strict=True)
+            spliced_on(one, language_model, tokens, policy) for one, policy in zip(dictionaries, policies, strict=True)
         ]
         with torch.no_grad():
             logits = language_model.logits(tokens)
             function, name = _function(of, language_model, logits)
             value = checked_values(function, logits)
-        done, total, report = 0, steps * len(splices), progress or silent
+        divided = [list(parts_of(spliced, groups, error_term)) for spliced in splices]
+        done, total, report = 0, steps * sum(map(len, divided)), progress or silent
         report("attribute", 0, total)
         parts: list[dict[str, np.ndarray]] = []
         results: list[AttributedDictionary] = []
         for number, spliced in enumerate(splices):
-            points, weights = _quadrature(method, steps)
-            path = _Path(spliced, error_term)
-            gradient = torch.zeros_like(spliced.explained, dtype=torch.float64, device="cpu")
-            for some, their in zip(points.split(path.at_once), weights.split(path.at_once), strict=True):
-                gradient += path.gradient(function, some, their)
-                done += len(some)
-                report("attribute", done, total)
-            columns = spliced.attributions(gradient, error_term)
-            baseline = path.value(function, 0.0)
+            points, weights = quadrature(method, steps)
+            found: list[dict[str, np.ndarray]] = []
+            for part, errors in divided[number]:
+                path = StraightPath(part, errors)
+                gradient = torch.zeros_like(part.explained, dtype=torch.float64, device="cpu")
+                for some, their in zip(points.split(path.at_once), weights.split(path.at_once), strict=True):
+                    gradient += path.gradient(function, some, their)
+                    done += len(some)
+                    report("attribute", done, total)
+                found.append(part.attributions(gradient, errors))
+            columns = _in_order(found)
+            baseline = StraightPath(spliced, error_term).value(function, 0.0)
             totals = _totals(columns, len(value))
             results.append(spliced.described(_numbers(value), _numbers(baseline), totals))
             parts.append({"dictionary": np.full(len(columns["context"]), number), **columns})
@@ -118,215 +121,43 @@ def attribute(
         return Attribution(
             of=name, method=method, steps=steps, error_term=error_term, model=language_model.info.to_json(),
             tokens=tokens.cpu().numpy(), texts=tuple(map(tuple, language_model.to_texts(tokens))),
-            dictionaries=tuple(results), **joined,
+            dictionaries=tuple(results), groups=groups, **joined,
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Spliced:
-    """A dictionary at its place in the model, on some contexts.
-
-    Attributes:
-        dictionary: the dictionary.
-        reads, gives: its hook points.
-        tail: the model from `gives` on.
-        start: the contexts.
-        counts: which tokens are not masked.
-        x: the activation that it reads.
-        y: the activation at `gives`.
-        features: f, 0 at masked tokens.
-        explained: ŷ(f) − ŷ(0), 0 at masked tokens.
-        error: y − ŷ(f), 0 at masked tokens.
-    """
-
-    dictionary: Dictionary
-    reads: str
-    gives: str
-    tail: Tail
-    start: Start
-    counts: Bool[Tensor, "context seq"]
-    x: Float[Tensor, "context seq d_in"]
-    y: Float[Tensor, "context seq d_out"]
-    features: Float[Tensor, "context seq d_sae"]
-    explained: Float[Tensor, "context seq d_out"]
-    error: Float[Tensor, "context seq d_out"]
-
-    def attributions(self, gradient: Float[Tensor, "context seq d_out"], error_term: bool) -> dict[str, np.ndarray]:
-        """Columns of an `Attribution`, from the mean gradient of the function along the path.
-
-        ŷ is affine in f, so that the gradient at f is that at the hook point through the decoder, wherever it is on the
-        path.
-        """
-        to_features = _decoder_gradient(self.dictionary, self.features, self.x, gradient)
-        context, position, feature = self.features.nonzero(as_tuple=True)
-        activation = self.features[context, position, feature]
-        columns = {
-            "context": context, "position": position, "feature": feature, "activation": double(activation),
-            "attribution": double(activation) * double(to_features[context, position, feature]),
-        }  # fmt: skip
-        if error_term:
-            context, position = self.counts.nonzero(as_tuple=True)
-            error = double(self.error[context, position]).cpu()
-            errors = {
-                "context": context, "position": position, "feature": torch.full_like(context, ERROR),
-                "activation": error.norm(dim=-1),
-                "attribution": (error * gradient[context.cpu(), position.cpu()]).sum(-1),
-            }  # fmt: skip
-            columns = {name: torch.cat([column.cpu(), errors[name].cpu()]) for name, column in columns.items()}
-        columns = {name: column.cpu().numpy() for name, column in columns.items()}
-        order = np.lexsort([columns[name] for name in ("feature", "position", "context")])
-        return {name: column[order] for name, column in columns.items()}
-
-    def described(
-        self, value: tuple[float, ...], baseline: tuple[float, ...], total: tuple[float, ...]
-    ) -> AttributedDictionary:
-        """The dictionary in the result."""
-        sha256 = weights_sha256(self.dictionary)
-        return AttributedDictionary(self.reads, self.gives, self.dictionary.d_sae, sha256, value, baseline, total)
+def _in_order(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The columns of all parts, by context, position and feature."""
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort([columns[name] for name in ("feature", "position", "context")])
+    return {name: column[order] for name, column in columns.items()}
 
 
-class _Path:
-    """The straight path of the activation y from features at 0, α = 0, to the model's own, α = 1.
-
-    Args:
-        spliced: the dictionary in the model.
-        error_term: the error is 0 at α = 0 too, instead of being held.
-
-    Attributes:
-        at_once: number of points whose logits are held at once.
-    """
-
-    def __init__(self, spliced: _Spliced, error_term: bool) -> None:
-        self._spliced = spliced
-        self._change = spliced.explained + spliced.error if error_term else spliced.explained
-        contexts, length = spliced.start.tokens.shape
-        vocabulary = int(spliced.tail.language_model.bridge.cfg.d_vocab)
-        self.at_once = max(1, _LOGITS // (contexts * length * vocabulary))
-
-    def gradient(
-        self, function: LogitFunction, points: Float[Tensor, " n"], weights: Float[Tensor, " n"]
-    ) -> Float[Tensor, "context seq d_out"]:
-        """Σ_n w_n ∂m/∂y at the points α_n, float64 on the CPU.
-
-        Raises:
-            ConfigError: the function does not depend on the logits differentiably.
-        """
-        y = self._at(points).requires_grad_()
-        values = self._values(function, y)
-        total = sum(float(weight) * value.sum() for weight, value in zip(weights, values, strict=True))
-        if not isinstance(total, Tensor) or not total.requires_grad:
-            raise ConfigError("of: the function's result has no gradient; compute it from the logits by torch alone")
-        (gradient,) = torch.autograd.grad(total, y)
-        return double(gradient).cpu().view(len(points), *self._spliced.y.shape).sum(0)
-
-    @torch.no_grad()
-    def value(self, function: LogitFunction, point: float) -> Float[Tensor, " values"]:
-        """The function at one point."""
-        return self._values(function, self._at(torch.tensor([point], dtype=torch.float64)))[0]
-
-    def _at(self, points: Float[Tensor, " n"]) -> Float[Tensor, "copies seq d_out"]:
-        """y at each point, as copies of the contexts."""
-        y = self._spliced.y
-        points = points.to(y)[:, None, None, None]
-        return (y - (1 - points) * self._change).flatten(0, 1)
-
-    def _values(self, function: LogitFunction, y: Float[Tensor, "copies seq d_out"]) -> list[Float[Tensor, " values"]]:
-        contexts, length = self._spliced.start.tokens.shape
-        copies = torch.arange(contexts, device=y.device).repeat(len(y) // contexts)
-        start = self._spliced.start.at(copies, length)
-        with self._spliced.tail.replacing(start, lambda _: y):
-            logits = self._spliced.tail.language_model.logits(start.tokens)
-        return [checked_values(function, part) for part in logits.split(contexts)]
-
-
-@torch.no_grad()
-def _splice(
-    dictionary: Dictionary, language_model: LanguageModel, tokens: Int[Tensor, "context seq"],
-    policy: TokenPolicy | None,
-) -> _Spliced:  # fmt: skip
-    """The dictionary at its place in the model.
-
-    Raises:
-        ModelError, ConfigError: it does not belong there, or no token counts.
-    """
-    origin = dictionary.origin
-    reads, gives = origin.reads.hook, origin.gives.hook
-    if reads is None or gives is None:
-        raise ModelError("the dictionary does not record its hook point: set dictionary.metadata['hook']='blocks.N.…'")
-    check_belongs(origin, language_model.as_place)
-    tail = language_model.tail(gives)
-    start = tail.start(tokens)
-    y = _at_least_float32(tail.activations(start))
-    x = _at_least_float32(language_model.bridge_activations(tokens, reads)[reads]) if origin.of_transcoder else y
-    for hook, width, expected, verb in (
-        (reads, x.shape[-1], dictionary.d_in, "takes"), (gives, y.shape[-1], dictionary.d_out, "gives"),
-    ):  # fmt: skip
-        if width != expected:
-            raise ModelError(f"hook {hook!r}: activations are {width} wide, the dictionary {verb} {expected}")
-    counts = torch.ones_like(tokens, dtype=torch.bool) if policy is None else policy.eligible(tokens)
-    if not counts.any():
-        raise ConfigError(
-            f"text: all {tokens.shape[1]} tokens are among those that were masked in training (BOS, first positions, "
-            "special tokens); give a longer text"
-        )
-    x = x.to(dictionary.device)
-    features = dictionary.encode(x) * counts[..., None].to(dictionary.device)
-    given, nothing = (_decode(dictionary, codes, x).to(y) for codes in (features, torch.zeros_like(features)))
-    kept = counts[..., None]
-    return _Spliced(
-        dictionary, reads, gives, tail, start, counts, x, y, features,
-        (given - nothing) * kept, (y - given) * kept,
-    )  # fmt: skip
-
-
-def _decode(
-    dictionary: Dictionary, features: Float[Tensor, "context seq d_sae"], x: Float[Tensor, "context seq d_in"]
-) -> Float[Tensor, "context seq d_out"]:
-    """ŷ(f), of a dictionary that has encoded x. This is the only place where attributions decode."""
-    return dictionary.decode(features, like=x)
-
-
-def _decoder_gradient(
-    dictionary: Dictionary,
-    features: Float[Tensor, "context seq d_sae"],
-    x: Float[Tensor, "context seq d_in"],
-    gradient: Float[Tensor, "context seq d_out"],
-) -> Float[Tensor, "context seq d_sae"]:
-    """The gradient at f, from that at ŷ."""
-    features = features.detach().requires_grad_()
-    given = _decode(dictionary, features, x)
-    return torch.autograd.grad(given, features, gradient.to(given))[0]
-
-
-def _quadrature(method: str, steps: int) -> tuple[Float[Tensor, " steps"], Float[Tensor, " steps"]]:
-    """Points in (0, 1) and weights of Gauss–Legendre quadrature; for gradient × activation, only the end."""
-    if method == GRADIENT_ACTIVATION:
-        return torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
-    return torch.from_numpy((1 + nodes) / 2), torch.from_numpy(weights / 2)
-
-
-def _checked_method(dictionaries: Sequence[Dictionary], method: str | None, steps: int | None) -> tuple[str, int]:
-    """The method, and the number of gradients along its path.
+def _checked_method(
+    dictionaries: Sequence[Dictionary], method: str | None, steps: int | None, groups: int | None
+) -> tuple[str, int, int]:
+    """The method, the number of gradients along a path, and the number of paths.
 
     Raises:
         ConfigError: there is no dictionary or no such method, or the number is out of range or has no effect.
     """
     if method is None:
-        method = GRADIENT_ACTIVATION if steps is None else INTEGRATED_GRADIENTS
+        method = GRADIENT_ACTIVATION if steps is None and groups is None else INTEGRATED_GRADIENTS
     if not dictionaries:
         raise ConfigError("dictionary: expected at least one; the list is empty")
     if method not in METHODS:
         raise ConfigError(f"method={method!r}: expected {' or '.join(METHODS)}")
-    if method == GRADIENT_ACTIVATION and steps is not None:
-        raise ConfigError(
-            f"steps={steps}: {GRADIENT_ACTIVATION} has no path; leave steps out, or choose another method"
-        )
+    for name, given in (("steps", steps), ("groups", groups)):
+        if method == GRADIENT_ACTIVATION and given is not None:
+            raise ConfigError(
+                f"{name}={given}: {GRADIENT_ACTIVATION} has no path; leave {name} out, or choose another method"
+            )
     if steps is None:
         steps = 1 if method == GRADIENT_ACTIVATION else _STEPS
-    if not 1 <= steps <= _MOST_STEPS:
-        raise ConfigError(f"steps={steps}: expected 1 to {_MOST_STEPS:,}")
-    return method, steps
+    groups = 1 if groups is None else groups
+    for name, number in (("steps", steps), ("groups", groups)):
+        if not 1 <= number <= _MOST_STEPS:
+            raise ConfigError(f"{name}={number}: expected 1 to {_MOST_STEPS:,}")
+    return method, steps, groups
 
 
 def _tokens(
@@ -377,7 +208,3 @@ def _totals(columns: dict[str, np.ndarray], values: int) -> tuple[float, ...]:
 
 def _numbers(values: Float[Tensor, " values"]) -> tuple[float, ...]:
     return tuple(values.double().tolist())
-
-
-def _at_least_float32(activation: Tensor) -> Tensor:
-    return activation.to(torch.promote_types(activation.dtype, torch.float32))

@@ -26,10 +26,11 @@ def test_the_table_and_the_file_are_those_of_python(finished: Path, tmp_path: Pa
         for number, text in texts.items()
         if model.tokenizer(text, add_special_tokens=False)["input_ids"] == [number]
     )
-    options = ("--token", token, "--minus", minus, "--position", -2, "--steps", 3, "--top", 4, "--errors")
+    target = ("--token", token, "--minus", minus, "--position", -2)
+    options = (*target, "--steps", 3, "--groups", 2, "--top", 4, "--errors")
     result = call("attribute", finished, TEXT, *options, "--json", tmp_path / "a.json")
     expected = sae.attribute(
-        dictionary, model, TEXT, of=NextToken(token, minus, -2), steps=3, error_term=True
+        dictionary, model, TEXT, of=NextToken(token, minus, -2), steps=3, groups=2, error_term=True
     )  # fmt: skip
     assert Attribution.load(tmp_path / "a.json").to_json() == expected.to_json()
     lines = result.output.splitlines()

@@ -16,6 +16,7 @@ import sae
 from sae.dictionary.frame import Frame
 from sae.effects import Contribution, NextToken
 from sae.model.language_model import LanguageModel
+from sae.numerics.seeding import numpy_generator
 from tests.support.attribution_case import (
     BEFORE_MLP,
     MLP,
@@ -133,6 +134,44 @@ def test_integrated_gradients_are_the_mean_along_the_path(model: LanguageModel, 
     assert (dense(of_gradient, 48) - expected).abs().max() > 0.01, "the path matters"
 
 
+def test_each_group_adds_up_to_the_effect_of_its_removal(model: LanguageModel, tokens: Tensor) -> None:
+    """With a group for each entry, an attribution is what the ablation of its feature measures."""
+    dictionary = make_dictionary(model)
+    settings = {"of": difference, "steps": 24, "error_term": True}
+    whole, three, alone = (
+        sae.attribute(dictionary, model, tokens, groups=groups, **settings) for groups in (1, 3, 1000)
+    )  # fmt: skip
+    assert (whole.groups, three.groups, alone.groups) == (1, 3, 1000)
+    assert alone.dictionaries[0].baseline == whole.dictionaries[0].baseline
+    for name in ("context", "position", "feature", "activation"):
+        assert np.array_equal(getattr(alone, name), getattr(whole, name))
+        assert np.array_equal(getattr(three, name), getattr(whole, name))
+
+    def removed(entries: np.ndarray) -> float:
+        def change(features: Tensor) -> Tensor:
+            features = features.clone()
+            features[alone.context[entries], alone.position[entries], alone.feature[entries]] = 0
+            return features
+
+        values = [function_of_features(model, dictionary, tokens, difference, edit) for edit in (torch.clone, change)]
+        return float((values[0] - values[1]).detach())
+
+    fires = np.flatnonzero(alone.feature >= 0)
+    assert 10 < len(fires) < 1000
+    for entry in fires[np.argsort(-abs(alone.attribution[fires]))[:5]]:
+        assert alone.attribution[entry] == pytest.approx(removed(np.array([entry])), rel=1e-6)
+    assert np.corrcoef(alone.attribution[fires], whole.attribution[fires])[0, 1] < 0.999
+    with torch.no_grad():
+        clean = difference(model.bridge(tokens)).sum()
+        with sae.splice(model, dictionary):
+            without_errors = difference(model.bridge(tokens)).sum()
+    assert three.attribution[three.feature < 0].sum() == pytest.approx(float(clean - without_errors), rel=1e-5)
+    group = numpy_generator("groups of attributions").permutation(len(fires)) % 3
+    for number in range(3):
+        chosen = fires[group == number]
+        assert three.attribution[chosen].sum() == pytest.approx(removed(chosen), rel=1e-5)
+
+
 def test_integrated_gradients_add_up(model: LanguageModel, tokens: Tensor) -> None:
     """The gap shrinks with the number of steps; the baseline is the function with all features at 0."""
     dictionary = relu_dictionary(model)
@@ -208,13 +247,13 @@ def test_many_steps_take_several_passes(model: LanguageModel, tokens: Tensor, mo
     dictionary = make_dictionary(model)
     whole = sae.attribute(dictionary, model, tokens, of=difference, steps=7)
     vocabulary = model.bridge.cfg.d_vocab
-    monkeypatch.setattr("sae.effects.integrate._LOGITS", 3 * tokens.numel() * vocabulary)
+    monkeypatch.setattr("sae.effects.attribution_paths._LOGITS", 3 * tokens.numel() * vocabulary)
     reports: list[tuple[str, int, int]] = []
     parts = sae.attribute(
         dictionary, model, tokens, of=difference, steps=7, progress=lambda *report: reports.append(report)
     )
     np.testing.assert_allclose(parts.attribution, whole.attribution, rtol=1e-9, atol=1e-12)
-    assert reports == [("attribute", done, 7) for done in (3, 6, 7)]
+    assert reports == [("attribute", done, 7) for done in (0, 3, 6, 7)]
 
 
 def test_several_dictionaries_are_each_attributed_to(model: LanguageModel, tokens: Tensor) -> None:

@@ -50,6 +50,9 @@ def test_settings(language_model: LanguageModel) -> None:
         "method='shap': expected gradient_activation or integrated_gradients"
     )
     assert refusal(language_model, steps=0) == "steps=0: expected 1 to 1,000"
+    assert refusal(language_model, groups=1001) == "groups=1001: expected 1 to 1,000"
+    refused = refusal(language_model, groups=2, method="gradient_activation")
+    assert refused == "groups=2: gradient_activation has no path; leave groups out, or choose another method"
     with pytest.raises(ConfigError, match="the list is empty"):
         sae.attribute([], language_model, TEXT)
 
