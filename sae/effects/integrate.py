@@ -51,7 +51,8 @@ def attribute(
       (with the opposite sign).
     - integrated gradients (Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks"):
       a_i = f_i · ∫₀¹ ∂m/∂f_i(α f) dα, from all features at 0 to their activations, with e held. The attributions add up
-      to m(f) − m(0), the more exactly the more steps. The integral is Gauss–Legendre quadrature.
+      to m(f) − m(0), the more exactly the more steps. The integral is Gauss–Legendre quadrature. In groups, each group
+      has a path on which it alone begins at 0.
 
     Nothing else in the model is held: what a feature does through later layers is part of its attribution, and each of
     several dictionaries is attributed to on its own. For a transcoder, y is the activation at its target, and f comes
@@ -65,8 +66,9 @@ def attribute(
         of: what to attribute: a `NextToken`; the text of a token, for its logit after the last position; a
             differentiable function from logits `[context, seq, vocab]` to one number, or one per context; None: the
             logit of the most likely token after the last position.
-        method: `gradient_activation`, which predicts the effect of one feature better (docs/guides/attribute.md), or
-            `integrated_gradients`, whose attributions add up; None: the former, or the latter if steps are given.
+        method: `gradient_activation`, which predicts the effect of one feature better than one path does
+            (docs/guides/attribute.md), or `integrated_gradients`, whose attributions add up; None: the former, or the
+            latter if steps or groups are given.
         steps: number of gradients along each path of integrated gradients; None: 16.
         groups: what fires is divided at random into so many groups of about the same size. Each has a path of its own,
             on which it begins at 0 and all else stays as it is, so that its attributions add up to the effect of its
