@@ -75,7 +75,8 @@ def test_a_second_push_leaves_nothing_of_the_first(path: str, tmp_path: Path) ->
     assert upload(api, path, tmp_path / "first", *optional) == []
     api.put(f"{path}/notes.txt".strip("/"), b"mine")
     assert all((api.folder / path / name).exists() for name in optional)
-    [note] = upload(api, path, tmp_path / "second", "SHA256SUMS")
+    replaced, note = upload(api, path, tmp_path / "second", "SHA256SUMS")
+    assert replaced == f"replaces the dictionary that was there, which commit {Api.sha[:12]} still has"
     left = sorted(file.name for file in (api.folder / path).iterdir() if file.is_file())
     assert left == ["README.md", "SHA256SUMS", "config.json", "notes.txt", "weights.safetensors"]
     assert (api.folder / "notes" / "eval.json").read_bytes() == b"of another"
