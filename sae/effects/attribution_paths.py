@@ -86,23 +86,31 @@ class Spliced:
         return AttributedDictionary(self.reads, self.gives, self.dictionary.d_sae, sha256, value, baseline, total)
 
 
+def number_of_parts(spliced: Spliced, groups: int, error_term: bool) -> int:
+    """How many `parts_of` gives."""
+    groups = min(groups, int(spliced.features.count_nonzero()))
+    return groups + error_term if groups > 1 else 1
+
+
 @torch.no_grad()
 def parts_of(spliced: Spliced, groups: int, error_term: bool) -> Iterator[tuple[Spliced, bool]]:
-    """What has a path of its own: everything, or groups of what fires and the errors; and whether errors are in it."""
-    if groups == 1:
+    """What has a path of its own, one after the other: everything, or groups of what fires and the errors.
+
+    With each comes whether the errors are on its path.
+    """
+    firing = spliced.features.nonzero()
+    groups = min(groups, len(firing))
+    if groups <= 1:
         yield spliced, error_term
         return
-    firing = spliced.features.nonzero()
     group = torch.from_numpy(numpy_generator("groups of attributions").permutation(len(firing)) % groups)
     nothing = torch.zeros_like(spliced.features)
     without = _decode(spliced.dictionary, nothing, spliced.x)
-    for number in range(min(groups, len(firing))):
+    for number in range(groups):
         places = firing[group.to(firing.device) == number].unbind(-1)
         features = nothing.index_put(places, spliced.features[places])
-        explained = (_decode(spliced.dictionary, features, spliced.x) - without).to(spliced.y) * spliced.counts[
-            ..., None
-        ]
-        yield replace(spliced, features=features, explained=explained), False
+        explained = (_decode(spliced.dictionary, features, spliced.x) - without).to(spliced.y)
+        yield replace(spliced, features=features, explained=explained * spliced.counts[..., None]), False
     if error_term:
         yield replace(spliced, features=nothing, explained=torch.zeros_like(spliced.explained)), True
 

@@ -19,7 +19,7 @@ from sae.effects.attribution import (
     AttributedDictionary,
     Attribution,
 )
-from sae.effects.attribution_paths import StraightPath, parts_of, quadrature, spliced_on
+from sae.effects.attribution_paths import StraightPath, number_of_parts, parts_of, quadrature, spliced_on
 from sae.effects.next_token import LogitFunction, NextToken, checked_values
 from sae.errors import ConfigError, ModelError
 from sae.model.language_model import LanguageModel
@@ -98,15 +98,15 @@ def attribute(
             logits = language_model.logits(tokens)
             function, name = _function(of, language_model, logits)
             value = checked_values(function, logits)
-        divided = [list(parts_of(spliced, groups, error_term)) for spliced in splices]
-        done, total, report = 0, steps * sum(map(len, divided)), progress or silent
+        total = steps * sum(number_of_parts(spliced, groups, error_term) for spliced in splices)
+        done, report = 0, progress or silent
         report("attribute", 0, total)
         parts: list[dict[str, np.ndarray]] = []
         results: list[AttributedDictionary] = []
         for number, spliced in enumerate(splices):
             points, weights = quadrature(method, steps)
             found: list[dict[str, np.ndarray]] = []
-            for part, errors in divided[number]:
+            for part, errors in parts_of(spliced, groups, error_term):
                 path = StraightPath(part, errors)
                 gradient = torch.zeros_like(part.explained, dtype=torch.float64, device="cpu")
                 for some, their in zip(points.split(path.at_once), weights.split(path.at_once), strict=True):
