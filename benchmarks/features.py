@@ -37,8 +37,7 @@ from sae.activations import ActivationCache
 from sae.architectures import ReLU, TopK
 from sae.config.settings import FeaturesConfig
 from sae.config.splits import TRAIN
-from sae.dictionary.base import Dictionary
-from sae.dictionary.codes import Codes
+from sae.dictionary.base import Codes, Dictionary
 from sae.features.collection import scan
 from sae.training.initialise import initialise_
 

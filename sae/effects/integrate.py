@@ -205,7 +205,8 @@ def _function(
 def _totals(columns: dict[str, np.ndarray], values: int) -> tuple[float, ...]:
     """The sum of the attributions for each value of the function."""
     context = columns["context"] if values > 1 else np.zeros_like(columns["context"])
-    return tuple(np.bincount(context, weights=columns["attribution"], minlength=values).tolist())
+    sums = np.bincount(context, weights=columns["attribution"], minlength=values)
+    return tuple(sums.astype(np.float64).tolist())  # those of nothing are integers, whatever the weights
 
 
 def _numbers(values: Float[Tensor, " values"]) -> tuple[float, ...]:

@@ -172,6 +172,20 @@ def test_each_group_adds_up_to_the_effect_of_its_removal(model: LanguageModel, t
         assert three.attribution[chosen].sum() == pytest.approx(removed(chosen), rel=1e-5)
 
 
+def test_where_nothing_fires_groups_are_one_path(model: LanguageModel, tokens: Tensor) -> None:
+    """What is left to attribute is the errors: the same with groups as without."""
+    dictionary = relu_dictionary(model)
+    with torch.no_grad():
+        dictionary.b_enc.fill_(-1e6)
+    settings = {"of": difference, "steps": 24, "error_term": True}
+    one, several = (sae.attribute(dictionary, model, tokens, groups=groups, **settings) for groups in (1, 8))
+    assert len(several.feature) > 0
+    assert (several.feature < 0).all()
+    assert np.array_equal(several.feature, one.feature)
+    assert np.array_equal(several.attribution, one.attribution)
+    assert len(sae.attribute(dictionary, model, tokens, of=difference, groups=8).feature) == 0
+
+
 def test_integrated_gradients_add_up(model: LanguageModel, tokens: Tensor) -> None:
     """The gap shrinks with the number of steps; the baseline is the function with all features at 0."""
     dictionary = relu_dictionary(model)
