@@ -126,6 +126,12 @@ class TrainConfig(Settings):
         gt=0,
         description="scale down gradients whose norm over all parameters is larger; null: never",
     )
+    max_activation_norm_multiple: float | None = Field(
+        default=10.0,
+        gt=1,
+        description="leave out a token whose activation is this many times as far from the batch's mean as usual, and "
+        "count it in `left_out`; null: never",
+    )
     initial_b_dec: Literal["geometric_median", "mean", "zeros"] = Field(
         default="geometric_median",
         description="initial b_dec: a statistic of the first batch, or zeros; not used with train.start_from",

@@ -29,7 +29,7 @@ from sae.files.paths import expanded
 from sae.files.printable import printable
 from sae.files.reading import as_object, read_object
 from sae.files.writing import stands, write_bytes
-from sae.training.recipe import chosen_settings, setting_of
+from sae.training.recipe import chosen_settings, is_same_setting, setting_of
 
 DICTIONARY = "dictionary"
 _RESULTS = {
@@ -85,8 +85,8 @@ def other_setting(
     recorded = {**trained["settings"], **sites}
     chosen = chosen_settings(config.dictionary, config.train)
     expected = {"reads": config.hook, "gives": config.gives, **chosen, "seed": config.seed, **(of_data or {})}
-    settings = ((key, setting_of(recorded, key), value) for key, value in expected.items())
-    return next(((key, actual, value) for key, actual, value in settings if actual != value), None)
+    different = (item for item in expected.items() if not is_same_setting(recorded, *item))
+    return next(((key, setting_of(recorded, key), value) for key, value in different), None)
 
 
 def check_run(folder: Path) -> None:

@@ -49,6 +49,12 @@ def normalisations_of(
     return Normalisation(_on(device, mean - input_shift), scale), Normalisation(_on(device, target_shift), target_scale)
 
 
+def normalised_mean(source: BatchSource, normalise: Normalisation) -> Float[Tensor, " d_in"]:
+    """Mean of the source's activations in units of training."""
+    mean = source.statistics.mean.double().to(normalise.mean.device)
+    return ((mean - normalise.mean) * normalise.scale).float()
+
+
 def _scale(source: BatchSource) -> float:
     statistics = source.statistics
     if not math.isfinite(statistics.mean_squared_norm):

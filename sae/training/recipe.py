@@ -12,7 +12,9 @@ from sae.config.base import RENAMED
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
 from sae.dictionary.frame import PLAIN
+from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError
+from sae.training.source import BatchSource
 from sae.training.traits import READERS
 
 
@@ -75,6 +77,29 @@ def setting_of(settings: Mapping[str, Any], key: str) -> Any:
             return settings[name]
     default = defaults[key].default if key in defaults else None
     return list(default) if isinstance(default, tuple) else default
+
+
+LATER = ("max_activation_norm_multiple",)
+"""Settings that older trainings did not have and do not record. Their value is unknown then, not the default."""
+
+
+def is_same_setting(settings: Mapping[str, Any], key: str, value: object) -> bool:
+    """Whether a training with these recorded settings was made with this value, as far as it is recorded."""
+    return (key in LATER and key not in settings) or setting_of(settings, key) == value
+
+
+def identity_of(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
+    """Settings and data that must not change between a checkpoint and its resumption."""
+    target_identity = None if target is None else {"d_in": target.d_in, "square": target.statistics.mean_squared_norm}
+    return {
+        "d_in": source.d_in,
+        **chosen_settings(recipe.dictionary, recipe.settings),
+        "batch_size": source.batch_size,
+        "seed": recipe.seed,
+        "target": target_identity,
+        "start": None if recipe.start is None else weights_sha256(recipe.start),
+        "activations": recipe.metadata.get("activations"),
+    }
 
 
 def freeze_(dictionary: Dictionary, names: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sae.dictionary.base import Dictionary
 from sae.dictionary.neighbours import nearest_neighbours
-from sae.dictionary.saved import weights_sha256
 from sae.errors import TrainingError
 from sae.files import version
 from sae.kernels import is_replayable, operators_beside
@@ -23,11 +22,12 @@ from sae.numerics.seeding import torch_generator
 from sae.training.checkpoint import STATE_VERSION
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import initialise_, take_over_
-from sae.training.normalisation import Normalisation, fold_, normalisations_of
+from sae.training.normalisation import Normalisation, fold_, normalisations_of, normalised_mean
 from sae.training.objectives import OBJECTIVES, Losses, StepInputs
 from sae.training.optimizer import FeatureAdam
+from sae.training.outliers import Outliers
 from sae.training.precision import in_bfloat16, was_in_bfloat16
-from sae.training.recipe import Recipe, build, chosen_settings, freeze_, setting_of
+from sae.training.recipe import LATER, Recipe, build, freeze_, identity_of, is_same_setting, setting_of
 from sae.training.schedules import (
     VERSION_1_GAINS,
     SteeredWeight,
@@ -71,7 +71,7 @@ class Trainer:
         self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
         self.batch_size, self.version = input_source.batch_size, STATE_VERSION
         self.is_replayable = is_replayable(device, input_source.d_in)
-        self.identity = _identity(recipe, input_source, target_source)
+        self.identity = identity_of(recipe, input_source, target_source)
         self.generator = torch_generator(f"initial weights: {recipe.purpose}", recipe.seed)
         self.dictionary = build(config, input_source.d_in).to(device)
         freeze_(self.dictionary, settings.freeze)
@@ -79,6 +79,12 @@ class Trainer:
         dead_after = settings.dead_after_tokens or default_dead_after(config.d_sae, config.k, steps * self.batch_size)
         self.normalisation, self.target_normalisation = normalisations_of(
             input_source, target_source, settings.center, device
+        )
+        sides = ((input_source, self.normalisation), (target_source, self.target_normalisation))
+        self.outliers = Outliers(
+            settings.max_activation_norm_multiple,
+            [normalised_mean(source, normalise) for source, normalise in sides if source and normalise],
+            is_replayable=self.is_replayable,
         )
         self.optimizer = FeatureAdam(
             self.dictionary, settings.beta1, settings.beta2, max_norm=settings.max_gradient_norm,
@@ -117,7 +123,8 @@ class Trainer:
     def prepare(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> None:
         """What comes before the device's part of a step: initial weights, and numbers that differ from step to step."""
         if self.step_number == 0:
-            self._begin(*self._normalised(raw, raw_target))
+            first = self.outliers.clean(*self._normalised(raw, raw_target))
+            self._begin(first.x, first.target)
         warmup, decay = self.settings.warmup_fraction, self.settings.decay_fraction
         self.optimizer.begin_step(learning_rate(self.step_number, self.steps, self.rate, warmup, decay))
         warmth = 1.0 if self.falls else warmed_up(self.step_number, self.steps, self.sparsity_warmup)
@@ -135,12 +142,14 @@ class Trainer:
             return self._compute(raw, raw_target, room)
 
     def _compute(self, raw: Tensor, raw_target: Tensor | None, room: Room | None) -> Losses:
-        x, target = self._normalised(raw, raw_target)
+        batch = self.outliers.clean(*self._normalised(raw, raw_target))
+        x, target, self.variance = batch.x, batch.target, batch.variance
         context = self._context(room)
         losses = OBJECTIVES[self.dictionary.architecture](self.dictionary, x, target, context)
         losses.total.backward()
         self.optimizer.update()
         self.steps_done += 1
+        self.outliers.record(batch)
         self.firing.add(losses.counts, losses.l0, len(x))
         if self.steered is not None:
             self.steered.observe(losses.l0)
@@ -148,7 +157,6 @@ class Trainer:
             self._keep(x)
         elif losses.threshold is not None:
             self._update_old_threshold(losses.threshold)
-        self.variance = _variance(target)
         is_first_bad = ~losses.total.detach().isfinite() & (self.first_bad_step < 0)
         if self.is_replayable or x.device.type != "cpu" or bool(is_first_bad):  # on a CPU, asking is cheaper
             self.bad_input |= is_first_bad & ~(x.isfinite().all() & target.isfinite().all())
@@ -179,6 +187,7 @@ class Trainer:
                 "steps": self.step_number,
                 "normalisation_scale": self.normalisation.scale,
                 "dead": int(self.firing.dead.sum()),
+                "left_out": int(self.outliers.left_out),
                 "dead_after_tokens": self.firing.dead_after,
                 "settings": self.identity,
             },
@@ -194,7 +203,9 @@ class Trainer:
         """
         if not self.batches_ahead or self.newest is None:
             return
-        rows = self.normalisation(torch.cat(list(ahead[: self.batches_ahead]))) if ahead else self.newest
+        rows = self.newest
+        if ahead:
+            rows = self.outliers.without(self.normalisation(torch.cat(list(ahead[: self.batches_ahead]))))
         let_k_fire_(self.dictionary, rows, self.recipe.dictionary.k)
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,6 +225,7 @@ class Trainer:
                 None if part is None else {"mean": part.mean, "scale": part.scale}
                 for part in (self.normalisation, self.target_normalisation)
             ],
+            "outliers": self.outliers.state_dict(),
             "generator": self.generator.get_state(),
         }
 
@@ -235,6 +247,11 @@ class Trainer:
             self.is_replayable = self.is_replayable and not self.dictionary.batch_threshold
             if self.steered is not None:
                 self.steered.gains = VERSION_1_GAINS
+        if self.version < 3:
+            self.outliers.multiple = None
+            self.identity = {key: value for key, value in self.identity.items() if key not in LATER}
+        else:
+            self.outliers.load_state_dict(state["outliers"])
         saved, saved_target = state["normalisations"]
         like = self.normalisation.mean
         self.normalisation = Normalisation(saved["mean"].to(like), saved["scale"])
@@ -251,7 +268,7 @@ class Trainer:
         for key, value in self.identity.items():
             if key == "activations" and identity.get(key) is None:  # sources did not report it to older checkpoints
                 continue
-            if setting_of(identity, key) != value:
+            if not is_same_setting(identity, key, value):
                 raise TrainingError(
                     f"{label}: made with {key}={setting_of(identity, key)!r}, now {value!r}; choose another run folder "
                     "(out=...), or delete its checkpoints to start again"
@@ -287,7 +304,9 @@ class Trainer:
 
     def metrics_now(self) -> dict[str, float | int]:
         """Metrics of the current step, not averaged, in units of training. Waits for the device."""
-        metrics: dict[str, float | int] = {"dead": int(self.firing.dead.sum()), "lr": self.optimizer.lr}
+        metrics: dict[str, float | int] = {
+            "dead": int(self.firing.dead.sum()), "left_out": int(self.outliers.left_out), "lr": self.optimizer.lr,
+        }  # fmt: skip
         if self.dictionary.batch_threshold:
             metrics["threshold"] = float(self.dictionary.get_parameter("threshold"))
         return metrics
@@ -371,24 +390,3 @@ class Trainer:
         """Threshold of version 1: a mean over the first steps, then a running mean."""
         threshold = self.dictionary.get_parameter("threshold")
         threshold += (smallest - threshold) * max(1 / (self.step_number + 1), _OLD_THRESHOLD_RATE)
-
-
-def _variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Variance, summed over d_in."""
-    if x.device.type != "cpu":
-        return x.var(0, correction=0).sum()
-    return torch.linalg.vector_norm(x - x.mean(0), dim=-1).square().mean()  # var down columns takes ten times as long
-
-
-def _identity(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
-    """Settings and data that must not change between a checkpoint and its resumption."""
-    target_identity = None if target is None else {"d_in": target.d_in, "square": target.statistics.mean_squared_norm}
-    return {
-        "d_in": source.d_in,
-        **chosen_settings(recipe.dictionary, recipe.settings),
-        "batch_size": source.batch_size,
-        "seed": recipe.seed,
-        "target": target_identity,
-        "start": None if recipe.start is None else weights_sha256(recipe.start),
-        "activations": recipe.metadata.get("activations"),
-    }

@@ -42,9 +42,10 @@ EXAMPLES: dict[tuple[str, int], Path] = {
     ("sae-probes", 1): HERE / "48b17f8" / "probe.json",
     (ORIGIN, 1): WITHOUT_HASHES / "dictionary" / "config.json",
     (STATE, 1): TESTS / "training" / "checkpoints-d0ee045" / "relu" / "checkpoints" / "step-00000020" / "state.pt",
+    (STATE, 2): HERE / "51dc42b" / "checkpoints" / "step-00000020" / "state.pt",
 }
 """What is committed of each former version. tests/runs/test_old_folders.py reads the run folders, and
-tests/training/test_scale.py goes on from the training states."""
+tests/training/test_scale.py and test_outliers.py go on from the training states."""
 
 
 def current_versions() -> dict[str, int]:
