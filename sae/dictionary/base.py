@@ -120,7 +120,7 @@ class Dictionary(Rescalable, Exchanged, ABC):
 
     @without_autocast
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """(x − b_dec) W_enc + b_enc; if the frame is not plain, of its y instead of x; of a transcoder, y W_enc + b_enc.
+        """(x − b_dec) W_enc + b_enc, or x W_enc + b_enc of a transcoder; of the y of a frame that is not plain.
 
         Raises:
             ShapeError: the width of x is not d_in; every method that encodes raises it.

@@ -61,8 +61,8 @@ def squared_error(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
     """Mean over rows of ‖target − `decode` − bias‖², and the residual inside the norm, which has no gradient.
 
-    Differentiable once in `values`, `decoder`, `bias` and `target`. Gradients are computed from the residual while its row and
-    those of the decoder are at hand, and only scaled in the backward pass.
+    Differentiable once in `values`, `decoder`, `bias` and `target`. Gradients are computed from the residual while its
+    row and those of the decoder are at hand, and only scaled in the backward pass.
     """
     return cast("tuple[Tensor, Tensor]", _SquaredError.apply(values, decoder, bias, target, pattern, sink))
 

@@ -25,9 +25,9 @@ from sae.files.writing import delete, stands, write_bytes
 
 STATE_FILE = "state.pt"
 STATE_VERSION = 3
-"""Version of the rules that no setting describes. Older checkpoints continue by their own rules: of version 1, which has
-no version, a scale from E‖x‖², a threshold that is a running mean, and the steering of that version; of versions 1 and
-2, transcoders whose b_dec is also subtracted from what they read."""
+"""Version of the rules that no setting describes. Older checkpoints continue by their own. Version 1, which has no
+version, has a scale from E‖x‖², a threshold that is a running mean, and a steering of its own; in versions 1 and 2, the
+b_dec of a transcoder is also subtracted from what it reads."""
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 _NAME = re.compile(r"step-(\d+)")
 _SHARE_OF_TIME = 0.05

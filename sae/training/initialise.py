@@ -98,8 +98,8 @@ def take_over_(dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, 
     """Copy the weights of another dictionary of the same shape and frame, in the units of the sample.
 
     If its architecture differs, the copied weights are the encoder (Gated's with its gain), the decoder, their biases,
-    and the skip connection. If the architecture has a penalty, k features per token are then let through, as in a new dictionary. If
-    training keeps decoder rows at norm 1, they are normalised, and activations take over the norms.
+    and the skip connection. If the architecture has a penalty, k features per token are then let through, as in a new
+    dictionary. If training keeps decoder rows at norm 1, they are normalised, and activations take over the norms.
     """
     same_architecture = start.architecture == dictionary.architecture
     if same_architecture:

@@ -129,8 +129,9 @@ class Trainer:
             self.warmth, self.target_l0 = self.numbers.unbind()
 
     def compute(
-        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_out"] | None, room: Room | None = None
-    ) -> Losses:
+        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_out"] | None,
+        room: Room | None = None,
+    ) -> Losses:  # fmt: skip
         """The device's part of a step. If it is replayable, it reads from the host only what `variant` names."""
         selects = self.dictionary.penalty is None  # all that is large is a selection, products with codes, or Adam
         with operators_beside(self.dictionary.W_dec) if selects else contextlib.nullcontext():

@@ -20,7 +20,8 @@ from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES, load
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.runs.run import Run
-from sae.runs.sweeping import sweep, variants
+from sae.runs.sweeping import sweep
+from sae.runs.variants import variants
 from sae.training import TrainingInterrupted
 from sae.training.checkpoint import list_checkpoints
 from tests.conftest import TinyConfig

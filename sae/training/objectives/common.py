@@ -131,9 +131,7 @@ def reconstruct(
     return decode(pattern, values, dictionary.W_dec, context.decoder_sink) + dictionary.b_dec
 
 
-def reconstruct_densely(
-    dictionary: Dictionary, features: Float[Tensor, "batch d_sae"]
-) -> Float[Tensor, "batch d_out"]:
+def reconstruct_densely(dictionary: Dictionary, features: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
     """`reconstruct` from a dense matrix."""
     return features @ dictionary.W_dec + dictionary.b_dec
 
