@@ -121,7 +121,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         FormatError: it is a transcoder, or of an architecture that the toolkit lacks.
         CacheError: the folder cannot be written.
     """
-    if dictionary.is_transcoder:
+    if dictionary.origin.of_transcoder:
         raise FormatError(f"{TITLE} has no transcoders")
     architecture, settings = dictionary.architecture, dictionary.settings()
     if architecture not in _CLASSES:

@@ -80,7 +80,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         CacheError: the folder cannot be written.
     """
     norm = dictionary.frame.input_norm
-    if (dictionary.architecture, norm) not in _WRITTEN or dictionary.is_transcoder:
+    if (dictionary.architecture, norm) not in _WRITTEN or dictionary.origin.of_transcoder:
         kind = type(dictionary).__name__ + (f" with input_norm={norm}" if norm != "none" else "")
         raise FormatError(f"OpenAI's format has only ReLU, and TopK with layer norm; this is a {kind}")
     check_frame(dictionary, TITLE, norms=["layer_norm"])
