@@ -23,6 +23,8 @@ class Frame:
     """y = (x − shift) / scale,  f = act((y − b_dec) W_enc + b_enc),  x̂ = (f W_dec + b_dec) · scale + shift + x W_skip.
 
     With d_out, it is that of a transcoder, in which f = act(y W_enc + b_enc): b_dec belongs to the output alone.
+    Dunefsky et al. 2024, "Transcoders Find Interpretable LLM Feature Circuits"; with W_skip, Paulo et al. 2025,
+    "Transcoders Beat Sparse Autoencoders for Interpretability".
 
     Scale and shift are computed from each x by itself, so they cannot be folded into the weights. They come from other
     toolkits, and are for inference; this toolkit trains SAEs with a plain frame, and transcoders with or without skip.
