@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import ShapeError
+from sae.files.formats import HEAD
 
 InputNorm = Literal["none", "centre", "layer_norm", "constant_norm"]
 EQUAL_WIDTHS = 3
@@ -57,7 +58,8 @@ class Frame:
             raise ValueError(f"skip={skip!r}: expected true or false")
         if d_out is not None and (type(d_out) is not int or d_out < 1):
             raise ValueError(f"d_out={d_out!r}: expected a whole number from 1")
-        if d_out == config.get("d_in") and config.get("format_version", EQUAL_WIDTHS) < EQUAL_WIDTHS:
+        _, version = HEAD
+        if d_out == config.get("d_in") and config.get(version, EQUAL_WIDTHS) < EQUAL_WIDTHS:
             d_out = None
         return Frame(input_norm, skip, d_out)
 
