@@ -47,22 +47,12 @@ def dictionary_metadata(cache: ActivationCache, hook: str, target_hook: str | No
 
     Raises:
         CacheError: a hook point is not in the cache.
-        ConfigError: the target comes before `hook`, or has another width.
+        ConfigError: the target comes before `hook`.
     """
     origin = origin_of(cache, hook)
     if target_hook is not None:
         origin = origin.giving(origin_of(cache, target_hook))
-        check_same_width(hook, target_hook, {name: cache.d_in(name) for name in (hook, target_hook)})
     return origin.to_json()
-
-
-def check_same_width(hook: str, target_hook: str, widths: Mapping[str, int]) -> None:
-    """Raise ConfigError if the hook points that a transcoder reads and gives have different widths."""
-    if widths[target_hook] != widths[hook]:
-        raise ConfigError(
-            f"target hook {target_hook!r}: its activations have width {widths[target_hook]:,} and those of {hook!r} "
-            f"have {widths[hook]:,}; a transcoder's input and output have the same width"
-        )
 
 
 def origin_of(cache: ActivationCache, hook: str) -> Origin:

@@ -26,22 +26,37 @@ def check_fit(shape: DictionaryConfig, settings: TrainConfig) -> None:
         raise ConfigError("train.warmup_fraction + train.decay_fraction exceed 1: lower one of them")
 
 
-def check_memory(d_in: int, shape: DictionaryConfig, memory: int) -> None:
+def check_skip(shape: DictionaryConfig, *, is_transcoder: bool) -> None:
+    """Refuse a skip connection of a dictionary that reconstructs what it reads.
+
+    Raises:
+        ConfigError: it has one.
+    """
+    if shape.skip and not is_transcoder:
+        raise ConfigError(
+            "dictionary.skip=true: an autoencoder would learn to copy its input past the features; name another hook "
+            "point to reconstruct with dictionary.gives (in Python, give target=), or take skip out"
+        )
+
+
+def check_memory(d_in: int, d_out: int, shape: DictionaryConfig, memory: int) -> None:
     """Refuse a dictionary that does not fit on a device during training.
 
     Args:
-        d_in: width of the activations; 1 if not known yet.
+        d_in: width of the activations that it reads; 1 if not known yet.
+        d_out: width of those that it reconstructs.
         shape: settings of the dictionary.
         memory: total memory of the device, in bytes.
 
     Raises:
-        ConfigError: encoder, decoder and Adam's two moments of each, in float32, need more memory.
+        ConfigError: its matrices and Adam's two moments of each, in float32, need more memory.
     """
-    needed = 2 * 3 * 4 * shape.d_sae * d_in
+    needed = 3 * 4 * (shape.d_sae * (d_in + d_out) + shape.skip * d_in * d_out)
     if needed > memory:
+        widths = f"d_in={d_in:,}{' or more' if d_in == 1 else ''}{f', d_out={d_out:,}' if d_out != d_in else ''}"
         raise ConfigError(
-            f"dictionary.d_sae={shape.d_sae}: with d_in={d_in:,}{' or more' if d_in == 1 else ''} its weights and "
-            f"Adam's moments need {needed / 1e9:,.0f} GB, and the device has {memory / 1e9:,.0f} GB of memory: lower it"
+            f"dictionary.d_sae={shape.d_sae}: with {widths} its weights and Adam's "
+            f"moments need {needed / 1e9:,.0f} GB, and the device has {memory / 1e9:,.0f} GB of memory: lower it"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ def with_hook_points(config: RunConfig, names: Callable[[], Iterable[str]]) -> R
     """The configuration with every pattern of hook points replaced by those that match it, in their order.
 
     In a pattern, `*` stands for any text, `?` for one character, and `[0-3]` for one of these. Patterns in
-    `harvest.hooks` are matched with the hook points that there are, others with those in `harvest.hooks`.
+    `harvest.hooks` are matched with the hook points that there are, others with those in `harvest.hooks`, by blocks, so
+    that patterns for the two sides of transcoders give hook points of the same blocks in the same order.
 
     Args:
         config: the configuration.
@@ -41,8 +43,14 @@ def with_hook_points(config: RunConfig, names: Callable[[], Iterable[str]]) -> R
         for key in _SIDES:
             entries = _listed(section.get(key))
             if any(map(is_pattern, entries)):
-                section[key] = _matching(f"{prefix}dictionary.{key}", entries, harvested)
+                section[key] = _matching(f"{prefix}dictionary.{key}", entries, sorted(harvested, key=_block))
     return parse_config(settings)
+
+
+def _block(hook: str) -> int:
+    """The number of the block in a hook point's name; −1 if there is none."""
+    match = re.search(r"\d+", hook)
+    return int(match[0]) if match else -1
 
 
 def _sections(settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

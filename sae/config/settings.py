@@ -43,8 +43,10 @@ class DictionaryConfig(Settings):
     )
     gives: str | tuple[str, ...] | None = Field(
         default=None,
-        description="hook point that it reconstructs, later in the model and as wide (a transcoder); null: the one it "
-        "encodes",
+        description="hook point that it reconstructs, later in the model (a transcoder); null: the one it encodes",
+    )
+    skip: bool = Field(
+        default=False, description="transcoders only: add x W_skip, a trained linear map of the input, to the output"
     )
     d_sae: PositiveInt = Field(default=4096, description="number of features")
     k: PositiveInt = Field(
@@ -105,7 +107,7 @@ class TrainConfig(Settings):
         default=None,
         ge=0,
         description="weight of L0 relative to ‖x − x̂‖², for jumprelu; null: the penalty is "
-        "d_in · (L0 / dictionary.k − 1)²",
+        "d · (L0 / dictionary.k − 1)², with d the width of what is reconstructed",
     )
     sparsity_warmup_fraction: float | None = Field(
         default=None,
@@ -138,7 +140,7 @@ class TrainConfig(Settings):
     )
     start_from: str | None = Field(
         default=None,
-        description="folder of a dictionary (or of a run) whose weights are the initial ones; d_in and d_sae must be "
+        description="folder of a dictionary (or of a run) whose weights are the initial ones; widths and d_sae must be "
         "the same, k and architecture may differ; null: random directions",
     )
     freeze: tuple[str, ...] = Field(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sae.dictionary.codes import Codes
 from sae.dictionary.exchange import Exchanged
-from sae.dictionary.frame import PLAIN, Frame
+from sae.dictionary.frame import EQUAL_WIDTHS, PLAIN, Frame
 from sae.dictionary.origin import Origin
 from sae.dictionary.rescalable import Rescalable
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
@@ -26,8 +26,9 @@ from sae.kernels.pattern import Pattern
 from sae.kernels.sparse import decode, encode_at, padded
 from sae.numerics.modes import has_values, needs_plain_operators, without_autocast
 
-FORMAT = Format("sae-dictionary", 2)
-"""Version 2 has a frame that is not plain; others are written as version 1, which older packages read."""
+FORMAT = Format("sae-dictionary", EQUAL_WIDTHS)
+"""Version 2 has a frame that is not plain, version 3 that of a transcoder between equal widths; others are written as
+the first version that can hold them, which older packages read."""
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
 WEIGHTS_HASH = "weights_file_sha256"
 TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
@@ -52,7 +53,7 @@ class Dictionary(Rescalable, Exchanged, ABC):
             toolkit may have other norms; see `sae.formats.foreign`.)
         b_dec: `[d_out]`, with d_out = d_in unless the frame says otherwise.
         frame: what is done to each token before encoding and after decoding; plain, so nothing, unless the dictionary
-            comes from another toolkit.
+            is a transcoder or comes from another toolkit.
         W_skip: `[d_in, d_out]` if the frame has a skip connection, otherwise None.
         metadata: JSON-able facts saved with the weights: model, hook point, token policy, training.
     """
@@ -80,8 +81,8 @@ class Dictionary(Rescalable, Exchanged, ABC):
 
     @property
     def centre(self) -> Float[Tensor, " d_in"]:
-        """What is subtracted before encoding: b_dec, or 0 if that has the width of another activation."""
-        return self.b_dec if self.d_out == self.d_in else self.b_dec.new_zeros(self.d_in)
+        """What is subtracted before encoding: b_dec, or 0 of a transcoder, whose b_dec belongs to the output."""
+        return self.b_dec if self.frame.d_out is None else self.b_dec.new_zeros(self.d_in)
 
     @abstractmethod
     def select(self, x: Float[Tensor, "rows d_in"]) -> Selection:
@@ -119,7 +120,7 @@ class Dictionary(Rescalable, Exchanged, ABC):
 
     @without_autocast
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """(x − b_dec) W_enc + b_enc; if the frame is not plain, of its y instead of x.
+        """(x − b_dec) W_enc + b_enc, or x W_enc + b_enc of a transcoder; of the y of a frame that is not plain.
 
         Raises:
             ShapeError: the width of x is not d_in; every method that encodes raises it.
@@ -276,7 +277,7 @@ class Dictionary(Rescalable, Exchanged, ABC):
     def config(self) -> dict[str, Any]:
         """The contents of `config.json`."""
         return {
-            **FORMAT.head(1 if self.frame == PLAIN else 2),
+            **FORMAT.head(self.frame.least_version(self.d_in)),
             "architecture": self.architecture,
             "d_in": self.d_in,
             "d_sae": self.d_sae,
@@ -294,6 +295,11 @@ class Dictionary(Rescalable, Exchanged, ABC):
             ConfigError: the metadata cannot be read.
         """
         return Origin.of(self.metadata, self.d_in, self.d_out)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it reconstructs other activations than it reads."""
+        return self.frame.d_out is not None or self.origin.of_transcoder
 
     @property
     def device(self) -> torch.device:

@@ -11,8 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import ShapeError
+from sae.files.formats import HEAD
 
 InputNorm = Literal["none", "centre", "layer_norm", "constant_norm"]
+EQUAL_WIDTHS = 3
+"""Version of the format since which a recorded d_out that equals d_in means that nothing is subtracted from y."""
 _EPSILON = 1e-5
 
 
@@ -20,8 +23,12 @@ _EPSILON = 1e-5
 class Frame:
     """y = (x − shift) / scale,  f = act((y − b_dec) W_enc + b_enc),  x̂ = (f W_dec + b_dec) · scale + shift + x W_skip.
 
-    Scale and shift are computed from each x by itself, so they cannot be folded into the weights. Dictionaries that
-    this toolkit trains have the plain frame, in which y = x. Others come from other toolkits, and are for inference.
+    With d_out, it is that of a transcoder, in which f = act(y W_enc + b_enc): b_dec belongs to the output alone.
+    Dunefsky et al. 2024, "Transcoders Find Interpretable LLM Feature Circuits"; with W_skip, Paulo et al. 2025,
+    "Transcoders Beat Sparse Autoencoders for Interpretability".
+
+    Scale and shift are computed from each x by itself, so they cannot be folded into the weights. They come from other
+    toolkits, and are for inference; this toolkit trains SAEs with a plain frame, and transcoders with or without skip.
 
     Attributes:
         input_norm: what determines scale and shift. `none`: 1 and 0. `centre`: 1 and the mean of x's numbers, for a
@@ -29,7 +36,8 @@ class Frame:
             deviation and mean (SAELens, OpenAI); 10⁻⁵ is added to the divisor only, and the variance divides by
             d_in − 1. `constant_norm`: ‖x‖ / √d_in and 0 (SAELens's `constant_norm_rescale`).
         skip: whether there is a W_skip `[d_in, d_out]`.
-        d_out: width of the reconstruction; None: d_in. If it differs, nothing is subtracted from y before encoding.
+        d_out: width of a transcoder's reconstruction; None: it is no transcoder, or one of before version 3 of the
+            format, whose b_dec is subtracted from what it reads too. Their reconstruction has width d_in.
     """
 
     input_norm: InputNorm = "none"
@@ -50,11 +58,20 @@ class Frame:
             raise ValueError(f"skip={skip!r}: expected true or false")
         if d_out is not None and (type(d_out) is not int or d_out < 1):
             raise ValueError(f"d_out={d_out!r}: expected a whole number from 1")
+        _, version = HEAD
+        if d_out == config.get("d_in") and config.get(version, EQUAL_WIDTHS) < EQUAL_WIDTHS:
+            d_out = None
         return Frame(input_norm, skip, d_out)
 
     def to_json(self) -> dict[str, Any]:
         """Its entries in `config.json`; none for a plain frame."""
         return {name: value for name, value in vars(self).items() if value != getattr(PLAIN, name)}
+
+    def least_version(self, d_in: int) -> int:
+        """The first version of the format that can hold the frame of a dictionary that reads d_in numbers."""
+        if self == PLAIN:
+            return 1
+        return EQUAL_WIDTHS if self.d_out == d_in else 2
 
     @property
     def needs_input(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,13 +18,19 @@ class Rescalable(Traits, nn.Module):
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
+    W_skip: nn.Parameter | None
+
+    @property
+    @abstractmethod
+    def centre(self) -> Float[Tensor, " d_in"]:
+        """What is subtracted before encoding: b_dec, or 0 of a transcoder."""
 
     @torch.no_grad()
     def fold_normalisation_(
         self,
         mean: Float[Tensor, " d_in"],
         scale: float,
-        target_mean: Float[Tensor, " d_in"] | None = None,
+        target_mean: Float[Tensor, " d_out"] | None = None,
         target_scale: float | None = None,
     ) -> None:
         """Rewrite weights trained on (x − mean)·scale so that they take raw x and reconstruct raw targets.
@@ -31,7 +39,7 @@ class Rescalable(Traits, nn.Module):
 
         Args:
             mean, scale: normalisation of the input.
-            target_mean, target_scale: normalisation of the target, if it is not the input.
+            target_mean, target_scale: normalisation of the target, if it is not the input; for all transcoders.
         """
         target_scale = scale if target_scale is None else target_scale
         if target_mean is None:
@@ -39,11 +47,14 @@ class Rescalable(Traits, nn.Module):
             self.b_dec.copy_(self.b_dec / target_scale + mean)
             return
         self.W_enc.mul_(scale)
-        self.shift_pre_activations_(-(self.b_dec + mean * scale) @ self.W_enc / scale)
+        self.shift_pre_activations_(-(self.centre + mean * scale) @ self.W_enc / scale)
         self.scale_activations_(1 / target_scale)
         self.W_enc.mul_(1 / target_scale)
         self.b_dec.copy_(self.b_dec / target_scale + target_mean)
-        self.shift_pre_activations_(self.b_dec @ self.W_enc)
+        if self.W_skip is not None:
+            self.W_skip.mul_(scale / target_scale)
+            self.b_dec.sub_(mean @ self.W_skip)
+        self.shift_pre_activations_(self.centre @ self.W_enc)
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:

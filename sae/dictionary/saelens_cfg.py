@@ -40,7 +40,7 @@ class ToolConfig:
         model_from_pretrained_kwargs: processing of the language model's weights, as arguments of transformer-lens's
             `from_pretrained_no_processing`.
         hook_head_index: None: all heads together.
-        apply_b_dec_to_input: True: b_dec is subtracted before encoding.
+        apply_b_dec_to_input: whether b_dec is subtracted before encoding: not of a transcoder.
         normalize_activations: what the dictionary does to each token by itself; `none`: nothing.
         seqpos_slice: `(None,)`: all positions.
         dataset_trust_remote_code: False: no data set's code is run.
@@ -100,7 +100,7 @@ def tool_config(config: Mapping[str, Any], architecture: str, device: str) -> To
         training_tokens=trained.get("tokens"),
         dataset_path=source if source is None or isinstance(source, str) else ", ".join(source),
         model_from_pretrained_kwargs=dict(WEIGHT_PROCESSING.get(model.get("weight_processing", "none"), {})),
-        apply_b_dec_to_input=frame.d_out in (None, config["d_in"]),
+        apply_b_dec_to_input=frame.d_out is None,
         normalize_activations=NORMALISATION.get(frame.input_norm, "none"),
     )
 

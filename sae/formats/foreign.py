@@ -116,7 +116,7 @@ def dictionary_of(foreign: Foreign, place: str, dtype: torch.dtype | None = None
         folded.append(f"an input scale of {foreign.input_scale:.6g}")
         if output_scale != foreign.input_scale:
             folded.append(f"an output scale of {output_scale:.6g}")
-    if not foreign.centred and dictionary.d_out == d_in and bool(dictionary.b_dec.any()):
+    if not foreign.centred and dictionary.frame.d_out is None and bool(dictionary.b_dec.any()):
         encoder, offset = dictionary.W_enc.T.split(4096), dictionary.b_dec.double()
         dictionary.shift_pre_activations_(torch.cat([rows.double() @ offset for rows in encoder]).to(work))
         folded.append("an input that is not centred")
@@ -136,7 +136,7 @@ def dictionary_of(foreign: Foreign, place: str, dtype: torch.dtype | None = None
 @torch.no_grad()
 def uncentred_bias(dictionary: Dictionary) -> Float[Tensor, " d_sae"]:
     """The encoder's bias of the same dictionary without subtraction of b_dec from the input."""
-    if dictionary.d_out != dictionary.d_in:
+    if dictionary.frame.d_out is not None:
         return dictionary.b_enc.detach().clone()  # nothing is subtracted
     return (dictionary.b_enc.double() - dictionary.b_dec.double() @ dictionary.W_enc.double()).to(dictionary.dtype)
 

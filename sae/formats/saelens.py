@@ -124,7 +124,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
         CacheError: the folder cannot be written.
     """
     origin, architecture = dictionary.origin, _architecture_of(dictionary)
-    is_transcoder, norm = origin.of_transcoder, dictionary.frame.input_norm
+    is_transcoder, norm = dictionary.is_transcoder, dictionary.frame.input_norm
     tensors: dict[str, Tensor] = {name: dictionary.get_parameter(name) for name in ("W_enc", "W_dec", "b_dec")}
     if dictionary.architecture == "gated":
         tensors |= {name: dictionary.get_parameter(name) for name in ("b_gate", "b_mag", "r_mag")}
@@ -183,7 +183,7 @@ def _architecture_of(dictionary: Dictionary) -> str:
     """
     if dictionary.architecture not in WRITES:
         raise FormatError(f"{TITLE} has only {', '.join(WRITES)}; this is a {type(dictionary).__name__}")
-    architecture, is_transcoder = WRITES[dictionary.architecture], dictionary.origin.of_transcoder
+    architecture, is_transcoder = WRITES[dictionary.architecture], dictionary.is_transcoder
     norms = () if is_transcoder else (*NORMALISATION, "centre")
     check_frame(
         dictionary, f"{TITLE}'s {'transcoder' if is_transcoder else architecture}", norms=norms, skip=is_transcoder

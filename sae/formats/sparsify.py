@@ -82,7 +82,7 @@ def write(dictionary: Dictionary, folder: Path) -> list[str]:
     if dictionary.architecture != "topk":
         raise FormatError(f"sparsify has only TopK; this is a {type(dictionary).__name__}")
     check_frame(dictionary, TITLE, skip=dictionary.d_out == dictionary.d_in)
-    is_transcoder = dictionary.origin.of_transcoder
+    is_transcoder = dictionary.is_transcoder
     b_enc = uncentred_bias(dictionary) if is_transcoder else dictionary.b_enc
     tensors = {
         "encoder.weight": dictionary.W_enc.T, "encoder.bias": b_enc, "W_dec": dictionary.W_dec,

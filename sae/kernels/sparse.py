@@ -1,7 +1,8 @@
 """Sparse codes in autograd: encode only what is selected, decode only what fires, gradients in factors.
 
 A code has a `Pattern` (which features fire in which row) and values, one for each pair. The matrices are by feature:
-`encoder = W_enc.T` and `decoder = W_dec`, both `[d_sae, d_in]`. The back ends in `sae.kernels` do the computing.
+`encoder = W_enc.T` and `decoder = W_dec`, both `[d_sae, d_in]`, or `[d_sae, d_out]` of a transcoder's decoder. The back
+ends in `sae.kernels` do the computing.
 
 Without a `GradientSink`, gradients of the matrices are dense tensors as from any PyTorch function. With one, they are
 collected there in factors, for an optimiser that uses them a few features at a time and never stores the full gradient.
@@ -25,7 +26,7 @@ from sae.numerics.modes import is_mapped, without_autocast
 
 @dataclass
 class GradientSink:
-    """Collects the gradient of one `[d_sae, d_in]` matrix in factors, over a backward pass."""
+    """Collects the gradient of the encoder or of the decoder in factors, over a backward pass."""
 
     terms: list[FactoredGradient] = field(default_factory=list)
     blocks: list[RowGradient] = field(default_factory=list)
@@ -40,9 +41,9 @@ class GradientSink:
 def decode(
     pattern: Pattern,
     values: Float[Tensor, " pairs"],
-    decoder: Float[Tensor, "d_sae d_in"],
+    decoder: Float[Tensor, "d_sae d_out"],
     sink: GradientSink | None = None,
-) -> Float[Tensor, "batch d_in"]:
+) -> Float[Tensor, "batch d_out"]:
     """Row i: Σ over its pairs of value · decoder[feature].
 
     Differentiable in `values` and `decoder`.
@@ -53,15 +54,15 @@ def decode(
 def squared_error(
     pattern: Pattern,
     values: Float[Tensor, " pairs"],
-    decoder: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, " d_in"] | None,
-    target: Float[Tensor, "batch d_in"],
+    decoder: Float[Tensor, "d_sae d_out"],
+    bias: Float[Tensor, " d_out"] | None,
+    target: Float[Tensor, "batch d_out"],
     sink: GradientSink | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"]]:
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
     """Mean over rows of ‖target − `decode` − bias‖², and the residual inside the norm, which has no gradient.
 
-    Differentiable once in `values`, `decoder` and `bias`. Gradients are computed from the residual while its row and
-    those of the decoder are at hand, and only scaled in the backward pass.
+    Differentiable once in `values`, `decoder`, `bias` and `target`. Gradients are computed from the residual while its
+    row and those of the decoder are at hand, and only scaled in the backward pass.
     """
     return cast("tuple[Tensor, Tensor]", _SquaredError.apply(values, decoder, bias, target, pattern, sink))
 
@@ -203,7 +204,7 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, decoder: Tensor, pattern: Pattern, sink: GradientSink | None
-    ) -> Float[Tensor, "batch d_in"]:
+    ) -> Float[Tensor, "batch d_out"]:
         ctx.save_for_backward(values, decoder)
         ctx.pattern, ctx.sink = pattern, sink
         return kernels_for(decoder).decode(pattern, values, decoder)
@@ -225,7 +226,7 @@ class _SquaredError(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, decoder: Tensor, bias: Tensor | None, target: Tensor, pattern: Pattern,
         sink: GradientSink | None,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"]]:  # fmt: skip
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:  # fmt: skip
         residual, products = kernels_for(decoder).residual(pattern, values, decoder, bias, target)
         ctx.save_for_backward(values, decoder, residual, products)
         ctx.pattern, ctx.sink = pattern, sink
@@ -243,7 +244,8 @@ class _SquaredError(torch.autograd.Function):
             term = FactoredGradient(ctx.pattern, values * scale, residual)
             of_decoder = _matrix_gradient(kernels_for(decoder), term, ctx.sink)
         of_bias = residual.sum(0) * scale if ctx.needs_input_grad[2] else None
-        return products * scale, of_decoder, of_bias, None, None, None
+        of_target = residual * -scale if ctx.needs_input_grad[3] else None
+        return products * scale, of_decoder, of_bias, of_target, None, None
 
 
 class _EncodeAt(torch.autograd.Function):

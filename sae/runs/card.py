@@ -59,7 +59,7 @@ def card(content: Content, folder: str = "") -> str:
         folder: path from the page to the dictionary's files, for links; empty: they are next to it.
     """
     name = content.name
-    kind = "Transcoder" if content.dictionary.origin.of_transcoder else "Sparse autoencoder"
+    kind = "Transcoder" if content.dictionary.is_transcoder else "Sparse autoencoder"
     title = f"# {kind}: {code(name.path or name.repository)}"
     facts = [[label, code(fact.replace("\n", ", "))] for label, fact in facts_of(content.dictionary).items() if fact]
     return document([header(content), MARK, title, pipe_table(["", ""], facts), *_loading(content),

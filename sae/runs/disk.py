@@ -27,7 +27,8 @@ def check_disk(config: RunConfig, widths: Mapping[str, int], *, is_trained: bool
     """
     folder = config.cache_folder
     with torch.device("meta"):
-        dictionary = build(config.dictionary, widths[config.hook])
+        d_out = widths[config.gives] if config.gives != config.hook else None
+        dictionary = build(config.dictionary, widths[config.hook], d_out)
     weights = 4 * sum(parameter.numel() for parameter in dictionary.parameters())
     training = 0 if is_trained else training_bytes(weights, 3 * weights, config.train.keep_checkpoints)
     cached = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -45,9 +45,10 @@ def facts_of(dictionary: Dictionary) -> dict[str, str]:
     """What a dictionary is; empty if it is not recorded."""
     metadata, origin = dictionary.metadata, dictionary.origin
     settings = [f"{key}={value}" for key, value in {**dictionary.settings(), **dictionary.frame.to_json()}.items()]
+    widths = [dictionary.d_in, dictionary.d_sae, *([dictionary.d_out] if dictionary.is_transcoder else [])]
     return {
         "architecture": ", ".join([dictionary.architecture, *settings]),
-        "d_in → d_sae": f"{dictionary.d_in:,} → {dictionary.d_sae:,}",
+        "d_in → d_sae": " → ".join(f"{width:,}" for width in widths),
         "number type": dtype_name(dictionary.dtype),
         "reads": _hooks(origin.reads),
         "gives": _hooks(origin.gives),

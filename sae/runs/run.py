@@ -15,7 +15,7 @@ from sae.activations.cache import ActivationCache
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.harvest import hook_widths
 from sae.activations.manifest import MANIFEST, read_manifest
-from sae.activations.metadata import check_same_width, dictionary_metadata
+from sae.activations.metadata import dictionary_metadata
 from sae.activations.order import ShuffledSource
 from sae.activations.same_model import check_same_model
 from sae.activations.same_request import check_same_request
@@ -168,21 +168,20 @@ class Run:
         check_read(self.config.dictionary, self.config.train)  # before a dictionary to start from is read
         start = self.start
         recipe = Recipe(self.config.dictionary, self.config.train, start=start)
-        check_recipe(recipe, 1 if start is None else start.d_in, memory_of(self.device))
+        d_in, d_out = (1, 1) if start is None else (start.d_in, start.d_out)
+        is_transcoder = self.config.gives != self.config.hook
+        check_recipe(recipe, d_in, d_out if is_transcoder else None, memory_of(self.device))
 
     def check_space(self) -> None:
         """Check before the harvest that everything the run writes fits on the disk.
 
         Raises:
             CacheError: activations, checkpoints and dictionary need more than the free space.
-            ConfigError: a transcoder's target has another width than its input.
         """
         config, folder = self.config, self.config.cache_folder
         if stands(folder / MANIFEST) and read_manifest(folder).complete:
             return  # the harvest checks files to restore, and training checks the rest
-        widths = hook_widths(config, self.language_model)
-        check_same_width(config.hook, config.gives, widths)
-        check_disk(config, widths, is_trained=self.is_trained())
+        check_disk(config, hook_widths(config, self.language_model), is_trained=self.is_trained())
 
     def train(self) -> Dictionary:
         """The dictionary; trained, or its training finished, if it does not exist yet."""

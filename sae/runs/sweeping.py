@@ -4,48 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sae.activations.cache import ActivationCache
 from sae.config.check import amount_notes, check_amounts
-from sae.config.file import TRUST_SETTING, parse_config
+from sae.config.file import TRUST_SETTING
 from sae.config.progress import Notes, Progress, announce, silent
 from sae.config.settings import RunConfig
 from sae.config.splits import TRAIN
 from sae.dictionary.base import Dictionary
-from sae.errors import ConfigError, FormatError, SaeError
+from sae.errors import FormatError, SaeError
 from sae.evaluation.pareto import Point, draw_pareto
 from sae.evaluation.report import DOCUMENTS_FILE
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
 from sae.evaluation.sweep_view import Differences, behind_best, sweep_markdown
 from sae.files.kept import KeptResult
 from sae.files.reading import load_tensors, read_object, taken_apart
-from sae.files.writing import locked, stands
+from sae.files.writing import locked
 from sae.results.markdown import code, plain
 from sae.runs.evaluation import evaluate_runs
 from sae.runs.folder import DICTIONARY, configured
 from sae.runs.run import Run
 from sae.runs.sources import Sources
+from sae.runs.variants import variant_label, variants
 from sae.training.check import common_pass
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints
 from sae.training.loop import train_all
 from sae.training.recipe import Recipe
 from sae.training.sinks import Wandb
-from sae.training.traits import no_reader, unread
 
 MARKDOWN_FILE, FIGURE_FILE = "sweep.md", "pareto.png"
 SWEEP = KeptResult(None, "sweep.json")
 COST = KeptResult(None, "cost.json")
-_SHARED = ("tokens", "batch_size", "pool_tokens", "log_every", "checkpoint_every", "shuffle_seed")
-_WEIGHTS = ("train.l1_coefficient", "train.l0_coefficient")
-MOST_VARIANTS = 1000
-"""Maximum number of dictionaries in a sweep, since all train in one pass."""
 
 
 @dataclass(frozen=True)
@@ -71,74 +64,11 @@ class Sweep:
         return Run.open(self.folder / name, (f"{TRUST_SETTING}=false",)).dictionary()
 
 
-def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """Every combination of the values in `config.sweep`, named by the values, as its folder is.
-
-    Raises:
-        ConfigError: `config.sweep` is empty, has a key that cannot be swept, a value that is not a list, two
-            combinations of the same name, or more than `MOST_VARIANTS` combinations.
-    """
-    axes = dict(_axes(config.sweep))
-    if not axes:
-        raise ConfigError(
-            "sweep is empty: give lists of values, such as 'sweep.dictionary.k=[16,32]', or use 'sae run' for one "
-            "dictionary"
-        )
-    count = math.prod(map(len, axes.values()))
-    if count > MOST_VARIANTS:
-        product = " × ".join(f"{len(values)} of {key}" for key, values in axes.items())
-        raise ConfigError(
-            f"sweep has {count:,} combinations ({product}), but at most {MOST_VARIANTS:,} are possible: give fewer "
-            "values, or run several sweeps with one harvest.cache"
-        )
-    configs: dict[str, RunConfig] = {}
-    base_settings = config.model_dump(mode="json", exclude={"sweep", "sweep_at_once"})
-    if base_settings["train"]["shuffle_seed"] is None:
-        base_settings["train"]["shuffle_seed"] = config.seed  # one order of activations for all
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        name = _folder_name(config.folder, chosen)
-        if name in configs:
-            raise ConfigError(f"sweep has {name!r} twice: give every value once")
-        settings = _copy(base_settings)
-        for key, value in chosen.items():
-            _put(settings, key.split("."), value)
-        settings["out"] = str(Path(config.out) / name)
-        settings["harvest"]["cache"] = str(config.cache_folder)
-        configs[name] = parse_config(settings)
-    return _without_unread(configs, axes)
-
-
-def _without_unread(configs: dict[str, RunConfig], swept: Collection[str]) -> dict[str, RunConfig]:
-    """The variants, each without common settings that only the architectures of other variants read.
-
-    Raises:
-        ConfigError: no variant reads a setting; or a setting is swept that some do not read, which would give the same
-            dictionary twice.
-    """
-    unread_by = {name: unread(variant.dictionary, variant.train) for name, variant in configs.items()}
-    for key in dict.fromkeys(key for keys in unread_by.values() for key in keys):
-        names = [name for name, keys in unread_by.items() if key in keys]
-        if key in swept or len(names) == len(configs):
-            architectures = dict.fromkeys(configs[name].dictionary.architecture for name in names)
-            raise no_reader(f"{'sweep.' if key in swept else ''}{key}", unread_by[names[0]][key], architectures)
-    return {name: _without(variant, unread_by[name]) for name, variant in configs.items()}
-
-
-def _without(variant: RunConfig, keys: Collection[str]) -> RunConfig:
-    """The variant with the default values of these settings."""
-    settings = variant.model_dump(mode="json")
-    for key in keys:
-        section, _, setting = key.partition(".")
-        del settings[section][setting]
-    return parse_config(settings) if keys else variant
-
-
 def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
     """Harvest missing activations, train every missing variant, evaluate, and compare.
 
-    A variant is a combination of the values under `config.sweep`. Variants are trained in one pass over the
-    activations and evaluated in another, at most `config.sweep_at_once` at a time.
+    A variant is a combination of the values under `config.sweep` (see `sae.runs.variants`). Variants are trained in one
+    pass over the activations and evaluated in another, at most `config.sweep_at_once` at a time.
 
     Args:
         config: the configuration, with lists of values under `sweep`.
@@ -169,7 +99,7 @@ def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
             run.language_model = base.language_model
         if unevaluated:
             evaluate_runs(unevaluated, config.sweep_at_once)
-        points = {name: _point(run, _variant(config, run.config)) for name, run in trained.items()}
+        points = {name: _point(run, variant_label(config, run.config)) for name, run in trained.items()}
         behind = behind_best(points, {name: load_tensors(run.folder / DOCUMENTS_FILE) for name, run in trained.items()})
         result = Sweep(base.folder, points, failures, behind, _description(base, cache, configs.values()))
         _write(result)
@@ -294,18 +224,6 @@ def _train_together(
     return outcome.failures
 
 
-def _variant(config: RunConfig, variant: RunConfig) -> str:
-    """The swept settings that a point does not name itself."""
-    named = ("seed", *(f"dictionary.{name}" for name in ("architecture", "reads", "gives", "d_sae", "k")), *_WEIGHTS)
-    settings = variant.model_dump(mode="json")
-    parts = []
-    for key, _ in _axes(config.sweep):
-        section, _, name = key.partition(".")
-        if key not in named:
-            parts.append(_label(key, settings[section][name]))
-    return ", ".join(parts)
-
-
 def _point(run: Run, variant: str) -> Point:
     """A dictionary's point in the comparison, from its files."""
     settings = run.config.train
@@ -326,7 +244,11 @@ def _point(run: Run, variant: str) -> Point:
 def _description(base: Run, cache: ActivationCache, configs: Collection[RunConfig]) -> str:
     """The activations that all dictionaries of a sweep were trained on: hook points, widths and amounts."""
     hooks = dict.fromkeys(" → ".join(map(code, variant.hooks)) for variant in configs)
-    widths = dict.fromkeys(f"{cache.d_in(variant.hook)} → {variant.dictionary.d_sae:,}" for variant in configs)
+    widths = dict.fromkeys(
+        " → ".join([f"{cache.d_in(variant.hook):,}", f"{variant.dictionary.d_sae:,}",
+                    *([f"{cache.d_in(variant.gives):,}"] if variant.gives != variant.hook else [])])
+        for variant in configs
+    )  # fmt: skip
     settings = base.config.train
     tokens = "one epoch" if settings.tokens is None else f"{settings.tokens:,} tokens"
     return (
@@ -348,49 +270,3 @@ def _write(result: Sweep) -> None:
     figures = {FIGURE_FILE: figure} if figure else {}
     text = sweep_markdown(result.points, result.failures, next(iter(figures), None), result.behind, result.of)
     SWEEP.write(result.folder, content, {**figures, MARKDOWN_FILE: text.encode()})
-
-
-def _axes(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _axes(value, f"{path}.")
-            continue
-        if path != "seed" and path.split(".", maxsplit=1)[0] not in ("dictionary", "train"):
-            raise ConfigError(f"sweep.{path}: only keys of dictionary and train, and seed, can be swept")
-        if path.removeprefix("train.") in _SHARED:
-            raise ConfigError(f"sweep.{path}: all dictionaries of a sweep share one pass, so {path} is one for all")
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ConfigError(f"sweep.{path}={value!r}: expected a list of values, such as [16, 32]")
-        yield path, list(value)
-
-
-def _folder_name(folder: Path, chosen: Mapping[str, Any]) -> str:
-    """The name of a dictionary's folder; the one that earlier versions gave it, if only that is there."""
-    name, older = ("-".join(_label(key, value, joint) for key, value in chosen.items()) for joint in ("-", ""))
-    return older if stands(folder / older) and not stands(folder / name) else name
-
-
-def _label(key: str, value: Any, joint: str = "-") -> str:
-    """A setting in names of folders and lines: `k16`, `encoder_dtype-float32`, and some values alone.
-
-    Args:
-        key: of the setting.
-        value: of the setting.
-        joint: between name and value, unless the value begins with a digit.
-    """
-    name = key.rpartition(".")[2]
-    text = re.sub(r"[^\w.+]+", "_", str(value)).strip("_")
-    if name in ("architecture", "reads", "gives"):
-        return text
-    return f"{name}{text}" if text[:1].isdigit() else f"{name}{joint}{text}"
-
-
-def _put(settings: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        settings = settings[key]
-    settings[keys[-1]] = value
-
-
-def _copy(tree: Any) -> Any:
-    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sae.config.check import check_fit, check_memory, check_snapshots
+from sae.config.check import check_fit, check_memory, check_skip, check_snapshots
 from sae.config.environment import memory_of
 from sae.errors import ConfigError, TrainingError
 from sae.training.recipe import Recipe, build, check_start, freeze_
@@ -70,12 +70,8 @@ def _check_transcoder(name: str, source: BatchSource, target: BatchSource) -> No
     """Check that a target can be computed from an input, as far as their origins are known.
 
     Raises:
-        ConfigError: their widths or texts differ, or the model computes the target before the input.
+        ConfigError: their texts differ, or the model computes the target before the input.
     """
-    if target.d_in != source.d_in:
-        raise ConfigError(
-            f"{name}: the target has {target.d_in} numbers a row, the input {source.d_in}: they must be equally wide"
-        )
     if isinstance(source, OrderedSource) and isinstance(target, OrderedSource):
         (text, cache), (target_text, target_cache) = source.token_text, target.token_text
         if text != target_text:
@@ -115,19 +111,21 @@ def _check_sources(sources: Mapping[str, BatchSource]) -> None:
 def _check_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, BatchSource], tokens: int, memory: int) -> None:
     for name, recipe in recipes.items():
         try:
-            check_recipe(recipe, sources[recipe.source].d_in, memory)
+            d_out = None if recipe.target is None else sources[recipe.target].d_in
+            check_recipe(recipe, sources[recipe.source].d_in, d_out, memory)
             check_snapshots(recipe.settings, tokens)
             _check_folder(recipe)
         except ConfigError as error:
             raise (ConfigError(f"{name}: {error}") if len(recipes) > 1 else error) from None
 
 
-def check_recipe(recipe: Recipe, d_in: int, memory: int) -> None:
+def check_recipe(recipe: Recipe, d_in: int, d_out: int | None, memory: int) -> None:
     """Check that a dictionary can be trained as its recipe says, without allocating its weights.
 
     Args:
         recipe: the dictionary's recipe.
         d_in: width of its input.
+        d_out: width of its target; None: it is trained to reconstruct its input.
         memory: the device's memory in bytes.
 
     Raises:
@@ -135,11 +133,12 @@ def check_recipe(recipe: Recipe, d_in: int, memory: int) -> None:
             start do not fit.
     """
     config, settings = recipe.dictionary, recipe.settings
-    check_memory(d_in, config, memory)
+    check_skip(config, is_transcoder=d_out is not None)
+    check_memory(d_in, d_out or d_in, config, memory)
     check_fit(config, settings)
     check_read(config, settings)
     with torch.device("meta"):
-        dictionary = build(config, d_in)
+        dictionary = build(config, d_in, d_out)
     freeze_(dictionary, settings.freeze)
     check_start(recipe, dictionary)
 

@@ -24,10 +24,10 @@ from sae.files.sums import recorded
 from sae.files.writing import delete, stands, write_bytes
 
 STATE_FILE = "state.pt"
-STATE_VERSION = 3
-"""Version of the rules that no setting describes. A checkpoint of version 1, which has no version, continues by its own
-rules: a scale from E‖x‖², a threshold that is a running mean, and the steering of that version. One of version 1 or 2
-continues without leaving out outliers."""
+STATE_VERSION = 4
+"""Version of the rules that no setting describes. Older checkpoints continue by their own. Version 1, which has no
+version, has a scale from E‖x‖², a threshold that is a running mean, and a steering of its own; versions 1 and 2 leave
+out no outliers; in versions 1 to 3, the b_dec of a transcoder is also subtracted from what it reads."""
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 _NAME = re.compile(r"step-(\d+)")
 _SHARE_OF_TIME = 0.05

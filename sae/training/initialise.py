@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import Frame
 from sae.training.threshold import let_k_fire_
+
+STRONGEST = 16
+"""Tokens from which the initial row of a transcoder's decoder is taken."""
+_FEATURES = 512
 
 
 @torch.no_grad()
@@ -17,14 +23,14 @@ def initialise_(
     dictionary: Dictionary,
     sample: Float[Tensor, "sample d_in"],
     generator: torch.Generator,
-    target: Float[Tensor, "sample d_in"] | None = None,
+    target: Float[Tensor, "sample d_out"] | None = None,
     k: int | None = None,
     centre: str = "geometric_median",
 ) -> None:
     """Random unit decoder rows, W_enc = W_decᵀ, biases 0, b_dec = the centre of the targets.
 
-    Gao et al. 2024, appendix A.1. If the target is not the input, the encoder's bias compensates for b_dec, so that
-    pre-activations are those of x − (the centre of x).
+    Gao et al. 2024, appendix A.1. In a transcoder the random directions are the encoder's, decoder rows are the
+    `responses_` to them, and W_skip is 0.
 
     Args:
         sample: inputs, normalised.
@@ -32,25 +38,68 @@ def initialise_(
         k: initial features per token, if the architecture has a penalty; None: biases and thresholds stay 0.
         centre: one of `CENTRES`.
     """
-    dictionary.W_dec.copy_(torch.randn(dictionary.d_sae, dictionary.d_in, generator=generator))
-    dictionary.normalise_decoder_()
-    dictionary.W_enc.copy_(dictionary.W_dec.T)
+    directions = torch.randn(dictionary.d_sae, dictionary.d_in, generator=generator).to(dictionary.W_enc)
+    directions /= directions.norm(dim=-1, keepdim=True)
+    dictionary.W_enc.copy_(directions.T)
     for name in dictionary.bias_names:
         dictionary.get_parameter(name).zero_()
-    dictionary.b_dec.copy_(CENTRES[centre](sample if target is None else target))
-    if target is not None and target is not sample:
-        dictionary.shift_pre_activations_((dictionary.b_dec - CENTRES[centre](sample)) @ dictionary.W_enc)
+    target = sample if target is None else target
+    dictionary.b_dec.copy_(CENTRES[centre](target))
+    if dictionary.frame.d_out is None:
+        dictionary.W_dec.copy_(directions)
+    else:
+        responses_(dictionary, sample, target, generator)
+    if dictionary.W_skip is not None:
+        dictionary.W_skip.zero_()
     if k is not None and dictionary.penalty is not None:
         let_k_fire_(dictionary, sample, k)
 
 
 @torch.no_grad()
-def take_over_(dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, "sample d_in"], k: int) -> None:
-    """Copy the weights of another dictionary of the same shape, in the units of the sample.
+def responses_(
+    dictionary: Dictionary, sample: Float[Tensor, "sample d_in"], target: Float[Tensor, "sample d_out"],
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    """Decoder row j = the mean target of the tokens on which encoder direction j responds most, at norm 1.
 
-    If its architecture differs, the copied weights are the encoder (Gated's with its gain), the decoder, and their
-    biases. If the architecture has a penalty, k features per token are then let through, as in a new dictionary. If
-    training keeps decoder rows at norm 1, they are normalised, and activations take over the norms.
+    Targets are relative to their mean, and the tokens are `STRONGEST` of the sample, or an eighth of it if that is
+    fewer. A row that would be 0 is random. Training is then ahead of training from decoder rows that are the encoder's,
+    or that are random (docs/log.md), and needs no equal widths.
+    """
+    count = min(STRONGEST, -(-len(sample) // 8))
+    centred = target - target.mean(0)
+    for start in range(0, dictionary.d_sae, _FEATURES):
+        features = slice(start, start + _FEATURES)
+        strongest = (dictionary.W_enc.T[features] @ sample.T).topk(count).indices
+        rows = centred[strongest].mean(1)
+        is_zero = rows.norm(dim=-1, keepdim=True) == 0
+        if bool(is_zero.any()):
+            rows = rows.where(~is_zero, torch.randn(rows.shape, generator=generator).to(rows))
+        dictionary.W_dec[features] = rows / rows.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def in_frame(dictionary: Dictionary, frame: Frame) -> Dictionary:
+    """An equal copy with another frame: one without a skip connection gets one of 0; of b_dec, which a transcoder does
+    not subtract from its input, the encoder's bias takes over the part."""
+    dictionary = copy.deepcopy(dictionary)
+    was_centred, is_centred = dictionary.frame.d_out is None, frame.d_out is None
+    if was_centred != is_centred:
+        shift = dictionary.b_dec.double() @ dictionary.W_enc.double()
+        dictionary.shift_pre_activations_((shift if is_centred else -shift).to(dictionary.dtype))
+    if frame.skip and dictionary.W_skip is None:
+        dictionary.W_skip = nn.Parameter(dictionary.b_dec.new_zeros(dictionary.d_in, dictionary.d_out))
+    dictionary.frame = frame
+    return dictionary
+
+
+@torch.no_grad()
+def take_over_(dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, "sample d_in"], k: int) -> None:
+    """Copy the weights of another dictionary of the same shape and frame, in the units of the sample.
+
+    If its architecture differs, the copied weights are the encoder (Gated's with its gain), the decoder, their biases,
+    and the skip connection. If the architecture has a penalty, k features per token are then let through, as in a new
+    dictionary. If training keeps decoder rows at norm 1, they are normalised, and activations take over the norms.
     """
     same_architecture = start.architecture == dictionary.architecture
     if same_architecture:
@@ -60,6 +109,8 @@ def take_over_(dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, 
         dictionary.W_enc.copy_(encoder.T)
         dictionary.W_dec.copy_(start.W_dec)
         dictionary.b_dec.copy_(start.b_dec)
+        if dictionary.W_skip is not None and start.W_skip is not None:
+            dictionary.W_skip.copy_(start.W_skip)
         for name in dictionary.bias_names:
             dictionary.get_parameter(name).copy_(bias)
     if dictionary.unit_decoder:
@@ -68,7 +119,7 @@ def take_over_(dictionary: Dictionary, start: Dictionary, sample: Float[Tensor, 
         let_k_fire_(dictionary, sample, k)
 
 
-def geometric_median(points: Float[Tensor, "sample d_in"], iterations: int = 50) -> Float[Tensor, " d_in"]:
+def geometric_median(points: Float[Tensor, "sample d"], iterations: int = 50) -> Float[Tensor, " d"]:
     """The point with the smallest sum of distances to all points, by Weiszfeld's iteration in float64.
 
     If the estimate falls on a point, that point gets a large finite weight instead of a division by zero.

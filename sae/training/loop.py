@@ -83,7 +83,7 @@ def train(
         settings: how to train; `batch_size`, `pool_tokens` and `shuffle_seed` belong to the source and are not read
             here.
         target: reconstruction target, if it is not the input itself (a transcoder): batches of the same tokens in the
-            same order and of the same width.
+            same order, of any width.
         start: a dictionary for raw activations whose weights training starts from; `settings.start_from` is for run
             folders and refused here.
         seed: seed of the initialisation.

@@ -55,7 +55,7 @@ class Member:
         """Whether steps are recorded and replayed."""
         return self.trainer.is_replayable and self.trainer.settings.cuda_graph
 
-    def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> None:
+    def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_out"] | None) -> None:
         """Take a step; with a recorder, from tensors that are at the same place each time."""
         trainer = self.trainer
         with self.stopwatch:

@@ -16,7 +16,7 @@ from sae.training.source import BatchSource
 
 @dataclass(frozen=True)
 class Normalisation:
-    """x ↦ (x − mean) · scale, after which E‖x − E x‖² = d_in."""
+    """x ↦ (x − mean) · scale, after which E‖x − E x‖² is the width of x."""
 
     mean: Float[Tensor, " d_in"]
     scale: float
@@ -35,7 +35,8 @@ def normalisations_of(
     """Normalisations of the input and, for a transcoder, of the target, from the sources' statistics.
 
     The scale comes from the variance, whether or not the mean is subtracted, so that a constant vector in the data
-    changes nothing. A transcoder has one b_dec for both sides, so its input is shifted to the mean of its target.
+    changes nothing. A transcoder subtracts nothing from its input before encoding, so its input always loses its mean,
+    and `center` is about the target alone.
 
     Raises:
         TrainingError: the activations are not finite, or have no variance.
@@ -43,10 +44,9 @@ def normalisations_of(
     mean, scale = source.statistics.mean.double(), _scale(source)
     if target is None:
         return Normalisation(_on(device, mean if center else torch.zeros_like(mean)), scale), None
-    target_mean, target_scale = target.statistics.mean.double(), _scale(target)
-    input_shift = torch.zeros_like(target_mean) if center else target_mean * (target_scale / scale)
+    target_mean = target.statistics.mean.double()
     target_shift = target_mean if center else torch.zeros_like(target_mean)
-    return Normalisation(_on(device, mean - input_shift), scale), Normalisation(_on(device, target_shift), target_scale)
+    return Normalisation(_on(device, mean), scale), Normalisation(_on(device, target_shift), _scale(target))
 
 
 def normalised_mean(source: BatchSource, normalise: Normalisation) -> Float[Tensor, " d_in"]:

@@ -23,7 +23,7 @@ from sae.training.source import BatchSource, IterableSource, StoppableSource
 class _Read:
     """A batch of every source, and the sources' places after it; None: the places that they have now."""
 
-    batch: dict[str, Float[Tensor, "batch d_in"]]
+    batch: dict[str, Float[Tensor, "batch _"]]
     places: dict[str, dict[str, Any]] | None
 
 
@@ -92,7 +92,7 @@ class Reader:
         """A generator, so that sources are first asked for an iterator under the caller's modes."""
         yield from zip(*self.sources.values(), strict=False)
 
-    def next(self) -> dict[str, Float[Tensor, "batch d_in"]] | None:
+    def next(self) -> dict[str, Float[Tensor, "batch _"]] | None:
         """The next batch by source, float32 on the device; None if there is no more.
 
         Raises:
@@ -104,7 +104,7 @@ class Reader:
         self._places = None if read is None else read.places
         return None if read is None else read.batch
 
-    def look_ahead(self, count: int) -> list[dict[str, Float[Tensor, "batch d_in"]]]:
+    def look_ahead(self, count: int) -> list[dict[str, Float[Tensor, "batch _"]]]:
         """The next `count` batches, or fewer at the end; `next` still returns them."""
         self._places = self._places or self._now()
         try:
@@ -192,7 +192,7 @@ class Reader:
         buffers.append((buffer, copied))
         return _Sent(target, copied)
 
-    def _received(self, sent: _Sent) -> Float[Tensor, "batch d_in"]:
+    def _received(self, sent: _Sent) -> Float[Tensor, "batch _"]:
         self._transfer.receive(sent.copied, sent.target)
         return sent.target.float()
 

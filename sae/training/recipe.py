@@ -11,7 +11,7 @@ from sae.architectures import ARCHITECTURES
 from sae.config.base import RENAMED
 from sae.config.settings import DictionaryConfig, TrainConfig
 from sae.dictionary.base import Dictionary
-from sae.dictionary.frame import PLAIN
+from sae.dictionary.frame import Frame
 from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError
 from sae.training.source import BatchSource
@@ -52,10 +52,13 @@ class Recipe:
         return {role: name for role, name in names.items() if name is not None}
 
 
-def build(config: DictionaryConfig, d_in: int) -> Dictionary:
-    """An untrained dictionary."""
+def build(config: DictionaryConfig, d_in: int, d_out: int | None = None) -> Dictionary:
+    """An untrained dictionary: a transcoder if `d_out` is given, the width of its target."""
     cls = ARCHITECTURES[config.architecture]
-    return cls(d_in, config.d_sae, **{name: getattr(config, name) for name in cls.setting_names})
+    dictionary = cls(d_in, config.d_sae, **{name: getattr(config, name) for name in cls.setting_names})
+    if d_out is not None:
+        dictionary.set_frame(Frame(skip=config.skip, d_out=d_out))
+    return dictionary
 
 
 def chosen_settings(config: DictionaryConfig, settings: TrainConfig) -> dict[str, Any]:
@@ -123,7 +126,8 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
     """Check that training can start from the weights that the recipe names.
 
     Raises:
-        ConfigError: they have another shape or are not loaded, or a setting for a random start is given too.
+        ConfigError: they have another shape, are not loaded, or depend on each input in a way that is not trained; or a
+            setting for a random start is given too.
     """
     start, chosen = recipe.start, recipe.settings.initial_b_dec
     if start is not None and chosen != TrainConfig.model_fields["initial_b_dec"].default:
@@ -134,14 +138,26 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
         raise ConfigError("train.start_from is read by run folders only: give start=sae.load(folder) instead")
     if start is not None and not isinstance(start, Dictionary):
         raise ConfigError(f"start is a {type(start).__name__}: give a dictionary, such as sae.load(folder)")
-    if start is not None and start.frame != PLAIN:
-        facts = ", ".join(f"{key}={value}" for key, value in start.frame.to_json().items())
+    if start is None:
+        return
+    if start.frame.input_norm != "none":
         raise ConfigError(
-            f"the dictionary to start from has {facts}, which cannot be trained here: choose another train.start_from"
+            f"the dictionary to start from has input_norm={start.frame.input_norm}, which cannot be trained here: "
+            "choose another train.start_from"
         )
-    if start is not None and start.W_dec.shape != dictionary.W_dec.shape:
+    if start.frame.skip and not dictionary.frame.skip:
+        way_out = "choose another train.start_from"
+        if dictionary.frame.d_out is not None:
+            way_out = "set dictionary.skip=true, or " + way_out
+        raise ConfigError(f"the dictionary to start from has skip=True, the new one has no W_skip: {way_out}")
+    if (start.d_sae, start.d_in, start.d_out) != (dictionary.d_sae, dictionary.d_in, dictionary.d_out):
+        old, new = (_sizes(each, with_d_out=start.d_out != dictionary.d_out) for each in (start, dictionary))
         raise ConfigError(
-            f"the dictionary to start from has d_sae={start.d_sae} and d_in={start.d_in}, the new one "
-            f"d_sae={dictionary.d_sae} and d_in={dictionary.d_in}: choose another train.start_from, or set "
+            f"the dictionary to start from has {old}, the new one {new}: choose another train.start_from, or set "
             f"dictionary.d_sae={start.d_sae}"
         )
+
+
+def _sizes(dictionary: Dictionary, *, with_d_out: bool) -> str:
+    d_out = f", d_out={dictionary.d_out}" if with_d_out else ""
+    return f"d_sae={dictionary.d_sae} and d_in={dictionary.d_in}{d_out}"

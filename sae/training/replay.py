@@ -78,7 +78,7 @@ class Batches:
     def __init__(self) -> None:
         self._batch: dict[str, Tensor] = {}
 
-    def keep(self, batch: Mapping[str, Float[Tensor, "batch d_in"]]) -> dict[str, Float[Tensor, "batch d_in"]]:
+    def keep(self, batch: Mapping[str, Float[Tensor, "batch _"]]) -> dict[str, Float[Tensor, "batch _"]]:
         """Copy a batch to its place; a batch of another shape or dtype gets a new one."""
         for name, x in batch.items():
             kept = self._batch.get(name)

@@ -25,5 +25,5 @@ def let_k_fire_(dictionary: Dictionary, rows: Float[Tensor, "rows d_in"], k: int
     features fire up to a tenth less on those than on others, and a mean over past steps lags behind changing weights
     (docs/log.md).
     """
-    selection = select_batch_topk(rows, dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc, k)
+    selection = select_batch_topk(rows, dictionary.centre, dictionary.W_enc.T, dictionary.b_enc, k)
     dictionary.fire_above_(selection.values.min().clamp_min(0))

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import PLAIN
 from sae.dictionary.neighbours import nearest_neighbours
 from sae.errors import TrainingError
 from sae.files import version
@@ -21,7 +22,7 @@ from sae.kernels.interface import DENSE_ABOVE, Room
 from sae.numerics.seeding import torch_generator
 from sae.training.checkpoint import STATE_VERSION
 from sae.training.firing import FiringRecord, default_dead_after
-from sae.training.initialise import initialise_, take_over_
+from sae.training.initialise import in_frame, initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisations_of, normalised_mean
 from sae.training.objectives import OBJECTIVES, Losses, StepInputs
 from sae.training.optimizer import FeatureAdam
@@ -59,7 +60,7 @@ class Trainer:
     Attributes:
         falls: whether the target L0 falls to k from a larger value. The architecture must have `falling_l0`, start from
             random directions, and have a steered penalty and trained biases.
-        variance: variance of the last batch's targets, summed over d_in; its FVU is relative to it.
+        variance: variance of the last batch's targets, summed over d_out; its FVU is relative to it.
         is_replayable: whether the device's part of a step can be recorded and replayed.
     """
 
@@ -70,10 +71,11 @@ class Trainer:
         config, settings = recipe.dictionary, recipe.settings
         self.recipe, self.settings, self.steps, self.step_number = recipe, settings, steps, 0
         self.batch_size, self.version = input_source.batch_size, STATE_VERSION
-        self.is_replayable = is_replayable(device, input_source.d_in)
+        d_in, d_out = input_source.d_in, None if target_source is None else target_source.d_in
+        self.is_replayable = is_replayable(device, max(d_in, d_out or d_in))
         self.identity = identity_of(recipe, input_source, target_source)
         self.generator = torch_generator(f"initial weights: {recipe.purpose}", recipe.seed)
-        self.dictionary = build(config, input_source.d_in).to(device)
+        self.dictionary = build(config, d_in, d_out).to(device)
         freeze_(self.dictionary, settings.freeze)
         self.rate = settings.lr or default_learning_rate(config.d_sae, steps)
         dead_after = settings.dead_after_tokens or default_dead_after(config.d_sae, config.k, steps * self.batch_size)
@@ -113,14 +115,14 @@ class Trainer:
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_input = torch.zeros((), dtype=torch.bool, device=device)
 
-    def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> Losses:
+    def step(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_out"] | None) -> Losses:
         """Take a step on raw activations of any floating-point dtype."""
         self.prepare(raw, raw_target)
         losses = self.compute(raw, raw_target)
         self.finish()
         return losses
 
-    def prepare(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None) -> None:
+    def prepare(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_out"] | None) -> None:
         """What comes before the device's part of a step: initial weights, and numbers that differ from step to step."""
         if self.step_number == 0:
             first = self.outliers.clean(*self._normalised(raw, raw_target))
@@ -134,8 +136,9 @@ class Trainer:
             self.warmth, self.target_l0 = self.numbers.unbind()
 
     def compute(
-        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None, room: Room | None = None
-    ) -> Losses:
+        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_out"] | None,
+        room: Room | None = None,
+    ) -> Losses:  # fmt: skip
         """The device's part of a step. If it is replayable, it reads from the host only what `variant` names."""
         selects = self.dictionary.penalty is None  # all that is large is a selection, products with codes, or Adam
         with operators_beside(self.dictionary.W_dec) if selects else contextlib.nullcontext():
@@ -242,6 +245,8 @@ class Trainer:
         self.sparsity_warmup = state.get("sparsity_warmup", self.sparsity_warmup)
         if self.steered is not None:
             self.steered.load_state_dict(state["steered"])
+        if self.version < 4 and self.dictionary.frame.d_out is not None:
+            self.dictionary.frame = PLAIN  # a transcoder of before subtracts b_dec from what it reads
         if self.version < 2:  # continue by its rules; the checkpoint contains its scale
             self.batches_ahead = 0
             self.is_replayable = self.is_replayable and not self.dictionary.batch_threshold
@@ -317,13 +322,13 @@ class Trainer:
         copies = [] if self.optimizer.encoder_bf16 is None else [self.optimizer.encoder_bf16]
         return sum(t.numel() * t.element_size() for t in (*self.dictionary.parameters(), *moments, *copies))
 
-    def _begin(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"]) -> None:
+    def _begin(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]) -> None:
         """Set the initial weights, from the first batch."""
         l0, start = round(self._target_l0()), self.recipe.start
         if start is None:
             initialise_(self.dictionary, x, self.generator, target, l0, self.settings.initial_b_dec)
         else:
-            start = copy.deepcopy(start).to(x.device, x.dtype)
+            start = in_frame(start, self.dictionary.frame).to(x.device, x.dtype)
             inverse_target = None if self.target_normalisation is None else self.target_normalisation.inverse()
             fold_(start, self.normalisation.inverse(), inverse_target)
             take_over_(self.dictionary, start, x, l0)
@@ -333,8 +338,8 @@ class Trainer:
         self.optimizer.refresh()
 
     def _normalised(
-        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_in"] | None
-    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_in"]]:
+        self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_out"] | None
+    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
         """Input and target of a step, in float32."""
         x = self.normalisation(raw)
         if raw_target is None or self.target_normalisation is None:
@@ -349,7 +354,7 @@ class Trainer:
             self.steered.target = self.target_l0
             weight = self.steered.value
         elif aims_at_k:
-            weight = float(self.dictionary.d_in)
+            weight = float(self.dictionary.d_out)
         else:
             weight = (settings.l0_coefficient if penalty == "l0" else settings.l1_coefficient) or 0.0
         return StepInputs(

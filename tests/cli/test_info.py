@@ -14,6 +14,7 @@ import torch
 
 import sae
 from sae.architectures import ARCHITECTURES
+from sae.dictionary.frame import Frame
 from sae.files.hashes import UnhashedWarning
 from sae.formats import outline
 from tests.conftest import Command, assert_refused
@@ -89,13 +90,26 @@ def test_several_hook_points_and_models_are_all_named(command: Command, tmp_path
     sae.TopK(8, 2048, k=3, metadata=BETWEEN_MODELS).save(tmp_path)
     lines = command("info", tmp_path).out.splitlines()
     words = [line.split() for line in lines]
-    assert ["architecture", "topk,", "k=3"] in words and ["d_in", "→", "d_sae", "8", "→", "2,048"] in words
+    assert ["architecture", "topk,", "k=3"] in words and ["d_in", "→", "d_sae", "8", "→", "2,048", "→", "8"] in words
     assert ["training", "tokens", "1,000,000,000"] in words and ["dead", "features", "3"] in words
     at = words.index(["reads", "blocks.0.hook_mlp_in"])
     assert words[at + 1] == ["blocks.1.hook_mlp_in"]
     assert words[at + 2] == ["gives", "target:", "blocks.1.hook_mlp_out"]
     assert words[at + 3 : at + 5] == [["language", "model", "gpt2"], ["target:", "tuned"]]
     assert words[at + 5 : at + 7] == [["weight", "processing", "center_and_fold"], ["target:", "none"]]
+
+
+def test_a_transcoder_has_three_widths_two_hook_points_and_perhaps_a_skip_connection(
+    command: Command, tmp_path: Path
+) -> None:
+    metadata = {"hook": "blocks.0.mlp.hook_in", "target_hook": "blocks.0.hook_mlp_out"}
+    dictionary = sae.TopK(8, 16, k=3, metadata=metadata)
+    dictionary.set_frame(Frame(skip=True, d_out=6))
+    dictionary.save(tmp_path)
+    known = {"d_in → d_sae": ["8→16→6"], "reads": ["blocks.0.mlp.hook_in"], "gives": ["blocks.0.hook_mlp_out"]}
+    out = command("info", tmp_path).out
+    assert rows(out).items() >= known.items()
+    assert "topk, k=3, skip=True," in out
 
 
 @pytest.mark.parametrize("width", [48, 80, 120, 200])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import sae
 from sae.architectures import ARCHITECTURES, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import Frame
 from sae.errors import FormatError, ShapeError
 from sae.files.writing import write_bytes, write_json, write_tensors
 
@@ -141,6 +142,34 @@ def test_folding_two_normalisations_is_exact(architecture: str) -> None:
     x = torch.randn(20, 8, dtype=torch.float64) * 5
     expected = trained((x - mean) * scale) / target_scale + target_mean
     torch.testing.assert_close(folded(x), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("d_out", [5, 8, 13])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_folding_two_normalisations_of_a_transcoder_is_exact(architecture: str, d_out: int, skip: bool) -> None:
+    """Also with a skip connection, whose input loses the mean; and the inverse folding gives back every weight."""
+    cls = ARCHITECTURES[architecture]
+    trained = cls(8, 30, **({"k": 5} if "k" in cls.setting_names else {})).double()
+    trained.set_frame(Frame(skip=skip, d_out=d_out))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(drawn.abs() if name == "threshold" else drawn)
+    folded = copy.deepcopy(trained)
+    mean, target_mean = (torch.randn(width, generator=generator, dtype=torch.float64) for width in (8, d_out))
+    scale, target_scale = 0.37, 2.1
+    folded.fold_normalisation_(mean, scale, target_mean, target_scale)
+    x = torch.randn(20, 8, generator=generator, dtype=torch.float64) * 5
+    expected = trained((x - mean) * scale) / target_scale + target_mean
+    torch.testing.assert_close(folded(x), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        folded.encode(x), trained.encode((x - mean) * scale) / target_scale, rtol=1e-11, atol=1e-11
+    )
+    folded.fold_normalisation_(-mean * scale, 1 / scale, -target_mean * target_scale, 1 / target_scale)
+    for (name, ours), theirs in zip(folded.named_parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(

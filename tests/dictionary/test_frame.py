@@ -21,6 +21,7 @@ D_IN, D_SAE, K = 7, 24, 4
 FRAMES = {
     "centre": Frame("centre"), "layer_norm": Frame("layer_norm"), "constant_norm": Frame("constant_norm"),
     "skip": Frame(skip=True), "width": Frame(d_out=5), "all": Frame("constant_norm", skip=True, d_out=5),
+    "equal width": Frame(d_out=D_IN), "equal width, skip": Frame(skip=True, d_out=D_IN),
 }  # fmt: skip
 
 
@@ -154,10 +155,11 @@ def test_a_saved_frame_is_loaded_again(frame: Frame, tmp_path: Path) -> None:
     assert again.frame == frame and again.d_out == (frame.d_out or D_IN)
     torch.testing.assert_close(again(inputs(9)), dictionary(inputs(9)), rtol=1e-12, atol=1e-12)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["format_version"] == (1 if frame == PLAIN else 2)
-    if frame != PLAIN:
-        with pytest.raises(FormatError, match="version 2 is newer"):
-            Format(FORMAT.name, 1).check(config, "dictionary")  # what packages before this one do
+    version = 1 if frame == PLAIN else 3 if frame.d_out == D_IN else 2
+    assert config["format_version"] == version
+    if version > 1:
+        with pytest.raises(FormatError, match=f"version {version} is newer"):
+            Format(FORMAT.name, version - 1).check(config, "dictionary")  # what packages before do
     assert {"input_norm", "skip", "d_out"} & config.keys() == frame.to_json().keys()
     for key, value in frame.to_json().items():
         assert f"{key}={value}" in repr(again)
@@ -190,6 +192,21 @@ def test_training_does_not_start_from_it() -> None:
         sae.train(
             source, sae.DictionaryConfig(architecture="relu", d_sae=D_SAE, k=K), sae.TrainConfig(tokens=64), start=start
         )
+
+
+def test_nothing_is_subtracted_from_what_a_transcoder_reads() -> None:
+    """Its b_dec moves reconstructions and nothing else, also if the widths are equal; an SAE's moves features."""
+    x = inputs(5)
+    for name in ("width", "equal width", "equal width, skip", "skip"):
+        dictionary = dictionary_with(FRAMES[name])
+        features, reconstruction = dictionary.encode(x), dictionary(x)
+        with torch.no_grad():
+            dictionary.b_dec += 10
+        is_transcoder = name != "skip"
+        assert torch.equal(dictionary.encode(x), features) == is_transcoder == dictionary.is_transcoder
+        if is_transcoder:
+            torch.testing.assert_close(dictionary(x), reconstruction + 10, rtol=1e-12, atol=1e-12)
+    assert dictionary_with(FRAMES["equal width"]).cfg.apply_b_dec_to_input is False
 
 
 def test_tools_that_read_saelens_s_names_see_it() -> None:

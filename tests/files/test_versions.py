@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sae
 from sae.dictionary import origin
+from sae.dictionary.frame import Frame
 from sae.effects import read_effects
 from sae.effects.store import resume
 from sae.errors import FormatError, SaeError
@@ -37,15 +39,17 @@ ORIGIN, STATE = "origin of a dictionary", "state of a training"
 EXAMPLES: dict[tuple[str, int], Path] = {
     ("sae-activations", 1): WITHOUT_HASHES / "activations" / "manifest.json",
     ("sae-dictionary", 1): FOLDER / "dictionary" / "config.json",
+    ("sae-dictionary", 2): HERE / "51dc42b" / "dictionary-skip" / "config.json",
     ("sae-comparison", 1): HERE / "92e28cd" / "compare.json",
     ("sae-evaluation", 1): HERE / "ae07927" / "eval.json",
     ("sae-probes", 1): HERE / "48b17f8" / "probe.json",
     (ORIGIN, 1): WITHOUT_HASHES / "dictionary" / "config.json",
     (STATE, 1): TESTS / "training" / "checkpoints-d0ee045" / "relu" / "checkpoints" / "step-00000020" / "state.pt",
     (STATE, 2): HERE / "51dc42b" / "checkpoints" / "step-00000020" / "state.pt",
+    (STATE, 3): TESTS / "training" / "checkpoints-266aa39" / "topk" / "checkpoints" / "step-00000020" / "state.pt",
 }
 """What is committed of each former version. tests/runs/test_old_folders.py reads the run folders, and
-tests/training/test_scale.py and test_outliers.py go on from the training states."""
+tests/training/test_scale.py, test_outliers.py and test_old_transcoders.py go on from the training states."""
 
 
 def current_versions() -> dict[str, int]:
@@ -99,6 +103,30 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(FOLDER.parent, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Path("run")
+
+
+@pytest.mark.parametrize("frame", ["skip", "narrower"])
+def test_dictionaries_of_version_2_are_read_as_they_were(frame: str, tmp_path: Path) -> None:
+    """With a skip connection, and b_dec subtracted from the input if the widths are equal; and written as version 2."""
+    folder = HERE / "51dc42b" / f"dictionary-{frame}"
+    w = {name: tensor.double() for name, tensor in load_file(folder / "weights.safetensors").items()}
+    x = torch.linspace(-2, 3, 24, dtype=torch.float64).sin().view(4, 6)
+    read = sae.load(folder)
+    pre = (x - w["b_dec"] if frame == "skip" else x) @ w["W_enc"] + w["b_enc"]
+    if frame == "skip":
+        pre = pre.where(pre >= pre.topk(3).values[:, -1:], 0.0)
+    expected = pre.relu() @ w["W_dec"] + w["b_dec"] + x @ w["W_skip"]
+    torch.testing.assert_close(read(x.float()).double(), expected, rtol=1e-5, atol=1e-5)
+    read.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+
+
+def test_a_recorded_d_out_of_equal_width_means_nothing_before_version_3(tmp_path: Path) -> None:
+    folder = shutil.copytree(HERE / "51dc42b" / "dictionary-skip", tmp_path / "copy")
+    with_version(folder / "config.json", d_out=6)
+    assert sae.load(folder).frame == Frame(skip=True)
+    with_version(folder / "config.json", format_version=3)
+    assert sae.load(folder).frame == Frame(skip=True, d_out=6)
 
 
 def place(example: str, run: Path) -> Path:

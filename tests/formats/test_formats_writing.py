@@ -82,6 +82,48 @@ def test_a_file_written_back_has_equal_tensors(name: str, tmp_path: Path) -> Non
         torch.testing.assert_close(other, tensor, rtol=1e-6 if key == "threshold" else rounding, atol=1e-12)
 
 
+TRANSCODERS = {"saelens": ("relu", "jumprelu"), "sparsify": ("topk",)}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("d_out", [None, 4])
+@pytest.mark.parametrize(("to", "architecture"), [(to, name) for to in TRANSCODERS for name in TRANSCODERS[to]])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_transcoder_that_was_trained_here_is_read_back(
+    to: str, architecture: str, d_out: int | None, skip: bool, known: bool, tmp_path: Path
+) -> None:
+    """Whether or not it knows its hook points; of equal widths, nothing is subtracted from the input there either."""
+    between = {**METADATA, "hook": "blocks.8.mlp.hook_in", "target_hook": "blocks.8.hook_mlp_out"}
+    dictionary = ours(architecture, between if known else {}).requires_grad_(True)
+    dictionary.set_frame(Frame(skip=skip, d_out=d_out or D_IN))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name in ("W_dec", "b_dec", *(["W_skip"] if skip else [])):
+            part = dictionary.get_parameter(name)
+            part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
+        dictionary.W_dec /= dictionary.W_dec.norm(dim=1, keepdim=True)
+    if to == "sparsify" and d_out is not None:
+        with pytest.raises(FormatError, match=r"format has no place for .*d_out=4"):
+            WRITERS[to](dictionary, tmp_path)
+        return
+    WRITERS[to](dictionary.eval().requires_grad_(False), tmp_path)
+    again = sae.load(tmp_path)
+    x = torch.randn(100, D_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(again(x), dictionary(x), rtol=1e-6, atol=1e-6)
+    assert torch.equal(again.encode(x) > 0, dictionary.encode(x) > 0)
+    assert (again.W_skip is not None) == skip and again.d_out == (d_out or D_IN)
+    again.save(tmp_path / "ours")
+    torch.testing.assert_close(sae.load(tmp_path / "ours")(x), again(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("to", ["dictionary_learning", "openai"])
+def test_a_transcoder_is_refused_by_formats_without(to: str, tmp_path: Path) -> None:
+    dictionary = ours("relu", {})
+    dictionary.set_frame(Frame(d_out=D_IN))
+    with pytest.raises(FormatError, match=f"format has no place for d_out={D_IN}"):
+        WRITERS[to](dictionary, tmp_path)
+
+
 def test_convert_says_what_is_lost(tmp_path: Path) -> None:
     ours("matryoshka").save(tmp_path / "ours")
     conversion = sae.convert(tmp_path / "ours", tmp_path / "theirs", "saelens")

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from sae.architectures import ARCHITECTURES
 from sae.dictionary.base import Dictionary
+from sae.dictionary.frame import Frame
 from sae.kernels import back_end, sparse
 from sae.training import optimizer as optimizer_module
 from sae.training.firing import FiringRecord
@@ -45,13 +46,19 @@ class Trained:
     batch: int
     dead_after: int
     device: str = "cpu"
+    d_out: int | None = None
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.dictionary: Dictionary = ARCHITECTURES[self.architecture](self.d_in, self.d_sae, k=4).to(self.device)
-        self.data = torch.randn(4, self.batch, self.d_in, generator=generator).to(self.device)
-        initialise_(self.dictionary, self.data[0], generator)
+        self.dictionary: Dictionary = ARCHITECTURES[self.architecture](self.d_in, self.d_sae, k=4)
+        if self.d_out is not None:
+            self.dictionary.set_frame(Frame(skip=True, d_out=self.d_out))
+        self.dictionary.to(self.device)
+        self.data = self.targets = torch.randn(4, self.batch, self.d_in, generator=generator).to(self.device)
+        if self.d_out is not None:
+            self.targets = torch.randn(4, self.batch, self.d_out, generator=generator).to(self.device)
+        initialise_(self.dictionary, self.data[0], generator, self.targets[0])
         self.optimizer = FeatureAdam(self.dictionary, 0.9, 0.999)
         self.firing = FiringRecord(self.d_sae, self.dead_after, torch.device(self.device), refresh_every=1)
 
@@ -60,8 +67,8 @@ class Trained:
             self.firing.dead, self.firing.candidates, 0.0, 1 / 32, self.d_in // 2, self.firing.density,
             self.optimizer.encoder_sink, self.optimizer.decoder_sink,
         )  # fmt: skip
-        x = self.data[number % 4]
-        losses = OBJECTIVES[self.architecture](self.dictionary, x, x, context)
+        x, y = self.data[number % 4], self.targets[number % 4]
+        losses = OBJECTIVES[self.architecture](self.dictionary, x, y, context)
         losses.total.backward()
         self.optimizer.step(1e-2)
         self.firing.record(losses.counts, losses.l0, self.batch, number + 1)
@@ -69,9 +76,11 @@ class Trained:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("d_out", [None, 14])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
-def test_triton_takes_the_cpu_s_steps(use, architecture: str) -> None:
-    """With dead features from the third step on, so that AuxK and its blocks of gradients take part.
+def test_triton_takes_the_cpu_s_steps(use, architecture: str, d_out: int | None) -> None:
+    """With dead features from the third step on, so that AuxK and its blocks of gradients take part; also a
+    transcoder's to a target of another width, with a skip connection.
 
     Adam makes a part of a step of the rounding in a gradient of nearly nothing, hence the tolerance of a tenth of one.
     """
@@ -79,8 +88,9 @@ def test_triton_takes_the_cpu_s_steps(use, architecture: str) -> None:
     for name in ("cpu", "triton"):
         use(name)
         run = Trained(
-            architecture, d_in=10, d_sae=96, batch=24, dead_after=48, device=DEVICE if name == "triton" else "cpu"
-        )
+            architecture, d_in=10, d_sae=96, batch=24, dead_after=48, device=DEVICE if name == "triton" else "cpu",
+            d_out=d_out,
+        )  # fmt: skip
         for number in range(4):
             run.step(number)
         assert len(run.firing.candidates) > 5, "no feature is dead, so AuxK is not tested"

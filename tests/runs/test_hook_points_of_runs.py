@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import sae
 from sae.config.file import load_config
 from sae.config.patterns import has_patterns, with_hook_points
 from sae.config.settings import RunConfig
+from sae.dictionary.frame import Frame
 from sae.errors import CacheError, ConfigError, ModelError
 from sae.runs.comparison import compare_folders
 from sae.runs.folder import check_run
 from sae.runs.pipeline import run
 from sae.runs.run import Run
 from sae.runs.sweeping import sweep
+from sae.runs.variants import variants
 from sae.training.loop import train
 
 READS, GIVES = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
@@ -77,13 +80,86 @@ def test_a_target_before_its_input_is_refused(tiny_config: TinyConfig) -> None:
         backwards.check()
 
 
-def test_a_target_of_another_width_is_refused_before_the_harvest(tiny_config: TinyConfig) -> None:
+@pytest.mark.parametrize("live", [False, True])
+def test_a_target_may_have_another_width_and_a_skip_connection(tiny_config: TinyConfig, live: bool) -> None:
     wider = "blocks.2.mlp.hook_post"
-    sides = {"dictionary__reads": READS, "dictionary__gives": wider}
-    unequal = Run(tiny_config(**settings(harvest__hooks=[READS, wider], **sides)))
-    unequal.check()
-    with pytest.raises(ConfigError, match=f"target hook '{wider}': its activations have width .* have 32; a transcod"):
-        unequal.check_space()
+    sides = {"dictionary__reads": READS, "dictionary__gives": wider, "dictionary__skip": True}
+    config = tiny_config(**settings(harvest__hooks=[READS, wider], harvest__live=live, train__tokens=640, **sides))
+    started = Run(config)
+    started.check()
+    started.check_space()
+    cache = started.harvest()
+    made = started.train()
+    assert (made.d_in, made.d_out, made.frame) == (32, cache.d_in(wider), Frame(skip=True, d_out=cache.d_in(wider)))
+    assert made.d_out > made.d_in
+    assert (made.origin.reads.width, made.origin.gives.width) == (made.d_in, made.d_out)
+    assert made.metadata["trained"]["settings"]["skip"] is True
+    assert torch.equal(Run(config).train().W_dec, made.W_dec)
+    without = config.model_copy(update={"dictionary": config.dictionary.model_copy(update={"skip": False})})
+    with pytest.raises(sae.SaeError, match="made with skip=True, now False is asked for"):
+        Run(without).train()
+
+
+def test_an_autoencoder_with_a_skip_connection_is_refused_before_the_harvest(tiny_config: TinyConfig) -> None:
+    with pytest.raises(ConfigError, match=r"dictionary.skip=true: an autoencoder would learn to copy its input"):
+        Run(tiny_config(**settings(dictionary__skip=True))).check()
+
+
+def test_a_dictionary_that_was_trained_before_skip_existed_counts_as_without(transcoder: RunConfig) -> None:
+    first = Run(transcoder)
+    first.harvest()
+    before = first.train()
+    path = first.folder / "dictionary" / "config.json"
+    record = json.loads(path.read_text())
+    del record["metadata"]["trained"]["settings"]["skip"]
+    path.write_text(json.dumps(record))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (path.parent / "SHA256SUMS").unlink()
+        assert torch.equal(Run(transcoder).train().W_dec, before.W_dec)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_transcoder_of_every_block_in_one_pass(tiny_config: TinyConfig, live: bool) -> None:
+    """The patterns are paired by block, whatever the order of the harvest; each dictionary is as if trained alone."""
+    reads, gives = [f"blocks.{n}.mlp.hook_in" for n in (0, 1, 2)], [f"blocks.{n}.hook_mlp_out" for n in (0, 1, 2)]
+    live_settings = {"harvest__live": True, "harvest__sample_tokens": 500} if live else {}
+    shared = settings(
+        harvest__hooks=[*reads[::-1], *gives], train__tokens=320, evaluation__frozen_decoder_tokens=0, **live_settings
+    )
+    pairs = {"dictionary": {"reads": ["blocks.*.mlp.hook_in"], "gives": ["blocks.*.hook_mlp_out"]}}
+    config = tiny_config(**shared, sweep=pairs)
+    done = sweep(config)
+    assert [point.hook for point in done.points.values()] == [f"{a} → {b}" for a, b in zip(reads, gives, strict=True)]
+    assert ", 32 → 64 → 32; " in done.of
+    made = done.dictionary(f"{reads[1]}-{gives[1]}")
+    assert (made.origin.reads.hook, made.origin.gives.hook) == (reads[1], gives[1])
+    alone = tiny_config(
+        **shared, out=str(Path(config.out).with_name("alone")), dictionary__reads=reads[1], dictionary__gives=gives[1],
+    )  # fmt: skip
+    alone = alone.model_copy(update={"harvest": alone.harvest.model_copy(update={"cache": str(config.cache_folder)})})
+    assert torch.equal(Run(alone).train().W_dec, made.W_dec)
+
+
+def test_sides_of_different_lengths_are_not_paired(tiny_config: TinyConfig) -> None:
+    config = tiny_config(sweep={"dictionary": {"reads": [NAMES[0], NAMES[2]], "gives": [NAMES[1]], "k": [2, 4]}})
+    message = r"sweep.dictionary.reads has 2 and sweep.dictionary.gives has 1 hook points: they are paired"
+    with pytest.raises(ConfigError, match=message):
+        variants(config)
+
+
+def test_pairs_are_combined_with_everything_else(tiny_config: TinyConfig) -> None:
+    """Named by the values in the order in which they are written, as before hook points were paired."""
+    hooks = {"harvest__hooks": NAMES}
+    sides = {"dictionary": {"gives": [NAMES[1], NAMES[3]], "k": [2, 4], "reads": [NAMES[0], NAMES[2]]}, "seed": [7]}
+    made = variants(tiny_config(**hooks, sweep=sides))
+    assert list(made) == [f"{gives}-k{k}-{reads}-seed7" for reads, gives in zip(NAMES[0:4:2], NAMES[1:4:2], strict=True)
+                          for k in (2, 4)]  # fmt: skip
+    assert {(v.dictionary.reads, v.dictionary.gives) for v in made.values()} == {tuple(NAMES[:2]), tuple(NAMES[2:4])}
+    one_side = tiny_config(**hooks, dictionary__reads=NAMES[0], sweep={"dictionary": {"gives": [NAMES[1], NAMES[3]]}})
+    assert [(v.dictionary.reads, v.dictionary.gives) for v in variants(one_side).values()] == [
+        (NAMES[0], NAMES[1]), (NAMES[0], NAMES[3]),
+    ]  # fmt: skip
 
 
 def test_patterns_stand_for_the_model_s_hook_points_or_the_cache_s(

@@ -16,7 +16,7 @@ import torch
 import sae
 from sae.files.hashes import UnhashedWarning
 from sae.runs.run import Run
-from sae.runs.sweeping import variants
+from sae.runs.variants import variants
 
 FOLDERS = Path(__file__).with_name("folders")
 WITHOUT_HASHES = "d0ee045"

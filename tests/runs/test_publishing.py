@@ -16,6 +16,7 @@ import yaml
 from support.loopback_hub import LoopbackHub, loopback_hub
 
 import sae
+from sae.dictionary.frame import Frame
 from sae.runs.run import Run
 from tests.conftest import make_tiny_config
 
@@ -165,13 +166,14 @@ def test_a_dictionary_pushes_itself(hub: LoopbackHub, run: Path, tmp_path: Path)
 
 
 def test_what_saelens_has_not_goes_in_ours_alone(hub: LoopbackHub, tmp_path: Path) -> None:
-    """A TopK transcoder."""
+    """A TopK transcoder to another width, with a skip connection, of which its page says so."""
     metadata = {
         "hook": "blocks.1.mlp.hook_in",
         "target_hook": "blocks.1.hook_mlp_out",
         "data": {"source": "/home/me/texts"},
     }
     dictionary = sae.TopK(8, 16, k=2, metadata=metadata)
+    dictionary.set_frame(Frame(skip=True, d_out=6))
     torch.nn.init.eye_(dictionary.W_dec)
     dictionary.save(tmp_path / "transcoder")
     done = command(hub, tmp_path, "push", "transcoder", "org/repo")
@@ -182,6 +184,10 @@ def test_what_saelens_has_not_goes_in_ours_alone(hub: LoopbackHub, tmp_path: Pat
     assert "the files name places on this machine: '/home/me/texts'" in words
     files = hub.repositories["models", "org/repo"].files
     place = "blocks.1.mlp.hook_in-to-blocks.1.hook_mlp_out"
+    page = files["README.md"].decode()
+    assert "# Transcoder" in page
+    for fact in ("topk, k=2, skip=True, d_out=6", "8 → 16 → 6", "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"):
+        assert f"`{fact}`" in page, fact
     names = ("README.md", "SHA256SUMS", "config.json", "weights.safetensors")
     assert sorted(files) == sorted(["README.md", *(f"{place}/{name}" for name in names)])
     assert "saelens" not in files["README.md"].decode().lower()

@@ -20,7 +20,8 @@ from sae.activations.loader import ActivationLoader
 from sae.architectures import ARCHITECTURES, load
 from sae.errors import ConfigError, FormatError, SaeError
 from sae.runs.run import Run
-from sae.runs.sweeping import sweep, variants
+from sae.runs.sweeping import sweep
+from sae.runs.variants import variants
 from sae.training import TrainingInterrupted
 from sae.training.checkpoint import list_checkpoints
 from tests.conftest import TinyConfig
@@ -344,7 +345,7 @@ def test_a_sweep_of_too_many_is_refused_before_one_is_made(
 ) -> None:
     seeds = list(range(1000))
     assert len(variants(swept(tiny_config, seed=seeds))) == 1000
-    monkeypatch.setattr("sae.runs.sweeping.parse_config", lambda settings: pytest.fail("one was made"))
+    monkeypatch.setattr("sae.runs.variants.parse_config", lambda settings: pytest.fail("one was made"))
     config = swept(tiny_config, seed=seeds[:40], dictionary={"k": seeds[1:41]}, train={"lr": [0.01, 0.02]})
     with pytest.raises(ConfigError) as refused:
         variants(config)

@@ -20,7 +20,10 @@ def dense_features(architecture: str, pre: Tensor, k: int) -> Tensor:
 
 
 class DenseReference:
-    """Dense autograd and plain PyTorch, for all architectures; dead features are revived."""
+    """Dense autograd and plain PyTorch, for all architectures; dead features are revived.
+
+    With a target it is that of a transcoder, from whose input nothing is subtracted, and whose target loses x W_skip.
+    """
 
     def __init__(self, architecture: str, dictionary: Dictionary, settings: TrainConfig) -> None:
         self.architecture, self.dictionary, self.settings = architecture, dictionary, settings
@@ -32,22 +35,31 @@ class DenseReference:
         self.norms: list[float] = []
         self.silent = torch.zeros(dictionary.d_sae, dtype=torch.int64)
 
-    def step(self, x: Tensor, rate: float) -> float:
+    def loss(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What is minimised, the error, and the features."""
         d, dead = self.dictionary, self.silent >= self.settings.dead_after_tokens
-        pre = (x - d.b_dec) @ d.W_enc + d.b_enc
-        loss, mse, features, error = self.losses(x, pre)
+        inputs, y = (x - d.b_dec, x) if target is None else (x, target)
+        if d.W_skip is not None:
+            y = y - x @ d.W_skip
+        pre = inputs @ d.W_enc + d.b_enc
+        loss, mse, features, error = self.losses(inputs, y, pre)
         if dead.any() and self.architecture in ("relu", "gated"):
             loss = loss - self.settings.aux_coefficient * (d.b_enc * dead).sum()
         if dead.any() and self.architecture != "relu":
             k_aux = d.d_in // 2
             worth = pre
             if self.architecture == "gated":
-                worth = ((x - d.b_dec) @ d.W_enc) * d.r_mag.exp() + d.b_mag
+                worth = (inputs @ d.W_enc) * d.r_mag.exp() + d.b_mag
             among = worth.masked_fill(~dead, -torch.inf)
             chosen = torch.zeros_like(pre).scatter(1, among.topk(min(k_aux, int(dead.sum())), dim=1).indices, 1.0)
             guess = (worth.relu() * chosen * dead) @ d.W_dec
             share = min(1.0, float(dead.sum()) / k_aux)
             loss = loss + self.settings.aux_coefficient * share * (error.detach() - guess).square().sum(1).mean()
+        return loss, mse, features
+
+    def step(self, x: Tensor, rate: float, target: Tensor | None = None) -> float:
+        d = self.dictionary
+        loss, mse, features = self.loss(x, target)
         self.adam.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -68,30 +80,30 @@ class DenseReference:
             self.silent = (self.silent + len(x)).masked_fill((features > 0).any(0), 0)
         return float(mse.detach())
 
-    def losses(self, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is minimised but for AuxK, the error, the features, and what is left of x."""
+    def losses(self, inputs: Tensor, y: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is minimised but for AuxK, the error, the features, and what is left of y."""
         d, settings = self.dictionary, self.settings
         if self.architecture == "gated":
             gate = pre.relu()
-            magnitude = (((x - d.b_dec) @ d.W_enc) * d.r_mag.exp() + d.b_mag).relu()
+            magnitude = ((inputs @ d.W_enc) * d.r_mag.exp() + d.b_mag).relu()
             features = magnitude * (pre > 0)
-            error = x - features @ d.W_dec - d.b_dec
-            of_gate = x - gate @ d.W_dec.detach() - d.b_dec.detach()
+            error = y - features @ d.W_dec - d.b_dec
+            of_gate = y.detach() - gate @ d.W_dec.detach() - d.b_dec.detach()
             mse = error.square().sum(1).mean()
             penalty = settings.l1_coefficient * gate.sum(1).mean()
             return mse + penalty + of_gate.square().sum(1).mean(), mse, features, error
         if self.architecture == "jumprelu":
             features, count = straight_through(pre.relu(), d.get_parameter("threshold"), settings.bandwidth)
-            error = x - features @ d.W_dec - d.b_dec
+            error = y - features @ d.W_dec - d.b_dec
             mse = error.square().sum(1).mean()
             return mse + settings.l0_coefficient * count.sum(1).mean(), mse, features, error
         features = dense_features(self.architecture, pre, d.settings().get("k", 0))
-        error = x - features @ d.W_dec - d.b_dec
+        error = y - features @ d.W_dec - d.b_dec
         mse = error.square().sum(1).mean()
         if self.architecture == "relu":
             return mse + settings.l1_coefficient * (features @ d.W_dec.norm(dim=1)).mean(), mse, features, error
         if self.architecture == "matryoshka":
-            of_prefixes = [(x - features[:, :m] @ d.W_dec[:m] - d.b_dec).square().sum(1).mean() for m in d.prefix_sizes]
+            of_prefixes = [(y - features[:, :m] @ d.W_dec[:m] - d.b_dec).square().sum(1).mean() for m in d.prefix_sizes]
             return torch.stack(of_prefixes).mean(), mse, features, error
         return mse, mse, features, error
 

@@ -146,6 +146,36 @@ def test_outliers_are_left_out_of_replayed_steps(
     assert lines[-1]["left_out"] == replayed.metadata["trained"]["left_out"] == 12
 
 
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_replayed_steps_of_a_transcoder_are_the_plain_ones(architecture: str, skip: bool, tmp_path: Path) -> None:
+    """To a target of another width, with and without a skip connection; two of them in a pass, next to an SAE."""
+    data, chosen = batches(7), settings(60, max_gradient_norm=2.0)
+    targets = [torch.cat([x.flip(1), x.relu()], dim=1)[:, :9] for x in data]
+    config = shape(architecture).model_copy(update={"skip": skip})
+
+    def pass_of(chosen: TrainConfig, name: str) -> dict[str, Dictionary]:
+        recipes = {
+            "one": Recipe(config, chosen, 0, "x", "y", folder=tmp_path / name / "one"),
+            "two": Recipe(config, chosen, 1, "x", "y", folder=tmp_path / name / "two"),
+            "sae": Recipe(shape(architecture), chosen, 0, "y", folder=tmp_path / name / "sae"),
+        }
+        return train_all({"x": IterableSource(data), "y": IterableSource(targets)}, recipes).dictionaries
+
+    plain = pass_of(plainly(chosen), "plain")
+    assert not Simulated.graphs
+    replayed = pass_of(chosen, "replayed")
+    assert replays() >= 90
+    for name, made in plain.items():
+        check_equal(replayed[name], made)
+        for line, other in zip(
+            lines_of(tmp_path / "plain" / name), lines_of(tmp_path / "replayed" / name), strict=True
+        ):
+            assert other == pytest.approx(line, rel=1e-5 if architecture in WITH_ROOM else 0, abs=0), line["step"]
+    assert (plain["one"].d_in, plain["one"].d_out) == (D_IN, 9)
+    assert (plain["one"].W_skip is not None) == skip
+
+
 @pytest.mark.parametrize("architecture", WITH_ROOM)
 def test_a_step_with_more_pairs_than_there_is_room_for_is_taken_plainly(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from sae.training.objectives.common import StepInputs
 def auxk_loss(
     dictionary: Dictionary,
     x: Float[Tensor, "batch d_in"],
-    residual: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
     context: StepInputs,
     values: Float[Tensor, "batch k_aux"],
     places: Int[Tensor, "batch k_aux"],
@@ -34,7 +34,7 @@ def auxk_loss(
     """
     candidates = context.dead_candidates
     pattern = Pattern.from_indices(places, len(candidates))
-    pre = encode_at(x, dictionary.b_dec, *dead_encoder(dictionary, context), Selection(pattern, values.flatten()))
+    pre = encode_at(x, dictionary.centre, *dead_encoder(dictionary, context), Selection(pattern, values.flatten()))
     error, _ = squared_error(
         pattern, pre.relu(), rows_of(dictionary.W_dec, candidates, context.decoder_sink), None, residual
     )
@@ -64,14 +64,14 @@ def dead_subset(context: StepInputs, dtype: torch.dtype) -> Subset | None:
 
 
 def auxk_after(
-    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: Dictionary, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"], context: StepInputs
 ) -> Float[Tensor, ""] | None:
     """`auxk_loss` if the objective's own selection did not cover the dead features; None if none is dead."""
     subset = dead_subset(context, x.dtype)
     if subset is None:
         return None
     rows, biases = dead_encoder(dictionary, context)
-    selection = select_topk(x, dictionary.b_dec, rows, biases + subset.penalty, subset.k)
+    selection = select_topk(x, dictionary.centre, rows, biases + subset.penalty, subset.k)
     shape = (len(x), subset.k)
     values, places = selection.values.view(shape), selection.pattern.features.view(shape)
     return auxk_loss(dictionary, x, residual, context, values, places)

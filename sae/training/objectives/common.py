@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -85,23 +86,32 @@ def with_revival(losses: Losses, context: StepInputs, **terms: Float[Tensor, ""]
 
 Kind = TypeVar("Kind", bound=Dictionary)
 Objective = Callable[[Kind, Tensor, Tensor, StepInputs], Losses]
-"""(dictionary, input `[batch, d_in]`, target `[batch, d_in]`, context) → losses; pure."""
+"""(dictionary, input `[batch, d_in]`, target `[batch, d_out]`, context) → losses; pure."""
 OBJECTIVES: dict[str, Objective[Any]] = {}
 """Objectives by the names of their architectures."""
 
 
 def objective_of(architecture: type[Kind]) -> Callable[[Objective[Kind]], Objective[Kind]]:
-    """Decorator that makes a function the objective of an architecture."""
+    """Decorator that makes a function the objective of an architecture.
+
+    It is given what a skip connection leaves of the target, y − x W_skip, so that W_skip gets its gradient through the
+    target.
+    """
 
     def register(objective: Objective[Kind]) -> Objective[Kind]:
-        OBJECTIVES[architecture.architecture] = objective
-        return objective
+        @functools.wraps(objective)
+        def after_skip(dictionary: Kind, x: Tensor, target: Tensor, context: StepInputs) -> Losses:
+            left = target if dictionary.W_skip is None else target - x @ dictionary.W_skip
+            return objective(dictionary, x, left, context)
+
+        OBJECTIVES[architecture.architecture] = after_skip
+        return after_skip
 
     return register
 
 
 def mean_squared_error(
-    target: Float[Tensor, "batch d_in"], reconstruction: Float[Tensor, "batch d_in"]
+    target: Float[Tensor, "batch d_out"], reconstruction: Float[Tensor, "batch d_out"]
 ) -> Float[Tensor, ""]:
     """Mean over tokens of ‖y − ŷ‖²."""
     return (target - reconstruction).square().sum(-1).mean()
@@ -116,18 +126,23 @@ def pre_activations_at(
 
 def reconstruct(
     dictionary: Dictionary, pattern: Pattern, values: Float[Tensor, " pairs"], context: StepInputs
-) -> Float[Tensor, "batch d_in"]:
+) -> Float[Tensor, "batch d_out"]:
     """Σ of values · decoder rows, plus b_dec."""
     return decode(pattern, values, dictionary.W_dec, context.decoder_sink) + dictionary.b_dec
+
+
+def reconstruct_densely(dictionary: Dictionary, features: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
+    """`reconstruct` from a dense matrix."""
+    return features @ dictionary.W_dec + dictionary.b_dec
 
 
 def reconstruction_error(
     dictionary: Dictionary,
     pattern: Pattern,
     values: Float[Tensor, " pairs"],
-    target: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
     context: StepInputs,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"]]:
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_out"]]:
     """`mean_squared_error` of `reconstruct`, and y − ŷ without a gradient."""
     return squared_error(pattern, values, dictionary.W_dec, dictionary.b_dec, target, context.decoder_sink)
 
@@ -146,13 +161,15 @@ def firing_densely(features: Float[Tensor, "batch d_sae"]) -> tuple[Float[Tensor
 
 
 def encoder(dictionary: Dictionary) -> tuple[Tensor, Tensor, Tensor]:
-    """b_dec, the encoder by feature, and its bias, as arguments for `sae.kernels.sparse`."""
-    return dictionary.b_dec, dictionary.W_enc.T, dictionary.b_enc
+    """What is subtracted from x, the encoder by feature, and its bias, as arguments for `sae.kernels.sparse`."""
+    return dictionary.centre, dictionary.W_enc.T, dictionary.b_enc
 
 
 def pre_activations_densely(dictionary: Dictionary, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-    """(x − b_dec) W_enc + b_enc as x W_enc + (b_enc − b_dec W_enc).
+    """(x − b_dec) W_enc + b_enc as x W_enc + (b_enc − b_dec W_enc); of a transcoder, x W_enc + b_enc.
 
     Equal up to rounding; b_dec's gradient then costs a matrix times a vector instead of the dense gradient of x.
     """
-    return torch.nn.functional.linear(x, dictionary.W_enc.T, dictionary.b_enc - dictionary.b_dec @ dictionary.W_enc)
+    is_centred = dictionary.frame.d_out is None
+    bias = dictionary.b_enc - dictionary.b_dec @ dictionary.W_enc if is_centred else dictionary.b_enc
+    return torch.nn.functional.linear(x, dictionary.W_enc.T, bias)

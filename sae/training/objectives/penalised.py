@@ -24,6 +24,7 @@ from sae.training.objectives.common import (
     pre_activations_at,
     pre_activations_densely,
     reconstruct,
+    reconstruct_densely,
     reconstruction_error,
     with_revival,
 )
@@ -31,7 +32,7 @@ from sae.training.objectives.common import (
 
 @objective_of(ReLU)
 def relu_loss(
-    dictionary: ReLU, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: ReLU, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j f_j ‖W_dec,j‖, with every positive pre-activation firing.
 
@@ -40,7 +41,7 @@ def relu_loss(
     norms = dictionary.W_dec.norm(dim=-1)
     if context.density > DENSE_ABOVE:
         features = pre_activations_densely(dictionary, x).relu()
-        mse, firings = mean_squared_error(target, dictionary.decode(features)), firing_densely(features)
+        mse, firings = mean_squared_error(target, reconstruct_densely(dictionary, features)), firing_densely(features)
         l1 = (features @ norms).mean()
     else:
         selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae), context.room)
@@ -54,7 +55,7 @@ def relu_loss(
 
 @objective_of(Gated)
 def gated_loss(
-    dictionary: Gated, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: Gated, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j ReLU(π_j) + ‖y − ŷ_gate‖² + α · AuxK, with ŷ_gate from ReLU(π) and a frozen decoder.
 
@@ -66,7 +67,7 @@ def gated_loss(
         pre = pre_activations_densely(dictionary, x)
         gate = pre.relu()
         features = dictionary.activate(pre, slice(None)) * (pre > 0)
-        reconstruction, gate_reconstruction = dictionary.decode(features), gate @ frozen + b_dec
+        reconstruction, gate_reconstruction = reconstruct_densely(dictionary, features), gate @ frozen + b_dec
         firings = firing_densely(features)
     else:
         selection = select_above(x, *encoder(dictionary), x.new_zeros(dictionary.d_sae), context.room)
@@ -77,7 +78,7 @@ def gated_loss(
         gate_reconstruction = decode(pattern, gate, frozen) + b_dec
         firings = firing(pattern, values)
     mse, l1 = mean_squared_error(target, reconstruction), gate.sum() / len(x)
-    gate_mse = mean_squared_error(target, gate_reconstruction)
+    gate_mse = mean_squared_error(target.detach(), gate_reconstruction)  # W_skip is frozen too
     terms = {"mse": mse.detach(), "gate_mse": gate_mse.detach(), "l1": l1.detach()}
     losses = Losses(mse + context.sparsity * l1 + gate_mse, terms, *firings)
     aux = auxk_after(dictionary, x, (target - reconstruction).detach(), context)
@@ -86,7 +87,7 @@ def gated_loss(
 
 @objective_of(JumpReLU)
 def jumprelu_loss(
-    dictionary: JumpReLU, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: JumpReLU, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + λ · L0, or + λ · (L0 / target − 1)²; + α · AuxK. Straight-through gradients reach the thresholds.
 

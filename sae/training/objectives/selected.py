@@ -29,7 +29,7 @@ from sae.training.objectives.common import (
 
 @objective_of(TopK)
 def topk_loss(
-    dictionary: TopK, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: TopK, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k strongest features.   Gao et al. 2024, §2.3 and appendix A.2."""
     subset = dead_subset(context, x.dtype)
@@ -41,7 +41,7 @@ def topk_loss(
 
 @objective_of(BatchTopK)
 def batch_topk_loss(
-    dictionary: BatchTopK, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: BatchTopK, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepInputs
 ) -> Losses:
     """‖y − ŷ‖² + α · AuxK, with ŷ from the k · batch strongest activations of the batch.   Bussmann et al. 2024, §2."""
     selection, values = _select_over_batch(dictionary, x, context)
@@ -52,7 +52,7 @@ def batch_topk_loss(
 
 @objective_of(Matryoshka)
 def matryoshka_loss(
-    dictionary: Matryoshka, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_in"], context: StepInputs
+    dictionary: Matryoshka, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepInputs
 ) -> Losses:
     """Mean over prefixes m of ‖y − ŷ_m‖², + α · AuxK, with ŷ_m from BatchTopK's activations below feature m.
 
