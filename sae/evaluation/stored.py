@@ -51,7 +51,7 @@ class _Stored(BaseModel):
     features: int | None
     dead: _Count | None
     dense: _Count | None
-    baselines: dict[Literal["pca", "random", "frozen_decoder", "identity"], _Baseline]
+    baselines: dict[Literal["pca", "random", "linear", "skip", "frozen_decoder", "identity"], _Baseline]
 
 
 def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:
@@ -127,6 +127,8 @@ def read_stored(
     if record is None:
         return None
     validated(folder / JSON_FILE, _Stored, record)
+    if not _expected_baselines(dictionary) <= record["baselines"].keys():
+        return None  # from before transcoders had baselines of their own
     with taken_apart(folder / JSON_FILE):
         TokenPolicy.from_json(record["token_policy"])
         for part in (record, *record["baselines"].values()):
@@ -141,6 +143,11 @@ def read_stored(
             return None
         raise _mismatch(path)
     return record, totals
+
+
+def _expected_baselines(dictionary: Mapping[str, Any]) -> set[str]:
+    """Baselines that a report on this dictionary has, besides those of every report."""
+    return {*(["linear"] if "reads" in dictionary else []), *(["skip"] if dictionary.get("skip") else [])}
 
 
 def check_documents(folder: Path) -> None:

@@ -131,7 +131,7 @@ def _evaluate(
     run: Run, cache: ActivationCache, dictionaries: Mapping[str, Dictionary], progress: Progress,
     unfinished: Path | None,
 ) -> dict[str, Evaluation]:  # fmt: skip
-    announce(progress, announcement(run.config.evaluation, cache, len(dictionaries)))
+    announce(progress, announcement(run.config.evaluation, cache, dictionaries.values()))
     reports = evaluate_all(
         dictionaries, cache,
         hook=run.config.gives, language_model=run.language_model, settings=run.config.evaluation, device=run.device,
