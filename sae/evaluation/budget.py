@@ -11,6 +11,7 @@ from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config.settings import AUTO, EvaluationConfig
 from sae.config.splits import HELD_OUT
 from sae.dictionary.base import Dictionary
+from sae.errors import ConfigError
 
 _SHARES = {
     "downstream_tokens": (768, 1024),
@@ -45,8 +46,12 @@ def _harvested(cache: ActivationCache) -> int:
 
 def pca_tokens(cache: ActivationCache, hook: str) -> int:
     """Number of training tokens that principal components are fitted on."""
-    harvested = _harvested(cache)
-    return min(max(harvested // _PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH * cache.d_in(hook)), _PCA_MOST)
+    return fitted_tokens(cache, cache.d_in(hook))
+
+
+def fitted_tokens(cache: ActivationCache, width: int) -> int:
+    """Number of training tokens for a fit that depends on the covariance of activations of this width."""
+    return min(max(_harvested(cache) // _PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH * width), _PCA_MOST)
 
 
 def settled_tokens(tokens: int | str | None) -> int | None:
@@ -81,6 +86,21 @@ def announcement(
         f"evaluation: {tokens:,} held-out tokens, {own:,} of them for losses: language-model passes over about "
         f"{passes:,} tokens (the harvest: {harvested:,})"
     )
+
+
+def check_losses(positions: int, cache: ActivationCache, settings: EvaluationConfig) -> None:
+    """Raise ConfigError if no position of the contexts for losses counts."""
+    if positions == 0:
+        raise ConfigError(
+            f"evaluation.downstream_tokens={settings.downstream_tokens}: none of the chosen contexts has a token "
+            "that counts and has a next one; "
+            + (
+                ""
+                if settings.downstream_tokens is None
+                else f"raise it to a context ({cache.context_length}) or more, or "
+            )
+            + "harvest more held-out text, longer contexts, or with fewer masked positions"
+        )
 
 
 def spread_contexts(cache: ActivationCache, settings: EvaluationConfig) -> Iterator[tuple[ContextBatch, bool]]:

@@ -1,4 +1,4 @@
-"""Evaluations and comparisons as files: written completely, and read again if they match the request."""
+"""Evaluations, comparisons and replacements as files: written completely, and read again if they match the request."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from sae.errors import DamagedError
 from sae.evaluation.comparison import COMPARISON, COMPARISON_TEXT, Compared, Comparison
 from sae.evaluation.comparison_view import comparison_markdown
 from sae.evaluation.figures import draw_figures
+from sae.evaluation.replacement import MARKDOWN_FILE as REPLACEMENT_TEXT
+from sae.evaluation.replacement import REPLACEMENT, ReplacementReport
+from sae.evaluation.replacement_view import replacement_markdown
 from sae.evaluation.report import DOCUMENTS_FILE, FIGURE_FOLDER, JSON_FILE, MARKDOWN_FILE, REPORT, Report
 from sae.evaluation.report_view import markdown
 from sae.files.damage import damaged
@@ -198,3 +201,32 @@ def read_comparison(folder: str | Path, key: Mapping[str, Any] | None = None) ->
         return None
     with taken_apart(folder / COMPARISON.index):
         return conforming(Comparison.from_json(record))
+
+
+def write_replacement(report: ReplacementReport, folder: str | Path) -> list[Path]:
+    """Write `replacement.md` and `replacement.json`.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    files = {REPLACEMENT_TEXT: replacement_markdown(report).encode()}
+    return REPLACEMENT.write(expanded(folder), report.to_json(), files)
+
+
+def read_replacement(folder: str | Path, key: Mapping[str, Any] | None = None) -> ReplacementReport | None:
+    """A stored report on replaced modules; None if there is none.
+
+    Args:
+        folder: where `write_replacement` wrote.
+        key: only a report with this key; None: whatever is stored.
+
+    Raises:
+        DamagedError: the file is damaged.
+        FormatError: it has a newer version.
+    """
+    folder = expanded(folder)
+    record = REPLACEMENT.find(folder, **({} if key is None else {"key": key}))
+    if record is None:
+        return None
+    with taken_apart(folder / REPLACEMENT.index):
+        return conforming(ReplacementReport.from_json(record))
