@@ -61,7 +61,7 @@ def case(
     folder = tmp_path_factory.mktemp(request.param)
     model = MAKE[request.param](folder / "model", tiny_model)
     numbers = {"data.held_out_tokens": 246, "harvest.hooks": ["blocks.1.hook_resid_pre"]}
-    text = Path(str(many_documents.manifest.data["source"]))
+    text = many_documents.path.parents[1] / "text"
     return Case(model, folder / "model", harvest(make_tiny_config(folder / "model", text, folder, numbers), model))
 
 
@@ -105,7 +105,7 @@ def test_inside_mlps_affine_maps_are_the_model_itself(case: Case) -> None:
     assert linear is not None
     assert linear < 1e-6 if exact else linear > 1e-6
     mean = report.together["mean"].kl.value
-    assert mean is not None and mean > 1e-3
+    assert mean is not None and mean > 5e-5
     for losses in [report.together, *(module.losses for module in report.modules)]:
         assert losses["mean"].ce_recovered.value == pytest.approx(0, abs=1e-9)
         if exact:
@@ -284,10 +284,9 @@ def test_refused_transcoders(gpt2: Case, tiny_model: Path, text_folder: Path, tm
         ConfigError, narrow=narrow
     )
     other = write_tiny_model(tmp_path / "other", text_folder, seed=1)
-    stranger = make(model=LanguageModel(str(other)).info.to_json(), target_hook="blocks.0.hook_resid_mid")
-    assert re.match(
-        r"stranger: model .*: not the dictionary's model: weights_sha256 is", refusal(ModelError, stranger=stranger)
-    )
+    stranger = make(model=LanguageModel(str(other)).info.to_json(), target_hook="blocks.2.hook_attn_out")
+    message = refusal(ModelError, stranger=stranger)
+    assert re.match(r"stranger: model .*: not the dictionary's model: weights_sha256 is", message)
     with pytest.raises(CacheError, match="weights_sha256"):
         sae.measure_replacement({"one": make(model=None)}, gpt2.cache, LanguageModel(str(other)))
     with pytest.raises(ConfigError, match="there is no transcoder to replace a module with; give at least one"):
