@@ -16,8 +16,10 @@ from sae.files.writing import locked, stands
 from sae.formats import dictionaries_in, load
 from sae.hub import located
 from sae.runs.comparison import READ, named_places, unfinished_folder
+from sae.runs.folder import DICTIONARY
 from sae.runs.opening import open_run
 from sae.runs.run import Run
+from sae.runs.sweeping import SWEEP
 
 _UNFINISHED = "replacement-unfinished"
 
@@ -91,13 +93,14 @@ def out_folder(places: Sequence[str | Path], out: str | Path | None) -> Path | N
     if out is not None:
         return expanded(out)
     [place, *others] = map(expanded, places)
-    return place if not others and stands(place / CONFIG_YAML) else None
+    is_ours = stands(place / SWEEP.index) or resolve(place, DICTIONARY, CONFIG_FILE) is not None
+    return place if not others and is_ours and stands(place / CONFIG_YAML) else None
 
 
 def _folders(place: str | Path) -> list[str | Path]:
     """The place itself if it is a dictionary's, else the dictionaries in it."""
     folder = located(place)
-    if resolve(folder, "dictionary", CONFIG_FILE) is not None:
+    if resolve(folder, DICTIONARY, CONFIG_FILE) is not None:
         return [place]
     return [folder / name for name in dictionaries_in(folder)] or [place]
 

@@ -163,9 +163,9 @@ def test_standard_errors_are_over_documents(gpt2: Case) -> None:
     sums: dict[int, list[float]] = {}
     for tokens, documents, eligible in plain.contexts:
         log_p = plain.log_p(tokens, SITES, functions, eligible)
-        for place in eligible[0, :-1].nonzero().flatten().tolist():
-            entry = sums.setdefault(int(documents[0, place]), [0.0, 0.0])
-            entry[0] -= float(log_p[0, place, tokens[0, place + 1]])
+        for context, place in eligible[:, :-1].nonzero().tolist():
+            entry = sums.setdefault(int(documents[context, place]), [0.0, 0.0])
+            entry[0] -= float(log_p[context, place, tokens[context, place + 1]])
             entry[1] += 1
     values = [
         sum(a for d, (a, _) in sums.items() if d != out) / sum(b for d, (_, b) in sums.items() if d != out)

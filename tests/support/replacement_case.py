@@ -56,7 +56,7 @@ class Plain:
 
         def read(split: str) -> list[tuple[Tensor, Tensor, Tensor]]:
             found = []
-            for batch in cache.contexts(split, batch_contexts=1):
+            for batch in cache.contexts(split, batch_contexts=64):
                 eligible = ~torch.isin(batch.tokens, special)
                 eligible[:, : cache.policy.masked_positions] = False
                 found.append((batch.tokens, batch.documents, eligible))
@@ -144,10 +144,9 @@ class Plain:
         for tokens, _, eligible in self.contexts:
             clean = self.log_p(tokens, [], {}, eligible)
             changed = self.log_p(tokens, sites, functions, eligible)
-            counts, following = eligible[0, :-1], tokens[0, 1:]
-            places = torch.arange(len(following))
-            ce, ce_clean = (-log_p[0, places, following][counts] for log_p in (changed, clean))
-            kl = (clean.exp() * (clean - changed)).sum(-1)[0, :-1][counts]
+            counts, following = eligible[:, :-1], tokens[:, 1:, None]
+            ce, ce_clean = (-log_p[:, :-1].gather(-1, following)[..., 0][counts] for log_p in (changed, clean))
+            kl = (clean.exp() * (clean - changed)).sum(-1)[:, :-1][counts]
             totals += [float(part.sum()) for part in (ce, ce_clean, kl)]
             count += int(counts.sum())
         return dict(zip(("ce", "ce_clean", "kl"), (totals / count).tolist(), strict=True))
