@@ -118,9 +118,9 @@ def skip_alone(W_skip: Float[Tensor, "d_in d_out"], held_out: HeldOut, reads: st
     """
     cache, hook = held_out.cache, held_out.hook
     means = (cache.statistics(name).mean for name in (reads or hook, hook))
-    map = AffineMap(W_skip.detach(), *means).on(held_out.device)
-    return _reconstructor(map, f"skip: W_skip of the dictionary alone, from {reads or hook}", reads)
+    alone = AffineMap(W_skip.detach(), *means).on(held_out.device)
+    return _reconstructor(alone, f"skip: W_skip of the dictionary alone, from {reads or hook}", reads)
 
 
-def _reconstructor(map: AffineMap, description: str, reads: str | None) -> Reconstructor:
-    return Reconstructor(description, 0, lambda x: Reconstruction(map(x)), reads)
+def _reconstructor(affine: AffineMap, description: str, reads: str | None) -> Reconstructor:
+    return Reconstructor(description, 0, lambda x: Reconstruction(affine(x)), reads)

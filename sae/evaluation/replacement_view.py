@@ -23,10 +23,6 @@ MEANINGS = {
     "zero": "0",
 }
 """Names of stand-ins in tables."""
-_EXPLAINED = (
-    "The skip connection has the best constant; the affine map is the best one from what the transcoder reads; these "
-    "and the mean are fitted on {tokens:,} training tokens. Recovered: share of the loss of the mean recovered."
-)
 
 
 def replacement_tables(report: ReplacementReport, width: int | None = None) -> list[Group]:
@@ -63,8 +59,14 @@ def _title(report: ReplacementReport) -> str:
 def _tables(report: ReplacementReport) -> list[Table]:
     first, several = report.modules[0], len(report.modules) > 1
     note = error_note({"documents": report.documents})
-    notes = [f"{note[0].upper()}{note[1:]}.", _EXPLAINED.format(tokens=report.fitted_tokens)]
-    if "skip" not in report.together and any("skip" in module.losses for module in report.modules):
+    notes = [
+        f"{note[0].upper()}{note[1:]}.",
+        f"The affine map is the best one from what a transcoder reads; it and the mean are fitted on "
+        f"{report.fitted_tokens:,} training tokens. Recovered: share of the loss of the mean that is avoided.",
+    ]
+    if "skip" in report.together:
+        notes.append("The skip connection alone has the best constant.")
+    elif any("skip" in module.losses for module in report.modules):
         notes.append("Only some of the transcoders have a skip connection.")
     title = "All modules replaced together" if several else f"{first.reads} → {first.gives} replaced"
     tables = [Table(_together(report), title, notes)]
