@@ -169,6 +169,16 @@ class Report:
         )
 
 
+def place_of(record: Mapping[str, Any]) -> str:
+    """The hook point of a report, after the one that a transcoder reads.
+
+    Args:
+        record: the content of `eval.json`.
+    """
+    reads = record["dictionary"].get("reads")
+    return f"{reads} → {record['hook']}" if reads else record["hook"]
+
+
 def fewest_of_baselines(
     records: Iterable[Mapping[str, Any]], key: Literal["tokens", "downstream_tokens"]
 ) -> int | None:

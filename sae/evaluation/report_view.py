@@ -10,7 +10,7 @@ from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.metrics import METRICS
 from sae.evaluation.published_formulas import CONTEXTS_PER_BATCH
 from sae.evaluation.published_view import published_markdown, published_note
-from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines
+from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines, place_of
 from sae.model.tail import NO_ROAD, Road
 from sae.results.estimate import Estimate, error_note
 from sae.results.figure import MISSING
@@ -47,7 +47,7 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
     """
     record = report.to_json()
     parts = [
-        f"# Evaluation at {code(_place(record))}",
+        f"# Evaluation at {code(place_of(record))}",
         _subject(report),
         "## Metrics",
         metrics_markdown(record),
@@ -99,7 +99,7 @@ def report_table(report: Report | Mapping[str, Any], width: int | None = None) -
     ]
     return Table(
         [metrics, *columns],
-        title=f"{_place(record)}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
+        title=f"{place_of(record)}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
         notes=[error_note(counts), fewer_tokens(record), _without_losses(record), published_note(record)],
         short_note=f"standard errors of the baselines are in {MARKDOWN_FILE}",
         sections=sections([metric for metric, _ in rows]),
@@ -178,7 +178,7 @@ def _subject(report: Report) -> str:
     which = f" {code(weights[:12])}" if weights else ""
     note = " **Training left out other tokens than this evaluation: see `token_policy` in eval.json.**" if other else ""
     return (
-        f"Dictionary{which} ({plain(description)}) on {code(_place(report.to_json()))} of "
+        f"Dictionary{which} ({plain(description)}) on {code(place_of(report.to_json()))} of "
         f"{code(report.model.get('name', 'unknown model'))}, text {describe_text(report.data)}.\n\n"
         f"Evaluated on {report.tokens:,} held-out tokens of {report.documents:,} documents{masked}. "
         f"It took {report.seconds:,.1f} s.{note}"
@@ -201,12 +201,6 @@ def _of_target(report: Report) -> str:
     """Of a transcoder, which baselines read the target instead of the input."""
     reads = report.dictionary.get("reads")
     return f" PCA and the identity read the target, not {code(reads)}." if reads else ""
-
-
-def _place(record: Mapping[str, Any]) -> str:
-    """The hook point of a report, after the one that a transcoder reads."""
-    reads = record["dictionary"].get("reads")
-    return f"{reads} → {record['hook']}" if reads else record["hook"]
 
 
 def _losses(report: Report) -> list[str]:

@@ -197,7 +197,7 @@ def test_the_view_and_the_files(gpt2: Case, tmp_path: Path) -> None:
         "| replaced by | loss | Δ loss | KL | recovered |",
         f"| nothing | {report.ce_clean} | – | – | – |",
         "## One module replaced at a time",
-        f"- {SITES[0][1]}: `{SITES[0][0]}` → `{SITES[0][1]}`".replace("_", "_"),
+        f"- {SITES[0][1]}: `{SITES[0][0]}` → `{SITES[0][1]}`",
     ):
         assert line in text.replace("\\_", "_"), line
     for width in (60, 100, 200):
@@ -293,16 +293,9 @@ def test_refused_transcoders(gpt2: Case, tiny_model: Path, text_folder: Path, tm
         sae.measure_replacement({}, gpt2.cache, gpt2.model)
 
 
-def test_too_little_text(gpt2: Case, short_documents: Callable[..., ActivationCache]) -> None:
+def test_too_little_text(gpt2: Case) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.downstream_tokens=8: none of the chosen contexts has a token"):
         gpt2.measure(settings=EvaluationConfig(downstream_tokens=8))
-    one_document = gpt2.measure(settings=EvaluationConfig(downstream_tokens=16))
-    text = replacement_markdown(one_document)
-    if one_document.documents == 1:
-        assert one_document.ce_clean.standard_error is None
-        assert "No standard errors (–): they are over documents, and the held-out text has only one; harvest" in text
-    else:
-        assert "± standard error over documents" in text
 
 
 def test_one_document_has_no_standard_errors(gpt2: Case, tiny_model: Path, tmp_path: Path, text_folder: Path) -> None:
@@ -314,9 +307,8 @@ def test_one_document_has_no_standard_errors(gpt2: Case, tiny_model: Path, tmp_p
     cache = harvest(make_tiny_config(tiny_model, text, tmp_path / "run", settings), gpt2.model)
     report = sae.measure_replacement(gpt2.dictionaries, cache, gpt2.model, settings=EVERYTHING)
     assert report.documents == 1 and report.together["dictionary"].ce.standard_error is None
-    assert "only one; harvest more of it, or with data.holdout\\_by=section" in replacement_markdown(
-        report
-    ) or "only one; harvest more of it, or with data.holdout_by=section" in replacement_markdown(report)
+    text = " ".join(replacement_markdown(report).replace("\\_", "_").split())
+    assert "No standard errors (–): they are over documents, and the held-out text has only one; harvest more" in text
 
 
 def test_a_model_that_own_activations_change_is_refused(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
