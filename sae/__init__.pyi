@@ -32,6 +32,7 @@ from sae.errors import SaeError as SaeError
 from sae.evaluation import compare as compare
 from sae.evaluation import evaluate as evaluate
 from sae.evaluation import evaluate_all as evaluate_all
+from sae.evaluation import measure_replacement as measure_replacement
 from sae.features import Features as Features
 from sae.features.text_features import text_features as text_features
 from sae.files.version import __version__ as __version__
@@ -53,6 +54,7 @@ from sae.runs.pipeline import run as run
 from sae.runs.probes import probe_run as probe_run
 from sae.runs.publishing import pull as pull
 from sae.runs.publishing import push as push
+from sae.runs.replacement import replace as replace
 from sae.runs.sweeping import sweep as sweep
 from sae.runs.verification import verify as verify
 from sae.training import IterableSource as IterableSource

@@ -71,7 +71,8 @@ def effects(
 
     Each feature is ablated (or scaled) on held-out text, at one position at a time where it fires. The change in
     next-token loss and distribution is measured there and at the following positions, and compared with the first-order
-    effect of the feature's direction on the logits and with random directions. effects.json, effects.md and a figure
+    effect of the feature's direction on the logits and with random directions. A transcoder's features fire where it
+    reads, and are ablated in what it gives. effects.json, effects.md and a figure
     are written into RUN, a run folder. Existing results for the same weights, data and settings are reused. KEY=VALUE
     overrides settings of the run: model.*, harvest.cache, device.
 
@@ -91,7 +92,7 @@ def effects(
             run.dictionary(),
             run.cache(),
             run.language_model,
-            hook=run.config.hook,
+            hook=run.config.gives,
             features=indices or None,
             sample=sample or None,
             settings=settings,

@@ -155,7 +155,7 @@ class Effects:
         features: effects by feature index, in ascending order.
         settings: how they were measured.
         dictionary: its architecture, shape and a hash of its weights.
-        hook: hook point.
+        hook: hook point at which features were changed; for a transcoder, the one that it gives.
         model: identity of the language model.
         activations: hash of everything that determines the cache's activations.
         token_policy: which tokens count.
@@ -181,6 +181,12 @@ class Effects:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @property
+    def place(self) -> str:
+        """The hook point, after the one that a transcoder reads."""
+        reads = self.dictionary.get("reads")
+        return f"{reads} → {self.hook}" if reads else self.hook
 
     def __getitem__(self, feature: int) -> FeatureEffect:
         """Effect of a feature.

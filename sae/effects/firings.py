@@ -102,7 +102,7 @@ def scan_firings(
     Args:
         dictionary: takes raw activations; tokens are encoded on its device.
         cache: its held-out split is read.
-        hook: hook point.
+        hook: hook point that the dictionary reads.
         positions: maximum number of places kept per feature; see `spread`.
         seed: seed of the draw. The draw of a firing depends only on the seed, the feature and the row.
         tokens: held-out tokens to read, in whole contexts; None: all.

@@ -66,7 +66,9 @@ def measure_effects(
         dictionary: takes raw activations; it is not modified, and copied if it is not on `device`.
         cache: its held-out text is read.
         language_model: the model that the cache was harvested from.
-        hook: hook point; None: the one the dictionary was trained on, or the cache's only one.
+        hook: hook point at which a feature's output is changed: the one whose activations the dictionary gives. A
+            transcoder's features fire at the one that it reads, which the cache must have too. None: the one the
+            dictionary was trained on, or the cache's only one.
         features: features to measure; None: those that fire in the text.
         sample: if `features` is None, the number of features drawn at random from those that fire; None: all.
         settings: how to measure; None: the defaults, ablation.
@@ -97,14 +99,15 @@ def measure_effects(
         results = Known(_blank(dictionary, cache, language_model, hook, settings), path)
         if features is not None and not set(features) - results.features.keys() and results.features:
             return (results.effects() if results.is_written() else results.write()).only(features)
+        reads = dictionary.origin.read_elsewhere
         firings = scan_firings(
-            dictionary, cache, hook, positions=settings.positions, seed=settings.seed, tokens=settings.tokens,
+            dictionary, cache, reads or hook, positions=settings.positions, seed=settings.seed, tokens=settings.tokens,
             features=features, progress=within(report, "firings"),
         )  # fmt: skip
         chosen = sorted(set(features)) if features is not None else draw_features(firings, sample, settings.seed)
         meter = ChangeMeter(
             tail, DirectPath.of(language_model, hook), dictionary, cache,
-            mean=firings.mean, scale=settings.scale, window=settings.window, seed=settings.seed,
+            mean=firings.mean, scale=settings.scale, window=settings.window, seed=settings.seed, reads=reads,
             batch_contexts=batch_contexts, copies=copies,
         )  # fmt: skip
         missing = [feature for feature in chosen if feature not in results.features]
@@ -169,13 +172,7 @@ def _checked(
     features: Sequence[int] | None,
 ) -> Tail:  # fmt: skip
     """The model from the hook point on, after checking that the arguments fit together."""
-    origin = dictionary.origin
-    if origin.of_transcoder:
-        raise ConfigError(
-            f"the dictionary is a transcoder, from {origin.reads} to {origin.gives}: effects are measured only for "
-            "dictionaries that reconstruct their input"
-        )
-    check_belongs(origin, place_of(cache), reads=hook)
+    check_belongs(dictionary.origin, place_of(cache), gives=hook)
     for feature in features or ():
         if not 0 <= feature < dictionary.d_sae:
             raise UnknownFeatureError(f"feature {feature}: the dictionary has features 0 to {dictionary.d_sae - 1}")

@@ -45,14 +45,16 @@ class Measured:
 class _Clean:
     """The clean model at every position of some contexts, on the model's device.
 
-    `counts` says which losses count. Log-probabilities and residuals are set only if there is something to change.
+    `counts` says which losses count, and `read` is what a transcoder encodes; None: x. Log-probabilities and residuals
+    are set only if there is something to change.
     """
 
     tokens: Int[Tensor, "context seq"]
     documents: Int[Tensor, "context seq"]
     counts: Bool[Tensor, "context seq"]
     start: Start
-    x: Float[Tensor, "context seq d_in"]
+    x: Float[Tensor, "context seq d_out"]
+    read: Float[Tensor, "context seq d_in"] | None = None
     log_p: Float[Tensor, "context seq vocab"] | None = None
     final: Float[Tensor, "context seq d_model"] | None = None
 
@@ -65,7 +67,7 @@ class _Sites:
     context: Int[Tensor, " n"]
     position: Int[Tensor, " n"]
     activation: Float[Tensor, " n"]
-    vector: Float[Tensor, "n d_in"]
+    vector: Float[Tensor, "n d_out"]
 
     def at(self, index: Tensor) -> _Sites:
         parts = (self.context, self.position, self.activation, self.vector)
@@ -82,6 +84,9 @@ class ChangeMeter:
     times the feature's mean activation, at a position where it does not fire; if it does fire there, the change is left
     out. Each change gets its own copy of its context.
 
+    The features of a transcoder fire where it reads and are changed in what it gives: f is computed from the activation
+    at `reads`; x is that at the tail's hook point.
+
     Changes of length 0 have effects of 0, without a pass of the model.
 
     Args:
@@ -91,6 +96,7 @@ class ChangeMeter:
         cache: its held-out contexts are changed.
         mean: each feature's mean activation, for ELSEWHERE.
         scale: α.
+        reads: hook point whose activations the dictionary encodes; None: the tail's.
         window: number of following positions to sum over; those that do not count (see `measurable`) or belong to
             another document are left out.
         seed: seed of the random directions; each depends only on the seed, the feature and the row.
@@ -100,12 +106,12 @@ class ChangeMeter:
 
     def __init__(
         self, tail: Tail, direct: DirectPath | None, dictionary: Dictionary, cache: ActivationCache, *,
-        mean: Float[np.ndarray, " d_sae"], scale: float, window: int, seed: int, batch_contexts: int = 16,
-        copies: int = 64,
+        mean: Float[np.ndarray, " d_sae"], scale: float, window: int, seed: int, reads: str | None = None,
+        batch_contexts: int = 16, copies: int = 64,
     ) -> None:  # fmt: skip
         self.tail, self.direct, self.dictionary, self.cache = tail, direct, dictionary, cache
         self.mean = torch.from_numpy(np.asarray(mean)).float()
-        self.scale, self.seed = scale, seed
+        self.scale, self.seed, self.reads = scale, seed, reads
         self.window = min(window, cache.context_length - 1)
         vocabulary = int(tail.language_model.bridge.cfg.d_vocab)
         self.contexts = max(1, min(batch_contexts, _CLEAN_LOGITS // (cache.context_length * vocabulary)))
@@ -140,13 +146,16 @@ class ChangeMeter:
                 contexts = in_batch[start : start + self.contexts]
                 chosen = torch.from_numpy(contexts - first)
                 tokens = batch.tokens[chosen].to(device)
-                beginning = self.tail.start(tokens)
+                beginning, read = self.tail.start(tokens), None
+                if self.reads is not None:
+                    read = self.tail.language_model.activations(tokens, self.reads)[self.reads]
                 clean = _Clean(
                     tokens,
                     batch.documents[chosen].to(device),
                     measurable(batch.eligible[chosen]).to(device),
                     beginning,
                     self.tail.activations(beginning),
+                    read,
                 )
                 part = plan.at(np.isin(change_contexts, contexts))
                 context = np.searchsorted(contexts, part.row // length)
@@ -156,7 +165,8 @@ class ChangeMeter:
         """The vectors added at each place, on the CPU; ELSEWHERE places where the feature fires are left out."""
         device = self.dictionary.W_dec.device
         feature, kind = torch.from_numpy(plan.feature), torch.from_numpy(plan.kind)
-        x = clean.x[context.to(clean.x.device), position.to(clean.x.device)].float().to(device)
+        read = clean.x if clean.read is None else clean.read
+        x = read[context.to(read.device), position.to(read.device)].float().to(device)
         values, indices = self.dictionary.encode_sparse(x)
         activation = (values * (indices == feature.to(device)[:, None])).sum(-1).float().cpu()
         amount = (self.scale - 1) * activation
@@ -165,7 +175,7 @@ class ChangeMeter:
         sites = _Sites(plan, context, position, activation, vector)
         return sites.at(((kind != ELSEWHERE) | (activation == 0)).nonzero().flatten())
 
-    def _directions(self, plan: Plan) -> Float[Tensor, "n d_in"]:
+    def _directions(self, plan: Plan) -> Float[Tensor, "n d_out"]:
         """Decoder rows; for RANDOM changes, directions from the sphere of the same length."""
         directions = self.dictionary.W_dec[torch.from_numpy(plan.feature).to(self.dictionary.W_dec.device)]
         directions = directions.float().cpu()

@@ -65,7 +65,7 @@ def effects_table(effects: Effects, sort: str = "kl", limit: int | None = None, 
     ]
     feature = Column("feature", [str(effect.feature) for effect in chosen])
     columns = [feature, *columns, Column("more likely then", tokens, is_text=True, is_cut=True)]
-    return Table(columns, f"{effects.hook}: features {what_is_done(settings)}, nats").in_terminal(width)
+    return Table(columns, f"{effects.place}: features {what_is_done(settings)}, nats").in_terminal(width)
 
 
 def table_note(effects: Effects, sort: str, limit: int | None) -> str:
@@ -134,7 +134,7 @@ def markdown(effects: Effects, figure: str | None) -> str:
     """
     settings, measured = effects.settings, [effect for effect in effects.features.values() if effect.positions]
     parts = [
-        f"# Effects of features at {code(effects.hook)}",
+        f"# Effects of features at {code(effects.place)}",
         f"Dictionary {code(effects.dictionary['weights_sha256'][:12])} on {code(effects.model.get('name'))}. "
         f"{len(effects):,} features, {what_is_done(settings)} (f becomes {settings.scale:g}·f) at up to "
         f"{settings.positions} places each, one place of one context at a time, found in {effects.tokens:,} held-out "

@@ -1,9 +1,10 @@
-"""Baselines that a dictionary is compared with: principal components, a random dictionary, the identity."""
+"""Baselines that a dictionary is compared with: principal components, a random dictionary, linear maps, identity."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -16,11 +17,15 @@ from sae.config.progress import Progress, silent
 from sae.dictionary.codes import Codes
 from sae.evaluation.budget import pca_tokens
 from sae.evaluation.held_out import HeldOut, training_blocks
+from sae.evaluation.linear_maps import fit_linear, skip_alone
 from sae.evaluation.reconstruction import Reconstruction, Reconstructor
 from sae.numerics.seeding import torch_generator
 from sae.results.estimate import double
 
 GAIN_TOKENS = 4096
+Skips = Mapping[str, Tensor]
+"""W_skip of dictionaries that have one, by name."""
+_NO_SKIPS: Skips = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -28,25 +33,37 @@ class Baseline:
     """Description of a baseline; equal ones are fitted once, however many dictionaries are compared with them.
 
     Attributes:
-        kind: principal components, a random dictionary, a frozen decoder (`frozen_decoder.py`), or x̂ = x.
+        kind: principal components, a random dictionary, the best affine map from what a transcoder reads, a
+            dictionary's own skip connection, a frozen decoder (`frozen_decoder.py`), or x̂ = x.
         k: components, or features of the dictionary that fire.
         d_sae: features of the dictionary.
         architecture: of the frozen decoder's encoder.
         prefixes: of that architecture, if it is nested.
+        reads: hook point that is read, if it differs from the one that is reconstructed.
+        dictionary: name of the dictionary whose skip connection it is.
     """
 
-    kind: Literal["pca", "random", "frozen_decoder", "identity"]
+    kind: Literal["pca", "random", "linear", "skip", "frozen_decoder", "identity"]
     k: int = 0
     d_sae: int = 0
     architecture: str = ""
     prefixes: tuple[float, ...] = ()
+    reads: str | None = None
+    dictionary: str = ""
 
 
 IDENTITY = Baseline("identity")
 
 
-def fit_baselines(wanted: Iterable[Baseline], held_out: HeldOut) -> dict[Baseline, Reconstructor]:
+def fit_baselines(
+    wanted: Iterable[Baseline], held_out: HeldOut, skips: Skips = _NO_SKIPS
+) -> dict[Baseline, Reconstructor]:
     """Fit baselines on training activations, those that differ only in k together; frozen decoders are left out.
+
+    Args:
+        wanted: the baselines.
+        held_out: the activations that are reconstructed.
+        skips: those that baselines name.
 
     Raises:
         CacheError: a training activation is not finite.
@@ -67,6 +84,13 @@ def fit_baselines(wanted: Iterable[Baseline], held_out: HeldOut) -> dict[Baselin
         }
         dictionary = RandomDictionary(cache, hook, d_sae, set(ks.values()), device)
         reconstructors |= {baseline: dictionary.reconstructor(k) for baseline, k in ks.items()}
+    reads = {baseline.reads for baseline in wanted if baseline.kind == "linear" and baseline.reads is not None}
+    maps = fit_linear(cache, reads, hook, device, progress=held_out.progress)
+    for baseline in wanted:
+        if baseline.kind == "linear" and baseline.reads is not None:
+            reconstructors[baseline] = maps[baseline.reads]
+        elif baseline.kind == "skip":
+            reconstructors[baseline] = skip_alone(skips[baseline.dictionary], held_out, baseline.reads)
     if IDENTITY in wanted:
         reconstructors[IDENTITY] = identity()
     return reconstructors

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
 from sae.activations.cache import ActivationCache, ContextBatch
 from sae.config.settings import AUTO, EvaluationConfig
 from sae.config.splits import HELD_OUT
+from sae.dictionary.base import Dictionary
+from sae.errors import ConfigError
 
 _SHARES = {
     "downstream_tokens": (768, 1024),
@@ -44,8 +46,12 @@ def _harvested(cache: ActivationCache) -> int:
 
 def pca_tokens(cache: ActivationCache, hook: str) -> int:
     """Number of training tokens that principal components are fitted on."""
-    harvested = _harvested(cache)
-    return min(max(harvested // _PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH * cache.d_in(hook)), _PCA_MOST)
+    return fitted_tokens(cache, cache.d_in(hook))
+
+
+def fitted_tokens(cache: ActivationCache, width: int) -> int:
+    """Number of training tokens for a fit that depends on the covariance of activations of this width."""
+    return min(max(_harvested(cache) // _PCA_EVERY, _PCA_LEAST, _PCA_OF_WIDTH * width), _PCA_MOST)
 
 
 def settled_tokens(tokens: int | str | None) -> int | None:
@@ -54,26 +60,47 @@ def settled_tokens(tokens: int | str | None) -> int | None:
     return tokens
 
 
-def announcement(settings: EvaluationConfig, cache: ActivationCache, dictionaries: int = 1) -> str:
+def announcement(
+    settings: EvaluationConfig, cache: ActivationCache, dictionaries: Collection[Dictionary] | None = None
+) -> str:
     """The cost of an evaluation, in tokens that pass through the language model once.
 
     Args:
         settings: of the evaluation.
         cache: its held-out tokens are evaluated.
-        dictionaries: number of dictionaries, of one size, that are evaluated together.
+        dictionaries: those that are evaluated together, counted as of one size; None: one autoencoder.
     """
     chosen, held_out = settled(settings, cache), cache.rows(HELD_OUT)
     tokens = min(held_out, chosen.tokens or held_out)
     own = min(tokens, settled_tokens(chosen.downstream_tokens) or tokens)
     baselines = min(own, settled_tokens(chosen.baseline_tokens) or own)
     legacy = min(held_out, settled_tokens(chosen.legacy_tokens) or 0)
-    kinds = 3 if chosen.frozen_decoder_tokens else 2
-    passes = (3 + dictionaries) * own + kinds * baselines + (2 + 2 * dictionaries if legacy else 0) * legacy
+    transcoders = sum(dictionary.origin.of_transcoder for dictionary in dictionaries or ())
+    autoencoders = 1 if dictionaries is None else len(dictionaries) - transcoders
+    kinds = 1 + sum(dictionary.W_skip is not None for dictionary in dictionaries or ())  # PCA, and each skip connection
+    kinds += (1 + bool(chosen.frozen_decoder_tokens)) * bool(autoencoders) + bool(transcoders)  # random, frozen, linear
+    passes = (3 + bool(transcoders) + autoencoders + transcoders) * own + kinds * baselines
+    passes += (2 + 2 * autoencoders) * legacy if autoencoders else 0
     harvested = _harvested(cache)
     return (
         f"evaluation: {tokens:,} held-out tokens, {own:,} of them for losses: language-model passes over about "
         f"{passes:,} tokens (the harvest: {harvested:,})"
     )
+
+
+def check_losses(positions: int, cache: ActivationCache, settings: EvaluationConfig) -> None:
+    """Raise ConfigError if no position of the contexts for losses counts."""
+    if positions == 0:
+        raise ConfigError(
+            f"evaluation.downstream_tokens={settings.downstream_tokens}: none of the chosen contexts has a token "
+            "that counts and has a next one; "
+            + (
+                ""
+                if settings.downstream_tokens is None
+                else f"raise it to a context ({cache.context_length}) or more, or "
+            )
+            + "harvest more held-out text, longer contexts, or with fewer masked positions"
+        )
 
 
 def spread_contexts(cache: ActivationCache, settings: EvaluationConfig) -> Iterator[tuple[ContextBatch, bool]]:

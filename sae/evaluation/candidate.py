@@ -49,6 +49,7 @@ class Candidate:
         d_sae: number of features.
         settings: of its architecture, such as k.
         metadata: of its training.
+        skip: its W_skip, if it has one.
     """
 
     reconstructor: Reconstructor
@@ -57,6 +58,7 @@ class Candidate:
     d_sae: int
     settings: Mapping[str, Any]
     metadata: Mapping[str, Any]
+    skip: Tensor | None = None
 
 
 def candidate(
@@ -83,7 +85,10 @@ def candidate(
     reads = thing.origin.read_elsewhere
     description = f"dictionary: {thing.architecture}, {thing.d_in:,} → {thing.d_sae:,}{settings_text}"
     reconstructor = from_dictionary(placed, description + (f", from {reads}" if reads else ""), reads)
-    return Candidate(reconstructor, identify(thing), thing.architecture, thing.d_sae, settings, thing.metadata)
+    identity = identify(thing)
+    return Candidate(
+        reconstructor, identity, thing.architecture, thing.d_sae, settings, thing.metadata, placed.W_skip
+    )  # fmt: skip
 
 
 def _object_candidate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -97,7 +97,8 @@ class Comparison:
             `baseline_positions` are the smallest numbers that a baseline, and its losses, are measured on.
         dictionaries: by name; the others are compared with the first.
         baselines: those of all dictionaries by their kind, as in a report, and by their L0 if there are several of a
-            kind: `pca, L0 16`. Of those that differ only in an L0 that is nearly the same, the first is kept.
+            kind: `pca, L0 16`. Of those that differ only in an L0 that is nearly the same, the first is kept. A skip
+            connection is named by its dictionary: `skip, NAME`.
     """
 
     key: dict[str, Any]
@@ -147,7 +148,7 @@ class Comparison:
         return Comparison(
             key=comparison_key(identities, reference["activations"], reference["hook"], settings),
             dictionaries=dictionaries,
-            baselines=_baselines(records.values()),
+            baselines=_baselines(records),
             evaluated={
                 **reference["evaluated"],
                 "baseline_tokens": fewest_of_baselines(records.values(), "tokens"),
@@ -217,16 +218,18 @@ def comparison_key(
     return as_read_back(facts)
 
 
-def _baselines(records: Iterable[Mapping[str, Any]]) -> dict[str, Compared]:
-    """Each baseline once, by its kind, and by its L0 if there are several of a kind."""
+def _baselines(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Compared]:
+    """Each baseline once, by its kind, and by its L0 if there are several of a kind; skip connections by dictionary."""
     by_kind: dict[str, list[Compared]] = {}
-    for record in records:
+    for name, record in records.items():
         for kind, baseline in record["baselines"].items():
-            entry, variants = Compared.of(baseline), by_kind.setdefault(kind, [])
+            own = kind == "skip" and len(records) > 1
+            entry, variants = Compared.of(baseline), by_kind.setdefault(f"skip, {name}" if own else kind, [])
             if not any(_alike(kind, entry, other) for other in variants):
                 variants.append(entry)
     named: dict[str, Compared] = {}
-    for kind, variants in by_kind.items():
+    order = list(dict.fromkeys(kind.partition(",")[0] for kind in by_kind))
+    for kind, variants in sorted(by_kind.items(), key=lambda item: order.index(item[0].partition(",")[0])):
         for entry in variants:
             l0 = _l0(entry)
             name = kind if len(variants) == 1 or l0 is None else f"{kind}, L0 {l0:.3g}"

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.activations.cache import ContextBatch
 from sae.config.splits import HELD_OUT
-from sae.errors import ConfigError
 from sae.evaluation.baselines import IDENTITY, Baseline
-from sae.evaluation.budget import losses_read, spread_contexts
+from sae.evaluation.budget import check_losses, losses_read, spread_contexts
 from sae.evaluation.held_out import HeldOut
+from sae.evaluation.losses import CleanPass, at_eligible, losses_of
 from sae.evaluation.metrics import estimates
 from sae.evaluation.reconstruction import Reconstructor
 from sae.model.tail import Replacement
-from sae.results.estimate import TOKENS, DocumentSums, Estimate, double, estimate_names, row_sums, to_json
+from sae.results.estimate import TOKENS, DocumentSums, Estimate, estimate_names, to_json
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,7 @@ def measure_downstream(
         stage.step(step)
         progress("language model", rows, total)
     stage.keep()
-    if everywhere.tokens == 0:
-        raise ConfigError(
-            f"evaluation.downstream_tokens={settings.downstream_tokens}: none of the chosen contexts has a token "
-            "that counts and has a next one; "
-            + (
-                ""
-                if settings.downstream_tokens is None
-                else f"raise it to a context ({cache.context_length}) or more, or "
-            )
-            + "harvest more held-out text, longer contexts, or with fewer masked positions"
-        )
+    check_losses(everywhere.tokens, cache, settings)
     scores: dict[Hashable, DownstreamScores] = {}
     for sums, keys in ((everywhere, dictionaries), (first, other_baselines)):
         scores |= {key: _scores(sums, _ce(key), _kl(key)) for key in keys}
@@ -143,55 +133,25 @@ def _measure_batch(
     activations = language_model.activations(tokens, other_hooks) if other_hooks else {}
     read = {name: x[eligible].float().to(device) for name, x in activations.items()}
     reconstructions = [_reconstruction(reconstructor, rows, read) for reconstructor in reconstructors.values()]
-    replacements = [_at(eligible, new) for new in (*constants.values(), *reconstructions)]
+    replacements = [at_eligible(eligible, new) for new in (*constants.values(), *reconstructions)]
     logits = language_model.replaced_logits(tokens, hook, [clean_pass, *replacements])
     clean_logits = next(logits)
     if check:
         language_model.tail(hook).check_clean(tokens, clean_logits)
-    clean = list(_log_probabilities(clean_logits))
-    chances = [log_p.exp() for log_p in clean]
+    clean = CleanPass.of(clean_logits, tokens)
     counted = batch.eligible[:, :-1].flatten()
-    values = {"clean": _losses(clean, tokens)[counted]}
+    values = {"clean": clean.losses()[counted]}
     for name in constants:
-        values[name] = _losses(_log_probabilities(next(logits)), tokens)[counted]
+        values[name] = losses_of(next(logits), tokens)[counted]
     for key in reconstructors:
-        losses, divergences = [], []
-        for log_q, log_p, p, ids in zip(_log_probabilities(next(logits)), clean, chances, tokens, strict=True):
-            losses.append(_losses([log_q], [ids]))
-            divergences.append(row_sums((log_p - log_q).mul_(p)))
-        values |= {_ce(key): torch.cat(losses)[counted], _kl(key): torch.cat(divergences)[counted]}
+        losses, divergences = clean.compared(next(logits))
+        values |= {_ce(key): losses[counted], _kl(key): divergences[counted]}
     return values
 
 
 def _reconstruction(reconstructor: Reconstructor, rows: list[Tensor], read: Mapping[str, Tensor]) -> Replacement:
     """x̂ of the activations that the clean pass left in `rows`, or of those that a transcoder reads."""
     return lambda _: reconstructor(read[reconstructor.reads] if reconstructor.reads else rows[0]).x_hat
-
-
-def _at(eligible: Bool[Tensor, "context seq"], new: Replacement) -> Replacement:
-    """Replace the activations of eligible positions; all others stay."""
-
-    def replace(x: Float[Tensor, "context seq d_in"]) -> Float[Tensor, "context seq d_in"]:
-        out = x.clone()
-        out[eligible] = new(x[eligible]).to(x)
-        return out
-
-    return replace
-
-
-def _log_probabilities(logits: Float[Tensor, "context seq vocab"]) -> Iterator[Float[Tensor, "_ vocab"]]:
-    """Log-probabilities at positions with a next token, one context at a time, as a copy of all logits would be large.
-
-    Few of these positions do not count; leaving them out here would copy all the others.
-    """
-    for context_logits in logits:
-        yield context_logits[:-1].log_softmax(-1)
-
-
-def _losses(log_probabilities: Iterable[Tensor], tokens: Iterable[Tensor]) -> Float[Tensor, " rows"]:
-    """Next-token losses, one context after another."""
-    pairs = zip(log_probabilities, tokens, strict=True)
-    return double(torch.cat([-log_p.gather(-1, ids[1:, None])[:, 0] for log_p, ids in pairs]))
 
 
 def _scores(sums: DocumentSums, spliced: str, kl: str | None) -> DownstreamScores:

@@ -27,8 +27,8 @@ JSON_FILE, MARKDOWN_FILE, FIGURE_FOLDER = "eval.json", "eval.md", "figures"
 DOCUMENTS_FILE = "eval-documents.safetensors"
 REPORT = KeptResult(Format("sae-evaluation", 2), JSON_FILE, (MARKDOWN_FILE, DOCUMENTS_FILE))
 HEADINGS = {
-    "dictionary": "dictionary", "pca": "PCA", "random": "random", "frozen_decoder": "frozen decoder",
-    "identity": "identity",
+    "dictionary": "dictionary", "pca": "PCA", "random": "random", "linear": "linear", "skip": "skip",
+    "frozen_decoder": "frozen decoder", "identity": "identity",
 }  # fmt: skip
 """Headings of columns in tables."""
 
@@ -86,7 +86,8 @@ class Report:
         masked: held-out tokens that were read and that the policy leaves out.
         documents: documents with an evaluated token: the sample size of every standard error.
         scores: the dictionary's; `scores.sparsity.density` is the density of every feature.
-        baselines: `pca`, `random`, `frozen_decoder` if one was trained, `identity`.
+        baselines: `pca`, `random`, `frozen_decoder` if one was trained, `identity`; of a transcoder `pca`, `linear`,
+            `identity`; and `skip` of a dictionary with a skip connection.
         legacy: scores by other packages' formulas; None if these were left out.
         dead_in_training: features that had not fired for `tokens` tokens when training ended; None if unknown.
         norms: of the activations, eligible and masked.
@@ -166,6 +167,16 @@ class Report:
                 "seconds": round(self.seconds, 3),
             }
         )
+
+
+def place_of(record: Mapping[str, Any]) -> str:
+    """The hook point of a report, after the one that a transcoder reads.
+
+    Args:
+        record: the content of `eval.json`.
+    """
+    reads = record["dictionary"].get("reads")
+    return f"{reads} → {record['hook']}" if reads else record["hook"]
 
 
 def fewest_of_baselines(

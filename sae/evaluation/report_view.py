@@ -10,7 +10,7 @@ from sae.dictionary.token_policy import TokenPolicy
 from sae.evaluation.metrics import METRICS
 from sae.evaluation.published_formulas import CONTEXTS_PER_BATCH
 from sae.evaluation.published_view import published_markdown, published_note
-from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines
+from sae.evaluation.report import FIGURE_FOLDER, HEADINGS, MARKDOWN_FILE, Report, fewest_of_baselines, place_of
 from sae.model.tail import NO_ROAD, Road
 from sae.results.estimate import Estimate, error_note
 from sae.results.figure import MISSING
@@ -47,11 +47,12 @@ def markdown(report: Report, figures: Sequence[Figure] | None) -> str:
     """
     record = report.to_json()
     parts = [
-        f"# Evaluation at {code(report.hook)}",
+        f"# Evaluation at {code(place_of(record))}",
         _subject(report),
         "## Metrics",
         metrics_markdown(record),
         f"Values are means over tokens, {error_note(report.to_json()['evaluated'])}. Baselines: {_baselines(report)}."
+        + _of_target(report)
         + _sentence(fewer_tokens(record)),
         *_losses(report),
         "## Sparsity",
@@ -98,7 +99,7 @@ def report_table(report: Report | Mapping[str, Any], width: int | None = None) -
     ]
     return Table(
         [metrics, *columns],
-        title=f"{record['hook']}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
+        title=f"{place_of(record)}: {counts['tokens']:,} held-out tokens of {counts['documents']:,} documents",
         notes=[error_note(counts), fewer_tokens(record), _without_losses(record), published_note(record)],
         short_note=f"standard errors of the baselines are in {MARKDOWN_FILE}",
         sections=sections([metric for metric, _ in rows]),
@@ -177,7 +178,7 @@ def _subject(report: Report) -> str:
     which = f" {code(weights[:12])}" if weights else ""
     note = " **Training left out other tokens than this evaluation: see `token_policy` in eval.json.**" if other else ""
     return (
-        f"Dictionary{which} ({plain(description)}) on {code(report.hook)} of "
+        f"Dictionary{which} ({plain(description)}) on {code(place_of(report.to_json()))} of "
         f"{code(report.model.get('name', 'unknown model'))}, text {describe_text(report.data)}.\n\n"
         f"Evaluated on {report.tokens:,} held-out tokens of {report.documents:,} documents{masked}. "
         f"It took {report.seconds:,.1f} s.{note}"
@@ -194,6 +195,12 @@ def describe_text(data: dict[str, Any]) -> str:
 
 def _baselines(report: Report) -> str:
     return "; ".join(plain(scores.description) for scores in report.baselines.values())
+
+
+def _of_target(report: Report) -> str:
+    """Of a transcoder, which baselines read the target instead of the input."""
+    reads = report.dictionary.get("reads")
+    return f" PCA and the identity read the target, not {code(reads)}." if reads else ""
 
 
 def _losses(report: Report) -> list[str]:

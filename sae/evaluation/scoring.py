@@ -29,7 +29,7 @@ from sae.evaluation.held_out import BLOCK_TOKENS, ActivationSummary, HeldOut, he
 from sae.evaluation.partial import Unfinished
 from sae.evaluation.published import PublishedScores, measure_published
 from sae.evaluation.reconstruction import ReconstructionSums, Reconstructor, Truth
-from sae.evaluation.report import Report, Scores
+from sae.evaluation.report import HEADINGS, Report, Scores
 from sae.evaluation.sparsity import SparsityCounts
 from sae.model.language_model import LanguageModel
 from sae.model.tail import NO_ROAD, Road
@@ -48,8 +48,9 @@ def evaluate(
 ) -> Report:
     """Score a dictionary, PCA, a random dictionary, a frozen decoder and the identity on a cache's held-out tokens.
 
-    A transcoder is evaluated at the hook point that it gives, from the activations at
-    the one that it reads, both of the cache.
+    A transcoder is evaluated at the hook point that it gives, from the activations at the one that it reads, both of
+    the cache. Its baselines are the best affine map from what it reads, and PCA of its target; that of a dictionary
+    with a skip connection is this alone.
 
     Only tokens that the cache's token policy keeps are evaluated. Everything is streamed, summed per document in
     float64, and independent of `settings.batch_contexts`.
@@ -126,9 +127,10 @@ def evaluate_all(
     settings, summary = held_out.settings, summarise(held_out)
     reconstructors = {name: entry.reconstructor for name, entry in candidates.items()}
     scores = _score(held_out, summary, "reconstruction", reconstructors)
-    columns = {name: _baselines_for(entry, scores[name], settings) for name, entry in candidates.items()}
+    columns = {name: _baselines_for(name, entry, scores[name], settings) for name, entry in candidates.items()}
     distinct_baselines = dict.fromkeys(baseline for chosen in columns.values() for baseline in chosen.values())
-    baselines = fit_baselines(distinct_baselines, held_out)
+    skips = {name: entry.skip for name, entry in candidates.items() if entry.skip is not None}
+    baselines = fit_baselines(distinct_baselines, held_out, skips)
     frozen = [baseline for baseline in distinct_baselines if baseline.kind == "frozen_decoder"]
     baselines |= train_frozen_decoders(frozen, held_out, settled_tokens(settings.frozen_decoder_tokens) or 0)
     baseline_tokens = settled_tokens(settings.baseline_reconstruction_tokens) or summary.tokens
@@ -163,6 +165,7 @@ def _unfinished(
         "settings": held_out.settings.model_dump(mode="json"),
         "language_model": None if language_model is None else language_model.info.to_json(),
         "road": None if road is None else str(road),
+        "baselines": list(HEADINGS),
         "devices": [str(held_out.device), None if language_model is None else str(language_model.device)],
     }
     return Unfinished(folder if all_hashed else None, facts)
@@ -197,11 +200,19 @@ def _report(
     )
 
 
-def _baselines_for(subject: Candidate, scores: Scores, settings: EvaluationConfig) -> dict[str, Baseline]:
-    """The baselines of a dictionary, by column; dictionaries of one size have the same."""
-    k = baseline_size(subject, scores)
-    chosen = {"pca": Baseline("pca", k), "random": Baseline("random", k, subject.d_sae)}
-    if settings.frozen_decoder_tokens:
+def _baselines_for(
+    name: str, subject: Candidate, scores: Scores, settings: EvaluationConfig
+) -> dict[str, Baseline]:  # fmt: skip
+    """The baselines of a dictionary, by column; dictionaries of one size have the same, except for their skips.
+
+    A random dictionary and a frozen decoder would read what a transcoder has to predict.
+    """
+    k, reads = baseline_size(subject, scores), subject.reconstructor.reads
+    chosen = {"pca": Baseline("pca", k)}
+    chosen |= {"random": Baseline("random", k, subject.d_sae)} if reads is None else {}
+    chosen |= {"linear": Baseline("linear", reads=reads)} if reads is not None else {}
+    chosen |= {"skip": Baseline("skip", reads=reads, dictionary=name)} if subject.skip is not None else {}
+    if settings.frozen_decoder_tokens and reads is None:
         is_known = subject.architecture in ARCHITECTURES
         architecture = subject.architecture if is_known and subject.architecture else "topk"
         prefixes = tuple(subject.settings.get("prefixes", ())) if is_known else ()

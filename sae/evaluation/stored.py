@@ -1,4 +1,4 @@
-"""Evaluations and comparisons as files: written completely, and read again if they match the request."""
+"""Evaluations, comparisons and replacements as files: written completely, and read again if they match the request."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from sae.errors import DamagedError
 from sae.evaluation.comparison import COMPARISON, COMPARISON_TEXT, Compared, Comparison
 from sae.evaluation.comparison_view import comparison_markdown
 from sae.evaluation.figures import draw_figures
+from sae.evaluation.replacement import MARKDOWN_FILE as REPLACEMENT_TEXT
+from sae.evaluation.replacement import REPLACEMENT, ReplacementReport
+from sae.evaluation.replacement_view import replacement_markdown
 from sae.evaluation.report import DOCUMENTS_FILE, FIGURE_FOLDER, JSON_FILE, MARKDOWN_FILE, REPORT, Report
 from sae.evaluation.report_view import markdown
 from sae.files.damage import damaged
@@ -51,7 +54,7 @@ class _Stored(BaseModel):
     features: int | None
     dead: _Count | None
     dense: _Count | None
-    baselines: dict[Literal["pca", "random", "frozen_decoder", "identity"], _Baseline]
+    baselines: dict[Literal["pca", "random", "linear", "skip", "frozen_decoder", "identity"], _Baseline]
 
 
 def write_report(report: Report, folder: str | Path, metrics_path: str | Path | None = None) -> list[Path]:
@@ -127,6 +130,8 @@ def read_stored(
     if record is None:
         return None
     validated(folder / JSON_FILE, _Stored, record)
+    if not _expected_baselines(dictionary) <= record["baselines"].keys():
+        return None  # from before transcoders had baselines of their own
     with taken_apart(folder / JSON_FILE):
         TokenPolicy.from_json(record["token_policy"])
         for part in (record, *record["baselines"].values()):
@@ -141,6 +146,11 @@ def read_stored(
             return None
         raise _mismatch(path)
     return record, totals
+
+
+def _expected_baselines(dictionary: Mapping[str, Any]) -> set[str]:
+    """Baselines that a report on this dictionary has, besides those of every report."""
+    return {*(["linear"] if "reads" in dictionary else []), *(["skip"] if dictionary.get("skip") else [])}
 
 
 def check_documents(folder: Path) -> None:
@@ -191,3 +201,32 @@ def read_comparison(folder: str | Path, key: Mapping[str, Any] | None = None) ->
         return None
     with taken_apart(folder / COMPARISON.index):
         return conforming(Comparison.from_json(record))
+
+
+def write_replacement(report: ReplacementReport, folder: str | Path) -> list[Path]:
+    """Write `replacement.md` and `replacement.json`.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    files = {REPLACEMENT_TEXT: replacement_markdown(report).encode()}
+    return REPLACEMENT.write(expanded(folder), report.to_json(), files)
+
+
+def read_replacement(folder: str | Path, key: Mapping[str, Any] | None = None) -> ReplacementReport | None:
+    """A stored report on replaced modules; None if there is none.
+
+    Args:
+        folder: where `write_replacement` wrote.
+        key: only a report with this key; None: whatever is stored.
+
+    Raises:
+        DamagedError: the file is damaged.
+        FormatError: it has a newer version.
+    """
+    folder = expanded(folder)
+    record = REPLACEMENT.find(folder, **({} if key is None else {"key": key}))
+    if record is None:
+        return None
+    with taken_apart(folder / REPLACEMENT.index):
+        return conforming(ReplacementReport.from_json(record))

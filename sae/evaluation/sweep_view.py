@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -203,7 +203,25 @@ def _baselines(points: Mapping[str, Point]) -> Table | None:
         _estimates("dictionary", [point.fvu for point in points.values()]),
         *(_estimates(HEADINGS[kind], [p.baselines.get(kind, _UNKNOWN) for p in points.values()]) for kind in kinds),
     ]
-    return Table(columns, "Baselines", ["Each has the dictionary's size; the identity has FVU 0 and ΔCE 0."])
+    return Table(columns, "Baselines", [_baselines_note(kinds, (" → " in point.hook for point in points.values()))])
+
+
+def _baselines_note(kinds: Collection[str], transcodes: Iterable[bool]) -> str:
+    """What the baselines of a table are.
+
+    Args:
+        kinds: of the baselines, without the identity.
+        transcodes: of each dictionary, whether it gives another hook point than it reads.
+    """
+    are_transcoders = set(transcodes)
+    parts = ["each has the dictionary's size"]
+    if True in are_transcoders:
+        parts = ["PCA has the dictionary's size; that of a transcoder is of its target"]
+        parts += ["random dictionaries and frozen decoders are for the others"] if False in are_transcoders else []
+    parts += ["linear is the best affine map from what a transcoder reads"] if "linear" in kinds else []
+    parts += ["skip is W_skip of the dictionary alone, with the best constant"] if "skip" in kinds else []
+    note = "; ".join([*parts, "the identity has FVU 0 and ΔCE 0"])
+    return f"{note[0].upper()}{note[1:]}."
 
 
 def _names(names: list[str], heading: str) -> Column:

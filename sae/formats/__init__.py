@@ -181,10 +181,15 @@ def load_all(
         FormatError: there is none, or one cannot be loaded (see `load`).
     """
     place = expanded(path)
-    names = _dictionaries_in(place, ours=True)
+    names = dictionaries_in(place)
     if not names:
         raise FormatError(f"{str(path)!r}: no dictionaries next to each other there; for a single one, use sae.load")
     return {name: load(place / name, device=device, dtype=dtype) for name in names}
+
+
+def dictionaries_in(path: str | Path) -> list[str]:
+    """Names of the dictionaries that lie next to each other in a folder, in the order of their numbers."""
+    return _dictionaries_in(expanded(path), ours=True)
 
 
 def _dictionaries_in(folder: Path, *, ours: bool = False) -> list[str]:
@@ -261,4 +266,4 @@ def convert(source: str | Path, target: str | Path, to: str) -> Conversion:
     return Conversion(other or OWN, to, tuple(folded), tuple(lost))
 
 
-__all__ = ["FORMATS", "WRITERS", "Conversion", "Format", "convert", "load", "load_all", "outline"]
+__all__ = ["FORMATS", "WRITERS", "Conversion", "Format", "convert", "dictionaries_in", "load", "load_all", "outline"]

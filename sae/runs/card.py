@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from sae.dictionary.base import Dictionary
+from sae.evaluation.report import place_of
 from sae.evaluation.report_view import metrics_markdown
 from sae.features import Features
 from sae.features.feature import Feature
@@ -109,7 +110,7 @@ def _measured(content: Content, folder: str) -> Iterator[str]:
     yield "## Evaluation"
     yield (
         f"On {evaluated['tokens']:,} held-out tokens of {evaluated['documents']:,} documents, at "
-        f"{code(report['hook'])} of {code(report['model'].get('name', 'unknown model'))}."
+        f"{code(place_of(report))} of {code(report['model'].get('name', 'unknown model'))}."
     )
     yield metrics_markdown(report)
     yield f"Values are means over tokens, {error_note(evaluated)}."

@@ -60,7 +60,7 @@ def compare_folders(
         CacheError: another process is writing to `out`.
         SaeError: loading or evaluating fails.
     """
-    named = _named(places)
+    named = named_places(places)
     check_several(named)
     report = progress or silent
     if data or model:
@@ -83,7 +83,7 @@ def compare_folders(
         }
         missing = {name: dictionaries[name] for name, stored in evaluations.items() if stored is None}
         if missing:
-            with _unfinished_folder(out or run.folder) as unfinished:
+            with unfinished_folder(expanded(out or run.folder) / _UNFINISHED, "comparison") as unfinished:
                 evaluations |= _evaluate(run, cache, missing, report, unfinished)
         return Comparison.of({name: stored for name, stored in evaluations.items() if stored is not None})
 
@@ -114,12 +114,12 @@ def _loaded(
 
 
 @contextlib.contextmanager
-def _unfinished_folder(folder: str | Path) -> Iterator[Path | None]:
-    """Folder for the sums of an unfinished evaluation; None if it is not writable, or another process uses it."""
-    unfinished: Path | None = expanded(folder) / _UNFINISHED
+def unfinished_folder(folder: Path, doing: str) -> Iterator[Path | None]:
+    """The folder for the sums of an unfinished evaluation; None if it is not writable, or another process uses it."""
+    unfinished: Path | None = folder
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(unfinished, "comparison"))
+            stack.enter_context(locked(folder, doing))
         except CacheError:
             unfinished = None
         yield unfinished
@@ -131,7 +131,7 @@ def _evaluate(
     run: Run, cache: ActivationCache, dictionaries: Mapping[str, Dictionary], progress: Progress,
     unfinished: Path | None,
 ) -> dict[str, Evaluation]:  # fmt: skip
-    announce(progress, announcement(run.config.evaluation, cache, len(dictionaries)))
+    announce(progress, announcement(run.config.evaluation, cache, dictionaries.values()))
     reports = evaluate_all(
         dictionaries, cache,
         hook=run.config.gives, language_model=run.language_model, settings=run.config.evaluation, device=run.device,
@@ -155,7 +155,7 @@ def _run(
     )
 
 
-def _named(places: Sequence[str | Path]) -> dict[str, Path]:
+def named_places(places: Sequence[str | Path]) -> dict[str, Path]:
     """Folders by name: the shortest ends of their paths that differ; those of the hub by theirs."""
     paths = [located(place) for place in places]
     resolved = [path.resolve() for path in paths]

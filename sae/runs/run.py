@@ -222,9 +222,10 @@ class Run:
             for folder in names:
                 stack.enter_context(locked(folder, "evaluation"))
             cache = self.cache()
-            announce(self.progress, announcement(self.config.evaluation, cache, len(runs)))
+            dictionaries = {names[run.folder]: run.dictionary() for run in runs}
+            announce(self.progress, announcement(self.config.evaluation, cache, dictionaries.values()))
             reports = evaluate_all(
-                {names[run.folder]: run.dictionary() for run in runs},
+                dictionaries,
                 cache,
                 hook=self.config.gives,
                 language_model=language_model,

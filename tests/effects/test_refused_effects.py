@@ -37,7 +37,7 @@ def test_refusals(held_out: ActivationCache, language_model: LanguageModel, tiny
         measure_effects(make_dictionary(held_out, RESID), held_out, language_model, hook=MLP)
     transcoder = make_dictionary(held_out, RESID)
     transcoder.metadata["target_hook"] = MLP
-    with pytest.raises(ConfigError, match=f"a transcoder, from '{RESID}' to '{MLP}': effects are measured only"):
+    with pytest.raises(ConfigError, match=f"hook '{RESID}': the dictionary gives activations of '{MLP}'; use it there"):
         measure_effects(transcoder, held_out, language_model, hook=RESID)
     with pytest.raises(CacheError, match=r"hook 'blocks.9.hook_mlp_out' is not in it"):
         measure_effects(unnamed(held_out), held_out, language_model, hook="blocks.9.hook_mlp_out")

@@ -144,7 +144,7 @@ def record_of(l0: float, *, k: int, d_sae: int = 64, architecture: str = "topk")
     ids=["near", "chain", "other width", "other architecture"],
 )  # fmt: skip
 def test_of_baselines_with_nearly_the_same_l0_the_first_stays(records: list[dict[str, Any]], names: list[str]) -> None:
-    baselines = _baselines(records)
+    baselines = _baselines({str(number): record for number, record in enumerate(records)})
     assert list(baselines) == names
     for name, entry in baselines.items():
         if "L0" in name:

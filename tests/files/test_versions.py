@@ -25,7 +25,7 @@ from sae.dictionary.frame import Frame
 from sae.effects import read_effects
 from sae.effects.store import resume
 from sae.errors import FormatError, SaeError
-from sae.evaluation.stored import read_comparison
+from sae.evaluation.stored import read_comparison, read_replacement
 from sae.files.formats import Format
 from sae.files.hashes import UnhashedWarning
 from sae.files.kept import KeptResult
@@ -207,13 +207,14 @@ def newer(name: str, run: Path) -> tuple[Path, Callable[[], Any]]:
         "sae-evaluation": ("eval.json", lambda: Run.open(run).is_evaluated()),
         "sae-effects": ("effects.json", lambda: read_effects(run)),
         "sae-comparison": ("compare.json", lambda: read_comparison(run)),
+        "sae-replacement": ("replacement.json", lambda: read_replacement(run)),
         "sae-probes": ("probe.json", lambda: ProbeRecord.read(run, {})),
         "sae-superposition": ("superposition.json", lambda: sae.superposition.run(run)),
     }
     path, read = run / files[name][0], files[name][1]
     if not path.exists():
         path.write_text(json.dumps({"format": name}), encoding="utf-8")
-        for beside in ("compare.md", "effects.safetensors"):
+        for beside in ("compare.md", "replacement.md", "effects.safetensors"):
             (run / beside).touch()
     with_version(path, **head)
     return path, read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import itertools
 import json
@@ -63,6 +64,8 @@ class Case:
     def __init__(self, cache: ActivationCache, model: LanguageModel, config: RunConfig, folder: Path) -> None:
         self.cache, self.model, self.config, self.path = cache, model, config, folder
         self.dictionary = trained(self)
+        self.transcoder = copy.deepcopy(self.dictionary)
+        self.transcoder.metadata |= {"hook": HOOK, "target_hook": "blocks.2.hook_mlp_out"}
         self.settings = sae.EvaluationConfig(tokens=150, downstream_tokens=100, frozen_decoder_tokens=256)
         self.x = torch.randn(80, 32, generator=torch.Generator().manual_seed(2))
         self.labels = (self.x[:, 0] > 0).tolist()
@@ -130,6 +133,11 @@ def exported(case: Case) -> list[str]:
     return [path.read_text(encoding="utf-8") for path in files]
 
 
+def replaced(case: Case) -> Any:
+    report = sae.measure_replacement({"one": case.transcoder}, case.cache, case.model, settings=case.settings)
+    return {**report.to_json(), "seconds": 0}
+
+
 def spliced(case: Case) -> Tensor:
     with sae.splice(case.model, case.dictionary):
         return case.model.logits(TOKENS)
@@ -175,6 +183,7 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
     "measure_effects": lambda case: (
         sae.measure_effects(case.dictionary, case.cache, case.model, hook=HOOK, features=[1, 2, 3]).features
     ),
+    "measure_replacement": replaced,
     "export_features": exported,
     "attribute": lambda case: sae.attribute(case.dictionary, case.model, TOKENS, steps=3).to_json(),
     "probe": lambda case: sae.probe(case.dictionary, case.x, case.labels, PROBES).to_json(),
@@ -195,7 +204,15 @@ ENTRIES: dict[str, Callable[[Case], Any]] = {
     "recovery": lambda case: measure_recovery(case.dictionary.W_dec, case.x).scores,
     "superposition": lambda case: toy_results(),
 }
-WITHIN = {"harvest", "collect_features", "find", "probe_run", "verify", "train_all"}  # others of these call them
+WITHIN = {
+    "harvest",
+    "collect_features",
+    "find",
+    "probe_run",
+    "replace",
+    "verify",
+    "train_all",
+}  # others of these call them
 ELSEWHERE = {
     "load",
     "load_all",

@@ -69,6 +69,18 @@ def make_granite(folder: Path, tiny_model: Path, logits_scaling: float = 1.0) ->
     return _saved(lambda: GraniteForCausalLM(config), folder)
 
 
+def make_llama(folder: Path, tiny_model: Path) -> LanguageModel:
+    """A tiny Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(tiny_model, folder)  # for the tokenizer
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return _saved(lambda: LlamaForCausalLM(config), folder)
+
+
 def _saved(make: Callable[[], Any], folder: Path) -> LanguageModel:
     """A model with weights far from where they begin, through its folder."""
     with torch.random.fork_rng():
