@@ -11,7 +11,6 @@ to `docs/results/`; that of every training is kept in `--keep`, and the same com
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -98,7 +97,8 @@ def main() -> None:
         identity = " ".join([cache.manifest.identity(a.reads), cache.manifest.identity(a.gives), str(held_out)])
         found = {
             (toolkit, skip): [train(toolkit, skip, data, identity, seed, a) for seed in range(a.seeds)]
-            for skip, toolkit in itertools.product((False, True), a.toolkits)
+            for skip in (False, True)
+            for toolkit in a.toolkits
         }
     lines = ["| skip connection | toolkit | FVU | ÷ best peer | L0 | never fired |", "|---|---|--:|--:|--:|--:|"]
     means = {pair: statistics.mean(one["fvu"] for one in results) for pair, results in found.items()}
@@ -106,10 +106,9 @@ def main() -> None:
         peers = [mean for (other, with_skip), mean in means.items() if other in PEERS and with_skip == skip]
         ratio = f"{means[toolkit, skip] / min(peers):.3f}" if peers else "–"
         name = "ours" if toolkit == "sae" else f"{toolkit} ({results[0]['version']})"
-        lines.append(
-            f"| {'yes' if skip else 'no'} | {name} | {spread([one['fvu'] for one in results])} | {ratio} | "
-            f"{spread([one['l0'] for one in results], 1)} | {spread([float(one['never_fired']) for one in results], 0)} |"
-        )
+        scores = {key: [float(one[key]) for one in results] for key in ("fvu", "l0", "never_fired")}
+        columns = [spread(scores["fvu"]), ratio, spread(scores["l0"], 1), spread(scores["never_fired"], 0)]
+        lines.append(f"| {'yes' if skip else 'no'} | {name} | {' | '.join(columns)} |")
     shape = (
         f"{cache.manifest.model.get('name')}, `{a.reads}` → `{a.gives}`, {cache.d_in(a.reads)} → {a.d_sae:,} → "
         f"{cache.d_in(a.gives)}, TopK, k {a.k}, batch {a.batch:,}, {a.steps:,} steps ({a.steps * a.batch / rows:.1f} "
