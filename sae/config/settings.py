@@ -169,7 +169,7 @@ class TrainConfig(Settings):
     center: bool = Field(
         default=False,
         description="subtract the mean activation before training (folded into the saved biases); the scale is the "
-        "same either way",
+        "same either way; in a transcoder, the mean of what it reads always is, and this concerns what it gives",
     )
     encoder_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",

@@ -16,6 +16,7 @@ from sae.training.threshold import let_k_fire_
 STRONGEST = 16
 """Tokens from which the initial row of a transcoder's decoder is taken."""
 _FEATURES = 512
+_GAIN_TOKENS = 512
 
 
 @torch.no_grad()
@@ -79,10 +80,30 @@ def responses_(
 
 
 @torch.no_grad()
-def in_frame(dictionary: Dictionary, frame: Frame) -> Dictionary:
-    """An equal copy with another frame: one without a skip connection gets one of 0; of b_dec, which a transcoder does
-    not subtract from its input, the encoder's bias takes over the part."""
-    dictionary = copy.deepcopy(dictionary)
+def gain(
+    dictionary: Dictionary, sample: Float[Tensor, "sample d_in"], target: Float[Tensor, "sample d_out"]
+) -> Float[Tensor, ""]:
+    """How much of its features' pre-activations a dictionary finds in the targets: Σ f ⟨y − b_dec, w⟩ / Σ f z.
+
+    w is a decoder row, f = ReLU(z + b_enc), and the sums are over features and tokens. For an SAE it counts as 1, which
+    it is if the encoder is the decoder.
+    """
+    if dictionary.frame.d_out is None:
+        return dictionary.b_dec.new_ones(())
+    x, y = sample[:_GAIN_TOKENS] - dictionary.centre, target[:_GAIN_TOKENS] - dictionary.b_dec
+    features = (x @ dictionary.W_enc + dictionary.b_enc).relu()
+    found, read = ((features @ rows) * side for rows, side in ((dictionary.W_dec, y), (dictionary.W_enc.T, x)))
+    return found.sum() / read.sum().clamp_min(torch.finfo(read.dtype).tiny)
+
+
+@torch.no_grad()
+def in_frame(dictionary: Dictionary, frame: Frame, like: Tensor) -> Dictionary:
+    """An equal copy with another frame, on the device and with the dtype of `like`.
+
+    One without a skip connection gets one of 0; of b_dec, which a transcoder does not subtract from its input, the
+    encoder's bias takes over the part.
+    """
+    dictionary = copy.deepcopy(dictionary).to(like.device, like.dtype)
     was_centred, is_centred = dictionary.frame.d_out is None, frame.d_out is None
     if was_centred != is_centred:
         shift = dictionary.b_dec.double() @ dictionary.W_enc.double()

@@ -24,6 +24,10 @@ class Normalisation:
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         return (x - self.mean).mul_(self.scale)
 
+    def times(self, factor: float) -> Normalisation:
+        """x ↦ (x − mean) · scale · factor."""
+        return Normalisation(self.mean, self.scale * factor)
+
     def inverse(self) -> Normalisation:
         """x ↦ x / scale + mean."""
         return Normalisation(-self.mean * self.scale, 1 / self.scale)

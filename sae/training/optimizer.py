@@ -135,6 +135,13 @@ class FeatureAdam:
             gradient.mul_(scale)
         return scale
 
+    def bytes(self) -> int:
+        """Memory of its state, which for small parameters is created in the first step."""
+        matrices = [part for pair in self.moments for part in (pair.first, pair.second)]
+        copies = [] if self.encoder_bf16 is None else [self.encoder_bf16]
+        rest = [p for group in self.rest.param_groups for p in group["params"]]
+        return sum(t.numel() * t.element_size() for t in (*matrices, *copies, *rest, *rest))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs in addition to the weights."""
         moments = [{"first": moments.first, "second": moments.second} for moments in self.moments]

@@ -18,6 +18,10 @@ _RATE = 0.05
 """Weight of a batch in the running mean of the usual distance."""
 _RARE = 8
 """If more than one row in so many lies too far, they are no outliers."""
+_LEAST_SHARE = 0.25
+"""Least part of the variance that is not that of outliers; below, the scale comes from the first batch."""
+_UNITS = 2.0**40
+"""What the largest square becomes before squares are rounded and added as integers."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class Outliers:
         rows = _rows_instead(far)
         cleaned = x.index_select(0, rows)
         cleaned_target = cleaned if target is x else target.index_select(0, rows)
-        return Cleaned(cleaned, cleaned_target, variance(cleaned_target, self.means[-1]), usual, far.sum())
+        spread = variance(cleaned_target, self.means[-1], distances[-1].index_select(0, rows))
+        return Cleaned(cleaned, cleaned_target, spread, usual, far.sum())
 
     def record(self, cleaned: Cleaned) -> None:
         """Count a batch that a step was taken on."""
@@ -95,10 +100,27 @@ class Outliers:
 
     @torch.no_grad()
     def without(self, rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, "kept d_in"]:
-        """Inputs without outliers, judged by the batches so far."""
+        """Inputs without outliers, judged like a batch."""
         if self.multiple is None:
             return rows
-        return rows[~_too_far(_distances(rows, self.means[0]), self.usual[0], self.multiple)]
+        distances = _distances(rows, self.means[0])
+        return rows[~_too_far(distances, self._reference(distances, 0), self.multiple)]
+
+    def rescale(self, first: Cleaned) -> list[float]:
+        """Change units if outliers make up most of the variance that they come from. Waits for the device.
+
+        Returns:
+            For each side how many times as large its activations become: 1, unless the variance of the first batch is
+            less than a quarter of 1 per dimension.
+        """
+        factors = [1.0] * len(self.means)
+        if self.multiple is not None:
+            for number, (side, mean) in enumerate(zip((first.x, first.target), self.means, strict=False)):
+                share = float(variance(side, mean)) / side.shape[1]
+                if 0 < share < _LEAST_SHARE:
+                    factors[number] = share**-0.5
+                    mean.mul_(factors[number])
+        return factors
 
     def state_dict(self) -> dict[str, Any]:
         return {"means": list(self.means), "usual": self.usual.clone(), "left_out": self.left_out.clone()}
@@ -145,8 +167,9 @@ def _usual(distances: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
     kept = distances.double().sort(descending=True).values[max(1, len(distances) // _TRIMMED) :]
     if len(kept) == 0:
         return distances.new_zeros((), dtype=torch.float64)
-    energy = kept.square().cumsum(0)
-    place = (energy < energy[-1] / 2).sum().clamp(max=len(kept) - 1)
+    shares = (kept / kept[0].clamp_min(torch.finfo(kept.dtype).tiny)).square()
+    energy = (shares * _UNITS).to(torch.int64).cumsum(0)  # of floats, a GPU's sums differ from run to run
+    place = (2 * energy < energy[-1]).sum().clamp(max=len(kept) - 1)
     return kept.take(place)
 
 

@@ -139,6 +139,11 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
     if start is not None and not isinstance(start, Dictionary):
         raise ConfigError(f"start is a {type(start).__name__}: give a dictionary, such as sae.load(folder)")
     if start is None:
+        if "W_skip" in recipe.settings.freeze:
+            raise ConfigError(
+                "train.freeze=[W_skip]: without a dictionary to start from it stays 0: leave out dictionary.skip, or "
+                "give train.start_from"
+            )
         return
     if start.frame.input_norm != "none":
         raise ConfigError(
@@ -152,9 +157,11 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
         raise ConfigError(f"the dictionary to start from has skip=True, the new one has no W_skip: {way_out}")
     if (start.d_sae, start.d_in, start.d_out) != (dictionary.d_sae, dictionary.d_in, dictionary.d_out):
         old, new = (_sizes(each, with_d_out=start.d_out != dictionary.d_out) for each in (start, dictionary))
+        has_other_sites = (start.d_in, start.d_out) != (dictionary.d_in, dictionary.d_out)
+        other = "hook points of these widths" if has_other_sites else f"dictionary.d_sae={start.d_sae}"
         raise ConfigError(
             f"the dictionary to start from has {old}, the new one {new}: choose another train.start_from, or set "
-            f"dictionary.d_sae={start.d_sae}"
+            f"{other}"
         )
 
 

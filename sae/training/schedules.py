@@ -110,13 +110,17 @@ class SteeredWeight:
         self.l0.copy_(torch.where(self.l0.isnan(), l0, self.l0.lerp(l0.to(self.l0), 1 / self.gains.horizon)))
         self.integral.add_(self.gains.rate * self._error())
 
-    def begin(self, b_enc: Float[Tensor, " d_sae"]) -> None:
-        """Start with the λ that the biases correspond to, if their mean is negative: λ/2 = −b.
+    def begin(self, b_enc: Float[Tensor, " d_sae"], gain: float | Float[Tensor, ""] = 1.0) -> None:
+        """Start with the λ that the biases correspond to, if their mean is negative: λ/2 = −gain · b.
 
-        The minimum over f of (z − f)² + λ f is at ReLU(z − λ/2), so any other λ would push the bias of a feature of
-        norm 1 away from its value.
+        The minimum over f of (gain · z − f)² + λ f is at ReLU(gain · z − λ/2), so any other λ would push the bias of a
+        feature of norm 1 away from its value.
+
+        Args:
+            b_enc: the biases.
+            gain: how much of its pre-activation z a feature finds in its target; 1 for an SAE.
         """
-        weight = -2 * b_enc.detach().mean()
+        weight = -2 * gain * b_enc.detach().mean()
         self.integral.copy_(torch.where(weight > 0, weight.log(), self.integral))
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sae.kernels.interface import DENSE_ABOVE, Room
 from sae.numerics.seeding import torch_generator
 from sae.training.checkpoint import STATE_VERSION
 from sae.training.firing import FiringRecord, default_dead_after
-from sae.training.initialise import in_frame, initialise_, take_over_
+from sae.training.initialise import gain, in_frame, initialise_, take_over_
 from sae.training.normalisation import Normalisation, fold_, normalisations_of, normalised_mean
 from sae.training.objectives import OBJECTIVES, Losses, StepInputs
 from sae.training.optimizer import FeatureAdam
@@ -125,6 +125,10 @@ class Trainer:
     def prepare(self, raw: Float[Tensor, "batch d_in"], raw_target: Float[Tensor, "batch d_out"] | None) -> None:
         """What comes before the device's part of a step: initial weights, and numbers that differ from step to step."""
         if self.step_number == 0:
+            factors = self.outliers.rescale(self.outliers.clean(*self._normalised(raw, raw_target)))
+            self.normalisation = self.normalisation.times(factors[0])
+            if self.target_normalisation is not None:
+                self.target_normalisation = self.target_normalisation.times(factors[1])
             first = self.outliers.clean(*self._normalised(raw, raw_target))
             self._begin(first.x, first.target)
         warmup, decay = self.settings.warmup_fraction, self.settings.decay_fraction
@@ -140,8 +144,9 @@ class Trainer:
         room: Room | None = None,
     ) -> Losses:  # fmt: skip
         """The device's part of a step. If it is replayable, it reads from the host only what `variant` names."""
-        selects = self.dictionary.penalty is None  # all that is large is a selection, products with codes, or Adam
-        with operators_beside(self.dictionary.W_dec) if selects else contextlib.nullcontext():
+        # all that is large is a selection, products with codes, or Adam of the two matrices
+        is_sparse = self.dictionary.penalty is None and self.dictionary.W_skip is None
+        with operators_beside(self.dictionary.W_dec) if is_sparse else contextlib.nullcontext():
             return self._compute(raw, raw_target, room)
 
     def _compute(self, raw: Tensor, raw_target: Tensor | None, room: Room | None) -> Losses:
@@ -318,9 +323,7 @@ class Trainer:
 
     def bytes(self) -> int:
         """Memory of the weights and of the optimiser's state."""
-        moments = [part for pair in self.optimizer.moments for part in (pair.first, pair.second)]
-        copies = [] if self.optimizer.encoder_bf16 is None else [self.optimizer.encoder_bf16]
-        return sum(t.numel() * t.element_size() for t in (*self.dictionary.parameters(), *moments, *copies))
+        return self.optimizer.bytes() + sum(t.numel() * t.element_size() for t in self.dictionary.parameters())
 
     def _begin(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]) -> None:
         """Set the initial weights, from the first batch."""
@@ -328,12 +331,12 @@ class Trainer:
         if start is None:
             initialise_(self.dictionary, x, self.generator, target, l0, self.settings.initial_b_dec)
         else:
-            start = in_frame(start, self.dictionary.frame).to(x.device, x.dtype)
+            start = in_frame(start, self.dictionary.frame, like=x)
             inverse_target = None if self.target_normalisation is None else self.target_normalisation.inverse()
             fold_(start, self.normalisation.inverse(), inverse_target)
             take_over_(self.dictionary, start, x, l0)
         if self.steered is not None:
-            self.steered.begin(self.dictionary.b_enc)
+            self.steered.begin(self.dictionary.b_enc, gain(self.dictionary, x, target))
         self.firing.density = l0 / self.dictionary.d_sae  # an estimate, until features are counted
         self.optimizer.refresh()
 

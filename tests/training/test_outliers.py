@@ -124,6 +124,16 @@ def test_rare_rows_in_a_sea_of_zeros_stay() -> None:
     assert int(outliers().clean(one, one).left_out) == 0
 
 
+def test_rows_for_a_threshold_are_judged_like_a_batch() -> None:
+    """Also if two outliers in the first batch made themselves usual."""
+    first = rows(0)
+    first[:3] *= 1000
+    found, x = seen(outliers(), first), rows(1)
+    x[9] *= 100
+    assert float(found.usual[0]) > 1000
+    assert torch.equal(found.without(x), x[torch.arange(BATCH) != 9])
+
+
 def test_rows_for_a_threshold() -> None:
     found, x = seen(outliers(), rows(0)), rows(1)
     x[9] *= 40
@@ -166,6 +176,21 @@ def test_training_is_as_if_other_rows_had_been_there(architecture: str) -> None:
     assert not torch.allclose(ours.W_enc, without.W_enc, rtol=1e-2)
     assert ours.metadata["trained"]["left_out"] == 10
     assert without.metadata["trained"]["left_out"] == 0
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
+def test_the_scale_is_not_that_of_outliers(architecture: str) -> None:
+    """With statistics of all rows, in which outliers have most of the variance, the penalty weighs as without them."""
+    fixed = {"l0_coefficient": 0.3} if architecture == "jumprelu" else {"l1_coefficient": 0.3}
+    batches = data(True)
+    source_with, source_without = IterableSource(batches, estimate_from=30), IterableSource(data(False))
+    assert source_with.statistics.variance > 10 * source_without.statistics.variance
+    ours, expected = (train(s, shape(architecture), settings(**fixed), seed=1) for s in (source_with, source_without))
+    scales = [one.metadata["trained"]["normalisation_scale"] for one in (ours, expected)]
+    assert scales[0] == pytest.approx(scales[1], rel=0.05)
+    x = rows(1000, 2000)
+    l0 = [float((one.encode(x) > 0).float().sum(1).mean()) for one in (ours, expected)]
+    assert l0[0] == pytest.approx(l0[1], rel=0.1)
 
 
 @pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka"])

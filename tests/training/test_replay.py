@@ -134,16 +134,16 @@ def test_outliers_are_left_out_of_replayed_steps(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each counted once, also in a step that is taken again because there was no room for its pairs."""
-    data, chosen = batches(7), settings(42, sparsity_warmup_fraction=0.0 if architecture in WITH_ROOM else None)
+    data, chosen = batches(7), settings(84, sparsity_warmup_fraction=0.0 if architecture in WITH_ROOM else None)
     for number, row in ((2, 3), (5, 0)):
         data[number][row] = 1e3 * data[number].norm(dim=1).max()
     plain, _ = trained(architecture, data, plainly(chosen), tmp_path / "plain")
     monkeypatch.setattr(replay, "SLACK", 1.0)
-    monkeypatch.setattr(replay, "rounded_up", lambda number: max(number, 1))
+    monkeypatch.setattr(replay, "rounded_up", lambda number: -(-max(number, 1) // 4) * 4)
     replayed, lines = trained(architecture, data, chosen, tmp_path / "replayed")
     assert replays() >= 10
     check_equal(replayed, plain)
-    assert lines[-1]["left_out"] == replayed.metadata["trained"]["left_out"] == 12
+    assert lines[-1]["left_out"] == replayed.metadata["trained"]["left_out"] == 24
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -19,7 +19,8 @@ from sae.dictionary.base import Dictionary
 from sae.dictionary.frame import Frame
 from sae.errors import ConfigError, TrainingError
 from sae.training import IterableSource, initialise, train
-from sae.training.recipe import build
+from sae.training.recipe import Recipe, build
+from sae.training.trainer import Trainer
 from tests.support.quick import quick_for
 
 D_IN, D_OUT, FEATURES, BATCH = 32, 24, 64, 512
@@ -240,3 +241,57 @@ def test_an_sae_may_be_the_start_of_a_transcoder_and_the_reverse(skip: bool) -> 
     else:
         again = train(IterableSource(source), shape(), one, start=made)
         torch.testing.assert_close(again(source[0]), autoencoder(source[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_start_in_bfloat16_is_converted_before_its_bias_is_moved() -> None:
+    x, _ = Planted().rows(8 * BATCH)
+    source = IterableSource([part + 3 for part in x.split(BATCH)])
+    start = train(source, shape("relu"), TrainConfig(tokens=8 * BATCH, batch_size=BATCH)).to(torch.bfloat16)
+    one = TrainConfig(tokens=BATCH, batch_size=BATCH, lr=1e-12)
+    target = IterableSource([(part + 3).flip(1) for part in x.split(BATCH)])
+    made, exact = train(source, shape("relu"), one, target=target, start=start), start.float()
+    rows = x[:BATCH] + 3
+    torch.testing.assert_close(made(rows), exact(rows), rtol=1e-4, atol=1e-4)
+
+
+def test_starts_of_other_widths_say_what_can_be_set() -> None:
+    x, y = Planted().sources(1)
+    for d_in, d_sae, way_out in ((D_IN + 1, 128, "hook points of these widths"), (D_IN, 7, "dictionary.d_sae=7")):
+        start = build(DictionaryConfig(d_sae=d_sae, k=4), d_in, D_OUT)
+        with pytest.raises(ConfigError, match=rf"choose another train.start_from, or set {way_out}"):
+            train(x, DictionaryConfig(d_sae=128, k=4), TrainConfig(tokens=BATCH), target=y, start=start)
+
+
+def test_a_skip_connection_that_would_stay_0_is_refused() -> None:
+    x, y = Planted(linear=True).sources(8)
+    frozen = TrainConfig(tokens=BATCH, batch_size=BATCH, freeze=("W_skip",))
+    with pytest.raises(ConfigError, match=r"train.freeze=\[W_skip\]: without a dictionary to start from it stays 0"):
+        train(x, shape(skip=True), frozen, target=y)
+    start = train(x, shape(skip=True), TrainConfig(tokens=8 * BATCH, batch_size=BATCH), target=y)
+    made = train(x, shape(skip=True), frozen, target=y, start=start)
+    torch.testing.assert_close(made.W_skip, start.W_skip)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_the_first_weight_is_that_of_what_features_find_in_their_targets(architecture: str) -> None:
+    """A decoder that is the encoder, and targets of a third of the input: a third of an SAE's."""
+    x, _ = Planted().rows(BATCH)
+    made = build(DictionaryConfig(architecture=architecture, d_sae=64, k=4), D_IN, D_IN)  # type: ignore[arg-type]
+    initialise.initialise_(made, x, torch.Generator().manual_seed(MAP), x / 3, 4, "zeros")
+    with torch.no_grad():
+        made.W_dec.copy_(made.W_enc.T)
+    assert float(initialise.gain(made, x, x / 3)) == pytest.approx(1 / 3, rel=1e-5)
+
+
+def test_the_state_s_size_is_that_of_all_moments() -> None:
+    x, y = Planted(linear=True).sources(1)
+    trainer = Trainer(
+        Recipe(shape(skip=True), TrainConfig(tokens=BATCH, batch_size=BATCH, encoder_dtype="float32")), x, y, 1,
+        torch.device("cpu"),
+    )  # fmt: skip
+    trainer.step(next(iter(x)), next(iter(y)))
+    adam = trainer.optimizer.rest.state.values()
+    moments = [state[name] for state in adam for name in ("exp_avg", "exp_avg_sq")]
+    matrices = [part for pair in trainer.optimizer.moments for part in (pair.first, pair.second)]
+    whole = [*trainer.dictionary.parameters(), *moments, *matrices]
+    assert trainer.bytes() == sum(t.numel() * t.element_size() for t in whole)
