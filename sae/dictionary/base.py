@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sae.dictionary.codes import Codes
 from sae.dictionary.exchange import Exchanged
-from sae.dictionary.frame import EQUAL_WIDTHS, PLAIN, Frame
+from sae.dictionary.frame import PLAIN, SITE_WIDTHS, Frame
 from sae.dictionary.origin import Origin
 from sae.dictionary.rescalable import Rescalable
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
@@ -26,9 +26,9 @@ from sae.kernels.pattern import Pattern
 from sae.kernels.sparse import decode, encode_at, padded
 from sae.numerics.modes import has_values, needs_plain_operators, without_autocast
 
-FORMAT = Format("sae-dictionary", EQUAL_WIDTHS)
-"""Version 2 has a frame that is not plain, version 3 that of a transcoder between equal widths; others are written as
-the first version that can hold them, which older packages read."""
+FORMAT = Format("sae-dictionary", SITE_WIDTHS)
+"""Version 2 has a frame that is not plain, version 3 that of a transcoder between equal widths, version 4 that of a
+crosscoder; others are written as the first version that can hold them, which older packages read."""
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
 WEIGHTS_HASH = "weights_file_sha256"
 TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
@@ -50,7 +50,7 @@ class Dictionary(Rescalable, Exchanged, ABC):
         W_enc: `[d_in, d_sae]`; stored by feature, as the transpose of a contiguous `[d_sae, d_in]`.
         b_enc: `[d_sae]`.
         W_dec: `[d_sae, d_out]`, rows of norm 1: row j is the direction of feature j. (Rows of a TopK of another
-            toolkit may have other norms; see `sae.formats.foreign`.)
+            toolkit may have other norms; see `sae.formats.foreign`. In a crosscoder, norms differ between sites.)
         b_dec: `[d_out]`, with d_out = d_in unless the frame says otherwise.
         frame: what is done to each token before encoding and after decoding; plain, so nothing, unless the dictionary
             is a transcoder or comes from another toolkit.
@@ -300,6 +300,16 @@ class Dictionary(Rescalable, Exchanged, ABC):
     def is_transcoder(self) -> bool:
         """Whether it reconstructs other activations than it reads."""
         return self.frame.d_out is not None or self.origin.of_transcoder
+
+    @property
+    def is_crosscoder(self) -> bool:
+        """Whether it reads and reconstructs the activations of several sites at once."""
+        return len(self.site_widths) > 0
+
+    @property
+    def site_widths(self) -> tuple[int, ...]:
+        """The width of each site of a crosscoder in a row of activations; empty if it is none."""
+        return self.frame.site_widths
 
     @property
     def device(self) -> torch.device:
