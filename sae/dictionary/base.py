@@ -18,6 +18,7 @@ from sae.dictionary.frame import PLAIN, SITE_WIDTHS, Frame
 from sae.dictionary.origin import Origin
 from sae.dictionary.rescalable import Rescalable
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
+from sae.dictionary.sites import geometric_mean, site_norms
 from sae.errors import ConfigError, ShapeError
 from sae.files.formats import Format
 from sae.files.writing import write_json, write_tensors
@@ -310,6 +311,27 @@ class Dictionary(Rescalable, Exchanged, ABC):
     def site_widths(self) -> tuple[int, ...]:
         """The width of each site of a crosscoder in a row of activations; empty if it is none."""
         return self.frame.site_widths
+
+    def site_norms(self) -> Float[Tensor, "d_sae sites"]:
+        """‖W_dec,s,j‖ of every feature j at every site s of a crosscoder, in units of training.
+
+        In these units the activations of every site vary equally, so that norms of different sites can be compared. If
+        training has kept decoder norms, they add up to 1 for every feature. Without the scales of a training in the
+        metadata, they are in units of the activations.
+
+        Raises:
+            ConfigError: it is no crosscoder.
+        """
+        if not self.is_crosscoder:
+            raise ConfigError("only a crosscoder has decoder norms by site: this dictionary has a single site")
+        norms = site_norms(self.W_dec.detach(), self.site_widths)
+        trained = self.metadata.get("trained")
+        scales = trained.get("normalisation_scale") if isinstance(trained, Mapping) else None
+        if not isinstance(scales, list) or len(scales) != len(self.site_widths):
+            return norms
+        scale = norms.new_tensor(scales, dtype=torch.float64)
+        unit = geometric_mean(scale.repeat_interleave(torch.tensor(self.site_widths, device=scale.device)))
+        return norms * (scale / unit).to(norms)
 
     @property
     def device(self) -> torch.device:
