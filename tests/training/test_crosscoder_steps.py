@@ -162,7 +162,7 @@ def test_a_crosscoder_of_one_site_is_an_sae(architecture: str, density: float) -
 def test_the_same_site_twice_is_an_sae_with_half_the_decoder(architecture: str, density: float, dead: int) -> None:
     """The SAE's encoder on both sites gives activations twice as large, and each site has half of the SAE's decoder
     row, so that norms add up to 1 again and each site is reconstructed as by the SAE. The loss, a sum over both sites,
-    is twice the SAE's in every term; and so are its gradients, by the chain rule through this map, which autograd takes.
+    is twice the SAE's in every term, and so are its gradients, by the chain rule through this map that autograd takes.
 
     A penalty on L0 does not double, so its weight is doubled; windows around thresholds are in units of activations.
     """
@@ -277,7 +277,7 @@ def test_fifty_steps_are_those_of_the_paper_s_batch_topk() -> None:
     source = JoinedSource([IterableSource([x[site] for x in xs], estimate_from=steps) for site in range(2)])
     recipe = Recipe(
         DictionaryConfig(architecture="batch_topk", d_sae=64, k=4),
-        TrainConfig(tokens=steps * batch, batch_size=batch, aux_coefficient=0, center=False),
+        TrainConfig(tokens=steps * batch, batch_size=batch, aux_coefficient=0, center=False, encoder_dtype="float32"),
     )
     trainer = Trainer(recipe, source, None, steps, torch.device("cpu"))
     whole = [torch.cat([x[site] for x in xs]) for site in range(2)]
