@@ -86,6 +86,11 @@ class Sites:
         return sum(widths) if len(widths) == len(self.sites) else None
 
     @property
+    def hooks(self) -> tuple[str | None, ...]:
+        """The hook point of each site."""
+        return tuple(site.hook for site in self.sites)
+
+    @property
     def hook(self) -> str | None:
         """The hook point, if there is only one site.
 
