@@ -12,7 +12,6 @@ import torch
 
 import sae
 from sae.activations.loader import ActivationLoader
-from sae.cli import main as cli
 from sae.config.file import load_config
 from sae.config.patterns import with_hook_points
 from sae.config.settings import RunConfig
@@ -63,7 +62,7 @@ def test_a_run_trains_a_crosscoder(tiny_config: TinyConfig, live: bool) -> None:
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_resumed_run_is_the_uninterrupted_one(tiny_config: TinyConfig, live: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(tiny_config: TinyConfig, live: bool) -> None:
     config = tiny_config(**settings(harvest__live=live, train__checkpoint_every=5, train__keep_checkpoints=9))
     whole = Run(config)
     whole.harvest()
@@ -93,17 +92,13 @@ def test_the_order_of_the_sites_is_a_setting(tiny_config: TinyConfig) -> None:
         Run(alone).train()
 
 
-def test_the_command_line_trains_one(tiny_config: TinyConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_trains_one(tiny_config: TinyConfig, command: Any) -> None:
     config = tiny_config(**settings())
-    Run(config).harvest()
     finished = run(config)
-    shutil.rmtree(finished.folder / "dictionary")
-    assert cli.main(["info", str(finished.folder / "checkpoints")]) != 0
-    assert cli.main(["run", str(finished.folder / "config.yaml")]) == 0
-    assert "site_widths=[32, 32]" in capsys.readouterr().out
-    assert cli.main(["info", str(finished.folder)]) == 0
-    shown = capsys.readouterr().out
-    assert FIRST in shown and SECOND in shown
+    done = command("run", finished.folder / "config.yaml")
+    assert done.status == 0 and "site_widths=[32, 32]" in done.out
+    shown = command("info", finished.folder)
+    assert shown.status == 0 and FIRST in shown.out and SECOND in shown.out
 
 
 def test_steps_that_take_a_single_hook_point_say_so(tiny_config: TinyConfig) -> None:
@@ -112,7 +107,7 @@ def test_steps_that_take_a_single_hook_point_say_so(tiny_config: TinyConfig) -> 
         with pytest.raises(ConfigError, match=r"reads names 2 hook points, .* only dictionaries of a single one"):
             step()
     config = tiny_config(**settings(sweep={"dictionary": {"k": [2, 4]}}))
-    with pytest.raises(ConfigError, match="not possible yet for crosscoders: train it with 'sae run'"):
+    with pytest.raises(ConfigError, match="not possible yet for a crosscoder: use 'sae run'"):
         sweep(config)
 
 
@@ -141,9 +136,9 @@ def test_sites_that_cannot_be_trained_on_are_refused(case: str) -> None:
         load_config(None, [*base, *words])
 
 
-def test_caches_of_other_text_or_order_are_not_joined(tiny_config: TinyConfig) -> None:
+def test_caches_of_other_text_or_order_are_not_joined(tiny_config: TinyConfig, tmp_path: Path) -> None:
     one = Run(tiny_config(**settings())).harvest()
-    other = Run(tiny_config(**settings(data__tokens=1900))).harvest()
+    other = Run(tiny_config(**settings(data__tokens=1900, harvest__cache=str(tmp_path / "other")))).harvest()
 
     def loader(cache: sae.ActivationCache, hook: str, seed: int = 0) -> ActivationLoader:
         return ActivationLoader(cache, hook, batch_size=64, seed=seed)
