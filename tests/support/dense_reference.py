@@ -66,8 +66,7 @@ class DenseReference:
         with torch.no_grad():
             if d.unit_decoder:
                 normal = self.normal()
-                size = normal.square().sum(1, keepdim=True).clamp_min(1e-30)
-                d.W_dec.grad -= (d.W_dec.grad * normal).sum(1, keepdim=True) / size * normal
+                d.W_dec.grad -= (d.W_dec.grad * normal).sum(1, keepdim=True) * normal
             if self.settings.max_gradient_norm is not None:
                 trained = [p.grad for group in self.adam.param_groups for p in group["params"]]
                 self.norms.append(float(torch.cat([gradient.flatten() for gradient in trained]).norm()))
@@ -89,10 +88,13 @@ class DenseReference:
         return torch.stack([part.norm(dim=1) for part in self.dictionary.W_dec.split(sites, dim=1)]).sum(0)
 
     def normal(self) -> Tensor:
-        """The direction in which the norm of each row grows fastest: of one site, the row itself."""
-        sites = self.dictionary.site_widths or (self.dictionary.d_out,)
+        """The unit direction in which the norm of each row grows fastest: of one site, the row itself."""
+        sites = self.dictionary.site_widths
+        if not sites:
+            return self.dictionary.W_dec
         parts = [part / part.norm(dim=1, keepdim=True) for part in self.dictionary.W_dec.split(sites, dim=1)]
-        return torch.cat(parts, dim=1).nan_to_num(0.0)
+        normal = torch.cat(parts, dim=1).nan_to_num(0.0)
+        return normal / normal.norm(dim=1, keepdim=True)
 
     def losses(self, inputs: Tensor, y: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is minimised but for AuxK, the error, the features, and what is left of y."""
