@@ -25,6 +25,7 @@ _HOME = {
     "Features": "sae.features",
     "Gated": "sae.architectures",
     "IterableSource": "sae.training",
+    "JoinedSource": "sae.training",
     "JumpReLU": "sae.architectures",
     "LanguageModel": "sae.model.language_model",
     "LivePass": "sae.activations.live",

@@ -58,6 +58,7 @@ from sae.runs.replacement import replace as replace
 from sae.runs.sweeping import sweep as sweep
 from sae.runs.verification import verify as verify
 from sae.training import IterableSource as IterableSource
+from sae.training import JoinedSource as JoinedSource
 from sae.training import Recipe as Recipe
 from sae.training import train as train
 from sae.training import train_all as train_all

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae.activations.cache import ActivationCache
@@ -37,22 +37,30 @@ def common_hook(dictionaries: Mapping[str, object], cache: ActivationCache) -> s
     return hook
 
 
-def dictionary_metadata(cache: ActivationCache, hook: str, target_hook: str | None = None) -> dict[str, Any]:
+def dictionary_metadata(
+    cache: ActivationCache, hook: str | Sequence[str], target_hook: str | None = None
+) -> dict[str, Any]:  # fmt: skip
     """The origin that a dictionary records so that it can be reused: model, hook point, token policy and text.
 
     Args:
         cache: the cache it is trained on.
-        hook: the hook point it reads.
+        hook: the hook point it reads; several for a crosscoder.
         target_hook: for a transcoder, the hook point whose activations it gives.
 
     Raises:
         CacheError: a hook point is not in the cache.
         ConfigError: the target comes before `hook`.
     """
-    origin = origin_of(cache, hook)
+    origin = joint_origin(cache, (hook,) if isinstance(hook, str) else hook)
     if target_hook is not None:
         origin = origin.giving(origin_of(cache, target_hook))
     return origin.to_json()
+
+
+def joint_origin(cache: ActivationCache, hooks: Sequence[str]) -> Origin:
+    """`origin_of` a hook point, or of a crosscoder of several."""
+    origins = [origin_of(cache, hook) for hook in hooks]
+    return origins[0] if len(origins) == 1 else Origin.joined(origins)
 
 
 def origin_of(cache: ActivationCache, hook: str) -> Origin:

@@ -6,7 +6,7 @@ import click
 
 from sae.cli.arguments import OfConfiguration, Options, beginning_again, configured, show_report
 from sae.config.settings import RunConfig
-from sae.console.terminal import output
+from sae.console.terminal import output, say
 
 
 @click.command(cls=OfConfiguration)
@@ -27,6 +27,9 @@ def run(options: Options, settings: RunConfig) -> None:
 
     with options.progress() as progress:
         pipeline_run = pipeline.run(settings, progress, features=False)
+        if pipeline_run.config.is_crosscoder:
+            say(f"{pipeline_run.dictionary('cpu')} in {pipeline_run.folder / 'dictionary'}")
+            return
         with beginning_again("the collection of features"):
             features = pipeline_run.features()
     show_report(read_object(pipeline_run.folder / JSON_FILE))

@@ -122,7 +122,19 @@ def _check_together(config: RunConfig) -> None:
     repeated = sorted({hook for hook in config.harvest.hooks if config.harvest.hooks.count(hook) > 1})
     if repeated:
         raise ConfigError(f"harvest.hooks names {', '.join(repeated)} more than once: name each hook point once")
-    for key, hook in (("reads", config.hook), ("gives", config.gives)):
+    gives = config.dictionary.gives
+    if config.is_crosscoder and gives not in (None, config.reads):
+        raise ConfigError("dictionary.gives: a crosscoder gives the hook points that it reads; take it out")
+    if isinstance(gives, tuple) and not config.is_crosscoder:
+        raise ConfigError(
+            f"dictionary.gives names {len(gives)} hook points, {', '.join(gives)}: a dictionary that reads one and "
+            "gives several (a cross-layer transcoder) cannot be trained by this version; sweep.dictionary.gives trains "
+            "one for each"
+        )
+    if len(set(config.reads)) < len(config.reads):
+        raise ConfigError("dictionary.reads names a hook point more than once: name each once")
+    sides = [("reads", hook) for hook in config.reads] + [("gives", gives)] * isinstance(gives, str)
+    for key, hook in sides:
         if hook not in config.harvest.hooks and not any(map(is_pattern, (hook, *config.harvest.hooks))):
             raise ConfigError(
                 f"dictionary.{key}={hook!r} is not harvested; harvest.hooks has {', '.join(config.harvest.hooks)}"

@@ -38,8 +38,9 @@ class DictionaryConfig(Settings):
     )
     reads: str | tuple[str, ...] | None = Field(
         default=None,
-        description="hook point that it encodes; null: the first of harvest.hooks; sweep.dictionary.reads takes a list "
-        "or a pattern, such as blocks.*.hook_mlp_out, and trains a dictionary for each",
+        description="hook point that it encodes; null: the first of harvest.hooks; a list or a pattern, such as "
+        "blocks.*.hook_mlp_out: all of them together (a crosscoder); sweep.dictionary.reads takes a list or a pattern "
+        "and trains a dictionary for each",
     )
     gives: str | tuple[str, ...] | None = Field(
         default=None,
@@ -327,6 +328,22 @@ class RunConfig(Settings):
         return expanded(self.harvest.cache) if self.harvest.cache else self.folder / "activations"
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The hook points that the dictionary reads: several for a crosscoder, otherwise one."""
+        reads = self.dictionary.reads
+        return reads if isinstance(reads, tuple) else (reads or self.harvest.hooks[0],)
+
+    @property
+    def is_crosscoder(self) -> bool:
+        """Whether the dictionary reads several hook points together."""
+        return len(self.reads) > 1
+
+    @property
+    def source_name(self) -> str:
+        """The name of the source that the dictionary reads."""
+        return " + ".join(self.reads)
+
+    @property
     def hook(self) -> str:
         """The hook point that the dictionary reads.
 
@@ -347,7 +364,7 @@ class RunConfig(Settings):
     @property
     def hooks(self) -> tuple[str, ...]:
         """The hook points whose activations the dictionary is trained on, each once."""
-        return tuple(dict.fromkeys((self.hook, self.gives)))
+        return self.reads if self.is_crosscoder else tuple(dict.fromkeys((self.hook, self.gives)))
 
     @property
     def hook_note(self) -> str | None:
@@ -364,7 +381,7 @@ class RunConfig(Settings):
 def _single(key: str, hooks: str | tuple[str, ...] | None) -> str | None:
     if isinstance(hooks, tuple):
         raise ConfigError(
-            f"dictionary.{key} names {len(hooks)} hook points, {', '.join(hooks)}: one dictionary of several (a "
-            f"crosscoder) cannot be trained by this version; sweep.dictionary.{key} trains one dictionary for each"
+            f"dictionary.{key} names {len(hooks)} hook points, {', '.join(hooks)}: only dictionaries of a single one "
+            f"can be used here; sweep.dictionary.{key} trains one for each"
         )
     return hooks

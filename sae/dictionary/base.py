@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from sae.dictionary.codes import Codes
 from sae.dictionary.exchange import Exchanged
-from sae.dictionary.frame import EQUAL_WIDTHS, PLAIN, Frame
+from sae.dictionary.frame import PLAIN, SITE_WIDTHS, Frame
 from sae.dictionary.origin import Origin
 from sae.dictionary.rescalable import Rescalable
 from sae.dictionary.saelens_cfg import ToolConfig, tool_config
+from sae.dictionary.sites import geometric_mean, site_norms
 from sae.errors import ConfigError, ShapeError
 from sae.files.formats import Format
 from sae.files.writing import write_json, write_tensors
@@ -26,9 +27,9 @@ from sae.kernels.pattern import Pattern
 from sae.kernels.sparse import decode, encode_at, padded
 from sae.numerics.modes import has_values, needs_plain_operators, without_autocast
 
-FORMAT = Format("sae-dictionary", EQUAL_WIDTHS)
-"""Version 2 has a frame that is not plain, version 3 that of a transcoder between equal widths; others are written as
-the first version that can hold them, which older packages read."""
+FORMAT = Format("sae-dictionary", SITE_WIDTHS)
+"""Version 2 has a frame that is not plain, version 3 that of a transcoder between equal widths, version 4 that of a
+crosscoder; others are written as the first version that can hold them, which older packages read."""
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
 WEIGHTS_HASH = "weights_file_sha256"
 TRAINED_AS = {"architecture", "d_in", "d_sae", "k", "prefixes"}
@@ -50,7 +51,7 @@ class Dictionary(Rescalable, Exchanged, ABC):
         W_enc: `[d_in, d_sae]`; stored by feature, as the transpose of a contiguous `[d_sae, d_in]`.
         b_enc: `[d_sae]`.
         W_dec: `[d_sae, d_out]`, rows of norm 1: row j is the direction of feature j. (Rows of a TopK of another
-            toolkit may have other norms; see `sae.formats.foreign`.)
+            toolkit may have other norms; see `sae.formats.foreign`. In a crosscoder, norms differ between sites.)
         b_dec: `[d_out]`, with d_out = d_in unless the frame says otherwise.
         frame: what is done to each token before encoding and after decoding; plain, so nothing, unless the dictionary
             is a transcoder or comes from another toolkit.
@@ -300,6 +301,37 @@ class Dictionary(Rescalable, Exchanged, ABC):
     def is_transcoder(self) -> bool:
         """Whether it reconstructs other activations than it reads."""
         return self.frame.d_out is not None or self.origin.of_transcoder
+
+    @property
+    def is_crosscoder(self) -> bool:
+        """Whether it reads and reconstructs the activations of several sites at once."""
+        return len(self.site_widths) > 0
+
+    @property
+    def site_widths(self) -> tuple[int, ...]:
+        """The width of each site of a crosscoder in a row of activations; empty if it is none."""
+        return self.frame.site_widths
+
+    def site_norms(self) -> Float[Tensor, "d_sae sites"]:
+        """‖W_dec,s,j‖ of every feature j at every site s of a crosscoder, in units of training.
+
+        In these units the activations of every site vary equally, so that norms of different sites can be compared. If
+        training has kept decoder norms, they add up to 1 for every feature. Without the scales of a training in the
+        metadata, they are in units of the activations.
+
+        Raises:
+            ConfigError: it is no crosscoder.
+        """
+        if not self.is_crosscoder:
+            raise ConfigError("only a crosscoder has decoder norms by site: this dictionary has a single site")
+        norms = site_norms(self.W_dec.detach(), self.site_widths)
+        trained = self.metadata.get("trained")
+        scales = trained.get("normalisation_scale") if isinstance(trained, Mapping) else None
+        if not isinstance(scales, list) or len(scales) != len(self.site_widths):
+            return norms
+        scale = norms.new_tensor(scales, dtype=torch.float64)
+        unit = geometric_mean(scale.repeat_interleave(torch.tensor(self.site_widths, device=scale.device)))
+        return norms * (scale / unit).to(norms)
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,8 @@ from sae.files.formats import HEAD
 InputNorm = Literal["none", "centre", "layer_norm", "constant_norm"]
 EQUAL_WIDTHS = 3
 """Version of the format since which a recorded d_out that equals d_in means that nothing is subtracted from y."""
+SITE_WIDTHS = 4
+"""Version of the format since which the widths of a crosscoder's sites are recorded."""
 _EPSILON = 1e-5
 
 
@@ -28,7 +30,8 @@ class Frame:
     "Transcoders Beat Sparse Autoencoders for Interpretability".
 
     Scale and shift are computed from each x by itself, so they cannot be folded into the weights. They come from other
-    toolkits, and are for inference; this toolkit trains SAEs with a plain frame, and transcoders with or without skip.
+    toolkits, and are for inference; this toolkit trains SAEs with a plain frame, transcoders with or without skip, and
+    crosscoders, which differ from SAEs in the widths of their sites alone.
 
     Attributes:
         input_norm: what determines scale and shift. `none`: 1 and 0. `centre`: 1 and the mean of x's numbers, for a
@@ -38,11 +41,14 @@ class Frame:
         skip: whether there is a W_skip `[d_in, d_out]`.
         d_out: width of a transcoder's reconstruction; None: it is no transcoder, or one of before version 3 of the
             format, whose b_dec is subtracted from what it reads too. Their reconstruction has width d_in.
+        site_widths: of a crosscoder: the width of each site in a row, which is read and reconstructed; empty: it is no
+            crosscoder. Encoding and decoding do not depend on it; norms of decoder rows do.
     """
 
     input_norm: InputNorm = "none"
     skip: bool = False
     d_out: int | None = None
+    site_widths: tuple[int, ...] = ()
 
     @staticmethod
     def from_json(config: Mapping[str, Any]) -> Frame:
@@ -61,16 +67,19 @@ class Frame:
         _, version = HEAD
         if d_out == config.get("d_in") and config.get(version, EQUAL_WIDTHS) < EQUAL_WIDTHS:
             d_out = None
-        return Frame(input_norm, skip, d_out)
+        return Frame(input_norm, skip, d_out, _site_widths(config))
 
     def to_json(self) -> dict[str, Any]:
         """Its entries in `config.json`; none for a plain frame."""
-        return {name: value for name, value in vars(self).items() if value != getattr(PLAIN, name)}
+        facts = {**vars(self), "site_widths": list(self.site_widths)}
+        return {name: value for name, value in facts.items() if getattr(self, name) != getattr(PLAIN, name)}
 
     def least_version(self, d_in: int) -> int:
         """The first version of the format that can hold the frame of a dictionary that reads d_in numbers."""
         if self == PLAIN:
             return 1
+        if self.site_widths:
+            return SITE_WIDTHS
         return EQUAL_WIDTHS if self.d_out == d_in else 2
 
     @property
@@ -121,6 +130,15 @@ class Frame:
 
 
 PLAIN = Frame()
+
+
+def _site_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
+    widths, d_in = config.get("site_widths", []), config.get("d_in")
+    if not isinstance(widths, list) or not all(type(width) is int and width > 0 for width in widths):
+        raise ValueError(f"site_widths={widths!r}: expected a list of whole numbers from 1")
+    if widths and sum(widths) != d_in:
+        raise ValueError(f"site_widths={widths!r}: they add up to {sum(widths)}, and d_in={d_in!r}")
+    return tuple(widths)
 
 
 def _constant_norm(x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"]:

@@ -9,6 +9,7 @@ from typing import Any
 from sae.dictionary.model_identity import differs
 from sae.dictionary.sites import Sites, check_order
 from sae.errors import ConfigError, SaeError
+from sae.files.formats import fingerprint_of
 
 VERSION = 2
 """Version of an origin in metadata. Version 1, which has no number, holds `hook`, `target_hook` and `target_model`."""
@@ -125,6 +126,22 @@ class Origin:
         if target_hook is not None:
             gives = Sites.one(target_hook, model=_TARGET if _TARGET in self.models else "")
         return replace(self, reads=reads, gives=gives)
+
+    @staticmethod
+    def joined(parts: Sequence[Origin]) -> Origin:
+        """The origin of a crosscoder of what each of these reads, which gives the same.
+
+        Raises:
+            ConfigError: they are of different models.
+        """
+        first = parts[0]
+        if any(part.models != first.models for part in parts):
+            names = ", ".join(str(part.models.get("", {}).get("name")) for part in parts)
+            raise ConfigError(f"sites of different models ({names}): give a crosscoder sites of one model")
+        sites = Sites(tuple(site for part in parts for site in part.reads))
+        activations = [part.activations for part in parts]
+        joint = None if None in activations else fingerprint_of(activations)
+        return replace(first, reads=sites, gives=sites, activations=joint)
 
     def giving(self, target: Origin) -> Origin:
         """The origin of a transcoder from these activations to those that `target` reads.

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sae.dictionary.sites import geometric_mean, site_norms
 from sae.dictionary.traits import Traits
 
 
@@ -25,11 +26,22 @@ class Rescalable(Traits, nn.Module):
     def centre(self) -> Float[Tensor, " d_in"]:
         """What is subtracted before encoding: b_dec, or 0 of a transcoder."""
 
+    @property
+    @abstractmethod
+    def site_widths(self) -> tuple[int, ...]:
+        """The width of each site of a crosscoder; empty if it is none."""
+
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """‖W_dec,j‖ of each feature j; of a crosscoder, Σ_s ‖W_dec,s,j‖ over its sites s."""
+        if not self.site_widths:
+            return self.W_dec.norm(dim=-1)
+        return site_norms(self.W_dec, self.site_widths).sum(-1)
+
     @torch.no_grad()
     def fold_normalisation_(
         self,
         mean: Float[Tensor, " d_in"],
-        scale: float,
+        scale: float | Float[Tensor, " d_in"],
         target_mean: Float[Tensor, " d_out"] | None = None,
         target_scale: float | None = None,
     ) -> None:
@@ -37,10 +49,21 @@ class Rescalable(Traits, nn.Module):
 
         Decoder rows keep their norm, so activations are in the units of the target: divided by its scale.
 
+        With a scale for each number of a row, which a crosscoder has, activations are divided by their geometric mean,
+        and decoder rows of sites with larger activations become longer than others.
+
         Args:
             mean, scale: normalisation of the input.
             target_mean, target_scale: normalisation of the target, if it is not the input; for all transcoders.
         """
+        if isinstance(scale, Tensor):
+            assert target_mean is None, "only crosscoders have a scale for each number, and they have no target"
+            unit = geometric_mean(scale)
+            self.W_enc.mul_((scale / unit)[:, None])
+            self.W_dec.div_(scale / unit)
+            self.scale_activations_(1 / unit)
+            self.b_dec.copy_(self.b_dec / scale + mean)
+            return
         target_scale = scale if target_scale is None else target_scale
         if target_mean is None:
             self.scale_activations_(1 / target_scale)
@@ -58,12 +81,13 @@ class Rescalable(Traits, nn.Module):
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
-        """Scale decoder rows to norm 1; activations take over the norms.
+        """Scale decoder rows to norm 1; activations take over the norms. In a crosscoder, the norms of the sites in a
+        row then add up to 1.
 
         Reconstructions do not change if each feature fires independently. If features are compared with each other or
         with a shared threshold (TopK, BatchTopK, Matryoshka), others may fire.
         """
-        norms = self.W_dec.norm(dim=-1)
+        norms = self.decoder_norms()
         norms = norms.where(norms > 0, 1.0)
         self.W_dec.div_(norms[:, None])
         self.W_enc.mul_(norms)

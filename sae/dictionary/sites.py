@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -84,6 +86,11 @@ class Sites:
         return sum(widths) if len(widths) == len(self.sites) else None
 
     @property
+    def hooks(self) -> tuple[str | None, ...]:
+        """The hook point of each site."""
+        return tuple(site.hook for site in self.sites)
+
+    @property
     def hook(self) -> str | None:
         """The hook point, if there is only one site.
 
@@ -114,6 +121,18 @@ class Sites:
 
     def __str__(self) -> str:
         return ", ".join(f"{site.model}:{site.hook}" if site.model else repr(site.hook) for site in self.sites)
+
+
+def site_norms(
+    rows: Float[Tensor, "*batch width"], widths: Sequence[int]
+) -> Float[Tensor, "*batch sites"]:  # fmt: skip
+    """The norm of the part of each site in rows whose sites have these widths."""
+    return torch.stack([part.norm(dim=-1) for part in rows.split(list(widths), dim=-1)], dim=-1)
+
+
+def geometric_mean(scale: Float[Tensor, " width"]) -> float:
+    """The geometric mean of positive numbers: that of 1 / scale is its inverse."""
+    return math.exp(float(scale.double().log().mean()))
 
 
 def check_order(reads: Sites, gives: Sites) -> None:

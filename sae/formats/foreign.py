@@ -154,7 +154,7 @@ def check_frame(dictionary: Dictionary, title: str, *, norms: Sequence[InputNorm
         FormatError: the message names it.
     """
     frame = dictionary.frame
-    held = {"input_norm": frame.input_norm in norms, "skip": skip, "d_out": skip}
+    held = {"input_norm": frame.input_norm in norms, "skip": skip, "d_out": skip, "site_widths": False}
     missing = ", ".join(f"{key}={value}" for key, value in frame.to_json().items() if not held[key])
     if missing:
         raise FormatError(f"{title}'s format has no place for {missing}")

@@ -27,8 +27,10 @@ def check_disk(config: RunConfig, widths: Mapping[str, int], *, is_trained: bool
     """
     folder = config.cache_folder
     with torch.device("meta"):
-        d_out = widths[config.gives] if config.gives != config.hook else None
-        dictionary = build(config.dictionary, widths[config.hook], d_out)
+        sites = tuple(widths[hook] for hook in config.reads)
+        is_transcoder = not config.is_crosscoder and config.gives != config.hook
+        d_out = widths[config.gives] if is_transcoder else None
+        dictionary = build(config.dictionary, sum(sites), d_out, sites if config.is_crosscoder else ())
     weights = 4 * sum(parameter.numel() for parameter in dictionary.parameters())
     training = 0 if is_trained else training_bytes(weights, 3 * weights, config.train.keep_checkpoints)
     cached = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

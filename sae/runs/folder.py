@@ -81,12 +81,19 @@ def other_setting(
     if "settings" not in trained:
         converted = metadata.get("converted")
         return "trained_by", converted.get("format") if isinstance(converted, Mapping) else None, "sae"
-    sites = {"reads": origin.reads.hook, "gives": origin.gives.hook}
+    sites = {"reads": _entry(origin.reads.hooks), "gives": _entry(origin.gives.hooks)}
     recorded = {**trained["settings"], **sites}
     chosen = chosen_settings(config.dictionary, config.train)
-    expected = {"reads": config.hook, "gives": config.gives, **chosen, "seed": config.seed, **(of_data or {})}
+    gives = config.reads if config.is_crosscoder else (config.gives,)
+    own_sites = {"reads": _entry(config.reads), "gives": _entry(gives)}
+    expected = {**own_sites, **chosen, "seed": config.seed, **(of_data or {})}
     different = (item for item in expected.items() if not is_same_setting(recorded, *item))
     return next(((key, setting_of(recorded, key), value) for key, value in different), None)
+
+
+def _entry(hooks: Sequence[str | None]) -> str | list[str | None] | None:
+    """Hook points as a setting has them: a single one, or a list."""
+    return hooks[0] if len(hooks) == 1 else list(hooks)
 
 
 def check_run(folder: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from sae.activations.cache import ActivationCache
-from sae.config.progress import Progress, silent
+from sae.config.progress import Progress, announce, silent
 from sae.config.settings import RunConfig
 from sae.features import Features
 from sae.runs.run import Run
+
+CROSSCODERS = "a crosscoder has no evaluation and no features yet: the run ends with the dictionary"
 
 
 def run(config: RunConfig, progress: Progress = silent, *, features: bool = True) -> Run:
@@ -32,6 +34,9 @@ def run(config: RunConfig, progress: Progress = silent, *, features: bool = True
     pipeline_run.check_space()
     pipeline_run.harvest()
     pipeline_run.train()
+    if pipeline_run.config.is_crosscoder:
+        announce(progress, CROSSCODERS)
+        return pipeline_run
     if not pipeline_run.is_evaluated():
         pipeline_run.evaluate()
     if features:

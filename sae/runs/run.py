@@ -15,7 +15,7 @@ from sae.activations.cache import ActivationCache
 from sae.activations.harvest import harvest as harvest_activations
 from sae.activations.harvest import hook_widths
 from sae.activations.manifest import MANIFEST, read_manifest
-from sae.activations.metadata import dictionary_metadata
+from sae.activations.metadata import joint_origin
 from sae.activations.order import ShuffledSource
 from sae.activations.same_model import check_same_model
 from sae.activations.same_request import check_same_request
@@ -28,7 +28,6 @@ from sae.config.settings import RunConfig
 from sae.dictionary.base import CONFIG_FILE, Dictionary
 from sae.dictionary.model_identity import model_label
 from sae.dictionary.saved import identify, weights_sha256
-from sae.dictionary.sites import Sites, check_order
 from sae.errors import ConfigError, FormatError, ModelError
 from sae.evaluation import Report, evaluate_all, partial, write_report
 from sae.evaluation.budget import announcement
@@ -46,8 +45,8 @@ from sae.model.language_model import LanguageModel
 from sae.probing.record import PROBES, ProbeRecord
 from sae.runs.disk import check_disk
 from sae.runs.folder import DICTIONARY, configured, open_config, other_setting
+from sae.runs.recipe import check_run_recipe, check_sites, run_recipe, with_joined
 from sae.runs.sources import Sources, training_sources
-from sae.training.check import check_recipe
 from sae.training.checkpoint import CHECKPOINTS, list_checkpoints, warn_of_missed_snapshots
 from sae.training.loop import train_one
 from sae.training.meter import falling
@@ -161,16 +160,12 @@ class Run:
         if self.config.sweep:
             raise ConfigError("sweep names several dictionaries: train them with 'sae sweep', or remove sweep")
         check_amounts(self.config)
-        check_order(Sites.one(self.config.hook), Sites.one(self.config.gives))
+        check_sites(self.config)
         if self.is_trained():
             return
         check_wandb(self.config.wandb)
         check_read(self.config.dictionary, self.config.train)  # before a dictionary to start from is read
-        start = self.start
-        recipe = Recipe(self.config.dictionary, self.config.train, start=start)
-        d_in, d_out = (1, 1) if start is None else (start.d_in, start.d_out)
-        is_transcoder = self.config.gives != self.config.hook
-        check_recipe(recipe, d_in, d_out if is_transcoder else None, memory_of(self.device))
+        check_run_recipe(self.config, self.start, memory_of(self.device))
 
     def check_space(self) -> None:
         """Check before the harvest that everything the run writes fits on the disk.
@@ -195,9 +190,11 @@ class Run:
                 return self.trained_already(cache)
             with configured(self.config):
                 recipe, sources = self.recipe(cache), self.sources(cache, self.config.hooks)
-                self.progress("train", *self.trained_tokens(sources[recipe.source]))
+                self.progress("train", *self.trained_tokens(sources[self.config.hooks[0]]))
                 with closing(self.sinks()) as sinks:
-                    dictionary = train_one(sources, recipe, self.device, sinks, self._show_training)
+                    dictionary = train_one(
+                        with_joined(sources, [self.config]), recipe, self.device, sinks, self._show_training
+                    )
                 dictionary.save(self.folder / DICTIONARY)
         return dictionary
 
@@ -340,12 +337,7 @@ class Run:
 
     def recipe(self, cache: ActivationCache) -> Recipe:
         """The recipe of the run's dictionary; FormatError if there is no dictionary at `train.start_from`."""
-        config = self.config
-        target = None if config.gives == config.hook else config.gives
-        return Recipe(
-            config.dictionary, config.train, config.seed, config.hook, target, folder=self.folder,
-            metadata=dictionary_metadata(cache, config.hook, target), start=self.start,
-        )  # fmt: skip
+        return run_recipe(self.config, cache, self.start, self.folder)
 
     def sinks(self) -> list[Wandb]:
         """Destinations of the run's metrics other than metrics.jsonl."""
@@ -379,7 +371,7 @@ class Run:
             FormatError: it was made with other settings.
         """
         dictionary = self.dictionary()
-        data_identity = {"activations": cache.manifest.identity(self.config.hook), **self._start_identity()}
+        data_identity = {"activations": joint_origin(cache, self.config.reads).activations, **self._start_identity()}
         if other := other_setting(self.config, dictionary.metadata, data_identity):
             key, recorded, requested = other
             raise FormatError(

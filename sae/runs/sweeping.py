@@ -16,7 +16,7 @@ from sae.config.progress import Notes, Progress, announce, silent
 from sae.config.settings import RunConfig
 from sae.config.splits import TRAIN
 from sae.dictionary.base import Dictionary
-from sae.errors import FormatError, SaeError
+from sae.errors import ConfigError, FormatError, SaeError
 from sae.evaluation.pareto import Point, draw_pareto
 from sae.evaluation.report import DOCUMENTS_FILE
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
@@ -89,6 +89,10 @@ def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
     _share_starts(runs.values())
     for name, run in runs.items():
         with _named(name):
+            if run.config.is_crosscoder:
+                raise ConfigError(
+                    "sweeps evaluate what they train, which is not possible yet for a crosscoder: use 'sae run'"
+                )
             run.check()
     with locked(base.folder, "sweep"):
         cache = base.harvest()

@@ -10,6 +10,7 @@ import torch
 from sae.config.check import check_fit, check_memory, check_skip, check_snapshots
 from sae.config.environment import memory_of
 from sae.errors import ConfigError, TrainingError
+from sae.training.joined import JoinedSource, single_sources, site_widths_of
 from sae.training.recipe import Recipe, build, check_start, freeze_
 from sae.training.source import BatchSource, OrderedSource, metadata_of
 from sae.training.traits import check_read
@@ -37,7 +38,7 @@ def common_pass(
         if recipe.target is not None:
             _check_transcoder(name, sources[recipe.source], sources[recipe.target])
     used = {name: sources[name] for recipe in recipes.values() for name in recipe.sources.values()}
-    _check_sources(used)
+    _check_sources(single_sources(used))
     folders = [recipe.folder for recipe in recipes.values() if recipe.folder is not None]
     if len(set(folders)) < len(folders):
         raise ConfigError("two recipes have the same folder: give each its own")
@@ -70,8 +71,14 @@ def _check_transcoder(name: str, source: BatchSource, target: BatchSource) -> No
     """Check that a target can be computed from an input, as far as their origins are known.
 
     Raises:
-        ConfigError: their texts differ, or the model computes the target before the input.
+        ConfigError: one has several sites, their texts differ, or the model computes the target before the input.
     """
+    for part in (source, target):
+        if isinstance(part, JoinedSource):
+            raise ConfigError(
+                f"{name}: a source has {len(part.parts)} sites, but a transcoder reads one and gives one: leave target "
+                "out to train a crosscoder, which gives what it reads"
+            )
     if isinstance(source, OrderedSource) and isinstance(target, OrderedSource):
         (text, cache), (target_text, target_cache) = source.token_text, target.token_text
         if text != target_text:
@@ -112,14 +119,17 @@ def _check_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, BatchSou
     for name, recipe in recipes.items():
         try:
             d_out = None if recipe.target is None else sources[recipe.target].d_in
-            check_recipe(recipe, sources[recipe.source].d_in, d_out, memory)
+            source = sources[recipe.source]
+            check_recipe(recipe, source.d_in, d_out, memory, site_widths_of(source))
             check_snapshots(recipe.settings, tokens)
             _check_folder(recipe)
         except ConfigError as error:
             raise (ConfigError(f"{name}: {error}") if len(recipes) > 1 else error) from None
 
 
-def check_recipe(recipe: Recipe, d_in: int, d_out: int | None, memory: int) -> None:
+def check_recipe(
+    recipe: Recipe, d_in: int, d_out: int | None, memory: int, site_widths: tuple[int, ...] = ()
+) -> None:  # fmt: skip
     """Check that a dictionary can be trained as its recipe says, without allocating its weights.
 
     Args:
@@ -127,6 +137,7 @@ def check_recipe(recipe: Recipe, d_in: int, d_out: int | None, memory: int) -> N
         d_in: width of its input.
         d_out: width of its target; None: it is trained to reconstruct its input.
         memory: the device's memory in bytes.
+        site_widths: widths of the sites of a crosscoder.
 
     Raises:
         ConfigError: settings contradict each other or have no effect; there is too little memory; frozen names or the
@@ -138,7 +149,7 @@ def check_recipe(recipe: Recipe, d_in: int, d_out: int | None, memory: int) -> N
     check_fit(config, settings)
     check_read(config, settings)
     with torch.device("meta"):
-        dictionary = build(config, d_in, d_out)
+        dictionary = build(config, d_in, d_out, site_widths)
     freeze_(dictionary, settings.freeze)
     check_start(recipe, dictionary)
 

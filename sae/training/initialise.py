@@ -31,7 +31,8 @@ def initialise_(
     """Random unit decoder rows, W_enc = W_decᵀ, biases 0, b_dec = the centre of the targets.
 
     Gao et al. 2024, appendix A.1. In a transcoder the random directions are the encoder's, decoder rows are the
-    `responses_` to them, and W_skip is 0.
+    `responses_` to them, and W_skip is 0. In a crosscoder whose decoder norms are kept, the directions then get the
+    sums of norms that they are kept at, and the encoder is scaled by the inverse.
 
     Args:
         sample: inputs, normalised.
@@ -48,6 +49,8 @@ def initialise_(
     dictionary.b_dec.copy_(CENTRES[centre](target))
     if dictionary.frame.d_out is None:
         dictionary.W_dec.copy_(directions)
+        if dictionary.is_crosscoder and dictionary.unit_decoder:
+            dictionary.normalise_decoder_()
     else:
         responses_(dictionary, sample, target, generator)
     if dictionary.W_skip is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,15 +13,19 @@ from torch import Tensor
 
 from sae.dictionary.base import Dictionary
 from sae.errors import TrainingError
+from sae.training.joined import JoinedSource
 from sae.training.source import BatchSource
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """x ↦ (x − mean) · scale, after which E‖x − E x‖² is the width of x."""
+    """x ↦ (x − mean) · scale, after which E‖x − E x‖² is the width of x.
+
+    A crosscoder has a scale for each number of a row, equal within a site, after which this holds for every site.
+    """
 
     mean: Float[Tensor, " d_in"]
-    scale: float
+    scale: float | Float[Tensor, " d_in"]
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         return (x - self.mean).mul_(self.scale)
@@ -27,6 +33,15 @@ class Normalisation:
     def times(self, factor: float) -> Normalisation:
         """x ↦ (x − mean) · scale · factor."""
         return Normalisation(self.mean, self.scale * factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "scale": self.scale}
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any], like: Tensor) -> Normalisation:
+        """The inverse of `state_dict`, with tensors of the type and on the device of another one."""
+        scale = state["scale"]
+        return Normalisation(state["mean"].to(like), scale.to(like) if isinstance(scale, Tensor) else scale)
 
     def inverse(self) -> Normalisation:
         """x ↦ x / scale + mean."""
@@ -45,7 +60,7 @@ def normalisations_of(
     Raises:
         TrainingError: the activations are not finite, or have no variance.
     """
-    mean, scale = source.statistics.mean.double(), _scale(source)
+    mean, scale = source.statistics.mean.double(), _scales(source, device)
     if target is None:
         return Normalisation(_on(device, mean if center else torch.zeros_like(mean)), scale), None
     target_mean = target.statistics.mean.double()
@@ -57,6 +72,14 @@ def normalised_mean(source: BatchSource, normalise: Normalisation) -> Float[Tens
     """Mean of the source's activations in units of training."""
     mean = source.statistics.mean.double().to(normalise.mean.device)
     return ((mean - normalise.mean) * normalise.scale).float()
+
+
+def _scales(source: BatchSource, device: torch.device) -> float | Float[Tensor, " d_in"]:
+    """The scale, for a crosscoder that of each site, as often as the site has numbers."""
+    if not isinstance(source, JoinedSource):
+        return _scale(source)
+    scales = torch.tensor([_scale(part) for part in source.parts], dtype=torch.float64)
+    return scales.repeat_interleave(torch.tensor(source.site_widths)).float().to(device)
 
 
 def _scale(source: BatchSource) -> float:
@@ -80,7 +103,14 @@ def fold_(dictionary: Dictionary, source: Normalisation, target: Normalisation |
     like = dictionary.b_dec
     dictionary.fold_normalisation_(
         source.mean.to(like),
-        source.scale,
+        source.scale.to(like) if isinstance(source.scale, Tensor) else source.scale,
         None if target is None else target.mean.to(like),
-        None if target is None else target.scale,
+        None if target is None or isinstance(target.scale, Tensor) else target.scale,
     )
+
+
+def recorded_scale(normalise: Normalisation, site_widths: Sequence[int]) -> float | list[float]:
+    """The scale as metadata holds it: a number, or one for each site of a crosscoder."""
+    if not isinstance(normalise.scale, Tensor):
+        return normalise.scale
+    return [float(part[0]) for part in normalise.scale.split(list(site_widths))]

@@ -13,6 +13,7 @@ from sae.dictionary.base import Dictionary
 from sae.kernels import kernels_for
 from sae.kernels.interface import AdamStep, Gradient, Moments, adam_numbers
 from sae.kernels.sparse import GradientSink
+from sae.training.decoder_rows import normalise_, tangent
 
 _EPSILON = 1e-8
 
@@ -21,7 +22,9 @@ class FeatureAdam:
     """Adam (Kingma & Ba 2015) that computes, uses and drops the gradient of each block of features in turn.
 
     Gradients in the sinks (from the sparse core) and in `.grad` (from autograd) are added. If the architecture keeps
-    decoder rows at norm 1, their gradient loses its part along the row, and they are renormalised after the step.
+    decoder rows at norm 1, their gradient loses its part along the row, and they are renormalised after the step. In a
+    crosscoder, the norms of the sites in a row add up to 1 instead (see `decoder_rows`), for which its decoder's
+    gradient is made as one matrix.
 
     Args:
         dictionary: the dictionary to train; parameters that need no gradient are left alone.
@@ -36,6 +39,8 @@ class FeatureAdam:
         encoder_sink: receives the gradient of W_enc.T from the sparse core.
         decoder_sink: receives the gradient of W_dec.
         encoder_bf16: the bfloat16 copy, or None.
+        unit_rows: whether the kernels keep decoder rows at norm 1.
+        site_widths: widths of a crosscoder's sites, if decoder rows are kept at sums of norms of 1; otherwise empty.
         lr: learning rate of the last step.
         norm: norm of the last gradient, before scaling; None without `max_norm`.
     """
@@ -52,6 +57,8 @@ class FeatureAdam:
         self.moments = [
             Moments(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in (self.encoder, self.decoder)
         ]
+        self.site_widths = dictionary.site_widths if dictionary.unit_decoder else ()
+        self.unit_rows = dictionary.unit_decoder and not self.site_widths
         matrices = {id(dictionary.W_enc), id(dictionary.W_dec)}
         rest = {name: p for name, p in dictionary.named_parameters() if p.requires_grad and id(p) not in matrices}
         groups = [{"params": [p], "factor": dictionary.rate_factors.get(name, 1.0)} for name, p in rest.items()]
@@ -94,12 +101,16 @@ class FeatureAdam:
             self.encoder_sink.take(None if encoder_grad is None else encoder_grad.T),
             self.decoder_sink.take(decoder_grad),
         )
+        if self.site_widths and dictionary.W_dec.requires_grad:
+            gradients = gradients[0], tangent(kernels, self.decoder, gradients[1], self.site_widths)
         step = replace(self._adam_step(), scale=self._clip(*gradients), numbers=self.numbers)
         if dictionary.W_enc.requires_grad:
             kernels.adam_(self.encoder, self.moments[0], gradients[0], step, self.encoder_bf16)
         if dictionary.W_dec.requires_grad:
-            decoder_step = replace(step, unit_rows=dictionary.unit_decoder)
+            decoder_step = replace(step, unit_rows=self.unit_rows)
             kernels.adam_(self.decoder, self.moments[1], gradients[1], decoder_step)
+            if self.site_widths:
+                normalise_(self.decoder, self.site_widths)
         dictionary.W_enc.grad = dictionary.W_dec.grad = None
         lr = self.lr if self.numbers is None else self.numbers[0]
         for group in self.rest.param_groups:
@@ -122,13 +133,13 @@ class FeatureAdam:
         """Scale the other gradients, and return the factor for those of the matrices. Waits for nothing."""
         if self.max_norm is None:
             return None
-        kernels, unit_rows = kernels_for(self.encoder), self.dictionary.unit_decoder
+        kernels = kernels_for(self.encoder)
         rest = [p.grad for group in self.rest.param_groups for p in group["params"] if p.grad is not None]
         squares = [gradient.square().sum() for gradient in rest]
         if self.dictionary.W_enc.requires_grad:
             squares.append(kernels.gradient_squares(self.encoder, encoder, False).sum())
         if self.dictionary.W_dec.requires_grad:
-            squares.append(kernels.gradient_squares(self.decoder, decoder, unit_rows).sum())
+            squares.append(kernels.gradient_squares(self.decoder, decoder, self.unit_rows).sum())
         self.norm = torch.stack(squares).sum().sqrt()
         scale = (self.max_norm / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)).clamp_max(1)
         for gradient in rest:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae.errors import TrainingError
 from sae.numerics.transfer import Event, Transfer
+from sae.training.joined import JoinedSource, single_sources
 from sae.training.recipe import Recipe
 from sae.training.source import BatchSource, IterableSource, StoppableSource
 
@@ -42,6 +43,8 @@ class Reader:
     while the GPU computes. Sources that give batches on the GPU, or are `StoppableSource`s because they run a model,
     are read by the calling thread when the step is due.
 
+    The parts of a `JoinedSource` are read like other sources, and joined on the device.
+
     Args:
         sources: sources by name.
         device: where batches go.
@@ -53,7 +56,12 @@ class Reader:
         self, sources: Mapping[str, BatchSource], device: torch.device,
         callers_mode: Callable[[], contextlib.AbstractContextManager[None]], ahead: bool | None = None,
     ) -> None:  # fmt: skip
-        self.sources, self.device, self.callers_mode = sources, device, callers_mode
+        self.names, self.sources = tuple(sources), single_sources(sources)
+        self.device, self.callers_mode = device, callers_mode
+        self._joins = {
+            name: [next(key for key, single in self.sources.items() if single is part) for part in source.parts]
+            for name, source in sources.items() if isinstance(source, JoinedSource)
+        }  # fmt: skip
         self._prefetches = device.type == "cuda" if ahead is None else ahead
         self._transfer = Transfer(device)
         self._count, self._last = 0, 0
@@ -63,7 +71,7 @@ class Reader:
         self._batches: Iterator[tuple[Tensor, ...]] = iter(())
         self._thread: ThreadPoolExecutor | None = None
         self._coming: Future[tuple[dict[str, _Sent], dict[str, dict[str, Any]]] | None] | None = None
-        self._buffers: dict[str, deque[tuple[Tensor, Event]]] = {name: deque() for name in sources}
+        self._buffers: dict[str, deque[tuple[Tensor, Event]]] = {name: deque() for name in self.sources}
 
     @contextlib.contextmanager
     def reading(self, steps_done: int, steps: int) -> Iterator[None]:
@@ -118,6 +126,8 @@ class Reader:
     def places_of(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
         """Places of a recipe's sources, by role: their names differ from pass to pass."""
         places = self._places or self._now()
+        for name, parts in self._joins.items():
+            places = {**places, name: {"parts": [places[part] for part in parts]}}
         return {role: places[name] for role, name in recipe.sources.items()}
 
     def _read(self) -> _Read | None:
@@ -128,7 +138,7 @@ class Reader:
             if sent is None:
                 return None
             self._prefetch()
-            return _Read({name: self._received(x) for name, x in sent[0].items()}, sent[1])
+            return _Read(self._joined({name: self._received(x) for name, x in sent[0].items()}), sent[1])
         parts = self._parts()
         if parts is None:
             return None
@@ -138,7 +148,12 @@ class Reader:
         self._prefetches = self._prefetches and self._can_be_read_in_a_thread(parts)
         if self._prefetches:
             self._prefetch()
-        return _Read(batch, places)
+        return _Read(self._joined(batch), places)
+
+    def _joined(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, "batch _"]]:
+        """The batch of every source from those that were read."""
+        joined = {name: torch.cat([batch[part] for part in parts], dim=1) for name, parts in self._joins.items()}
+        return {name: joined[name] if name in joined else batch[name] for name in self.names}
 
     def _parts(self) -> dict[str, Tensor] | None:
         """A batch of every source, as the source gives it."""

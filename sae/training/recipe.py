@@ -14,6 +14,7 @@ from sae.dictionary.base import Dictionary
 from sae.dictionary.frame import Frame
 from sae.dictionary.saved import weights_sha256
 from sae.errors import ConfigError
+from sae.training.joined import site_widths_of
 from sae.training.source import BatchSource
 from sae.training.traits import READERS
 
@@ -52,12 +53,17 @@ class Recipe:
         return {role: name for role, name in names.items() if name is not None}
 
 
-def build(config: DictionaryConfig, d_in: int, d_out: int | None = None) -> Dictionary:
-    """An untrained dictionary: a transcoder if `d_out` is given, the width of its target."""
+def build(
+    config: DictionaryConfig, d_in: int, d_out: int | None = None, site_widths: tuple[int, ...] = ()
+) -> Dictionary:
+    """An untrained dictionary: a transcoder if `d_out`, the width of its target, is given; a crosscoder if the widths
+    of its sites are."""
     cls = ARCHITECTURES[config.architecture]
     dictionary = cls(d_in, config.d_sae, **{name: getattr(config, name) for name in cls.setting_names})
     if d_out is not None:
         dictionary.set_frame(Frame(skip=config.skip, d_out=d_out))
+    elif site_widths:
+        dictionary.set_frame(Frame(site_widths=site_widths))
     return dictionary
 
 
@@ -94,8 +100,10 @@ def is_same_setting(settings: Mapping[str, Any], key: str, value: object) -> boo
 def identity_of(recipe: Recipe, source: BatchSource, target: BatchSource | None) -> dict[str, Any]:
     """Settings and data that must not change between a checkpoint and its resumption."""
     target_identity = None if target is None else {"d_in": target.d_in, "square": target.statistics.mean_squared_norm}
+    widths = site_widths_of(source)
     return {
         "d_in": source.d_in,
+        **({"site_widths": list(widths)} if widths else {}),
         **chosen_settings(recipe.dictionary, recipe.settings),
         "batch_size": source.batch_size,
         "seed": recipe.seed,
@@ -162,6 +170,11 @@ def check_start(recipe: Recipe, dictionary: Dictionary) -> None:
         raise ConfigError(
             f"the dictionary to start from has {old}, the new one {new}: choose another train.start_from, or set "
             f"{other}"
+        )
+    if start.site_widths and start.site_widths != dictionary.site_widths:
+        raise ConfigError(
+            f"the dictionary to start from is a crosscoder of sites with {list(start.site_widths)} numbers, the new "
+            f"one has {list(dictionary.site_widths) or 'one site'}: choose another train.start_from"
         )
 
 

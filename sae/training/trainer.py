@@ -23,7 +23,8 @@ from sae.numerics.seeding import torch_generator
 from sae.training.checkpoint import STATE_VERSION
 from sae.training.firing import FiringRecord, default_dead_after
 from sae.training.initialise import gain, in_frame, initialise_, take_over_
-from sae.training.normalisation import Normalisation, fold_, normalisations_of, normalised_mean
+from sae.training.joined import site_widths_of
+from sae.training.normalisation import Normalisation, fold_, normalisations_of, normalised_mean, recorded_scale
 from sae.training.objectives import OBJECTIVES, Losses, StepInputs
 from sae.training.optimizer import FeatureAdam
 from sae.training.outliers import Outliers
@@ -75,7 +76,7 @@ class Trainer:
         self.is_replayable = is_replayable(device, max(d_in, d_out or d_in))
         self.identity = identity_of(recipe, input_source, target_source)
         self.generator = torch_generator(f"initial weights: {recipe.purpose}", recipe.seed)
-        self.dictionary = build(config, d_in, d_out).to(device)
+        self.dictionary = build(config, d_in, d_out, site_widths_of(input_source)).to(device)
         freeze_(self.dictionary, settings.freeze)
         self.rate = settings.lr or default_learning_rate(config.d_sae, steps)
         dead_after = settings.dead_after_tokens or default_dead_after(config.d_sae, config.k, steps * self.batch_size)
@@ -193,7 +194,7 @@ class Trainer:
             "trained": {
                 "tokens": self.step_number * self.batch_size,
                 "steps": self.step_number,
-                "normalisation_scale": self.normalisation.scale,
+                "normalisation_scale": recorded_scale(self.normalisation, dictionary.site_widths),
                 "dead": int(self.firing.dead.sum()),
                 "left_out": int(self.outliers.left_out),
                 "dead_after_tokens": self.firing.dead_after,
@@ -230,8 +231,7 @@ class Trainer:
             "sparsity_warmup": self.sparsity_warmup,
             "steered": None if self.steered is None else self.steered.state_dict(),
             "normalisations": [
-                None if part is None else {"mean": part.mean, "scale": part.scale}
-                for part in (self.normalisation, self.target_normalisation)
+                None if part is None else part.state_dict() for part in (self.normalisation, self.target_normalisation)
             ],
             "outliers": self.outliers.state_dict(),
             "generator": self.generator.get_state(),
@@ -264,9 +264,9 @@ class Trainer:
             self.outliers.load_state_dict(state["outliers"])
         saved, saved_target = state["normalisations"]
         like = self.normalisation.mean
-        self.normalisation = Normalisation(saved["mean"].to(like), saved["scale"])
+        self.normalisation = Normalisation.from_state(saved, like)
         if saved_target is not None:
-            self.target_normalisation = Normalisation(saved_target["mean"].to(like), saved_target["scale"])
+            self.target_normalisation = Normalisation.from_state(saved_target, like)
         self.generator.set_state(state["generator"])
 
     def check_identity(self, identity: dict[str, Any], label: str) -> None:

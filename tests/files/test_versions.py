@@ -40,6 +40,7 @@ EXAMPLES: dict[tuple[str, int], Path] = {
     ("sae-activations", 1): WITHOUT_HASHES / "activations" / "manifest.json",
     ("sae-dictionary", 1): FOLDER / "dictionary" / "config.json",
     ("sae-dictionary", 2): HERE / "51dc42b" / "dictionary-skip" / "config.json",
+    ("sae-dictionary", 3): HERE / "078db8e" / "dictionary-transcoder" / "config.json",
     ("sae-comparison", 1): HERE / "92e28cd" / "compare.json",
     ("sae-evaluation", 1): HERE / "ae07927" / "eval.json",
     ("sae-probes", 1): HERE / "48b17f8" / "probe.json",
@@ -127,6 +128,17 @@ def test_a_recorded_d_out_of_equal_width_means_nothing_before_version_3(tmp_path
     assert sae.load(folder).frame == Frame(skip=True)
     with_version(folder / "config.json", format_version=3)
     assert sae.load(folder).frame == Frame(skip=True, d_out=6)
+
+
+def test_a_dictionary_of_version_3_is_a_transcoder_between_equal_widths() -> None:
+    """Whose features do not depend on its b_dec."""
+    folder = HERE / "078db8e" / "dictionary-transcoder"
+    dictionary, parts = sae.load(folder), load_file(folder / "weights.safetensors")
+    assert dictionary.frame == Frame(d_out=6) and not dictionary.is_crosscoder
+    x = torch.linspace(-2, 2, 12).view(2, 6)
+    pre = x @ parts["W_enc"] + parts["b_enc"]
+    expected = pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(3, dim=1).indices, 1.0)
+    torch.testing.assert_close(dictionary.encode(x), expected)
 
 
 def place(example: str, run: Path) -> Path:

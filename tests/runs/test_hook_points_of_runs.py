@@ -226,10 +226,6 @@ def test_names_are_asked_for_only_if_they_are_needed() -> None:
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "nothing matches": (["harvest.hooks=blocks.9.*"], "harvest.hooks: no hook point matches 'blocks.9.*'; 'sae hooks"),
-    "a crosscoder": (
-        [f"harvest.hooks=[{NAMES[0]}, {NAMES[2]}]", f"dictionary.reads=[{NAMES[0]}, {NAMES[2]}]"],
-        "dictionary.reads names 2 hook points, .*crosscoder.* sweep.dictionary.reads trains one dictionary for each",
-    ),
     "a pattern of several": (
         ["harvest.hooks=blocks.*.hook_resid_pre", "dictionary.gives=blocks.*.hook_resid_pre"],
         "dictionary.gives names 3 hook points",

@@ -23,6 +23,7 @@ class DenseReference:
     """Dense autograd and plain PyTorch, for all architectures; dead features are revived.
 
     With a target it is that of a transcoder, from whose input nothing is subtracted, and whose target loses x W_skip.
+    In a crosscoder, sums of the norms of all sites take the place of norms.
     """
 
     def __init__(self, architecture: str, dictionary: Dictionary, settings: TrainConfig) -> None:
@@ -64,7 +65,8 @@ class DenseReference:
         loss.backward()
         with torch.no_grad():
             if d.unit_decoder:
-                d.W_dec.grad -= (d.W_dec.grad * d.W_dec).sum(1, keepdim=True) * d.W_dec
+                normal = self.normal()
+                d.W_dec.grad -= (d.W_dec.grad * normal).sum(1, keepdim=True) * normal
             if self.settings.max_gradient_norm is not None:
                 trained = [p.grad for group in self.adam.param_groups for p in group["params"]]
                 self.norms.append(float(torch.cat([gradient.flatten() for gradient in trained]).norm()))
@@ -74,11 +76,25 @@ class DenseReference:
                 group["lr"] = factor * rate
             self.adam.step()
             if d.unit_decoder:
-                d.W_dec /= d.W_dec.norm(dim=1, keepdim=True)
+                d.W_dec /= self.row_norms()[:, None]
             if self.architecture == "jumprelu":
                 d.get_parameter("threshold").clamp_(min=0)
             self.silent = (self.silent + len(x)).masked_fill((features > 0).any(0), 0)
         return float(mse.detach())
+
+    def row_norms(self) -> Tensor:
+        """Norms of the decoder's rows."""
+        sites = self.dictionary.site_widths or (self.dictionary.d_out,)
+        return torch.stack([part.norm(dim=1) for part in self.dictionary.W_dec.split(sites, dim=1)]).sum(0)
+
+    def normal(self) -> Tensor:
+        """The unit direction in which the norm of each row grows fastest: of one site, the row itself."""
+        sites = self.dictionary.site_widths
+        if not sites:
+            return self.dictionary.W_dec
+        parts = [part / part.norm(dim=1, keepdim=True) for part in self.dictionary.W_dec.split(sites, dim=1)]
+        normal = torch.cat(parts, dim=1).nan_to_num(0.0)
+        return normal / normal.norm(dim=1, keepdim=True)
 
     def losses(self, inputs: Tensor, y: Tensor, pre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is minimised but for AuxK, the error, the features, and what is left of y."""
@@ -101,7 +117,7 @@ class DenseReference:
         error = y - features @ d.W_dec - d.b_dec
         mse = error.square().sum(1).mean()
         if self.architecture == "relu":
-            return mse + settings.l1_coefficient * (features @ d.W_dec.norm(dim=1)).mean(), mse, features, error
+            return mse + settings.l1_coefficient * (features @ self.row_norms()).mean(), mse, features, error
         if self.architecture == "matryoshka":
             of_prefixes = [(y - features[:, :m] @ d.W_dec[:m] - d.b_dec).square().sum(1).mean() for m in d.prefix_sizes]
             return torch.stack(of_prefixes).mean(), mse, features, error

@@ -36,9 +36,11 @@ def relu_loss(
 ) -> Losses:
     """‖y − ŷ‖² + λ Σ_j f_j ‖W_dec,j‖, with every positive pre-activation firing.
 
-    Bricken et al. 2023; with decoder norms in the penalty, Anthropic, April 2024 update.
+    Bricken et al. 2023; with decoder norms in the penalty, Anthropic, April 2024 update. In a crosscoder, norms are
+    summed over its sites, λ Σ_j f_j Σ_s ‖W_dec,s,j‖: Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features
+    and Model Diffing".
     """
-    norms = dictionary.W_dec.norm(dim=-1)
+    norms = dictionary.decoder_norms()
     if context.density > DENSE_ABOVE:
         features = pre_activations_densely(dictionary, x).relu()
         mse, firings = mean_squared_error(target, reconstruct_densely(dictionary, features)), firing_densely(features)
