@@ -31,8 +31,8 @@ def convert(sources: tuple[Path, ...], target: Path, to: str) -> None:
     conversion = convert_files(sources, target, to)
     console = output()
     number = f"{conversion.dictionaries} transcoders of " if conversion.dictionaries > 1 else ""
-    console.print(f"{number}{conversion.source} → {conversion.target}, in {str(target)!r}")
+    console.print(f"{number}{conversion.source} → {to}, in {str(target)!r}")
     for part in conversion.folded:
         console.print(f"  folded into the weights: {part}")
     for part in conversion.lost:
-        console.print(f"  not in {conversion.target}'s files: {part}")
+        console.print(f"  not in {to}'s files: {part}")

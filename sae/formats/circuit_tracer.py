@@ -41,6 +41,11 @@ def find(path: Path) -> Path | None:
     return path if _FILE.fullmatch(path.name) and path.is_file() else None
 
 
+def layers_in(folder: Path) -> list[str]:
+    """Names of the files of a set; empty if the folder holds none."""
+    return sorted(entry.name for entry in folder.iterdir() if find(entry))
+
+
 def read(path: Path) -> Foreign:
     """Read the transcoder of a layer.
 
