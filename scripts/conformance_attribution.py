@@ -1,4 +1,4 @@
-"""Whether circuit-tracer makes attribution graphs of transcoders that this toolkit wrote: part of conformance_formats.py.
+"""Whether circuit-tracer makes attribution graphs of transcoders in our files: part of conformance_formats.py.
 
 Sets of three layers are written, of each architecture, of several, with skip connections in all layers or in one. In
 circuit-tracer, in a model of GPT-2's shape with random weights, they must give the same features and reconstructions on

@@ -1,9 +1,9 @@
-"""Attribution graphs of circuit-tracer with transcoders that this toolkit wrote, for scripts/conformance_attribution.py.
+"""Attribution graphs of circuit-tracer with transcoders that we wrote, for scripts/conformance_attribution.py.
 
     PYTHON conformance_attribution_peer.py FOLDER
 
-PYTHON is that of an environment with circuit-tracer (decoderesearch/circuit-tracer) and without this toolkit. In FOLDER,
-each `*/*/set` is loaded by circuit-tracer's own loader and put into a small random model of GPT-2's shape, of which
+PYTHON is that of an environment with circuit-tracer (decoderesearch/circuit-tracer) and without this toolkit. Each
+`*/*/set` in FOLDER is loaded by circuit-tracer's own loader and put into a random model of GPT-2's shape, of which
 `attribute` makes a graph; `graph.pt` next to the set gets what it says.
 """
 
@@ -56,8 +56,9 @@ def model_with(transcoders: Any, dtype: torch.dtype) -> Any:
     from transformer_lens import HookedTransformerConfig  # pyright: ignore[reportMissingImports]
 
     config = HookedTransformerConfig(
-        n_layers=LAYERS, d_model=D_MODEL, n_ctx=16, d_head=4, n_heads=3, d_mlp=24, d_vocab=VOCABULARY, act_fn="gelu_new",
-        normalization_type="LN", positional_embedding_type="standard", model_name="gpt2", dtype=dtype, device="cpu",
+        n_layers=LAYERS, d_model=D_MODEL, n_ctx=16, d_head=4, n_heads=3, d_mlp=24, d_vocab=VOCABULARY,
+        act_fn="gelu_new", normalization_type="LN", positional_embedding_type="standard", model_name="gpt2",
+        dtype=dtype, device="cpu",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         model: Any = ReplacementModel.from_config(config, transcoders, tokenizer=tokenizer(folder))

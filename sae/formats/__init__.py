@@ -147,7 +147,7 @@ def _converted(
                 foreign = module.read(found) if source is None else _with_origin(module.read(found), source)
                 return dictionary_of(foreign, f"dictionary {str(found)!r}", dtype)
     own = resolve(place, "dictionary", CONFIG_FILE)
-    if (own is None or not (own / WEIGHTS_FILE).exists()) and (inside := _dictionaries_in(place)):
+    if (own is None or not (own / WEIGHTS_FILE).exists()) and (inside := _dictionaries_in(place, ours=own is None)):
         names = ", ".join(inside[:4]) + (", …" if len(inside) > 4 else "")
         raise FormatError(f"{str(path)!r}: holds {len(inside)} dictionaries, give one of them: {names}")
     if own is None and not os.path.lexists(place):
@@ -273,8 +273,8 @@ def convert(source: str | Path | Sequence[str | Path], target: str | Path, to: s
     sources = [source] if isinstance(source, str | Path) else list(source)
     if len(sources) != 1 and to not in SET_WRITERS:
         raise ConfigError(
-            f"{len(sources)} dictionaries: only {', '.join(SET_WRITERS)} holds several; give one, and convert each into "
-            "a folder of its own"
+            f"{len(sources)} dictionaries: only {', '.join(SET_WRITERS)} holds several; convert each into a folder of "
+            "its own"
         )
     folder = expanded(target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

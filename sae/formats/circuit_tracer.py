@@ -123,6 +123,7 @@ def write_set(
     members = [_member(name, outline) for name, outline in outlines.items()]
     layers = _by_layer(members)
     _check_alike(members)
+    _check_complete(members)
     skip = any(member.outline.frame.skip for member in members)
     for layer, name in layers.items():
         with torch.no_grad():
@@ -191,7 +192,7 @@ def _by_layer(members: Sequence[_Member]) -> dict[int, str]:
     """Names by layer, in order.
 
     Raises:
-        FormatError: there is not one for each layer.
+        FormatError: two are of one layer.
     """
     layers: dict[int, str] = {}
     for member in members:
@@ -200,14 +201,21 @@ def _by_layer(members: Sequence[_Member]) -> dict[int, str]:
                 f"{layers[member.layer]} and {member.name} are both of layer {member.layer}: name one for each layer"
             )
         layers[member.layer] = member.name
+    return dict(sorted(layers.items()))
+
+
+def _check_complete(members: Sequence[_Member]) -> None:
+    """Check that there is a transcoder for each layer of the model, or up to the last one if it is unknown how many.
+
+    Raises:
+        FormatError: a layer has none.
+    """
+    layers = {member.layer for member in members}
     n_layers = next((n for member in members if type(n := member.model.get("n_layers")) is int), max(layers) + 1)
     missing = [str(layer) for layer in range(n_layers) if layer not in layers]
     if missing:
-        raise FormatError(
-            f"no transcoder of layer {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}: {TITLE} needs one for "
-            f"each of the {n_layers} layers"
-        )
-    return dict(sorted(layers.items()))
+        named = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
+        raise FormatError(f"no transcoder of layer {named}: {TITLE} needs one for each of layers 0 to {n_layers - 1}")
 
 
 def _check_alike(members: Sequence[_Member]) -> None:
@@ -216,8 +224,9 @@ def _check_alike(members: Sequence[_Member]) -> None:
     Raises:
         FormatError: two differ in it.
     """
+    hashed = all(member.model.get("weights_sha256") for member in members)
     facts: dict[str, Callable[[_Member], Any]] = {
-        "model": lambda member: member.model.get("name"),
+        "model": lambda member: None if hashed else member.model.get("name"),  # names of one model may differ
         "weights_sha256 of the model": lambda member: member.model.get("weights_sha256"),
         "weight_processing of the model": lambda member: member.model.get("weight_processing"),
         "hook point that is read": lambda member: _INPUTS[member.kind],

@@ -57,7 +57,7 @@ def open_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     if layers := circuit_tracer.layers_in(path):
         raise ConfigError(
-            f"{str(folder)!r}: a set of {len(layers)} transcoders of {circuit_tracer.TITLE}, not a run; give one of them, "
+            f"{str(folder)!r}: not a run, but a set of {len(layers)} transcoders of {circuit_tracer.TITLE}; give one, "
             f"such as {str(Path(folder) / layers[0])!r}, with --model and --data"
         )
     check(path / CONFIG_YAML)
