@@ -53,13 +53,14 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
 def model_with(transcoders: Any, dtype: torch.dtype) -> Any:
     """A random model with biases everywhere, and the transcoders."""
     from circuit_tracer import ReplacementModel  # pyright: ignore[reportMissingImports]
-    from transformer_lens import HookedTransformerConfig  # pyright: ignore[reportMissingImports]
+    from transformer_lens import HookedTransformerConfig
 
-    config = HookedTransformerConfig(
-        n_layers=LAYERS, d_model=D_MODEL, n_ctx=16, d_head=4, n_heads=3, d_mlp=24, d_vocab=VOCABULARY,
-        act_fn="gelu_new", normalization_type="LN", positional_embedding_type="standard", model_name="gpt2",
-        dtype=dtype, device="cpu",
-    )  # fmt: skip
+    settings: Any = HookedTransformerConfig  # another class in newer versions
+    config = settings.from_dict({
+        "n_layers": LAYERS, "d_model": D_MODEL, "n_ctx": 16, "d_head": 4, "n_heads": 3, "d_mlp": 24,
+        "d_vocab": VOCABULARY, "act_fn": "gelu_new", "normalization_type": "LN", "model_name": "gpt2", "dtype": dtype,
+        "positional_embedding_type": "standard", "device": "cpu",
+    })  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         model: Any = ReplacementModel.from_config(config, transcoders, tokenizer=tokenizer(folder))
     generator = torch.Generator().manual_seed(0)
