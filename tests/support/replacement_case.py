@@ -153,9 +153,8 @@ class Plain:
 
 
 def by_formula(x: Tensor, d: Mapping[str, Tensor], k: int | None) -> Tensor:
-    """Frame's formula, in float64: f W_dec + b_dec + x W_skip."""
-    same_width = len(d["b_dec"]) == x.shape[-1]
-    f = ((x - d["b_dec"] if same_width else x) @ d["W_enc"] + d["b_enc"]).relu()
+    """A transcoder's formula, in float64: f W_dec + b_dec + x W_skip. Nothing is subtracted from x."""
+    f = (x @ d["W_enc"] + d["b_enc"]).relu()
     if k is not None:
         f = torch.where(f >= f.sort(-1).values[..., -k, None], f, 0)
     return f @ d["W_dec"] + d["b_dec"] + (x @ d["W_skip"] if "W_skip" in d else 0)
