@@ -7,7 +7,8 @@ runs/conformance/environments, and needs a package index. Each package saves ran
 architectures with its own code, in float64 and float32, with decoder rows of norm 1 and of other norms. They are read
 here and written back, and dictionaries of our own architectures are written too. The package then loads what we wrote
 with its own code. circuit-tracer and OpenAI's sparse_autoencoder are on no package index: those that the environment of
-the Python at PATH has are compared too.
+the Python at PATH has are compared too, and circuit-tracer makes attribution graphs with our transcoders
+(conformance_attribution.py).
 
 Compared are reconstructions and what each feature contributes to them (activation × norm of the decoder row), by the
 largest distance in a row relative to the norm of its reconstruction: at most 1e-9 in float64 and 1e-5 in float32. The
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conformance_attribution import set_rows
 from torch import Tensor
 
 import sae
@@ -317,6 +319,9 @@ def main() -> None:
             parser.error(f"{package}: give an environment that has {MODULES[package]} with --python")
         with tempfile.TemporaryDirectory() as work:
             rows += check(package, interpreter, Path(work))
+        if package == "circuit_tracer":
+            with tempfile.TemporaryDirectory() as work:
+                rows += set_rows(interpreter, Path(work))
     failures = sum(bool(row.failures) for row in rows)
     print(f"{', '.join(versions)}\n\n{table(rows)}\n\n{len(rows) - failures} of {len(rows)} passed")
     sys.exit(1 if failures else 0)

@@ -37,6 +37,8 @@ WRITTEN = {
     "docs/guides/convert.md": {"exported": 1024, "exported-again": 1024, "imported": 1024},
 }
 """Dictionaries that the snippets of a page leave behind, and their widths."""
+OTHER_PACKAGES = ("# SAELens", "# circuit-tracer")
+"""How blocks of Python begin that need a package that is not installed here."""
 OWN_TEST = {"docs/representations.md", "docs/guides/hub.md"}
 """Pages whose snippets other tests run: with their outputs, or with a hub."""
 NOT_RUN = {
@@ -120,7 +122,7 @@ def test_snippets_run(page: str, workplace: Path, tmp_path: Path, monkeypatch: p
                     printed += done.stdout
         elif language == "text" and page in WITH_OUTPUT:
             assert {line.rstrip() for line in text.splitlines()} <= {line.rstrip() for line in printed.splitlines()}
-        elif language == "python" and not text.startswith("# SAELens"):
+        elif language == "python" and not text.startswith(OTHER_PACKAGES):
             with torch.random.fork_rng():
                 exec(compile(text, f"{page}: {text.splitlines()[0]}", "exec"), names)
         elif language == "yaml":

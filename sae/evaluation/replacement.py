@@ -273,8 +273,9 @@ def replacement_cost(modules: Sequence[Dictionary], cache: ActivationCache, sett
     kinds = [len(KINDS) - (dictionary.W_skip is None) for dictionary in modules]
     alone = sum(kinds) + len(modules) if len(modules) > 1 else 0
     passes = (2 + min(kinds) + alone) * tokens + fitted
+    number = "1 module" if len(modules) == 1 else f"{len(modules)} modules"
     return (
-        f"replacement of {len(modules)} modules: {tokens:,} held-out tokens for losses, {fitted:,} training tokens for "
+        f"replacement of {number}: {tokens:,} held-out tokens for losses, {fitted:,} training tokens for "
         f"affine maps: language-model passes over at most {passes:,} tokens"
     )
 

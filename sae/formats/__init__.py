@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from sae import architectures
 from sae.dictionary.base import CONFIG_FILE, WEIGHTS_FILE, Dictionary
 from sae.errors import ConfigError, FormatError
+from sae.files.folders import complete_folder
 from sae.files.paths import expanded, resolve
 from sae.formats import (
     circuit_tracer,
@@ -36,7 +37,8 @@ _NUMBERS = re.compile(r"(\d+)")
 
 
 class Format(Protocol):
-    """A module of this package: a format that is read, and perhaps written by a function `write`."""
+    """A module of this package: a format that is read, and perhaps written by `write`, or by `write_set` if its files
+    hold several dictionaries."""
 
     NAME: str
     TITLE: str
@@ -60,6 +62,11 @@ WRITERS: dict[str, Callable[[Dictionary, Path], list[str]]] = {
     if hasattr(module, "write")
 }
 """Those that can be written."""
+SET_WRITERS: dict[str, Callable[[Mapping[str, Dictionary], Callable[[str], Dictionary], Path], list[str]]] = {
+    circuit_tracer.NAME: circuit_tracer.write_set
+}
+"""Those that hold several dictionaries: outlines by name, and a function that loads one of them, are written to a
+folder."""
 
 
 @torch.inference_mode(False)
@@ -140,7 +147,7 @@ def _converted(
                 foreign = module.read(found) if source is None else _with_origin(module.read(found), source)
                 return dictionary_of(foreign, f"dictionary {str(found)!r}", dtype)
     own = resolve(place, "dictionary", CONFIG_FILE)
-    if (own is None or not (own / WEIGHTS_FILE).exists()) and (inside := _dictionaries_in(place)):
+    if (own is None or not (own / WEIGHTS_FILE).exists()) and (inside := _dictionaries_in(place, ours=own is None)):
         names = ", ".join(inside[:4]) + (", …" if len(inside) > 4 else "")
         raise FormatError(f"{str(path)!r}: holds {len(inside)} dictionaries, give one of them: {names}")
     if own is None and not os.path.lexists(place):
@@ -201,10 +208,18 @@ def _dictionaries_in(folder: Path, *, ours: bool = False) -> list[str]:
     found = [
         entry.name
         for entry in entries
-        if any(_found(module.find, entry) for module in FORMATS.values())
+        if any(_found(module.find, entry) not in (None, folder) for module in FORMATS.values())
         or (ours and entry.is_dir() and _found(_own_weights, entry))
     ]
     return sorted(found, key=_by_numbers)
+
+
+def places_of(place: str | Path) -> list[str | Path]:
+    """The place itself if it is a dictionary's, else those of the dictionaries in it."""
+    folder = located(place)
+    if resolve(folder, "dictionary", CONFIG_FILE) is not None:
+        return [place]
+    return [folder / name for name in dictionaries_in(folder)] or [place]
 
 
 def _by_numbers(name: str) -> list[tuple[str, int]]:
@@ -221,49 +236,88 @@ def _own_weights(entry: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a dictionary in another format.
+    """What became of a dictionary in another format, or of several.
 
     Attributes:
-        source: the format it was read from.
+        source: the format it was read from; several are joined.
         target: the format it was written to.
         folded: what was folded into its weights when it was read.
         lost: what the written format cannot hold.
+        dictionaries: number of dictionaries.
     """
 
     source: str
     target: str
     folded: tuple[str, ...]
     lost: tuple[str, ...]
+    dictionaries: int = 1
 
 
-def convert(source: str | Path, target: str | Path, to: str) -> Conversion:
+def convert(source: str | Path | Sequence[str | Path], target: str | Path, to: str) -> Conversion:
     """Read a dictionary of any format, and write it to a folder in another.
 
     Args:
-        source: what `load` takes.
+        source: what `load` takes. For `circuit_tracer`, which holds a transcoder for each layer, also several of these,
+            or folders of several, such as a sweep.
         target: the folder; it must be new or empty.
-        to: `sae` for our own format, or a key of `WRITERS`.
+        to: `sae` for our own format, or a key of `WRITERS` or `SET_WRITERS`.
 
     Raises:
-        ConfigError: there is no such format to write, or the folder has files.
-        FormatError: the dictionary cannot be read, or the format cannot hold it.
+        ConfigError: there is no such format to write, it does not hold several, or the folder has files.
+        FormatError: a dictionary cannot be read, or the format cannot hold it.
         CacheError: the folder cannot be written.
     """
-    if to != OWN and to not in WRITERS:
-        raise ConfigError(f"format {to!r}: written are {', '.join((OWN, *WRITERS))}")
+    to = to.replace("-", "_")
+    if to not in (OWN, *WRITERS, *SET_WRITERS):
+        raise ConfigError(f"format {to!r}: written are {', '.join((OWN, *WRITERS, *SET_WRITERS))}")
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if len(sources) != 1 and to not in SET_WRITERS:
+        raise ConfigError(
+            f"{len(sources)} dictionaries: only {', '.join(SET_WRITERS)} holds several; convert each into a folder of "
+            "its own"
+        )
     folder = expanded(target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{str(target)!r}: already there; give a new folder")
-    dictionary = load(source)
-    other = other_format(dictionary)
-    folded = () if other is None else dictionary.metadata[CONVERTED].get("folded", ())
+    if to in SET_WRITERS:
+        return _convert_set(sources, folder, to)
+    dictionary = load(sources[0])
     lost: list[str] = []
     if to == OWN:
         dictionary.save(folder)
     else:
         with defaults(), torch.no_grad():
             lost = WRITERS[to](dictionary, folder)
-    return Conversion(other or OWN, to, tuple(folded), tuple(lost))
+    return Conversion(other_format(dictionary) or OWN, to, _folded(dictionary), tuple(lost))
 
 
-__all__ = ["FORMATS", "WRITERS", "Conversion", "Format", "convert", "dictionaries_in", "load", "load_all", "outline"]
+def _convert_set(sources: Sequence[str | Path], folder: Path, to: str) -> Conversion:
+    """The same for a format that holds several dictionaries."""
+    places = {repr(str(place)): place for source in sources for place in places_of(source)}
+    outlines = {name: outline(place) for name, place in places.items()}
+    folded: dict[str, list[str]] = {}
+
+    def loaded(name: str) -> Dictionary:
+        dictionary = load(places[name])
+        for part in _folded(dictionary):
+            folded.setdefault(part, []).append(name)
+        return dictionary
+
+    with defaults(), complete_folder(folder) as unfinished:
+        lost = SET_WRITERS[to](outlines, loaded, unfinished)
+    said = tuple(
+        part if len(names) == len(places) else f"{part} ({', '.join(names)})" for part, names in folded.items()
+    )
+    formats = dict.fromkeys(other_format(outline) or OWN for outline in outlines.values())
+    return Conversion(", ".join(formats), to, said, tuple(lost), len(places))
+
+
+def _folded(dictionary: Dictionary) -> tuple[str, ...]:
+    """What was folded into the weights of a dictionary of another toolkit."""
+    return () if other_format(dictionary) is None else tuple(dictionary.metadata[CONVERTED].get("folded", ()))
+
+
+__all__ = [
+    "FORMATS", "SET_WRITERS", "WRITERS", "Conversion", "Format", "convert", "dictionaries_in", "load", "load_all",
+    "outline", "places_of",
+]  # fmt: skip

@@ -29,6 +29,7 @@ from sae.files.paths import expanded
 from sae.files.printable import printable
 from sae.files.reading import as_object, read_object
 from sae.files.writing import stands, write_bytes
+from sae.formats import circuit_tracer
 from sae.training.recipe import chosen_settings, is_same_setting, setting_of
 
 DICTIONARY = "dictionary"
@@ -53,6 +54,11 @@ def open_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(
             f"run {str(folder)!r}: no {CONFIG_YAML} there; make a run with 'sae run CONFIG out={folder}', or for a "
             "dictionary of any toolkit give its language model and texts with --model and --data"
+        )
+    if layers := circuit_tracer.layers_in(path):
+        raise ConfigError(
+            f"{str(folder)!r}: not a run, but a set of {len(layers)} transcoders of {circuit_tracer.TITLE}; give one, "
+            f"such as {str(Path(folder) / layers[0])!r}, with --model and --data"
         )
     check(path / CONFIG_YAML)
     if (path / CONFIG_YAML).stat().st_size == 0:

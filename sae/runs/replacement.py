@@ -13,8 +13,7 @@ from sae.evaluation import ReplacementReport, measure_replacement, read_replacem
 from sae.evaluation.replacement import replacement_cost, replacement_key
 from sae.files.paths import expanded, resolve
 from sae.files.writing import locked, stands
-from sae.formats import dictionaries_in, load
-from sae.hub import located
+from sae.formats import load, places_of
 from sae.runs.comparison import READ, named_places, unfinished_folder
 from sae.runs.folder import DICTIONARY
 from sae.runs.opening import open_run
@@ -52,7 +51,7 @@ def replace(
     """
     places = [places] if isinstance(places, str | Path) else list(places)
     texts, report = ([data] if isinstance(data, str | Path) else list(data)), progress or silent
-    folders = [folder for place in places for folder in _folders(place)]
+    folders = [folder for place in places for folder in places_of(place)]
     if not folders:
         raise ConfigError("there is no transcoder to replace a module with: name a run, or a folder of several")
     named, out = named_places(folders), out_folder(places, out)
@@ -95,14 +94,6 @@ def out_folder(places: Sequence[str | Path], out: str | Path | None) -> Path | N
     [place, *others] = map(expanded, places)
     is_ours = stands(place / SWEEP.index) or resolve(place, DICTIONARY, CONFIG_FILE) is not None
     return place if not others and is_ours and stands(place / CONFIG_YAML) else None
-
-
-def _folders(place: str | Path) -> list[str | Path]:
-    """The place itself if it is a dictionary's, else the dictionaries in it."""
-    folder = located(place)
-    if resolve(folder, DICTIONARY, CONFIG_FILE) is not None:
-        return [place]
-    return [folder / name for name in dictionaries_in(folder)] or [place]
 
 
 def _run(folders: Sequence[Path], on: str | Path | None, overrides: tuple[str, ...], progress: Progress) -> Run:

@@ -25,6 +25,7 @@ from sae.files.damage import PARTS, SUMS, damaged
 from sae.files.hashes import UnhashedWarning, check
 from sae.files.paths import expanded
 from sae.files.sums import is_users, read_sums, record
+from sae.formats import circuit_tracer
 from sae.runs.folder import check_run
 from sae.training.sinks import METRICS_FILE
 
@@ -238,6 +239,8 @@ def _contradictions(folder: Path, names: list[str]) -> Iterator[str]:
         ({JSON_FILE, DOCUMENTS_FILE}, check_documents),
         ({CONFIG_YAML}, check_run),
     ]
+    if circuit_tracer.layers_in(folder):
+        readers.pop()  # a set of transcoders, whose settings have the name of a run's
     for files, read in readers:
         if files <= set(names):
             try:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,8 +12,9 @@ from torch import Tensor
 
 from sae.dictionary.base import Dictionary
 from sae.dictionary.saved import weights_sha256
-from sae.errors import CacheError, ConfigError, UnknownFeatureError
+from sae.errors import ConfigError, UnknownFeatureError
 from sae.features.store import Features
+from sae.files.folders import complete_folder
 from sae.files.paths import expanded
 from sae.files.printable import printable
 from sae.viewer import neuronpedia, saedashboard
@@ -117,7 +115,7 @@ def export_features(
         output_hook=output_hook, model_facts=model_facts, dataset=dataset,
     )  # fmt: skip
     viewer = VIEWERS[to]
-    with _complete(target) as unfinished:
+    with complete_folder(target) as unfinished:
         missing = viewer.write(unfinished, dashboard, chosen, names)
         files = tuple(sorted(path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()))
     return Export(
@@ -143,26 +141,3 @@ def _dataset(data: Mapping[str, Any] | None) -> str:
     source = (data or {}).get("source")
     names = source if isinstance(source, list | tuple) else [source]
     return printable(", ".join(name for name in names if isinstance(name, str)))
-
-
-@contextlib.contextmanager
-def _complete(target: Path) -> Iterator[Path]:
-    """A folder next to the target that takes its place at the end, or is deleted if that is not reached.
-
-    Raises:
-        CacheError: it cannot be made.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
-        try:
-            inner = unfinished / "files"
-            inner.mkdir()  # with the usual permissions, which a temporary folder has not
-            yield inner
-            inner.replace(target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise CacheError(
-            f"cannot write {str(target)!r}: {error.strerror or error}; choose another folder or change its permissions"
-        ) from error

@@ -131,7 +131,9 @@ def test_the_table_fits_and_cuts_no_number(
 def test_a_folder_without_a_dictionary_is_one_line(command: Command, tmp_path: Path) -> None:
     sae.TopK(8, 16, k=2).save(tmp_path / "there")
     missing = "no config.json there; give a dictionary folder or a run folder"
-    assert_refused(command("info", tmp_path), f"dictionary {str(tmp_path)!r}: {missing}")
+    assert_refused(command("info", tmp_path), f"{str(tmp_path)!r}: holds 1 dictionaries, give one of them: there")
+    (tmp_path / "empty").mkdir()
+    assert_refused(command("info", tmp_path / "empty"), f"dictionary {str(tmp_path / 'empty')!r}: {missing}")
     assert_refused(command("info", tmp_path / "there", tmp_path / "nowhere"), "nowhere", missing)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     warnings.simplefilter("ignore", UnhashedWarning)

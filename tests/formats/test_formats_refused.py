@@ -215,7 +215,13 @@ def test_circuit_tracer_s_topk_is_named(tmp_path: Path) -> None:
     path = CASES["circuit-tracer"].write(tmp_path)
     settings = tmp_path / "config.yaml"
     settings.write_text(settings.read_text(encoding="utf-8") + "activation: topk\nk: 3\n", encoding="utf-8")
-    assert "activation 'topk' cannot be used" in refusal(path)
+    assert "activation 'topk', which keeps negative features, cannot be used here" in refusal(path)
+    settings.write_text(settings.read_text(encoding="utf-8") + "relu_before_topk: true\n", encoding="utf-8")
+    assert sae.load(path).settings() == {"k": 3}
+    settings.write_text("activation: topk\nrelu_before_topk: true\n", encoding="utf-8")
+    assert "k=None: expected a whole number" in refusal(path)
+    settings.write_text("activation: tanh\n", encoding="utf-8")
+    assert "activation 'tanh' cannot be used here, only relu and jumprelu" in refusal(path)
     settings.write_text("made: 2026-01-01\n", encoding="utf-8")
     assert "more than numbers and text" in refusal(path)
 

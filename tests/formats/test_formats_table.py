@@ -10,7 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import sae
-from sae.formats import FORMATS, WRITERS
+from sae.formats import FORMATS, SET_WRITERS, WRITERS
+from sae.formats.circuit_tracer import WRITES
 from sae.formats.foreign import CONVERTED
 from tests.formats.test_formats_refused import REFUSED
 from tests.formats.test_formats_writing import HELD
@@ -29,7 +30,7 @@ CARRIED = {
 }  # fmt: skip
 """The same for what is said to be carried."""
 ALSO_REFUSED = {
-    "openai": ["TopK without ReLU"], "circuit_tracer": ["TopK"],
+    "openai": ["TopK without ReLU"], "circuit_tracer": ["TopK with negative features"],
 }  # fmt: skip
 """What tests of their own, or the class of the file, refuse."""
 NOT_A_KIND = ("no ", "k of", "unheard", "widths", "norms", "in training", "class", "NaN")
@@ -67,6 +68,8 @@ def table(folder: Path) -> str:
         ]
         refused = list(dict.fromkeys([*refused, *ALSO_REFUSED.get(name, [])]))
         written = ", ".join(sorted(HELD[name])) if name in WRITERS else "–"
+        if name in SET_WRITERS:
+            written = f"transcoders of all layers: {', '.join(sorted(WRITES))}"
         cells = [module.TITLE, ", ".join(kinds[name])]
         cells += ["; ".join(sorted(topics[name])) or "–" for topics in (folded, carried)]
         rows.append("| " + " | ".join([*cells, "; ".join(refused) or "–", written]) + " |")

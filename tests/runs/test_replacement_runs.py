@@ -201,6 +201,38 @@ def test_refusals(made: Path, tiny_model: Path, text_folder: Path, tmp_path: Pat
         replace(made, out=tmp_path / "out", overrides=["evaluation.downstream_tokens=8"])
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_sweep_of_all_mlps_and_the_set_it_is_converted_to(
+    live: bool, tiny_model: Path, text_folder: Path, tmp_path: Path, command: Command
+) -> None:
+    """Whose reads and gives are patterns, which pair."""
+    config = make_tiny_config(
+        tiny_model, text_folder, tmp_path / "swept",
+        {
+            "harvest.hooks": ["blocks.*.mlp.hook_in", "blocks.*.hook_mlp_out"], "harvest.live": live,
+            "train.tokens": 640, "evaluation.tokens": 64, "evaluation.downstream_tokens": 96,
+            "dictionary.architecture": "batch_topk", "dictionary.skip": True,
+            "sweep": {"dictionary": {"reads": ["blocks.*.mlp.hook_in"], "gives": ["blocks.*.hook_mlp_out"]}},
+        },
+    )  # fmt: skip
+    folder = sweep(config).folder
+    done = command("replace", folder)
+    assert done.status == 0, done.err
+    record = json.loads((folder / REPLACEMENT.index).read_bytes())
+    sides = [(reads_of(block), gives_of(block)) for block in BLOCKS]
+    assert [(module["reads"], module["gives"]) for module in record["modules"]] == sides
+    run = folder / record["modules"][0]["transcoder"]
+
+    converted = command("convert", folder, tmp_path / "set", "--to", "circuit-tracer")
+    assert converted.status == 0, converted.err
+    assert "3 transcoders of sae → circuit-tracer" in " ".join(converted.out.split())
+    again = replace(tmp_path / "set", on=run).to_json()
+    assert [(module["reads"], module["gives"]) for module in again["modules"]] == sides
+    for kind, losses in record["together"].items():
+        assert again["together"][kind]["delta_ce"]["value"] == pytest.approx(losses["delta_ce"]["value"], abs=1e-5)
+    assert_refused(command("convert", run, tmp_path / "one", "--to", "circuit-tracer"), "no transcoder of layer 1, 2")
+
+
 def test_a_sweep_with_two_transcoders_for_a_module(
     tiny_model: Path, text_folder: Path, tmp_path: Path, command: Command
 ) -> None:

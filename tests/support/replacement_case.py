@@ -153,7 +153,7 @@ class Plain:
 
 
 def by_formula(x: Tensor, d: Mapping[str, Tensor], k: int | None) -> Tensor:
-    """Frame's formula, in float64: f W_dec + b_dec + x W_skip, and nothing is subtracted from x."""
+    """A transcoder's formula, in float64: f W_dec + b_dec + x W_skip. Nothing is subtracted from x."""
     f = (x @ d["W_enc"] + d["b_enc"]).relu()
     if k is not None:
         f = torch.where(f >= f.sort(-1).values[..., -k, None], f, 0)
