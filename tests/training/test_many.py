@@ -62,8 +62,8 @@ def test_each_is_what_it_would_be_alone_and_every_batch_is_read_once() -> None:
             assert torch.equal(outcome.dictionaries[name].get_parameter(label), parameter), (name, label)
     assert not torch.equal(outcome.dictionaries["topk"].W_dec, outcome.dictionaries["another seed"].W_dec)
     assert all(cost.seconds > 0 and cost.tokens == 60 * BATCH for cost in outcome.costs.values())
-    # Weights, and two moments of each matrix, in float32; biases have theirs in torch's optimiser.
-    assert outcome.costs["topk"].bytes == 4 * (6 * D_IN * D_SAE + D_SAE + D_IN)
+    # Weights and two moments of each, in float32.
+    assert outcome.costs["topk"].bytes == 3 * 4 * (2 * D_IN * D_SAE + D_SAE + D_IN)
 
 
 def test_one_that_diverges_drops_out_and_the_others_go_on(tmp_path: Path) -> None:
