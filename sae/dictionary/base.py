@@ -294,12 +294,12 @@ class Dictionary(Rescalable, Exchanged, ABC):
         Raises:
             ConfigError: the metadata cannot be read.
         """
-        return Origin.of(self.metadata, self.d_in, self.d_out)
+        return Origin.of(self.metadata, self.d_in, self.frame.d_out)
 
     @property
     def is_transcoder(self) -> bool:
         """Whether it reconstructs other activations than it reads."""
-        return self.frame.d_out is not None or self.origin.of_transcoder
+        return self.origin.of_transcoder
 
     @property
     def device(self) -> torch.device:

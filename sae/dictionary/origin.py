@@ -37,6 +37,7 @@ class Origin:
         activations: hash of everything that determined the activations that it reads.
         target_activations: the same for those that it gives, for a transcoder.
         activation_dtype: number type in which they were stored.
+        transcodes: whether its weights are a transcoder's, even if it is unknown which sites it reads and gives.
     """
 
     reads: Sites
@@ -48,6 +49,7 @@ class Origin:
     activations: str | None = None
     target_activations: str | None = None
     activation_dtype: str | None = None
+    transcodes: bool = field(default=False, compare=False)
 
     @staticmethod
     def of(metadata: Mapping[str, Any], d_in: int | None = None, d_out: int | None = None) -> Origin:
@@ -59,7 +61,8 @@ class Origin:
         Args:
             metadata: the metadata.
             d_in: the width of what the dictionary reads, which is that of a single site.
-            d_out: the same of what it gives; None: d_in.
+            d_out: the width of what a transcoder gives. None: unknown, or d_in; then the metadata alone says whether it
+                is a transcoder.
 
         Raises:
             ConfigError: the version is newer than this package, or an entry is of another form.
@@ -77,11 +80,14 @@ class Origin:
             raise ConfigError(f"metadata has reads or gives of another form: {error}") from error
         models = {"": metadata.get("model"), _TARGET: metadata.get("target_model")}
         models |= _part(metadata, "models") if has_sites else {}
+        if d_out is not None and gives == reads:
+            gives = Sites.one(None)
         origin = Origin(
             reads,
             gives,
             {name: facts for name, facts in models.items() if isinstance(facts, Mapping)},
             **{key: metadata.get(key) for key in _FACTS},
+            transcodes=d_out is not None,
         )
         hook, target_hook = (name if isinstance(name := metadata.get(key), str) else None for key in _SHORT)
         origin = origin._at(hook, target_hook)
@@ -102,7 +108,7 @@ class Origin:
     @property
     def of_transcoder(self) -> bool:
         """Whether it gives other sites than it reads."""
-        return self.reads != self.gives
+        return self.transcodes or self.reads != self.gives
 
     @property
     def read_elsewhere(self) -> str | None:
@@ -203,10 +209,12 @@ def check_belongs(
 
     Raises:
         ConfigError: it was trained on another hook point, takes activations of another width, or gives a hook point
-            that comes before the one it reads.
+            that comes before the one it reads; or it is a transcoder, and what it reads is unknown.
         SaeError: it was trained on another model; the class is `place.error`.
     """
     check_order(origin.reads, origin.gives)
+    if gives is not None:
+        check_sites(origin, gives)
     for hook, trained_hook, verb in ((reads, origin.reads.hook, "reads"), (gives, origin.gives.hook, "gives")):
         if hook is not None and trained_hook is not None and hook != trained_hook:
             relation = f"{verb} activations of" if origin.of_transcoder else "was trained on"
@@ -227,6 +235,29 @@ def check_belongs(
                 f"{verb if origin.of_transcoder else 'takes'} {width:,}; give "
                 "the hook point and model it was trained on"
             )
+
+
+def check_sites(origin: Origin, gives: str | None) -> None:
+    """Refuse a transcoder whose hook points are not both known: it cannot be used as an autoencoder of one of them.
+
+    Args:
+        origin: the dictionary's origin.
+        gives: hook point whose activations it reconstructs; None: unknown.
+
+    Raises:
+        ConfigError: it is a transcoder, and what it reads or gives is unknown, or both are the same hook point.
+    """
+    reads = origin.reads.hook
+    if not origin.of_transcoder or (reads is not None and gives is not None and reads != gives):
+        return
+    known = gives if reads is None else reads
+    unknown = "which hook points it reads and gives" if known is None else "which other one it " + (
+        "reads" if reads is None else "gives"
+    )
+    raise ConfigError(
+        f"{f'hook {known!r}: ' if known else ''}the dictionary is a transcoder, and {unknown} is unknown; give both "
+        "with hook= and target_hook= (--hook and --target), or set them in dictionary.metadata"
+    )
 
 
 def _check_model(trained_on: Mapping[str, Any], place: Place) -> None:

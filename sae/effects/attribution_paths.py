@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.dictionary.base import Dictionary
-from sae.dictionary.origin import check_belongs
+from sae.dictionary.origin import check_belongs, check_sites
 from sae.dictionary.saved import weights_sha256
 from sae.dictionary.token_policy import TokenPolicy
 from sae.effects.attribution import ERROR, GRADIENT_ACTIVATION, AttributedDictionary
@@ -181,6 +181,7 @@ def spliced_on(
     """
     origin = dictionary.origin
     reads, gives = origin.reads.hook, origin.gives.hook
+    check_sites(origin, gives)
     if reads is None or gives is None:
         raise ModelError("the dictionary does not record its hook point: set dictionary.metadata['hook']='blocks.N.…'")
     check_belongs(origin, language_model.as_place)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sae.dictionary.base import Dictionary
-from sae.dictionary.origin import Origin, check_belongs
+from sae.dictionary.hook_points import place_in_model
+from sae.dictionary.origin import Origin, check_belongs, check_sites
 from sae.dictionary.token_policy import TokenPolicy
 from sae.errors import ConfigError, ModelError
 from sae.model.language_model import LanguageModel
@@ -41,9 +42,9 @@ def splice(
 
     Args:
         language_model: the model to splice into; `LanguageModel.of` makes one of a Hugging Face model.
-        dictionary: a dictionary that takes raw activations. Or several: each is spliced at the hook point it was
-            trained on, and reads activations that earlier ones have changed. `hook`, `target_hook` and `edit` work
-            only with a single one.
+        dictionary: a dictionary that takes raw activations. Or several, in any order: each is spliced at the hook point
+            it was trained on, and reads activations that those before it in the model have changed. `hook`,
+            `target_hook` and `edit` work only with a single one.
         hook: hook point that it reads; None for the one it was trained on.
         target_hook: hook point that it writes; None for the target it was trained on, or `hook` if it has none.
         error_term: use x̂ + (x − x̂) instead, the second part without gradient: the model's output is unchanged but for
@@ -52,8 +53,8 @@ def splice(
             `error_term`, the error is that of the unedited features.
 
     Raises:
-        ConfigError: a transcoder's target comes before its input; two dictionaries write the same hook point; or an
-            argument for a single dictionary is given with several.
+        ConfigError: a transcoder's target comes before its input, or is unknown; two dictionaries write the same hook
+            point; or an argument for a single dictionary is given with several.
         ModelError: the dictionary belongs to another model; its hook point is unknown or has another width; its record
             of masked tokens cannot be read; a transcoder is in a pass that begins in the middle of the model; or a pass
             without `position_ids` continues from an unknown kind of cache.
@@ -99,6 +100,7 @@ def replacing_by(
         )
     origin = dictionary.origin.at(hook, target_hook)
     reads, gives = origin.reads.hook, origin.gives.hook
+    check_sites(origin, gives)
     if reads is None or gives is None:
         raise ModelError("the dictionary does not record its hook point: give hook='blocks.N.…'")
     check_belongs(origin, language_model.as_place)
@@ -128,9 +130,14 @@ def _several(language_model: LanguageModel, dictionaries: Sequence[Dictionary], 
         if hook is not None and targets.count(hook) > 1:
             raise ConfigError(f"{targets.count(hook)} dictionaries give {hook!r}: splice one of them")
     with contextlib.ExitStack() as stack:
-        for dictionary in dictionaries:
+        for dictionary in sorted(dictionaries, key=_place):
             stack.enter_context(splice(language_model, dictionary, error_term=error_term))
         yield
+
+
+def _place(dictionary: Dictionary) -> tuple[int, int]:
+    """Orders dictionaries as the model computes what they give."""
+    return place_in_model(dictionary.origin.gives.hook or "") or (0, 0)
 
 
 def _input(origin: Origin, read: list[Tensor], now: Pass | None) -> Tensor:

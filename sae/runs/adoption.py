@@ -77,7 +77,7 @@ def at_hooks(dictionary: Dictionary, name: str, hook: str | None, target: str | 
             f"{name}: its files {said}; give the hook point with --hook, such as --hook blocks.8.hook_resid_pre "
             "(hook=... in Python)"
         )
-    if target is None and stated["target"] is None and _transcodes(dictionary):
+    if target is None and stated["target"] is None and (origin.of_transcoder or _transcodes(dictionary)):
         raise ConfigError(
             f"{name}: its files say that it is a transcoder, but not what it gives; give the hook point with --target, "
             "such as --target blocks.8.hook_mlp_out (target=... in Python)"

@@ -15,6 +15,7 @@ from sae.config.settings import EvaluationConfig
 from sae.config.splits import TRAIN
 from sae.dictionary.frame import Frame
 from sae.dictionary.saved import identify
+from sae.errors import ConfigError
 from sae.evaluation import compare, comparison_tables, evaluate, evaluate_all, write_report
 from sae.evaluation.budget import announcement
 from sae.evaluation.comparison_view import comparison_markdown
@@ -48,6 +49,19 @@ def make(cache: ActivationCache, reads: str = READS, *, skip: bool = False, seed
     for parameter in dictionary.requires_grad_(False).parameters():
         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return dictionary
+
+
+def test_a_transcoder_without_hook_points_is_not_evaluated_as_an_autoencoder(cache: ActivationCache) -> None:
+    transcoder = TopK(32, 64, k=4).requires_grad_(False)
+    transcoder.set_frame(Frame(d_out=32))
+    message = f"hook '{GIVES}': the dictionary is a transcoder, and which other one it reads is unknown; give both"
+    with pytest.raises(ConfigError, match=message):
+        evaluate(transcoder, cache, hook=GIVES, settings=SETTINGS)
+    transcoder.metadata = {"hook": GIVES}
+    with pytest.raises(ConfigError, match="which other one it gives is unknown"):
+        evaluate(transcoder, cache, hook=GIVES, settings=SETTINGS)
+    transcoder.metadata = {"hook": READS, "target_hook": GIVES}
+    assert "linear" in evaluate(transcoder, cache, hook=GIVES, settings=SETTINGS).baselines
 
 
 def training_rows(cache: ActivationCache, hook: str) -> np.ndarray:

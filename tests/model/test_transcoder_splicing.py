@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sae.architectures import TopK
+from sae.dictionary.frame import Frame
 from sae.dictionary.hook_points import KINDS, place_in_model
 from sae.dictionary.origin import Origin
 from sae.dictionary.sites import Sites
+from sae.effects.attribution_paths import spliced_on
 from sae.errors import ConfigError, ModelError, SaeError
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
@@ -155,3 +157,49 @@ def test_a_dictionary_that_gives_what_it_reads_is_no_transcoder() -> None:
     assert not Origin.of({}).of_transcoder
     assert Origin.of({"hook": READS, "target_hook": GIVES}) == Origin(Sites.one(READS), Sites.one(GIVES))
     assert Origin.of({"hook": READS}).at(target_hook=GIVES).of_transcoder
+
+
+def without_hook_points(**metadata: Any) -> TopK:
+    """A transcoder of equal widths as `sae.train(..., target=IterableSource(y))` returns it."""
+    transcoder = TopK(32, 64, k=4, metadata=metadata)
+    transcoder.set_frame(Frame(d_out=32))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in transcoder.requires_grad_(False).parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return transcoder
+
+
+def test_a_transcoder_without_hook_points_is_no_autoencoder(language_model: LanguageModel, tokens: Tensor) -> None:
+    def run(model: LanguageModel) -> Tensor:
+        return model.logits(tokens)
+
+    way_out = "; give both with hook= and target_hook= (--hook and --target), or set them in dictionary.metadata"
+    plain, same = without_hook_points(), without_hook_points(hook=READS, target_hook=READS)
+    current = without_hook_points(**Origin.of({"hook": READS}).to_json())
+    assert plain.origin.of_transcoder and same.origin.of_transcoder and current.origin.of_transcoder
+    message = refusal(language_model, plain, run, ConfigError)
+    assert message == "the dictionary is a transcoder, and which hook points it reads and gives is unknown" + way_out
+    unknown = f"hook {READS!r}: the dictionary is a transcoder, and which other one it gives is unknown{way_out}"
+    assert refusal(language_model, plain, run, ConfigError, hook=READS) == unknown
+    for dictionary in (same, current):
+        assert refusal(language_model, dictionary, run, ConfigError) == unknown
+        with pytest.raises(ConfigError, match="which other one it gives is unknown"):
+            spliced_on(dictionary, language_model, tokens, None)
+    with splice(language_model, plain, hook=READS, target_hook=GIVES):
+        logits = language_model.logits(tokens)
+    with splice(language_model, without_hook_points(hook=READS, target_hook=GIVES)):
+        assert torch.equal(language_model.logits(tokens), logits)
+
+
+def test_several_are_spliced_in_the_order_of_the_model(
+    language_model: LanguageModel, hf_model: Any, tokens: Tensor
+) -> None:
+    """One reads what another gives: it reads ŷ, in whichever order they are named."""
+    first = make_transcoder(language_model, tokens=None)
+    second = make_transcoder(language_model, GIVES, "blocks.2.hook_mlp_out", tokens=None)
+    y = first(hf_activation(hf_model, tokens, READS))
+    with at_hf(hf_model, GIVES, lambda _: y), at_hf(hf_model, "blocks.2.hook_mlp_out", lambda _: second(y)):
+        expected = hf_model(tokens).logits
+    for order in ([first, second], [second, first]):
+        with splice(language_model, order):
+            torch.testing.assert_close(language_model.logits(tokens), expected, rtol=1e-4, atol=1e-4)
