@@ -18,7 +18,8 @@ Each message names the value, what was expected, and the way out; the command li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 
@@ -78,3 +79,12 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], NoReturn]:
         raise AttributeError(f"module {module!r} has no attribute {name!r}{hint}")
 
     return missing
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a name, such as a dictionary's, in front of error messages."""
+    try:
+        yield
+    except SaeError as error:
+        raise type(error)(f"{name}: {error}") from error

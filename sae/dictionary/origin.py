@@ -251,8 +251,10 @@ def check_sites(origin: Origin, gives: str | None) -> None:
     if not origin.of_transcoder or (reads is not None and gives is not None and reads != gives):
         return
     known = gives if reads is None else reads
-    unknown = "which hook points it reads and gives" if known is None else "which other one it " + (
-        "reads" if reads is None else "gives"
+    unknown = (
+        "which hook points it reads and gives"
+        if known is None
+        else "which other one it " + ("reads" if reads is None else "gives")
     )
     raise ConfigError(
         f"{f'hook {known!r}: ' if known else ''}the dictionary is a transcoder, and {unknown} is unknown; give both "

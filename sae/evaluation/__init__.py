@@ -6,7 +6,7 @@ from sae.evaluation.candidate import Autoencoder
 from sae.evaluation.comparison import Compared, Comparison, compare
 from sae.evaluation.comparison_view import comparison_tables
 from sae.evaluation.recovery import Detection, Labelled, Recovery, detection, measure_recovery
-from sae.evaluation.replacement import ReplacementReport, measure_replacement
+from sae.evaluation.replacement import ReplacedModule, ReplacementLosses, ReplacementReport, measure_replacement
 from sae.evaluation.replacement_view import replacement_tables
 from sae.evaluation.report import Report, Scores
 from sae.evaluation.report_view import report_table
@@ -29,6 +29,8 @@ __all__ = [
     "Estimate",
     "Labelled",
     "Recovery",
+    "ReplacedModule",
+    "ReplacementLosses",
     "ReplacementReport",
     "Report",
     "Scores",

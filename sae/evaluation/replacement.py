@@ -27,7 +27,9 @@ from sae.evaluation.stand_ins import (
     MEAN,
     Module,
     StandIns,
+    fit_bytes,
     fit_stand_ins,
+    groups_to_fit,
     modules_of,
     together,
     tokens_to_fit,
@@ -48,7 +50,7 @@ _CLEAN = "clean"
 
 
 @dataclass(frozen=True)
-class Losses:
+class ReplacementLosses:
     """Nats per token over every eligible position with a next token, as in an evaluation; differences are paired.
 
     Attributes:
@@ -68,11 +70,11 @@ class Losses:
         return {name: estimate.to_json() for name, estimate in vars(self).items()}
 
     @staticmethod
-    def from_json(record: Mapping[str, Any]) -> Losses:
-        return Losses(**{name: Estimate.from_json(estimate) for name, estimate in record.items()})
+    def from_json(record: Mapping[str, Any]) -> ReplacementLosses:
+        return ReplacementLosses(**{name: Estimate.from_json(estimate) for name, estimate in record.items()})
 
 
-ByKind = Mapping[str, Losses]
+ByKind = Mapping[str, ReplacementLosses]
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,8 @@ def _to_json(losses: ByKind) -> dict[str, Any]:
     return {kind: entry.to_json() for kind, entry in losses.items()}
 
 
-def _from_json(record: Mapping[str, Any]) -> dict[str, Losses]:
-    return {kind: Losses.from_json(entry) for kind, entry in record.items()}
+def _from_json(record: Mapping[str, Any]) -> dict[str, ReplacementLosses]:
+    return {kind: ReplacementLosses.from_json(entry) for kind, entry in record.items()}
 
 
 @torch.no_grad()
@@ -235,7 +237,7 @@ def measure_replacement(
         token_policy=cache.policy.to_json(),
         tokens=sums.tokens,
         documents=sums.documents,
-        fitted_tokens=tokens_to_fit(modules, cache),
+        fitted_tokens=stand_ins[0].fitted_tokens,
         ce_clean=sums.mean(_CLEAN),
         together={kind: _losses(sums, ALL, kind) for kind in _common_kinds(stand_ins)},
         modules=tuple(
@@ -265,17 +267,24 @@ def replacement_key(
     return as_read_back(facts)
 
 
-def replacement_cost(modules: Sequence[Dictionary], cache: ActivationCache, settings: EvaluationConfig) -> str:
-    """The cost of a report, in tokens that pass through the language model once."""
+def replacement_cost(
+    modules: Sequence[Dictionary], cache: ActivationCache, settings: EvaluationConfig,
+    device: str | torch.device = "cpu",
+) -> str:  # fmt: skip
+    """The cost of a report: tokens that pass through the language model once, and memory for affine maps."""
     chosen = settled(settings, cache)
     tokens = losses_read(chosen, cache)
-    fitted = tokens_to_fit([Module("", dictionary, "", "") for dictionary in modules], cache)
+    entries = [
+        Module("", dictionary, str(dictionary.origin.reads), str(dictionary.origin.gives)) for dictionary in modules
+    ]
+    fitted, groups = tokens_to_fit(entries, cache), groups_to_fit(entries, torch.device(device))
     kinds = [len(KINDS) - (dictionary.W_skip is None) for dictionary in modules]
     alone = sum(kinds) + len(modules) if len(modules) > 1 else 0
-    passes = (2 + min(kinds) + alone) * tokens + fitted
+    passes = (2 + min(kinds) + alone) * tokens + len(groups) * fitted
+    memory = max(map(fit_bytes, groups)) / 1e9
     return (
         f"replacement of {len(modules)} modules: {tokens:,} held-out tokens for losses, {fitted:,} training tokens for "
-        f"affine maps: language-model passes over at most {passes:,} tokens"
+        f"affine maps: language-model passes over at most {passes:,} tokens; sums of the maps take {memory:.1f} GB"
     )
 
 
@@ -339,9 +348,9 @@ def _check_same(
         )
 
 
-def _losses(sums: DocumentSums, place: str, kind: str) -> Losses:
+def _losses(sums: DocumentSums, place: str, kind: str) -> ReplacementLosses:
     ce, clean, mean, tokens = sums[_ce(place, kind)], sums[_CLEAN], sums[_ce(place, MEAN)], sums[TOKENS]
-    return Losses(
+    return ReplacementLosses(
         ratio(ce, tokens), ratio(ce - clean, tokens), ratio(sums[_kl(place, kind)], tokens),
         ratio(mean - ce, mean - clean),
     )  # fmt: skip

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.activations.tokens import ContextBatch
+from sae.config.environment import memory_of
 from sae.config.progress import Progress, within
 from sae.config.splits import TRAIN
 from sae.dictionary.base import Dictionary
 from sae.dictionary.hook_points import place_in_model
 from sae.dictionary.origin import check_belongs
-from sae.errors import ConfigError, SaeError
+from sae.errors import ConfigError, named
 from sae.evaluation.budget import fitted_tokens
 from sae.evaluation.linear_maps import AffineMap, LeastSquares
 from sae.evaluation.losses import at_eligible
@@ -27,6 +28,8 @@ from sae.model.language_model import LanguageModel
 DICTIONARY, SKIP, LINEAR, MEAN, ZERO = KINDS = ("dictionary", "skip", "linear", "mean", "zero")
 """Kinds of stand-ins, in the order of the tables."""
 _CONTEXTS_AT_ONCE = 64
+_SHARE_OF_MEMORY = 0.25
+"""Of the device, for sums of affine maps that are fitted in one pass of the language model."""
 Rows = Float[Tensor, "rows _"]
 
 
@@ -54,11 +57,13 @@ class StandIns:
         module: the module.
         functions: of rows of activations; no `skip` if the transcoder has none.
         device: of the rows.
+        fitted_tokens: number of training tokens that its mean and affine map are fitted on.
     """
 
     module: Module
     functions: Mapping[str, Callable[[Rows], Rows]]
     device: torch.device
+    fitted_tokens: int
 
     def __call__(self, kind: str, x: Rows) -> Rows:
         return self.functions[kind](x.float().to(self.device))
@@ -77,7 +82,7 @@ def modules_of(dictionaries: Mapping[str, Dictionary], language_model: LanguageM
     modules: dict[str, Module] = {}
     for name, dictionary in dictionaries.items():
         module = _module(name, dictionary)
-        with _named(name):
+        with named(name):
             check_belongs(dictionary.origin, language_model.as_place)
             language_model.check_hook(module.reads)
             language_model.check_replaceable(module.gives)
@@ -92,7 +97,7 @@ def modules_of(dictionaries: Mapping[str, Dictionary], language_model: LanguageM
 
 
 def _module(name: str, dictionary: Dictionary) -> Module:
-    with _named(name):
+    with named(name):
         origin = dictionary.origin
         reads, gives = origin.reads.hook, origin.gives.hook
     if reads is None or gives is None:
@@ -113,17 +118,8 @@ def _check_widths(modules: Sequence[Module], language_model: LanguageModel) -> N
     activations = language_model.activations(language_model.probe_tokens(1, 2), hooks)
     place = replace(language_model.as_place, width=lambda hook: activations[hook].shape[-1])
     for module in modules:
-        with _named(module.name):
+        with named(module.name):
             check_belongs(module.dictionary.origin, place, reads=module.reads, gives=module.gives)
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Put the transcoder's name in front of error messages."""
-    try:
-        yield
-    except SaeError as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 def fit_stand_ins(
@@ -132,27 +128,90 @@ def fit_stand_ins(
 ) -> list[StandIns]:  # fmt: skip
     """All stand-ins of every module; means and affine maps are those of the model's activations on training tokens.
 
+    The model reads the training tokens once for each group of modules whose sums fit into memory together.
+
     Raises:
-        ConfigError: no training token counts.
+        ConfigError: no training token counts, or the sums of one group do not fit into memory.
     """
-    hooks = sorted({hook for module in modules for hook in (module.reads, module.gives)})
-    fits, most = [LeastSquares() for _ in modules], tokens_to_fit(modules, cache)
+    groups, most, fitted = groups_to_fit(modules, device), tokens_to_fit(modules, cache), dict[str, StandIns]()
     report = within(progress, "linear maps")
-    report(0, most)
+    for number, group in enumerate(groups):
+        check_memory(group, device)
+
+        def report_group(tokens: int, before: int = number * most) -> None:
+            report(before + min(most, tokens), len(groups) * most)
+
+        for entry in _fit_group(group, cache, language_model, device, most, report_group):
+            fitted[entry.module.gives] = entry
+    return [fitted[module.gives] for module in modules]
+
+
+def _fit_group(
+    group: Group, cache: ActivationCache, language_model: LanguageModel, device: torch.device, most: int,
+    report: Callable[[int], None],
+) -> Iterator[StandIns]:  # fmt: skip
+    hooks = sorted({hook for reads, modules in group.items() for hook in (reads, *(entry.gives for entry in modules))})
+    fits = {reads: LeastSquares() for reads in group}
+    tokens = 0
+    report(tokens)
     for batch in _training_contexts(cache, most):
         activations = language_model.activations(batch.tokens.to(language_model.device), hooks)
         rows = {name: x[batch.eligible.to(x.device)].float().to(device) for name, x in activations.items()}
-        for module, fit in zip(modules, fits, strict=True):
-            fit.add_(rows[module.reads], rows[module.gives])
-        report(min(most, fits[0].tokens), most)
-    if not fits[0].tokens:
+        for reads, fit in fits.items():
+            fit.add_(rows[reads], torch.cat([rows[module.gives] for module in group[reads]], 1))
+            tokens = fit.tokens
+        report(tokens)
+    if not tokens:
         raise ConfigError("the token policy leaves no training token, so means are unknown; harvest more text")
-    report(most, most)
-    return [_stand_ins(module, fit, device) for module, fit in zip(modules, fits, strict=True)]
+    report(most)
+    for reads, modules in group.items():
+        maps = fits.pop(reads).solve_each([module.dictionary.d_out for module in modules])
+        for module, linear in zip(modules, maps, strict=True):
+            yield _stand_ins(module, linear.on(device), device, tokens)
+
+
+Group = dict[str, list[Module]]
+"""Modules whose sums are kept at the same time, by the hook point that they read: these share a covariance."""
+
+
+def groups_to_fit(modules: Sequence[Module], device: torch.device) -> list[Group]:
+    """Modules in groups, each of which takes at most a quarter of the device's memory, or is of a single hook point."""
+    together: Group = {}
+    for module in modules:
+        together.setdefault(module.reads, []).append(module)
+    groups: list[Group] = [{}]
+    for reads, same in together.items():
+        if groups[-1] and fit_bytes({**groups[-1], reads: same}) > memory_of(device) * _SHARE_OF_MEMORY:
+            groups.append({})
+        groups[-1][reads] = same
+    return groups
+
+
+def fit_bytes(group: Group) -> int:
+    """Memory that sums take: covariances in float64 of most tokens and of those held back, and what solving takes."""
+    sizes = [
+        (modules[0].dictionary.d_in, sum(module.dictionary.d_out for module in modules)) for modules in group.values()
+    ]
+    sums = sum(2 * d_in * (d_in + d_out) for d_in, d_out in sizes)
+    return 8 * (sums + max(d_in * (4 * d_in + 3 * d_out) for d_in, d_out in sizes))
+
+
+def check_memory(group: Group, device: torch.device) -> None:
+    """Refuse affine maps whose sums the machine cannot hold.
+
+    Raises:
+        ConfigError: they take more memory than the device has.
+    """
+    needed, available = fit_bytes(group), memory_of(device)
+    if needed > available:
+        raise ConfigError(
+            f"affine maps from {', '.join(group)}: their sums take {needed / 1e9:.1f} GB, but the device has "
+            f"{available / 1e9:.1f}; use a machine with more memory, or leave these transcoders out"
+        )
 
 
 def tokens_to_fit(modules: Sequence[Module], cache: ActivationCache) -> int:
-    """Number of training tokens that the language model reads for means and affine maps."""
+    """Most training tokens that means and affine maps are fitted on; those that the token policy masks are left out."""
     return min(fitted_tokens(cache, max(module.dictionary.d_in for module in modules)), cache.rows(TRAIN))
 
 
@@ -170,11 +229,10 @@ def _training_contexts(cache: ActivationCache, most: int) -> Iterator[ContextBat
             )  # fmt: skip
 
 
-def _stand_ins(module: Module, fit: LeastSquares, device: torch.device) -> StandIns:
+def _stand_ins(module: Module, linear: AffineMap, device: torch.device, tokens: int) -> StandIns:
     dictionary = module.dictionary
     if dictionary.W_dec.device != torch.empty(0, device=device).device:
         dictionary = copy.deepcopy(dictionary).to(device)
-    linear = fit.solve().on(device)
     functions: dict[str, Callable[[Rows], Rows]] = {
         DICTIONARY: dictionary,
         LINEAR: linear,
@@ -183,7 +241,7 @@ def _stand_ins(module: Module, fit: LeastSquares, device: torch.device) -> Stand
     }
     if dictionary.W_skip is not None:
         functions[SKIP] = AffineMap(dictionary.W_skip.detach(), linear.mean_x, linear.mean_y).on(device)
-    return StandIns(module, {kind: functions[kind] for kind in KINDS if kind in functions}, device)
+    return StandIns(module, {kind: functions[kind] for kind in KINDS if kind in functions}, device, tokens)
 
 
 @contextlib.contextmanager

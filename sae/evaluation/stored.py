@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 from torch import Tensor
@@ -24,10 +24,13 @@ from sae.evaluation.report_view import markdown
 from sae.files.damage import damaged
 from sae.files.digest import sha256_of
 from sae.files.hashes import check
+from sae.files.kept import KeptResult
 from sae.files.paths import expanded
 from sae.files.reading import conforming, load_tensors, read_object, taken_apart, validated
 from sae.files.sums import recorded
 from sae.results.estimate import Estimate
+
+Result = TypeVar("Result")
 
 
 class _Count(BaseModel):
@@ -193,14 +196,9 @@ def read_comparison(folder: str | Path, key: Mapping[str, Any] | None = None) ->
         DamagedError: the file is damaged.
         FormatError: it has a newer version.
     """
-    folder = expanded(folder)
-    record = COMPARISON.find(folder, **({} if key is None else {"key": key}))
-    if record is None:
-        return None
     if key is not None and not all(identity["weights_sha256"] for _, identity in key["dictionaries"]):
         return None
-    with taken_apart(folder / COMPARISON.index):
-        return conforming(Comparison.from_json(record))
+    return _read(COMPARISON, Comparison.from_json, expanded(folder), key)
 
 
 def write_replacement(report: ReplacementReport, folder: str | Path) -> list[Path]:
@@ -224,9 +222,15 @@ def read_replacement(folder: str | Path, key: Mapping[str, Any] | None = None) -
         DamagedError: the file is damaged.
         FormatError: it has a newer version.
     """
-    folder = expanded(folder)
-    record = REPLACEMENT.find(folder, **({} if key is None else {"key": key}))
+    return _read(REPLACEMENT, ReplacementReport.from_json, expanded(folder), key)
+
+
+def _read(
+    kept: KeptResult, parse: Callable[[Mapping[str, Any]], Result], folder: Path, key: Mapping[str, Any] | None
+) -> Result | None:  # fmt: skip
+    """A stored result with this key, or whichever is stored; None if there is none."""
+    record = kept.find(folder, **({} if key is None else {"key": key}))
     if record is None:
         return None
-    with taken_apart(folder / REPLACEMENT.index):
-        return conforming(ReplacementReport.from_json(record))
+    with taken_apart(folder / kept.index):
+        return conforming(parse(record))

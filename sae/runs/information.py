@@ -48,7 +48,7 @@ def facts_of(dictionary: Dictionary) -> dict[str, str]:
     widths = [dictionary.d_in, dictionary.d_sae, *([dictionary.d_out] if dictionary.is_transcoder else [])]
     return {
         "architecture": ", ".join([dictionary.architecture, *settings]),
-        "d_in → d_sae": " → ".join(f"{width:,}" for width in widths),
+        "widths": " → ".join(f"{width:,}" for width in widths),
         "number type": dtype_name(dictionary.dtype),
         "reads": _hooks(origin.reads),
         "gives": _hooks(origin.gives),

@@ -12,11 +12,12 @@ from sae.errors import ConfigError
 from sae.evaluation import ReplacementReport, measure_replacement, read_replacement, write_replacement
 from sae.evaluation.replacement import replacement_cost, replacement_key
 from sae.files.paths import expanded, resolve
+from sae.files.reading import read_object, taken_apart
 from sae.files.writing import locked, stands
 from sae.formats import dictionaries_in, load
 from sae.hub import located
 from sae.runs.comparison import READ, named_places, unfinished_folder
-from sae.runs.folder import DICTIONARY
+from sae.runs.folder import DICTIONARY, open_config
 from sae.runs.opening import open_run
 from sae.runs.run import Run
 from sae.runs.sweeping import SWEEP
@@ -46,13 +47,14 @@ def replace(
     the run folder that the tokens come from.
 
     Raises:
-        ConfigError: there is no transcoder, one is named twice, or none is in a run folder and there are no texts.
+        ConfigError: there is no transcoder, one is named twice, or none is in a run folder and there are no texts; or
+            a sweep is not finished, or lacks a dictionary that it trained.
         CacheError: another process is writing to `out`.
         SaeError: loading or measuring fails.
     """
     places = [places] if isinstance(places, str | Path) else list(places)
     texts, report = ([data] if isinstance(data, str | Path) else list(data)), progress or silent
-    folders = [folder for place in places for folder in _folders(place)]
+    folders = [folder for place in places for folder in _folders(place, report)]
     if not folders:
         raise ConfigError("there is no transcoder to replace a module with: name a run, or a folder of several")
     named, out = named_places(folders), out_folder(places, out)
@@ -70,7 +72,7 @@ def replace(
     cache, settings = run.cache(), run.config.evaluation
 
     def measure() -> ReplacementReport:
-        announce(report, replacement_cost(list(dictionaries.values()), cache, settings))
+        announce(report, replacement_cost(list(dictionaries.values()), cache, settings, run.device))
         with unfinished_folder(expanded(out or run.folder) / _UNFINISHED, "replacement") as unfinished:
             return measure_replacement(
                 dictionaries, cache, run.language_model,
@@ -97,12 +99,35 @@ def out_folder(places: Sequence[str | Path], out: str | Path | None) -> Path | N
     return place if not others and is_ours and stands(place / CONFIG_YAML) else None
 
 
-def _folders(place: str | Path) -> list[str | Path]:
-    """The place itself if it is a dictionary's, else the dictionaries in it."""
+def _folders(place: str | Path, progress: Progress) -> list[str | Path]:
+    """The place itself if it is a dictionary's; those of a sweep; or the dictionaries in it."""
     folder = located(place)
     if resolve(folder, DICTIONARY, CONFIG_FILE) is not None:
         return [place]
+    if stands(folder / SWEEP.index):
+        return [*_trained(folder, progress)]
+    if stands(folder / CONFIG_YAML) and open_config(folder).sweep:
+        raise ConfigError(
+            f"sweep {str(place)!r}: not finished, it has no {SWEEP.index}; run the same 'sae sweep' again"
+        )
     return [folder / name for name in dictionaries_in(folder)] or [place]
+
+
+def _trained(sweep: Path, progress: Progress) -> list[Path]:
+    """The run folders that a sweep trained, by its own record; folders of an older sweep are not among them."""
+    record = read_object(sweep / SWEEP.index)
+    with taken_apart(sweep / SWEEP.index):
+        names, failures = list(record["points"].keys()), dict(record["failures"])
+    missing = [name for name in names if resolve(sweep / name, DICTIONARY, CONFIG_FILE) is None]
+    if missing:
+        raise ConfigError(
+            f"sweep {str(sweep)!r}: {', '.join(missing)} of its {SWEEP.index} have no dictionary; run the same "
+            "'sae sweep' again, or name the runs that are there"
+        )
+    if failures:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        announce(progress, f"sweep {str(sweep)!r}: {len(failures)} failed and replace nothing ({reasons})")
+    return [sweep / name for name in names]
 
 
 def _run(folders: Sequence[Path], on: str | Path | None, overrides: tuple[str, ...], progress: Progress) -> Run:

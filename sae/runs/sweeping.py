@@ -16,7 +16,7 @@ from sae.config.progress import Notes, Progress, announce, silent
 from sae.config.settings import RunConfig
 from sae.config.splits import TRAIN
 from sae.dictionary.base import Dictionary
-from sae.errors import FormatError, SaeError
+from sae.errors import FormatError, named
 from sae.evaluation.pareto import Point, draw_pareto
 from sae.evaluation.report import DOCUMENTS_FILE
 from sae.evaluation.report import JSON_FILE as REPORT_FILE
@@ -88,7 +88,7 @@ def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
     runs = {name: Run(variant, progress) for name, variant in configs.items()}
     _share_starts(runs.values())
     for name, run in runs.items():
-        with _named(name):
+        with named(name):
             run.check()
     with locked(base.folder, "sweep"):
         cache = base.harvest()
@@ -104,15 +104,6 @@ def sweep(config: RunConfig, progress: Progress = silent) -> Sweep:
         result = Sweep(base.folder, points, failures, behind, _description(base, cache, configs.values()))
         _write(result)
     return result
-
-
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Put the dictionary's name in front of error messages."""
-    try:
-        yield
-    except SaeError as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 def _train(base: Run, runs: Mapping[str, Run], cache: ActivationCache, progress: Progress) -> dict[str, str]:

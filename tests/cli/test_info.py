@@ -21,7 +21,7 @@ from tests.conftest import Command, assert_refused
 
 FOLDERS = Path(__file__).parents[1] / "runs" / "folders"
 LABELS = (
-    "architecture", "d_in → d_sae", "number type", "reads", "gives", "language model", "weight processing",
+    "architecture", "widths", "number type", "reads", "gives", "language model", "weight processing",
     "training tokens", "dead features", "sae version", "converted from",
 )  # fmt: skip
 HOOK = "blocks.2.hook_resid_pre"
@@ -57,7 +57,7 @@ def test_runs_of_two_versions_stand_side_by_side(command: Command, monkeypatch: 
     assert outcome.out.splitlines()[0].split() == ["d0ee045/run", "e192fda/run/dictionary"]
     assert rows(outcome.out, dictionaries=2) == {
         "architecture": ["batch_topk,k=2"] * 2,
-        "d_in → d_sae": ["256→16"] * 2,
+        "widths": ["256→16"] * 2,
         "number type": ["float32"] * 2,
         "reads": [HOOK] * 2,
         "gives": [HOOK] * 2,
@@ -81,7 +81,7 @@ def test_what_is_not_recorded_is_a_dash(command: Command, tmp_path: Path) -> Non
     sae.ReLU(8, 16).save(tmp_path / "bare")
     sae.ReLU(8, 16, metadata=odd).bfloat16().save(tmp_path / "odd")
     bare, strange = (rows(command("info", tmp_path / name).out) for name in ("bare", "odd"))
-    known = {"architecture": ["relu"], "d_in → d_sae": ["8→16"]}
+    known = {"architecture": ["relu"], "widths": ["8→16"]}
     assert bare == {**{label: ["–"] for label in LABELS}, **known, "number type": ["float32"]}
     assert strange == {**bare, "number type": ["bfloat16"], "training tokens": ["9,999,999"]}
 
@@ -106,7 +106,7 @@ def test_a_transcoder_has_three_widths_two_hook_points_and_perhaps_a_skip_connec
     dictionary = sae.TopK(8, 16, k=3, metadata=metadata)
     dictionary.set_frame(Frame(skip=True, d_out=6))
     dictionary.save(tmp_path)
-    known = {"d_in → d_sae": ["8→16→6"], "reads": ["blocks.0.mlp.hook_in"], "gives": ["blocks.0.hook_mlp_out"]}
+    known = {"widths": ["8→16→6"], "reads": ["blocks.0.mlp.hook_in"], "gives": ["blocks.0.hook_mlp_out"]}
     out = command("info", tmp_path).out
     assert rows(out).items() >= known.items()
     assert "topk, k=3, skip=True," in out
@@ -124,7 +124,7 @@ def test_the_table_fits_and_cuts_no_number(
     out = command("info", *folders).out
     assert max(map(len, out.splitlines())) <= width
     assert out.count("1,000,000,000") == 5 and out.count(HOOK) == 10
-    tables = [line for line in out.splitlines() if line.startswith("d_in → d_sae")]
+    tables = [line for line in out.splitlines() if line.startswith("widths")]
     assert len(tables) == {48: 5, 80: 3, 120: 2, 200: 1}[width]
 
 

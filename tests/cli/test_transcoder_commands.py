@@ -37,7 +37,7 @@ def folder(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPat
 
 def codes(dictionary: sae.Dictionary, x: Tensor) -> Tensor:
     """TopK's formula in plain PyTorch."""
-    f = ((x - dictionary.b_dec) @ dictionary.W_enc + dictionary.b_enc).relu()
+    f = (x @ dictionary.W_enc + dictionary.b_enc).relu()
     return torch.where(f >= f.sort(-1).values[..., -4, None], f, 0)
 
 

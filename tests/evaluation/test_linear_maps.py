@@ -92,19 +92,71 @@ def test_sums_give_the_least_squares_solution_of_the_whole() -> None:
     assert fit.tokens == 300
 
 
-@pytest.mark.parametrize("rows", [4, 40])
+@pytest.mark.parametrize("rows", [257, 640])
 def test_directions_in_which_nothing_varies_get_no_weight(rows: int) -> None:
     """Repeated, constant and missing directions: the best map of the smallest norm, as the pseudo-inverse gives it."""
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(rows, 3, generator=generator)
     x = torch.cat([base, base[:, :1], torch.full((rows, 1), 7.0), 2 * base[:, 1:2], torch.zeros(rows, 1)], 1)
-    y = torch.randn(rows, 2, generator=generator)
+    y = base[:, :2] + 0.1 * torch.randn(rows, 2, generator=generator)
     fit = LeastSquares()
     fit.add_(x, y)
     map = fit.solve()
     centred_x, centred_y = ((part.double() - part.double().mean(0)).numpy() for part in (x, y))
     np.testing.assert_allclose(map.W.numpy(), np.linalg.pinv(centred_x, rcond=1e-6) @ centred_y, atol=1e-8)
     assert map.W[4].abs().max() < 1e-8 and map.W[6].abs().max() < 1e-8
+
+
+@pytest.mark.parametrize(("rows", "most"), [(100, 1.05), (400, 1.0), (600, 0.95), (2000, 0.9), (20_000, 0.71)])
+def test_from_few_tokens_it_is_no_worse_than_the_mean(rows: int, most: float) -> None:
+    """400 numbers in x, on fresh tokens; half of the variance of y is noise. Least squares gives up to 100 and more."""
+    generator = torch.Generator().manual_seed(3)
+    W = torch.randn(400, 20, generator=generator, dtype=torch.float64) / 20
+
+    def tokens(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(count, 400, generator=generator, dtype=torch.float64)
+        return x, x @ W + torch.randn(count, 20, generator=generator, dtype=torch.float64)
+
+    (x, y), (fresh, expected) = tokens(rows), tokens(2000)
+    fit = LeastSquares()
+    for part in torch.arange(rows).split(150):
+        fit.add_(x[part], y[part])
+    map = fit.solve()
+    assert fvu(expected.numpy(), map(fresh).numpy()) < most
+    weights = affine(x.numpy(), y.numpy())
+    plain = fvu(expected.numpy(), fresh.numpy() @ weights[:-1] + weights[-1])
+    assert plain > 1 if rows < 700 else fvu(expected.numpy(), map(fresh).numpy()) < plain + 0.002
+    ridge = ridge_by_hand(x.numpy(), y.numpy())
+    np.testing.assert_allclose(map(fresh).numpy(), fresh.numpy() @ ridge[:-1] + ridge[-1], rtol=1e-7, atol=1e-7)
+    [first, second] = fit.solve_each([5, 15])
+    alone = LeastSquares()
+    alone.add_(x, y[:, 5:])
+    np.testing.assert_allclose(second.W.numpy(), alone.solve().W.numpy(), rtol=1e-7, atol=1e-9)
+    assert first.W.shape == (400, 5) and first.mean_y.shape == (5,)
+
+
+def ridge_by_hand(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Ridge by `np.linalg.solve`, its strength chosen on every fifth run of 64 rows; weights above the constant."""
+
+    def weights(x: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
+        if ridge == np.inf:
+            return np.r_[np.zeros((x.shape[1], y.shape[1])), y.mean(0)[None]]
+        if ridge == 0:
+            return affine(x, y)
+        C = np.cov(x.T, bias=True)
+        C_xy = (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
+        W = np.linalg.solve(C + ridge * np.trace(C) / len(C) * np.eye(len(C)), C_xy)
+        return np.r_[W, (y.mean(0) - x.mean(0) @ W)[None]]
+
+    held_back = np.arange(len(x)) // 64 % 5 == 4
+    if not held_back.any():
+        return weights(x, y, np.inf)
+    errors = {}
+    for ridge in (0, *(10.0**power for power in range(-6, 3)), np.inf):
+        chosen = weights(x[~held_back], y[~held_back], ridge)
+        errors[ridge] = ((y[held_back] - x[held_back] @ chosen[:-1] - chosen[-1]) ** 2).sum()
+    best = next(ridge for ridge, error in errors.items() if error <= 1.001 * min(errors.values()))
+    return weights(x, y, best)
 
 
 def test_what_never_varies_is_its_mean() -> None:

@@ -22,7 +22,7 @@ from sae.errors import CacheError, ConfigError, ModelError
 from sae.evaluation import read_replacement, replacement_tables, write_replacement
 from sae.evaluation.replacement import REPLACEMENT, ReplacementReport, replacement_cost
 from sae.evaluation.replacement_view import replacement_markdown
-from sae.evaluation.stand_ins import KINDS, fit_stand_ins, modules_of, together
+from sae.evaluation.stand_ins import KINDS, fit_bytes, fit_stand_ins, groups_to_fit, modules_of, together
 from sae.model.language_model import LanguageModel
 from sae.model.splicing import splice
 from tests.conftest import make_tiny_config, write_tiny_model
@@ -89,6 +89,8 @@ def test_losses_are_those_of_plain_transformers(case: Case) -> None:
     kls = [losses.kl.value for losses in report.together.values()]
     assert len({round(kl or 0, 4) for kl in kls}) == 5, "above what is tolerated, all differ"
     assert report.tokens == sum(int(eligible[:, :-1].sum()) for _, _, eligible in plain.contexts)
+    fitted = sum(int(eligible.sum()) for _, _, eligible in plain.training)
+    assert report.fitted_tokens == fitted < sum(eligible.numel() for _, _, eligible in plain.training)
 
 
 def test_inside_mlps_affine_maps_are_the_model_itself(case: Case) -> None:
@@ -244,8 +246,39 @@ def test_the_cost_is_said_before(gpt2: Case, monkeypatch: pytest.MonkeyPatch) ->
     passes = (2 + 5 + 3 * (1 + 5)) * tokens + fitted
     assert replacement_cost(modules, gpt2.cache, EvaluationConfig()) == (
         f"replacement of 3 modules: {tokens:,} held-out tokens for losses, 48,750 training tokens for affine maps: "
-        f"language-model passes over at most {passes:,} tokens"
+        f"language-model passes over at most {passes:,} tokens; sums of the maps take 0.0 GB"
     )
+
+
+def test_affine_maps_are_fitted_in_groups_that_fit_into_memory(gpt2: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that read the same share sums; in small groups, each with a pass of its own, results are the same."""
+    (reads, _), *_ = SITES
+    pairs = [*SITES, (reads, "blocks.0.hook_resid_post")]
+    widths = {reads: 32, SITES[1][0]: 128, SITES[2][0]: 32}
+    dictionaries = {gives: make_transcoder(gpt2.cache, first, gives, (widths[first], 32)) for first, gives in pairs}
+    modules, cpu = modules_of(dictionaries, gpt2.model), torch.device("cpu")
+    assert [{name: len(same) for name, same in group.items()} for group in groups_to_fit(modules, cpu)] == [
+        {reads: 2, SITES[1][0]: 1, SITES[2][0]: 1}
+    ]
+    whole = fit_stand_ins(modules, gpt2.cache, gpt2.model, cpu, lambda *_: None)
+    # by hand, in float64: two sums of x x and x y for each hook point, and solving for the widest
+    alone = 8 * (2 * 128 * (128 + 32) + 128 * (4 * 128 + 3 * 32))
+    assert fit_bytes({SITES[1][0]: [modules[2]]}) == alone and modules[2].reads == SITES[1][0]
+    monkeypatch.setattr("sae.evaluation.stand_ins.memory_of", lambda _: alone)
+    assert len(groups_to_fit(modules, cpu)) > 1
+    seen: list[tuple[int, int]] = []
+    parts = fit_stand_ins(modules, gpt2.cache, gpt2.model, cpu, lambda _, done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(whole, parts, strict=True):
+        rows = x[:, : one.module.dictionary.d_in]
+        assert one.module is other.module
+        torch.testing.assert_close(one("linear", rows), other("linear", rows), rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr("sae.evaluation.stand_ins.memory_of", lambda _: alone - 1)
+    with pytest.raises(
+        ConfigError, match=r"their sums take .* GB, but the device has .*; use a machine with more memory"
+    ):
+        fit_stand_ins(modules, gpt2.cache, gpt2.model, cpu, lambda *_: None)
 
 
 def test_refused_transcoders(gpt2: Case, tiny_model: Path, text_folder: Path, tmp_path: Path) -> None:

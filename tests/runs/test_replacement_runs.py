@@ -50,12 +50,13 @@ def made(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathF
         run = Run(make_tiny_config(tiny_model, text_folder, folder / f"b{block}", {**common, **sides}))
         dictionary = run.train()
         weights = {name: weight.clone() for name, weight in dictionary.named_parameters()}
-        dictionary.set_frame(Frame(skip=True))
+        dictionary.set_frame(Frame(skip=True, d_out=32))
         generator = torch.Generator().manual_seed(block)
         weights["W_skip"] = 0.1 * torch.randn(32, 32, generator=generator)
         dictionary.load_state_dict(weights)
         dictionary.save(run.folder / "dictionary")
-    (folder / "sweep.json").write_text("{}", encoding="utf-8")
+    record = {"points": {f"b{block}": {} for block in BLOCKS}, "failures": {}}
+    (folder / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
 
 
@@ -71,7 +72,7 @@ def circuit_tracer(dictionaries: Mapping[int, sae.Dictionary], folder: Path) -> 
     points = "feature_input_hook: mlp.hook_in\nfeature_output_hook: mlp.hook_out\n"
     (folder / "config.yaml").write_text(f"model_kind: transcoder_set\nmodel_name: tiny\n{points}", encoding="utf-8")
     for block, dictionary in dictionaries.items():
-        assert dictionary.W_skip is not None
+        assert dictionary.W_skip is not None and not dictionary.centre.any()
         tensors = {
             "W_enc": dictionary.W_enc.T, "b_enc": dictionary.b_enc, "W_dec": dictionary.W_dec,
             "b_dec": dictionary.b_dec, "W_skip": dictionary.W_skip.T,
@@ -130,6 +131,12 @@ def test_a_converted_set(made: Path, tiny_model: Path, text_folder: Path, tmp_pa
     assert [(module["reads"], module["gives"]) for module in record["modules"]] == [
         (reads_of(block), gives_of(block)) for block in BLOCKS
     ]
+    runs = replace([made / f"b{block}" for block in BLOCKS], overrides=FEW).to_json()
+    for converted, own in ((record, runs), *zip(record["modules"], runs["modules"], strict=True)):
+        for kind, losses in own["together" if own is runs else "losses"].items():
+            for name, estimate in losses.items():
+                found = converted["together" if own is runs else "losses"][kind][name]["value"]
+                assert found == pytest.approx(estimate["value"], rel=1e-5, abs=1e-6), (kind, name)
     own_texts = command(
         "replace", folder, "--model", tiny_model, "--data", text_folder, *WORDS, *FEW, f"out={tmp_path / 'run'}"
     )
@@ -199,6 +206,26 @@ def test_refusals(made: Path, tiny_model: Path, text_folder: Path, tmp_path: Pat
         replace([])
     with pytest.raises(ConfigError, match=r"downstream_tokens=8: none of the chosen contexts has a token"):
         replace(made, out=tmp_path / "out", overrides=["evaluation.downstream_tokens=8"])
+
+
+def test_a_sweeps_own_record_says_which_runs_are_its(own: Path, command: Command) -> None:
+    """Not those that an older sweep left; one that failed is named, and one that is missing is refused."""
+    record = {"points": {"b0": {}, "b2": {}}, "failures": {"b1": "step 3: the loss is not a number"}}
+    (own / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
+    done = command("replace", own, *FEW)
+    assert done.status == 0, done.err
+    kept = json.loads((own / REPLACEMENT.index).read_bytes())
+    assert [module["transcoder"] for module in kept["modules"]] == ["b0", "b2"]
+    shown = " ".join(done.err.split())
+    assert "1 failed and replace nothing (b1: step 3: the loss is not a number)" in shown
+    (own / "sweep.json").write_text(json.dumps({"points": {"b0": {}, "b9": {}}, "failures": {}}), encoding="utf-8")
+    assert_refused(command("replace", own, *FEW), "b9 of its sweep.json have no dictionary", "sae sweep")
+    (own / "sweep.json").write_text("{}", encoding="utf-8")
+    assert_refused(command("replace", own, *FEW), "sweep.json", "damaged")
+    (own / "sweep.json").unlink()
+    config = (own / "config.yaml").read_text(encoding="utf-8")
+    (own / "config.yaml").write_text(config.replace("sweep: {}", "sweep: {seed: [0, 1]}"), encoding="utf-8")
+    assert_refused(command("replace", own, *FEW), "not finished", "run the same 'sae sweep' again")
 
 
 def test_a_sweep_with_two_transcoders_for_a_module(
