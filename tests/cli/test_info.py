@@ -90,7 +90,7 @@ def test_several_hook_points_and_models_are_all_named(command: Command, tmp_path
     sae.TopK(8, 2048, k=3, metadata=BETWEEN_MODELS).save(tmp_path)
     lines = command("info", tmp_path).out.splitlines()
     words = [line.split() for line in lines]
-    assert ["architecture", "topk,", "k=3"] in words and ["d_in", "→", "d_sae", "8", "→", "2,048", "→", "8"] in words
+    assert ["architecture", "topk,", "k=3"] in words and ["widths", "8", "→", "2,048", "→", "8"] in words
     assert ["training", "tokens", "1,000,000,000"] in words and ["dead", "features", "3"] in words
     at = words.index(["reads", "blocks.0.hook_mlp_in"])
     assert words[at + 1] == ["blocks.1.hook_mlp_in"]

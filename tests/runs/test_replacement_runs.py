@@ -17,6 +17,7 @@ from sae.dictionary.frame import Frame
 from sae.errors import ConfigError
 from sae.evaluation.replacement import MARKDOWN_FILE, REPLACEMENT
 from sae.runs import replacement
+from sae.runs.folder import configured
 from sae.runs.replacement import replace
 from sae.runs.run import Run
 from sae.runs.sweeping import sweep
@@ -208,7 +209,9 @@ def test_refusals(made: Path, tiny_model: Path, text_folder: Path, tmp_path: Pat
         replace(made, out=tmp_path / "out", overrides=["evaluation.downstream_tokens=8"])
 
 
-def test_a_sweeps_own_record_says_which_runs_are_its(own: Path, command: Command) -> None:
+def test_a_sweeps_own_record_says_which_runs_are_its(
+    own: Path, tiny_model: Path, text_folder: Path, command: Command
+) -> None:
     """Not those that an older sweep left; one that failed is named, and one that is missing is refused."""
     record = {"points": {"b0": {}, "b2": {}}, "failures": {"b1": "step 3: the loss is not a number"}}
     (own / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
@@ -223,8 +226,8 @@ def test_a_sweeps_own_record_says_which_runs_are_its(own: Path, command: Command
     (own / "sweep.json").write_text("{}", encoding="utf-8")
     assert_refused(command("replace", own, *FEW), "sweep.json", "damaged")
     (own / "sweep.json").unlink()
-    config = (own / "config.yaml").read_text(encoding="utf-8")
-    (own / "config.yaml").write_text(config.replace("sweep: {}", "sweep: {seed: [0, 1]}"), encoding="utf-8")
+    with configured(make_tiny_config(tiny_model, text_folder, own, {"sweep": {"seed": [0, 1]}})):
+        pass
     assert_refused(command("replace", own, *FEW), "not finished", "run the same 'sae sweep' again")
 
 

@@ -16,6 +16,7 @@ from sae.architectures import ReLU, TopK
 from sae.config.splits import HELD_OUT, TRAIN
 from sae.dictionary.base import Dictionary
 from sae.dictionary.frame import Frame
+from tests.support.affine_maps import ridge_by_hand
 
 Sites = list[tuple[str, str]]
 SITES: Sites = [
@@ -127,7 +128,7 @@ class Plain:
             x, y = self.activations(reads), self.activations(gives)
             d = {name: weight.double() for name, weight in dictionaries[gives].named_parameters()}
             k = getattr(dictionaries[gives], "k", None)
-            weights = torch.from_numpy(np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0])
+            weights = torch.from_numpy(ridge_by_hand(x, y))
             mean = torch.from_numpy(y.mean(0))
             found["dictionary"][gives] = lambda x, d=d, k=k: by_formula(x.double(), d, k)
             found["linear"][gives] = lambda x, weights=weights: x.double() @ weights[:-1] + weights[-1]
