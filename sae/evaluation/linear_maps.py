@@ -21,6 +21,8 @@ RIDGES = (0.0, *(10.0**power for power in range(-6, 3)), math.inf)
 """Strengths of regularisation, in units of the mean variance of x; with the last, the map is the mean."""
 _RUN, _RUNS = 64, 5
 """Tokens in a run, and how many runs there are to one that is held back."""
+_LEAST = 32
+"""Fewest tokens held back that can choose λ."""
 _TOLERANCE, _ROUNDING = 1.01, 1e-9
 
 
@@ -89,7 +91,7 @@ class LeastSquares:
     One run of 64 tokens in five is held back. From the others, a map is made for every λ in `RIDGES`, in units of the
     mean variance of x; the weakest λ is taken whose error on the tokens held back is at most 1 % above the least.
     The map is then made from all tokens. Without it, a map from few tokens for each number in x is far worse than the
-    mean; with λ = ∞ it is the mean. It is the mean, too, if there are too few tokens to hold some back.
+    mean; with λ = ∞ it is the mean. It is the mean, too, if fewer than 32 tokens are held back.
 
     Everything is summed around the mean of the first block, so that a large mean costs no digits. Directions in which x
     does not vary, but for rounding, get no weight: with λ = 0, of all best maps this is the one with the smallest ‖W‖.
@@ -147,7 +149,7 @@ class LeastSquares:
         With C = V Λ Vᵀ and D = 1/(Λ + λ), the error of W = V D G on tokens held back is tr(Wᵀ A W) − 2 tr(Wᵀ B) more
         than that of the mean, which is a quadratic form in the diagonal of D.
         """
-        if True not in self._sums:
+        if True not in self._sums or self._sums[True].tokens < _LEAST:
             return [math.inf] * len(widths)
         means = self._sums[False].means()
         squares, products, _ = self._sums[False].covariances(*means)

@@ -88,7 +88,7 @@ def test_sums_give_the_least_squares_solution_of_the_whole() -> None:
     assert fit.tokens == 300
 
 
-@pytest.mark.parametrize("rows", [257, 640])
+@pytest.mark.parametrize("rows", [320, 640])
 def test_directions_in_which_nothing_varies_get_no_weight(rows: int) -> None:
     """Repeated, constant and missing directions: the best map of the smallest norm, as the pseudo-inverse gives it."""
     generator = torch.Generator().manual_seed(1)

@@ -24,7 +24,7 @@ def ridge_by_hand(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.r_[W, (y.mean(0) - x.mean(0) @ W)[None]]
 
     held_back = np.arange(len(x)) // 64 % 5 == 4
-    if not held_back.any():
+    if held_back.sum() < 32:
         return weights(x, y, np.inf)
     errors = {}
     for ridge in (0, *(10.0**power for power in range(-6, 3)), np.inf):
