@@ -106,11 +106,13 @@ def _folders(place: str | Path, progress: Progress) -> list[str | Path]:
         return [place]
     if stands(folder / SWEEP.index):
         return [*_trained(folder, progress)]
-    if stands(folder / CONFIG_YAML) and open_config(folder).sweep:
+    names = dictionaries_in(folder)
+    ours = stands(folder / CONFIG_YAML) and any(stands(folder / name / CONFIG_YAML) for name in names)
+    if ours and open_config(folder).sweep:
         raise ConfigError(
             f"sweep {str(place)!r}: not finished, it has no {SWEEP.index}; run the same 'sae sweep' again"
         )
-    return [folder / name for name in dictionaries_in(folder)] or [place]
+    return [folder / name for name in names] or [place]
 
 
 def _trained(sweep: Path, progress: Progress) -> list[Path]:

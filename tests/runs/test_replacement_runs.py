@@ -20,7 +20,7 @@ from sae.runs import replacement
 from sae.runs.folder import configured
 from sae.runs.replacement import replace
 from sae.runs.run import Run
-from sae.runs.sweeping import sweep
+from sae.runs.sweeping import SWEEP, sweep
 from tests.conftest import Command, assert_refused, make_tiny_config
 
 BLOCKS = range(3)
@@ -57,7 +57,7 @@ def made(tiny_model: Path, text_folder: Path, tmp_path_factory: pytest.TempPathF
         dictionary.load_state_dict(weights)
         dictionary.save(run.folder / "dictionary")
     record = {"points": {f"b{block}": {} for block in BLOCKS}, "failures": {}}
-    (folder / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
+    SWEEP.write(folder, record)
     return folder
 
 
@@ -132,7 +132,15 @@ def test_a_converted_set(made: Path, tiny_model: Path, text_folder: Path, tmp_pa
     assert [(module["reads"], module["gives"]) for module in record["modules"]] == [
         (reads_of(block), gives_of(block)) for block in BLOCKS
     ]
-    runs = replace([made / f"b{block}" for block in BLOCKS], overrides=FEW).to_json()
+    relus: dict[str, sae.Dictionary] = {}
+    for block, dictionary in dictionaries.items():  # circuit-tracer has no k
+        relus[f"b{block}"] = sae.ReLU(32, dictionary.d_sae, metadata=dictionary.metadata)
+        relus[f"b{block}"].set_frame(dictionary.frame)
+        relus[f"b{block}"].load_state_dict(dictionary.state_dict())
+    run = Run.open(made / "b0", FEW)
+    runs = sae.measure_replacement(
+        relus, run.cache(), run.language_model, settings=run.config.evaluation
+    ).to_json()  # fmt: skip
     for converted, own in ((record, runs), *zip(record["modules"], runs["modules"], strict=True)):
         for kind, losses in own["together" if own is runs else "losses"].items():
             for name, estimate in losses.items():
@@ -209,21 +217,33 @@ def test_refusals(made: Path, tiny_model: Path, text_folder: Path, tmp_path: Pat
         replace(made, out=tmp_path / "out", overrides=["evaluation.downstream_tokens=8"])
 
 
+class Shown:
+    """Progress that keeps what is announced."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+    def beside(self, stage: str, text: str) -> None: ...
+
+    def announce(self, text: str) -> None:
+        self.lines.append(text)
+
+
 def test_a_sweeps_own_record_says_which_runs_are_its(
     own: Path, tiny_model: Path, text_folder: Path, command: Command
 ) -> None:
     """Not those that an older sweep left; one that failed is named, and one that is missing is refused."""
     record = {"points": {"b0": {}, "b2": {}}, "failures": {"b1": "step 3: the loss is not a number"}}
-    (own / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
-    done = command("replace", own, *FEW)
-    assert done.status == 0, done.err
-    kept = json.loads((own / REPLACEMENT.index).read_bytes())
-    assert [module["transcoder"] for module in kept["modules"]] == ["b0", "b2"]
-    shown = " ".join(done.err.split())
-    assert "1 failed and replace nothing (b1: step 3: the loss is not a number)" in shown
-    (own / "sweep.json").write_text(json.dumps({"points": {"b0": {}, "b9": {}}, "failures": {}}), encoding="utf-8")
+    SWEEP.write(own, record)
+    shown = Shown()
+    report = replace(own, overrides=FEW, progress=shown)
+    assert [module.transcoder for module in report.modules] == ["b0", "b2"]
+    assert any("1 failed and replace nothing (b1: step 3: the loss is not a number)" in line for line in shown.lines)
+    SWEEP.write(own, {"points": {"b0": {}, "b9": {}}, "failures": {}})
     assert_refused(command("replace", own, *FEW), "b9 of its sweep.json have no dictionary", "sae sweep")
-    (own / "sweep.json").write_text("{}", encoding="utf-8")
+    SWEEP.write(own, {})
     assert_refused(command("replace", own, *FEW), "sweep.json", "damaged")
     (own / "sweep.json").unlink()
     with configured(make_tiny_config(tiny_model, text_folder, own, {"sweep": {"seed": [0, 1]}})):
