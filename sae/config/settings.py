@@ -129,7 +129,7 @@ class TrainConfig(Settings):
     max_activation_norm_multiple: float | None = Field(
         default=10.0,
         gt=1,
-        description="leave out a token whose activation is this many times as far from the batch's mean as usual, and "
+        description="leave out a token whose activation is this many times as far from the mean as usual, and "
         "count it in `left_out`; null: never",
     )
     initial_b_dec: Literal["geometric_median", "mean", "zeros"] = Field(
